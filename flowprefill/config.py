@@ -1,0 +1,173 @@
+"""EngineConfig: every setting of the engine and server, with its check; the CLI's flags and the docs come from it.
+
+Unknown keys and bad values stop the start with the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from flowprefill.errors import ConfigError, InvalidRequest
+from flowprefill.request import SLO
+
+POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first")
+GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
+_GRANULARITY = re.compile(r"(budget):(\d+(?:\.\d+)?)|(chunk):(\d+)|(operator|layer|none)")
+
+
+def _bad(name: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class Granularity:
+    """How a prefill is cut into segments.
+
+    Attributes:
+        kind: ``budget``, ``operator``, ``layer``, ``none`` or ``chunk``.
+        budget_s: longest wanted segment, seconds (kind ``budget``).
+        chunk_tokens: rows of a chunk (kind ``chunk``).
+    """
+
+    kind: str
+    budget_s: float = 0.0
+    chunk_tokens: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Granularity:
+        """Parse ``budget:2``, ``chunk:512``, ``operator``, ``layer`` or ``none``."""
+        match = _GRANULARITY.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise _bad("granularity", text, GRANULARITIES)
+        if match[1]:
+            budget_s = float(match[2]) / 1e3
+            if not 1e-4 <= budget_s <= 10.0:
+                raise _bad("granularity", text, "budget:MS with MS in 0.1..10000")
+            return cls("budget", budget_s=budget_s)
+        if match[3]:
+            if not 16 <= int(match[4]) <= 1_000_000:
+                raise _bad("granularity", text, "chunk:N with N in 16..1000000")
+            return cls("chunk", chunk_tokens=int(match[4]))
+        return cls(match[5])
+
+    def __str__(self) -> str:
+        if self.kind == "budget":
+            return f"budget:{self.budget_s * 1e3:g}"
+        return f"chunk:{self.chunk_tokens}" if self.kind == "chunk" else self.kind
+
+
+def _setting(default: Any, doc: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"doc": doc, **extra})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine; each field's ``metadata['doc']`` is its help text."""
+
+    dtype: str = _setting("auto", "auto, bf16 or f32; auto is bf16 where the CPU computes it fast")
+    device: str = _setting("auto", "auto or cpu")
+    threads: int = _setting(0, "compute threads; 0 is one per available core")
+    background: bool = _setting(
+        False, "run compute threads under SCHED_IDLE: steadier control plane, yields to every process"
+    )
+    policy: str = _setting("slack_edf", "one of " + ", ".join(POLICIES))
+    granularity: str = _setting("budget:2", GRANULARITIES)
+    max_model_len: int = _setting(0, "longest prompt plus output, tokens; 0 is the model's own")
+    kv_cache_gib: float = _setting(1.0, "memory for the KV cache, GiB")
+    block_tokens: int = _setting(64, "tokens of one KV block: 16, 32, 64 or 128")
+    prefix_cache: bool = _setting(True, "reuse KV blocks of equal prompt prefixes")
+    max_running: int = _setting(64, "most sequences in one decode step")
+    max_batch_tokens: int = _setting(512, "most prompt tokens packed in one prefill batch")
+    max_waiting: int = _setting(10_000, "most requests waiting; more are answered 429")
+    max_waiting_tokens: int = _setting(0, "most prompt tokens waiting; 0 is no limit")
+    default_ttft_ms: float = _setting(0.0, "TTFT objective of requests that name none; 0 is none")
+    default_tpot_ms: float = _setting(0.0, "TPOT objective of requests that name none; 0 is none")
+    classes: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict,
+        metadata={"doc": "service classes: name -> {ttft_ms, tpot_ms, on_miss}"},
+    )
+    calibrate: bool = _setting(True, "measure this machine at start (cached on disk)")
+    cache_dir: str = _setting("", "where calibration is kept; empty is the user's cache folder")
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "bf16", "f32"):
+            raise _bad("dtype", self.dtype, "auto, bf16 or f32")
+        if self.device not in ("auto", "cpu"):
+            raise _bad("device", self.device, "auto or cpu")
+        if self.policy not in POLICIES:
+            raise _bad("policy", self.policy, "one of " + ", ".join(POLICIES))
+        Granularity.parse(self.granularity)
+        if self.block_tokens not in (16, 32, 64, 128):
+            raise _bad("block_tokens", self.block_tokens, "16, 32, 64 or 128")
+        self._check_ranges()
+        for name in self.classes:
+            self.slo_of_class(name)
+
+    def _check_ranges(self) -> None:
+        ranges: dict[str, tuple[float, float]] = {
+            "threads": (0, 1024), "max_model_len": (0, 10_000_000), "kv_cache_gib": (0.001, 65_536),
+            "max_running": (1, 4096), "max_batch_tokens": (1, 1_000_000),
+            "max_waiting": (1, 10_000_000), "max_waiting_tokens": (0, 2**53),
+            "default_ttft_ms": (0, 86_400_000), "default_tpot_ms": (0, 86_400_000),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            kinds = (int,) if isinstance(getattr(type(self), name, 0), int) else (int, float)
+            if name in ("kv_cache_gib", "default_ttft_ms", "default_tpot_ms"):
+                kinds = (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                raise _bad(name, value, f"a number in [{low:g}, {high:g}]")
+
+    def slo_of_class(self, name: str) -> SLO:
+        """Return the SLO of a configured service class; unknown names raise ConfigError."""
+        if name not in self.classes:
+            known = ", ".join(sorted(self.classes)) or "none configured"
+            raise _bad("service class", name, f"one of: {known}")
+        spec = dict(self.classes[name])
+        unknown = set(spec) - {"ttft_ms", "tpot_ms", "on_miss"}
+        if unknown:
+            raise _bad(f"classes.{name}", sorted(unknown), "keys ttft_ms, tpot_ms, on_miss")
+        try:
+            return SLO(
+                ttft=spec["ttft_ms"] / 1e3 if spec.get("ttft_ms") is not None else None,
+                tpot=spec["tpot_ms"] / 1e3 if spec.get("tpot_ms") is not None else None,
+                service_class=name,
+                on_miss=spec.get("on_miss", "demote"),
+            )
+        except (InvalidRequest, TypeError) as error:
+            raise ConfigError(f"classes.{name}: {error}", param=f"classes.{name}") from None
+
+    def default_slo(self) -> SLO:
+        """Return the SLO of requests that name none: class ``default`` if configured, else the defaults."""
+        if "default" in self.classes:
+            return self.slo_of_class("default")
+        return SLO(
+            ttft=self.default_ttft_ms / 1e3 or None, tpot=self.default_tpot_ms / 1e3 or None
+        )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Build from a dictionary, e.g. a parsed config file or the CLI's flags."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise _bad("setting", key, "one of " + ", ".join(sorted(known)))
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> EngineConfig:
+        """Read a JSON file of settings."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"config file {path}: {error.strerror}", param="config") from None
+        except ValueError as error:
+            raise ConfigError(f"config file {path}: not JSON ({error})", param="config") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"config file {path}: expected a JSON object", param="config")
+        return cls.from_mapping(values)

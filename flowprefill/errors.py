@@ -1,0 +1,111 @@
+"""Every error a user can meet, one tree; each class owns its HTTP status and OpenAI error type.
+
+Raised by every layer; the server turns them into responses, the CLI into one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class FlowPrefillError(Exception):
+    """Base of all errors raised on purpose. Anything else that escapes is a bug of ours."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(FlowPrefillError):
+    """A field of a request is wrong; names the field, what was given and what is allowed."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+    @classmethod
+    def field(cls, param: str, value: Any, allowed: str) -> InvalidRequest:
+        """Build the error for one field.
+
+        Args:
+            param: the field as the user wrote it, e.g. ``"temperature"``.
+            value: what was given; shown shortened.
+            allowed: what is allowed, e.g. ``"a number in [0, 2]"``.
+        """
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return cls(f"{param}: got {shown}, expected {allowed}", param=param)
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt can never fit, by the model's length or by the KV cache; the numbers are in the message."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(FlowPrefillError):
+    """The request names a model this engine does not serve."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class Overloaded(FlowPrefillError):
+    """Too much is waiting; ``retry_after_s`` says when to come back (seconds)."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlinePassed(FlowPrefillError):
+    """The request asked to be dropped once its TTFT objective could not be met."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_passed"
+
+
+class NotReady(FlowPrefillError):
+    """The engine is loading or shutting down."""
+
+    status = 503
+    type = "server_error"
+    code = "not_ready"
+
+
+class RequestCancelled(FlowPrefillError):
+    """The request was cancelled; raised to whoever still waits for its result."""
+
+    status = 499
+    type = "request_cancelled"
+    code = "cancelled"
+
+
+class RequestFailed(FlowPrefillError):
+    """A segment of the request's run failed; the message names operator, layer and request."""
+
+    code = "run_failed"
+
+
+class ConfigError(FlowPrefillError, ValueError):
+    """A setting at start is unknown or has a bad value; the engine does not start."""
+
+    code = "bad_config"
+
+
+class CheckpointError(FlowPrefillError):
+    """A model file is missing, truncated, or of a kind that is not supported."""
+
+    code = "bad_checkpoint"

@@ -1,0 +1,234 @@
+"""What a user submits and gets back: Request, SamplingParams, SLO, tokens, completions, timings.
+
+Plain data, validated on construction; every layer may import this module, it imports only errors.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flowprefill.errors import InvalidRequest
+
+FinishReason = Literal["stop", "length", "cancelled", "expired", "failed", "rejected"]
+OnMiss = Literal["demote", "drop"]
+
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_number(
+    name: str, value: Any, low: float, high: float, *, allowed: str, open_low: bool = False
+) -> None:
+    if not _is_number(value) or value < low or value > high or (open_low and value == low):
+        raise InvalidRequest.field(name, value, allowed)
+
+
+def _check_int(name: str, value: Any, low: int, high: int, *, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest.field(name, value, allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    """Latency objectives of one request.
+
+    Attributes:
+        ttft: time to first token, seconds, > 0; None means no objective (best effort).
+        tpot: time per output token after the first, seconds, > 0; None means best effort.
+        service_class: name under which metrics count this request.
+        on_miss: what happens once the TTFT objective cannot be met any more: ``demote`` serves the
+            request behind all that can still meet theirs, ``drop`` ends it with ``DeadlinePassed``.
+    """
+
+    ttft: float | None = None
+    tpot: float | None = None
+    service_class: str = "default"
+    on_miss: OnMiss = "demote"
+
+    def __post_init__(self) -> None:
+        for name, value in (("slo.ttft", self.ttft), ("slo.tpot", self.tpot)):
+            if value is not None:
+                _check_number(
+                    name, value, 0.0, 86_400.0, allowed="seconds in (0, 86400]", open_low=True
+                )
+        if self.on_miss not in ("demote", "drop"):
+            raise InvalidRequest.field("slo.on_miss", self.on_miss, "'demote' or 'drop'")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends; names and ranges as in the OpenAI API and vLLM.
+
+    Attributes:
+        max_tokens: most tokens to generate, >= 1; None means up to the model's length.
+        min_tokens: no stop condition counts before this many tokens.
+        temperature: 0 is greedy.
+        top_k: 0 is off.
+        logprobs: how many alternatives to report per token (0: only the chosen one); None is off.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        limit = 2**31 - 1
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, limit, allowed="an integer >= 1")
+        _check_int("min_tokens", self.min_tokens, 0, limit, allowed="an integer >= 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest.field(
+                "min_tokens", self.min_tokens, f"at most max_tokens = {self.max_tokens}"
+            )
+        _check_number("temperature", self.temperature, 0.0, 2.0, allowed="a number in [0, 2]")
+        _check_number("top_p", self.top_p, 0.0, 1.0, allowed="a number in (0, 1]", open_low=True)
+        _check_int("top_k", self.top_k, 0, limit, allowed="an integer >= 0 (0 is off)")
+        _check_number("min_p", self.min_p, 0.0, 1.0, allowed="a number in [0, 1]")
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**64 - 1, allowed="a 64-bit integer")
+        self._check_stops()
+        if self.logprobs is not None:
+            _check_int(
+                "logprobs", self.logprobs, 0, MAX_LOGPROBS, allowed=f"an integer in 0..{MAX_LOGPROBS}"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), -2.0, 2.0, allowed="a number in [-2, 2]")
+        _check_number(
+            "repetition_penalty", self.repetition_penalty, 0.0, 10.0,
+            allowed="a number in (0, 10]", open_low=True,
+        )  # fmt: skip
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest.field("stop", self.stop, f"at most {MAX_STOP_STRINGS} strings")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequest.field("stop", text, "non-empty strings")
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, 0, 2**31 - 1, allowed="token ids >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to prefill and continue.
+
+    Attributes:
+        prompt: text, or token ids (used as they are, no special tokens added).
+        sampling: see SamplingParams.
+        id: unique among live requests; made up when not given.
+        add_special_tokens: whether the tokenizer adds its own (BOS) to a text prompt; chat
+            templates write them themselves.
+    """
+
+    prompt: str | Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex[:16]}")
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, (str, Sequence)) or isinstance(self.prompt, (bytes, bytearray)):
+            raise InvalidRequest.field("prompt", self.prompt, "text or a list of token ids")
+        if len(self.prompt) == 0:
+            raise InvalidRequest.field("prompt", self.prompt, "at least one token")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one token under the model's (unpenalised) distribution."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, as a handle yields it.
+
+    Attributes:
+        token_id: its id.
+        text: text that became final with this token; may be empty (incomplete UTF-8, or held back
+            because it may be the start of a stop string).
+        logprob: set when logprobs were asked for.
+        top_logprobs: the most likely alternatives, best first.
+        finish_reason: set on the last token only.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of one request went; seconds on the server's monotonic clock.
+
+    ``queue + prefill_run + suspended`` is ``ttft`` up to the sampling of the first token.
+
+    Attributes:
+        queue: submit to the first segment starting.
+        prefill_run: time its prefill's segments were executing.
+        suspended: time its prefill was suspended.
+        preemptions: how many times it was suspended.
+        ttft: submit to first token; None if there was none.
+        predicted_ttft: what was predicted at admission.
+        total: submit to the terminal event.
+        mean_itl: mean time between tokens after the first.
+        slo_met: whether TTFT (and mean time per output token, if asked for) were within the SLO;
+            None without an objective.
+        cached_tokens: prompt tokens found in the prefix cache.
+    """
+
+    queue: float
+    prefill_run: float
+    suspended: float
+    preemptions: int
+    ttft: float | None
+    predicted_ttft: float | None
+    total: float
+    mean_itl: float | None
+    slo_met: bool | None
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The whole result of a request.
+
+    Attributes:
+        text: the generated text, stop string removed unless asked for.
+        tokens: every generated token in order.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The generated ids, end-of-sequence token included when one ended the text."""
+        return [token.token_id for token in self.tokens]
