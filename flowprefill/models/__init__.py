@@ -1,0 +1,1 @@
+"""Checkpoints on disk: model configuration, weights, tokenizer and chat template."""
