@@ -1,0 +1,271 @@
+"""Handle: what Engine.submit returns; the engine feeds it, users read it from threads or asyncio.
+
+One producer (whoever holds the request in the engine), any number of consumers. Tokens are kept in
+a list and every iterator has its own position, so each consumer sees all of them. A consumer that
+has to wait leaves a *waker* (a thread's event or an asyncio future's resolver); the producer takes
+the wakers under the lock and calls them outside of it. With nobody waiting, a push is an append.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Any
+
+from flowprefill.errors import FlowPrefillError
+from flowprefill.request import Completion, Timings, Token
+
+Waker = Callable[[], None]
+
+
+class Handle:
+    """One submitted request: iterate its tokens, await or ask for its result, cancel it.
+
+    ``for token in handle``, ``async for token in handle``, ``completion = await handle`` and
+    ``handle.result(timeout)`` may be used at once, by several consumers, before and after the end.
+
+    Attributes:
+        request_id: the request's id.
+        prompt_tokens: length of the tokenised prompt.
+        cached_tokens: prompt tokens found in the prefix cache; set by the engine at admission.
+        predicted_ttft: predicted seconds from submit to the first token; None when unknown; set by
+            the engine at admission.
+
+    Thread: every method may be called from any thread; producers: one at a time.
+    """
+
+    __slots__ = (
+        "_cancel", "_completion", "_end_wakers", "_error", "_is_done", "_lock", "_timings",
+        "_token_wakers", "_tokens", "cached_tokens", "predicted_ttft", "prompt_tokens", "request_id",
+    )  # fmt: skip
+
+    def __init__(
+        self, request_id: str, prompt_tokens: int, on_cancel: Callable[[], None] | None = None
+    ) -> None:
+        """Make the handle of a request that is about to be queued.
+
+        Args:
+            request_id: shown to the user.
+            prompt_tokens: length of the tokenised prompt.
+            on_cancel: called at most once, in the thread that cancels, with no lock of the handle
+                held. It may come just after the terminal event and must bear that.
+        """
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
+        self.predicted_ttft: float | None = None
+        self._cancel = on_cancel
+        self._lock = threading.Lock()
+        self._tokens: list[Token] = []
+        self._is_done = False
+        self._completion: Completion | None = None
+        self._error: FlowPrefillError | None = None
+        self._timings: Timings | None = None
+        # Made only when somebody waits: there may be 10,000 handles with nobody looking.
+        self._token_wakers: list[Waker] | None = None
+        self._end_wakers: list[Waker] | None = None
+
+    # --- the engine's side -------------------------------------------------------------------
+
+    def push(self, token: Token) -> None:
+        """Hand over the next token. AssertionError after the end (a bug of ours)."""
+        with self._lock:
+            self._check_open("push")
+            self._tokens.append(token)
+            wakers, self._token_wakers = self._token_wakers, None
+        _wake(wakers)
+
+    def finish(self, completion: Completion) -> None:
+        """End the request with a result. AssertionError if it has ended (a bug of ours)."""
+        self._end("finish", completion, None, completion.timings)
+
+    def fail(self, error: FlowPrefillError, timings: Timings | None = None) -> None:
+        """End the request with an error. AssertionError if it has ended (a bug of ours)."""
+        self._end("fail", None, error, timings)
+
+    # --- the user's side ---------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether the terminal event has come."""
+        return self._is_done
+
+    @property
+    def timings(self) -> Timings | None:
+        """Where the time went; None before the end."""
+        return self._timings
+
+    def cancel(self) -> None:
+        """Ask the engine to end the request at the next boundary; does not wait for it.
+
+        Calling it again, or after the end, does nothing.
+        """
+        with self._lock:
+            cancel, self._cancel = self._cancel, None
+        if cancel is not None:
+            cancel()
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the end and return the completion. Not for use inside an asyncio loop.
+
+        Args:
+            timeout: longest wait, seconds; None waits for ever. The request goes on after it.
+
+        Raises:
+            TimeoutError: the request has not ended in time.
+            FlowPrefillError: what ended the request.
+        """
+        if not self._block(None, timeout):
+            message = f"request {self.request_id} has not ended within {timeout:g} s"
+            raise TimeoutError(message)
+        return self._outcome()
+
+    def __iter__(self) -> Iterator[Token]:
+        """Yield every token from the first on, blocking; then stop or raise what ended the request."""
+        position = 0
+        while True:
+            self._block(position, None)
+            if position >= len(self._tokens):
+                break
+            yield self._tokens[position]
+            position += 1
+        self._outcome_or_raise()
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        """Yield every token from the first on; then stop or raise what ended the request."""
+        return _TokenStream(self)
+
+    def __await__(self) -> Generator[Any, None, Completion]:
+        """Wait for the end. Cancelling the waiting task leaves the request running."""
+        return self._wait_end().__await__()
+
+    # --- waiting -----------------------------------------------------------------------------
+
+    async def _wait_end(self) -> Completion:
+        await self._suspend(None)
+        return self._outcome()
+
+    async def _next_token(self, position: int) -> Token | None:
+        """Return the token at `position`; None when the request ended well before it."""
+        await self._suspend(position)
+        if position < len(self._tokens):
+            return self._tokens[position]
+        self._outcome_or_raise()
+        return None
+
+    def _block(self, position: int | None, timeout: float | None) -> bool:
+        """Block the thread until there is a token at `position` (None: the end), or the end."""
+        event = threading.Event()
+        if not self._register(position, event.set):
+            return True
+        try:
+            return event.wait(timeout)
+        finally:
+            if not event.is_set():
+                self._unregister(event.set)
+
+    async def _suspend(self, position: int | None) -> None:
+        """Suspend the task until there is a token at `position` (None: the end), or the end."""
+        if self._is_ready(position):
+            return
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def waker() -> None:
+            try:
+                loop.call_soon_threadsafe(_resolve, future)
+            except RuntimeError:  # the loop was closed: nobody waits there any more
+                if not loop.is_closed():
+                    raise
+
+        if not self._register(position, waker):
+            return
+        try:
+            await future
+        finally:
+            if future.cancelled():
+                self._unregister(waker)
+
+    def _is_ready(self, position: int | None) -> bool:
+        return self._is_done or (position is not None and position < len(self._tokens))
+
+    def _register(self, position: int | None, waker: Waker) -> bool:
+        """Leave a waker; False when there is nothing to wait for. Under the lock: no lost wake-up."""
+        with self._lock:
+            if self._is_ready(position):
+                return False
+            if position is None:
+                self._end_wakers = [*(self._end_wakers or ()), waker]
+            else:
+                self._token_wakers = [*(self._token_wakers or ()), waker]
+            return True
+
+    def _unregister(self, waker: Waker) -> None:
+        with self._lock:
+            for wakers in (self._token_wakers, self._end_wakers):
+                if wakers and waker in wakers:
+                    wakers.remove(waker)
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def _end(
+        self,
+        call: str,
+        completion: Completion | None,
+        error: FlowPrefillError | None,
+        timings: Timings | None,
+    ) -> None:
+        with self._lock:
+            self._check_open(call)
+            self._completion, self._error, self._timings = completion, error, timings
+            self._cancel = None  # also drops what the callback refers to
+            self._is_done = True
+            wakers = [*(self._token_wakers or ()), *(self._end_wakers or ())]
+            self._token_wakers = self._end_wakers = None
+        _wake(wakers)
+
+    def _check_open(self, call: str) -> None:
+        if self._is_done:
+            message = f"request {self.request_id}: {call}() after its terminal event"
+            raise AssertionError(message)
+
+    def _outcome_or_raise(self) -> None:
+        if self._error is not None:
+            # Without its old traceback: else one raised to many consumers would grow each time.
+            raise self._error.with_traceback(None)
+
+    def _outcome(self) -> Completion:
+        self._outcome_or_raise()
+        assert self._completion is not None
+        return self._completion
+
+
+class _TokenStream:
+    """One asyncio consumer's position; a cancelled wait leaves the position where it was."""
+
+    __slots__ = ("_handle", "_position")
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._position = 0
+
+    def __aiter__(self) -> _TokenStream:
+        return self
+
+    async def __anext__(self) -> Token:
+        token = await self._handle._next_token(self._position)
+        if token is None:
+            raise StopAsyncIteration
+        self._position += 1
+        return token
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _wake(wakers: list[Waker] | None) -> None:
+    for waker in wakers or ():
+        waker()
