@@ -1,0 +1,39 @@
+"""Scheduling: pure decisions, event in, decision out; the engine, the simulator and tests drive it.
+
+`Scheduler(policy, cost_model, settings).on_event(event, now) -> Decision` never reads a clock,
+sleeps, or touches a tensor. One thread at a time: the caller holds its lock around it.
+"""
+
+from __future__ import annotations
+
+from flowprefill.scheduling.interface import (
+    Arrival,
+    Cancelled,
+    Decision,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Load,
+    Progress,
+    SchedulerSettings,
+    TimerFired,
+    Work,
+    WorkKind,
+)
+
+__all__ = [
+    "Arrival",
+    "Cancelled",
+    "Decision",
+    "Event",
+    "Failed",
+    "Finished",
+    "Job",
+    "Load",
+    "Progress",
+    "SchedulerSettings",
+    "TimerFired",
+    "Work",
+    "WorkKind",
+]

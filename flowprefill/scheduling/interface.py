@@ -1,0 +1,234 @@
+"""Jobs, events, work and decisions: what the engine and the simulator say to the scheduler and get.
+
+All times are seconds as floats on one monotonic clock, given by the caller with each event. The
+rules both sides keep:
+
+1. At most one work is *current*. `Decision.dispatch` makes another one current; the one before
+   (`Decision.preempted`) is suspended at its next boundary and stays the caller's to keep. It is
+   resumed by being dispatched again (`is_resume`), or given up by `Decision.cancel`.
+2. Events are reported in the order in which they happened. A work may finish while a decision that
+   suspends it is on its way: its `Finished` then arrives late and is taken as it is. For the same
+   reason a work that is dispatched again may have finished already: the caller ignores that
+   dispatch, and `Finished` follows.
+3. Events about works or jobs that have ended already are ignored, so late ones do no harm.
+4. Each job ends exactly once: in `Finished.ends`, `Cancelled`, `Failed` or `Decision.dropped`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from flowprefill.request import OnMiss
+
+WorkKind = Literal["prefill", "decode"]
+
+
+@dataclass(slots=True)
+class Job:
+    """The scheduler's view of a request whose KV blocks are reserved.
+
+    Attributes:
+        id: unique among the live jobs.
+        arrival_s: when the request arrived; its deadlines count from here.
+        prompt_tokens: tokens to compute, those found in the cache not counted. 0 means that the
+            prompt has been computed elsewhere: the job starts as a decoding sequence.
+        context_tokens: tokens that are in the cache already.
+        ttft_deadline_s: when the first token is due; inf is best effort.
+        tpot_s: wanted time between tokens; inf is best effort.
+        on_miss: `demote`: behind all jobs that can meet their deadline; `drop`: ended once the
+            deadline can no longer be met.
+        priority: among equally urgent jobs the smaller goes first (as in vLLM).
+    """
+
+    id: str
+    arrival_s: float
+    prompt_tokens: int
+    context_tokens: int = 0
+    ttft_deadline_s: float = math.inf
+    tpot_s: float = math.inf
+    on_miss: OnMiss = "demote"
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 0 or self.context_tokens < 0:
+            raise ValueError(
+                f"job {self.id}: prompt_tokens {self.prompt_tokens} and context_tokens "
+                f"{self.context_tokens} must be 0 or more"
+            )
+        if math.isnan(self.ttft_deadline_s) or not self.tpot_s > 0 or math.isnan(self.arrival_s):
+            raise ValueError(
+                f"job {self.id}: arrival_s {self.arrival_s}, ttft_deadline_s "
+                f"{self.ttft_deadline_s}, tpot_s {self.tpot_s}: expected numbers, tpot_s > 0"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A job is ready to be prefilled (or to decode, when nothing is left to prefill)."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A work ran to its end.
+
+    Attributes:
+        ends: jobs of the work that have ended with it; the others decode on.
+        executed_s: time its segments took; None: the scheduler uses its own account.
+    """
+
+    work_id: int
+    ends: frozenset[str] = frozenset()
+    executed_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """A job has ended wherever it was: waiting, running, suspended or between two decode steps.
+
+    The caller takes its rows out of a run. The same id may arrive again afterwards.
+    """
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A work ended by an error; all its jobs have ended with it."""
+
+    work_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A better account of a work than the scheduler's own; optional, at any time.
+
+    Attributes:
+        remaining_s: predicted time of the segments that are left.
+    """
+
+    work_id: int
+    remaining_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The time of `Decision.wake_at` has come."""
+
+
+Event = Arrival | Finished | Cancelled | Failed | Progress | TimerFired
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """What one run executes: the prefill of one or more jobs, or one decode step of sequences.
+
+    The scheduler makes and changes it, the caller reads it. Compared by identity.
+
+    Attributes:
+        id: unique for the life of the scheduler, counting up from 1.
+        job_ids: the live jobs, in the order in which they were packed. Shrinks when one ends
+            early; the run keeps the rows it was built with.
+        deadline_s: the earliest deadline among the live jobs; inf is best effort.
+        predicted_s: predicted time of the whole work, running undisturbed.
+        suspensions: how many times it was preempted.
+        suspended_s: how long it was suspended in all, up to its last resume.
+    """
+
+    id: int
+    kind: WorkKind
+    job_ids: tuple[str, ...]
+    deadline_s: float
+    predicted_s: float
+    suspensions: int = 0
+    suspended_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is to be done after one event; carry out in the order of the fields.
+
+    Attributes:
+        cancel: works with no live job left: stop and free them. May hold the current one.
+        dropped: (job id, reason) of jobs whose deadline can no longer be met: end them.
+        dispatch: the work that is current from now on; None: the executor goes on as it is.
+        is_resume: `dispatch` was suspended and goes on where it stopped.
+        preempted: the work that `dispatch` suspends.
+        wake_at: send `TimerFired` at this time unless another event comes first; None: no need.
+            Each decision replaces the one before. Always later than the event's time.
+        reason: why, for the decision log.
+    """
+
+    cancel: tuple[Work, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
+    dispatch: Work | None = None
+    is_resume: bool = False
+    preempted: Work | None = None
+    wake_at: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Bounds of the scheduler; the engine fills in those that are in its configuration.
+
+    Attributes:
+        max_batch_tokens: most prompt tokens packed in one prefill (a longer prompt goes alone).
+        max_batch_jobs: most jobs packed in one prefill.
+        max_running: most sequences in one decode step.
+        max_blocking_s: what a preemption costs: the longest segment.
+        max_suspensions: a work suspended so often is not preempted by another prefill any more.
+        max_suspended_s: nor one suspended for so long in all; while suspended, it is next then.
+        late_share: share of the time that late and best-effort jobs get although jobs that can
+            meet their deadline never let up.
+        late_patience_s: how long a late or best-effort job waits before that share counts for it.
+        decode_share: most of the time that decode steps take while prefills wait.
+        idle_share: what decode steps without a TPOT objective aim at while prefills wait.
+        max_stall_s: longest wait of a sequence without a TPOT objective for its next step.
+    """
+
+    max_batch_tokens: int = 512
+    max_batch_jobs: int = 64
+    max_running: int = 64
+    max_blocking_s: float = 0.002
+    max_suspensions: int = 256
+    max_suspended_s: float = 60.0
+    late_share: float = 0.1
+    late_patience_s: float = 2.0
+    decode_share: float = 0.7
+    idle_share: float = 0.25
+    max_stall_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_tokens", "max_batch_jobs", "max_running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected an integer >= 1")
+        for name in ("late_share", "decode_share", "idle_share"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a share in (0, 1)")
+        for name in ("max_blocking_s", "max_suspended_s", "late_patience_s", "max_stall_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number >= 0")
+
+
+@dataclass(slots=True)
+class Load:
+    """What is waiting, for admission and metrics; the scheduler keeps it up to date.
+
+    Attributes:
+        waiting_jobs: jobs whose prefill has not started.
+        waiting_tokens: prompt tokens of those.
+        backlog_s: predicted time of all prefill that is not done, running and suspended included.
+        suspended_works: prefills and decode steps that stand still.
+        decoding: sequences that decode.
+    """
+
+    waiting_jobs: int = 0
+    waiting_tokens: int = 0
+    backlog_s: float = 0.0
+    suspended_works: int = 0
+    decoding: int = 0
