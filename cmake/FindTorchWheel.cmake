@@ -1,0 +1,78 @@
+# Locates torch as pip installed it and makes imported targets for it. Included by the top CMakeLists.txt.
+#
+# torch's own TorchConfig.cmake is not used: it looks for the whole CUDA toolkit whenever the wheel was built with
+# CUDA, even for code that only needs the CPU half. Three libraries and two folders of headers are all we need.
+#
+#   torch::cpu      libtorch_cpu, libc10 and the headers; among them the pybind11 that the wheel was built with
+#   torch::python   libtorch_python: conversion between at::Tensor and torch.Tensor
+#   torch::openmp   -fopenmp for compiling, and for linking *the wheel's own* OpenMP runtime. Linking the system's
+#                   would put two runtimes and two thread pools into the process, fighting for the same cores.
+#
+# Needs Python_EXECUTABLE. Sets TorchWheel_VERSION, TorchWheel_LIBRARY_DIR and TorchWheel_INSTALL_RPATH, the run
+# path by which a module in site-packages/flowprefill/ finds these libraries. Nothing is cached, so a build folder
+# follows its environment.
+
+# Importing torch takes seconds; its place and version.py say the same.
+set(_torch_query [=[
+import importlib.util, pathlib, runpy
+spec = importlib.util.find_spec("torch")
+if spec is None:
+    raise SystemExit("no torch")
+folder = pathlib.Path(spec.origin).parent
+print(folder, runpy.run_path(str(folder / "version.py"))["__version__"].partition("+")[0], sep=";", end="")
+]=])
+execute_process(
+  COMMAND "${Python_EXECUTABLE}" -c "${_torch_query}"
+  OUTPUT_VARIABLE _torch_found
+  RESULT_VARIABLE _torch_status
+  ERROR_QUIET)
+if(_torch_status EQUAL 0)
+  list(GET _torch_found 0 _torch_dir)
+  list(GET _torch_found 1 TorchWheel_VERSION)
+  set(TorchWheel_LIBRARY_DIR "${_torch_dir}/lib")
+endif()
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(
+  TorchWheel
+  REQUIRED_VARS TorchWheel_LIBRARY_DIR
+  VERSION_VAR TorchWheel_VERSION
+  REASON_FAILURE_MESSAGE "${Python_EXECUTABLE} has no torch (or an older one): pip install torch==2.13.0")
+
+# An imported shared library of the wheel. Imported targets count as system headers: their warnings are not ours.
+function(_torch_library target file)
+  if(NOT EXISTS "${TorchWheel_LIBRARY_DIR}/${file}")
+    message(FATAL_ERROR "torch ${TorchWheel_VERSION} has no ${TorchWheel_LIBRARY_DIR}/${file}")
+  endif()
+  add_library(${target} SHARED IMPORTED GLOBAL)
+  set_target_properties(${target} PROPERTIES IMPORTED_LOCATION "${TorchWheel_LIBRARY_DIR}/${file}")
+endfunction()
+
+if(TorchWheel_FOUND AND NOT TARGET torch::cpu)
+  _torch_library(torch::c10 libc10.so)
+  _torch_library(torch::cpu libtorch_cpu.so)
+  _torch_library(torch::python libtorch_python.so)
+  target_include_directories(
+    torch::c10 INTERFACE "${_torch_dir}/include" "${_torch_dir}/include/torch/csrc/api/include")
+  target_compile_definitions(torch::c10 INTERFACE _GLIBCXX_USE_CXX11_ABI=1)
+  target_link_libraries(torch::cpu INTERFACE torch::c10)
+  target_link_libraries(torch::python INTERFACE torch::cpu)
+
+  # Wheels have carried it in torch/lib, or, after auditwheel, as torch.libs/libgomp-<hash>.so.1.
+  file(GLOB _torch_gomp "${TorchWheel_LIBRARY_DIR}/libgomp*.so*" "${_torch_dir}/../torch.libs/libgomp*.so*")
+  if(_torch_gomp)
+    list(GET _torch_gomp 0 _torch_gomp)
+  else()
+    message(WARNING "torch ${TorchWheel_VERSION} brings no libgomp: linking the system's")
+    execute_process(
+      COMMAND "${CMAKE_CXX_COMPILER}" -print-file-name=libgomp.so.1
+      OUTPUT_VARIABLE _torch_gomp
+      OUTPUT_STRIP_TRAILING_WHITESPACE)
+  endif()
+  message(STATUS "OpenMP runtime: ${_torch_gomp}")
+  # Not -fopenmp at link time: the compiler driver would add its own -lgomp.
+  add_library(torch::openmp SHARED IMPORTED GLOBAL)
+  set_target_properties(torch::openmp PROPERTIES IMPORTED_LOCATION "${_torch_gomp}")
+  target_compile_options(torch::openmp INTERFACE -fopenmp)
+  set(TorchWheel_INSTALL_RPATH "$ORIGIN/../torch/lib" "$ORIGIN/../torch.libs")
+endif()

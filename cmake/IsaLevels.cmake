@@ -1,0 +1,43 @@
+# fp_add_isa_sources(target file...): compiles each file once per instruction set into `target`. Used by csrc/ops.
+#
+# One build has to run on every x86-64 machine and still use what the machine at hand offers. A file `x.isa.cc`
+# puts its functions into namespace FP_ISA_NAMESPACE (isa_baseline, isa_avx2, isa_avx512) and a dispatcher, an
+# ordinary file, calls one of them. FP_ISA_LEVELS tells it how many there are: 3 on x86-64, otherwise 1.
+#
+# Such a file must not instantiate inline functions or templates that others instantiate too (std::vector, ATen):
+# the linker keeps one copy of each, perhaps the AVX-512 one, and an older machine would execute it. A test reads
+# the symbol tables (tests/unit/test_packaging.py).
+
+set(FP_ISA_NAMES baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND FP_ISA_NAMES avx2 avx512)
+endif()
+list(LENGTH FP_ISA_NAMES FP_ISA_COUNT)
+
+set(FP_ISA_FLAGS_avx2 -march=x86-64-v3)
+set(FP_ISA_FLAGS_avx512 -march=x86-64-v4)
+
+# What lets sums be vectorised. Not -ffast-math: infinities and NaN keep their meaning (masks are -inf).
+set(FP_ISA_FLAGS
+    -O3
+    -ffp-contract=fast
+    -fno-math-errno
+    -fno-trapping-math
+    -fassociative-math
+    -fno-signed-zeros
+    -freciprocal-math)
+
+function(fp_add_isa_sources target)
+  target_compile_definitions(${target} PUBLIC FP_ISA_LEVELS=${FP_ISA_COUNT})
+  if(NOT ARGN)
+    return()
+  endif()
+  foreach(isa IN LISTS FP_ISA_NAMES)
+    set(objects ${target}_${isa})
+    add_library(${objects} OBJECT ${ARGN})
+    target_compile_definitions(${objects} PRIVATE FP_ISA_NAMESPACE=isa_${isa} FP_ISA_LEVELS=${FP_ISA_COUNT})
+    target_compile_options(${objects} PRIVATE ${FP_ISA_FLAGS} ${FP_ISA_FLAGS_${isa}})
+    target_link_libraries(${objects} PRIVATE torch::cpu torch::openmp)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+  endforeach()
+endfunction()

@@ -1,0 +1,5 @@
+"""The version, written here only; pyproject.toml, `flowprefill --version` and the server read it."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
