@@ -1,0 +1,40 @@
+// The place segments execute on; owned by the Executor, called on the executor's thread only.
+// A device that completes work in the order it was launched may run ahead: see launch/throttle.
+#pragma once
+
+#include <cstddef>
+
+#include "runtime/segment.h"
+
+namespace flowprefill {
+
+// The base class is the synchronous device: a segment is done when launch() returns. csrc/cpu
+// derives from it to set up the compute team in attach().
+//
+// A device with run-ahead returns from launch() early, bounds the segments in flight in throttle(),
+// and waits for them in drain(). The executor drains before a run leaves the device in any way
+// (suspended, finished, cancelled, failed): so a run that is not running has nothing in flight, an
+// asynchronous error is charged to the run that caused it, and whoever sees the run's event may
+// free or reuse its memory. The price is one launch gap per preemption.
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  // Called once, before the first segment. An exception makes Executor::start() throw it.
+  virtual void attach() {}
+
+  // Called once, after the last segment, if attach() succeeded.
+  virtual void detach() noexcept {}
+
+  // Starts segment i of the program. May throw.
+  virtual void launch(Program& program, size_t i) { program.execute(i); }
+
+  // Returns when at most the device's run-ahead many segments are in flight. May throw an error of
+  // an earlier launch.
+  virtual void throttle() {}
+
+  // Returns when nothing is in flight; also called after launch() or throttle() threw. May throw.
+  virtual void drain() {}
+};
+
+}  // namespace flowprefill
