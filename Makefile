@@ -24,22 +24,25 @@ help:  ## list the targets
 
 # ---- environment
 
-# Prints what apt would have to install; .ci/run does so.
+# Prints the packages that apt would have to install.
+define MISSING_PACKAGES
+command -v g++ >/dev/null || echo g++; \
+  command -v git >/dev/null || echo git; \
+  test -e /usr/include/gtest/gtest.h || echo libgtest-dev; \
+  if ! command -v $(PYTHON) >/dev/null; then echo python3 python3-venv python3-dev; else \
+    $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv; \
+    test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || echo python3-dev; fi
+endef
+
 .PHONY: debian-packages
 debian-packages:
-	@command -v g++ >/dev/null || echo g++
-	@test -e /usr/include/gtest/gtest.h || echo libgtest-dev
-	@command -v git >/dev/null || echo git
-	@command -v $(PYTHON) >/dev/null || { echo python3 python3-venv python3-dev; exit 0; }; \
-	$(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv; \
-	test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || echo python3-dev
+	@$(MISSING_PACKAGES)
 
 .PHONY: check-packages
 check-packages:
-	@missing="$$($(MAKE) -s debian-packages | tr '\n' ' ')"; \
-	if [ -n "$$missing" ]; then \
-	  echo "Debian packages are missing. Run: sudo apt-get install $$missing" >&2; exit 1; fi
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FlowPrefill needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@missing=$$($(MISSING_PACKAGES)); if [ -n "$$missing" ]; then \
+	  echo "Debian packages are missing. Run: sudo apt-get install" $$missing >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 
 # torch is always named with its version: a plain `torch` may be a CUDA build of several gigabytes.
 # The embedded model's package is wanted for its file alone, hence --no-deps.
