@@ -13,6 +13,8 @@ inline int64_t now_ns() {
       .count();
 }
 
-inline constexpr double to_seconds(int64_t ns) { return static_cast<double>(ns) * 1e-9; }
+inline constexpr double to_seconds(int64_t ns) {
+  return static_cast<double>(ns) * 1e-9;
+}
 
 }  // namespace flowprefill

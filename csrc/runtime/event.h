@@ -8,11 +8,15 @@
 
 namespace flowprefill {
 
+// A suspension is posted just before the state changes to kSuspended, so that a run's terminal
+// event is always its last; dispatching the run again on seeing it is safe.
 enum class EventKind : uint8_t { kFinished, kSuspended, kCancelled, kFailed };
 
 const char* to_string(EventKind kind);
 
-inline constexpr bool is_terminal(EventKind kind) { return kind != EventKind::kSuspended; }
+inline constexpr bool is_terminal(EventKind kind) {
+  return kind != EventKind::kSuspended;
+}
 
 struct Event {
   EventKind kind = EventKind::kFinished;

@@ -9,7 +9,6 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
-#include <string>
 #include <thread>
 
 #include "runtime/device.h"
@@ -90,15 +89,15 @@ class Executor {
   ExecutorStats stats() const;
 
  private:
-  void thread_main(std::exception_ptr& attach_error, std::atomic<bool>& is_attached);
+  void thread_main();
   void execute_until_idle();
   bool at_boundary();
   void take_mail();
   void execute_segment();
   bool begin(Run& run);
   void leave(RunState to);
-  void fail(const std::string& what) noexcept;
-  void end(RunState to, int64_t time_ns);
+  void fail(size_t segment, std::exception_ptr error);
+  void end(RunState to);
 
   const std::unique_ptr<Device> device_;
   EventQueue events_;
@@ -107,10 +106,13 @@ class Executor {
   std::thread thread_;
   std::atomic<bool> is_started_{false};
   std::once_flag stop_once_;
+  std::atomic<bool> is_attached_{false};  // or failed to: attach_error_ is set then
+  std::exception_ptr attach_error_;       // written before is_attached_
 
-  // Only the executor's thread touches these two.
+  // Only the executor's thread touches these three.
   RunRef current_;
-  int64_t segment_start_ns_ = 0;
+  int64_t segment_start_ns_ = 0;  // end of the segment before
+  bool is_fresh_ = false;         // current_ has executed nothing since its last dispatch
 
   std::atomic<uint64_t> num_dispatched_{0};
   std::atomic<uint64_t> num_started_{0};

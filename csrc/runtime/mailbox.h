@@ -28,6 +28,10 @@ class Mailbox {
   // Takes the run out; null if there is none or the mailbox is closed.
   RunRef take() noexcept;
 
+  // Empties it if it holds exactly this run; whether it did. So a cancelled run's last reference
+  // isn't left to the executor.
+  bool remove(const Run& run) noexcept;
+
   // Closes it; returns the run that was in it. Every later put() is refused.
   RunRef close() noexcept;
 

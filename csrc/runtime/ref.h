@@ -17,7 +17,8 @@ class Ref {
   Ref() = default;
   Ref(std::nullptr_t) {}  // NOLINT(google-explicit-constructor)
   explicit Ref(T* pointer) : pointer_(pointer) {
-    if (pointer_ != nullptr) retain(pointer_);
+    if (pointer_ != nullptr)
+      retain(pointer_);
   }
   Ref(const Ref& other) : Ref(other.pointer_) {}
   Ref(Ref&& other) noexcept : pointer_(std::exchange(other.pointer_, nullptr)) {}
@@ -26,7 +27,8 @@ class Ref {
     return *this;
   }
   ~Ref() {
-    if (pointer_ != nullptr) release(pointer_);
+    if (pointer_ != nullptr)
+      release(pointer_);
   }
 
   // Takes over a reference that detach() gave out.

@@ -20,7 +20,9 @@ enum class RunState : uint8_t { kReady, kRunning, kSuspended, kFinished, kCancel
 
 const char* to_string(RunState state);
 
-inline constexpr bool is_terminal(RunState state) { return state >= RunState::kFinished; }
+inline constexpr bool is_terminal(RunState state) {
+  return state >= RunState::kFinished;
+}
 
 // Whether a run may ever go from one state to the other: the transition table.
 bool is_legal(RunState from, RunState to);
@@ -98,12 +100,12 @@ class Run {
   bool request(uint32_t bit);
 
   // Accounting; each called by whoever owns the run at that moment, before the state change that
-  // publishes it (note_ended: after a caller's cancel, before its event).
+  // publishes it (close_suspension: after a caller's cancel, before its event).
   void note_dispatched(int64_t time_ns);
   void note_started(int64_t time_ns);
   void note_segment(int64_t start_ns, int64_t end_ns);
   void note_suspended(int64_t time_ns);
-  void note_ended(int64_t time_ns);
+  void close_suspension(int64_t time_ns);
   void set_error(std::string message) noexcept { error_ = std::move(message); }
 
   const uint64_t id_;
