@@ -1,4 +1,4 @@
-"""Builds flowprefill/_core with CMake and Ninja; called by pip and by `make build`. Metadata: pyproject.toml."""
+"""Builds flowprefill/_core with CMake and Ninja; pip and `make build` call it. Rest: pyproject.toml."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def find_tool(name: str) -> str:
 
 
 def build_folder() -> Path:
-    """Return a folder per torch installation, so that an isolated build doesn't make the next one start anew."""
+    """Return one folder for this environment's torch, another for pip's isolated builds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("flowprefill needs torch to build: pip install torch==2.13.0")
@@ -36,7 +36,7 @@ def build_folder() -> Path:
 
 
 def run_tool(*command: str) -> None:
-    """Run one build step; end with its exit status, without a traceback below the compiler's messages."""
+    """Run one build step; if it fails end without a traceback below the compiler's messages."""
     status = subprocess.run(command, check=False).returncode
     if status != 0:
         sys.exit(f"failed with status {status}: {' '.join(command)}")
@@ -59,7 +59,7 @@ class CMakeBuild(build_ext):
         self._place(cmake, folder)
 
     def _place(self, cmake: str, folder: Path) -> None:
-        """Copy next to the sources (run path: this torch), or install for a wheel (run path: any torch beside it)."""
+        """Copy next to the sources (finds this torch), or install for a wheel (the one beside it)."""
         if self.inplace:
             target = ROOT / MODULE
             fresh = target.with_suffix(".new")

@@ -1,7 +1,7 @@
-"""FlowPrefill: LLM prefill that preempts between operators. What users import; everything here is loaded lazily.
+"""LLM prefill that preempts between operators. What users import, loaded on first use.
 
-`import flowprefill` reads two small files. Torch and the native module are loaded by the first use of `Engine`,
-so that `flowprefill --help`, the scheduler and the simulator start at once and work without torch.
+`import flowprefill` reads two small files. Torch and the native module are loaded by the first
+use of `Engine`: `flowprefill --help`, the scheduler and the simulator start at once without them.
 """
 
 from __future__ import annotations

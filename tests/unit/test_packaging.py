@@ -1,0 +1,83 @@
+"""The package as built: version, lazy imports, one OpenMP runtime, safe instruction sets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import flowprefill
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_python(code: str) -> str:
+    """Run `code` in a fresh interpreter and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_version_metadata_says_the_same() -> None:
+    assert importlib.metadata.version("flowprefill") == flowprefill.__version__
+
+
+def test_import_scheduling_loads_no_torch() -> None:
+    heavy = {"torch", "numpy", "aiohttp", "flowprefill._core"}
+    code = "import sys, flowprefill.config, flowprefill.scheduling; print(*sys.modules)"
+    assert heavy.isdisjoint(run_python(code).split())
+
+
+def test_public_names_all_resolve() -> None:
+    names = [name for name in flowprefill.__all__ if name != "__version__"]
+    missing = [name for name in names if getattr(flowprefill, name).__name__ != name]
+    assert missing == []
+    assert set(dir(flowprefill)) == set(flowprefill.__all__)
+
+
+def test_public_name_unknown_raises_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Enigne'"):
+        _ = flowprefill.Enigne  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("order", ["torch, flowprefill._core", "flowprefill._core, torch"])
+def test_process_has_one_openmp_runtime(order: str) -> None:
+    code = f"import {order}; print(open('/proc/self/maps').read())"
+    runtimes = set(re.findall(r"\S*lib[gi]?omp\d?[-.\w]*\.so\S*", run_python(code)))
+    assert len(runtimes) == 1, runtimes
+
+
+def test_torch_version_is_the_same_everywhere() -> None:
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    pinned = next(r for r in requires if r.startswith("torch=="))
+    for name in ("Makefile", "setup.py", "cmake/FindTorchWheel.cmake"):
+        assert set(re.findall(r"torch==[\d.]+\d", (ROOT / name).read_text())) == {pinned}, name
+
+
+def isa_objects() -> list[Path]:
+    """Objects compiled for more than the baseline, from the in-place build."""
+    found = (ROOT / "build" / "cmake").rglob("*.isa.cc.o")
+    return sorted(p for p in found if not any("baseline" in part for part in p.parts))
+
+
+@pytest.mark.skipif(not isa_objects(), reason="no in-place build for several instruction sets")
+def test_isa_objects_share_no_inline_code() -> None:
+    # A weak symbol is merged with its namesakes: the linker might keep this copy, with instructions
+    # that an older machine lacks, for callers all over the module. A name with the level in it is
+    # safe, nobody else has it.
+    for path in isa_objects():
+        listing = subprocess.run(
+            ["nm", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        weak = [line.split()[-1] for line in listing.splitlines() if re.search(r" [WVu] ", line)]
+        shared = [name for name in weak if not re.search(r"isa_avx\w", name)]
+        assert shared == [], (
+            f"{path.name}: keep templates and inline functions of others out of *.isa.cc"
+        )
