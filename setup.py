@@ -1,4 +1,4 @@
-"""Builds flowprefill/_core with CMake and Ninja; pip and `make build` call it. Rest: pyproject.toml."""
+"""Builds flowprefill/_core with CMake and Ninja; for pip and `make build`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class CMakeBuild(build_ext):
         self._place(cmake, folder)
 
     def _place(self, cmake: str, folder: Path) -> None:
-        """Copy next to the sources (finds this torch), or install for a wheel (the one beside it)."""
+        """Copy next to the sources (finds this torch) or install for a wheel (any beside it)."""
         if self.inplace:
             target = ROOT / MODULE
             fresh = target.with_suffix(".new")

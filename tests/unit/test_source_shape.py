@@ -33,7 +33,7 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", filter(has_head, source_files()), ids=_relative)
+@pytest.mark.parametrize("path", [p for p in source_files() if has_head(p)], ids=_relative)
 def test_file_says_first_what_it_holds(path: Path) -> None:
     assert path.read_text().startswith(COMMENT[path.suffix])
 
