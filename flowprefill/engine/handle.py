@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flowprefill.errors import FlowPrefillError
-from flowprefill.request import Completion, Timings, Token
+if TYPE_CHECKING:
+    from flowprefill.errors import FlowPrefillError
+    from flowprefill.request import Completion, Timings, Token
 
 Waker = Callable[[], None]
 
@@ -37,7 +38,8 @@ class Handle:
 
     __slots__ = (
         "_cancel", "_completion", "_end_wakers", "_error", "_is_done", "_lock", "_timings",
-        "_token_wakers", "_tokens", "cached_tokens", "predicted_ttft", "prompt_tokens", "request_id",
+        "_token_wakers", "_tokens", "cached_tokens", "predicted_ttft", "prompt_tokens",
+        "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -122,7 +124,7 @@ class Handle:
         return self._outcome()
 
     def __iter__(self) -> Iterator[Token]:
-        """Yield every token from the first on, blocking; then stop or raise what ended the request."""
+        """Yield every token from the first on, blocking; then stop or raise what ended it."""
         position = 0
         while True:
             self._block(position, None)
@@ -156,6 +158,8 @@ class Handle:
 
     def _block(self, position: int | None, timeout: float | None) -> bool:
         """Block the thread until there is a token at `position` (None: the end), or the end."""
+        if self._is_ready(position):
+            return True
         event = threading.Event()
         if not self._register(position, event.set):
             return True
@@ -184,14 +188,14 @@ class Handle:
         try:
             await future
         finally:
-            if future.cancelled():
+            if future.cancelled() or not future.done():
                 self._unregister(waker)
 
     def _is_ready(self, position: int | None) -> bool:
         return self._is_done or (position is not None and position < len(self._tokens))
 
     def _register(self, position: int | None, waker: Waker) -> bool:
-        """Leave a waker; False when there is nothing to wait for. Under the lock: no lost wake-up."""
+        """Leave a waker; False if there is nothing to wait for. Under the lock: none is lost."""
         with self._lock:
             if self._is_ready(position):
                 return False

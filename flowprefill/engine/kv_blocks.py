@@ -1,10 +1,10 @@
-"""BlockPool: which KV block belongs to which request, and which hold reusable prefixes; the engine calls it.
+"""BlockPool: which request holds which KV block, which are reusable; the engine calls it.
 
 Accounting only: blocks are ids ``0 .. num_blocks - 1`` whose storage is the native KV cache's.
-Every block is in exactly one of three places: held by at least one reservation, on the free list, or
-*evictable* (nobody holds it, its content is still findable by its hash). A block's hash covers all
-tokens up to its end, by chaining the hash of the block before it, and is a 128-bit cryptographic
-one: nobody can craft a prompt that collides with another user's.
+Every block is in exactly one of three places: held by at least one reservation, on the free list,
+or *evictable* (nobody holds it, its content is still findable by its hash). A block's hash covers
+all tokens up to its end, by chaining the hash of the block before it, and is a 128-bit
+cryptographic one: nobody can craft a prompt that collides with another user's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class BlockPool:
     Cost: every call is O(blocks of the request it is about).
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int, enable_prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_tokens: int, enable_prefix_cache: bool = True
+    ) -> None:
         """Make a pool of free blocks.
 
         Args:
@@ -221,7 +223,7 @@ class BlockPool:
         return -(-tokens // self.block_tokens)
 
     def _find_prefix(self, token_ids: TokenIds, hashes: list[bytes]) -> list[int]:
-        """Return the cached blocks the prompt starts with; hashes as far as looked at go to `hashes`."""
+        """Return the cached blocks the prompt starts with; hashes looked at go to `hashes`."""
         found: list[int] = []
         if not self._is_caching:
             return found
@@ -236,7 +238,9 @@ class BlockPool:
         """Return the hash of block `index`, whose predecessors' are in `hashes`; adds it there."""
         if index == len(hashes):
             start = index * self.block_tokens
-            content = np.asarray(token_ids[start : start + self.block_tokens], dtype="<i4").tobytes()
+            content = np.asarray(
+                token_ids[start : start + self.block_tokens], dtype="<i4"
+            ).tobytes()
             parent = hashes[-1] if hashes else _ROOT
             hashes.append(hashlib.blake2b(parent + content, digest_size=_HASH_BYTES).digest())
         return hashes[index]
