@@ -1,5 +1,6 @@
-"""ModelConfig: the shape and constants of one decoder model; made by the checkpoint readers, read by
-the native model builder and the engine.
+"""ModelConfig: shape and constants of one decoder model.
+
+Made by the checkpoint readers, read by the native model builder and the engine.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ModelConfig:
         o_bias: the attention's output projection has a bias.
         mlp_bias: gate, up and down projections have a bias.
         qk_norm: RMS norm over head_dim of q and k before the rotary embedding.
-        sliding_window: a token of a sliding layer sees this many tokens, itself included; 0 is none.
+        sliding_window: tokens that a token of a sliding layer sees, itself included; 0 is none.
         sliding_layers: per layer, whether the window holds there; [num_layers].
         max_position: longest context, tokens.
         bos_token_id: None if the model has none.
@@ -159,8 +160,8 @@ def rope_inverse_frequencies(config: ModelConfig) -> tuple[npt.NDArray[np.float3
     """Give the native model its rotary frequencies; all scaling is in them.
 
     Returns:
-        float32 [head_dim / 2], radians per position of the pair (i, i + head_dim / 2); and the factor
-        on cos and sin.
+        float32 [head_dim / 2], radians per position of the pair (i, i + head_dim / 2); and the
+        factor on cos and sin.
     """
     return inverse_frequencies(
         config.head_dim, config.rope_theta, config.rope_scaling, config.rope_freq_factors

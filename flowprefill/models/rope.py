@@ -26,7 +26,8 @@ class RopeScaling:
     Attributes:
         kind: one of ROPE_KINDS; fields that a kind does not use keep their default.
         factor: context extension, > 0 (linear, llama3, yarn).
-        low_freq_factor: llama3; wavelengths above original_max_position / this are divided by factor.
+        low_freq_factor: llama3; wavelengths above original_max_position / this get
+            divided by factor.
         high_freq_factor: llama3; wavelengths below original_max_position / this stay.
         original_max_position: positions of pre-training, tokens (llama3, yarn).
         beta_fast: yarn; dimensions turning more often than this over the original context stay.
@@ -140,22 +141,23 @@ def inverse_frequencies(
     """Compute the angle per position of every pair of dimensions (i, i + head_dim / 2).
 
     The arithmetic is single precision on purpose: it is what the models were trained and are
-    published with, and rounding differs from double by more than attention at 100k positions forgives.
+    published with, and at 100k positions an angle of double precision would differ by 0.01 rad.
 
     Args:
         head_dim: dimensions of a head, even.
         theta: base of the geometric series, > 0.
         scaling: the model's scaling.
-        freq_factors: divisors per pair (GGUF tensor ``rope_freqs.weight``), [head_dim / 2], or empty.
+        freq_factors: divisors per pair (GGUF tensor ``rope_freqs.weight``), [head_dim / 2],
+            or empty.
 
     Returns:
-        float32 array [head_dim / 2] in radians per position, and the factor that multiplies both cos
-        and sin (1.0 but for yarn).
+        float32 array [head_dim / 2] in radians per position, and the factor that multiplies both
+        cos and sin (1.0 but for yarn).
 
     Source:
-        default: Su et al. 2021 (RoFormer), eq. 15. linear: Chen et al. 2023 (position interpolation),
-        eq. 4. llama3: Llama 3.1's published reference. yarn: Peng et al. 2023, section 3.2 "NTK-by-parts"
-        and eq. 22 for the attention factor.
+        default: Su et al. 2021 (RoFormer), eq. 15. linear: Chen et al. 2023 (position
+        interpolation), eq. 4. llama3: Llama 3.1's published reference. yarn: Peng et al. 2023,
+        section 3.2 "NTK-by-parts", and eq. 22 for the attention factor.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     periods = torch.pow(theta, exponents)

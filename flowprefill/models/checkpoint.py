@@ -1,0 +1,155 @@
+"""Checkpoint: configuration, tokenizer, chat template and streamed weights of one model on disk.
+
+The engine calls open_checkpoint; the format readers (hf_folder, gguf_file) supply the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from flowprefill.errors import CheckpointError
+from flowprefill.models.chat_template import ChatTemplate
+from flowprefill.models.model_config import ModelConfig
+from flowprefill.models.tokenizer import Tokenizer
+from flowprefill.models.weight_names import expected_shapes
+
+Progress = Callable[[int, int], None]
+
+
+class CheckpointReader(Protocol):
+    """One file format: what a reader of it must be able to say."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration, read when the checkpoint was opened."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """``bos_token`` and ``eos_token`` texts that chat templates may name; absent if unknown."""
+
+    def read_tokenizer(self) -> Tokenizer:
+        """Build the tokenizer; raises CheckpointError."""
+
+    def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every stored tensor, by the file's own name, without reading it."""
+
+    def stored_name(self, canonical: str) -> str:
+        """The file's own name of a canonical weight."""
+
+    def is_ignored(self, stored: str) -> bool:
+        """Whether a stored tensor is known not to be needed."""
+
+    def stored_bytes(self, stored: str) -> int:
+        """Size on disk, bytes; what progress counts."""
+
+    def load(self, canonical: str) -> torch.Tensor:
+        """Read one weight, contiguous, on the CPU; may share memory with the mapped file."""
+
+
+class Checkpoint:
+    """One model on disk, its weights checked by name and shape before any is read.
+
+    Attributes:
+        name: the id under which the model is served.
+        config: see ModelConfig.
+    """
+
+    def __init__(self, name: str, reader: CheckpointReader) -> None:
+        """Check the stored tensors against the configuration.
+
+        Raises:
+            CheckpointError: a tensor is missing, has the wrong shape, or is not known.
+        """
+        self.name = name
+        self.config = reader.config
+        self._reader = reader
+        self._tokenizer: Tokenizer | None = None
+        self._shapes = expected_shapes(self.config)
+        self._check_tensors()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read on first use; raises CheckpointError naming the missing file."""
+        if self._tokenizer is None:
+            self._tokenizer = self._reader.read_tokenizer()
+        return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Renders messages; its ``render`` raises InvalidRequest if the model has no template."""
+        return ChatTemplate(self.config.chat_template, self._reader.special_tokens)
+
+    @property
+    def total_bytes(self) -> int:
+        """What the needed weights take on disk, bytes."""
+        return sum(self._stored_bytes(name) for name in self._shapes)
+
+    def weights(self, progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Stream the weights in the order of ``expected_shapes``, one held at a time.
+
+        Args:
+            progress: called after each weight was consumed with (bytes done, bytes total)
+                of the files.
+
+        Yields:
+            Canonical name and tensor: matrices [out, in]; q and k rows in rotate-half order (pair
+            (i, i + head_dim / 2) turns together); stored dtype (bf16, f16, f32) from safetensors,
+            float32 from GGUF. It may share memory with the mapped file: do not write to it.
+
+        Raises:
+            CheckpointError: the file could not be read any more.
+        """
+        total, done = self.total_bytes, 0
+        for name in self._shapes:
+            yield name, self._reader.load(name)
+            done += self._stored_bytes(name)
+            if progress is not None:
+                progress(done, total)
+
+    def _stored_bytes(self, canonical: str) -> int:
+        return self._reader.stored_bytes(self._reader.stored_name(canonical))
+
+    def _check_tensors(self) -> None:
+        stored = self._reader.stored_shapes()
+        needed: set[str] = set()
+        for canonical, expected in self._shapes.items():
+            name = self._reader.stored_name(canonical)
+            needed.add(name)
+            if name not in stored:
+                raise CheckpointError(
+                    f"tensor {name}: missing, expected shape {list(expected)}", param=name
+                )
+            if stored[name] != expected:
+                raise CheckpointError(
+                    f"tensor {name}: got shape {list(stored[name])}, expected {list(expected)}",
+                    param=name,
+                )
+        for name in stored:
+            if name not in needed and not self._reader.is_ignored(name):
+                raise CheckpointError(
+                    f"tensor {name}: got shape {list(stored[name])}, expected no such tensor in a "
+                    f"{self.config.family} model with this configuration",
+                    param=name,
+                )
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a model by name or path.
+
+    Args:
+        source: ``smollm2-135m`` (the embedded default), a Hugging Face folder, or a ``.gguf`` file.
+
+    Raises:
+        CheckpointError: nothing there, a part missing or damaged, or a kind that is not supported.
+    """
+    from flowprefill.models.gguf_file import GgufFile
+    from flowprefill.models.hf_folder import HfFolder
+    from flowprefill.models.registry import resolve_model
+
+    found = resolve_model(source)
+    reader: CheckpointReader = HfFolder(found.path) if found.path.is_dir() else GgufFile(found.path)
+    return Checkpoint(found.model_id, reader)

@@ -1,0 +1,212 @@
+"""GgufFile: reads one GGUF file (metadata, quantised weights, tokenizer); used by checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from flowprefill.errors import CheckpointError
+from flowprefill.models.gguf_metadata import GgufMetadata, has_values
+from flowprefill.models.gguf_tokenizer import build_tokenizer
+from flowprefill.models.model_config import ModelConfig, bad_field
+from flowprefill.models.rope import RopeScaling
+from flowprefill.models.tokenizer import Tokenizer
+from flowprefill.models.weight_names import gguf_name
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GgufFile:
+    """One file; it stays memory-mapped while this lives, weights are dequantised one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Parse the header and check that every tensor's quantisation can be read.
+
+        Raises:
+            CheckpointError: damaged, truncated or not supported; names file, key or tensor.
+        """
+        self._metadata = GgufMetadata(path)
+        self._check_quantisations()
+        self.config = _model_config(self._metadata)
+        self.special_tokens: Mapping[str, str] = {
+            f"{name}_token": text
+            for name in ("bos", "eos")
+            if (text := self._token_text(name)) is not None
+        }
+
+    def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, in torch's order."""
+        return {name: tensor.shape for name, tensor in self._metadata.tensors.items()}
+
+    def stored_name(self, canonical: str) -> str:
+        """GGUF's name of a canonical weight."""
+        return gguf_name(canonical)
+
+    def is_ignored(self, stored: str) -> bool:
+        """The rotary factors are in the configuration already."""
+        return stored == _ROPE_FACTORS
+
+    def stored_bytes(self, stored: str) -> int:
+        """Quantised size of a tensor."""
+        return self._metadata.tensors[stored].size_bytes
+
+    def load(self, canonical: str) -> torch.Tensor:
+        """Dequantise one weight to float32; q and k of llama files get their rows back in order."""
+        values = _dequantised(self._metadata, gguf_name(canonical))
+        # Only llama's converter interleaves the rows; qwen files keep the rotate-half order.
+        if self._metadata.values["general.architecture"] == "llama":
+            name = canonical.rpartition(".")[2]
+            if name in ("q", "q_bias"):
+                values = rotate_half_rows(values, self.config.num_heads)
+            elif name in ("k", "k_bias"):
+                values = rotate_half_rows(values, self.config.num_kv_heads)
+        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+
+    def read_tokenizer(self) -> Tokenizer:
+        """Build the tokenizer from the ``tokenizer.ggml`` keys."""
+        return build_tokenizer(self._metadata, self.config.eos_token_ids)
+
+    def _token_text(self, name: str) -> str | None:
+        token_id = self._metadata.values.get(f"tokenizer.ggml.{name}_token_id")
+        tokens = self._metadata.values.get("tokenizer.ggml.tokens", [])
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+            return None
+        return str(tokens[token_id])
+
+    def _check_quantisations(self) -> None:
+        first = {tensor.kind: tensor.name for tensor in self._metadata.tensors.values()}
+        for kind, name in first.items():
+            block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+            try:
+                gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+            except NotImplementedError:
+                raise CheckpointError(
+                    f"tensor {name}: got quantisation {kind.name}, expected one that the gguf "
+                    "package can dequantise, e.g. F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K",
+                    param=name,
+                ) from None
+
+
+def rotate_half_rows(values: np.ndarray, heads: int) -> np.ndarray:
+    """Undo the row order of llama GGUF files.
+
+    Their converter stores a head's rows as pairs (0, d/2), (1, d/2 + 1), … for a rotary embedding
+    of neighbours; the models and this engine turn rows i and i + d/2 together.
+
+    Args:
+        values: q or k, [heads * d, in], or its bias, [heads * d].
+        heads: heads of that projection.
+    """
+    paired = values.reshape(heads, -1, 2, *values.shape[1:])
+    return paired.swapaxes(1, 2).reshape(values.shape)
+
+
+def _dequantised(metadata: GgufMetadata, name: str) -> np.ndarray:
+    tensor = metadata.tensors[name]
+    values: np.ndarray = gguf.quants.dequantize(metadata.raw(tensor), tensor.kind)
+    return values.reshape(tensor.shape)
+
+
+def _model_config(metadata: GgufMetadata) -> ModelConfig:
+    architecture = metadata.get("general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        raise bad_field("general.architecture", architecture, "one of " + ", ".join(ARCHITECTURES))
+    refused = has_values(metadata.values, f"{architecture}.expert_count")
+    if refused is not None:
+        raise bad_field(refused, metadata.values[refused], "0: no mixture of experts")
+    if metadata.values.get("split.count", 1) not in (0, 1):
+        raise bad_field("split.count", metadata.values["split.count"], "1: merge the parts first")
+
+    def integer(key: str, default: int | None = None) -> int:
+        return int(metadata.get(f"{architecture}.{key}", int, default))
+
+    hidden_size, num_heads = integer("embedding_length"), integer("attention.head_count")
+    head_dim = integer("attention.key_length", hidden_size // max(num_heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if integer(key, head_dim) != head_dim:
+            raise bad_field(f"{architecture}.{key}", integer(key, head_dim), f"{head_dim}")
+    num_layers, tensors = integer("block_count"), metadata.tensors
+    window = _sliding_window(metadata, architecture)
+    return ModelConfig(
+        family=architecture,
+        vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 1,
+        hidden_size=hidden_size,
+        intermediate_size=integer("feed_forward_length"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=integer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        rms_eps=metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
+        rope_theta=metadata.get(f"{architecture}.rope.freq_base", float, 10_000.0),
+        rope_scaling=_rope_scaling(metadata, architecture),
+        rope_freq_factors=_rope_factors(metadata),
+        max_position=integer("context_length"),
+        tie_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm=architecture == "qwen3",
+        sliding_window=window,
+        sliding_layers=(window > 0,) * num_layers,
+        bos_token_id=metadata.values.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=_eos_ids(metadata),
+        chat_template=metadata.get("tokenizer.chat_template", str, "") or None,
+    )
+
+
+def _sliding_window(metadata: GgufMetadata, architecture: str) -> int:
+    key = f"{architecture}.attention.sliding_window"
+    window = int(metadata.get(key, int, 0))
+    if window and architecture != "llama":
+        raise bad_field(key, window, "0: which layers it holds for is not in the file")
+    return window
+
+
+def _eos_ids(metadata: GgufMetadata) -> tuple[int, ...]:
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(metadata.get(key, int) for key in keys if key in metadata.values))
+
+
+def _rope_factors(metadata: GgufMetadata) -> tuple[float, ...]:
+    if _ROPE_FACTORS not in metadata.tensors:
+        return ()
+    return tuple(_dequantised(metadata, _ROPE_FACTORS).reshape(-1).tolist())
+
+
+def _rope_scaling(metadata: GgufMetadata, architecture: str) -> RopeScaling:
+    """Read ``rope.scaling.*``; the yarn conventions are those of ggml's rope operator."""
+    prefix = f"{architecture}.rope.scaling"
+
+    def number(key: str, default: float) -> float:
+        return float(metadata.get(f"{prefix}.{key}", (float, int), default))
+
+    kind = metadata.get(f"{prefix}.type", str, "none")
+    old_linear = f"{architecture}.rope.scale_linear"
+    if kind == "none" and old_linear in metadata.values:
+        return RopeScaling("linear", float(metadata.get(old_linear, (float, int))))
+    if kind == "none":
+        return RopeScaling()
+    factor = number("factor", 1.0)
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    if kind != "yarn":
+        raise bad_field(f"{prefix}.type", kind, "none, linear or yarn")
+    refused = has_values(metadata.values, f"{prefix}.yarn_log_multiplier")
+    if refused is not None:
+        raise bad_field(refused, metadata.values[refused], "0")
+    context = metadata.get(f"{architecture}.context_length", int)
+    derived = 1.0 if factor <= 1.0 else 0.1 * math.log(factor) + 1.0
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position=metadata.get(f"{prefix}.original_context_length", int, context),
+        beta_fast=number("yarn_beta_fast", 32.0),
+        beta_slow=number("yarn_beta_slow", 1.0),
+        attention_factor=derived * number("attn_factor", 1.0) * number("yarn_attn_factor", 1.0),
+    )

@@ -1,0 +1,228 @@
+"""Tokenizer and IncrementalDecoder: text to token ids, and back while they are generated.
+
+Built by the checkpoint readers around the ``tokenizers`` library; used by engine and server.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable
+from enum import Enum
+
+import tokenizers
+
+from flowprefill.errors import CheckpointError, InvalidRequest
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
+
+
+class Pieces(Enum):
+    """How token strings spell bytes."""
+
+    BYTE_LEVEL = "byte_level"  # every character stands for one byte (GPT-2's table)
+    SENTENCEPIECE = "sentencepiece"  # text with a mark for spaces, bytes as <0xXX>
+    WORDS = "words"  # plain words, joined by spaces
+
+
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-ins for all 256 bytes (Radford et al. 2019, released encoder)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return table
+
+
+class Tokenizer:
+    """One model's tokenizer.
+
+    Attributes:
+        bos_id: beginning-of-sequence token, or None.
+        eos_ids: every token that ends a text.
+
+    Thread: any; encoding releases the GIL.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        add_bos: bool | None = None,
+    ) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            inner: the tokenizer; truncation and padding are switched off.
+            bos_id: id of the beginning-of-sequence token.
+            eos_ids: ids that end a text.
+            add_bos: whether encoding with special tokens starts with bos_id; None leaves that to
+                ``inner``'s own post-processor.
+
+        Raises:
+            CheckpointError: its decoder is of a kind that cannot be streamed.
+        """
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.bos_id = bos_id
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self._add_bos = add_bos if bos_id is not None else None
+        self._pieces, self._strips_space = _pieces_of(inner)
+        self._bytes_table = byte_of_character()
+        self._cache: dict[int, bytes] = {}
+        added = inner.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model's vocabulary may be padded beyond it."""
+        return self._inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into token ids.
+
+        Args:
+            text: special tokens written in it become those tokens.
+            add_special_tokens: add what the model expects around a plain prompt (BOS).
+
+        Raises:
+            InvalidRequest: the text has lone surrogates (broken UTF-8 of the caller); names
+                ``prompt``.
+
+        Cost: O(len(text)), about a microsecond per token.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            allowed = "valid Unicode without lone surrogates"
+            raise InvalidRequest.field("prompt", text, allowed) from None
+        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._add_bos is not None:
+            starts = bool(ids) and ids[0] == self.bos_id
+            if self._add_bos and not starts and self.bos_id is not None:
+                ids.insert(0, self.bos_id)
+            elif not self._add_bos and starts and not self._writes_bos(text):
+                del ids[0]
+        return ids
+
+    def _writes_bos(self, text: str) -> bool:
+        bos = self._inner.id_to_token(self.bos_id) if self.bos_id is not None else None
+        return bos is not None and text.startswith(bos)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Turn token ids into text; unknown ids are nothing, broken UTF-8 is U+FFFD."""
+        decoder = IncrementalDecoder(self, skip_special_tokens)
+        return "".join([decoder.push(token_id) for token_id in ids]) + decoder.flush()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is a control token, which output text leaves out."""
+        return token_id in self._special
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token spelled exactly so in the vocabulary, or None."""
+        return self._inner.token_to_id(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, as UTF-8 that may be a part of a character; b"" if unknown."""
+        known = self._cache.get(token_id)
+        if known is None:
+            known = self._cache[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        if token is None:
+            return b""
+        if self._pieces is Pieces.BYTE_LEVEL:
+            table = self._bytes_table
+            if all(character in table for character in token):
+                return bytes(table[character] for character in token)
+            return token.encode()
+        if self._pieces is Pieces.SENTENCEPIECE:
+            match = _BYTE_TOKEN.fullmatch(token)
+            return bytes([int(match[1], 16)]) if match else token.replace(_WORD_START, " ").encode()
+        return token.encode()
+
+    def incremental_decoder(
+        self, skip_special_tokens: bool = True, keeps_space: bool = False
+    ) -> IncrementalDecoder:
+        """Make the decoder of one request; see IncrementalDecoder."""
+        return IncrementalDecoder(self, skip_special_tokens, keeps_space)
+
+
+class IncrementalDecoder:
+    """Gives the text of a growing token sequence as soon as it is final.
+
+    All pushes joined with the flush are ``Tokenizer.decode`` of all ids. One per request, one
+    thread at a time.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, keeps_space: bool = False
+    ) -> None:
+        """Start with no tokens.
+
+        Args:
+            tokenizer: whose ids are pushed.
+            skip_special_tokens: leave control tokens out of the text.
+            keeps_space: keep the space that sentencepiece vocabularies put before a first word;
+                wanted when the text continues another, as in completions.
+        """
+        self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
+        self._strips_space = tokenizer._strips_space and not keeps_space
+        self._joins_words = tokenizer._pieces is Pieces.WORDS
+        self._is_first = True
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Take one token.
+
+        Returns:
+            Text that became final: empty while a character is incomplete.
+
+        Cost: O(bytes of the token).
+        """
+        if self._skips_special and self._tokenizer.is_special(token_id):
+            return ""
+        piece = self._tokenizer.token_bytes(token_id)
+        if not piece:
+            return ""
+        if self._is_first:
+            self._is_first = False
+            if self._strips_space:
+                piece = piece.removeprefix(b" ")
+        elif self._joins_words:
+            piece = b" " + piece
+        return self._utf8.decode(piece)
+
+    def flush(self) -> str:
+        """End the text: an incomplete character becomes U+FFFD. The decoder starts afresh."""
+        self._is_first = True
+        return self._utf8.decode(b"", final=True)
+
+
+def _pieces_of(inner: tokenizers.Tokenizer) -> tuple[Pieces, bool]:
+    """Read from the decoder how tokens are spelled, and whether the first word's space goes."""
+    decoder = json.loads(inner.to_str()).get("decoder")
+    if decoder is None:
+        return Pieces.WORDS, False
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return Pieces.BYTE_LEVEL, False
+    if kinds == ["Metaspace"] and steps[0].get("replacement") == _WORD_START:
+        return Pieces.SENTENCEPIECE, steps[0].get("prepend_scheme", "always") != "never"
+    sentencepiece = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+    if "ByteFallback" in kinds and set(kinds) <= sentencepiece:
+        return Pieces.SENTENCEPIECE, "Strip" in kinds or "Metaspace" in kinds
+    raise CheckpointError(
+        f"tokenizer.json: decoder: got {'+'.join(kinds)}, expected ByteLevel or sentencepiece's "
+        "(Replace, ByteFallback, Fuse, Strip; or Metaspace)",
+        param="decoder",
+    )
