@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -176,7 +178,7 @@ def test_use_after_release_raises(call: str) -> None:
     pool = BlockPool(2, 2)
     first = reserve(pool, [1], 0)
     pool.release(first)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "release": lambda: pool.release(first),
         "grow": lambda: pool.grow(first, 1),
         "commit": lambda: pool.commit(first, [1]),
