@@ -6,6 +6,7 @@ sleeps, or touches a tensor. One thread at a time: the caller holds its lock aro
 
 from __future__ import annotations
 
+from flowprefill.scheduling.cost_model import CostModel, MachineRates, ModelShape
 from flowprefill.scheduling.interface import (
     Arrival,
     Cancelled,
@@ -21,17 +22,22 @@ from flowprefill.scheduling.interface import (
     Work,
     WorkKind,
 )
+from flowprefill.scheduling.scheduler import Scheduler
 
 __all__ = [
     "Arrival",
     "Cancelled",
+    "CostModel",
     "Decision",
     "Event",
     "Failed",
     "Finished",
     "Job",
     "Load",
+    "MachineRates",
+    "ModelShape",
     "Progress",
+    "Scheduler",
     "SchedulerSettings",
     "TimerFired",
     "Work",

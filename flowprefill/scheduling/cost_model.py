@@ -1,0 +1,186 @@
+"""Predicted times of prefills and decode steps; the scheduler asks it, the engine calibrates it.
+
+Pure: rates are measured elsewhere and given in. One prediction is
+
+    overhead + max(weight bytes / bandwidth, tokens * flops per token / GEMM rate)
+             + (token, context token) pairs * flops per pair / attention rate + output head
+
+so context that is in the cache costs attention, not projections. What the formula misses is
+corrected online, one factor for each kind of work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from flowprefill.scheduling.interface import WorkKind
+
+KINDS: tuple[WorkKind, ...] = ("prefill", "decode")
+LEARNING_RATE = 0.1  # share of an observed log error that goes into the correction
+MAX_CORRECTION = 8.0
+MAX_STEP = 4.0  # one observation counts at most as this ratio: a stalled machine is no new truth
+WINDOW = 256  # observations the error quantiles are taken from
+ENOUGH = 16  # observations before the quantiles are believed
+
+
+def _check_positive(owner: object, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{type(owner).__name__}.{name}: got {value}, expected a number > 0")
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRates:
+    """What the machine does per second; measured by the engine's calibration.
+
+    The defaults are slower than any machine worth using: before calibration predictions are too
+    long rather than too short.
+    """
+
+    gemm_flops_per_s: float = 2e10
+    attention_flops_per_s: float = 1e10
+    weight_bytes_per_s: float = 5e9
+    step_overhead_s: float = 2e-3
+
+    def __post_init__(self) -> None:
+        _check_positive(self, (field.name for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model asks of the machine.
+
+    Attributes:
+        linear_flops_per_token: of all projections of all layers.
+        weight_bytes: of those projections, as they are stored.
+        attention_flops_per_pair: per (token, context token) pair, over all layers.
+        head_flops_per_sequence: of the output head, for the one row of a sequence that needs it.
+        head_bytes: of the output head.
+    """
+
+    linear_flops_per_token: float
+    weight_bytes: float
+    attention_flops_per_pair: float
+    head_flops_per_sequence: float
+    head_bytes: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, (field.name for field in fields(self)))
+
+
+def attention_pairs(tokens: int, context: int) -> float:
+    """Return how many (token, visible token) pairs causal attention over new tokens has."""
+    return tokens * context + tokens * (tokens + 1) / 2
+
+
+class CostModel:
+    """Predicts seconds of work; corrects itself from what was measured. One thread at a time."""
+
+    def __init__(
+        self, shape: ModelShape, rates: MachineRates | None = None, *, is_calibrated: bool = False
+    ) -> None:
+        self.shape = shape
+        self.rates = rates if rates is not None else MachineRates()
+        self.is_calibrated = is_calibrated
+        self._correction: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
+        self._ratios: dict[WorkKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
+
+    def prefill_s(self, tokens: int, context: int = 0) -> float:
+        """Return the predicted time to prefill one prompt on its cached context, seconds."""
+        return self.packed_prefill_s(tokens, attention_pairs(tokens, context), 1)
+
+    def batch_prefill_s(self, prompts: Iterable[tuple[int, int]]) -> float:
+        """Return the predicted time of one prefill over (tokens, context) pairs, seconds."""
+        tokens, pairs, count = 0, 0.0, 0
+        for new, context in prompts:
+            tokens += new
+            pairs += attention_pairs(new, context)
+            count += 1
+        return self.packed_prefill_s(tokens, pairs, count)
+
+    def packed_prefill_s(self, tokens: int, pairs: float, sequences: int) -> float:
+        """Return the predicted time of a packed prefill from its sums; O(1), for batching."""
+        return self._correction["prefill"] * self._raw_s(tokens, pairs, sequences)
+
+    def decode_s(self, sequences: int, total_context: int) -> float:
+        """Return the predicted time of one decode step over sequences with so much context."""
+        return self._correction["decode"] * self._raw_s(sequences, total_context, sequences)
+
+    def observe(self, kind: WorkKind, predicted_s: float, measured_s: float) -> None:
+        """Learn from one finished work.
+
+        Args:
+            predicted_s: what this model said, correction included, seconds.
+            measured_s: time it was executing, suspensions not counted, seconds.
+        """
+        if not (predicted_s > 0 and measured_s > 0 and math.isfinite(measured_s)):
+            return
+        ratio = measured_s / predicted_s
+        self._ratios[kind].append(ratio)
+        step = min(max(ratio, 1 / MAX_STEP), MAX_STEP) ** LEARNING_RATE
+        corrected = self._correction[kind] * step
+        self._correction[kind] = min(max(corrected, 1 / MAX_CORRECTION), MAX_CORRECTION)
+
+    def correction(self, kind: WorkKind) -> float:
+        """Return the factor learnt so far; 1 is none."""
+        return self._correction[kind]
+
+    def error_quantile(self, kind: WorkKind, q: float) -> float:
+        """Return a quantile of measured / predicted over the last works; NaN before the first."""
+        ratios = sorted(self._ratios[kind])
+        if not ratios:
+            return math.nan
+        return ratios[min(int(q * len(ratios)), len(ratios) - 1)]
+
+    def optimistic_prefill_s(self, predicted_s: float) -> float:
+        """Return the shortest time a prefill may plausibly take; what is hopeless then, is."""
+        if len(self._ratios["prefill"]) >= ENOUGH:
+            return predicted_s * min(1.0, self.error_quantile("prefill", 0.05))
+        return predicted_s * (0.8 if self.is_calibrated else 0.25)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a cache on disk needs to restore this model."""
+        return {
+            "rates": asdict(self.rates),
+            "shape": asdict(self.shape),
+            "correction": dict(self._correction),
+            "is_calibrated": self.is_calibrated,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CostModel:
+        """Rebuild a model from `to_dict`; ValueError names what is missing or wrong."""
+        try:
+            model = cls(
+                ModelShape(**values["shape"]),
+                MachineRates(**values["rates"]),
+                is_calibrated=bool(values["is_calibrated"]),
+            )
+            for kind in KINDS:
+                factor = float(values["correction"][kind])
+                if not 1 / MAX_CORRECTION <= factor <= MAX_CORRECTION:
+                    raise ValueError(f"correction.{kind}: got {factor}, expected 1/8 to 8")
+                model._correction[kind] = factor
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"cost model: missing or wrong entry {error}") from None
+        return model
+
+    def _raw_s(self, tokens: int, pairs: float, sequences: int) -> float:
+        rates, shape = self.rates, self.shape
+        linear = max(
+            shape.weight_bytes / rates.weight_bytes_per_s,
+            tokens * shape.linear_flops_per_token / rates.gemm_flops_per_s,
+        )
+        head = max(
+            shape.head_bytes / rates.weight_bytes_per_s,
+            sequences * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
+        )
+        attention = pairs * shape.attention_flops_per_pair / rates.attention_flops_per_s
+        return rates.step_overhead_s + linear + head + attention

@@ -1,0 +1,120 @@
+"""Entry: a waiting job or a work, as scheduler and policies see it; Rank and Verdict on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from flowprefill.scheduling.interface import Job, Work
+
+OVERRUN = 0.05  # a work past its prediction is taken to need this share of its time so far
+
+
+class Rank(NamedTuple):
+    """Where an entry stands.
+
+    Attributes:
+        key: the smaller goes first; equal keys are equally urgent. One policy's keys have one form.
+        until: the entry is ranked anew at this time; always later than now. inf: never.
+    """
+
+    key: tuple[float, ...]
+    until: float = math.inf
+
+
+UNRANKED = Rank((math.inf,))
+
+
+class Verdict(NamedTuple):
+    """Whether to preempt, and why (not).
+
+    Attributes:
+        again_at: ask again at this time even if no event comes; inf: no need. Later than now.
+        by: which entry is to run instead; None: a decode step, or nothing.
+    """
+
+    preempt: bool
+    reason: str
+    again_at: float = math.inf
+    by: Entry | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A waiting job, or a work that runs or is suspended. Owned by the scheduler.
+
+    Attributes:
+        jobs: live jobs; one while waiting.
+        serial: order of arrival; breaks the last ties, so that decisions are deterministic.
+        arrival_s, deadline_s, priority: the smallest among the jobs.
+        total_s: predicted time of the whole, undisturbed.
+        remaining_s: predicted time that is left.
+        executed_s: time it has been executing.
+        work: set once it was dispatched.
+        since_s: when it was last dispatched, suspended or accounted for.
+        is_suspended: whether its run stands still.
+        yields: how many times it was suspended for another prefill.
+        turn_s: when a late or best-effort entry's turn comes whatever else waits (slack_edf).
+        rank: as of the last ranking in the queue.
+        version: which of the queue's records of it counts; -1 when it is not in the queue.
+    """
+
+    jobs: list[Job]
+    serial: int
+    total_s: float
+    arrival_s: float = field(init=False)
+    deadline_s: float = field(init=False)
+    priority: int = field(init=False)
+    remaining_s: float = field(init=False)
+    executed_s: float = 0.0
+    work: Work | None = None
+    since_s: float = 0.0
+    is_suspended: bool = False
+    yields: int = 0
+    turn_s: float | None = None
+    rank: Rank = UNRANKED
+    version: int = -1
+
+    def __post_init__(self) -> None:
+        self.remaining_s = self.total_s
+        self.arrival_s = min(job.arrival_s for job in self.jobs)
+        self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
+        self.priority = min(job.priority for job in self.jobs)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is a decode step; it is never in the queue."""
+        return self.work is not None and self.work.kind == "decode"
+
+    @property
+    def is_started(self) -> bool:
+        """Whether a run exists for it, so that it can be resumed but not packed with others."""
+        return self.work is not None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens to compute, in all."""
+        return sum(job.prompt_tokens for job in self.jobs)
+
+    def latest_start_s(self, margin_s: float) -> float:
+        """Return when it must run at the latest to meet its deadline; inf without a deadline."""
+        return self.deadline_s - self.remaining_s - margin_s
+
+    def account_run(self, now: float) -> None:
+        """Book the time since `since_s` as executed."""
+        elapsed = max(now - self.since_s, 0.0)
+        self.since_s = now
+        self.executed_s += elapsed
+        self.remaining_s = max(self.remaining_s - elapsed, OVERRUN * self.executed_s)
+
+    def discard(self, job: Job) -> None:
+        """Take a job out that ended early; the run keeps its rows, so its time stays."""
+        self.jobs.remove(job)
+        if self.work is not None:
+            self.work.job_ids = tuple(name for name in self.work.job_ids if name != job.id)
+        if self.jobs and not self.is_decode:
+            self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
+            if self.work is not None:
+                self.work.deadline_s = self.deadline_s

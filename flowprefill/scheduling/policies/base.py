@@ -1,0 +1,142 @@
+"""What a policy is: order, preemption, packing; the scheduler asks, users may write their own."""
+
+# ruff: noqa: ARG002 (not every policy needs all that it is given)
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from flowprefill.scheduling.cost_model import attention_pairs
+from flowprefill.scheduling.entry import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from flowprefill.scheduling.cost_model import CostModel
+    from flowprefill.scheduling.entry import Entry, Rank
+    from flowprefill.scheduling.interface import SchedulerSettings
+
+
+class Policy(Protocol):
+    """The five questions a scheduler asks. Calls come from one thread and must be deterministic.
+
+    Attributes:
+        name: shown in logs and metrics.
+        decode_preempts: whether a decode step that is due may suspend a running prefill.
+    """
+
+    name: str
+    decode_preempts: bool
+
+    def rank(self, entry: Entry, now: float) -> Rank:
+        """Return where a prefill stands, and until when that holds."""
+        ...
+
+    def left(self, entry: Entry) -> None:
+        """Hear that an entry no longer waits: it runs now, or has ended."""
+        ...
+
+    def pick(self, waiting: Sequence[Entry], now: float) -> Entry:
+        """Return which of the first waiting entries (at least one, in order) goes next."""
+        ...
+
+    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+        """Return whether one of the first waiting entries should suspend the current work."""
+        ...
+
+    def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
+        """Return the entries to prefill together: `head`, then others of `waiting` (in order).
+
+        Works that have been started cannot be packed.
+        """
+        ...
+
+
+class Packing:
+    """Sums of a prefill that is being packed; within the bounds on tokens and jobs."""
+
+    def __init__(self, head: Entry, cost_model: CostModel, settings: SchedulerSettings) -> None:
+        self._cost_model = cost_model
+        self._settings = settings
+        self._tokens = 0
+        self._pairs = 0.0
+        self.members: list[Entry] = []
+        self.add(head)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of what is packed."""
+        return self._cost_model.packed_prefill_s(self._tokens, self._pairs, len(self.members))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more can be packed."""
+        return (
+            self._tokens >= self._settings.max_batch_tokens
+            or len(self.members) >= self._settings.max_batch_jobs
+        )
+
+    def fits(self, entry: Entry) -> bool:
+        """Return whether the entry can be packed within the token bound."""
+        room = self._settings.max_batch_tokens - self._tokens
+        return not entry.is_started and entry.jobs[0].prompt_tokens <= room
+
+    def seconds_with(self, entry: Entry) -> float:
+        """Return the predicted time of the prefill if the entry is added."""
+        job = entry.jobs[0]
+        return self._cost_model.packed_prefill_s(
+            self._tokens + job.prompt_tokens,
+            self._pairs + attention_pairs(job.prompt_tokens, job.context_tokens),
+            len(self.members) + 1,
+        )
+
+    def add(self, entry: Entry) -> None:
+        """Pack the entry."""
+        self.members.append(entry)
+        for job in entry.jobs:
+            self._tokens += job.prompt_tokens
+            self._pairs += attention_pairs(job.prompt_tokens, job.context_tokens)
+
+
+class BasePolicy:
+    """The answers most policies share: first goes next, pack in order while there is room."""
+
+    name = ""
+    decode_preempts = True
+
+    def __init__(self, cost_model: CostModel, settings: SchedulerSettings) -> None:
+        self.cost_model = cost_model
+        self.settings = settings
+
+    def rank(self, entry: Entry, now: float) -> Rank:
+        """Return where a prefill stands, and until when that holds."""
+        raise NotImplementedError(f"policy {self.name!r} has no order")
+
+    def left(self, entry: Entry) -> None:
+        """Keep no state."""
+
+    def pick(self, waiting: Sequence[Entry], now: float) -> Entry:
+        """Return the first."""
+        return waiting[0]
+
+    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+        """Preempt a prefill for whatever is strictly before it; a decode step never."""
+        if current.is_decode:
+            return Verdict(False, "a decode step is running")
+        mine = (self.rank(current, now).key, current.priority)
+        if (waiting[0].rank.key, waiting[0].priority) < mine:
+            return Verdict(True, "is before the running prefill", by=waiting[0])
+        return Verdict(False, "nothing waiting is before the running prefill")
+
+    def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
+        """Pack in order until one does not fit."""
+        packing = Packing(head, self.cost_model, self.settings)
+        for entry in waiting:
+            if packing.is_full:
+                break
+            if entry is head or entry.is_started:
+                continue
+            if not packing.fits(entry):
+                break
+            packing.add(entry)
+        return packing.members

@@ -1,0 +1,31 @@
+"""First come, first served: the baseline without preemption."""
+
+# ruff: noqa: ARG002 (not every policy needs all that it is given)
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowprefill.scheduling.entry import Entry, Rank, Verdict
+from flowprefill.scheduling.policies.base import BasePolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class FirstComeFirstServed(BasePolicy):
+    """Prefills in order of arrival, packed while there is room; nothing is ever suspended.
+
+    Decode steps take turns with whole prefills: between two prefills they run when due.
+    """
+
+    name = "fcfs"
+    decode_preempts = False
+
+    def rank(self, entry: Entry, now: float) -> Rank:
+        """Order by arrival."""
+        return Rank((entry.arrival_s,))
+
+    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+        """Never."""
+        return Verdict(False, "first come, first served")

@@ -1,0 +1,248 @@
+"""A device and a clock that exist only in memory: drives a Scheduler the way the engine does, for property tests.
+
+Works take the time they are told to take, suspensions happen at the next boundary, and what the
+device reports reaches the scheduler a little later, so that events cross as they do in life.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from flowprefill.scheduling import (
+    Arrival,
+    Cancelled,
+    CostModel,
+    Failed,
+    Finished,
+    MachineRates,
+    ModelShape,
+    Scheduler,
+    SchedulerSettings,
+    TimerFired,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from flowprefill.scheduling import Decision, Event, Job, Work
+
+
+def cost_model(tokens_per_s: float = 10_000.0) -> CostModel:
+    """Return a model of a machine with so much prefill, 2 ms per empty step and decode step."""
+    return CostModel(
+        ModelShape(1e6, 1e6, 1e2, 1.0, 1.0),
+        MachineRates(1e6 * tokens_per_s, 1e6 * tokens_per_s, 1e9, 1e-3),
+        is_calibrated=True,
+    )
+
+
+@dataclass
+class Client:
+    """One request as its sender sees it.
+
+    Attributes:
+        output_tokens: tokens after which it ends.
+        cancel_s: when its sender goes away; inf: never.
+        ends: (how, when) of each end that was reported; must be one in the end.
+    """
+
+    job: Job
+    output_tokens: int = 1
+    cancel_s: float = math.inf
+    first_token_s: float = math.inf
+    token_times: list[float] = field(default_factory=list)
+    ends: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def is_on_time(self) -> bool:
+        """Whether the first token came by its deadline."""
+        return self.first_token_s <= self.job.ttft_deadline_s
+
+
+@dataclass
+class Run:
+    """A work on the device; `left_s` is the true time it still needs."""
+
+    work: Work
+    left_s: float
+    since_s: float = 0.0
+    stretches: list[tuple[float, float]] = field(default_factory=list)
+    state: str = "ready"
+
+
+class VirtualDevice:
+    """One scheduler, one device, one clock."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clients: Iterable[Client],
+        *,
+        seed: int = 0,
+        noise: float = 0.0,
+        fail_share: float = 0.0,
+        report_s: float = 0.0,
+        on_decision: Callable[[Event, float, Decision], None] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.clients = {client.job.id: client for client in clients}
+        self.runs: dict[int, Run] = {}
+        self.log: list[tuple[float, Event, Decision]] = []
+        self.now = 0.0
+        self._random = random.Random(seed)
+        self._noise, self._fail_share, self._report_s = noise, fail_share, report_s
+        self._on_decision = on_decision
+        self._happenings: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = count()
+        self._running: Run | None = None
+        self._generation = 0  # of the running stretch; a planned end or switch of another is void
+        self._timer = 0
+        for client in self.clients.values():
+            self._at(client.job.arrival_s, self._bind(self._arrive, client))
+            if client.cancel_s < math.inf:
+                self._at(client.cancel_s, self._bind(self._leave, client))
+
+    def play(self, limit: int = 1_000_000) -> None:
+        """Let everything happen until nothing is left to happen."""
+        for _ in range(limit):
+            if not self._happenings:
+                return
+            at, _, happening = heapq.heappop(self._happenings)
+            assert at >= self.now
+            self.now = at
+            happening()
+        raise AssertionError(f"still busy after {limit} happenings: the scheduler goes in circles")
+
+    # -- clients ---------------------------------------------------------------------------
+
+    def _arrive(self, client: Client) -> None:
+        if not client.ends:
+            self._tell(Arrival(client.job))
+
+    def _leave(self, client: Client) -> None:
+        if client.ends:
+            return
+        client.ends.append(("cancelled", self.now))
+        if client.job.arrival_s < self.now:
+            self._tell(Cancelled(client.job.id))
+
+    # -- the engine's part -----------------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        decision = self.scheduler.on_event(event, self.now)
+        self.log.append((self.now, event, decision))
+        for work in decision.cancel:
+            self._stop(self.runs[work.id])
+        for job_id, _ in decision.dropped:
+            self.clients[job_id].ends.append(("dropped", self.now))
+        if decision.dispatch is not None:
+            self._dispatch(decision.dispatch, decision)
+        self._timer += 1
+        if decision.wake_at is not None:
+            assert decision.wake_at > self.now, decision
+            self._at(decision.wake_at, self._bind(self._wake, self._timer))
+        if self._on_decision is not None:
+            self._on_decision(event, self.now, decision)
+
+    def _wake(self, timer: int) -> None:
+        if timer == self._timer:
+            self._tell(TimerFired())
+
+    def _report(self, run: Run, failed: bool) -> None:
+        works_clients = [self.clients[job_id] for job_id in run.work.job_ids]
+        alive = [client for client in works_clients if not client.ends]
+        if failed:
+            for client in alive:
+                client.ends.append(("failed", self.now))
+            self._tell(Failed(run.work.id))
+            return
+        ends = set()
+        for client in alive:
+            client.first_token_s = min(client.first_token_s, self.now)
+            client.token_times.append(self.now)
+            if len(client.token_times) == client.output_tokens:
+                client.ends.append(("finished", self.now))
+                ends.add(client.job.id)
+        executed = sum(end - start for start, end in run.stretches)
+        self._tell(Finished(run.work.id, frozenset(ends), executed))
+
+    # -- the device's part -----------------------------------------------------------------
+
+    def _dispatch(self, work: Work, decision: Decision) -> None:
+        run = self.runs.get(work.id)
+        assert (run is not None) == decision.is_resume, decision
+        if run is None:
+            true_s = work.predicted_s * math.exp(self._random.gauss(0.0, self._noise))
+            run = self.runs[work.id] = Run(work, true_s)
+        if self._running is None:
+            self._start(run)
+            return
+        if self._running is not run:
+            boundary = self.now + self._random.random() * self.scheduler.settings.max_blocking_s
+            self._next = run
+            self._at(boundary, self._bind(self._switch, self._generation))
+        else:
+            self._next = None
+
+    _next: Run | None = None
+
+    def _switch(self, generation: int) -> None:
+        if generation != self._generation or self._next is None or self._running is None:
+            return
+        run = self._running
+        run.left_s -= self.now - run.since_s
+        run.stretches.append((run.since_s, self.now))
+        run.state = "suspended"
+        self._start(self._next)
+
+    def _start(self, run: Run) -> None:
+        self._generation += 1
+        self._running, self._next = None, None
+        if run.state in ("finished", "stopped"):
+            return  # it had ended before it was dispatched again; the report is on its way
+        run.state, run.since_s = "running", self.now
+        self._running = run
+        self._at(self.now + max(run.left_s, 0.0), self._bind(self._end, self._generation))
+
+    def _end(self, generation: int) -> None:
+        if generation != self._generation or self._running is None:
+            return
+        run, following = self._running, self._next
+        run.stretches.append((run.since_s, self.now))
+        run.state = "finished"
+        self._running, self._next = None, None
+        self._generation += 1
+        failed = self._random.random() < self._fail_share
+        self._at(self.now + self._report_s, self._bind(self._report, run, failed))
+        if following is not None:
+            self._start(following)
+
+    def _stop(self, run: Run) -> None:
+        was_running = run is self._running
+        if run.state != "finished":
+            run.state = "stopped"
+        if was_running:
+            following = self._next
+            self._running, self._next = None, None
+            self._generation += 1
+            if following is not None:
+                self._start(following)
+        elif run is self._next:
+            self._next = None
+
+    def _at(self, time: float, happening: Callable[[], None]) -> None:
+        heapq.heappush(self._happenings, (time, next(self._numbers), happening))
+
+    @staticmethod
+    def _bind(method: Callable[..., None], *args: Any) -> Callable[[], None]:
+        return lambda: method(*args)
+
+
+def make_scheduler(policy: str, **settings: Any) -> Scheduler:
+    """Return a scheduler of the test machine with some settings changed."""
+    return Scheduler(policy, cost_model(), SchedulerSettings(**settings))
