@@ -1,0 +1,192 @@
+"""The application and its life: routes, start, graceful shutdown; the CLI calls serve()."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator
+
+from aiohttp import web
+
+from flowprefill.server import debug_routes, models_routes, tokens_routes
+from flowprefill.server.chat import chat_completions
+from flowprefill.server.completions import completions
+from flowprefill.server.context import SERVER, ServerContext
+from flowprefill.server.engine_protocol import ServedEngine
+from flowprefill.server.errors import error_middleware
+from flowprefill.server.metrics import ServerMetrics
+from flowprefill.server.options import ServerOptions
+
+logger = logging.getLogger(__name__)
+
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# After every request has ended or is cancelled, handlers need this long at most to say so.
+HANDLER_END_S = 5.0
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    body = request.app[SERVER].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+
+def create_app(
+    engine: ServedEngine | None, options: ServerOptions | None = None
+) -> web.Application:
+    """Build the application.
+
+    Args:
+        engine: None while the model loads; ``app[SERVER].attach(engine)`` follows.
+        options: settings; their defaults when None.
+
+    Run it with ``handler_cancellation=True`` (as serve() does): without it aiohttp does not tell
+    handlers that their client has gone, and prompts of nobody would be computed.
+    """
+    options = options or ServerOptions()
+    app = web.Application(middlewares=[error_middleware], client_max_size=options.max_body_bytes)
+    metrics = ServerMetrics(vllm_names=options.vllm_metrics)
+    app[SERVER] = ServerContext(engine, options, metrics)
+    app.add_routes(
+        [
+            web.post("/v1/completions", completions),
+            web.post("/v1/chat/completions", chat_completions),
+            web.get("/v1/models", models_routes.list_models),
+            web.get("/v1/models/{id:.+}", models_routes.get_model),
+            web.get("/health", models_routes.health),
+            web.get("/health/ready", models_routes.ready),
+            web.get("/ready", models_routes.ready),
+            web.get("/version", models_routes.version),
+            web.get("/metrics", _metrics),
+            web.post("/tokenize", tokens_routes.tokenize),
+            web.post("/detokenize", tokens_routes.detokenize),
+        ]
+    )
+    if options.debug_endpoints:
+        app.router.add_get("/debug/timeline", debug_routes.timeline)
+        app.router.add_get("/debug/decisions", debug_routes.decisions)
+    return app
+
+
+class Server:
+    """One listening server; all methods run on its event loop."""
+
+    def __init__(self, engine: ServedEngine | None, options: ServerOptions | None = None) -> None:
+        self.app = create_app(engine, options)
+        self.context = self.app[SERVER]
+        self._runner = web.AppRunner(
+            self.app,
+            handler_cancellation=True,
+            shutdown_timeout=HANDLER_END_S,
+            access_log=None,
+        )
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the port, which the system chooses for port 0.
+
+        Raises:
+            OSError: the address is taken or not ours.
+        """
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port)
+        await site.start()
+        return int(self._runner.addresses[0][1])
+
+    async def stop(
+        self, grace_s: float | None = None, *, hurry: asyncio.Event | None = None
+    ) -> None:
+        """Shut down: refuse new requests, let the others end, cancel the rest, stop listening.
+
+        Meanwhile ``/health`` answers 200 and ``/ready`` 503.
+
+        Args:
+            grace_s: seconds for running requests; None is the option's.
+            hurry: when set, the rest of the grace is skipped.
+        """
+        context = self.context
+        context.is_closing = True
+        grace_s = context.options.shutdown_grace_s if grace_s is None else grace_s
+        waits = [asyncio.create_task(context.wait_idle(grace_s))]
+        if hurry is not None:
+            waits.append(asyncio.create_task(_until_set(hurry)))
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        engine = context.attached_engine
+        if engine is not None:
+            # Ends what is left with RequestCancelled, which handlers turn into their last event.
+            await asyncio.to_thread(engine.close, 0.0)
+        await context.wait_idle(HANDLER_END_S)
+        await self._runner.cleanup()
+
+
+async def _until_set(event: asyncio.Event) -> bool:
+    return await event.wait()
+
+
+@contextlib.contextmanager
+def _signals(on_signal: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def serve(
+    load: Callable[[], ServedEngine],
+    host: str,
+    port: int,
+    options: ServerOptions | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; a second one skips the grace.
+
+    Listens before the model is loaded, so that ``/health`` answers meanwhile and a taken port is
+    noticed at once.
+
+    Args:
+        load: makes the engine; called in a thread.
+        host: address to listen on.
+        port: 0 lets the system choose.
+        options: settings of the server.
+        on_ready: called with the URL once requests are taken.
+
+    Raises:
+        OSError: cannot listen.
+        FlowPrefillError: the engine did not start.
+    """
+    server = Server(None, options)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    port = await server.start(host, port)
+    with _signals(on_signal):
+        loading = asyncio.create_task(asyncio.to_thread(load))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                server.context.attach(loading.result())
+                if on_ready is not None:
+                    on_ready(f"http://{host}:{port}")
+                await stop.wait()
+        finally:
+            stopping.cancel()
+            await server.stop(hurry=hurry)
+            if server.context.attached_engine is None:
+                await _close_unattached(loading)
+
+
+async def _close_unattached(loading: asyncio.Task[ServedEngine]) -> None:
+    """Wait for an engine that was still loading when the server stopped, and close it."""
+    await asyncio.wait({loading})
+    if loading.exception() is None:
+        await asyncio.to_thread(loading.result().close, 0.0)

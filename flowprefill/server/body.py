@@ -1,0 +1,158 @@
+"""Reading request bodies: bytes to a JSON object, and its fields by type; used by the schemas."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+from flowprefill.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+MAX_REMEMBERED_FIELDS = 1000
+_MISSING: Any = object()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidRequest(f"body: {name} is not JSON; numbers must be finite", param="body")
+
+
+def parse_json_object(raw: bytes) -> dict[str, Any]:
+    """Parse a request body.
+
+    Raises:
+        InvalidRequest: not UTF-8, not JSON, too deeply nested, or not an object.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"body: byte {error.start} (0x{raw[error.start]:02x}) is not UTF-8",
+            param="body",
+        ) from None
+    if not text.strip():
+        raise InvalidRequest("body: empty, expected a JSON object", param="body")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"body: not JSON at line {error.lineno}, column {error.colno} ({error.msg})",
+            param="body",
+        ) from None
+    except RecursionError:
+        raise InvalidRequest("body: nested too deeply", param="body") from None
+    except ValueError:  # an integer of thousands of digits
+        raise InvalidRequest("body: a number is too long", param="body") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest.field("body", value, "a JSON object")
+    return value
+
+
+def check_text(param: str, value: Any, allowed: str = "a string") -> str:
+    """Return ``value`` if it is text that UTF-8 can carry (no lone surrogates)."""
+    if not isinstance(value, str):
+        raise InvalidRequest.field(param, value, allowed)
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"{param}: character {error.start} is half of a surrogate pair, not valid Unicode",
+                param=param,
+            ) from None
+    return value
+
+
+class Body:
+    """A JSON object whose fields are read by name and type; null counts as not given.
+
+    ``path`` prefixes the names in errors (``slo.`` for the object in the field ``slo``).
+    """
+
+    def __init__(self, fields: Mapping[str, Any], path: str = "") -> None:
+        self._fields = fields
+        self._path = path
+        self._read: set[str] = set()
+
+    def raw(self, name: str, default: Any = None) -> Any:
+        """Return the field unchecked, ``default`` if it is missing or null."""
+        self._read.add(name)
+        value = self._fields.get(name, _MISSING)
+        return default if value is _MISSING or value is None else value
+
+    def refuse(self, name: str, value: Any, allowed: str) -> NoReturn:
+        """Raise the error for one field."""
+        raise InvalidRequest.field(self._path + name, value, allowed)
+
+    def text(self, name: str, default: str | None = None) -> str | None:
+        """Read a string."""
+        value = self.raw(name)
+        return default if value is None else check_text(self._path + name, value)
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        """Read true or false; 0, 1 and "true" are refused."""
+        value = self.raw(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "true or false")
+        return value
+
+    def integer(self, name: str, default: Any, low: int, high: int) -> Any:
+        """Read an integer in [low, high]; 5.0 and "5" are refused."""
+        value = self.raw(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.refuse(name, value, f"an integer in [{low}, {high}]")
+        return value
+
+    def number(self, name: str, default: Any, low: float, high: float, *, open_low: bool) -> Any:
+        """Read a finite number in [low, high], or in (low, high]."""
+        value = self.raw(name)
+        if value is None:
+            return default
+        allowed = f"a number in {'(' if open_low else '['}{low:.10g}, {high:.10g}]"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.refuse(name, value, allowed)
+        # An int too large for a float compares fine but cannot be tested for being finite.
+        if isinstance(value, float) and not math.isfinite(value):
+            self.refuse(name, value, allowed)
+        if not low <= value <= high or (open_low and value == low):
+            self.refuse(name, value, allowed)
+        return value
+
+    def object(self, name: str) -> Body | None:
+        """Read a nested object; its errors are named ``name.field``."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.refuse(name, value, "an object")
+        return Body(value, f"{self._path}{name}.")
+
+    def unknown(self) -> list[str]:
+        """Return the names of fields that were given and never read."""
+        return [name for name in self._fields if name not in self._read]
+
+    def refuse_unknown(self, allowed: Collection[str]) -> None:
+        """Refuse fields that were never read; for our own objects, where a typo must not pass."""
+        for name in self.unknown():
+            self.refuse(name, self._fields[name], "only " + ", ".join(sorted(allowed)))
+
+
+class UnknownFields:
+    """Warns once per unknown field name, so that clients with extra fields work and typos show."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def warn(self, endpoint: str, body: Body) -> None:
+        """Log every field of ``body`` that nobody read and that was not logged before."""
+        for name in body.unknown():
+            # Names come from the network: the memory of them is bounded.
+            if name in self._seen or len(self._seen) >= MAX_REMEMBERED_FIELDS:
+                continue
+            self._seen.add(name)
+            logger.warning("%s: ignoring unknown field %.80r", endpoint, name)

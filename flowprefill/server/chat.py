@@ -1,0 +1,177 @@
+"""POST /v1/chat/completions: its own fields, and the shape of its replies and stream events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.errors import InvalidRequest
+from flowprefill.request import MAX_LOGPROBS, Request, Token
+from flowprefill.server.body import Body, check_text
+from flowprefill.server.endpoint import Endpoint, Plan
+from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
+from flowprefill.server.generation import respond
+from flowprefill.server.logprobs import chat_entry
+from flowprefill.server.openai_schema import MAX_INT, SchemaContext, generation_spec
+
+MAX_MESSAGES = 100_000
+ROLES = ("system", "developer", "user", "assistant")
+# Of the template's variables, those the server fills in itself.
+OWN_TEMPLATE_VARIABLES = ("messages", "tools", "documents", "tokenize", "chat_template")
+
+
+def _content_text(param: str, content: Any) -> str:
+    """Return the text of a message: a string, or typed parts that are all text, one per line."""
+    if isinstance(content, str):
+        return check_text(param, content)
+    if not isinstance(content, list):
+        raise InvalidRequest.field(param, content, "a string or a list of text parts")
+    texts = []
+    for index, part in enumerate(content):
+        name = f"{param}[{index}]"
+        if not isinstance(part, dict):
+            raise InvalidRequest.field(name, part, "an object {type: 'text', text: ...}")
+        if part.get("type") != "text":
+            allowed = "'text': other kinds of content are not supported"
+            raise InvalidRequest.field(f"{name}.type", part.get("type"), allowed)
+        texts.append(check_text(f"{name}.text", part.get("text")))
+    return "\n".join(texts)
+
+
+def read_messages(body: Body) -> list[dict[str, Any]]:
+    """Read ``messages`` into role, content and, if given, name.
+
+    ``developer`` is OpenAI's newer word for ``system``; templates know only the latter.
+    """
+    messages = body.raw("messages")
+    if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES:
+        body.refuse("messages", messages, f"a list of 1..{MAX_MESSAGES} messages")
+    return [_read_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+
+
+def _read_message(param: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidRequest.field(param, message, "an object with role and content")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequest.field(f"{param}.role", role, "one of: " + ", ".join(ROLES))
+    for name in ("tool_calls", "function_call", "audio"):
+        if message.get(name):
+            allowed = "null: tools and audio are not supported"
+            raise InvalidRequest.field(f"{param}.{name}", message[name], allowed)
+    checked = {
+        "role": "system" if role == "developer" else role,
+        "content": _content_text(f"{param}.content", message.get("content")),
+    }
+    if message.get("name") is not None:
+        checked["name"] = check_text(f"{param}.name", message["name"])
+    return checked
+
+
+def read_template_variables(body: Body) -> dict[str, Any]:
+    """Read what is handed to the chat template besides the messages."""
+    given = body.raw("chat_template_kwargs", {})
+    if not isinstance(given, dict):
+        body.refuse("chat_template_kwargs", given, "an object")
+    for name in OWN_TEMPLATE_VARIABLES:
+        if name in given:
+            body.refuse(f"chat_template_kwargs.{name}", given[name], "other variables only")
+    variables = dict(given)
+    variables["add_generation_prompt"] = body.boolean("add_generation_prompt", True)
+    if body.boolean("continue_final_message"):
+        body.refuse("continue_final_message", True, "false: this field is not supported")
+    if body.raw("chat_template") is not None:
+        body.refuse("chat_template", body.raw("chat_template"), "null: the model's own is used")
+    return variables
+
+
+def _read_max_tokens(body: Body) -> int | None:
+    """Read ``max_completion_tokens`` and its older name; giving both is fine if they agree."""
+    new: int | None = body.integer("max_completion_tokens", None, 1, MAX_INT)
+    old: int | None = body.integer("max_tokens", None, 1, MAX_INT)
+    if new is not None and old is not None and new != old:
+        body.refuse("max_tokens", old, f"null, or max_completion_tokens = {new}")
+    return new if new is not None else old
+
+
+def _read_logprobs(body: Body) -> int | None:
+    wanted = body.boolean("logprobs")
+    top: int | None = body.integer("top_logprobs", None, 0, MAX_LOGPROBS)
+    if top and not wanted:
+        body.refuse("top_logprobs", top, "null unless logprobs is true")
+    return (top or 0) if wanted else None
+
+
+def plan_chat(body: Body, context: SchemaContext, max_choices: int) -> Plan:
+    """Check the whole body and return what to submit; the template runs at submission."""
+    messages = read_messages(body)
+    variables = read_template_variables(body)
+    spec = generation_spec(
+        body, context, max_tokens=_read_max_tokens(body), logprobs=_read_logprobs(body)
+    )
+    if spec.n > max_choices:
+        body.refuse("n", spec.n, f"at most {max_choices} choices")
+    # Templates write the special tokens themselves.
+    add_special_tokens = body.boolean("add_special_tokens", False)
+
+    def requests(engine: ServedEngine) -> list[Request]:
+        prompt = engine.render_chat(messages, **variables)
+        return [
+            Request(prompt, spec.sampling_of(choice), add_special_tokens=add_special_tokens)
+            for choice in range(spec.n)
+        ]
+
+    chars = sum(len(message["content"]) for message in messages)
+    return Plan(spec, requests, choices=spec.n, prompt_chars=chars * spec.n, echo=())
+
+
+class ChatEndpoint(Endpoint):
+    """The chat.completion shapes."""
+
+    path = "/v1/chat/completions"
+    id_prefix = "chatcmpl-"
+    reply_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
+        """See plan_chat."""
+        return plan_chat(body, context, max_choices)
+
+    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+        """Return the endpoint's part of a whole choice."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message, "logprobs": logprobs}
+
+    def chunk_choice(self, text: str, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
+        """Return the endpoint's part of a choice in one stream event.
+
+        The role comes with the first text, never before: tools that time the first event and tools
+        that time the first text then agree.
+        """
+        delta = {"role": "assistant", "content": text} if is_first else {}
+        if text:
+            delta["content"] = text
+        return {"delta": delta, "logprobs": logprobs}
+
+    def logprobs(
+        self,
+        tokens: Sequence[Token],
+        tokenizer: ServedTokenizer,
+        text_offset: int,  # noqa: ARG002
+    ) -> Mapping[str, Any]:
+        """Return one entry per token with its alternatives."""
+        content = []
+        for token in tokens:
+            entry = chat_entry(tokenizer, token.token_id, token.logprob)
+            entry["top_logprobs"] = [
+                chat_entry(tokenizer, top.token_id, top.logprob) for top in token.top_logprobs
+            ]
+            content.append(entry)
+        return {"content": content, "refusal": None}
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """Handle POST /v1/chat/completions."""
+    return await respond(request, ChatEndpoint())

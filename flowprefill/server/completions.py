@@ -1,0 +1,131 @@
+"""POST /v1/completions: its own fields, and the shape of its replies and stream events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.errors import InvalidRequest
+from flowprefill.request import MAX_LOGPROBS, Request, Token
+from flowprefill.server.body import Body, check_text
+from flowprefill.server.endpoint import Endpoint, Plan
+from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
+from flowprefill.server.generation import respond
+from flowprefill.server.logprobs import token_label, top_labels
+from flowprefill.server.openai_schema import (
+    MAX_INT,
+    SchemaContext,
+    check_token_ids,
+    generation_spec,
+)
+
+DEFAULT_MAX_TOKENS = 16
+Prompt = str | list[int]
+
+
+def read_prompts(body: Body, vocab_size: int) -> list[Prompt]:
+    """Read ``prompt``: a string, token ids, or a list of either."""
+    allowed = "a string, a list of strings, a list of token ids or a list of such lists"
+    value = body.raw("prompt")
+    if isinstance(value, str):
+        value = [value]
+    elif isinstance(value, list) and value and all(type(item) is int for item in value):
+        check_token_ids("prompt", value, vocab_size)
+        return [value]
+    if not isinstance(value, list) or not value:
+        body.refuse("prompt", value, allowed)
+    is_single = len(value) == 1 and not isinstance(body.raw("prompt"), list)
+    kind = type(value[0])
+    for index, prompt in enumerate(value):
+        name = "prompt" if is_single else f"prompt[{index}]"
+        if kind not in (str, list) or type(prompt) is not kind:
+            body.refuse(name, prompt, allowed)
+        if not prompt:
+            body.refuse(name, prompt, "at least one token")
+        if isinstance(prompt, str):
+            check_text(name, prompt)
+        else:
+            check_token_ids(name, prompt, vocab_size)
+    return value
+
+
+def plan_completions(body: Body, context: SchemaContext, max_choices: int) -> Plan:
+    """Check the whole body and return what to submit; touches no engine."""
+    prompts = read_prompts(body, context.vocab_size)
+    logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
+    max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, MAX_INT)
+    spec = generation_spec(body, context, max_tokens=max_tokens, logprobs=logprobs)
+    if len(prompts) * spec.n > max_choices:
+        raise InvalidRequest(
+            f"prompt: got {len(prompts)} prompts times n = {spec.n}, "
+            f"expected at most {max_choices} choices",
+            param="prompt",
+        )
+    echo = body.boolean("echo")
+    if echo and logprobs is not None:
+        body.refuse("echo", True, "false with logprobs: those of the prompt are not available")
+    add_special_tokens = body.boolean("add_special_tokens", True)
+
+    def requests(_engine: ServedEngine) -> list[Request]:
+        return [
+            Request(prompt, spec.sampling_of(choice), add_special_tokens=add_special_tokens)
+            for prompt in prompts
+            for choice in range(spec.n)
+        ]
+
+    return Plan(
+        spec=spec,
+        requests=requests,
+        choices=len(prompts) * spec.n,
+        prompt_chars=sum(len(prompt) for prompt in prompts) * spec.n,
+        echo=tuple(prompts) if echo else (),
+    )
+
+
+class CompletionsEndpoint(Endpoint):
+    """The text_completion shapes."""
+
+    path = "/v1/completions"
+    id_prefix = "cmpl-"
+    reply_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
+        """See plan_completions."""
+        return plan_completions(body, context, max_choices)
+
+    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+        """Return the endpoint's part of a whole choice."""
+        return {"text": text, "logprobs": logprobs}
+
+    def chunk_choice(
+        self,
+        text: str,
+        logprobs: Any,
+        *,
+        is_first: bool,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Return the endpoint's part of a choice in one stream event."""
+        return {"text": text, "logprobs": logprobs}
+
+    def logprobs(
+        self, tokens: Sequence[Token], tokenizer: ServedTokenizer, text_offset: int
+    ) -> Mapping[str, Any]:
+        """Return parallel lists: token texts, their logprobs, alternatives, offsets in the text."""
+        offsets = []
+        for token in tokens:
+            offsets.append(text_offset)
+            text_offset += len(token.text)
+        return {
+            "tokens": [token_label(tokenizer, token.token_id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [top_labels(tokenizer, token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """Handle POST /v1/completions."""
+    return await respond(request, CompletionsEndpoint())

@@ -1,0 +1,102 @@
+"""What every handler shares: engine, options, metrics, state of the server; one per application."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from flowprefill.errors import ModelNotFound, NotReady
+from flowprefill.server.body import UnknownFields
+from flowprefill.server.engine_protocol import ServedEngine
+from flowprefill.server.options import ServerOptions
+from flowprefill.version import __version__
+
+if TYPE_CHECKING:
+    from flowprefill.server.metrics import ServerMetrics
+
+
+class ServerContext:
+    """State of one application; used from its event loop only.
+
+    The engine may come later than the server, so that ``/health`` answers while a model loads.
+    """
+
+    def __init__(
+        self, engine: ServedEngine | None, options: ServerOptions, metrics: ServerMetrics
+    ) -> None:
+        self.options = options
+        self.metrics = metrics
+        self.unknown_fields = UnknownFields()
+        self.is_closing = False
+        self.generating = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._engine: ServedEngine | None = None
+        self.fingerprint = ""
+        if engine is not None:
+            self.attach(engine)
+
+    def attach(self, engine: ServedEngine) -> None:
+        """Start serving ``engine``."""
+        identity = f"{__version__}|{engine.model_id}|{engine.config.dtype}"
+        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self._engine = engine
+        self.metrics.observe(engine)
+
+    @property
+    def attached_engine(self) -> ServedEngine | None:
+        """The engine, or None while the model is loading."""
+        return self._engine
+
+    @property
+    def engine(self) -> ServedEngine:
+        """The engine; raises NotReady while it cannot take requests."""
+        if self.is_closing:
+            raise NotReady("the server is shutting down")
+        if self._engine is None:
+            raise NotReady("the model is still loading")
+        return self._engine
+
+    def model_names(self) -> tuple[str, ...]:
+        """Return the names the model answers to, the reported one first."""
+        return self.options.served_model_names or (self.engine.model_id,)
+
+    def check_model(self, name: str | None) -> str:
+        """Return the name to report; raises ModelNotFound for a name that is not served."""
+        names = self.model_names()
+        if name is None:
+            return names[0]
+        if name not in names:
+            shown = name if len(name) <= 80 else name[:77] + "..."
+            raise ModelNotFound(
+                f"model: {shown!r} is not served here, expected {' or '.join(names)}",
+                param="model",
+            )
+        return name
+
+    def begin_generation(self) -> None:
+        """Count one generating HTTP request in."""
+        self.generating += 1
+        self._idle.clear()
+
+    def end_generation(self) -> None:
+        """Count it out."""
+        self.generating -= 1
+        if self.generating == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing generates; False if it took longer than ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+SERVER = web.AppKey("server", ServerContext)
+REQUEST_ID = web.RequestKey("request_id", str)

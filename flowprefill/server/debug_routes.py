@@ -1,0 +1,57 @@
+"""GET /debug/timeline and /debug/decisions: what the executor ran and why; called by app.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.server.context import SERVER
+from flowprefill.server.engine_protocol import TimelineEntry
+
+EXECUTOR_PROCESS = 1
+
+
+def chrome_trace(entries: Iterable[TimelineEntry]) -> dict[str, Any]:
+    """Return a trace for ui.perfetto.dev: one row per run, one slice per segment."""
+    rows: dict[str, int] = {}
+    events: list[dict[str, Any]] = []
+    for entry in entries:
+        row = rows.setdefault(entry.run, len(rows) + 1)
+        events.append(
+            {
+                "name": entry.segment,
+                "ph": "X",
+                "ts": entry.start_s * 1e6,
+                "dur": max(entry.end_s - entry.start_s, 0.0) * 1e6,
+                "pid": EXECUTOR_PROCESS,
+                "tid": row,
+            }
+        )
+    names = [
+        {
+            "name": "thread_name",
+            "ph": "M",
+            "pid": EXECUTOR_PROCESS,
+            "tid": row,
+            "args": {"name": run},
+        }
+        for run, row in rows.items()
+    ]
+    return {"displayTimeUnit": "ms", "traceEvents": names + events}
+
+
+async def timeline(request: web.Request) -> web.Response:
+    """Handle GET /debug/timeline."""
+    engine = request.app[SERVER].engine
+    # Tens of thousands of segments: not on the event loop.
+    text = await asyncio.to_thread(lambda: json.dumps(chrome_trace(engine.timeline())))
+    return web.json_response(text=text)
+
+
+async def decisions(request: web.Request) -> web.Response:
+    """Handle GET /debug/decisions."""
+    return web.json_response({"decisions": request.app[SERVER].engine.decisions()})

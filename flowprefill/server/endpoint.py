@@ -1,0 +1,98 @@
+"""What a generating request is made of: its plan, its endpoint's shapes, its submitted choices.
+
+Completions and chat implement Endpoint; generation.py and streaming.py work on any of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from flowprefill.request import Request, Token
+from flowprefill.server.body import Body
+from flowprefill.server.engine_protocol import ServedEngine, ServedHandle, ServedTokenizer
+from flowprefill.server.openai_schema import GenerationSpec, SchemaContext
+from flowprefill.server.replies import Envelope, metrics_object
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked HTTP request, ready to submit.
+
+    Attributes:
+        spec: the fields both endpoints share.
+        requests: makes the engine's requests, prompt by prompt, ``spec.n`` choices each; may
+            tokenise or run a chat template, so it may take long for long prompts.
+        choices: how many requests that makes.
+        prompt_chars: characters or token ids in all of them together.
+        echo: prompts to repeat before the generated text; empty for none.
+    """
+
+    spec: GenerationSpec
+    requests: Callable[[ServedEngine], list[Request]]
+    choices: int
+    prompt_chars: int
+    echo: tuple[str | list[int], ...]
+
+
+class Endpoint(ABC):
+    """What differs between /v1/completions and /v1/chat/completions."""
+
+    path: ClassVar[str]
+    id_prefix: ClassVar[str]
+    reply_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    @abstractmethod
+    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
+        """Check the body; raises InvalidRequest."""
+
+    @abstractmethod
+    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+        """Return a whole choice without index and finish reason."""
+
+    @abstractmethod
+    def chunk_choice(self, text: str, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
+        """Return a choice of one stream event without index and finish reason."""
+
+    @abstractmethod
+    def logprobs(
+        self, tokens: Sequence[Token], tokenizer: ServedTokenizer, text_offset: int
+    ) -> Mapping[str, Any]:
+        """Return the logprobs object of consecutive tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One HTTP request whose choices are submitted; handles are in choice order."""
+
+    endpoint: Endpoint
+    plan: Plan
+    envelope: Envelope
+    engine: ServedEngine
+    handles: list[ServedHandle]
+    echo_texts: tuple[str, ...]
+
+    def echo_text(self, choice: int) -> str:
+        """Return what comes before the generated text of one choice."""
+        return self.echo_texts[choice // self.plan.spec.n] if self.echo_texts else ""
+
+    def logprobs(self, tokens: Sequence[Token], text_offset: int) -> Mapping[str, Any] | None:
+        """Return the logprobs object of consecutive tokens, None unless asked for."""
+        if self.plan.spec.sampling.logprobs is None:
+            return None
+        return self.endpoint.logprobs(tokens, self.engine.tokenizer, text_offset)
+
+    def metrics(self, output_tokens: Sequence[int]) -> dict[str, Any]:
+        """Return the opt-in timings, given each choice's number of tokens; all have ended.
+
+        ``metrics`` is the first choice's; with several choices ``choice_metrics`` lists all.
+        """
+        each = [
+            metrics_object(handle.timings, tokens)
+            for handle, tokens in zip(self.handles, output_tokens, strict=True)
+        ]
+        several = {"choice_metrics": each} if len(each) > 1 else {}
+        return {"metrics": each[0], **several}

@@ -1,0 +1,151 @@
+"""Errors to HTTP: the JSON body, status and retry headers of every error; the app's middleware."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.errors import (
+    DeadlinePassed,
+    FlowPrefillError,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    RequestCancelled,
+    RequestFailed,
+)
+from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+NOT_READY_RETRY_S = 5
+_SAFE_REQUEST_ID = re.compile(r"[!-~]{1,200}")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is larger than the server reads."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class UnknownRoute(InvalidRequest):
+    """No such path."""
+
+    status = 404
+    code = "unknown_url"
+
+
+class WrongMethod(InvalidRequest):
+    """The path exists, the method does not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class InternalError(FlowPrefillError):
+    """A bug of ours; the message names the request id under which the log has the traceback."""
+
+
+def error_body(error: FlowPrefillError) -> dict[str, Any]:
+    """Return the OpenAI error object."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_headers(error: FlowPrefillError) -> dict[str, str]:
+    """Return the headers that tell clients whether and when to try again."""
+    if isinstance(error, Overloaded):
+        seconds = max(error.retry_after_s, 0.001)
+        return {
+            "Retry-After": str(math.ceil(seconds)),
+            "retry-after-ms": str(math.ceil(seconds * 1e3)),
+        }
+    if isinstance(error, NotReady):
+        return {"Retry-After": str(NOT_READY_RETRY_S)}
+    if isinstance(error, DeadlinePassed):
+        # The openai client would send the lost request twice more.
+        return {"x-should-retry": "false"}
+    return {}
+
+
+def error_response(error: FlowPrefillError) -> web.Response:
+    """Build the whole response for one error."""
+    return web.Response(
+        status=error.status,
+        text=json.dumps(error_body(error)),
+        content_type="application/json",
+        headers=error_headers(error),
+    )
+
+
+def _of_http(error: web.HTTPException, request: web.Request) -> FlowPrefillError:
+    if isinstance(error, web.HTTPNotFound):
+        return UnknownRoute(f"{request.method} {request.path}: no such path", param="url")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return WrongMethod(
+            f"{request.path}: got {request.method}, expected {allowed}", param="method"
+        )
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        limit = request.app[SERVER].options.max_body_mib
+        return BodyTooLarge(f"body: larger than {limit:g} MiB", param="body")
+    return InvalidRequest(f"{request.method} {request.path}: {error.reason}")
+
+
+def as_flowprefill_error(error: Exception, request_id: str) -> FlowPrefillError:
+    """Return the error to show; anything not raised on purpose is logged and hidden."""
+    if isinstance(error, FlowPrefillError):
+        if isinstance(error, RequestFailed):
+            logger.error("request %s: %s", request_id, error)
+        return error
+    logger.error("request %s: unexpected %s", request_id, type(error).__name__, exc_info=error)
+    return InternalError(f"internal error; the server's log has it under request id {request_id}")
+
+
+def shown_error(error: Exception, context: ServerContext, request_id: str) -> FlowPrefillError:
+    """Return the error as the client sees it, and count it if it sheds load."""
+    shown = as_flowprefill_error(error, request_id)
+    if isinstance(shown, RequestCancelled) and context.is_closing:
+        # The client is still there: it was the server that gave up.
+        shown = NotReady("the server is shutting down")
+    if isinstance(shown, (Overloaded, DeadlinePassed, NotReady)):
+        context.metrics.count_shed(shown.code)
+    return shown
+
+
+def request_id_of(request: web.Request) -> str:
+    """Return the client's x-request-id if it is printable and short, else a new one."""
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    return given if _SAFE_REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex[:16]}"
+
+
+@web.middleware
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every exception into an OpenAI error response and echo the request id."""
+    request_id = request_id_of(request)
+    request[REQUEST_ID] = request_id
+    try:
+        response = await handler(request)
+    except web.HTTPException as error:
+        response = error_response(_of_http(error, request))
+    except Exception as error:
+        response = error_response(shown_error(error, request.app[SERVER], request_id))
+    if not response.prepared:
+        response.headers[REQUEST_ID_HEADER] = request_id
+    return response

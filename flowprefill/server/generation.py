@@ -1,0 +1,180 @@
+"""From a generating HTTP request to its reply: read, check, submit, wait or stream, cancel.
+
+The handlers of both endpoints call respond().
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.errors import InvalidRequest
+from flowprefill.request import Completion
+from flowprefill.server.body import Body, parse_json_object
+from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
+from flowprefill.server.endpoint import Endpoint, Generation, Plan
+from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
+from flowprefill.server.openai_schema import SchemaContext
+from flowprefill.server.replies import Envelope, new_reply_id, usage_object
+from flowprefill.server.streaming import stream_reply
+
+logger = logging.getLogger(__name__)
+
+# Above these, work that would hold the event loop for milliseconds goes to a thread.
+LONG_BODY_BYTES = 256 * 1024
+LONG_PROMPT_CHARS = 50_000
+MANY_CHOICES = 16
+
+
+async def read_json(request: web.Request) -> bytes:
+    """Read the body after checking what it claims to be.
+
+    Raises:
+        InvalidRequest: the content type is not JSON.
+        web.HTTPRequestEntityTooLarge: larger than the application's ``client_max_size``.
+    """
+    if "Content-Type" in request.headers:
+        kind = request.content_type
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise InvalidRequest.field("content-type", kind, "application/json")
+        charset = (request.charset or "utf-8").lower()
+        if charset not in ("utf-8", "utf8", "us-ascii"):
+            raise InvalidRequest.field("content-type", f"charset={charset}", "charset=utf-8")
+    limit = request.app[SERVER].options.max_body_bytes
+    if request.content_length is not None and request.content_length > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
+    return await request.read()
+
+
+def _submit(endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope) -> Generation:
+    """Submit every choice, or none: what was admitted before an error is cancelled."""
+    handles: list[ServedHandle] = []
+    try:
+        requests = plan.requests(engine)
+        for index, request in enumerate(requests):
+            name = envelope.id if len(requests) == 1 else f"{envelope.id}-{index}"
+            named = dataclasses.replace(request, id=name)
+            handles.append(engine.submit(named, plan.spec.slo))
+        echo = tuple(
+            prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
+            for prompt in plan.echo
+        )
+    except BaseException:
+        cancel_all(handles)
+        raise
+    return Generation(endpoint, plan, envelope, engine, handles, echo)
+
+
+def cancel_all(handles: Sequence[ServedHandle]) -> None:
+    """Cancel requests; those that have ended are not touched."""
+    for handle in handles:
+        handle.cancel()
+
+
+def _cancel_submitted(task: asyncio.Task[Generation]) -> None:
+    """Cancel what a thread submitted after its client had gone."""
+    if not task.cancelled() and task.exception() is None:
+        cancel_all(task.result().handles)
+
+
+async def _submit_off_loop(
+    endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope
+) -> Generation:
+    """Submit in a thread; if the client goes meanwhile, what was submitted is cancelled."""
+    task = asyncio.create_task(asyncio.to_thread(_submit, endpoint, plan, engine, envelope))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_cancel_submitted)
+        raise
+
+
+async def _plan(request: web.Request, endpoint: Endpoint, context: ServerContext) -> Plan:
+    """Read and check the body, in a thread if it is long."""
+    engine = context.engine
+    schema = SchemaContext(
+        headers=request.headers,
+        config=engine.config,
+        service_tiers=context.options.service_tiers,
+        vocab_size=engine.vocab_size,
+    )
+    raw = await read_json(request)
+
+    def check() -> tuple[Plan, Body]:
+        body = Body(parse_json_object(raw))
+        return endpoint.plan(body, schema, context.options.max_choices), body
+
+    plan, body = check() if len(raw) <= LONG_BODY_BYTES else await asyncio.to_thread(check)
+    context.unknown_fields.warn(endpoint.path, body)
+    return plan
+
+
+async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+    """Handle one generating request from its body to the end of its reply.
+
+    However this ends (reply sent, error, client gone), everything submitted has ended or is
+    cancelled afterwards.
+    """
+    context = request.app[SERVER]
+    plan = await _plan(request, endpoint, context)
+    envelope = Envelope(
+        id=new_reply_id(endpoint.id_prefix),
+        model=context.check_model(plan.spec.model),
+        system_fingerprint=context.fingerprint,
+        service_tier=plan.spec.service_tier,
+    )
+    engine = context.engine
+    logger.debug("%s: %s %s", request[REQUEST_ID], endpoint.path, envelope.id)
+    is_long = plan.prompt_chars > LONG_PROMPT_CHARS or plan.choices > MANY_CHOICES
+    handles: list[ServedHandle] = []
+    context.begin_generation()
+    try:
+        submit = _submit_off_loop if is_long else _submit_on_loop
+        generation = await submit(endpoint, plan, engine, envelope)
+        handles = generation.handles
+        if plan.spec.stream is not None:
+            return await stream_reply(request, generation)
+        return await _whole_reply(generation)
+    finally:
+        cancel_all(handles)
+        context.end_generation()
+
+
+async def _submit_on_loop(
+    endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope
+) -> Generation:
+    return _submit(endpoint, plan, engine, envelope)
+
+
+async def _whole_reply(generation: Generation) -> web.Response:
+    """Wait for every choice and send one JSON object."""
+    completions: list[Completion] = []
+    for handle in generation.handles:
+        completions.append(await handle)
+    spec = generation.plan.spec
+    choices = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
+    payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
+    output_tokens = sum(len(completion.tokens) for completion in completions)
+    payload["usage"] = usage_object(generation.handles, spec.n, output_tokens)
+    if spec.return_metrics:
+        payload |= generation.metrics([len(completion.tokens) for completion in completions])
+    return web.json_response(payload)
+
+
+def _whole_choice(generation: Generation, index: int, completion: Completion) -> dict[str, Any]:
+    spec = generation.plan.spec
+    echo = generation.echo_text(index)
+    logprobs = generation.logprobs(completion.tokens, len(echo))
+    choice = {
+        "index": index,
+        **generation.endpoint.choice(echo + completion.text, logprobs),
+        "finish_reason": completion.finish_reason,
+    }
+    if spec.return_token_ids:
+        choice["token_ids"] = completion.token_ids
+    return choice

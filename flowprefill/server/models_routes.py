@@ -1,0 +1,68 @@
+"""GET /v1/models, /health, /ready, /version: what is served, and whether; called by app.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.errors import NotReady
+from flowprefill.server.context import SERVER, ServerContext
+from flowprefill.server.errors import error_headers
+from flowprefill.version import __version__
+
+
+def _model_object(context: ServerContext, name: str) -> dict[str, Any]:
+    engine = context.engine
+    return {
+        "id": name,
+        "object": "model",
+        "created": engine.created,
+        "owned_by": "flowprefill",
+        "root": engine.model_id,
+        "max_model_len": engine.max_model_len,
+    }
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """Handle GET /v1/models."""
+    context = request.app[SERVER]
+    models = [_model_object(context, name) for name in context.model_names()]
+    return web.json_response({"object": "list", "data": models})
+
+
+async def get_model(request: web.Request) -> web.Response:
+    """Handle GET /v1/models/{id}; ids may contain slashes."""
+    context = request.app[SERVER]
+    name = context.check_model(request.match_info["id"])
+    return web.json_response(_model_object(context, name))
+
+
+async def health(_request: web.Request) -> web.Response:
+    """Handle GET /health: the process is alive; says nothing about the model."""
+    return web.json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """Handle GET /ready: whether requests are taken, on which device and why."""
+    context = request.app[SERVER]
+    engine = context.attached_engine
+    if context.is_closing:
+        status, reason = "closing", "the server is shutting down"
+    elif engine is None:
+        status, reason = "loading", "the model is still loading"
+    elif not engine.is_ready:
+        status, reason = "not ready", "the engine takes no requests"
+    else:
+        body = {"status": "ready", "model": engine.model_id, **engine.describe()}
+        return web.json_response(body)
+    return web.json_response(
+        {"status": status, "reason": reason}, status=503, headers=error_headers(NotReady(reason))
+    )
+
+
+async def version(request: web.Request) -> web.Response:
+    """Handle GET /version."""
+    return web.json_response(
+        {"version": __version__, "system_fingerprint": request.app[SERVER].fingerprint or None}
+    )

@@ -1,0 +1,237 @@
+"""OpenAI request bodies to checked values: the fields both generating endpoints share.
+
+Called by completions.py and chat.py, which add their own prompt fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowprefill.config import EngineConfig
+from flowprefill.errors import InvalidRequest
+from flowprefill.request import MAX_STOP_STRINGS, SLO, SamplingParams
+from flowprefill.server.body import Body, check_text
+from flowprefill.server.slo import slo_of
+
+MAX_N = 128
+MAX_INT = 2**31 - 1
+METRICS_HEADER = "x-return-metrics"
+
+# Fields that would change the output if they did anything. Ignoring them silently would be wrong,
+# so anything but a neutral value is refused. None (null) is neutral everywhere.
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "logit_bias": ({},),
+    "prediction": (),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+
+# OpenAI and vLLM fields that say something about the caller or the transport, not about the text.
+IGNORED = (
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "reasoning_effort", "request_id", "safety_identifier", "spaces_between_special_tokens", "store",
+    "user", "verbosity",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """One checked HTTP request to generate; its prompts are in the endpoint's own part.
+
+    Attributes:
+        model: as named in the body; None if it was not.
+        n: choices per prompt.
+        stream: None for one JSON reply.
+        return_metrics: add the ``metrics`` object.
+        return_token_ids: add ``token_ids`` to each choice.
+        service_tier: the body's, if it chose the service class.
+    """
+
+    model: str | None
+    sampling: SamplingParams
+    slo: SLO
+    n: int
+    stream: StreamOptions | None
+    return_metrics: bool
+    return_token_ids: bool
+    service_tier: str | None
+
+    def sampling_of(self, choice: int) -> SamplingParams:
+        """Return the sampling of one choice: with a seed, each choice gets its own stream."""
+        seed = self.sampling.seed
+        if seed is None or choice == 0:
+            return self.sampling
+        return dataclasses.replace(self.sampling, seed=_shifted_seed(seed, choice))
+
+
+def _shifted_seed(seed: int, choice: int) -> int:
+    shifted = seed + choice
+    return shifted if shifted < 2**64 else shifted - 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaContext:
+    """What checking a body needs to know about the server."""
+
+    headers: Mapping[str, str]
+    config: EngineConfig
+    service_tiers: Mapping[str, str]
+    vocab_size: int
+
+
+def generation_spec(
+    body: Body, context: SchemaContext, *, max_tokens: int | None, logprobs: int | None
+) -> GenerationSpec:
+    """Read every field that completions and chat share.
+
+    Args:
+        body: the request's body.
+        context: headers, settings, vocabulary.
+        max_tokens, logprobs: read by the endpoint, because their names and defaults differ.
+
+    Raises:
+        InvalidRequest: names the field, what was given and what is allowed.
+    """
+    refuse_unsupported(body)
+    slo = slo_of(body, context.headers, context.config, context.service_tiers)
+    n = body.integer("n", 1, 1, MAX_N)
+    best_of = body.integer("best_of", None, 1, MAX_INT)
+    if best_of is not None and best_of != n:
+        body.refuse("best_of", best_of, "null: choosing among more choices is not supported")
+    body.integer("priority", 0, -(2**31), MAX_INT)
+    tier = body.text("service_tier")
+    return GenerationSpec(
+        model=body.text("model"),
+        sampling=sampling_params(body, context.vocab_size, max_tokens, logprobs),
+        slo=slo,
+        n=n,
+        stream=_stream_options(body),
+        return_metrics=_wants_metrics(body, context.headers),
+        return_token_ids=body.boolean("return_token_ids"),
+        service_tier=tier if tier in context.service_tiers else None,
+    )
+
+
+def refuse_unsupported(body: Body) -> None:
+    """Refuse fields this server does not implement, and mark the harmless ones as known."""
+    for name, neutral in REFUSED.items():
+        value = body.raw(name)
+        if value is None or any(type(value) is type(v) and value == v for v in neutral):
+            continue
+        allowed = " or ".join(["null", *(repr(v) for v in neutral)])
+        body.refuse(name, value, f"{allowed}: this field is not supported")
+    modalities = body.raw("modalities")
+    if modalities is not None and modalities != ["text"]:
+        body.refuse("modalities", modalities, "['text']: other kinds are not supported")
+    for name in IGNORED:
+        body.raw(name)
+
+
+def sampling_params(
+    body: Body, vocab_size: int, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """Read the sampling fields; -1 and 0 both switch ``top_k`` off."""
+    top_k = body.integer("top_k", 0, -1, MAX_INT)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.integer("min_tokens", 0, 0, MAX_INT),
+        temperature=body.number("temperature", 1.0, 0.0, 2.0, open_low=False),
+        top_p=body.number("top_p", 1.0, 0.0, 1.0, open_low=True),
+        top_k=max(top_k, 0),
+        min_p=body.number("min_p", 0.0, 0.0, 1.0, open_low=False),
+        seed=body.integer("seed", None, -(2**63), 2**64 - 1),
+        stop=_stop_strings(body),
+        stop_token_ids=_stop_token_ids(body, vocab_size),
+        ignore_eos=body.boolean("ignore_eos"),
+        logprobs=logprobs,
+        presence_penalty=body.number("presence_penalty", 0.0, -2.0, 2.0, open_low=False),
+        frequency_penalty=body.number("frequency_penalty", 0.0, -2.0, 2.0, open_low=False),
+        repetition_penalty=body.number("repetition_penalty", 1.0, 0.0, 10.0, open_low=True),
+        include_stop_str_in_output=body.boolean("include_stop_str_in_output"),
+    )
+
+
+def _stop_strings(body: Body) -> tuple[str, ...]:
+    value = body.raw("stop", [])
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or len(texts) > MAX_STOP_STRINGS:
+        body.refuse("stop", value, f"a string or a list of at most {MAX_STOP_STRINGS} strings")
+    for index, text in enumerate(texts):
+        name = "stop" if isinstance(value, str) else f"stop[{index}]"
+        if not check_text(name, text, "a non-empty string"):
+            body.refuse(name, text, "a non-empty string")
+    return tuple(texts)
+
+
+def _stop_token_ids(body: Body, vocab_size: int) -> tuple[int, ...]:
+    ids = body.raw("stop_token_ids", [])
+    if not isinstance(ids, list):
+        body.refuse("stop_token_ids", ids, "a list of token ids")
+    check_token_ids("stop_token_ids", ids, vocab_size)
+    return tuple(ids)
+
+
+def check_token_ids(param: str, ids: Sequence[Any], vocab_size: int) -> None:
+    """Check that every element is a token of the vocabulary; the error names the first that is not.
+
+    Cost: three passes in C for a good list; prompts may hold a million ids.
+    """
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    for index, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            allowed = f"a token id in [0, {vocab_size - 1}]"
+            raise InvalidRequest.field(f"{param}[{index}]", token, allowed)
+
+
+def _stream_options(body: Body) -> StreamOptions | None:
+    stream = body.boolean("stream")
+    options = body.object("stream_options")
+    if options is None:
+        return StreamOptions() if stream else None
+    if not stream:
+        body.refuse("stream_options", body.raw("stream_options"), "null unless stream is true")
+    parsed = StreamOptions(
+        include_usage=options.boolean("include_usage"),
+        continuous_usage=options.boolean("continuous_usage_stats"),
+    )
+    options.boolean("include_obfuscation")
+    return parsed
+
+
+def _wants_metrics(body: Body, headers: Mapping[str, str]) -> bool:
+    wanted = body.boolean("return_metrics")
+    header = headers.get(METRICS_HEADER)
+    if header is None:
+        return wanted
+    if header.lower() not in ("1", "0", "true", "false"):
+        raise InvalidRequest.field(METRICS_HEADER, header, "1, 0, true or false")
+    return wanted or header.lower() in ("1", "true")

@@ -1,0 +1,79 @@
+"""ServerOptions: every setting of the HTTP server; the CLI's flags come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from flowprefill.errors import ConfigError
+
+
+def _option(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+def _text_map(doc: str) -> Any:
+    return field(default_factory=dict, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Settings of one server; each field's ``metadata['doc']`` is its help text."""
+
+    served_model_names: tuple[str, ...] = _option(
+        (), "names the model answers to, first one reported; empty is the engine's own"
+    )
+    max_body_mib: float = _option(16.0, "largest request body, MiB; larger ones are answered 413")
+    max_choices: int = _option(1024, "most choices (prompts times n) of one request")
+    keep_alive_s: float = _option(10.0, "seconds between keep-alive comments in a silent stream")
+    shutdown_grace_s: float = _option(30.0, "seconds running requests may go on after SIGTERM")
+    service_tiers: Mapping[str, str] = _text_map(
+        'OpenAI service_tier -> service class, as JSON, e.g. {"flex": "batch"}'
+    )
+    vllm_metrics: bool = _option(False, "export the common metrics under vllm: names as well")
+    debug_endpoints: bool = _option(True, "serve /debug/timeline and /debug/decisions")
+
+    def __post_init__(self) -> None:
+        ranges: dict[str, tuple[float, float]] = {
+            "max_body_mib": (0.001, 4096), "max_choices": (1, 100_000),
+            "keep_alive_s": (0.01, 3600), "shutdown_grace_s": (0, 86_400),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            whole = name == "max_choices"
+            kinds = (int,) if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                kind = "an integer" if whole else "a number"
+                self._refuse(name, value, f"{kind} in [{low:g}, {high:g}]")
+        for name in ("vllm_metrics", "debug_endpoints"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, getattr(self, name), "true or false")
+        names: object = self.served_model_names
+        if not isinstance(names, tuple) or not all(isinstance(n, str) and n for n in names):
+            self._refuse("served_model_names", names, "a list of names")
+        tiers = self.service_tiers
+        if not isinstance(tiers, Mapping) or not all(isinstance(v, str) for v in tiers.values()):
+            self._refuse("service_tiers", tiers, "an object of tier: class")
+
+    @staticmethod
+    def _refuse(name: str, value: Any, allowed: str) -> None:
+        raise ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest request body, bytes."""
+        return int(self.max_body_mib * 2**20)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> ServerOptions:
+        """Build from a dictionary, e.g. the ``server`` part of a config file."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                allowed = "one of " + ", ".join(sorted(known))
+                raise ConfigError(f"setting: got {key!r}, expected {allowed}", param=key)
+        checked = dict(values)
+        if isinstance(checked.get("served_model_names"), list):
+            checked["served_model_names"] = tuple(checked["served_model_names"])
+        return cls(**checked)

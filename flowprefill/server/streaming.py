@@ -1,0 +1,166 @@
+"""Streaming replies: tokens of one or more choices to server-sent events; called by generation.py.
+
+One event per token, except that a token whose text is not final yet (part of a character, or
+perhaps the start of a stop string) goes out with the next one that has text. So the first event
+always has text, and every tool measures the same time to first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.request import Token
+from flowprefill.server.context import REQUEST_ID, SERVER
+from flowprefill.server.endpoint import Generation
+from flowprefill.server.engine_protocol import ServedHandle
+from flowprefill.server.errors import shown_error
+from flowprefill.server.replies import usage_object
+from flowprefill.server.sse import EventStream
+
+logger = logging.getLogger(__name__)
+
+# What a choice's task puts into the queue: a token, the error that ended it, or None at its end.
+_Item = tuple[int, Token | Exception | None]
+
+
+@dataclass(slots=True)
+class _Choice:
+    """How far one choice has been sent."""
+
+    index: int
+    text_offset: int
+    is_first: bool = True
+    output_tokens: int = 0
+    held: list[Token] = field(default_factory=list)
+
+
+async def _pump(index: int, handle: ServedHandle, queue: asyncio.Queue[_Item]) -> None:
+    """Move one choice's tokens into the queue all choices share."""
+    try:
+        async for token in handle:
+            queue.put_nowait((index, token))
+    except Exception as error:
+        queue.put_nowait((index, error))
+    else:
+        queue.put_nowait((index, None))
+
+
+@asynccontextmanager
+async def _pumped(handles: list[ServedHandle]) -> AsyncIterator[asyncio.Queue[_Item]]:
+    """Give a queue that is fed from every handle until the block is left."""
+    queue: asyncio.Queue[_Item] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(i, handle, queue)) for i, handle in enumerate(handles)]
+    try:
+        yield queue
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def stream_reply(request: web.Request, generation: Generation) -> web.StreamResponse:
+    """Send every token as it comes, then usage, then the end mark.
+
+    Before the first event an error is raised, so that it gets its own status; later it becomes an
+    ``error`` event and the stream ends without the mark.
+    """
+    stream = EventStream(request)
+    try:
+        async with _pumped(generation.handles) as queue:
+            await _send_tokens(generation, stream, queue, request.app[SERVER].options.keep_alive_s)
+    except ConnectionResetError:
+        logger.info("request %s: client gone", request[REQUEST_ID])
+    except Exception as error:
+        if not stream.is_open:
+            raise
+        shown = shown_error(error, request.app[SERVER], request[REQUEST_ID])
+        try:
+            await stream.fail(shown)
+        except ConnectionResetError:
+            logger.info("request %s: client gone", request[REQUEST_ID])
+    return stream.response
+
+
+async def _send_tokens(
+    generation: Generation,
+    stream: EventStream,
+    queue: asyncio.Queue[_Item],
+    keep_alive_s: float,
+) -> None:
+    choices = [
+        _Choice(index, len(generation.echo_text(index))) for index in range(len(generation.handles))
+    ]
+    open_choices = len(choices)
+    while open_choices:
+        try:
+            async with asyncio.timeout(keep_alive_s):
+                index, item = await queue.get()
+        except TimeoutError:
+            await stream.keep_alive()
+            continue
+        if isinstance(item, Exception):
+            raise item
+        if item is None:
+            open_choices -= 1
+            continue
+        event = _event_of(generation, choices, index, item)
+        if event is not None:
+            await stream.send(event)
+    for event in _closing_events(generation, choices):
+        await stream.send(event)
+    await stream.finish()
+
+
+def _event_of(
+    generation: Generation, choices: list[_Choice], index: int, token: Token
+) -> dict[str, Any] | None:
+    """Return the event this token completes, or None if its text is not final yet."""
+    choice = choices[index]
+    choice.output_tokens += 1
+    choice.held.append(token)
+    if not token.text and token.finish_reason is None:
+        return None
+    spec = generation.plan.spec
+    text = "".join(held.text for held in choice.held)
+    logprobs = generation.logprobs(choice.held, choice.text_offset)
+    shown = generation.echo_text(index) + text if choice.is_first else text
+    part = {
+        "index": index,
+        **generation.endpoint.chunk_choice(shown, logprobs, is_first=choice.is_first),
+        "finish_reason": token.finish_reason,
+    }
+    if spec.return_token_ids:
+        part["token_ids"] = [held.token_id for held in choice.held]
+    choice.is_first = False
+    choice.text_offset += len(text)
+    choice.held = []
+    event = generation.envelope.wrap(generation.endpoint.chunk_object, [part])
+    assert spec.stream is not None
+    if spec.stream.continuous_usage:
+        output_tokens = sum(c.output_tokens for c in choices)
+        event["usage"] = usage_object(generation.handles, spec.n, output_tokens)
+    elif spec.stream.include_usage:
+        event["usage"] = None
+    return event
+
+
+def _closing_events(generation: Generation, choices: list[_Choice]) -> list[dict[str, Any]]:
+    """Return the event after the last token that carries usage and metrics, if wanted."""
+    spec = generation.plan.spec
+    assert spec.stream is not None
+    if not (spec.stream.include_usage or spec.return_metrics):
+        return []
+    event = generation.envelope.wrap(generation.endpoint.chunk_object, [])
+    if spec.stream.include_usage:
+        output_tokens = sum(choice.output_tokens for choice in choices)
+        event["usage"] = usage_object(generation.handles, spec.n, output_tokens)
+    if spec.return_metrics:
+        event |= generation.metrics([choice.output_tokens for choice in choices])
+    return [event]

@@ -1,0 +1,70 @@
+"""POST /tokenize and /detokenize; called by app.py."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.server.body import Body, parse_json_object
+from flowprefill.server.chat import read_messages, read_template_variables
+from flowprefill.server.context import SERVER
+from flowprefill.server.engine_protocol import ServedEngine
+from flowprefill.server.generation import LONG_BODY_BYTES, read_json
+from flowprefill.server.openai_schema import check_token_ids
+
+
+def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
+    """Encode ``prompt``, or ``messages`` through the chat template."""
+    if body.raw("messages") is not None:
+        if body.raw("prompt") is not None:
+            body.refuse("prompt", body.raw("prompt"), "null beside messages")
+        text = engine.render_chat(read_messages(body), **read_template_variables(body))
+        ids = engine.tokenizer.encode(text, body.boolean("add_special_tokens", False))
+    else:
+        prompt = body.text("prompt")
+        if prompt is None:
+            body.refuse("prompt", None, "a string, or messages instead")
+        ids = engine.tokenizer.encode(prompt, body.boolean("add_special_tokens", True))
+    reply: dict[str, Any] = {"count": len(ids), "max_model_len": engine.max_model_len}
+    reply["tokens"] = ids
+    if body.boolean("return_token_strs"):
+        reply["token_strs"] = [engine.tokenizer.decode([token]) for token in ids]
+    return reply
+
+
+def _detokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
+    """Decode ``tokens``."""
+    tokens = body.raw("tokens")
+    if not isinstance(tokens, list):
+        body.refuse("tokens", tokens, "a list of token ids")
+    check_token_ids("tokens", tokens, engine.vocab_size)
+    return {"prompt": engine.tokenizer.decode(tokens)}
+
+
+async def _answer(request: web.Request, work: Any) -> web.Response:
+    context = request.app[SERVER]
+    engine = context.engine
+    raw = await read_json(request)
+
+    def run() -> tuple[dict[str, Any], Body]:
+        body = Body(parse_json_object(raw))
+        context.check_model(body.text("model"))
+        return work(engine, body), body
+
+    # Encoding is slower than parsing, so the border lies lower than for generation.
+    is_long = len(raw) > LONG_BODY_BYTES // 8
+    reply, body = await asyncio.to_thread(run) if is_long else run()
+    context.unknown_fields.warn(request.path, body)
+    return web.json_response(reply)
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """Handle POST /tokenize."""
+    return await _answer(request, _tokenize)
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """Handle POST /detokenize."""
+    return await _answer(request, _detokenize)

@@ -1,0 +1,332 @@
+"""An engine without a model for the server's tests: scripted tokens, gates, failures; same interface.
+
+One thread per request plays the executor. Its tokenizer's ids are the bytes of UTF-8, so a
+character of several bytes is several tokens of which only the last has text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flowprefill.config import EngineConfig
+from flowprefill.errors import FlowPrefillError, InvalidRequest, NotReady, RequestCancelled
+from flowprefill.request import (
+    SLO,
+    Completion,
+    FinishReason,
+    Request,
+    Timings,
+    Token,
+    TokenLogprob,
+)
+
+BOS, EOS, VOCAB = 256, 257, 258
+WAIT_S = 20.0
+
+
+class ByteTokenizer:
+    """Bytes as tokens; 256 is BOS, 257 EOS, both without text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return ([BOS] if add_special_tokens else []) + list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+
+@dataclass
+class Script:
+    """What the engine does with the next requests.
+
+    `gate` holds the prefill, `gates` hold before the given token; `error` ends the request before
+    token `error_at`.
+    """
+
+    text: str = "Hello world"
+    finish: FinishReason = "stop"
+    gate: threading.Event | None = None
+    gates: dict[int, threading.Event] = field(default_factory=dict)
+    error: Exception | None = None
+    error_at: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    request_id: str
+    slo: SLO
+    timings: Timings
+    finish_reason: FinishReason
+    prompt_tokens: int
+    output_tokens: int
+    token_gaps_s: tuple[float, ...] = ()
+    cancel_to_free_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    running: int = 0
+    waiting: int = 0
+    suspended: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 100
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    run: str
+    segment: str
+    start_s: float
+    end_s: float
+
+
+class FakeHandle:
+    """One request; every method from any thread."""
+
+    def __init__(self, engine: FakeEngine, request: Request, slo: SLO, script: Script) -> None:
+        self.request, self.slo, self._script, self._engine = request, slo, script, engine
+        self.request_id = request.id
+        ids = request.prompt
+        if isinstance(ids, str):
+            ids = engine.tokenizer.encode(ids, request.add_special_tokens)
+        self.prompt_tokens = len(ids)
+        self.cached_tokens = script.cached_tokens
+        self.tokens: list[Token] = []
+        self.error: Exception | None = None
+        self.cancels = 0
+        self.ended = threading.Event()
+        self._cancelled = threading.Event()
+        self._lock = threading.Lock()
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self.timings = self._timings(None)
+
+    def _timings(self, ttft: float | None) -> Timings:
+        met = None if self.slo.ttft is None else ttft is not None and ttft <= self.slo.ttft
+        return Timings(
+            queue=0.001, prefill_run=0.004, suspended=0.002, preemptions=1, ttft=ttft,
+            predicted_ttft=0.005, total=0.02, mean_itl=0.001, slo_met=met,
+            cached_tokens=self.cached_tokens,
+        )  # fmt: skip
+
+    def cancel(self) -> None:
+        self.cancels += 1
+        self._cancelled.set()
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiters = list(self._waiters)
+        for loop, event in waiters:
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # the loop has ended; nobody waits there
+                pass
+
+    def _hold(self, gate: threading.Event | None) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while gate is not None and not gate.wait(0.005):
+            if self._cancelled.is_set() or time.monotonic() > deadline:
+                break
+        if self._cancelled.is_set():
+            raise RequestCancelled(f"request {self.request_id} was cancelled")
+
+    def run(self) -> None:
+        """Play the script; the request's thread."""
+        reason: FinishReason
+        try:
+            self._hold(self._script.gate)
+            reason = self._generate()
+        except FlowPrefillError as error:
+            self.error = error
+            reason = "cancelled" if isinstance(error, RequestCancelled) else "failed"
+        except Exception as error:
+            self.error, reason = error, "failed"
+        self.timings = self._timings(0.008 if self.tokens else None)
+        self._engine.end(self, reason)
+        self.ended.set()
+        self._wake()
+
+    def _generate(self) -> FinishReason:
+        sampling = self.request.sampling
+        ids = list(self._script.text.encode())
+        finish: FinishReason = self._script.finish
+        if finish == "stop":
+            ids.append(EOS)
+        if sampling.max_tokens is not None and len(ids) > sampling.max_tokens:
+            ids, finish = ids[: sampling.max_tokens], "length"
+        pending = b""
+        for index, token_id in enumerate(ids):
+            self._hold(self._script.gates.get(index))
+            if self._script.error is not None and index == self._script.error_at:
+                raise self._script.error
+            pending += bytes([token_id]) if token_id < 256 else b""
+            try:
+                text, pending = pending.decode(), b""
+            except UnicodeDecodeError:
+                text = ""
+            is_last = index == len(ids) - 1
+            self._emit(token_id, text, finish if is_last else None)
+        return finish
+
+    def _emit(self, token_id: int, text: str, finish: FinishReason | None) -> None:
+        count = self.request.sampling.logprobs
+        logprob = None if count is None else -0.5
+        top = tuple(TokenLogprob((token_id + k) % VOCAB, -0.5 - k) for k in range(count or 0))
+        with self._lock:
+            self.tokens.append(Token(token_id, text, logprob, top, finish))
+        self._wake()
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        event = asyncio.Event()
+        entry = (asyncio.get_running_loop(), event)
+        with self._lock:
+            self._waiters.append(entry)
+        sent = 0
+        try:
+            while True:
+                event.clear()
+                has_ended = self.ended.is_set()
+                while sent < len(self.tokens):
+                    sent += 1
+                    yield self.tokens[sent - 1]
+                if has_ended:
+                    if self.error is not None:
+                        raise self.error
+                    return
+                await event.wait()
+        finally:
+            with self._lock:
+                self._waiters.remove(entry)
+
+    def __await__(self) -> Generator[Any, None, Completion]:
+        return self._completion().__await__()
+
+    async def _completion(self) -> Completion:
+        async for _ in self:
+            pass
+        return self._whole()
+
+    def _whole(self) -> Completion:
+        reason = self.tokens[-1].finish_reason or "stop"
+        text = "".join(token.text for token in self.tokens)
+        return Completion(
+            self.request_id, self.prompt_tokens, text, tuple(self.tokens), reason, self.timings
+        )
+
+    def __iter__(self) -> Iterator[Token]:
+        self.ended.wait()
+        if self.error is not None:
+            raise self.error
+        return iter(self.tokens)
+
+    def result(self, timeout: float | None = None) -> Completion:
+        if not self.ended.wait(timeout):
+            raise TimeoutError(f"request {self.request_id} has not ended after {timeout} s")
+        if self.error is not None:
+            raise self.error
+        return self._whole()
+
+
+class FakeEngine:
+    """The engine; `script` rules the requests submitted after it is set."""
+
+    def __init__(self, config: EngineConfig | None = None, model_id: str = "fake-model") -> None:
+        self.config = config or EngineConfig()
+        self.model_id = model_id
+        self.max_model_len = 4_000_000
+        self.vocab_size = VOCAB
+        self.created = 1_700_000_000
+        self.tokenizer = ByteTokenizer()
+        self.is_ready = True
+        self.script = Script()
+        self.submit_error: Exception | None = None
+        self.submit_gate: threading.Event | None = None
+        self.submitted: list[FakeHandle] = []
+        self.ends: list[Record] = []
+        self.current_stats = Stats()
+        self.segments: list[Segment] = []
+        self._observers: list[Any] = []
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "cpu", "reason": "no GPU in this build", "dtype": "f32", "threads": 1}
+
+    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        if variables.get("refuse"):
+            raise InvalidRequest("messages: the chat template refuses them", param="messages")
+        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return text + ("<assistant>" if variables.get("add_generation_prompt") else "")
+
+    def submit(self, request: Request, slo: SLO | None = None) -> FakeHandle:
+        if self.submit_gate is not None:
+            self.submit_gate.wait(WAIT_S)
+        if self.submit_error is not None:
+            raise self.submit_error
+        if not self.is_ready:
+            raise NotReady("the engine is closed")
+        handle = FakeHandle(self, request, slo or self.config.default_slo(), self.script)
+        thread = threading.Thread(target=handle.run, daemon=True)
+        with self._changed:
+            self.submitted.append(handle)
+            self._threads.append(thread)
+            self._changed.notify_all()
+        thread.start()
+        return handle
+
+    def end(self, handle: FakeHandle, reason: FinishReason) -> None:
+        """Record the terminal event; the request's thread."""
+        record = Record(
+            handle.request_id, handle.slo, handle.timings, reason,
+            handle.prompt_tokens, len(handle.tokens), (0.001,) * max(len(handle.tokens) - 1, 0),
+            0.0001 if reason == "cancelled" else None,
+        )  # fmt: skip
+        for observer in self._observers:
+            observer.on_end(record)
+        with self._changed:
+            self.ends.append(record)
+            self._changed.notify_all()
+
+    def wait_submitted(self, count: int) -> FakeHandle:
+        """Wait until `count` requests were submitted; returns the last of them."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.submitted) >= count, WAIT_S)
+            return self.submitted[count - 1]
+
+    def wait_ended(self, count: int) -> list[Record]:
+        """Wait until `count` requests have ended."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.ends) >= count, WAIT_S)
+            return list(self.ends)
+
+    def stats(self) -> Stats:
+        return self.current_stats
+
+    def subscribe(self, observer: Any) -> None:
+        self._observers.append(observer)
+
+    def preempt(self, reason: str, ack_s: float) -> None:
+        """Tell the observers about a preemption and the decision before it."""
+        for observer in self._observers:
+            observer.on_decision(2e-5)
+            observer.on_preemption(reason, ack_s)
+
+    def timeline(self) -> list[Segment]:
+        return self.segments
+
+    def decisions(self) -> list[dict[str, Any]]:
+        return [{"event": "arrival", "reason": "nothing runs", "run": "a"}]
+
+    def close(self, timeout: float | None = None) -> None:
+        self.is_ready = False
+        for handle in list(self.submitted):
+            if not handle.ended.wait(timeout):
+                handle.cancel()
+        for thread in self._threads:
+            thread.join(WAIT_S)

@@ -1,0 +1,298 @@
+"""Whole and streamed replies over a real socket: shapes, counts, golden transcripts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from conftest import RunningServer
+from fake_engine import EOS, FakeEngine, Script
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+SNOWMAN = "\N{SNOWMAN}"
+
+
+def complete(server: RunningServer, **fields: Any) -> dict[str, Any]:
+    reply = server.post("/v1/completions", {"model": "fake-model", "prompt": "Hi", **fields})
+    assert reply.status == 200, reply.body
+    return dict(reply.json())
+
+
+def stream(server: RunningServer, path: str, **fields: Any) -> list[Any]:
+    reply = server.post(path, {"stream": True, **fields})
+    assert reply.status == 200, reply.body
+    return reply.events()
+
+
+def golden(raw: bytes) -> str:
+    """A transcript with what differs from run to run replaced."""
+    text = re.sub(r'"id":"(cmpl|chatcmpl)-[0-9a-f]{24}"', r'"id":"\1-ID"', raw.decode())
+    return re.sub(r'"created":\d+', '"created":0', text)
+
+
+def test_completion_reply_has_every_openai_field(server: RunningServer) -> None:
+    reply = complete(server)
+    assert reply["id"].startswith("cmpl-")
+    assert reply["object"] == "text_completion"
+    assert reply["model"] == "fake-model"
+    assert isinstance(reply["created"], int)
+    assert re.fullmatch(r"fp_[0-9a-f]{12}", reply["system_fingerprint"])
+    assert reply["choices"] == [
+        {"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}
+    ]
+    # "Hi" and BOS; eleven letters and EOS.
+    assert reply["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 12,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert "metrics" not in reply
+
+
+def test_completion_max_tokens_default_is_sixteen(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(text="x" * 100)
+    reply = complete(server)
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["usage"]["completion_tokens"] == 16
+
+
+def test_chat_max_tokens_default_is_unlimited(server: RunningServer, engine: FakeEngine) -> None:
+    engine.script = Script(text="x" * 100)
+    reply = server.post("/v1/chat/completions", CHAT).json()
+    assert reply["usage"]["completion_tokens"] == 101
+    assert engine.submitted[0].request.sampling.max_tokens is None
+
+
+def test_chat_reply_has_message_and_template_was_used(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    reply = server.post("/v1/chat/completions", CHAT).json()
+    assert reply["object"] == "chat.completion"
+    assert reply["id"].startswith("chatcmpl-")
+    assert reply["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello world", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert engine.submitted[0].request.prompt == "<user>Hi<assistant>"
+    assert not engine.submitted[0].request.add_special_tokens
+
+
+def test_chat_typed_parts_developer_and_names_reach_the_template(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief", "name": None},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ]
+    assert server.post("/v1/chat/completions", {"messages": messages}).status == 200
+    assert engine.submitted[0].request.prompt == "<system>Be brief<user>a\nb<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "submitted"),
+    [
+        ("Hi", ["Hi"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_completion_prompt_forms(
+    server: RunningServer, engine: FakeEngine, prompt: Any, submitted: list[Any]
+) -> None:
+    reply = complete(server, prompt=prompt)
+    assert [handle.request.prompt for handle in engine.submitted] == submitted
+    assert [choice["index"] for choice in reply["choices"]] == list(range(len(submitted)))
+
+
+def test_completion_several_choices_count_each_prompt_once(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(cached_tokens=1)
+    reply = complete(server, prompt=["a", "bcd"], n=2, seed=7)
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert [h.request.prompt for h in engine.submitted] == ["a", "a", "bcd", "bcd"]
+    assert [h.request.sampling.seed for h in engine.submitted] == [7, 8, 7, 8]
+    assert len({h.request_id for h in engine.submitted}) == 4
+    assert reply["usage"]["prompt_tokens"] == 2 + 4
+    assert reply["usage"]["completion_tokens"] == 4 * 12
+    assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_completion_echo_repeats_text_and_token_prompts(server: RunningServer) -> None:
+    assert complete(server, echo=True)["choices"][0]["text"] == "HiHello world"
+    reply = complete(server, prompt=[72, 105], echo=True)
+    assert reply["choices"][0]["text"] == "HiHello world"
+    events = stream(server, "/v1/completions", prompt="Hi", echo=True)
+    assert events[0]["choices"][0]["text"] == "HiH"
+    assert "".join(e["choices"][0]["text"] for e in events) == "HiHello world"
+
+
+def test_completion_logprobs_are_parallel_lists(server: RunningServer, engine: FakeEngine) -> None:
+    engine.script = Script(text="ab")
+    logprobs = complete(server, logprobs=2)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", ""]
+    assert logprobs["token_logprobs"] == [-0.5, -0.5, -0.5]
+    assert logprobs["top_logprobs"][0] == {"a": -0.5, "b": -1.5}
+    assert logprobs["text_offset"] == [0, 1, 2]
+    assert complete(server, logprobs=0)["choices"][0]["logprobs"]["top_logprobs"][1] == {"b": -0.5}
+
+
+def test_chat_logprobs_have_bytes_and_alternatives(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(text="a" + SNOWMAN)
+    body = {**CHAT, "logprobs": True, "top_logprobs": 1}
+    content = server.post("/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
+    assert content[0] == {
+        "token": "a",
+        "logprob": -0.5,
+        "bytes": [97],
+        "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}],
+    }
+    assert content[1]["bytes"] is None, "part of a character has no text of its own"
+    assert len(content) == 1 + 3 + 1
+
+
+def test_return_token_ids_whole_and_streamed(server: RunningServer, engine: FakeEngine) -> None:
+    engine.script = Script(text="a" + SNOWMAN)
+    ids = [97, *SNOWMAN.encode(), EOS]
+    assert complete(server, return_token_ids=True)["choices"][0]["token_ids"] == ids
+    events = stream(server, "/v1/completions", prompt="Hi", return_token_ids=True)
+    assert [i for e in events for i in e["choices"][0]["token_ids"]] == ids
+
+
+def test_metrics_object_is_opt_in_by_field_or_header(server: RunningServer) -> None:
+    metrics = complete(server, return_metrics=True)["metrics"]
+    assert metrics == {
+        "queue_time_ms": 1.0,
+        "prefill_run_ms": 4.0,
+        "suspended_ms": 2.0,
+        "preemptions": 1,
+        "time_to_first_token_ms": 8.0,
+        "predicted_ttft_ms": 5.0,
+        "generation_time_ms": 12.0,
+        "mean_itl_ms": 1.0,
+        "tokens_per_second": 916.667,
+        "total_time_ms": 20.0,
+        "slo_met": None,
+    }
+    headers = {"x-return-metrics": "1"}
+    by_header = server.post("/v1/completions", {"prompt": "Hi"}, headers).json()
+    assert by_header["metrics"] == metrics
+    several = complete(server, return_metrics=True, n=2)
+    assert len(several["choice_metrics"]) == 2
+
+
+def test_metrics_object_in_a_stream_comes_last(server: RunningServer) -> None:
+    options = {"include_usage": True}
+    events = stream(
+        server, "/v1/completions", prompt="Hi", return_metrics=True, stream_options=options
+    )
+    assert events[-1]["choices"] == []
+    assert events[-1]["metrics"]["preemptions"] == 1
+    assert events[-1]["usage"]["completion_tokens"] == 12
+    alone = stream(server, "/v1/completions", prompt="Hi", return_metrics=True)
+    assert alone[-1]["choices"] == []
+    assert "usage" not in alone[-1]
+
+
+def test_stream_completion_golden_transcript(server: RunningServer, engine: FakeEngine) -> None:
+    engine.script = Script(text="Hi")
+    body = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
+    reply = server.post("/v1/completions", body)
+    head = (
+        'data: {"id":"cmpl-ID","object":"text_completion","created":0,"model":"fake-model",'
+        f'"system_fingerprint":"{server.server.context.fingerprint}","choices":['
+    )
+    part = '{"index":0,"text":"%s","logprobs":null,"finish_reason":%s}],"usage":null}\n\n'
+    assert golden(reply.body) == (
+        head + part % ("H", "null")
+        + head + part % ("i", "null")
+        + head + part % ("", '"stop"')
+        + head + '],"usage":{"prompt_tokens":2,"completion_tokens":3,"total_tokens":5,'
+        '"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
+        "data: [DONE]\n\n"
+    )  # fmt: skip
+
+
+def test_stream_chat_golden_transcript(server: RunningServer, engine: FakeEngine) -> None:
+    engine.script = Script(text="Hi", finish="length")
+    reply = server.post("/v1/chat/completions", {**CHAT, "stream": True})
+    head = (
+        'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":0,'
+        '"model":"fake-model",'
+        f'"system_fingerprint":"{server.server.context.fingerprint}","choices":[{{"index":0,"delta":'
+    )
+    assert golden(reply.body) == (
+        head + '{"role":"assistant","content":"H"},"logprobs":null,"finish_reason":null}]}\n\n'
+        + head + '{"content":"i"},"logprobs":null,"finish_reason":"length"}]}\n\n'
+        "data: [DONE]\n\n"
+    )  # fmt: skip
+
+
+def test_stream_headers_forbid_buffering(server: RunningServer) -> None:
+    reply = server.post("/v1/completions", {"prompt": "x", "stream": True})
+    assert reply.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert reply.headers["X-Accel-Buffering"] == "no"
+    assert reply.headers["Cache-Control"] == "no-cache"
+    assert reply.headers["Content-Encoding"] is None
+
+
+def test_stream_first_event_has_text_though_the_first_tokens_have_none(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(text=SNOWMAN + "a")
+    events = stream(server, "/v1/chat/completions", **CHAT)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas == [{"role": "assistant", "content": SNOWMAN}, {"content": "a"}, {}]
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_stream_held_tokens_count_in_usage_and_keep_their_logprobs(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(text=SNOWMAN)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = stream(server, "/v1/completions", prompt="x", logprobs=0, stream_options=options)
+    assert [event["usage"]["completion_tokens"] for event in events] == [3, 4, 4]
+    assert len(events[0]["choices"][0]["logprobs"]["tokens"]) == 3
+    assert events[1]["choices"][0]["logprobs"]["text_offset"] == [1]
+
+
+def test_stream_without_any_text_still_has_role_and_finish_reason(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(text="")
+    (event,) = stream(server, "/v1/chat/completions", **CHAT)
+    assert event["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert event["choices"][0]["finish_reason"] == "stop"
+
+
+def test_stream_several_choices_are_whole_each(server: RunningServer) -> None:
+    events = stream(server, "/v1/chat/completions", **CHAT, n=3)
+    texts = {0: "", 1: "", 2: ""}
+    for event in events:
+        (choice,) = event["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert set(texts.values()) == {"Hello world"}
+    finished = [e["choices"][0]["finish_reason"] for e in events]
+    assert finished.count("stop") == 3
+
+
+def test_service_tier_is_reported_where_it_chose_the_class(start_server: Any) -> None:
+    from flowprefill.config import EngineConfig
+
+    engine = FakeEngine(EngineConfig(classes={"batch": {"ttft_ms": 60_000}}))
+    server = start_server(engine, service_tiers={"flex": "batch"})
+    assert complete(server, service_tier="flex")["service_tier"] == "flex"
+    assert "service_tier" not in complete(server, service_tier="auto")
+    assert engine.submitted[0].slo.service_class == "batch"
