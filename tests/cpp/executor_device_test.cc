@@ -1,0 +1,202 @@
+// Executor with a device that runs ahead: what is in flight, when it drains, whose error it is.
+#include <gtest/gtest.h>
+
+#include <deque>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "executor_fixture.h"
+
+namespace flowprefill::testing {
+namespace {
+
+using enum RunState;
+
+// Queues launches and does the oldest when more than `depth` are in flight, as a stream would.
+class RunAheadDevice : public Device {
+ public:
+  struct Counts {
+    size_t max_in_flight = 0;
+    size_t num_in_flight = 0;
+    int num_drains = 0;
+    int num_attached = 0;
+    int num_detached = 0;
+  };
+
+  RunAheadDevice(size_t depth, Counts& counts) : depth_(depth), counts_(counts) {}
+
+  void attach() override { ++counts_.num_attached; }
+  void detach() noexcept override { ++counts_.num_detached; }
+  void launch(Program& program, size_t i) override {
+    in_flight_.emplace_back(&program, i);
+    counts_.num_in_flight = in_flight_.size();
+    counts_.max_in_flight = std::max(counts_.max_in_flight, in_flight_.size());
+  }
+  void throttle() override {
+    while (in_flight_.size() > depth_) {
+      complete();
+    }
+  }
+  void drain() override {
+    ++counts_.num_drains;
+    while (!in_flight_.empty()) {
+      complete();
+    }
+  }
+
+ private:
+  void complete() {
+    const auto [program, i] = in_flight_.front();
+    in_flight_.pop_front();
+    counts_.num_in_flight = in_flight_.size();
+    program->execute(i);
+  }
+
+  const size_t depth_;
+  Counts& counts_;
+  std::deque<std::pair<Program*, size_t>> in_flight_;
+};
+
+class RunAheadTest : public ExecutorTest {
+ protected:
+  void start_ahead(size_t depth) { start(std::make_unique<RunAheadDevice>(depth, counts_)); }
+
+  RunAheadDevice::Counts counts_;
+};
+
+TEST_F(RunAheadTest, run_finishes_only_when_everything_launched_is_done) {
+  for (size_t depth : {1, 2, 4}) {
+    steps_.clear();
+    events_.clear();
+    counts_ = {};
+    start_ahead(depth);
+    executor_->dispatch(make(1, 6));
+    wait_for(1);
+    EXPECT_EQ(steps_.size(), 6u);
+    EXPECT_EQ(counts_.num_in_flight, 0u);
+    EXPECT_EQ(counts_.max_in_flight, depth + 1);
+    executor_->stop();
+    EXPECT_EQ(counts_.num_attached, 1);
+    EXPECT_EQ(counts_.num_detached, 1);
+  }
+}
+
+// Segment 0's work, done while segment 2 is being launched, dispatches: nothing after segment 2.
+TEST_F(RunAheadTest, preempted_run_has_nothing_in_flight_when_the_next_one_starts) {
+  start_ahead(2);
+  const RunRef urgent = make(2, 2);
+  const RunRef run = make(1, 8, [&](size_t i) {
+    if (i == 0) {
+      executor_->dispatch(urgent);
+    }
+  });
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_EQ(steps_, (Steps{{1, 0}, {1, 1}, {1, 2}, {2, 0}, {2, 1}}));
+  EXPECT_EQ(run->cursor(), 3u);
+  executor_->dispatch(run);
+  wait_for(2);
+  EXPECT_EQ(steps_.size(), 10u);
+}
+
+TEST_F(RunAheadTest, cancelled_run_has_nothing_in_flight_at_its_event) {
+  start_ahead(2);
+  flowprefill::Run* self = nullptr;
+  const RunRef run = make(1, 8, [&](size_t i) {
+    if (i == 1) {
+      executor_->cancel(*self);
+    }
+  });
+  self = run.get();
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_EQ(run->state(), kCancelled);
+  EXPECT_EQ(counts_.num_in_flight, 0u);
+  EXPECT_EQ(steps_.size(), 4u);
+}
+
+TEST_F(RunAheadTest, error_found_by_throttle_fails_the_run_and_drains_the_rest) {
+  start_ahead(2);
+  const RunRef run = make(1, 8, [&](size_t i) {
+    if (i == 1) {
+      throw std::runtime_error("launch failure");
+    }
+  });
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_EQ(run->state(), kFailed);
+  EXPECT_NE(run->error().find("launch failure"), std::string::npos);
+  EXPECT_EQ(counts_.num_in_flight, 0u);
+  executor_->dispatch(make(2, 3));
+  wait_for(2);
+  EXPECT_EQ(count(EventKind::kFinished, 2), 1u);
+}
+
+TEST_F(RunAheadTest, error_found_while_finishing_fails_the_run) {
+  start_ahead(4);
+  const RunRef run = make(1, 3, [&](size_t i) {
+    if (i == 2) {
+      throw std::runtime_error("late");
+    }
+  });
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_EQ(run->state(), kFailed);
+  EXPECT_EQ(run->cursor(), 3u);
+  EXPECT_NE(run->error().find("late"), std::string::npos);
+}
+
+// The bad segment is in flight when the mailbox asks for another run.
+TEST_F(RunAheadTest, error_found_while_suspending_fails_the_run_that_caused_it) {
+  start_ahead(4);
+  const RunRef urgent = make(2, 1);
+  const RunRef run = make(1, 8, [&](size_t i) {
+    if (i == 0) {
+      executor_->dispatch(urgent);
+    }
+    if (i == 3) {
+      throw std::runtime_error("late");
+    }
+  });
+  executor_->dispatch(run);
+  wait_for(2);
+  EXPECT_EQ(run->state(), kFailed);
+  EXPECT_EQ(urgent->state(), kFinished);
+  EXPECT_EQ(count(EventKind::kSuspended, 1), 0u);
+}
+
+TEST_F(RunAheadTest, second_error_while_draining_after_the_first_is_told_too) {
+  start_ahead(1);
+  const RunRef run =
+      make(1, 4, [&](size_t i) { throw std::runtime_error(i == 0 ? "first" : "second"); });
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_NE(run->error().find("failed: first; and while draining: second"), std::string::npos)
+      << run->error();
+  EXPECT_EQ(events_.size(), 1u);
+}
+
+class BrokenDevice : public Device {
+ public:
+  explicit BrokenDevice(bool& is_detached) : is_detached_(is_detached) {}
+  void attach() override { throw std::runtime_error("no such device"); }
+  void detach() noexcept override { is_detached_ = true; }
+
+ private:
+  bool& is_detached_;
+};
+
+TEST_F(RunAheadTest, attach_that_throws_comes_out_of_start_and_waiting_runs_are_cancelled) {
+  bool is_detached = false;
+  executor_ = std::make_unique<Executor>(std::make_unique<BrokenDevice>(is_detached));
+  const RunRef run = make(1, 1);
+  executor_->dispatch(run);
+  EXPECT_THROW(executor_->start(), std::runtime_error);
+  EXPECT_EQ(run->state(), kCancelled);
+  EXPECT_THROW(executor_->dispatch(make(2, 1)), ExecutorStopped);
+  EXPECT_FALSE(is_detached);
+}
+
+}  // namespace
+}  // namespace flowprefill::testing
