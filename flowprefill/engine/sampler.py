@@ -1,0 +1,311 @@
+"""Sampler: chooses the next token of one request from its logits; the event thread calls it.
+
+Order of processing: logprobs are of the model's own distribution; then repetition, presence and
+frequency penalties, the mask of stop tokens before min_tokens, temperature, min_p, top_k, top_p,
+and one draw. Each filter renormalises what the one before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowprefill.engine.stop import stop_token_ids
+from flowprefill.errors import RequestFailed
+from flowprefill.request import TokenLogprob
+
+if TYPE_CHECKING:
+    from flowprefill.request import SamplingParams
+
+Logits = NDArray[np.float32]
+Ids = NDArray[np.intp]
+
+# Temperatures below are greedy: dividing by them says nothing more than which logit is largest.
+GREEDY_BELOW = 1e-5
+_CHUNK = 64  # values summed up or compared at a time, where all at once would be slow
+# Penalised logits stay within this, so that differences of two cannot overflow float32.
+_MAX_LOGIT = float(np.finfo(np.float32).max) / 4
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One sampled token.
+
+    Attributes:
+        token_id: its id.
+        logprob: natural logarithm of its probability in the model's distribution; None when
+            logprobs weren't asked for.
+        top_logprobs: the most likely tokens, best first, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Sampler:
+    """Samples one request's tokens, one call per token, in order.
+
+    One uniform number is drawn per sampled token, from a generator of this request's own: what a
+    seeded request gets depends on its logits only, not on what it is batched with. Ties are broken
+    by the lower token id everywhere, so top_k keeps exactly k tokens and top_k=1 is greedy.
+
+    Thread: one thread at a time. Nothing blocks.
+    Cost: greedy is one pass; otherwise a few passes over the vocabulary, and a sort of only those
+    tokens that can be in the nucleus.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt_ids: Sequence[int] | NDArray[np.int32],
+        seed: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        """Make the sampler of one request.
+
+        Args:
+            params: what the user asked for.
+            vocab_size: number of logits.
+            prompt_ids: the prompt, for the repetition penalty.
+            seed: used when ``params.seed`` is None; any 64-bit integer.
+            eos_token_ids: the model's end-of-sequence tokens, not sampled before ``min_tokens``.
+        """
+        self._params = params
+        self._vocab_size = vocab_size
+        self._is_greedy = params.temperature < GREEDY_BELOW
+        self._uniform: np.random.Generator | None = None
+        if not self._is_greedy:
+            chosen = seed if params.seed is None else params.seed
+            self._uniform = np.random.Generator(np.random.PCG64(chosen % 2**64))
+        self._seen = _make_seen(params, prompt_ids)
+        stops = stop_token_ids(params, eos_token_ids) if params.min_tokens else frozenset[int]()
+        self._masked = np.array(sorted(t for t in stops if t < vocab_size), dtype=np.intp)
+        self._count = 0
+
+    def sample(self, logits: Logits) -> SampledToken:
+        """Choose the next token.
+
+        Args:
+            logits: float32 [vocab_size]; only read, never modified or kept.
+
+        Raises:
+            RequestFailed: NaN or infinity among the logits, or nothing left to choose from; the
+                sampler is unchanged.
+        """
+        if logits.shape != (self._vocab_size,):
+            message = f"logits: got shape {logits.shape}, expected ({self._vocab_size},)"
+            raise ValueError(message)
+        _check_finite(logits, self._count)
+        adjusted = self._adjust(logits)
+        if self._uniform is None:
+            token_id = int(adjusted.argmax())
+            if adjusted[token_id] == -np.inf:
+                raise _nothing_left(self._count)
+        else:
+            token_id = self._draw(adjusted, self._uniform)
+        self._count += 1
+        if self._seen is not None:
+            self._seen.add(token_id)
+        if self._params.logprobs is None:
+            return SampledToken(token_id)
+        return _with_logprobs(logits, token_id, self._params.logprobs)
+
+    def _adjust(self, logits: Logits) -> Logits:
+        """Return logits after penalties and the mask; the same array when there are none."""
+        masks = self._masked.size > 0 and self._count < self._params.min_tokens
+        if self._seen is None and not masks:
+            return logits
+        adjusted = logits.copy()
+        if self._seen is not None:
+            self._seen.penalise(adjusted, self._params)
+        if masks:
+            adjusted[self._masked] = -np.inf
+        return adjusted
+
+    def _draw(self, logits: Logits, uniform: np.random.Generator) -> int:
+        """Filter and draw by inverting the cumulative distribution, tokens in order of their id."""
+        params = self._params
+        top = logits.max()
+        if top == -np.inf:
+            raise _nothing_left(self._count)
+        with np.errstate(over="ignore"):  # to -inf, which is probability 0
+            scaled = (logits - top) / np.float32(params.temperature)
+        ids: Ids | None = None  # None: all
+        if params.min_p > 0:
+            ids = np.flatnonzero(scaled >= np.log(params.min_p))
+            scaled = scaled[ids]
+        if 0 < params.top_k < scaled.size:
+            kept = top_k_ids(scaled, params.top_k)
+            ids, scaled = _choose(ids, kept), scaled[kept]
+        weights = np.exp(scaled)
+        if params.top_p < 1:
+            kept = top_p_ids(weights, params.top_p)
+            ids, weights = _choose(ids, kept), weights[kept]
+        position = draw_position(weights, uniform.random())
+        return position if ids is None else int(ids[position])
+
+
+class _SeenTokens:
+    """The distinct tokens a penalty applies to, and how often each was generated (may be 0)."""
+
+    def __init__(self, prompt_ids: Ids) -> None:
+        self._size = prompt_ids.size
+        self._ids = np.concatenate([prompt_ids, np.zeros(64, dtype=np.intp)])
+        self._counts = np.zeros(self._ids.size, dtype=np.float64)
+        self._position = {int(token): index for index, token in enumerate(prompt_ids)}
+
+    def add(self, token_id: int) -> None:
+        position = self._position.setdefault(token_id, self._size)
+        if position == self._size:
+            if position == self._ids.size:
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[position] = token_id
+            self._size += 1
+        self._counts[position] += 1
+
+    def penalise(self, logits: Logits, params: SamplingParams) -> None:
+        """Apply the penalties in place, all in float64 and clipped to what float32 holds well."""
+        ids, counts = self._ids[: self._size], self._counts[: self._size]
+        values = logits[ids].astype(np.float64)
+        factor = params.repetition_penalty
+        values = np.where(values > 0, values / factor, values * factor)
+        values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        logits[ids] = values.clip(-_MAX_LOGIT, _MAX_LOGIT)
+
+
+def top_k_ids(values: Logits, k: int) -> Ids:
+    """Return the positions of the k largest values, ascending; of equal ones the first.
+
+    The k-th largest of the chunks' maxima is at most the k-th largest value (k chunks have a value
+    that large), so where there are many more chunks than k, only a few values are left to look at.
+    """
+    candidates: Ids | None = None
+    if values.size >= 4 * k * _CHUNK:
+        maxima = np.maximum.reduceat(values, np.arange(0, values.size, _CHUNK))
+        candidates = np.flatnonzero(values >= _kth_largest(maxima, k))
+        values = values[candidates]
+    return _choose(candidates, _first_k(values, k, _kth_largest(values, k)))
+
+
+def top_p_ids(weights: Logits, p: float) -> Ids:
+    """Return the positions, ascending, of the fewest largest weights that add up to p of the total.
+
+    Without sorting them all: weights are added up in buckets of nearly equal ones, and only the
+    bucket in which the sum reaches p is sorted. Mostly those of at least a hundredth suffice.
+
+    Args:
+        weights: float32 [n], >= 0, the largest about 1.
+        p: in (0, 1).
+    """
+    wanted = p * float(weights.sum(dtype=np.float64))
+    candidates = np.flatnonzero(weights >= 1e-2)
+    found = weights[candidates]
+    if found.sum(dtype=np.float64) < wanted:
+        candidates = np.flatnonzero(weights)
+        found = weights[candidates]
+    # Non-negative floats are ordered as their bits are: exponent and 5 bits of the mantissa.
+    buckets = found.view(np.int32) >> 18
+    sums = np.bincount(buckets, weights=found)[::-1].cumsum()  # from the largest bucket down
+    wanted = min(wanted, float(sums[-1]))
+    index = int(sums.searchsorted(wanted))
+    bucket = sums.size - 1 - index
+    inside = np.sort(found[buckets == bucket])[::-1]
+    reached = (sums[index - 1] if index else 0.0) + inside.cumsum(dtype=np.float64)
+    needed = min(int(reached.searchsorted(wanted)) + 1, inside.size)
+    above = int(np.count_nonzero(buckets > bucket))
+    return candidates[_first_k(found, above + needed, inside[needed - 1])]
+
+
+def draw_position(weights: Logits, uniform: float) -> int:
+    """Return the position at which the cumulative weights pass ``uniform`` of their total.
+
+    In two levels, chunks then tokens, because a float64 cumulative sum over all is slow.
+
+    Args:
+        weights: float32 [n], >= 0, at least one > 0.
+        uniform: in [0, 1).
+    """
+    starts = np.arange(0, weights.size, _CHUNK)
+    chunks = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
+    chunk = _passing(chunks, uniform * chunks[-1])
+    before = chunks[chunk - 1] if chunk else 0.0
+    start = chunk * _CHUNK
+    inside = weights[start : start + _CHUNK].cumsum(dtype=np.float64)
+    return start + _passing(inside, uniform * chunks[-1] - before)
+
+
+def _passing(cumulative: NDArray[np.float64], target: float) -> int:
+    """Return the first position above the target, or the last with weight if rounding left none."""
+    position = int(cumulative.searchsorted(target, side="right"))
+    if position < cumulative.size:
+        return position
+    return int(cumulative.searchsorted(cumulative[-1], side="left"))
+
+
+def _kth_largest(values: Logits, k: int) -> np.float32:
+    threshold: np.float32 = np.partition(values, values.size - k)[values.size - k]
+    return threshold
+
+
+def _first_k(values: Logits, k: int, threshold: np.float32) -> Ids:
+    """Return the positions, ascending, of the k largest, the k-th largest being `threshold`."""
+    kept = np.flatnonzero(values >= threshold)
+    surplus = kept.size - k
+    if surplus > 0:  # ties at the threshold: drop the last of them
+        ties = np.flatnonzero(values[kept] == threshold)
+        kept = np.delete(kept, ties[ties.size - surplus :])
+    return kept
+
+
+def _make_seen(
+    params: SamplingParams, prompt_ids: Sequence[int] | NDArray[np.int32]
+) -> _SeenTokens | None:
+    repeats = params.repetition_penalty != 1
+    if not repeats and params.presence_penalty == 0 and params.frequency_penalty == 0:
+        return None
+    # Only the repetition penalty looks at the prompt.
+    return _SeenTokens(np.unique(np.asarray(prompt_ids if repeats else (), dtype=np.intp)))
+
+
+def _choose(ids: Ids | None, kept: Ids) -> Ids:
+    return kept if ids is None else ids[kept]
+
+
+def _check_finite(logits: Logits, count: int) -> None:
+    """Raise for NaN or +inf; -inf is a token ruled out. One pass: max carries NaN along."""
+    top = logits.max()
+    if top < np.inf:
+        return
+    bad = int(np.isnan(logits).sum())
+    what = f"{bad} of {logits.size} logits are NaN" if bad else "a logit is infinite"
+    message = f"sampling output token {count}: {what}"
+    raise RequestFailed(message)
+
+
+def _nothing_left(count: int) -> RequestFailed:
+    return RequestFailed(
+        f"sampling output token {count}: every token is ruled out (all logits are -inf, or "
+        "stop_token_ids with min_tokens leave none)"
+    )
+
+
+def _with_logprobs(logits: Logits, token_id: int, alternatives: int) -> SampledToken:
+    """Return the token with natural-log probabilities of the model's own distribution."""
+    top = logits.max()
+    log_total = float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+    best = (
+        top_k_ids(logits, min(alternatives, logits.size)) if alternatives else np.empty(0, np.intp)
+    )
+    best = best[np.argsort(-logits[best], kind="stable")]
+    return SampledToken(
+        token_id,
+        float(logits[token_id]) - log_total,
+        tuple(TokenLogprob(int(i), float(logits[i]) - log_total) for i in best),
+    )
