@@ -1,0 +1,96 @@
+"""Joins checkpoints and settings to the native module: loads models, describes plans; used by the engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from flowprefill import _core
+from flowprefill.config import Granularity
+from flowprefill.errors import CheckpointError, ConfigError
+from flowprefill.models.checkpoint import Checkpoint, Progress
+from flowprefill.models.model_config import ModelConfig, rope_inverse_frequencies
+from flowprefill.scheduling.cost_model import MachineRates, ModelShape
+
+
+def native_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the model's shape as the native side takes it; rotary scaling is already applied."""
+    frequencies, attention_scale = rope_inverse_frequencies(config)
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+        "head_dim", "rms_eps", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
+    )  # fmt: skip
+    values: dict[str, Any] = {name: getattr(config, name) for name in names}
+    values["num_kv_heads"] = config.num_kv_heads
+    values["windows"] = [config.sliding_window if on else 0 for on in config.sliding_layers]
+    values["inverse_frequencies"] = [float(f) for f in frequencies]
+    values["rope_attention_scale"] = float(attention_scale)
+    return values
+
+
+def native_plan(granularity: Granularity, rates: MachineRates) -> dict[str, Any]:
+    """Return what the planner needs: how to cut, and how fast this machine is."""
+    return {
+        "granularity": granularity.kind,
+        "budget_s": granularity.budget_s or 2e-3,
+        "chunk_tokens": granularity.chunk_tokens or 512,
+        **asdict(rates),
+    }
+
+
+def resolve_dtype(dtype: str) -> str:
+    """Return ``bf16`` or ``f32``; ``auto`` is bf16 where the processor multiplies it natively."""
+    has_bf16 = _core.has_bf16_gemm()
+    if dtype == "auto":
+        return "bf16" if has_bf16 else "f32"
+    if dtype == "bf16" and not has_bf16:
+        raise ConfigError(
+            "dtype: got 'bf16', but this processor does not multiply bf16 natively, expected 'f32'",
+            param="dtype",
+        )
+    return dtype
+
+
+def resolve_threads(threads: int) -> int:
+    """Return the compute threads: those asked for, or one per core this process may use."""
+    return threads or len(os.sched_getaffinity(0))
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: str, threads: int, progress: Progress | None = None
+) -> _core.Model:
+    """Read and pack a checkpoint's weights, one tensor at a time.
+
+    Args:
+        dtype: ``bf16`` or ``f32``.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: a tensor is missing or has the wrong shape.
+    """
+    try:
+        model = _core.Model(native_config(checkpoint.config), dtype, threads)
+        for name, tensor in checkpoint.weights(progress):
+            model.load(name, np.ascontiguousarray(tensor.float().numpy()))
+        model.finish()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return model
+
+
+def model_shape(config: ModelConfig, dtype: str) -> ModelShape:
+    """Return the counts of work the cost model needs; a multiply-add is two operations."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = config.num_layers * (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner)
+    element_bytes = 2 if dtype == "bf16" else 4
+    return ModelShape(
+        linear_flops_per_token=2.0 * weights,
+        weight_bytes=float(weights * element_bytes),
+        attention_flops_per_pair=4.0 * q * config.num_layers,
+        head_flops_per_sequence=2.0 * hidden * config.vocab_size,
+        head_bytes=float(hidden * config.vocab_size * element_bytes),
+    )
