@@ -1,1 +1,1 @@
-"""The engine: joins scheduler, executor, KV cache and tokenizer; used by the server, the CLI and users."""
+"""The engine: joins scheduler, executor, KV cache and tokenizer; used by server, CLI and users."""
