@@ -23,7 +23,7 @@ OWN_TEMPLATE_VARIABLES = ("messages", "tools", "documents", "tokenize", "chat_te
 
 
 def _content_text(param: str, content: Any) -> str:
-    """Return the text of a message: a string, or typed parts that are all text, one per line."""
+    """Return the text of a message: a string, or typed parts that are all text, joined."""
     if isinstance(content, str):
         return check_text(param, content)
     if not isinstance(content, list):
@@ -37,7 +37,7 @@ def _content_text(param: str, content: Any) -> str:
             allowed = "'text': other kinds of content are not supported"
             raise InvalidRequest.field(f"{name}.type", part.get("type"), allowed)
         texts.append(check_text(f"{name}.text", part.get("text")))
-    return "\n".join(texts)
+    return "".join(texts)
 
 
 def read_messages(body: Body) -> list[dict[str, Any]]:

@@ -93,6 +93,7 @@ class Generation:
         each = [
             metrics_object(handle.timings, tokens)
             for handle, tokens in zip(self.handles, output_tokens, strict=True)
+            if handle.timings is not None
         ]
         several = {"choice_metrics": each} if len(each) > 1 else {}
         return {"metrics": each[0], **several}

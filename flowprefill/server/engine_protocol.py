@@ -16,6 +16,10 @@ class ServedTokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, as UTF-8 that may be part of a character."""
+        ...
+
 
 class ServedHandle(Protocol):
     """One submitted request; used from the server's event loop.
@@ -30,8 +34,8 @@ class ServedHandle(Protocol):
     @property
     def cached_tokens(self) -> int: ...
     @property
-    def timings(self) -> Timings:
-        """Where the time went; complete once the request has ended."""
+    def timings(self) -> Timings | None:
+        """Where the time went; None before the end."""
         ...
 
     def __aiter__(self) -> AsyncIterator[Token]: ...

@@ -7,12 +7,10 @@ from typing import Any
 from flowprefill.request import Token
 from flowprefill.server.engine_protocol import ServedTokenizer
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 
 def token_label(tokenizer: ServedTokenizer, token_id: int) -> str:
-    """Return the text of one token alone; part of a character shows as the replacement sign."""
-    return tokenizer.decode([token_id])
+    """Return one token alone as text; part of a character shows as the replacement sign."""
+    return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
 
 def top_labels(tokenizer: ServedTokenizer, token: Token) -> dict[str, float]:
@@ -29,11 +27,9 @@ def top_labels(tokenizer: ServedTokenizer, token: Token) -> dict[str, float]:
 
 
 def chat_entry(tokenizer: ServedTokenizer, token_id: int, logprob: float | None) -> dict[str, Any]:
-    """Return one token as chat logprobs show it; bytes are null for part of a character."""
-    text = token_label(tokenizer, token_id)
-    is_whole = REPLACEMENT not in text
+    """Return one token as chat logprobs show it; clients join the bytes of split characters."""
     return {
-        "token": text,
+        "token": token_label(tokenizer, token_id),
         "logprob": logprob,
-        "bytes": list(text.encode("utf-8")) if is_whole else None,
+        "bytes": list(tokenizer.token_bytes(token_id)),
     }

@@ -12,6 +12,7 @@ from flowprefill.server.chat import read_messages, read_template_variables
 from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.generation import LONG_BODY_BYTES, read_json
+from flowprefill.server.logprobs import token_label
 from flowprefill.server.openai_schema import check_token_ids
 
 
@@ -30,7 +31,7 @@ def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
     reply: dict[str, Any] = {"count": len(ids), "max_model_len": engine.max_model_len}
     reply["tokens"] = ids
     if body.boolean("return_token_strs"):
-        reply["token_strs"] = [engine.tokenizer.decode([token]) for token in ids]
+        reply["token_strs"] = [token_label(engine.tokenizer, token) for token in ids]
     return reply
 
 

@@ -1,4 +1,4 @@
-"""An engine without a model for the server's tests: scripted tokens, gates, failures; same interface.
+"""An engine without a model for the server tests: scripted tokens, gates, failures.
 
 One thread per request plays the executor. Its tokenizer's ids are the bytes of UTF-8, so a
 character of several bytes is several tokens of which only the last has text.
@@ -37,6 +37,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b"<bos>" if token_id == BOS else b"<eos>"
 
 
 @dataclass
@@ -105,7 +108,7 @@ class FakeHandle:
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-        self.timings = self._timings(None)
+        self.timings: Timings | None = None
 
     def _timings(self, ttft: float | None) -> Timings:
         met = None if self.slo.ttft is None else ttft is not None and ttft <= self.slo.ttft
@@ -213,6 +216,7 @@ class FakeHandle:
         return self._whole()
 
     def _whole(self) -> Completion:
+        assert self.timings is not None
         reason = self.tokens[-1].finish_reason or "stop"
         text = "".join(token.text for token in self.tokens)
         return Completion(
@@ -282,6 +286,7 @@ class FakeEngine:
 
     def end(self, handle: FakeHandle, reason: FinishReason) -> None:
         """Record the terminal event; the request's thread."""
+        assert handle.timings is not None
         record = Record(
             handle.request_id, handle.slo, handle.timings, reason,
             handle.prompt_tokens, len(handle.tokens), (0.001,) * max(len(handle.tokens) - 1, 0),

@@ -93,7 +93,7 @@ def test_chat_typed_parts_developer_and_names_reach_the_template(
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
     assert server.post("/v1/chat/completions", {"messages": messages}).status == 200
-    assert engine.submitted[0].request.prompt == "<system>Be brief<user>a\nb<assistant>"
+    assert engine.submitted[0].request.prompt == "<system>Be brief<user>ab<assistant>"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_completion_echo_repeats_text_and_token_prompts(server: RunningServer) -
 def test_completion_logprobs_are_parallel_lists(server: RunningServer, engine: FakeEngine) -> None:
     engine.script = Script(text="ab")
     logprobs = complete(server, logprobs=2)["choices"][0]["logprobs"]
-    assert logprobs["tokens"] == ["a", "b", ""]
+    assert logprobs["tokens"] == ["a", "b", "<eos>"]
     assert logprobs["token_logprobs"] == [-0.5, -0.5, -0.5]
     assert logprobs["top_logprobs"][0] == {"a": -0.5, "b": -1.5}
     assert logprobs["text_offset"] == [0, 1, 2]
@@ -158,8 +158,9 @@ def test_chat_logprobs_have_bytes_and_alternatives(
         "bytes": [97],
         "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}],
     }
-    assert content[1]["bytes"] is None, "part of a character has no text of its own"
-    assert len(content) == 1 + 3 + 1
+    snowman = [byte for entry in content[1:4] for byte in entry["bytes"]]
+    assert bytes(snowman).decode() == SNOWMAN
+    assert [entry["token"] for entry in content[4:]] == ["<eos>"]
 
 
 def test_return_token_ids_whole_and_streamed(server: RunningServer, engine: FakeEngine) -> None:
