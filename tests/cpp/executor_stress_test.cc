@@ -310,6 +310,7 @@ TEST_F(ExecutorStress, at_most_one_foreign_segment_starts_after_a_dispatch) {
     note(events);
   }
   executor_->cancel(*background);
+  background.reset();
   executor_->events().pop_all(events);
   note(events);
   expect_all_consistent(runs);

@@ -227,8 +227,7 @@ TEST_F(ExecutorTest, cancel_of_a_waiting_run_frees_it_and_does_not_disturb_the_c
     }
   });
   executor_->dispatch(run);
-  wait_for(1);
-  EXPECT_EQ(run->state(), kFinished);
+  wait_until(run, kFinished);  // not wait_for: the script takes the events
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
   EXPECT_EQ(executor_->stats().num_cancelled, 1u);
 }
