@@ -40,7 +40,8 @@ class ServerContext:
             self.attach(engine)
 
     def attach(self, engine: ServedEngine) -> None:
-        """Start serving ``engine``."""
+        """Start serving ``engine``; raises ConfigError if a service tier names no class of it."""
+        self.options.check_classes(engine.config)
         identity = f"{__version__}|{engine.model_id}|{engine.config.dtype}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._engine = engine

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError
 
 
@@ -59,6 +60,13 @@ class ServerOptions:
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
+
+    def check_classes(self, config: EngineConfig) -> None:
+        """Refuse service tiers that name a class the engine does not know."""
+        for tier, name in self.service_tiers.items():
+            if name != "default" and name not in config.classes:
+                known = ", ".join(sorted({*config.classes, "default"}))
+                self._refuse(f"service_tiers.{tier}", name, f"a configured class: {known}")
 
     @property
     def max_body_bytes(self) -> int:
