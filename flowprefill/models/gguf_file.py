@@ -13,7 +13,7 @@ import torch
 from flowprefill.errors import CheckpointError
 from flowprefill.models.gguf_metadata import GgufMetadata, has_values
 from flowprefill.models.gguf_tokenizer import build_tokenizer
-from flowprefill.models.model_config import ModelConfig, bad_field
+from flowprefill.models.model_config import ModelConfig, bad_field, first_or_none
 from flowprefill.models.rope import RopeScaling
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import gguf_name
@@ -70,7 +70,7 @@ class GgufFile:
 
     def read_tokenizer(self) -> Tokenizer:
         """Build the tokenizer from the ``tokenizer.ggml`` keys."""
-        return build_tokenizer(self._metadata, self.config.eos_token_ids)
+        return build_tokenizer(self._metadata, self.config)
 
     def _token_text(self, name: str) -> str | None:
         token_id = self._metadata.values.get(f"tokenizer.ggml.{name}_token_id")
@@ -154,8 +154,8 @@ def _model_config(metadata: GgufMetadata) -> ModelConfig:
         qk_norm=architecture == "qwen3",
         sliding_window=window,
         sliding_layers=(window > 0,) * num_layers,
-        bos_token_id=metadata.values.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=_eos_ids(metadata),
+        bos_token_id=first_or_none(_token_ids(metadata, "bos")),
+        eos_token_ids=_token_ids(metadata, "eos", "eot", "eom"),
         chat_template=metadata.get("tokenizer.chat_template", str, "") or None,
     )
 
@@ -168,8 +168,8 @@ def _sliding_window(metadata: GgufMetadata, architecture: str) -> int:
     return window
 
 
-def _eos_ids(metadata: GgufMetadata) -> tuple[int, ...]:
-    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+def _token_ids(metadata: GgufMetadata, *names: str) -> tuple[int, ...]:
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in names)
     return tuple(dict.fromkeys(metadata.get(key, int) for key in keys if key in metadata.values))
 
 

@@ -107,7 +107,7 @@ class GgufMetadata:
         version = self._scalar("<I")
         if version not in _VERSIONS:
             raise CheckpointError(
-                f"{self.path}: GGUF version: got {version}, expected one of {_VERSIONS}",
+                f"{self.path}: GGUF version: got {version}, expected 2 or 3",
                 param="model",
             )
         tensor_count, value_count = self._scalar("<Q"), self._scalar("<Q")
@@ -172,8 +172,10 @@ class GgufMetadata:
         raise self._damaged(f"value type {kind} at byte {self._at} does not exist")
 
     def _array(self, kind: int, count: int) -> list[Any]:
+        if kind == _STRING:
+            return [self._string() for _ in range(count)]
         if kind not in _SCALARS:
-            return [self._value(kind) for _ in range(count)]
+            raise self._damaged(f"array of type {kind} at byte {self._at} is not supported")
         layout = np.dtype(np.bool_) if _SCALARS[kind] == "<?" else np.dtype(_SCALARS[kind])
         if count * layout.itemsize > len(self._bytes) - self._at:
             raise self._damaged(f"array of {count} at byte {self._at} is longer than the file")

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.gguf_metadata import GgufMetadata
+from flowprefill.models.model_config import ModelConfig
 from flowprefill.models.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
@@ -70,12 +71,12 @@ class _Vocabulary:
     ids: dict[str, int]
 
 
-def build_tokenizer(metadata: GgufMetadata, eos_ids: Sequence[int]) -> Tokenizer:
+def build_tokenizer(metadata: GgufMetadata, config: ModelConfig) -> Tokenizer:
     """Build the tokenizer a file describes.
 
     Args:
         metadata: the file's header.
-        eos_ids: ids that end a text.
+        config: the model's, for its first and last tokens.
 
     Raises:
         CheckpointError: a key is missing or inconsistent, or the tokenizer is of a kind that is not
@@ -90,9 +91,10 @@ def build_tokenizer(metadata: GgufMetadata, eos_ids: Sequence[int]) -> Tokenizer
     else:
         raise _bad("tokenizer.ggml.model", kind, "gpt2 or llama")
     _add_special(inner, vocabulary)
-    bos_id = metadata.values.get("tokenizer.ggml.bos_token_id")
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, add_bos)
-    return Tokenizer(inner, bos_id=bos_id, eos_ids=eos_ids, add_bos=add_bos)
+    return Tokenizer(
+        inner, bos_id=config.bos_token_id, eos_ids=config.eos_token_ids, add_bos=add_bos
+    )
 
 
 def _vocabulary(metadata: GgufMetadata) -> _Vocabulary:

@@ -154,7 +154,7 @@ class HfFolder:
         for name in names:
             if Path(name).name != name:
                 raise CheckpointError(
-                    f"{self._path / _INDEX}: weight_map: got {name!r}, expected a name in this folder",
+                    f"{self._path / _INDEX}: weight_map: got {name!r}, expected a file name",
                     param=_INDEX,
                 )
         return names
