@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from conftest import RunningServer, StartServer
 from fake_engine import FakeEngine
+from running_server import RunningServer, StartServer
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

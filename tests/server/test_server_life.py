@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 import pytest
-from conftest import RunningServer, StartServer
 from fake_engine import WAIT_S, FakeEngine, Script
+from running_server import RunningServer, StartServer
 
 from flowprefill.errors import CheckpointError, FlowPrefillError
 from flowprefill.server import generation

@@ -6,8 +6,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import RunningServer, StartServer
 from fake_engine import FakeEngine, Script
+from running_server import RunningServer, StartServer
 
 from flowprefill.errors import (
     DeadlinePassed,

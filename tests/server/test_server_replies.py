@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from conftest import RunningServer
 from fake_engine import EOS, FakeEngine, Script
+from running_server import RunningServer
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SNOWMAN = "\N{SNOWMAN}"

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunningServer, StartServer
 from fake_engine import EOS, FakeEngine, Script, Segment, Stats
 from prometheus_client.parser import text_string_to_metric_families
+from running_server import RunningServer, StartServer
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, DeadlinePassed, Overloaded

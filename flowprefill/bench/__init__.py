@@ -1,0 +1,3 @@
+"""Commands of ``flowprefill bench``: one module each, with ``add_arguments`` and ``run``."""
+
+from __future__ import annotations

@@ -1,0 +1,146 @@
+"""`flowprefill doctor`: processor, memory, torch, OpenMP, matrix product rate, default model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flowprefill.errors import CheckpointError
+from flowprefill.version import __version__
+
+# Instruction sets that decide which kernels run, as /proc/cpuinfo spells them (x86, then Arm).
+ISA_FLAGS = (
+    "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile",
+    "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve", "sve2",
+)  # fmt: skip
+GEMM_SIZE = 1024
+GEMM_ROUNDS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``flowprefill doctor``."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found."""
+    found = examine()
+    if args.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), _shown(value))
+    Console().print(table)
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def examine() -> dict[str, Any]:
+    """Return every finding by name; takes about a second."""
+    import torch
+
+    cpuinfo = _read("/proc/cpuinfo")
+    return {
+        "flowprefill": __version__,
+        "native_module": importlib.util.find_spec("flowprefill._core") is not None,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _first(r"model name\s*:\s*(.+)", cpuinfo) or platform.processor() or "unknown",
+        "instruction_sets": isa_flags(cpuinfo),
+        "cores_available": len(os.sched_getaffinity(0)),
+        "cores_online": os.cpu_count() or 0,
+        "memory_gib": _memory_gib("MemTotal"),
+        "memory_available_gib": _memory_gib("MemAvailable"),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+        "openmp": openmp_libraries(_read("/proc/self/maps")),
+        "cuda": cuda_state(),
+        "gemm_f32_gflops": gemm_gflops(torch.float32),
+        "gemm_bf16_gflops": gemm_gflops(torch.bfloat16),
+        "default_model": default_model(),
+    }
+
+
+def _read(path: str) -> str:
+    """Return a file of /proc, "" where there is none (not Linux)."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _first(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match[1].strip() if match else None
+
+
+def isa_flags(cpuinfo: str) -> list[str]:
+    """Return which of ISA_FLAGS the processor has, given the text of /proc/cpuinfo."""
+    line = _first(r"(?:flags|Features)\s*:\s*(.+)", cpuinfo) or ""
+    flags = set(line.split())
+    return [flag for flag in ISA_FLAGS if flag in flags]
+
+
+def _memory_gib(field: str) -> float | None:
+    kib = _first(rf"{field}:\s*(\d+) kB", _read("/proc/meminfo"))
+    return round(int(kib) / 2**20, 1) if kib else None
+
+
+def openmp_libraries(maps: str) -> list[str]:
+    """Return the OpenMP runtimes mapped into this process; more than one is trouble."""
+    found: Iterable[str] = re.findall(r"(\S*lib(?:gomp|iomp5|omp)[-.\w]*\.so\S*)", maps)
+    return sorted({Path(path).name for path in found})
+
+
+def cuda_state() -> str:
+    """Return whether torch was built with CUDA, and what it sees."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return f"CUDA {torch.version.cuda}, no device"
+    return f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}"
+
+
+def gemm_gflops(dtype: Any) -> float:
+    """Return the best rate of a square matrix product through torch, GFLOP/s."""
+    import torch
+
+    a = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
+    b = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
+    best_s = float("inf")
+    for _ in range(GEMM_ROUNDS):
+        start_s = time.perf_counter()
+        torch.mm(a, b)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return round(2 * GEMM_SIZE**3 / best_s / 1e9, 1)
+
+
+def default_model() -> str:
+    """Return where the default model lies, or how to get it."""
+    from flowprefill.models.registry import DEFAULT_MODEL, resolve_model
+
+    try:
+        return str(resolve_model(DEFAULT_MODEL).path)
+    except CheckpointError as error:
+        return error.message

@@ -1,0 +1,317 @@
+"""The command line: serve, generate, bench, doctor; `flowprefill` calls main().
+
+Flags of engine and server are made from their settings' dataclasses. Torch, aiohttp and rich are
+imported by the command that needs them, so that ``--help`` is quick. Every expected error is one
+line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flowprefill.config import EngineConfig
+from flowprefill.errors import ConfigError, FlowPrefillError, InvalidRequest
+from flowprefill.request import SLO, Request, SamplingParams, Token
+from flowprefill.version import __version__
+
+if TYPE_CHECKING:
+    from flowprefill.engine import Engine
+    from flowprefill.server.options import ServerOptions
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+DEFAULT_MODEL = "smollm2-135m"
+ENGINE, SERVER = "engine.", "server."
+
+# Modules of flowprefill.bench: name -> one line of help. A module is imported when it is named.
+BENCHES: Mapping[str, str] = {
+    "hol": "short prompts arriving beside a long one, for each granularity",
+    "prefill": "prefill throughput by prompt length, against transformers",
+    "control": "from submit() to the executor seeing it, while all cores compute",
+    "load": "requests over HTTP at a rate, with SLO attainment",
+}
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised, so that main() shows all errors alike."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object")
+    return value
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type[Any], prefix: str) -> None:
+    """Add one flag per field of a settings dataclass; only flags that were given are set.
+
+    Args:
+        parser: a command or an argument group of it.
+        settings: dataclass whose fields carry their help in ``metadata['doc']``.
+        prefix: of the flags' names in the parsed namespace, so that two classes do not mix.
+    """
+    group = parser.add_argument_group(f"{prefix.rstrip('.')} settings")
+    for field in dataclasses.fields(settings):
+        has_default = field.default is not dataclasses.MISSING
+        default = field.default if has_default else {}
+        shown = "" if default in ("", (), {}) else f" (default {default})"
+        options: dict[str, Any] = {
+            "dest": prefix + field.name,
+            "default": argparse.SUPPRESS,
+            "help": (field.metadata["doc"] + shown).replace("%", "%%"),
+        }
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"nargs": "+", "metavar": "NAME"}
+        elif isinstance(default, dict):
+            options |= {"type": _json_object, "metavar": "JSON"}
+        else:
+            options |= {"type": type(default), "metavar": field.name.rsplit("_", 1)[-1].upper()}
+        group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """Return the settings that were given as flags."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in vars(args).items()
+        if name.startswith(prefix)
+    }
+
+
+def read_settings(args: argparse.Namespace) -> tuple[EngineConfig, ServerOptions]:
+    """Join the config file and the flags; flags win.
+
+    The file is a JSON object of engine settings, with server settings in its key ``server``.
+    """
+    from flowprefill.server.options import ServerOptions
+
+    values = _read_config(args.config) if args.config else {}
+    server = values.pop("server", {})
+    if not isinstance(server, dict):
+        raise ConfigError(f"server: got {server!r}, expected an object", param="server")
+    engine_config = EngineConfig.from_mapping({**values, **_given(args, ENGINE)})
+    return engine_config, ServerOptions.from_mapping({**server, **_given(args, SERVER)})
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}", param="config") from None
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: not JSON ({error})", param="config") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path}: expected a JSON object", param="config")
+    return values
+
+
+@contextmanager
+def loading_bar(model: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr while a model loads; gives the engine's ``progress`` callback."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(f"loading {model}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def load_engine(model: str, config: EngineConfig) -> Engine:
+    """Load a model under a progress bar."""
+    from flowprefill.engine import Engine
+
+    with loading_bar(model) as progress:
+        return Engine(model, config, progress=progress)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="serve a model over an OpenAI-compatible API")
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, help="name, folder or .gguf file"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0 lets the system choose")
+    parser.add_argument("--config", help="JSON file of settings; flags win over it")
+    parser.add_argument(
+        "--log-level", default="info", choices=("debug", "info", "warning", "error")
+    )
+    add_settings(parser, EngineConfig, ENGINE)
+    from flowprefill.server.options import ServerOptions
+
+    add_settings(parser, ServerOptions, SERVER)
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    config, options = read_settings(args)
+    options.check_classes(config)
+    if not 0 <= args.port <= 65_535:
+        raise ConfigError(f"port: got {args.port}, expected 0..65535", param="port")
+    import asyncio
+
+    from flowprefill.server.app import serve
+
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+    def announce(url: str) -> None:
+        sys.stderr.write(f"serving {args.model} at {url}\n")
+        sys.stderr.flush()
+
+    def load() -> Any:
+        return load_engine(args.model, config)
+
+    asyncio.run(serve(load, args.host, args.port, options, announce))
+    return 0
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue one prompt and print the text")
+    parser.add_argument("prompt", nargs="?", help="the prompt; read from stdin if left out")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, folder or .gguf file")
+    parser.add_argument("--chat", action="store_true", help="use the model's chat template")
+    parser.add_argument("--timings", action="store_true", help="print where the time went")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", default=[], help="may be given several times")
+    parser.add_argument("--ttft-ms", type=float, help="objective for the first token")
+    parser.add_argument("--tpot-ms", type=float, help="objective per token after it")
+    parser.add_argument("--config", help="JSON file of settings; flags win over it")
+    add_settings(parser, EngineConfig, ENGINE)
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Stream one completion to stdout."""
+    prompt = args.prompt if args.prompt is not None else _read_stdin()
+    sampling = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
+    slo = SLO(
+        ttft=args.ttft_ms / 1e3 if args.ttft_ms is not None else None,
+        tpot=args.tpot_ms / 1e3 if args.tpot_ms is not None else None,
+    )
+    if not prompt:
+        raise InvalidRequest("prompt: empty, expected text as an argument or on stdin")
+    config, _ = read_settings(args)
+    engine = load_engine(args.model, config)
+    try:
+        if args.chat:
+            messages = [{"role": "user", "content": prompt}]
+            prompt = engine.render_chat(messages, add_generation_prompt=True)
+        handle = engine.submit(Request(prompt, sampling, add_special_tokens=not args.chat), slo)
+        _print_tokens(handle)
+        if args.timings:
+            _print_timings(dataclasses.asdict(handle.result().timings))
+    finally:
+        engine.close(0.0)
+    return 0
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"prompt: byte {error.start} of stdin is not UTF-8") from None
+
+
+def _print_tokens(tokens: Iterator[Token] | Any) -> None:
+    for token in tokens:
+        sys.stdout.write(token.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _print_timings(timings: Mapping[str, Any]) -> None:
+    for name, value in timings.items():
+        is_time = isinstance(value, float)
+        sys.stderr.write(f"{name:>14}  {f'{value * 1e3:.2f} ms' if is_time else value}\n")
+
+
+def _add_bench(commands: Any, arguments: Sequence[str]) -> None:
+    parser = commands.add_parser("bench", help="measure; bench NAME --help says how")
+    names = parser.add_subparsers(title="benches", metavar="NAME", required=True)
+    for name, line in BENCHES.items():
+        bench = names.add_parser(name, help=line)
+        # Its module may need torch: only the one that was named is imported.
+        if list(arguments[:2]) == ["bench", name]:
+            _attach_module(bench, f"flowprefill.bench.{name}")
+
+
+def _add_doctor(commands: Any, arguments: Sequence[str]) -> None:
+    parser = commands.add_parser("doctor", help="what this machine offers")
+    if list(arguments[:1]) == ["doctor"]:
+        _attach_module(parser, "flowprefill.bench.doctor")
+
+
+def _attach_module(parser: argparse.ArgumentParser, module_name: str) -> None:
+    """Let a module with ``add_arguments(parser)`` and ``run(args) -> int`` fill a command."""
+    if importlib.util.find_spec(module_name) is None:
+        raise UsageError(f"{module_name} is not part of this installation")
+    module = importlib.import_module(module_name)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+
+
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Build the parser; of commands in modules only the one named in ``arguments`` is complete."""
+    parser = Parser("flowprefill", description="An LLM engine that preempts between operators.")
+    parser.add_argument("--version", action="version", version=f"flowprefill {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_bench(commands, arguments)
+    _add_doctor(commands, arguments)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+        return int(args.run(args))
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (UsageError, FlowPrefillError, OSError) as error:
+        sys.stderr.write(f"flowprefill: {' '.join(str(error).split())}\n")
+        return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""A server on a real socket in its own thread, and a plain HTTP client for it."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fake_engine import WAIT_S, FakeEngine
+
+from flowprefill.server.app import Server
+from flowprefill.server.options import ServerOptions
+
+
+@dataclass
+class Reply:
+    """One HTTP reply, read whole."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error = self.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return dict(error)
+
+    def events(self) -> list[Any]:
+        """The payloads of a whole stream, without its end mark."""
+        parts = [part for part in self.body.decode().split("\n\n") if part]
+        assert parts.pop() == "data: [DONE]"
+        return [json.loads(p.removeprefix("data: ")) for p in parts if not p.startswith(":")]
+
+
+class RunningServer:
+    """A server with its own event loop in its own thread."""
+
+    def __init__(self, engine: FakeEngine | None, options: ServerOptions | None = None) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.server = self.call(self._make(engine, options))
+        self.port = self.call(self.server.start("127.0.0.1", 0))
+        self._is_stopped = False
+
+    @staticmethod
+    async def _make(engine: FakeEngine | None, options: ServerOptions | None) -> Server:
+        return Server(engine, options)
+
+    def call(self, coroutine: Any) -> Any:
+        """Run a coroutine on the server's loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(WAIT_S)
+
+    def begin(self, coroutine: Any) -> Any:
+        """Start a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        if not self._is_stopped:
+            self._is_stopped = True
+            self.call(self.server.stop(grace_s))
+
+    def end(self) -> None:
+        """Stop the server and its loop."""
+        self.stop()
+        self.call(self._loop.shutdown_default_executor())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(WAIT_S)
+        self._loop.close()
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Reply:
+        """Send one request; dictionaries and lists go as JSON, bytes as they are."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+        try:
+            sent = {"Content-Type": "application/json"} if body is not None else {}
+            raw = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+            connection.request(method, path, raw, {**sent, **(headers or {})})
+            response = connection.getresponse()
+            return Reply(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, headers: dict[str, str] | None = None) -> Reply:
+        return self.request("GET", path, headers=headers)
+
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> Reply:
+        return self.request("POST", path, body, headers)
+
+    def raw_socket(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """Open a connection, send a whole request, and leave the reply to the caller."""
+        raw = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(raw)}\r\n\r\n"
+        )
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        connection.sendall(head.encode() + raw)
+        return connection
+
+
+StartServer = Callable[..., RunningServer]

@@ -1,0 +1,283 @@
+"""The command line: flags from settings, one-line errors, generate and serve on a fake engine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, Script
+
+from flowprefill import cli
+from flowprefill.bench import doctor
+from flowprefill.config import EngineConfig
+from flowprefill.errors import CheckpointError, RequestFailed
+from flowprefill.version import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
+    engine = FakeEngine()
+
+    def load(model: str, config: EngineConfig) -> FakeEngine:
+        engine.model_id, engine.config = model, config
+        return engine
+
+    monkeypatch.setattr(cli, "load_engine", load)
+    yield engine
+    engine.close(0.0)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command that must fail; returns its one line."""
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("flowprefill: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def parse(*argv: str) -> Namespace:
+    return cli.build_parser(argv).parse_args(argv)
+
+
+def test_help_loads_neither_torch_nor_the_server() -> None:
+    code = (
+        "import sys; from flowprefill.cli import main; status = main(['--help']); "
+        "heavy = {'torch', 'aiohttp', 'rich', 'flowprefill._core'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy or status else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "serve" in done.stdout
+
+
+def test_serve_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*EngineConfig.__dataclass_fields__, "vllm_metrics", "service_tiers", "host"):
+        assert "--" + name.replace("_", "-") in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"flowprefill {__version__}\n"
+
+
+def test_settings_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    values = {
+        "threads": 3,
+        "policy": "edf",
+        "classes": {"batch": {"ttft_ms": 60_000}},
+        "server": {"keep_alive_s": 3, "max_choices": 5},
+    }
+    file.write_text(json.dumps(values))
+    args = parse(
+        "serve", "--config", str(file), "--policy", "fcfs", "--max-choices", "9",
+        "--no-prefix-cache", "--vllm-metrics", "--service-tiers", '{"flex": "batch"}',
+        "--served-model-names", "a", "b",
+    )  # fmt: skip
+    engine, server = cli.read_settings(args)
+    assert (engine.threads, engine.policy, engine.prefix_cache) == (3, "fcfs", False)
+    assert engine.classes == {"batch": {"ttft_ms": 60_000}}
+    assert (server.keep_alive_s, server.max_choices, server.vllm_metrics) == (3, 9, True)
+    assert server.service_tiers == {"flex": "batch"}
+    assert server.served_model_names == ("a", "b")
+
+
+def test_settings_default_is_the_dataclass() -> None:
+    engine, _ = cli.read_settings(parse("serve"))
+    assert engine == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "COMMAND"),
+        (("bake",), "invalid choice: 'bake'"),
+        (("serve", "--policy", "nope"), "policy: got 'nope', expected one of"),
+        (("serve", "--granularity", "chunk:1"), "granularity: got 'chunk:1'"),
+        (("serve", "--dtype", "fp8"), "dtype: got 'fp8'"),
+        (("serve", "--threads", "many"), "--threads"),
+        (("serve", "--threads", "-1"), "threads: got -1"),
+        (("serve", "--kv-cache-gib", "0"), "kv_cache_gib: got 0"),
+        (("serve", "--port", "70000"), "port: got 70000"),
+        (("serve", "--classes", "[1]"), "expected a JSON object"),
+        (("serve", "--max-body-mib", "-3"), "max_body_mib: got -3"),
+        (("serve", "--service-tiers", '{"flex": "x"}'), "service_tiers.flex: got 'x'"),
+        (("serve", "--config", "/nowhere.json"), "config file /nowhere.json: No such file"),
+        (("serve", "--unheard-of"), "--unheard-of"),
+        (("bench",), "NAME"),
+        (("bench", "speed"), "invalid choice: 'speed'"),
+        (("generate", "Hi", "--temperature", "9"), "temperature: got 9.0"),
+        (("generate", "Hi", "--max-tokens", "0"), "max_tokens: got 0"),
+        (("generate", "Hi", "--ttft-ms", "-5"), "slo.ttft"),
+        (("generate", ""), "prompt: empty"),
+    ],
+)
+def test_bad_command_line_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], engine: FakeEngine, argv: tuple[str, ...], words: str
+) -> None:
+    assert words in error_of(capsys, *argv)
+    assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"treads": 2}', "'treads', expected one of"),
+        ('{"threads": "2"}', "threads: got '2'"),
+        ('{"server": 5}', "server: got 5"),
+        ('{"server": {"port": 5}}', "'port', expected one of"),
+    ],
+)
+def test_bad_config_file_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    assert words in error_of(capsys, "serve", "--config", str(file))
+
+
+def test_taken_port_is_one_line(capsys: pytest.CaptureFixture[str], engine: FakeEngine) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "address already in use" in error_of(capsys, "serve", "--port", port)
+
+
+def test_model_that_does_not_load_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(model: str, config: EngineConfig) -> FakeEngine:
+        raise CheckpointError(f"{model}: truncated\nat byte 5")
+
+    monkeypatch.setattr(cli, "load_engine", load)
+    assert "m.gguf: truncated at byte 5" in error_of(capsys, "serve", "m.gguf", "--port", "0")
+    assert "truncated" in error_of(capsys, "generate", "Hi", "--model", "m.gguf")
+
+
+def test_serve_runs_until_a_signal(
+    capsys: pytest.CaptureFixture[str], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.subscribe
+
+    def subscribe(observer: Any) -> None:
+        original(observer)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(engine, "subscribe", subscribe)
+    assert cli.main(["serve", "some-model", "--port", "0", "--threads", "2"]) == 0
+    assert "serving some-model at http://127.0.0.1:" in capsys.readouterr().err
+    assert engine.config.threads == 2
+    assert not engine.is_ready
+
+
+def test_generate_streams_the_text(capsys: pytest.CaptureFixture[str], engine: FakeEngine) -> None:
+    argv = ["generate", "Hi", "--max-tokens", "5", "--stop", "x", "--ttft-ms", "250", "--timings"]
+    assert cli.main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Hello\n"
+    assert "ttft  8.00 ms" in captured.err
+    assert "preemptions  1" in captured.err
+    handle = engine.submitted[0]
+    assert handle.slo.ttft == 0.25
+    assert handle.request.sampling.stop == ("x",)
+    assert handle.request.add_special_tokens
+    assert not engine.is_ready
+
+
+def test_generate_chat_reads_stdin(
+    capsys: pytest.CaptureFixture[str], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi")))
+    assert cli.main(["generate", "--chat"]) == 0
+    assert capsys.readouterr().out == "Hello world\n"
+    assert engine.submitted[0].request.prompt == "<user>Hi<assistant>"
+    assert not engine.submitted[0].request.add_special_tokens
+
+
+def test_generate_stdin_that_is_not_utf8_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert "byte 3 of stdin is not UTF-8" in error_of(capsys, "generate")
+
+
+def test_generate_failed_run_is_one_line(
+    capsys: pytest.CaptureFixture[str], engine: FakeEngine
+) -> None:
+    engine.script = Script(error=RequestFailed("qkv, layer 3"))
+    assert "qkv, layer 3" in error_of(capsys, "generate", "Hi")
+
+
+def test_generate_interrupt_cancels_and_ends(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.script = Script(gate=threading.Event())
+
+    def interrupt(_tokens: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_print_tokens", interrupt)
+    assert cli.main(["generate", "Hi"]) == 130
+    assert engine.ends[0].finish_reason == "cancelled"
+
+
+@pytest.mark.slow
+def test_doctor_json_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flowprefill"] == __version__
+    assert found["cores_available"] >= 1
+    assert found["gemm_f32_gflops"] > 0
+    assert found["gemm_bf16_gflops"] > 0
+    assert len(found["openmp"]) == 1
+    assert isinstance(found["instruction_sets"], list)
+    assert found["default_model"]
+
+
+def test_doctor_table_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "GEMM_SIZE", 64)
+    assert cli.main(["doctor"]) == 0
+    assert "gemm bf16 gflops" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "flags"),
+    [
+        (
+            "processor: 0\nflags\t\t: fpu avx2 amx_tile amx_bf16 zzz\n",
+            ["avx2", "amx_tile", "amx_bf16"],
+        ),
+        ("Features\t: fp asimd bf16\n", ["asimd", "bf16"]),
+        ("", []),
+    ],
+)
+def test_doctor_isa_flags_of_cpuinfo(cpuinfo: str, flags: list[str]) -> None:
+    assert doctor.isa_flags(cpuinfo) == flags
+
+
+def test_doctor_openmp_libraries_of_maps() -> None:
+    maps = "7f00 r-xp /opt/torch/lib/libgomp-a34b3233.so.1\n7f01 r-xp /usr/lib/libc.so.6\n"
+    assert doctor.openmp_libraries(maps + maps) == ["libgomp-a34b3233.so.1"]
