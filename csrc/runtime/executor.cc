@@ -64,8 +64,9 @@ std::string describe(const Run& run, size_t segment, const std::exception_ptr& e
 Executor::Executor(std::unique_ptr<Device> device, ExecutorOptions options)
     : device_(checked(std::move(device))), timeline_(options.timeline_capacity) {}
 
-Executor::~Executor() {
-  stop();
+// join() can throw only on the executor's own thread: our bug, and the end.
+Executor::~Executor() {  // NOLINT(bugprone-exception-escape)
+  shut_down();
 }
 
 void Executor::start() {
@@ -84,6 +85,10 @@ void Executor::stop() {
   if (thread_.get_id() == std::this_thread::get_id()) {
     throw std::logic_error("executor: stop() on its own thread");
   }
+  shut_down();
+}
+
+void Executor::shut_down() {
   std::call_once(stop_once_, [this] {
     if (const RunRef waiting = mailbox_.close())
       cancel(*waiting);
@@ -269,7 +274,7 @@ void Executor::leave(RunState to) {
   }
 }
 
-void Executor::fail(size_t segment, std::exception_ptr error) {
+void Executor::fail(size_t segment, const std::exception_ptr& error) {
   std::exception_ptr drain_error;
   try {
     device_->drain();

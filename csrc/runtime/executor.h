@@ -51,7 +51,8 @@ class Executor {
  public:
   // Throws std::invalid_argument without a device or for a bad option.
   explicit Executor(std::unique_ptr<Device> device, ExecutorOptions options = {});
-  ~Executor();  // stop()
+  // As stop(); not on the executor's own thread.
+  ~Executor();  // NOLINT(bugprone-exception-escape)
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
@@ -89,6 +90,7 @@ class Executor {
   ExecutorStats stats() const;
 
  private:
+  void shut_down();
   void thread_main();
   void execute_until_idle();
   bool at_boundary();
@@ -96,7 +98,7 @@ class Executor {
   void execute_segment();
   bool begin(Run& run);
   void leave(RunState to);
-  void fail(size_t segment, std::exception_ptr error);
+  void fail(size_t segment, const std::exception_ptr& error);
   void end(RunState to);
 
   const std::unique_ptr<Device> device_;

@@ -100,28 +100,59 @@ TEST_F(RunTest, suspend_request_can_be_taken_back_and_leaves_a_cancel) {
   EXPECT_EQ(run->state(), kRunning);
 }
 
-TEST_F(RunTest, transition_raced_by_threads_has_one_winner) {
-  for (int round = 0; round < 200; ++round) {
-    const RunRef run = make();
-    std::atomic<int> num_winners{0};
-    std::vector<std::jthread> threads;
-    for (auto to : {kRunning, kCancelled, kRunning}) {
-      threads.emplace_back([&, to] { num_winners += run->transition(kReady, to) ? 1 : 0; });
+// Two threads walk over the same runs in step, so that they meet at many of them.
+class RunRace : public RunTest {
+ protected:
+  static constexpr size_t kRuns = 60'000;
+
+  // Calls first(run, i) and second(run, i) for every run, each on its own thread.
+  template <typename First, typename Second>
+  void race(const First& first, const Second& second) {
+    for (size_t i = 0; i < kRuns; ++i) {
+      runs_.push_back(make(0));
+      runs_.back()->transition(kReady, kRunning);
     }
-    threads.clear();
-    EXPECT_EQ(num_winners, 1);
+    std::atomic<size_t> positions[2] = {0, 0};
+    const auto walk = [&](const auto& visit, int self) {
+      for (size_t i = 0; i < kRuns; ++i) {
+        positions[self] = i + 1;
+        while (positions[1 - self] < i + 1) {
+          std::this_thread::yield();
+        }
+        visit(*runs_[i], i);
+      }
+    };
+    std::jthread other([&] { walk(second, 1); });
+    walk(first, 0);
+  }
+  void TearDown() override {
+    runs_.clear();
+    RunTest::TearDown();
+  }
+
+  std::vector<RunRef> runs_;
+};
+
+TEST_F(RunRace, transition_has_one_winner) {
+  std::vector<char> first(kRuns);
+  std::vector<char> second(kRuns);
+  race([&](flowprefill::Run& run, size_t i) { first[i] = run.transition(kRunning, kSuspended); },
+       [&](flowprefill::Run& run, size_t i) { second[i] = run.transition(kRunning, kCancelled); });
+  for (size_t i = 0; i < kRuns; ++i) {
+    ASSERT_EQ(first[i] + second[i], 1);
+    ASSERT_EQ(runs_[i]->state(), first[i] != 0 ? kSuspended : kCancelled);
   }
 }
 
-TEST_F(RunTest, cancel_against_finish_is_decided_once) {
-  for (int round = 0; round < 500; ++round) {
-    const RunRef run = make();
-    run->transition(kReady, kRunning);
-    bool is_accepted = false;
-    std::jthread canceller([&] { is_accepted = run->request_cancel(); });
-    const bool has_finished = run->transition(kRunning, kFinished);
-    canceller.join();
-    EXPECT_NE(is_accepted, has_finished);
+TEST_F(RunRace, cancel_against_finish_is_decided_once) {
+  std::vector<char> is_accepted(kRuns);
+  std::vector<char> has_finished(kRuns);
+  race([&](flowprefill::Run& run,
+           size_t i) { has_finished[i] = run.transition(kRunning, kFinished); },
+       [&](flowprefill::Run& run, size_t i) { is_accepted[i] = run.request_cancel(); });
+  for (size_t i = 0; i < kRuns; ++i) {
+    ASSERT_NE(is_accepted[i], has_finished[i]);
+    ASSERT_EQ(runs_[i]->state(), has_finished[i] != 0 ? kFinished : kRunning);
   }
 }
 
