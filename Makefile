@@ -70,8 +70,12 @@ build: $(DEPENDENCIES) $(EDITABLE)  ## compile flowprefill/_core in place (only 
 
 # ---- tests
 
-CPP_TESTS = cmake -S tests/cpp -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFP_SANITIZE=$(2) \
-  && cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure --timeout 300
+# $(1): build folder, $(2): sanitizers. Needs neither torch nor the Python module.
+CPP_TESTS = cmake -S tests/cpp -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+    -DFP_SANITIZE=$(2) -DFP_WERROR=$(if $(CI),ON,OFF) \
+  && cmake --build build/$(1) \
+  && ctest --test-dir build/$(1) --output-on-failure --timeout 300
+comma := ,
 
 .PHONY: test
 test: build test-cpp  ## build, then every test that needs no GPU
@@ -84,7 +88,7 @@ test-cpp: $(DEPENDENCIES)  ## the C++ tests of the runtime
 .PHONY: test-sanitizers
 test-sanitizers: $(DEPENDENCIES)  ## the C++ tests under ThreadSanitizer, then under Address- and UBSanitizer
 	$(call CPP_TESTS,cpp-thread,thread)
-	$(call CPP_TESTS,cpp-address,address)
+	$(call CPP_TESTS,cpp-address,address$(comma)undefined)
 
 # ---- checks
 
@@ -128,7 +132,7 @@ bench: build  ## the two benches of the README, JSON into out/
 
 .PHONY: wheel
 wheel: build  ## build a wheel into dist/, install it in a fresh environment and import it there
-	rm -rf dist build/wheel-check
+	rm -rf dist build/wheel-check build/lib* build/bdist*
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
 	$(PYTHON) -m venv build/wheel-check
 	build/wheel-check/bin/pip install -q --disable-pip-version-check $(TORCH) dist/*.whl

@@ -47,6 +47,12 @@ def test_public_name_unknown_raises_attribute_error() -> None:
         _ = flowprefill.Enigne  # type: ignore[attr-defined]
 
 
+def test_every_folder_with_modules_is_a_package() -> None:
+    # setuptools leaves a folder without __init__.py out of the wheel, and nothing says so.
+    folders = {path.parent for path in (ROOT / "flowprefill").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 @pytest.mark.parametrize("order", ["torch, flowprefill._core", "flowprefill._core, torch"])
 def test_process_has_one_openmp_runtime(order: str) -> None:
     code = f"import {order}; print(open('/proc/self/maps').read())"
