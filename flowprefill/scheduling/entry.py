@@ -56,7 +56,9 @@ class Entry:
         since_s: when it was last dispatched, suspended or accounted for.
         is_suspended: whether its run stands still.
         yields: how many times it was suspended for another prefill.
-        turn_s: when a late or best-effort entry's turn comes whatever else waits (slack_edf).
+        late_since_s: since when it is known to miss its deadline, or has none (slack_edf).
+        is_in_line: whether slack_edf has noted that.
+        has_ended: it is done with, or went into a packed prefill.
         rank: as of the last ranking in the queue.
         version: which of the queue's records of it counts; -1 when it is not in the queue.
     """
@@ -73,7 +75,9 @@ class Entry:
     since_s: float = 0.0
     is_suspended: bool = False
     yields: int = 0
-    turn_s: float | None = None
+    late_since_s: float | None = None
+    is_in_line: bool = False
+    has_ended: bool = False
     rank: Rank = UNRANKED
     version: int = -1
 

@@ -182,10 +182,11 @@ class SchedulerSettings:
         max_running: most sequences in one decode step.
         max_blocking_s: what a preemption costs: the longest segment.
         max_suspensions: a work suspended so often is not preempted by another prefill any more.
-        max_suspended_s: nor one suspended for so long in all; while suspended, it is next then.
+        max_suspended_s: nor one that was suspended for so long in all.
         late_share: share of the time that late and best-effort jobs get although jobs that can
             meet their deadline never let up.
         late_patience_s: how long a late or best-effort job waits before that share counts for it.
+        late_slice_s: the piece in which that share is granted.
         decode_share: most of the time that decode steps take while prefills wait.
         idle_share: what decode steps without a TPOT objective aim at while prefills wait.
         max_stall_s: longest wait of a sequence without a TPOT objective for its next step.
@@ -196,9 +197,10 @@ class SchedulerSettings:
     max_running: int = 64
     max_blocking_s: float = 0.002
     max_suspensions: int = 256
-    max_suspended_s: float = 60.0
-    late_share: float = 0.1
-    late_patience_s: float = 2.0
+    max_suspended_s: float = 120.0
+    late_share: float = 0.02
+    late_patience_s: float = 5.0
+    late_slice_s: float = 0.05
     decode_share: float = 0.7
     idle_share: float = 0.25
     max_stall_s: float = 0.5
@@ -210,7 +212,13 @@ class SchedulerSettings:
         for name in ("late_share", "decode_share", "idle_share"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a share in (0, 1)")
-        for name in ("max_blocking_s", "max_suspended_s", "late_patience_s", "max_stall_s"):
+        for name in (
+            "max_blocking_s",
+            "max_suspended_s",
+            "late_patience_s",
+            "late_slice_s",
+            "max_stall_s",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a number >= 0")
 

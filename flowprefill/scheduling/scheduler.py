@@ -199,6 +199,7 @@ class Scheduler:
                 return
             entry = step
         if not entry.is_started:
+            entry.has_ended = True
             self._queue.remove(entry)
             self._count_waiting(entry, -1)
             return
@@ -304,8 +305,10 @@ class Scheduler:
             (job.prompt_tokens, job.context_tokens) for job in jobs
         )
         merged = Entry(jobs, head.serial, seconds)
-        turns = [member.turn_s for member in members if member.turn_s is not None]
-        merged.turn_s = min(turns, default=None)
+        since = [member.late_since_s for member in members if member.late_since_s is not None]
+        merged.late_since_s = min(since, default=None)
+        for member in members:
+            member.has_ended = True
         self._prefills.update((job.id, merged) for job in jobs)
         return merged
 
@@ -363,6 +366,7 @@ class Scheduler:
     def _release(self, entry: Entry) -> None:
         """Forget a work that has ended, running or suspended."""
         assert entry.work is not None
+        entry.has_ended = True
         del self._works[entry.work.id]
         if entry is self._current:
             self._current = None

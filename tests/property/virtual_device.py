@@ -177,7 +177,8 @@ class VirtualDevice:
         run = self.runs.get(work.id)
         assert (run is not None) == decision.is_resume, decision
         if run is None:
-            true_s = work.predicted_s * math.exp(self._random.gauss(0.0, self._noise))
+            uncorrected_s = work.predicted_s / self.scheduler.cost_model.correction(work.kind)
+            true_s = uncorrected_s * math.exp(self._random.gauss(0.0, self._noise))
             run = self.runs[work.id] = Run(work, true_s)
         if self._running is None:
             self._start(run)

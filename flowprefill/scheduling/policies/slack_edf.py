@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from itertools import count
 from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.entry import Entry, Rank, Verdict
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from flowprefill.scheduling.interface import SchedulerSettings
 
 ON_TIME, LATE, BEST_EFFORT = 0.0, 1.0, 2.0  # bands, served in this order
+SLACK_TO_SPEND = 0.25  # waiting for a running work may cost this share of the slack, not all
+PACKING_GAIN = 0.2  # share of its own time that packing must save
 MUCH_SHORTER = 0.5  # without deadlines at stake, preempt for at most this share of what is left
 
 
@@ -25,22 +28,23 @@ class SlackEdf(BasePolicy):
     *On time* is who can still meet its deadline by prediction if it ran now. Among those, when
     not all can be kept, the choice that keeps most of them (Moore-Hodgson on the first waiting).
 
-    No starvation. Who turns late (or arrives as best effort) at time t gets a turn at
+    No starvation. Late and best-effort entries that have waited for late_patience_s also form a
+    line, in the order in which they turned late (best effort: arrived). However busy the device
+    is with entries on time, the first in line is granted a slice of late_slice_s in every
+    late_slice_s / late_share; in it no prefill preempts it. A grant that must wait for the
+    running work is made up for afterwards. So, decode steps aside, who turns late at t has
+    finished by
 
-        turn = t + late_patience_s + (L + own) / late_share - own
+        t + late_patience_s + (predicted time of all in line up to itself) / late_share
+          + one slice for each of those + the longest work that is granted no slice
 
-    with L the predicted time of all that is late or best effort at t: as if these had a device of
-    their own, late_share as fast. From its turn on an entry goes before all but earlier turns, and
-    is not preempted. So it ends by
-
-        turn + (what runs then + earlier turns still waiting + own) / (1 - decode_share)
-
-    A suspended work whose suspensions add up to max_suspended_s has its turn at that time.
-
-    Preemption. Only for entries strictly before the running one; for one that is on time only if it
-    would miss by waiting for the running work to end and meets its deadline if not (those waiting
-    before it counted), and only if more are saved so than victims lost. Without deadlines at
-    stake, only for one that needs at most half of what the running one still needs.
+    Preemption. Only for entries strictly before the running one; for one that is on time only if
+    waiting for the running work to end would take more than a quarter of its slack (those before it
+    counted; a quarter, as predictions err and others arrive) and it meets its deadline if not, and
+    only if more are saved so than victims lost (or as many, by less work than what the running one
+    still needs). Without deadlines at stake, only for one that needs at most half of what the
+    running one still needs. A work suspended for other prefills max_suspensions times, or
+    max_suspended_s in all, is not suspended for one again.
 
     Source: own, after the paper's S-EDF.
     """
@@ -49,36 +53,31 @@ class SlackEdf(BasePolicy):
 
     def __init__(self, cost_model: CostModel, settings: SchedulerSettings) -> None:
         super().__init__(cost_model, settings)
-        self._late: dict[int, float] = {}  # serial -> predicted time, of those without a turn yet
-        self._late_total_s = 0.0
+        self._line: list[tuple[float, int, Entry]] = []  # heap of (late since, number, entry)
+        self._records = count()
+        self._next_grant_s = -math.inf
+        self._granted = -1  # serial of the entry whose slice has come
+        self._slice_left_from_s: float | None = None  # its executed_s at which the slice ends
 
     def rank(self, entry: Entry, now: float) -> Rank:
         """Order by band, then deadline or remaining time."""
-        turn, end_of_patience = self._suspension_turn(entry)
-        latest = entry.latest_start_s(self.settings.max_blocking_s)
-        if turn <= now:
-            return Rank((ON_TIME, turn))
-        if now < latest < math.inf:
-            return Rank((ON_TIME, entry.deadline_s), min(latest, end_of_patience))
-        if entry.turn_s is None:
-            own = entry.remaining_s
-            share = self.settings.late_share
-            wait = (self._late_total_s + own) / share - own
-            entry.turn_s = now + self.settings.late_patience_s + wait
-        self._note_late(entry)
-        if entry.turn_s <= now:
-            return Rank((ON_TIME, entry.turn_s))
+        if self._is_on_time(entry, now):
+            latest = entry.latest_start_s(self.settings.max_blocking_s)
+            return Rank((ON_TIME, entry.deadline_s), latest)
+        if not entry.is_in_line and entry.serial >= 0:
+            entry.is_in_line = True
+            if entry.late_since_s is None:
+                entry.late_since_s = now
+            heapq.heappush(self._line, (entry.late_since_s, next(self._records), entry))
         band = LATE if entry.deadline_s < math.inf else BEST_EFFORT
-        return Rank((band, entry.remaining_s), min(entry.turn_s, end_of_patience))
-
-    def left(self, entry: Entry) -> None:
-        """Take it off the time that late ones wait for."""
-        self._late_total_s -= self._late.pop(entry.serial, 0.0)
-        if not self._late:
-            self._late_total_s = 0.0
+        return Rank((band, entry.remaining_s))
 
     def pick(self, waiting: Sequence[Entry], now: float) -> Entry:
-        """Return the first one, or the first of the largest set that can be kept on time."""
+        """Return who is granted a slice, or the first of those that can be kept on time."""
+        first = self._first_in_line()
+        if first is not None and self._grant_at(first) <= now and first.version >= 0:
+            self._granted, self._slice_left_from_s = first.serial, None
+            return first
         kept = self._keepable(waiting, now)
         return kept[0] if kept else waiting[0]
 
@@ -86,24 +85,16 @@ class SlackEdf(BasePolicy):
         """Weigh what waiting costs against what preempting costs."""
         if self._is_settled(current):
             return Verdict(False, "the running work was suspended as often or long as it may be")
+        slice_end = self._slice_end(current, now)
+        if slice_end > now:
+            return Verdict(False, "the running work was granted a slice", slice_end)
         mine = self._current_key(current, now)
-        if mine[0] == ON_TIME and mine[1] <= now and not current.is_decode:
-            return Verdict(False, "it is the running work's turn")
         ahead = [e for e in waiting if (e.rank.key, e.priority) < (mine, current.priority)]
-        if not ahead:
-            return Verdict(False, "nothing waiting is more urgent")
-        no_deadline = mine[0] != ON_TIME and not self._is_on_time(ahead[0], now)
-        if no_deadline and ahead[0].remaining_s <= MUCH_SHORTER * current.remaining_s:
-            return Verdict(True, "is much shorter", by=ahead[0])
-        group = self._keepable(ahead, now, has_turns=True)
-        if not group:
-            return Verdict(False, "waiting is not worth a preemption: no deadline is at stake")
-        verdict = self._weigh(current, group, now)
-        # Whatever suspends the running work: those whose turn has come go first, else no bound.
-        return verdict if self._is_on_time(ahead[0], now) else verdict._replace(by=ahead[0])
+        verdict = self._weigh_all(current, ahead, mine, now)
+        return self._weigh_grant(current, verdict, now)
 
     def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
-        """Pack while all members meet their deadlines; late ones and others are not mixed."""
+        """Pack while all members meet their deadlines and it saves time; the late apart."""
         packing = Packing(head, self.cost_model, self.settings)
         on_time = self._is_on_time(head, now)
         end_by = head.deadline_s if on_time else math.inf
@@ -114,14 +105,70 @@ class SlackEdf(BasePolicy):
                 break
             if entry is head or self._is_on_time(entry, now) != on_time:
                 continue
+            gain = packing.seconds + entry.remaining_s - packing.seconds_with(entry)
             ends = now + packing.seconds_with(entry) + self.settings.max_blocking_s
             deadline = min(end_by, entry.deadline_s) if on_time else math.inf
-            if packing.fits(entry) and ends <= deadline:
+            if (
+                packing.fits(entry)
+                and ends <= deadline
+                and gain >= PACKING_GAIN * entry.remaining_s
+            ):
                 end_by = deadline
                 packing.add(entry)
             elif on_time and now + packing.seconds + entry.remaining_s <= entry.deadline_s:
                 end_by = min(end_by, entry.deadline_s - entry.remaining_s)  # stays behind: no miss
         return packing.members
+
+    def _weigh_all(
+        self, current: Entry, ahead: Sequence[Entry], mine: tuple[float, ...], now: float
+    ) -> Verdict:
+        if not ahead:
+            return Verdict(False, "nothing waiting is more urgent")
+        group = self._keepable(ahead, now)
+        if group:
+            return self._weigh(current, group, now)
+        if mine[0] == ON_TIME or ahead[0].remaining_s > MUCH_SHORTER * current.remaining_s:
+            return Verdict(False, "no deadline is at stake")
+        return Verdict(True, "is much shorter", by=ahead[0])
+
+    def _weigh_grant(self, current: Entry, verdict: Verdict, now: float) -> Verdict:
+        """Give way to the first in line when its slice has come; else look again when it has."""
+        first = self._first_in_line()
+        if first is None or first.version < 0:  # nobody in line, or it is the one that runs
+            return verdict
+        grant_at = self._grant_at(first)
+        if grant_at > now:
+            return verdict._replace(again_at=min(verdict.again_at, grant_at))
+        needed = min(first.remaining_s, self.settings.late_slice_s)
+        if verdict.preempt or not (current.is_decode or self._lost(current, now + needed, now)):
+            self._granted, self._slice_left_from_s = first.serial, None
+            return Verdict(True, "is granted a slice, late for long", by=first)
+        return verdict
+
+    def _slice_end(self, current: Entry, now: float) -> float:
+        """Return when the running work's slice ends; -inf if it has none. Starts it if need be."""
+        if current.serial != self._granted or current.is_decode:
+            return -math.inf
+        slice_s = self.settings.late_slice_s
+        if self._slice_left_from_s is None:
+            self._slice_left_from_s = current.executed_s + slice_s
+            self._next_grant_s += slice_s / self.settings.late_share
+        return now + self._slice_left_from_s - current.executed_s
+
+    def _first_in_line(self) -> Entry | None:
+        while self._line and self._line[0][2].has_ended:
+            heapq.heappop(self._line)
+        if not self._line:
+            self._next_grant_s = -math.inf
+            return None
+        return self._line[0][2]
+
+    def _grant_at(self, first: Entry) -> float:
+        assert first.late_since_s is not None
+        eligible = first.late_since_s + self.settings.late_patience_s
+        if self._next_grant_s == -math.inf:
+            self._next_grant_s = eligible
+        return max(self._next_grant_s, eligible)
 
     def _weigh(self, current: Entry, group: Sequence[Entry], now: float) -> Verdict:
         """Preempt if more of the group are saved than jobs of the running work are lost."""
@@ -131,15 +178,17 @@ class SlackEdf(BasePolicy):
         again_at = math.inf
         for entry in group:
             at += entry.remaining_s
-            misses = at + current.remaining_s > entry.deadline_s
-            saved += misses and at <= entry.deadline_s
+            slack = entry.deadline_s - at
+            misses = current.remaining_s > SLACK_TO_SPEND * slack
+            saved += misses and slack >= 0.0
             # The running work may take longer than predicted: look again in time.
             again_at = min(again_at, entry.deadline_s - (at - now) - 3 * blocking)
         again_at = max(again_at, now + blocking)
         if not saved:
             return Verdict(False, "the running work ends before anyone's slack runs out", again_at)
         lost = self._lost(current, at, now)
-        if lost >= saved:
+        is_quick = at - now < current.remaining_s
+        if lost > saved or (lost == saved and not is_quick):
             return Verdict(False, f"would save {saved} and make {lost} late", again_at)
         return Verdict(True, f"saves {saved} deadlines, costs {lost}", by=group[0])
 
@@ -155,13 +204,10 @@ class SlackEdf(BasePolicy):
         then = resumed_at + current.remaining_s
         return sum(ends <= job.ttft_deadline_s < then for job in current.jobs)
 
-    def _keepable(
-        self, waiting: Sequence[Entry], now: float, *, has_turns: bool = False
-    ) -> list[Entry]:
+    def _keepable(self, waiting: Sequence[Entry], now: float) -> list[Entry]:
         """Return the largest subset of the leading on-time entries that can all be kept.
 
-        Moore-Hodgson: go by deadline; when one ends late, give up the longest so far. Entries whose
-        turn it is are ahead of all others: skipped, but nothing is picked past them.
+        Moore-Hodgson: go by deadline; when one ends late, give up the longest so far.
         """
         kept: list[Entry] = []
         longest: list[tuple[float, int]] = []
@@ -169,8 +215,6 @@ class SlackEdf(BasePolicy):
         at = now
         for entry in waiting:
             if not self._is_on_time(entry, now):
-                if has_turns and entry.rank.key[0] == ON_TIME:
-                    continue
                 break
             kept.append(entry)
             heapq.heappush(longest, (-entry.remaining_s, entry.serial))
@@ -197,14 +241,3 @@ class SlackEdf(BasePolicy):
             assert current.work is not None
             return (ON_TIME, current.work.deadline_s)
         return self.rank(current, now).key
-
-    def _suspension_turn(self, entry: Entry) -> tuple[float, float]:
-        """Return (turn by suspension or inf, when that comes about if it stays suspended)."""
-        if entry.work is None or not entry.is_suspended:
-            return math.inf, math.inf
-        at = entry.since_s + max(self.settings.max_suspended_s - entry.work.suspended_s, 0.0)
-        return at, at
-
-    def _note_late(self, entry: Entry) -> None:
-        self._late_total_s += entry.remaining_s - self._late.get(entry.serial, 0.0)
-        self._late[entry.serial] = entry.remaining_s

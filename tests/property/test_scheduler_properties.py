@@ -1,0 +1,189 @@
+"""What must hold for every policy whatever arrives, is cancelled, fails or crosses: random worlds by hypothesis."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from virtual_device import Client, VirtualDevice, cost_model
+
+from flowprefill.config import POLICIES
+from flowprefill.scheduling import Decision, Job, Scheduler, SchedulerSettings
+
+TTFT = st.sampled_from([0.0, 0.05, 0.2, 1.0, 5.0, math.inf])
+TPOT = st.sampled_from([0.001, 0.02, 0.1, math.inf])
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[list[Client], dict[str, Any]]:
+    """Return clients and how the device behaves."""
+    clients = []
+    arrival = 1.0
+    for number in range(draw(st.integers(1, 25))):
+        arrival += draw(st.sampled_from([0.0, 0.001, 0.02, 0.3]))
+        job = Job(
+            f"job-{number}",
+            arrival,
+            draw(st.sampled_from([0, 1, 50, 400, 5_000])),
+            draw(st.sampled_from([0, 1_000])),
+            arrival + draw(TTFT),
+            draw(TPOT),
+            draw(st.sampled_from(["demote", "drop"])),
+            draw(st.sampled_from([0, 0, 0, 1])),
+        )
+        leaves = arrival + draw(st.sampled_from([math.inf, math.inf, 0.0, 0.01, 0.4]))
+        clients.append(Client(job, draw(st.integers(1, 6)), leaves))
+    behaviour = {
+        "seed": draw(st.integers(0, 2**16)),
+        "noise": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "fail_share": draw(st.sampled_from([0.0, 0.0, 0.1])),
+        "report_s": draw(st.sampled_from([0.0, 0.0005, 0.004])),
+    }
+    return clients, behaviour
+
+
+def _copy(client: Client) -> Client:
+    return Client(client.job, client.output_tokens, client.cancel_s)
+
+
+def _play(policy: str, clients: list[Client], behaviour: dict[str, Any]) -> VirtualDevice:
+    limits = SchedulerSettings(max_running=4, max_batch_jobs=6, max_suspensions=5)
+    scheduler = Scheduler(policy, cost_model(), limits)
+
+    def is_work_conserving(_event: object, _now: float, decision: Decision) -> None:
+        load = scheduler.load()
+        if scheduler.current is None:
+            assert (load.waiting_jobs, load.suspended_works, load.decoding) == (0, 0, 0), decision
+            assert abs(load.backlog_s) < 1e-9
+        assert load.waiting_tokens >= 0
+
+    device = VirtualDevice(
+        scheduler, [_copy(c) for c in clients], on_decision=is_work_conserving, **behaviour
+    )
+    device.play()
+    return device
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=60)
+@given(world=worlds())
+def test_scheduler_random_world_each_job_ends_once(
+    policy: str, world: tuple[list[Client], dict[str, Any]]
+) -> None:
+    device = _play(policy, *world)
+    for client in device.clients.values():
+        assert len(client.ends) == 1, client
+    assert device.scheduler.current is None
+    load = device.scheduler.load()
+    assert (load.waiting_jobs, load.waiting_tokens, load.suspended_works) == (0, 0, 0)
+    for run in device.runs.values():
+        assert run.state in ("finished", "stopped"), run
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=30)
+@given(world=worlds())
+def test_scheduler_same_world_same_decisions(
+    policy: str, world: tuple[list[Client], dict[str, Any]]
+) -> None:
+    def told(device: VirtualDevice) -> list[tuple[Any, ...]]:
+        return [
+            (at, d.reason, d.dispatch and d.dispatch.id, d.dropped, d.wake_at)
+            for at, _, d in device.log
+        ]
+
+    assert told(_play(policy, *world)) == told(_play(policy, *world))
+
+
+@settings(max_examples=60)
+@given(world=worlds())
+def test_scheduler_slack_edf_preemptions_by_prefills_bounded(
+    world: tuple[list[Client], dict[str, Any]],
+) -> None:
+    device = _play("slack_edf", *world)
+    by_prefill: dict[int, int] = {}
+    for _, _, decision in device.log:
+        dispatch, victim = decision.dispatch, decision.preempted
+        if dispatch is not None and victim is not None and dispatch.kind == "prefill":
+            by_prefill[victim.id] = by_prefill.get(victim.id, 0) + 1
+    assert all(times <= 5 for times in by_prefill.values())
+
+
+@settings(max_examples=60)
+@given(world=worlds())
+def test_scheduler_fcfs_never_preempts(world: tuple[list[Client], dict[str, Any]]) -> None:
+    device = _play("fcfs", *world)
+    assert all(decision.preempted is None for _, _, decision in device.log)
+
+
+@settings(max_examples=40)
+@given(
+    policy=st.sampled_from(POLICIES),
+    count=st.integers(2, 12),
+    ttft=TTFT,
+    gap=st.sampled_from([0.0, 0.001]),
+)
+def test_scheduler_equal_urgency_never_preempts(
+    policy: str, count: int, ttft: float, gap: float
+) -> None:
+    deadline = 1.0 + ttft
+    clients = [
+        Client(Job(f"job-{number}", 1.0 + gap * number, 700, 0, deadline))
+        for number in range(count)
+    ]
+    if policy == "shortest_first":  # what has run a while is shorter: a later equal never wins
+        clients = clients[:2]
+    device = VirtualDevice(Scheduler(policy, cost_model()), clients, noise=0.2)
+    device.play()
+    assert all(run.work.suspensions == 0 for run in device.runs.values())
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 1000),
+    deadline=st.sampled_from([0.05, math.inf]),
+    tokens=st.sampled_from([300, 4_000]),
+)
+def test_scheduler_slack_edf_overload_late_job_ends_within_bound(
+    seed: int, deadline: float, tokens: int
+) -> None:
+    limits = SchedulerSettings(late_share=0.2, late_patience_s=0.5, late_slice_s=0.05)
+    scheduler = Scheduler("slack_edf", cost_model(), limits)
+    hopeless = Client(Job("late", 1.0, tokens, 0, 1.0 + min(deadline, 1e-3)))
+    if math.isinf(deadline):
+        hopeless = Client(Job("late", 1.0, tokens))
+    stream = [  # 1.5 times what the device can do, each with time to spare at first
+        Client(Job(f"job-{n}", 1.0 + n * 0.02, 300, 0, 1.0 + n * 0.02 + 0.3)) for n in range(600)
+    ]
+    device = VirtualDevice(scheduler, [hopeless, *stream], seed=seed)
+    device.play()
+    own = cost_model().prefill_s(tokens)
+    longest = cost_model().prefill_s(512)
+    bound = 1.0 + limits.late_patience_s + own / limits.late_share + limits.late_slice_s + longest
+    assert hopeless.first_token_s <= bound + 0.01
+    assert any(client.first_token_s > bound for client in stream)  # there was a choice
+
+
+@settings(max_examples=25)
+@given(
+    policy=st.sampled_from(["slack_edf", "s_edf_paper", "edf", "shortest_first"]),
+    tpot=st.sampled_from([0.05, math.inf]),
+    ttft=st.sampled_from([0.1, 2.0, math.inf]),
+)
+def test_scheduler_stream_of_prefills_decode_keeps_its_pace(
+    policy: str, tpot: float, ttft: float
+) -> None:
+    scheduler = Scheduler(policy, cost_model())
+    talker = Client(Job("talker", 1.0, 10, 0, 1.1, tpot), output_tokens=40)
+    stream = [
+        Client(Job(f"job-{n}", 1.0 + n * 0.05, 2_000, 0, 1.0 + n * 0.05 + ttft)) for n in range(60)
+    ]
+    device = VirtualDevice(scheduler, [talker, *stream])
+    device.play()
+    gaps = [b - a for a, b in zip(talker.token_times, talker.token_times[1:], strict=False)]
+    pace = min(tpot, scheduler.settings.max_stall_s)
+    assert max(gaps) <= pace + 0.02
+    assert all(len(client.ends) == 1 for client in stream)
