@@ -13,7 +13,7 @@ import torch
 from flowprefill.errors import CheckpointError
 from flowprefill.models.gguf_metadata import GgufMetadata, has_values
 from flowprefill.models.gguf_tokenizer import build_tokenizer
-from flowprefill.models.model_config import ModelConfig, bad_field, first_or_none
+from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers, first_or_none
 from flowprefill.models.rope import RopeScaling
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import gguf_name
@@ -131,7 +131,8 @@ def _model_config(metadata: GgufMetadata) -> ModelConfig:
     for key in ("rope.dimension_count", "attention.value_length"):
         if integer(key, head_dim) != head_dim:
             raise bad_field(f"{architecture}.{key}", integer(key, head_dim), f"{head_dim}")
-    num_layers, tensors = integer("block_count"), metadata.tensors
+    num_layers = checked_layers(f"{architecture}.block_count", integer("block_count"))
+    tensors = metadata.tensors
     window = _sliding_window(metadata, architecture)
     return ModelConfig(
         family=architecture,

@@ -25,6 +25,16 @@ ARCHITECTURES = {
 }
 
 
+MAX_LAYERS = 4096
+
+
+def checked_layers(name: str, value: int) -> int:
+    """Refuse a layer count that would fill the memory with names before any weight is looked at."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_LAYERS:
+        raise bad_field(name, value, f"an integer in 1..{MAX_LAYERS}")
+    return value
+
+
 def bad_field(name: str, value: Any, allowed: str) -> CheckpointError:
     """Build the error for one field of a model's configuration."""
     shown = repr(value)
@@ -83,7 +93,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise bad_field("family", self.family, "one of " + ", ".join(FAMILIES))
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+        checked_layers("num_layers", self.num_layers)
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_heads",
                  "num_kv_heads", "head_dim", "max_position")  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
@@ -124,7 +135,7 @@ class ModelConfig:
         """
         family = _family(values)
         hidden_size = _integer(values, "hidden_size")
-        num_layers = _integer(values, "num_hidden_layers")
+        num_layers = checked_layers("num_hidden_layers", _integer(values, "num_hidden_layers"))
         num_heads = _integer(values, "num_attention_heads")
         max_position = _integer(values, "max_position_embeddings", _MAX_POSITION[family])
         theta, scaling = _rope(values, max_position)

@@ -260,6 +260,7 @@ def test_smollm2_weights_reproduce_the_reference_in_transformers(
                 max_position_embeddings=config.max_position, tie_word_embeddings=True,
             )
         ).eval()  # fmt: skip
+    model.tie_weights()
     parameters = dict(model.named_parameters())
     entry = reference[0]
     prompt, greedy = entry["input_ids"], entry["greedy_ids"]

@@ -132,6 +132,7 @@ def test_token_ids_accepts_one_many_or_none() -> None:
         ({"rope_parameters": {"full_attention": {}}}, ["rope_parameters", "one object"]),
         ({"hidden_size": "32"}, ["hidden_size", "'32'", "an integer"]),
         ({"hidden_size": None}, ["hidden_size", "None", "an integer"]),
+        ({"num_hidden_layers": 2**30}, ["num_hidden_layers", "1073741824", "1..4096"]),
         ({"vocab_size": 0}, ["vocab_size", "0", ">= 1"]),
         ({"num_key_value_heads": 3}, ["num_kv_heads", "3", "divisor of 4"]),
         ({"head_dim": 7}, ["head_dim", "7", "even"]),
