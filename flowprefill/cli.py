@@ -26,6 +26,7 @@ from flowprefill.version import __version__
 
 if TYPE_CHECKING:
     from flowprefill.engine import Engine
+    from flowprefill.server.engine_protocol import ServedEngine
     from flowprefill.server.options import ServerOptions
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -187,7 +188,7 @@ def run_serve(args: argparse.Namespace) -> int:
         sys.stderr.write(f"serving {args.model} at {url}\n")
         sys.stderr.flush()
 
-    def load() -> Any:
+    def load() -> ServedEngine:
         return load_engine(args.model, config)
 
     asyncio.run(serve(load, args.host, args.port, options, announce))

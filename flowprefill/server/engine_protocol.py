@@ -61,6 +61,26 @@ class EngineStatsView(Protocol):
     @property
     def kv_blocks_total(self) -> int: ...
     @property
+    def kv_blocks_cached(self) -> int:
+        """Blocks held by no request and reusable by their content."""
+        ...
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Activations of all live runs."""
+        ...
+
+    @property
+    def segments(self) -> int:
+        """Segments executed since the start."""
+        ...
+
+    @property
+    def max_blocking_s(self) -> float:
+        """Longest time from a dispatch to its first segment since the start."""
+        ...
+
+    @property
     def prefix_cache_queries(self) -> int:
         """Prompt tokens looked up in the prefix cache since the start."""
         ...
@@ -118,7 +138,7 @@ class TimelineEntry(Protocol):
 
     @property
     def run(self) -> str:
-        """The request, or the batch, it belonged to."""
+        """``prefill REQUEST``, ``prefill of N`` or ``decode of N``."""
         ...
 
     @property
@@ -127,6 +147,8 @@ class TimelineEntry(Protocol):
     def start_s(self) -> float: ...
     @property
     def end_s(self) -> float: ...
+    @property
+    def predicted_s(self) -> float: ...
 
 
 class ServedEngine(Protocol):

@@ -70,6 +70,10 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _gauge("num_requests_suspended", "requests whose prefill is suspended"),
     _gauge("kv_cache_usage_perc", "share of KV blocks in use, 0 to 1", vllm="kv_cache_usage_perc"),
+    _gauge("kv_blocks_cached", "KV blocks held by no request and reusable by their content"),
+    _gauge("workspace_bytes", "activations of all live runs"),
+    _gauge("max_blocking_seconds", "longest blocking time since the start"),
+    _counter("segments_total", "segments executed"),
     _counter(
         "prefix_cache_queries_total",
         "prompt tokens looked up in the prefix cache",

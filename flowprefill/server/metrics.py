@@ -134,6 +134,10 @@ _STATS: dict[str, Callable[[EngineStatsView], float]] = {
     "num_requests_waiting": lambda stats: stats.waiting,
     "num_requests_suspended": lambda stats: stats.suspended,
     "kv_cache_usage_perc": lambda stats: stats.kv_blocks_used / max(stats.kv_blocks_total, 1),
+    "kv_blocks_cached": lambda stats: stats.kv_blocks_cached,
+    "workspace_bytes": lambda stats: stats.workspace_bytes,
+    "max_blocking_seconds": lambda stats: stats.max_blocking_s,
+    "segments_total": lambda stats: stats.segments,
     "prefix_cache_queries_total": lambda stats: stats.prefix_cache_queries,
     "prefix_cache_hits_total": lambda stats: stats.prefix_cache_hits,
 }

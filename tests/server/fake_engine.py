@@ -80,6 +80,10 @@ class Stats:
     kv_blocks_total: int = 100
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    kv_blocks_cached: int = 0
+    workspace_bytes: int = 0
+    segments: int = 0
+    max_blocking_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Segment:
     segment: str
     start_s: float
     end_s: float
+    predicted_s: float = 0.0
 
 
 class FakeHandle:

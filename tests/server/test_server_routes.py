@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from fake_engine import EOS, FakeEngine, Script, Segment, Stats
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import RunningServer, StartServer
 
 from flowprefill.config import EngineConfig
-from flowprefill.errors import ConfigError, DeadlinePassed, Overloaded
+from flowprefill.errors import ConfigError, DeadlinePassed, FlowPrefillError, Overloaded
+from flowprefill.server.app import create_app
 from flowprefill.server.metric_table import METRICS, metrics_markdown
+from flowprefill.server.openai_schema import REFUSED
 from flowprefill.server.options import ServerOptions
 from flowprefill.version import __version__
 
@@ -124,16 +128,25 @@ def test_tokenize_of_a_long_text_is_exact(server: RunningServer) -> None:
 
 def test_timeline_is_a_chrome_trace(server: RunningServer, engine: FakeEngine) -> None:
     engine.segments = [
-        Segment("long", "layer 0", 1.0, 1.002),
-        Segment("short", "layer 0", 1.002, 1.003),
-        Segment("long", "layer 1", 1.003, 1.005),
+        Segment("prefill long", "layer 0", 1.0, 1.002, 0.0015),
+        Segment("prefill short", "layer 0", 1.002, 1.003),
+        Segment("prefill long", "layer 1", 1.003, 1.005),
+        Segment("decode of 1", "layer 0", 1.005, 1.006),
+        Segment("decode of 2", "layer 0", 1.006, 1.007),
     ]
     events = server.get("/debug/timeline").json()["traceEvents"]
     rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     slices = [event for event in events if event["ph"] == "X"]
-    assert [rows[event["tid"]] for event in slices] == ["long", "short", "long"]
+    assert [rows[event["tid"]] for event in slices] == [
+        "prefill long",
+        "prefill short",
+        "prefill long",
+        "decode",
+        "decode",
+    ]
     assert slices[0]["ts"] == 1e6
     assert slices[0]["dur"] == pytest.approx(2000)
+    assert slices[0]["args"] == {"run": "prefill long", "predicted_ms": 1.5}
 
 
 def test_decisions_are_shown_and_debugging_can_be_off(
@@ -179,7 +192,7 @@ def test_goodput_counts_what_met_its_objectives(server: RunningServer) -> None:
 
 
 def test_metrics_of_the_mechanism(server: RunningServer, engine: FakeEngine) -> None:
-    engine.current_stats = Stats(2, 3, 1, 25, 100, 640, 64)
+    engine.current_stats = Stats(2, 3, 1, 25, 100, 640, 64, 7, 4096, 12, 0.0021)
     engine.preempt("deadline", 0.0009)
     assert value(server, "flowprefill:preemptions_total", reason="deadline") == 1
     assert value(server, "flowprefill:preempt_ack_seconds_bucket", le="0.001") == 1
@@ -190,6 +203,10 @@ def test_metrics_of_the_mechanism(server: RunningServer, engine: FakeEngine) -> 
     assert value(server, "flowprefill:kv_cache_usage_perc") == 0.25
     assert value(server, "flowprefill:prefix_cache_queries_total") == 640
     assert value(server, "flowprefill:prefix_cache_hits_total") == 64
+    assert value(server, "flowprefill:kv_blocks_cached") == 7
+    assert value(server, "flowprefill:workspace_bytes") == 4096
+    assert value(server, "flowprefill:segments_total") == 12
+    assert value(server, "flowprefill:max_blocking_seconds") == 0.0021
 
 
 def test_shed_reason_equals_the_code_in_the_reply(
@@ -242,6 +259,23 @@ def test_every_metric_of_the_table_is_exported_with_its_help(
         assert f"# TYPE flowprefill:{spec.name} {spec.kind}" in text
         assert not spec.name.endswith("_ms"), "seconds only"
         assert (spec.kind == "counter") == spec.name.endswith("_total")
+
+
+def test_api_document_names_every_refused_field_and_every_code() -> None:
+    text = (DOCS / "api.md").read_text()
+    errors = [FlowPrefillError]
+    for error in errors:
+        errors.extend(error.__subclasses__())
+    shown = {error.code for error in errors} - {"bad_config", "bad_checkpoint"}
+    assert [code for code in sorted(shown) if f"`{code}`" not in text] == []
+    assert [name for name in REFUSED if f"`{name}" not in text] == []
+    for path in re.findall(r"`(?:GET|POST) (/[^`]*)`", text):
+        assert path.replace("{id}", "{id:.+}") in paths_of(create_app(None))
+
+
+def paths_of(app: web.Application) -> set[str]:
+    """Every path of the application, as it was added."""
+    return {str(r.get_info().get("path") or "/v1/models/{id:.+}") for r in app.router.resources()}
 
 
 def test_metrics_document_has_the_table_of_the_code() -> None:
