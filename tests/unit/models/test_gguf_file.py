@@ -145,6 +145,7 @@ def test_own_header_parser_agrees_with_the_gguf_package(tiny_gguf: Make, tmp_pat
         ("rope.scaling.type", "longrope", ["rope.scaling.type", "longrope", "linear or yarn"]),
         ("rope.dimension_count", 4, ["rope.dimension_count", "4", "8"]),
         ("attention.head_count", "four", ["attention.head_count", "four", "int"]),
+        ("block_count", 2**30, ["llama.block_count", "1073741824", "1..4096"]),
         ("block_count", 3, ["blk.2.attn_norm.weight", "missing"]),
         ("feed_forward_length", 48, ["ffn_gate.weight", "[40, 32]", "[48, 32]"]),
         ("attention.layer_norm_rms_epsilon", 0.0, ["rms_eps", "0.0", "> 0"]),
