@@ -1,9 +1,8 @@
-"""Joins checkpoints and settings to the native module: loads models, describes plans; used by the engine."""
+"""Joins checkpoints and settings to the native module: loading, plans; used by the engine."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,20 +23,32 @@ def native_config(config: ModelConfig) -> dict[str, Any]:
         "head_dim", "rms_eps", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
     )  # fmt: skip
     values: dict[str, Any] = {name: getattr(config, name) for name in names}
-    values["num_kv_heads"] = config.num_kv_heads
     values["windows"] = [config.sliding_window if on else 0 for on in config.sliding_layers]
     values["inverse_frequencies"] = [float(f) for f in frequencies]
     values["rope_attention_scale"] = float(attention_scale)
     return values
 
 
-def native_plan(granularity: Granularity, rates: MachineRates) -> dict[str, Any]:
-    """Return what the planner needs: how to cut, and how fast this machine is."""
+STEP_OVERHEAD_S = 5e-6  # of one step of a segment; a run's own overhead is in MachineRates
+
+
+def native_plan(
+    granularity: Granularity, rates: MachineRates, slowdown: float = 1.0
+) -> dict[str, Any]:
+    """Return what the planner needs: how to cut, and how fast this machine is.
+
+    Args:
+        slowdown: measured over predicted time of late, e.g. on a machine that others use too;
+            segments get shorter by it.
+    """
     return {
         "granularity": granularity.kind,
         "budget_s": granularity.budget_s or 2e-3,
         "chunk_tokens": granularity.chunk_tokens or 512,
-        **asdict(rates),
+        "gemm_flops_per_s": rates.gemm_flops_per_s / slowdown,
+        "attention_flops_per_s": rates.attention_flops_per_s / slowdown,
+        "weight_bytes_per_s": rates.weight_bytes_per_s / slowdown,
+        "step_overhead_s": STEP_OVERHEAD_S,
     }
 
 

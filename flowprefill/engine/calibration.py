@@ -1,0 +1,119 @@
+"""Calibration: measures how fast this machine runs this model, once, and keeps the result on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import select
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from flowprefill import _core
+from flowprefill.config import Granularity
+from flowprefill.scheduling.cost_model import MachineRates, ModelShape, attention_pairs
+from flowprefill.version import __version__
+
+log = logging.getLogger(__name__)
+
+LINEAR_TOKENS = 256
+ATTENTION_TOKENS = 256
+ATTENTION_CONTEXT = 3072
+ROUNDS = 3
+OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's own is far below
+
+# Builds the run that computes so many tokens on so much context.
+MakeProbe = Callable[[int, int], _core.Run]
+
+
+def execute(executor: _core.Executor, run: _core.Run) -> float:
+    """Execute one run on an executor that nobody else uses; returns its running time, seconds."""
+    executor.dispatch(run)
+    while run.state not in ("finished", "cancelled", "failed"):
+        select.select([executor.event_fd], [], [])
+        executor.pop_events()
+    executor.pop_events()
+    if run.state != "finished":
+        raise RuntimeError(f"calibration: {run.error}")
+    return float(run.accounting()["running_s"])
+
+
+def measure(
+    executor: _core.Executor, make_probe: MakeProbe, shape: ModelShape, max_context: int
+) -> MachineRates:
+    """Measure the four rates: one token, a short prompt, a short prompt on a long context.
+
+    Args:
+        executor: started, idle, with nobody else taking its events.
+        max_context: tokens that the KV cache and the model allow.
+    """
+
+    def seconds(tokens: int, context: int) -> float:
+        return min(execute(executor, make_probe(tokens, context)) for _ in range(ROUNDS))
+
+    linear_tokens = min(LINEAR_TOKENS, max_context)
+    execute(executor, make_probe(linear_tokens, 0))  # the first touch of weights and kernels
+    one_s = seconds(1, 0)
+    weight_bytes_per_s = (shape.weight_bytes + shape.head_bytes) / one_s
+    head_s = shape.head_bytes / weight_bytes_per_s
+    short_s = max(seconds(linear_tokens, 0) - head_s, 1e-6)
+    gemm = linear_tokens * shape.linear_flops_per_token / short_s
+    context = min(ATTENTION_CONTEXT, max_context - ATTENTION_TOKENS)
+    if context < 256:  # too short to tell attention from the rest, and too short for it to matter
+        return MachineRates(gemm, gemm / 2, weight_bytes_per_s, OVERHEAD_S)
+    tokens = ATTENTION_TOKENS
+    pairs = attention_pairs(tokens, context) - attention_pairs(tokens, 0)
+    attention_s = max(seconds(tokens, context) - seconds(tokens, 0), 1e-6)
+    attention = pairs * shape.attention_flops_per_pair / attention_s
+    return MachineRates(gemm, attention, weight_bytes_per_s, OVERHEAD_S)
+
+
+def default_cache_dir() -> Path:
+    """Return the user's cache folder for this program."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "flowprefill"
+
+
+def calibrated_rates(
+    cache_dir: Path, key: dict[str, object], measure_now: Callable[[], MachineRates]
+) -> MachineRates:
+    """Return the rates kept for this machine, model and settings; measure and keep them if absent.
+
+    Args:
+        key: whatever the rates depend on beside processor and version.
+    """
+    identity = json.dumps({**key, "cpu": _processor(), "version": __version__}, sort_keys=True)
+    digest = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
+    path = cache_dir / f"rates-{digest}.json"
+    try:
+        return MachineRates(**json.loads(path.read_text())["rates"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # absent, or written by something else: measure
+    rates = measure_now()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps({"key": json.loads(identity), "rates": asdict(rates)}, indent=1))
+        fresh.replace(path)
+    except OSError as error:
+        log.warning("calibration is not kept: %s", error)
+    return rates
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        named = {name.strip(): value.strip() for name, value in fields.items()}
+        parts = ("model name", "cpu family", "model", "stepping")
+        return " ".join(named.get(part, "") for part in parts)
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def probe_granularity() -> Granularity:
+    """Return how probes are cut: in tiles as served, without boundaries to wait at."""
+    return Granularity.parse("none")

@@ -1,0 +1,514 @@
+"""EngineCore: carries out the scheduler's decisions and turns the executor's events into tokens.
+
+One lock guards scheduler, KV blocks and sequences. Whoever brings news (a submitting thread, a
+cancelling one, the event thread) takes it, tells the scheduler and dispatches what it decides: an
+urgent request stops a running one from the submitting thread itself. The event thread sleeps in
+poll() until the executor has ended a run or the scheduler's timer is due. Tokens and results are
+handed over without the lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import threading
+import time
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flowprefill import _core
+from flowprefill.engine.memory_queue import MemoryQueue
+from flowprefill.engine.records import EngineObserver, RequestRecord
+from flowprefill.errors import (
+    DeadlinePassed,
+    FlowPrefillError,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    RequestCancelled,
+    RequestFailed,
+)
+from flowprefill.scheduling import (
+    Arrival,
+    Cancelled,
+    Decision,
+    Event,
+    Failed,
+    Finished,
+    Scheduler,
+    TimerFired,
+    Work,
+)
+from flowprefill.scheduling.admission import AdmissionLimits, refusal_of
+
+if TYPE_CHECKING:
+    from flowprefill.engine.kv_blocks import BlockPool
+    from flowprefill.engine.sequence import Sequence
+    from flowprefill.request import FinishReason, Token
+
+log = logging.getLogger(__name__)
+
+KEPT_DECISIONS = 1000
+KEPT_RUN_NAMES = 8192
+
+
+class RunMaker(Protocol):
+    """What the core needs of the model."""
+
+    def make_run(self, run_id: int, sequences: list[Sequence]) -> _core.Run:
+        """Build the run that computes the not yet computed tokens of the sequences."""
+
+    def zero_blocks(self, blocks: list[int]) -> None:
+        """Clear KV blocks whose content must not be read again."""
+
+
+class ActiveRun:
+    """A run that the scheduler's work stands for, and the sequences whose rows it computes."""
+
+    __slots__ = ("computed", "is_preempting", "reason", "run", "sequences", "work")
+
+    def __init__(self, work: Work, run: _core.Run, sequences: list[Sequence]) -> None:
+        self.work = work
+        self.run = run
+        self.sequences = sequences
+        self.computed = [len(sequence.ids) for sequence in sequences]  # once it has finished
+        self.is_preempting = False
+        self.reason = ""
+
+
+class EngineCore:
+    """The engine behind the public class: no tokenizer, no checkpoint, only runs and sequences."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: _core.Executor,
+        pool: BlockPool,
+        model: RunMaker,
+        limits: AdmissionLimits,
+    ) -> None:
+        """Join the parts; `start` begins."""
+        self._scheduler = scheduler
+        self._executor = executor
+        self._pool = pool
+        self._model = model
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._live: dict[str, Sequence] = {}
+        self._memory = MemoryQueue(pool)
+        self._runs: dict[int, ActiveRun] = {}
+        self._news: deque[Event] = deque()
+        self._ended: list[Sequence] = []
+        self._is_closing = False
+        self._idle = threading.Condition(self._lock)
+        self._wake_at = math.inf
+        self._poll_until = math.inf
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._serve_events, name="fp-events", daemon=True)
+        self._is_stopped = False
+        self.observers: list[EngineObserver] = []
+        self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
+        self.run_names: OrderedDict[int, str] = OrderedDict()
+        self._acks: list[tuple[str, float]] = []
+        self._decision_times_s: list[float] = []
+
+    # ---- called from any thread ----------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the event thread; the executor runs already."""
+        self._thread.start()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Admit a request and let the scheduler decide, in this thread.
+
+        Raises:
+            NotReady: the engine is closing. Overloaded: too much waits. InvalidRequest: its id is
+            that of a live request. In each case nothing has changed.
+        """
+        with self._lock:
+            if self._is_closing:
+                raise NotReady("the engine is shutting down")
+            self._check_load(sequence)
+            self._live[sequence.id] = sequence
+            self._memory.push(sequence)
+            self._settle()
+        self._deliver()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a request early: at the next boundary if its run is executing."""
+        with self._lock:
+            if not sequence.is_ended and sequence.error is None and sequence.id in self._live:
+                sequence.cancelled_at_s = time.monotonic()
+                error = RequestCancelled(f"request {sequence.id} was cancelled")
+                self._end_early(sequence, error, "cancelled")
+                self._settle()
+        self._deliver()
+
+    def close(self, timeout: float | None) -> None:
+        """Refuse new requests, wait for the live ones, cancel the rest, stop all threads."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            self._is_closing = True
+            while self._live:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._idle.wait(left)
+            rest = list(self._live.values())
+        for sequence in rest:
+            self.cancel(sequence)
+        self._wait_until_idle()
+        if not self._is_stopped:
+            self._is_stopped = True
+            os.eventfd_write(self._wake_fd, 1)
+            self._thread.join()
+            self._executor.stop()
+            os.close(self._wake_fd)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return how many requests run or decode, wait, and are suspended."""
+        with self._lock:
+            load = self._scheduler.load()
+            waiting = load.waiting_jobs + len(self._memory)
+            suspended = sum(
+                len(active.sequences)
+                for active in self._runs.values()
+                if active.work.kind == "prefill" and active.work is not self._scheduler.current
+            )
+            return max(len(self._live) - waiting - suspended, 0), waiting, suspended
+
+    def backlog_s(self) -> float:
+        """Return the predicted time of all prefill that is not done, seconds."""
+        with self._lock:
+            return self._scheduler.load().backlog_s
+
+    # ---- admission -----------------------------------------------------------------------------
+
+    def _check_load(self, sequence: Sequence) -> None:
+        if sequence.id in self._live:
+            raise InvalidRequest.field("id", sequence.id, "an id that no live request has")
+        now, job = time.monotonic(), sequence.job()
+        sequence.handle.predicted_ttft = self._scheduler.predicted_ttft_s(job, now)
+        load = self._scheduler.load()
+        load.waiting_jobs += len(self._memory)
+        load.waiting_tokens += self._memory.tokens
+        refusal = refusal_of(job, load, self._limits, now, sequence.handle.predicted_ttft)
+        if refusal is not None:
+            raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
+
+    def _admit(self) -> None:
+        for sequence in self._memory.admit(time.monotonic()):
+            if not sequence.tokens:
+                sequence.cached_tokens = sequence.handle.cached_tokens = sequence.computed
+            sequence.is_scheduled = True
+            self._news.append(Arrival(sequence.job()))
+
+    # ---- decisions -----------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Admit what fits and tell the scheduler all news, until nothing is new. Lock held."""
+        self._admit()
+        while self._news:
+            event = self._news.popleft()
+            start = time.monotonic()
+            decision = self._scheduler.on_event(event, start)
+            self._decision_times_s.append(time.monotonic() - start)
+            self._note(event, decision, start)
+            self._carry_out(decision)
+            if not self._news:
+                self._admit()
+        if not self._live:
+            self._idle.notify_all()
+
+    def _carry_out(self, decision: Decision) -> None:
+        for work in decision.cancel:
+            if work.id in self._runs:
+                self._executor.cancel(self._runs[work.id].run)
+        for job_id, reason in decision.dropped:
+            sequence = self._live[job_id]
+            sequence.is_scheduled = False  # the scheduler has ended its job by itself
+            self._end_early(sequence, DeadlinePassed(f"request {job_id}: {reason}"), "expired")
+        if decision.dispatch is not None:
+            self._dispatch(decision, decision.dispatch)
+        self._set_timer(math.inf if decision.wake_at is None else decision.wake_at)
+
+    def _dispatch(self, decision: Decision, work: Work) -> None:
+        active = self._runs.get(work.id)
+        if active is None:
+            active = self._start_run(work)
+        if active is None:
+            return
+        if decision.preempted is not None:
+            active.is_preempting, active.reason = True, decision.reason
+        try:
+            self._executor.dispatch(active.run)
+        except ValueError:
+            return  # it has ended in this moment; its event is on the way
+
+    def _start_run(self, work: Work) -> ActiveRun | None:
+        """Build the run of a work that starts; None if it could not be built (its jobs have failed)."""
+        sequences = [self._live[job_id] for job_id in work.job_ids if job_id in self._live]
+        if work.kind == "decode":
+            sequences = self._with_blocks(sequences)
+        try:
+            run = self._model.make_run(work.id, sequences)
+        except Exception as error:  # whatever it is: these requests fail, the engine goes on
+            for sequence in sequences:
+                self._fail(sequence, RequestFailed(f"request {sequence.id}: {error}"))
+            self._news.append(Failed(work.id))
+            return None
+        for sequence in sequences:
+            sequence.work_id = work.id
+        self.run_names[work.id] = _name_of(work, sequences)
+        while len(self.run_names) > KEPT_RUN_NAMES:
+            self.run_names.popitem(last=False)
+        active = self._runs[work.id] = ActiveRun(work, run, sequences)
+        return active
+
+    def _with_blocks(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Give each decoding sequence room for its next token; when blocks are short, the least
+        urgent give theirs up and are computed again later."""
+        kept = sorted(sequences, key=lambda s: (s.slo.tpot or math.inf, s.arrival_s))
+        index = 0
+        while index < len(kept):
+            sequence = kept[index]
+            assert sequence.reservation is not None
+            if self._pool.grow(sequence.reservation, len(sequence.ids)):
+                index += 1
+                continue
+            victim = self._waiting_victim() or kept.pop()
+            self._evict(victim)
+        return kept
+
+    def _waiting_victim(self) -> Sequence | None:
+        """Return the least urgent request that holds blocks but has not started."""
+        holders = [
+            s for s in self._live.values()
+            if s.reservation is not None and s.work_id is None and s.is_scheduled
+            and not s.tokens and s.error is None
+        ]  # fmt: skip
+        return max(holders, key=lambda s: (s.deadline_s, s.arrival_s), default=None)
+
+    def _evict(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it waits for memory and computes its tokens again."""
+        assert sequence.reservation is not None
+        self._pool.release(sequence.reservation)
+        sequence.reservation = None
+        sequence.computed = 0
+        sequence.is_scheduled = False
+        self._news.append(Cancelled(sequence.id))
+        self._memory.push(sequence)
+
+    def _set_timer(self, at: float) -> None:
+        self._wake_at = at
+        if at < self._poll_until and threading.current_thread() is not self._thread:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _note(self, event: Event, decision: Decision, now: float) -> None:
+        work, old = decision.dispatch, decision.preempted
+        self.decisions.append(
+            {
+                "time_s": now,
+                "event": type(event).__name__,
+                "dispatch": None if work is None else work.id,
+                "kind": None if work is None else work.kind,
+                "requests": [] if work is None else list(work.job_ids),
+                "is_resume": decision.is_resume,
+                "preempted": None if old is None else old.id,
+                "dropped": [job_id for job_id, _ in decision.dropped],
+                "reason": decision.reason,
+            }
+        )
+
+    # ---- ends ----------------------------------------------------------------------------------
+
+    def _end_early(
+        self, sequence: Sequence, error: FlowPrefillError, reason: FinishReason
+    ) -> None:
+        """End a request before its time; its blocks stay until the run that uses them has ended."""
+        sequence.error = error
+        sequence.finish_reason = reason
+        if sequence.is_scheduled:
+            sequence.is_scheduled = False
+            self._news.append(Cancelled(sequence.id))
+        if sequence.work_id is None:
+            self._free(sequence)
+
+    def _fail(self, sequence: Sequence, error: FlowPrefillError) -> None:
+        """End a request whose run is over. The scheduler learns it with the run's end."""
+        if sequence.error is None:
+            sequence.error, sequence.finish_reason = error, "failed"
+        sequence.work_id = None
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        """The one place where a request ends: blocks freed, forgotten, result to be delivered."""
+        assert not sequence.is_ended
+        sequence.is_ended = True
+        if sequence.reservation is None:
+            self._memory.remove(sequence)
+        else:
+            self._pool.release(sequence.reservation)
+            sequence.reservation = None
+            self._memory.blocks_freed()
+        if sequence.cancelled_at_s is not None:
+            sequence.cancel_to_free_s = time.monotonic() - sequence.cancelled_at_s
+        del self._live[sequence.id]
+        self._ended.append(sequence)
+
+    def _deliver(self) -> None:
+        """Hand over what has ended and tell the observers. No lock held."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+            acks, self._acks = self._acks, []
+            seconds, self._decision_times_s = self._decision_times_s, []
+        now = time.monotonic()
+        for sequence in ended:
+            sequence.deliver(now)
+        records = [_record_of(sequence, now) for sequence in ended] if self.observers else []
+        for observer in self.observers:
+            for record in records:
+                observer.on_end(record)
+            for reason, ack_s in acks:
+                observer.on_preemption(reason, ack_s)
+            for one in seconds:
+                observer.on_decision(one)
+
+    def _wait_until_idle(self) -> None:
+        with self._lock:
+            while self._live or self._runs:
+                self._idle.wait(0.1)
+
+    # ---- the event thread ----------------------------------------------------------------------
+
+    def _serve_events(self) -> None:
+        poll = select.poll()
+        poll.register(self._executor.event_fd, select.POLLIN)
+        poll.register(self._wake_fd, select.POLLIN)
+        while not self._is_stopped:
+            with self._lock:
+                self._poll_until = self._wake_at
+            wait_s = self._poll_until - time.monotonic()
+            ready = poll.poll(None if wait_s == math.inf else max(math.ceil(wait_s * 1e3), 0))
+            if any(fd == self._wake_fd for fd, _ in ready):
+                os.eventfd_read(self._wake_fd)
+            try:
+                self._handle_events()
+            except Exception as error:  # a bug of ours: no request may wait for ever because of it
+                log.exception("the engine's event thread failed")
+                self._fail_all(error)
+
+    def _handle_events(self) -> None:
+        for kind, run, _ in self._executor.pop_events():
+            if kind != "suspended":
+                self._handle_end_of_run(run.id, kind)
+        with self._lock:
+            if time.monotonic() >= self._wake_at:
+                self._wake_at = math.inf
+                self._news.append(TimerFired())
+            self._settle()
+        self._deliver()
+
+    def _handle_end_of_run(self, run_id: int, kind: str) -> None:
+        """Tokens first, then the scheduler: whoever waits for a first token gets it at once."""
+        active = self._runs[run_id]
+        failures: dict[str, FlowPrefillError] = {}
+        if kind == "finished":
+            failures = self._sample(active)
+        with self._lock:
+            del self._runs[run_id]
+            self._account(active)
+            if kind == "failed":
+                for sequence in active.sequences:
+                    message = f"request {sequence.id}: {active.run.error}"
+                    self._fail(sequence, RequestFailed(message))
+                self._news.append(Failed(run_id))
+            else:
+                ends = self._release_sequences(active, failures, is_finished=kind == "finished")
+                executed_s = active.run.accounting()["running_s"]
+                if kind == "finished":
+                    self._news.append(Finished(run_id, ends, executed_s))
+            self._settle()
+        self._deliver()
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._lock:
+            for sequence in tuple(self._live.values()):
+                if sequence.error is None:
+                    failure = RequestFailed(f"request {sequence.id}: internal error: {error}")
+                    self._end_early(sequence, failure, "failed")
+            self._settle()
+        self._deliver()
+
+    def _sample(self, active: ActiveRun) -> dict[str, FlowPrefillError]:
+        """Sample a token for each sequence of a finished run; returns those that failed."""
+        logits = _core.logits(active.run)
+        failures: dict[str, FlowPrefillError] = {}
+        for row, sequence in enumerate(active.sequences):
+            if sequence.error is not None:
+                continue
+            try:
+                token: Token = sequence.advance(logits[row], time.monotonic())
+            except Exception as error:  # one request's bad logits must not end the others
+                failures[sequence.id] = RequestFailed(f"request {sequence.id}: {error}")
+                continue
+            sequence.handle.push(token)
+        return failures
+
+    def _release_sequences(
+        self, active: ActiveRun, failures: dict[str, FlowPrefillError], *, is_finished: bool
+    ) -> frozenset[str]:
+        """Give a run's sequences back; returns the ids of those that have ended with it."""
+        ends: set[str] = set()
+        for sequence, computed in zip(active.sequences, active.computed, strict=True):
+            assert sequence.reservation is not None
+            sequence.work_id = None
+            if sequence.id in failures:
+                blocks = sequence.reservation.block_ids[sequence.reservation.committed_blocks :]
+                self._model.zero_blocks(blocks)
+                if sequence.error is None:
+                    sequence.error, sequence.finish_reason = failures[sequence.id], "failed"
+            elif is_finished:
+                sequence.computed = computed
+                self._pool.commit(sequence.reservation, sequence.ids[:computed])
+            if sequence.finish_reason is not None:
+                if sequence.is_scheduled:
+                    ends.add(sequence.id)
+                self._free(sequence)
+        return frozenset(ends)
+
+    def _account(self, active: ActiveRun) -> None:
+        accounting = active.run.accounting()
+        if active.is_preempting:
+            self._acks.append((active.reason, accounting["max_blocking_s"]))
+        if active.work.kind == "decode":
+            return
+        for sequence in active.sequences:
+            if sequence.queue_s is None and accounting["first_start_s"] > 0:
+                sequence.queue_s = max(accounting["first_start_s"] - sequence.arrival_s, 0.0)
+                sequence.prefill_run_s = accounting["running_s"]
+                sequence.suspended_s = accounting["suspended_s"]
+                sequence.preemptions = accounting["num_preemptions"]
+
+
+def _name_of(work: Work, sequences: list[Sequence]) -> str:
+    if work.kind == "prefill" and len(sequences) == 1:
+        return f"prefill {sequences[0].id}"
+    return f"{work.kind} of {len(sequences)}"
+
+
+def _record_of(sequence: Sequence, now: float) -> RequestRecord:
+    times = sequence.token_times_s
+    assert sequence.finish_reason is not None
+    return RequestRecord(
+        request_id=sequence.id,
+        slo=sequence.slo,
+        timings=sequence.timings(now),
+        finish_reason=sequence.finish_reason,
+        prompt_tokens=sequence.num_prompt,
+        output_tokens=len(sequence.tokens),
+        token_gaps_s=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+        cancel_to_free_s=sequence.cancel_to_free_s,
+    )

@@ -1,0 +1,341 @@
+"""Engine: what users make and submit to. Joins model, KV cache, tokenizer, scheduler and executor.
+
+Every method may be called from any thread and from asyncio; none blocks on the device but `close`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowprefill import _core
+from flowprefill.config import EngineConfig, Granularity
+from flowprefill.engine import calibration
+from flowprefill.engine.core import EngineCore
+from flowprefill.engine.handle import Handle
+from flowprefill.engine.kv_blocks import BlockPool
+from flowprefill.engine.native import (
+    load_model,
+    model_shape,
+    native_plan,
+    resolve_dtype,
+    resolve_threads,
+)
+from flowprefill.engine.records import EngineObserver, EngineStats, TimelineEntry
+from flowprefill.engine.sampler import Sampler
+from flowprefill.engine.sequence import Sequence
+from flowprefill.engine.stop import StopChecker
+from flowprefill.errors import ConfigError, InvalidRequest, PromptTooLong
+from flowprefill.models.checkpoint import Progress, open_checkpoint
+from flowprefill.request import SLO, Request
+from flowprefill.scheduling import CostModel, MachineRates, Scheduler, SchedulerSettings
+from flowprefill.scheduling.admission import AdmissionLimits
+
+if TYPE_CHECKING:
+    from flowprefill.models.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+class Engine:
+    """One model on one device.
+
+    Attributes:
+        model_id: what the API calls the model.
+        config: the settings it was made with.
+        model_config: shape and constants of the model.
+        max_model_len: longest prompt plus output, tokens.
+        created: when the model was loaded, seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2-135m",
+        config: EngineConfig | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load a model and start the executor; returns when requests can be submitted.
+
+        Args:
+            model: packaged name, Hugging Face folder, or GGUF file.
+            progress: called while loading with bytes done and bytes in all.
+
+        Raises:
+            CheckpointError, ConfigError: what is wrong with the files or the settings.
+        """
+        self.config = config or EngineConfig()
+        checkpoint = open_checkpoint(model)
+        self.model_id = checkpoint.name
+        self.model_config = checkpoint.config
+        self.tokenizer: Tokenizer = checkpoint.tokenizer
+        self._chat_template = checkpoint.chat_template
+        self.dtype = resolve_dtype(self.config.dtype)
+        self.threads = resolve_threads(self.config.threads)
+        self._granularity = Granularity.parse(self.config.granularity)
+        self._model = load_model(checkpoint, self.dtype, self.threads, progress)
+        self._pool = self._allocate_cache()
+        self.max_model_len = self._longest()
+        self._executor = _core.Executor(self.threads, self.config.background)
+        self._executor.start()
+        self._cost_model = self._calibrate()
+        self._core = self._make_core()
+        self._seeds = itertools.count(time.time_ns())
+        self.created = int(time.time())
+        self.is_ready = True
+        self._core.start()
+
+    # ---- what users call -----------------------------------------------------------------------
+
+    def submit(self, request: Request, slo: SLO | None = None) -> Handle:
+        """Admit a request and, if it is the most urgent, have it executed at once.
+
+        Args:
+            request: prompt and sampling parameters.
+            slo: latency objectives; None: the configured default class.
+
+        Returns:
+            A handle to iterate, await, ask for the result, or cancel.
+
+        Raises:
+            InvalidRequest, PromptTooLong: what is wrong with the request.
+            Overloaded: too much waits; says when to come back.
+            NotReady: the engine is closing.
+            In each case nothing else is disturbed.
+        """
+        arrival_s = time.monotonic()
+        ids = self._token_ids(request)
+        room = self._room_for(ids, request)
+        sequence = self._make_sequence(request, slo or self.config.default_slo(), ids, room)
+        sequence.arrival_s = arrival_s
+        self._core.submit(sequence)
+        return sequence.handle
+
+    def render_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
+        """Turn chat messages into prompt text by the model's template.
+
+        Raises:
+            InvalidRequest: the messages do not fit the template, or there is none.
+        """
+        return self._chat_template.render(messages, **template_kwargs)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
+        live ones, cancel the rest, and stop. Idempotent."""
+        self.is_ready = False
+        self._core.close(timeout)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(0.0)
+
+    # ---- what it tells about itself ------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows."""
+        return self.model_config.vocab_size
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot of gauges and counters."""
+        running, waiting, suspended = self._core.counts()
+        blocks, native = self._pool.stats, self._executor.stats()
+        return EngineStats(
+            running=running,
+            waiting=waiting,
+            suspended=suspended,
+            kv_blocks_used=blocks.used,
+            kv_blocks_cached=blocks.cached,
+            kv_blocks_total=blocks.total,
+            prefix_cache_queries=blocks.queried_tokens,
+            prefix_cache_hits=blocks.hit_tokens,
+            preemptions=native["num_suspended"],
+            segments=native["num_segments"],
+            workspace_bytes=_core.live_workspace_bytes(),
+            max_blocking_s=native["max_blocking_s"],
+        )
+
+    def subscribe(self, observer: EngineObserver) -> None:
+        """Have an observer told of ended requests, preemptions and decisions."""
+        self._core.observers.append(observer)
+
+    def timeline(self) -> list[TimelineEntry]:
+        """Return the segments executed last, oldest first."""
+        names = dict(self._core.run_names)
+        return [_timeline_entry(record, names) for record in self._executor.timeline()[0]]
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """Return the scheduler's latest decisions with their reasons, oldest first."""
+        return list(self._core.decisions)
+
+    def describe(self) -> dict[str, Any]:
+        """Return device, element type and why, in words."""
+        return {
+            "device": "cpu",
+            "reason": "this build has the CPU device only",
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "isa": _core.row_kernel_isa(),
+            "granularity": str(self._granularity),
+            "policy": self.config.policy,
+        }
+
+    @property
+    def rates(self) -> MachineRates:
+        """What calibration measured."""
+        return self._cost_model.rates
+
+    # ---- making --------------------------------------------------------------------------------
+
+    def _allocate_cache(self) -> BlockPool:
+        block_tokens = self.config.block_tokens
+        block_bytes = self._model.bytes_per_block(block_tokens)
+        blocks = int(self.config.kv_cache_gib * GIB) // block_bytes
+        if blocks < 1:
+            raise ConfigError(
+                f"kv_cache_gib: got {self.config.kv_cache_gib}, expected at least "
+                f"{block_bytes / GIB:.4f} (one block of {block_tokens} tokens)",
+                param="kv_cache_gib",
+            )
+        self._model.allocate_cache(block_tokens, blocks)
+        return BlockPool(blocks, block_tokens, self.config.prefix_cache)
+
+    def _longest(self) -> int:
+        wanted = self.config.max_model_len
+        limit = self.model_config.max_position
+        if wanted > limit:
+            raise ConfigError(
+                f"max_model_len: got {wanted}, expected at most {limit}, the model's own",
+                param="max_model_len",
+            )
+        return wanted or limit
+
+    def _calibrate(self) -> CostModel:
+        shape = model_shape(self.model_config, self.dtype)
+        if not self.config.calibrate:
+            return CostModel(shape)
+        capacity = self._pool.num_blocks * self._pool.block_tokens
+        table = np.arange(self._pool.num_blocks, dtype=np.int32)
+        plan = native_plan(calibration.probe_granularity(), MachineRates())
+        ids = itertools.count(1)
+
+        def make_probe(tokens: int, context: int) -> _core.Run:
+            rows = np.zeros(tokens, dtype=np.int32)
+            return self._model.make_run(next(ids), rows, [(tokens, context, table)], plan)
+
+        def measure() -> MachineRates:
+            most = min(capacity, self.model_config.max_position)
+            return calibration.measure(self._executor, make_probe, shape, most)
+
+        folder = Path(self.config.cache_dir or calibration.default_cache_dir())
+        key = {
+            "model": self.model_id, "dtype": self.dtype, "threads": self.threads,
+            "flops": shape.linear_flops_per_token, "isa": _core.row_kernel_isa(),
+            "cores": len(os.sched_getaffinity(0)), "block_tokens": self._pool.block_tokens,
+        }  # fmt: skip
+        rates = calibration.calibrated_rates(folder, key, measure)
+        return CostModel(shape, rates, is_calibrated=True)
+
+    def _make_core(self) -> EngineCore:
+        settings = SchedulerSettings(
+            max_batch_tokens=self.config.max_batch_tokens,
+            max_running=self.config.max_running,
+            max_blocking_s=self._granularity.budget_s or 0.02,
+        )
+        scheduler = Scheduler(self.config.policy, self._cost_model, settings)
+        limits = AdmissionLimits(self.config.max_waiting, self.config.max_waiting_tokens)
+        return EngineCore(scheduler, self._executor, self._pool, self, limits)
+
+    def _token_ids(self, request: Request) -> list[int]:
+        if isinstance(request.prompt, str):
+            ids = self.tokenizer.encode(request.prompt, request.add_special_tokens)
+            if not ids:
+                raise InvalidRequest.field("prompt", request.prompt, "at least one token")
+            return ids
+        ids = list(request.prompt)
+        for token in ids:
+            is_id = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+            if not is_id or not 0 <= token < self.vocab_size:
+                allowed = f"token ids in 0..{self.vocab_size - 1}"
+                raise InvalidRequest.field("prompt", token, allowed)
+        return ids
+
+    def _room_for(self, ids: list[int], request: Request) -> int:
+        """Return how many tokens may be generated, at least one."""
+        capacity = self._pool.num_blocks * self._pool.block_tokens
+        limit = min(self.max_model_len, capacity)
+        if len(ids) >= limit:
+            raise PromptTooLong(
+                f"prompt: got {len(ids)} tokens, expected at most {limit - 1} (max_model_len is "
+                f"{self.max_model_len} tokens, the KV cache holds {capacity}; one is left to generate)",
+                param="prompt",
+            )
+        wanted = request.sampling.max_tokens
+        room = limit - len(ids)
+        if wanted is not None and len(ids) + wanted > self.max_model_len:
+            raise PromptTooLong(
+                f"max_tokens: got {wanted} on a prompt of {len(ids)} tokens, expected at most "
+                f"{self.max_model_len - len(ids)} (max_model_len is {self.max_model_len})",
+                param="max_tokens",
+            )
+        return room if wanted is None else min(room, wanted)
+
+    def _make_sequence(self, request: Request, slo: SLO, ids: list[int], room: int) -> Sequence:
+        eos = self.model_config.eos_token_ids
+        params = request.sampling
+        sequence = Sequence(
+            request=request,
+            slo=slo,
+            handle=Handle(request.id, len(ids), lambda: self._core.cancel(sequence)),
+            sampler=Sampler(params, self.vocab_size, ids, next(self._seeds), eos),
+            stop=StopChecker(params, eos, room),
+            decoder=self.tokenizer.incremental_decoder(),
+            arrival_s=0.0,
+            ids=ids,
+            num_prompt=len(ids),
+            extra_tokens=1,
+        )
+        return sequence
+
+    # ---- what the core calls -------------------------------------------------------------------
+
+    def make_run(self, run_id: int, sequences: list[Sequence]) -> _core.Run:
+        """Build the run over the not yet computed tokens of the sequences; for the core."""
+        tokens = [sequence.new_tokens() for sequence in sequences]
+        entries = []
+        for new, sequence in zip(tokens, sequences, strict=True):
+            assert sequence.reservation is not None
+            table = np.asarray(sequence.reservation.block_ids, dtype=np.int32)
+            entries.append((len(new), sequence.computed, table))
+        is_decode = all(len(new) == 1 for new in tokens)
+        slowdown = self._cost_model.correction("decode" if is_decode else "prefill")
+        plan = native_plan(self._granularity, self._cost_model.rates, slowdown)
+        return self._model.make_run(run_id, np.concatenate(tokens), entries, plan)
+
+    def zero_blocks(self, blocks: list[int]) -> None:
+        """Clear KV blocks that may hold NaN; for the core."""
+        self._model.zero_blocks(blocks)
+
+
+def _timeline_entry(record: tuple[Any, ...], names: dict[int, str]) -> TimelineEntry:
+    run_id, _, op, layer, last_layer, row, last_row, predicted_s, start_s, end_s = record
+    layers = f"{layer}" if last_layer in (layer, -1) else f"{layer}-{last_layer}"
+    where = f" L{layers}" if layer >= 0 else ""
+    return TimelineEntry(
+        run=names.get(run_id, f"run {run_id}"),
+        run_id=run_id,
+        segment=f"{op}{where} [{row}, {last_row})",
+        start_s=start_s,
+        end_s=end_s,
+        predicted_s=predicted_s,
+    )

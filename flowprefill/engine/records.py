@@ -1,0 +1,88 @@
+"""What the engine tells about itself: statistics, one record per ended request, the timeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from flowprefill.request import SLO, FinishReason, Timings
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; counters count since start.
+
+    Attributes:
+        running: requests whose run is executing or that decode.
+        waiting: requests whose prefill has not started, those waiting for KV blocks included.
+        suspended: requests whose prefill is suspended.
+        kv_blocks_used: blocks held by live requests.
+        kv_blocks_cached: blocks held by nobody and reusable by their content.
+        prefix_cache_queries: prompt tokens looked up in the prefix cache.
+        prefix_cache_hits: prompt tokens found there.
+        workspace_bytes: activations of all live runs.
+        max_blocking_s: longest time from a dispatch to its first segment.
+    """
+
+    running: int
+    waiting: int
+    suspended: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    preemptions: int
+    segments: int
+    workspace_bytes: int
+    max_blocking_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request at its terminal event.
+
+    Attributes:
+        token_gaps_s: seconds between consecutive output tokens.
+        cancel_to_free_s: from ``cancel`` to its KV blocks being free; None unless cancelled.
+    """
+
+    request_id: str
+    slo: SLO
+    timings: Timings
+    finish_reason: FinishReason
+    prompt_tokens: int
+    output_tokens: int
+    token_gaps_s: tuple[float, ...]
+    cancel_to_free_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """One executed segment.
+
+    Attributes:
+        run: ``prefill REQUEST``, ``prefill of N`` or ``decode of N``.
+        segment: operator, layer and rows.
+    """
+
+    run: str
+    run_id: int
+    segment: str
+    start_s: float
+    end_s: float
+    predicted_s: float
+
+
+class EngineObserver(Protocol):
+    """Called on the engine's threads without its lock; must be quick and must not raise."""
+
+    def on_end(self, record: RequestRecord) -> None:
+        """Exactly once per admitted request, after its blocks were freed."""
+
+    def on_preemption(self, reason: str, ack_s: float) -> None:
+        """A run was suspended; ``ack_s``: from dispatch to the newcomer's first segment."""
+
+    def on_decision(self, seconds: float) -> None:
+        """The scheduler decided once, in so many seconds."""

@@ -1,0 +1,174 @@
+"""Sequence: everything the engine keeps about one live request, from submit to its terminal event.
+
+Changed by the engine's core under its lock; the token side (sampler, decoder, stop checker) only by the
+event thread.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowprefill.request import Completion, Timings, Token
+from flowprefill.scheduling import Job
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from flowprefill.engine.handle import Handle
+    from flowprefill.engine.kv_blocks import Reservation
+    from flowprefill.engine.sampler import Sampler
+    from flowprefill.engine.stop import StopChecker
+    from flowprefill.errors import FlowPrefillError
+    from flowprefill.models.tokenizer import IncrementalDecoder
+    from flowprefill.request import SLO, FinishReason, Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One live request.
+
+    Attributes:
+        ids: prompt and generated tokens.
+        num_prompt: how many of them are the prompt.
+        computed: tokens whose keys and values are in the cache.
+        reservation: its KV blocks; None while it waits for memory.
+        work_id: the work whose run reads or writes its blocks now; they are not freed before it ends.
+        error: how it will end if not by a finish reason of its own.
+    """
+
+    request: Request
+    slo: SLO
+    handle: Handle
+    sampler: Sampler
+    stop: StopChecker
+    decoder: IncrementalDecoder
+    arrival_s: float
+    ids: list[int]
+    num_prompt: int
+    extra_tokens: int
+    computed: int = 0
+    reservation: Reservation | None = None
+    work_id: int | None = None
+    is_scheduled: bool = False
+    is_ended: bool = False
+    finish_reason: FinishReason | None = None
+    error: FlowPrefillError | None = None
+    tokens: list[Token] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
+    queue_s: float | None = None
+    prefill_run_s: float = 0.0
+    suspended_s: float = 0.0
+    preemptions: int = 0
+    cached_tokens: int = 0
+    cancelled_at_s: float | None = None
+    cancel_to_free_s: float | None = None
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def deadline_s(self) -> float:
+        """When the first token is due; inf without an objective."""
+        return math.inf if self.slo.ttft is None else self.arrival_s + self.slo.ttft
+
+    def job(self) -> Job:
+        """Return the scheduler's view; the KV blocks must be reserved."""
+        first_token = not self.tokens
+        return Job(
+            id=self.id,
+            arrival_s=self.arrival_s,
+            prompt_tokens=len(self.ids) - self.computed,
+            context_tokens=self.computed,
+            ttft_deadline_s=self.deadline_s if first_token else self._next_token_due_s(),
+            tpot_s=math.inf if self.slo.tpot is None else self.slo.tpot,
+            on_miss=self.slo.on_miss if first_token else "demote",
+        )
+
+    def _next_token_due_s(self) -> float:
+        return math.inf if self.slo.tpot is None else self.token_times_s[-1] + self.slo.tpot
+
+    def new_tokens(self) -> NDArray[np.int32]:
+        """Return the tokens the next run computes."""
+        return np.asarray(self.ids[self.computed :], dtype=np.int32)
+
+    def advance(self, logits: NDArray[np.float32], now: float) -> Token:
+        """Sample the next token and decide whether generation ends with it.
+
+        Args:
+            logits: [vocab] float32, the row of its last computed token.
+
+        Raises:
+            RequestFailed: the logits are not finite.
+        """
+        sampled = self.sampler.sample(logits)
+        reason = self.stop.reason_of(sampled.token_id)
+        if reason == "stop":
+            piece = self.decoder.flush()
+        else:
+            piece = self.decoder.push(sampled.token_id)
+            if reason == "length":
+                piece += self.decoder.flush()
+        verdict = self.stop.push(sampled.token_id, piece)
+        token = Token(
+            token_id=sampled.token_id,
+            text=verdict.text,
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
+            finish_reason=verdict.finish_reason,
+        )
+        self.ids.append(sampled.token_id)
+        self.tokens.append(token)
+        self.token_times_s.append(now)
+        self.finish_reason = verdict.finish_reason
+        return token
+
+    def timings(self, now: float) -> Timings:
+        """Return where the time went so far."""
+        times = self.token_times_s
+        ttft = times[0] - self.arrival_s if times else None
+        mean_itl = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+        return Timings(
+            queue=now - self.arrival_s if self.queue_s is None else self.queue_s,
+            prefill_run=self.prefill_run_s,
+            suspended=self.suspended_s,
+            preemptions=self.preemptions,
+            ttft=ttft,
+            predicted_ttft=self.handle.predicted_ttft,
+            total=now - self.arrival_s,
+            mean_itl=mean_itl,
+            slo_met=self._slo_met(ttft, mean_itl),
+            cached_tokens=self.cached_tokens,
+        )
+
+    def _slo_met(self, ttft: float | None, mean_itl: float | None) -> bool | None:
+        if self.slo.ttft is None and self.slo.tpot is None:
+            return None
+        if ttft is None or self.error is not None:
+            return False
+        ttft_met = self.slo.ttft is None or ttft <= self.slo.ttft
+        tpot_met = self.slo.tpot is None or mean_itl is None or mean_itl <= self.slo.tpot
+        return ttft_met and tpot_met
+
+    def deliver(self, now: float) -> None:
+        """Tell the handle how it ended. Exactly once, after the blocks were freed; no lock held."""
+        timings = self.timings(now)
+        if self.error is not None:
+            self.handle.fail(self.error, timings)
+            return
+        assert self.finish_reason is not None
+        self.handle.finish(
+            Completion(
+                request_id=self.id,
+                prompt_tokens=self.num_prompt,
+                text="".join(token.text for token in self.tokens),
+                tokens=tuple(self.tokens),
+                finish_reason=self.finish_reason,
+                timings=timings,
+            )
+        )
