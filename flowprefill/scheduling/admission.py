@@ -1,4 +1,4 @@
-"""Admission: whether one more job may wait; the engine asks before it reserves anything, and raises.
+"""Admission: whether one more job may wait; the engine asks before it reserves, and raises.
 
 Pure, like the rest of the package: load and prediction in, refusal or None out.
 """
@@ -80,7 +80,7 @@ def refusal_of(
         over = (tokens - limits.max_waiting_tokens) / max(load.waiting_tokens, 1)
         return Refusal("tokens", text, _retry_s(load.backlog_s * min(over, 1.0)))
     if load.backlog_s > limits.max_backlog_s:
-        text = f"{load.backlog_s:.1f} s of prefill are waiting, at most {limits.max_backlog_s:.1f} s may"
+        text = f"{load.backlog_s:.1f} s of prefill wait, at most {limits.max_backlog_s:.1f} s may"
         return Refusal("backlog", text, _retry_s(load.backlog_s - limits.max_backlog_s))
     is_hopeless = now + predicted_ttft_s > job.ttft_deadline_s
     if limits.refuse_late and job.on_miss == "drop" and is_hopeless:

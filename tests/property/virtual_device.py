@@ -1,4 +1,4 @@
-"""A device and a clock that exist only in memory: drives a Scheduler the way the engine does, for property tests.
+"""A device and a clock in memory only: drives a Scheduler as the engine does, for property tests.
 
 Works take the time they are told to take, suspensions happen at the next boundary, and what the
 device reports reaches the scheduler a little later, so that events cross as they do in life.
@@ -54,6 +54,7 @@ class Client:
     job: Job
     output_tokens: int = 1
     cancel_s: float = math.inf
+    has_arrived: bool = False
     first_token_s: float = math.inf
     token_times: list[float] = field(default_factory=list)
     ends: list[tuple[str, float]] = field(default_factory=list)
@@ -107,7 +108,7 @@ class VirtualDevice:
             if client.cancel_s < math.inf:
                 self._at(client.cancel_s, self._bind(self._leave, client))
 
-    def play(self, limit: int = 1_000_000) -> None:
+    def play(self, limit: int = 50_000) -> None:
         """Let everything happen until nothing is left to happen."""
         for _ in range(limit):
             if not self._happenings:
@@ -122,13 +123,14 @@ class VirtualDevice:
 
     def _arrive(self, client: Client) -> None:
         if not client.ends:
+            client.has_arrived = True
             self._tell(Arrival(client.job))
 
     def _leave(self, client: Client) -> None:
         if client.ends:
             return
         client.ends.append(("cancelled", self.now))
-        if client.job.arrival_s < self.now:
+        if client.has_arrived:
             self._tell(Cancelled(client.job.id))
 
     # -- the engine's part -----------------------------------------------------------------
