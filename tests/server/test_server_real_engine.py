@@ -1,0 +1,127 @@
+"""The server over the real engine and the default model: replies agree, nothing leaks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import openai
+import pytest
+from running_server import RunningServer
+
+from flowprefill import Engine, EngineConfig, Request, SamplingParams
+from flowprefill.server.options import ServerOptions
+
+pytestmark = pytest.mark.slow
+PROMPT = "The capital of France is"
+LONG_IDS = [(7 * i) % 20_000 + 100 for i in range(6000)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    config = EngineConfig(calibrate=False, kv_cache_gib=0.25, classes={"chat": {"ttft_ms": 60_000}})
+    with Engine(config=config) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[RunningServer]:
+    server = RunningServer(engine, ServerOptions())
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.005)
+
+
+def test_whole_streamed_and_direct_text_agree(client: openai.OpenAI, engine: Engine) -> None:
+    direct = engine.submit(Request(PROMPT, SamplingParams(max_tokens=8, temperature=0.0))).result(
+        60
+    )
+    whole = client.completions.create(
+        model=engine.model_id, prompt=PROMPT, max_tokens=8, temperature=0
+    )
+    chunks = client.completions.create(
+        model=engine.model_id, prompt=PROMPT, max_tokens=8, temperature=0, stream=True
+    )
+    assert whole.choices[0].text == direct.text
+    assert "".join(chunk.choices[0].text for chunk in chunks) == direct.text
+    assert whole.choices[0].finish_reason == direct.finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == direct.prompt_tokens
+
+
+def test_chat_with_class_logprobs_and_timings(client: openai.OpenAI, engine: Engine) -> None:
+    reply = client.chat.completions.create(
+        model=engine.model_id,
+        messages=[{"role": "user", "content": "Say hi"}],
+        max_completion_tokens=4,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
+        extra_body={"slo": {"class": "chat"}, "return_metrics": True},
+    )
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert "".join(entry.token for entry in logprobs.content) == reply.choices[0].message.content
+    assert all(entry.logprob == entry.top_logprobs[0].logprob for entry in logprobs.content)
+    metrics = reply.model_dump()["metrics"]
+    assert metrics["slo_met"] is True
+    assert 0 < metrics["time_to_first_token_ms"] <= metrics["total_time_ms"]
+
+
+def test_prompt_beyond_the_model_is_a_400_with_the_numbers(
+    client: openai.OpenAI, engine: Engine
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(
+            model=engine.model_id, prompt=[5] * (engine.max_model_len + 1), max_tokens=1
+        )
+    assert caught.value.code == "context_length_exceeded"
+    assert str(engine.max_model_len) in caught.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_gone_in_mid_prefill_frees_every_block(
+    server: RunningServer, engine: Engine, stream: bool
+) -> None:
+    body = {"prompt": LONG_IDS, "max_tokens": 50, "stream": stream}
+    connection = server.raw_socket("/v1/completions", body)
+    wait_for(lambda: engine.stats().running == 1)
+    for path in ("/health", "/ready", "/metrics"):
+        assert server.get(path).status == 200
+    connection.close()
+    wait_for(lambda: engine.stats().running == 0 and engine.stats().kv_blocks_used == 0)
+    assert server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1}).status == 200
+    assert engine.stats().waiting == engine.stats().suspended == 0
+
+
+def test_urgent_request_passes_a_running_long_one(server: RunningServer, engine: Engine) -> None:
+    preemptions = engine.stats().preemptions
+    order: list[str] = []
+
+    def ask(name: str, prompt: list[int], ttft_ms: int) -> None:
+        body = {"prompt": prompt, "max_tokens": 1, "slo": {"ttft_ms": ttft_ms}}
+        assert server.post("/v1/completions", body).status == 200
+        order.append(name)
+
+    long = threading.Thread(target=ask, args=("long", LONG_IDS[:3000], 600_000))
+    long.start()
+    wait_for(lambda: engine.stats().running == 1)
+    ask("short", LONG_IDS[:16], 100)
+    long.join(60)
+    assert order == ["short", "long"]
+    assert engine.stats().preemptions == preemptions + 1
+    assert "flowprefill:preemptions_total" in server.get("/metrics").body.decode()
