@@ -129,21 +129,21 @@ class Decoding:
         seconds, due = self._next_step()
         settings = self._settings
         earliest = self._last_step_end_s + seconds * (1.0 / settings.decode_share - 1.0)
-        if now < earliest:
-            return Verdict(False, "decode has had its share", earliest)
         latest = max(due - seconds - settings.max_blocking_s, earliest)
+        early = latest  # from when on it may go first where that does no harm
+        if self._idle_best_effort:
+            pause = seconds * (1.0 / settings.idle_share - 1.0)
+            early = min(latest, max(self._last_step_end_s + pause, earliest))
+        if now < early:
+            return Verdict(False, "decode can wait", early)
         ends = now + prefill.remaining_s
         is_on_time = ends <= prefill.deadline_s < math.inf
         would_miss = is_on_time and ends + seconds + settings.max_blocking_s > prefill.deadline_s
-        if now >= latest:
-            if would_miss and prefill.deadline_s <= due and now < due:
-                return Verdict(False, "the prefill's deadline is earlier", due)
-            return Verdict(True, "a decode step is due")
-        pause_end = self._last_step_end_s + seconds * (1.0 / settings.idle_share - 1.0)
-        if self._idle_best_effort and now >= pause_end and not would_miss:
-            return Verdict(True, "decode without objective takes its share")
-        is_pausing = self._idle_best_effort and now < pause_end
-        return Verdict(False, "decode can wait", min(latest, pause_end) if is_pausing else latest)
+        if now < latest and would_miss:
+            return Verdict(False, "a decode step would make the prefill late", latest)
+        if would_miss and prefill.deadline_s <= due and now < due:
+            return Verdict(False, "the prefill's deadline is earlier", due)
+        return Verdict(True, "a decode step is due")
 
     def _next_step(self) -> tuple[float, float]:
         """Return (predicted seconds left, due time) of the step that would run."""

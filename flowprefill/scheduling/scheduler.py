@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flowprefill.scheduling.policies import Policy
 
 LOOKAHEAD = 16  # waiting entries a policy weighs when it picks or preempts
-BATCH_SCAN = 128  # waiting entries it looks through when it packs
+BATCH_SCAN = 64  # waiting entries it looks through when it packs
 TTFT_SCAN = 256  # waiting entries a predicted TTFT counts one by one
 MIN_WAKE_S = 1e-3
 

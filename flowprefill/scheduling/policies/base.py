@@ -61,12 +61,8 @@ class Packing:
         self._tokens = 0
         self._pairs = 0.0
         self.members: list[Entry] = []
+        self.seconds = 0.0  # predicted time of what is packed
         self.add(head)
-
-    @property
-    def seconds(self) -> float:
-        """Predicted time of what is packed."""
-        return self._cost_model.packed_prefill_s(self._tokens, self._pairs, len(self.members))
 
     @property
     def is_full(self) -> bool:
@@ -96,6 +92,9 @@ class Packing:
         for job in entry.jobs:
             self._tokens += job.prompt_tokens
             self._pairs += attention_pairs(job.prompt_tokens, job.context_tokens)
+        self.seconds = self._cost_model.packed_prefill_s(
+            self._tokens, self._pairs, len(self.members)
+        )
 
 
 class BasePolicy:

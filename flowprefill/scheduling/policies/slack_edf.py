@@ -105,18 +105,18 @@ class SlackEdf(BasePolicy):
                 break
             if entry is head or self._is_on_time(entry, now) != on_time:
                 continue
-            gain = packing.seconds + entry.remaining_s - packing.seconds_with(entry)
-            ends = now + packing.seconds_with(entry) + self.settings.max_blocking_s
-            deadline = min(end_by, entry.deadline_s) if on_time else math.inf
-            if (
-                packing.fits(entry)
-                and ends <= deadline
-                and gain >= PACKING_GAIN * entry.remaining_s
-            ):
-                end_by = deadline
-                packing.add(entry)
-            elif on_time and now + packing.seconds + entry.remaining_s <= entry.deadline_s:
-                end_by = min(end_by, entry.deadline_s - entry.remaining_s)  # stays behind: no miss
+            if packing.fits(entry):
+                seconds = packing.seconds_with(entry)
+                gain = packing.seconds + entry.remaining_s - seconds
+                deadline = min(end_by, entry.deadline_s) if on_time else math.inf
+                in_time = now + seconds + self.settings.max_blocking_s <= deadline
+                if in_time and gain >= PACKING_GAIN * entry.remaining_s:
+                    end_by = deadline
+                    packing.add(entry)
+                    continue
+            latest = entry.deadline_s - entry.remaining_s
+            if on_time and now + packing.seconds <= latest:
+                end_by = min(end_by, latest)  # it goes after this prefill: don't make it miss
         return packing.members
 
     def _weigh_all(

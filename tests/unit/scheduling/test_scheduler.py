@@ -1,0 +1,307 @@
+"""Scheduler: each rule by hand-made events; 10,000 tokens take about a second."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from flowprefill.errors import ConfigError
+from flowprefill.scheduling import (
+    Arrival,
+    Cancelled,
+    CostModel,
+    Decision,
+    Failed,
+    Finished,
+    Job,
+    MachineRates,
+    ModelShape,
+    Progress,
+    Scheduler,
+    SchedulerSettings,
+    TimerFired,
+    Work,
+)
+
+
+def make(policy: str = "slack_edf", **settings: Any) -> Scheduler:
+    model = CostModel(
+        ModelShape(1e6, 1e6, 1e-3, 1.0, 1.0),
+        MachineRates(1e10, 1e10, 1e9, 1e-3),
+        is_calibrated=True,
+    )
+    return Scheduler(policy, model, SchedulerSettings(**settings))
+
+
+def job(name: str, tokens: int, ttft: float = math.inf, at: float = 0.0, **more: Any) -> Job:
+    return Job(name, at, tokens, 0, at + ttft, **more)
+
+
+def arrive(scheduler: Scheduler, *args: Any, **more: Any) -> Decision:
+    new = job(*args, **more)
+    return scheduler.on_event(Arrival(new), new.arrival_s)
+
+
+def dispatched(decision: Decision) -> Work:
+    assert decision.dispatch is not None
+    return decision.dispatch
+
+
+def test_arrival_idle_device_dispatched_at_once() -> None:
+    decision = arrive(make(), "a", 100, 1.0)
+    assert dispatched(decision).job_ids == ("a",)
+    assert not decision.is_resume
+    assert decision.preempted is None
+
+
+def test_arrival_urgent_preempts_long_and_long_resumes() -> None:
+    scheduler = make()
+    long = dispatched(arrive(scheduler, "long", 50_000, 60.0))
+    decision = arrive(scheduler, "short", 100, 0.1, at=1.0)
+    assert decision.preempted is long
+    short = dispatched(decision)
+    after = scheduler.on_event(Finished(short.id, frozenset({"short"})), 1.02)
+    assert after.dispatch is long
+    assert after.is_resume
+    assert long.suspensions == 1
+    assert long.suspended_s == pytest.approx(0.02)
+
+
+def test_arrival_running_work_ends_soon_left_alone() -> None:
+    scheduler = make()
+    arrive(scheduler, "first", 500, 60.0)
+    decision = arrive(scheduler, "second", 100, 1.0, at=0.01)
+    assert decision.dispatch is None
+    assert decision.wake_at is not None
+    assert 0.01 < decision.wake_at < 1.01
+
+
+def test_timer_running_work_overruns_preempted_after_all() -> None:
+    scheduler = make()
+    arrive(scheduler, "first", 1_000, 60.0)
+    decision = arrive(scheduler, "second", 100, 1.0, at=0.01)
+    for _ in range(50):
+        assert decision.wake_at is not None
+        decision = scheduler.on_event(TimerFired(), decision.wake_at)
+        if decision.dispatch is not None:
+            break
+    assert dispatched(decision).job_ids == ("second",)
+
+
+def test_arrival_newcomer_hopeless_victim_left_alone() -> None:
+    scheduler = make()
+    arrive(scheduler, "running", 5_000, 0.6)
+    decision = arrive(scheduler, "hopeless", 10_000, 0.2, at=0.01)
+    assert decision.dispatch is None
+
+
+def test_arrival_longer_newcomer_would_make_victim_miss_left_alone() -> None:
+    scheduler = make()
+    arrive(scheduler, "running", 2_000, 0.58)
+    decision = arrive(scheduler, "newcomer", 4_000, 0.42, at=0.15)
+    assert decision.dispatch is None
+    assert "make 1 late" in decision.reason
+
+
+def test_slack_edf_feasible_before_infeasible_before_best_effort() -> None:
+    scheduler = make(max_batch_tokens=1)
+    running = dispatched(arrive(scheduler, "running", 1_000, 0.2))
+    arrive(scheduler, "best effort", 100, at=0.01)
+    arrive(scheduler, "late long", 2_000, 0.01, at=0.01)
+    arrive(scheduler, "late short", 500, 0.01, at=0.01)
+    arrive(scheduler, "on time", 3_000, 50.0, at=0.01)
+    order = []
+    now, work = 0.11, running
+    for _ in range(5):
+        decision = scheduler.on_event(Finished(work.id, frozenset(work.job_ids)), now)
+        if decision.dispatch is None:
+            break
+        work = decision.dispatch
+        order += work.job_ids
+        now += work.predicted_s
+    assert order == ["on time", "late short", "late long", "best effort"]
+
+
+def test_s_edf_paper_infeasible_latest_deadline_first() -> None:
+    scheduler = make("s_edf_paper", max_batch_tokens=1)
+    running = dispatched(arrive(scheduler, "running", 1_000, 0.5, at=1.0))
+    arrive(scheduler, "late early", 1_000, 0.01, at=1.01)
+    arrive(scheduler, "late later", 1_000, 0.05, at=1.01)
+    arrive(scheduler, "on time", 1_000, 5.0, at=1.01)
+    first = dispatched(scheduler.on_event(Finished(running.id, frozenset({"running"})), 1.1))
+    assert first.job_ids == ("on time",)
+    second = dispatched(scheduler.on_event(Finished(first.id, frozenset({"on time"})), 1.2))
+    assert second.job_ids == ("late later",)
+
+
+def test_s_edf_paper_preempts_for_earlier_deadline_though_nothing_is_gained() -> None:
+    scheduler = make("s_edf_paper")
+    running = dispatched(arrive(scheduler, "running", 500, 60.0, at=1.0))
+    assert arrive(scheduler, "second", 100, 30.0, at=1.01).preempted is running
+
+
+def test_s_edf_paper_packs_while_head_keeps_a_tenth_of_its_objective() -> None:
+    scheduler = make("s_edf_paper", max_batch_tokens=2048)
+    running = dispatched(arrive(scheduler, "running", 500, 0.06, at=1.0))
+    for number in range(4):
+        arrive(scheduler, f"j{number}", 400, 0.16 + 0.001 * number, at=1.01)
+    work = dispatched(scheduler.on_event(Finished(running.id, frozenset({"running"})), 1.05))
+    # 1.17 - 0.016 - 1.05 leaves 0.104 s: two take 0.082 s, three 0.122 s.
+    assert work.job_ids == ("j0", "j1")
+
+
+def test_edf_orders_by_deadline_and_preempts_strictly() -> None:
+    scheduler = make("edf")
+    running = dispatched(arrive(scheduler, "running", 1_000, 1.0))
+    assert arrive(scheduler, "equal", 1_000, 1.0).dispatch is None
+    assert arrive(scheduler, "earlier", 1_000, 0.5).preempted is running
+
+
+def test_shortest_first_preempts_for_less_remaining() -> None:
+    scheduler = make("shortest_first")
+    running = dispatched(arrive(scheduler, "running", 1_000, 1.0))
+    assert arrive(scheduler, "longer", 2_000, 0.1).dispatch is None
+    assert arrive(scheduler, "shorter", 500).preempted is running
+
+
+def test_fcfs_packs_in_order_of_arrival_up_to_the_token_bound() -> None:
+    scheduler = make("fcfs", max_batch_tokens=250)
+    running = dispatched(arrive(scheduler, "running", 1_000))
+    for number in range(4):
+        assert arrive(scheduler, f"j{number}", 100, 0.001, at=0.01).dispatch is None
+    work = dispatched(scheduler.on_event(Finished(running.id, frozenset({"running"})), 0.1))
+    assert work.job_ids == ("j0", "j1")
+
+
+def test_slack_edf_packs_only_members_that_stay_on_time() -> None:
+    scheduler = make(max_batch_tokens=2048)
+    running = dispatched(arrive(scheduler, "running", 50, 0.0095))
+    arrive(scheduler, "tight", 20, 0.010, at=0.001)
+    arrive(scheduler, "also", 20, 0.020, at=0.001)
+    arrive(scheduler, "large", 2_000, 0.3, at=0.001)
+    work = dispatched(scheduler.on_event(Finished(running.id, frozenset({"running"})), 0.003))
+    assert work.job_ids == ("tight", "also")
+
+
+def test_finished_suspended_work_by_race_taken_as_finished() -> None:
+    scheduler = make()
+    long = dispatched(arrive(scheduler, "long", 50_000, 60.0))
+    short = dispatched(arrive(scheduler, "short", 100, 0.1, at=1.0))
+    assert scheduler.on_event(Finished(long.id, frozenset({"long"})), 1.001).dispatch is None
+    assert scheduler.current is short
+    scheduler.on_event(Finished(short.id, frozenset({"short"})), 1.02)
+    assert scheduler.current is None
+    assert scheduler.on_event(Finished(long.id), 1.03) == Decision(reason="nothing to run")
+
+
+def test_cancelled_last_job_of_running_work_cancels_it() -> None:
+    scheduler = make()
+    work = dispatched(arrive(scheduler, "a", 1_000, 1.0))
+    arrive(scheduler, "b", 1_000, 1.0)
+    decision = scheduler.on_event(Cancelled("a"), 0.01)
+    assert decision.cancel == (work,)
+    assert dispatched(decision).job_ids == ("b",)
+    assert decision.preempted is None
+
+
+def test_failed_batch_ends_all_its_jobs() -> None:
+    scheduler = make("fcfs")
+    running = dispatched(arrive(scheduler, "running", 1_000))
+    arrive(scheduler, "a", 100)
+    arrive(scheduler, "b", 100)
+    batch = dispatched(scheduler.on_event(Finished(running.id, frozenset({"running"})), 0.1))
+    decision = scheduler.on_event(Failed(batch.id), 0.11)
+    assert decision.cancel == ()
+    assert scheduler.load().backlog_s == 0.0
+    assert dispatched(arrive(scheduler, "a", 100, at=0.2)).job_ids == ("a",)
+
+
+def test_on_miss_drop_waiting_dropped_when_out_of_reach_and_timer_asked_for() -> None:
+    scheduler = make("fcfs")
+    arrive(scheduler, "long", 10_000)
+    decision = arrive(scheduler, "drop", 1_000, 0.2, on_miss="drop")
+    assert decision.wake_at is not None
+    assert decision.wake_at <= 0.2
+    later = scheduler.on_event(TimerFired(), decision.wake_at)
+    assert [name for name, _ in later.dropped] == ["drop"]
+    assert scheduler.on_event(Cancelled("drop"), 0.3).dropped == ()
+
+
+def test_progress_corrects_what_is_left() -> None:
+    scheduler = make()
+    work = dispatched(arrive(scheduler, "a", 10_000, 60.0))
+    scheduler.on_event(Progress(work.id, 7.0), 0.5)
+    assert scheduler.load().backlog_s == pytest.approx(7.0)
+
+
+def test_decode_step_over_all_sequences_has_earliest_token_deadline() -> None:
+    scheduler = make(max_running=2)
+    for name, tpot in (("a", 0.5), ("b", 0.2), ("c", 0.3)):
+        arrive(scheduler, name, 0, at=1.0, tpot_s=tpot)
+    first = scheduler.current
+    assert first is not None
+    assert first.kind == "decode"
+    step = dispatched(scheduler.on_event(Finished(first.id, frozenset({"a"})), 1.01))
+    assert step.job_ids == ("b", "c")
+    assert step.deadline_s == pytest.approx(1.2)
+
+
+def test_decode_due_preempts_long_prefill_and_gives_way_again() -> None:
+    scheduler = make()
+    step = arrive(scheduler, "talker", 0, tpot_s=0.1).dispatch
+    assert step is not None
+    arrive(scheduler, "long", 50_000, 60.0)
+    decision = scheduler.on_event(Finished(step.id), 0.003)
+    long = dispatched(decision)
+    assert long.job_ids == ("long",)
+    assert decision.wake_at == pytest.approx(0.103 - 0.002, abs=0.004)
+    due = scheduler.on_event(TimerFired(), decision.wake_at or 0.0)
+    assert due.preempted is long
+    again = scheduler.on_event(Finished(dispatched(due).id), 0.104)
+    assert again.dispatch is long
+
+
+def test_settled_work_is_not_suspended_for_a_prefill_again() -> None:
+    scheduler = make(max_suspensions=2)
+    long = dispatched(arrive(scheduler, "long", 100_000, 60.0))
+    for number in range(3):
+        now = 1.0 + number
+        decision = arrive(scheduler, f"short{number}", 100, 0.1, at=now)
+        if number < 2:
+            short = dispatched(decision)
+            scheduler.on_event(Finished(short.id, frozenset(short.job_ids)), now + 0.02)
+    assert decision.dispatch is None
+    assert scheduler.current is long
+
+
+def test_arrival_live_id_refused_and_nothing_changed() -> None:
+    scheduler = make()
+    arrive(scheduler, "a", 100)
+    with pytest.raises(ValueError, match="job a"):
+        arrive(scheduler, "a", 100)
+    assert scheduler.load().waiting_jobs == 0
+
+
+def test_priority_breaks_ties_between_equally_urgent() -> None:
+    scheduler = make("edf", max_batch_tokens=1)
+    running = dispatched(arrive(scheduler, "running", 100, 0.5))
+    arrive(scheduler, "later", 100, 1.0, priority=1)
+    arrive(scheduler, "sooner", 100, 1.0, priority=0)
+    work = dispatched(scheduler.on_event(Finished(running.id, frozenset({"running"})), 0.1))
+    assert work.job_ids == ("sooner",)
+
+
+def test_predicted_ttft_counts_what_is_ahead_and_changes_nothing() -> None:
+    scheduler = make("fcfs")
+    arrive(scheduler, "a", 10_000)
+    arrive(scheduler, "b", 10_000)
+    before = scheduler.load()
+    assert scheduler.predicted_ttft_s(job("c", 10_000), 0.0) == pytest.approx(3.0, rel=0.02)
+    assert scheduler.load() == before
+
+
+def test_unknown_policy_names_the_known() -> None:
+    with pytest.raises(ConfigError, match="slack_edf"):
+        make("fastest")
