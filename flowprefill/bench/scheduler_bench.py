@@ -9,7 +9,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowprefill.config import POLICIES
 from flowprefill.scheduling import (
@@ -21,6 +21,9 @@ from flowprefill.scheduling import (
     ModelShape,
     Scheduler,
 )
+
+if TYPE_CHECKING:
+    from flowprefill.scheduling import Event
 
 SIZES = (10, 100, 1_000, 10_000)
 
@@ -43,13 +46,14 @@ def _measure(policy: str, waiting: int, events: int) -> dict[str, Any]:
     seconds = []
     for _ in range(events):
         current = scheduler.current
-        works = [Finished(current.id, frozenset(current.job_ids))] if current is not None else []
         ended = len(current.job_ids) if current is not None else 0
-        arrivals = []
+        events_now: list[Event] = []
         for _ in range(ended):
             number += 1
-            arrivals.append(Arrival(_job(number, now, rng)))
-        for event in (*arrivals, *works):
+            events_now.append(Arrival(_job(number, now, rng)))
+        if current is not None:
+            events_now.append(Finished(current.id, frozenset(current.job_ids)))
+        for event in events_now:
             now += 1e-3
             started = time.perf_counter()
             scheduler.on_event(event, now)

@@ -55,6 +55,7 @@ class SlackEdf(BasePolicy):
         super().__init__(cost_model, settings)
         self._line: list[tuple[float, int, Entry]] = []  # heap of (late since, number, entry)
         self._records = count()
+        self._compact_at = 64
         self._next_grant_s = -math.inf
         self._granted = -1  # serial of the entry whose slice has come
         self._slice_left_from_s: float | None = None  # its executed_s at which the slice ends
@@ -69,6 +70,7 @@ class SlackEdf(BasePolicy):
             if entry.late_since_s is None:
                 entry.late_since_s = now
             heapq.heappush(self._line, (entry.late_since_s, next(self._records), entry))
+            self._compact_line()
         band = LATE if entry.deadline_s < math.inf else BEST_EFFORT
         return Rank((band, entry.remaining_s))
 
@@ -162,6 +164,12 @@ class SlackEdf(BasePolicy):
             self._next_grant_s = -math.inf
             return None
         return self._line[0][2]
+
+    def _compact_line(self) -> None:
+        if len(self._line) > self._compact_at:
+            self._line = [record for record in self._line if not record[2].has_ended]
+            heapq.heapify(self._line)
+            self._compact_at = 2 * len(self._line) + 64
 
     def _grant_at(self, first: Entry) -> float:
         assert first.late_since_s is not None
