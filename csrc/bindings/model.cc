@@ -79,6 +79,9 @@ Batch batch_from(const Int32Array& tokens, const py::list& sequences) {
   return batch;
 }
 
+// Workspaces kept for later runs: a long prompt's and some short ones'.
+constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
+
 // A model and its KV cache; T is decided at construction.
 class Model {
  public:
@@ -136,7 +139,7 @@ class Model {
     py::gil_scoped_release release;
     return make_run(id, std::visit(
         [&]<typename T>(const std::shared_ptr<Weights<T>>& w) -> std::unique_ptr<Program> {
-          return std::make_unique<TransformerProgram<T>>(w, cache_, std::move(batch), options, fail_at);
+          return std::make_unique<TransformerProgram<T>>(w, cache_, pool_, std::move(batch), options, fail_at);
         },
         weights_));
   }
@@ -154,6 +157,7 @@ class Model {
   int threads_;
   std::variant<std::shared_ptr<Weights<float>>, std::shared_ptr<Weights<Bf16>>> weights_;
   std::shared_ptr<KvCache> cache_;
+  std::shared_ptr<BufferPool> pool_ = std::make_shared<BufferPool>(kKeptWorkspaceBytes);
 };
 
 // A view of the run's logits that keeps the run alive.

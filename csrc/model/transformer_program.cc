@@ -34,10 +34,12 @@ size_t live_workspace_bytes() { return live_workspace.load(std::memory_order_rel
 
 template <typename T>
 TransformerProgram<T>::TransformerProgram(std::shared_ptr<const Weights<T>> weights,
-                                          std::shared_ptr<KvCache> cache, Batch batch,
+                                          std::shared_ptr<KvCache> cache,
+                                          std::shared_ptr<BufferPool> pool, Batch batch,
                                           const PlanOptions& options, int64_t fail_at)
     : weights_(std::move(weights)),
       cache_(std::move(cache)),
+      pool_(std::move(pool)),
       c_(weights_->config()),
       batch_(std::move(batch)),
       plan_((check_batch(), make_plan(c_, batch_, options))),
@@ -50,6 +52,9 @@ TransformerProgram<T>::TransformerProgram(std::shared_ptr<const Weights<T>> weig
 template <typename T>
 TransformerProgram<T>::~TransformerProgram() {
   live_workspace.fetch_sub(workspace_bytes(), std::memory_order_relaxed);
+  for (Buffer* buffer : {&hidden_, &rotary_, &normed_, &qkv_, &q_, &context_, &gated_, &last_, &logits_}) {
+    pool_->give(std::move(*buffer));
+  }
 }
 
 template <typename T>
@@ -88,8 +93,8 @@ void TransformerProgram<T>::allocate() {
   const auto rows = static_cast<size_t>(batch_.rows());
   const auto tile = static_cast<size_t>(plan_.buffer_rows);
   const auto sequences = batch_.sequences.size();
-  auto bytes = [](size_t count, int32_t width, size_t size) {
-    return Buffer(count * static_cast<size_t>(width) * size);
+  auto bytes = [this](size_t count, int32_t width, size_t size) {
+    return pool_->take(count * static_cast<size_t>(width) * size);
   };
   hidden_ = bytes(rows, c_.hidden_size, sizeof(float));
   rotary_ = bytes(rows, c_.head_dim, sizeof(float));
@@ -251,7 +256,7 @@ void TransformerProgram<T>::embed(Rows rows) {
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     const auto index = static_cast<size_t>(row);
     row_kernels<T>().widen(weights_->embedding(batch_.tokens[index]), c_.hidden_size, hidden(row));
-    const Sequence& s = batch_.sequences[static_cast<size_t>(sequence_of_row_[index])];
+    const Sequence& s = sequence_of(row);
     const double position = s.context + (row - s.row_begin);
     float* cos = rotary_.as<float>() + int64_t{row} * c_.head_dim;
     for (int32_t i = 0; i < half; ++i) {
@@ -272,36 +277,62 @@ void TransformerProgram<T>::norm(const std::vector<float>& weight, const Step& s
 
 template <typename T>
 void TransformerProgram<T>::rope(const Step& step, Rows rows) {
+  const int32_t block_tokens = cache_->shape().block_tokens;
+  for (int32_t row = rows.begin; row < rows.end;) {
+    const Sequence& s = sequence_of(row);
+    const int32_t slot = (s.context + row - s.row_begin) % block_tokens;
+    const int32_t end = std::min({rows.end, s.row_begin + s.rows, row + block_tokens - slot});
+    rotate_queries(step, {row, end});
+    store_keys_and_values(step, {row, end}, s);
+    row = end;
+  }
+}
+
+template <typename T>
+void TransformerProgram<T>::rotate_queries(const Step& step, Rows rows) {
+  const LayerWeights<T>& w = weights_->layer(step.layer);
+  const int32_t dim = c_.head_dim;
+  const auto softmax_scale = static_cast<float>(kLog2E / std::sqrt(static_cast<double>(dim)));
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    const float* cos = rotary_.as<float>() + int64_t{row} * dim;
+    const float* in = qkv_row(step, row);
+    T* q = tile(q_, step, row, c_.q_columns());
+    for (int32_t h = 0; h < c_.num_heads; ++h) {
+      row_kernels<T>().rope(in + h * dim,
+                            {.bias = pointer_or_null(w.qkv_bias, int64_t{h} * dim),
+                             .norm_weight = pointer_or_null(w.q_norm), .norm_eps = c_.rms_eps,
+                             .scale = softmax_scale, .dim = dim},
+                            cos, cos + dim / 2, q + h * dim);
+    }
+  }
+}
+
+// Keys and values of rows that lie in one block of the cache.
+template <typename T>
+void TransformerProgram<T>::store_keys_and_values(const Step& step, Rows rows, const Sequence& s) {
   const LayerWeights<T>& w = weights_->layer(step.layer);
   const RowKernels<T>& kernels = row_kernels<T>();
   const int32_t dim = c_.head_dim;
   const int32_t block_tokens = cache_->shape().block_tokens;
-  const auto softmax_scale = static_cast<float>(kLog2E / std::sqrt(static_cast<double>(dim)));
-  for (int32_t row = rows.begin; row < rows.end; ++row) {
-    const Sequence& s = batch_.sequences[static_cast<size_t>(sequence_of_row_[static_cast<size_t>(row)])];
-    const int32_t position = s.context + (row - s.row_begin);
-    const int32_t block = s.block_table[static_cast<size_t>(position / block_tokens)];
-    const int32_t slot = position % block_tokens;
-    const float* cos = rotary_.as<float>() + int64_t{row} * dim;
-    const float* in = qkv_.as<float>() + int64_t{row - step.base} * c_.qkv_columns();
-    T* q = tile(q_, step, row, c_.q_columns());
-    for (int32_t h = 0; h < c_.num_heads; ++h) {
-      kernels.rope_q(in + h * dim,
-                     {.bias = pointer_or_null(w.qkv_bias, int64_t{h} * dim),
-                      .norm_weight = pointer_or_null(w.q_norm), .norm_eps = c_.rms_eps,
-                      .scale = softmax_scale, .dim = dim},
-                     cos, cos + dim / 2, q + h * dim);
+  const int32_t position = s.context + rows.begin - s.row_begin;
+  const int32_t block = s.block_table[static_cast<size_t>(position / block_tokens)];
+  const int32_t slot = position % block_tokens;
+  const int32_t count = rows.end - rows.begin;
+  thread_local std::vector<T> keys;
+  keys.resize(static_cast<size_t>(count) * static_cast<size_t>(dim));
+  for (int32_t h = 0; h < c_.num_kv_heads; ++h) {
+    const int64_t k = c_.q_columns() + int64_t{h} * dim;
+    const int64_t v = k + c_.kv_columns();
+    const RopeHead head{.bias = pointer_or_null(w.qkv_bias, k), .norm_weight = pointer_or_null(w.k_norm),
+                        .norm_eps = c_.rms_eps, .scale = 1.0f, .dim = dim};
+    for (int32_t r = 0; r < count; ++r) {
+      const float* cos = rotary_.as<float>() + int64_t{rows.begin + r} * dim;
+      kernels.rope(qkv_row(step, rows.begin + r) + k, head, cos, cos + dim / 2, keys.data() + r * dim);
     }
-    for (int32_t h = 0; h < c_.num_kv_heads; ++h) {
-      const int64_t k = c_.q_columns() + int64_t{h} * dim;
-      const int64_t v = k + c_.kv_columns();
-      kernels.rope_k(in + k,
-                     {.bias = pointer_or_null(w.qkv_bias, k), .norm_weight = pointer_or_null(w.k_norm),
-                      .norm_eps = c_.rms_eps, .scale = 1.0f, .dim = dim},
-                     cos, cos + dim / 2, cache_->template key<T>(step.layer, block, h), slot, block_tokens);
-      kernels.store_v(in + v, pointer_or_null(w.qkv_bias, v), dim,
-                      cache_->template value<T>(step.layer, block, h), slot);
-    }
+    kernels.store_keys(keys.data(), count, dim, cache_->template key<T>(step.layer, block, h), slot,
+                       block_tokens);
+    kernels.store_values(qkv_row(step, rows.begin) + v, c_.qkv_columns(), pointer_or_null(w.qkv_bias, v),
+                         count, dim, cache_->template value<T>(step.layer, block, h), slot);
   }
 }
 
@@ -348,7 +379,7 @@ void TransformerProgram<T>::attention(const Step& step) {
   const int32_t item_rows =
       attention_item_rows(step.row_end - step.row_begin, group, c_.num_kv_heads, threads_);
   for (int32_t row = step.row_begin; row < step.row_end;) {
-    const Sequence& s = batch_.sequences[static_cast<size_t>(sequence_of_row_[static_cast<size_t>(row)])];
+    const Sequence& s = sequence_of(row);
     const int32_t end = std::min({step.row_end, s.row_begin + s.rows, row + item_rows});
     for (int32_t h = 0; h < c_.num_kv_heads; ++h) {
       items.push_back({.row = row - step.base, .rows = end - row,

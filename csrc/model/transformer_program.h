@@ -35,7 +35,8 @@ class TransformerProgram final : public LogitsProgram {
   // Throws std::invalid_argument naming what does not fit: a token outside the vocabulary, a block table too
   // short or with a block the cache has not, an empty sequence. fail_at >= 0 makes that segment throw (tests).
   TransformerProgram(std::shared_ptr<const Weights<T>> weights, std::shared_ptr<KvCache> cache,
-                     Batch batch, const PlanOptions& options, int64_t fail_at = -1);
+                     std::shared_ptr<BufferPool> pool, Batch batch, const PlanOptions& options,
+                     int64_t fail_at = -1);
   ~TransformerProgram() override;
 
   size_t size() const override { return plan_.segments.size(); }
@@ -66,6 +67,8 @@ class TransformerProgram final : public LogitsProgram {
   void embed(Rows rows);
   void norm(const std::vector<float>& weight, const Step& step, Rows rows);
   void rope(const Step& step, Rows rows);
+  void rotate_queries(const Step& step, Rows rows);
+  void store_keys_and_values(const Step& step, Rows rows, const Sequence& sequence);
   void add_projection(const PackedLinear<T>& linear, const std::vector<float>& bias, const T* input,
                       Rows rows, int64_t begin, int64_t end);
   void gate_up(const Step& step, Rows rows, int64_t begin, int64_t end);
@@ -76,10 +79,17 @@ class TransformerProgram final : public LogitsProgram {
   T* tile(Buffer& buffer, const Step& step, int32_t row, int64_t width) {
     return buffer.as<T>() + int64_t{row - step.base} * width;
   }
+  const float* qkv_row(const Step& step, int32_t row) const {
+    return qkv_.as<float>() + int64_t{row - step.base} * c_.qkv_columns();
+  }
+  const Sequence& sequence_of(int32_t row) const {
+    return batch_.sequences[static_cast<size_t>(sequence_of_row_[static_cast<size_t>(row)])];
+  }
   float* hidden(int32_t row) { return hidden_.as<float>() + int64_t{row} * c_.hidden_size; }
 
   const std::shared_ptr<const Weights<T>> weights_;
   const std::shared_ptr<KvCache> cache_;
+  const std::shared_ptr<BufferPool> pool_;
   const ModelConfig& c_;
   const Batch batch_;
   const Plan plan_;

@@ -1,9 +1,12 @@
-// Buffer: 64-byte aligned, zero-filled, lazily committed memory from the kernel. Used for weights, KV cache
-// and workspaces; all sizes in bytes.
+// Buffer: page-aligned, zero-filled, lazily committed memory from the kernel; BufferPool: buffers that are used
+// again. Used for weights, KV cache and workspaces; all sizes in bytes.
 #pragma once
 
 #include <cstddef>
+#include <map>
+#include <mutex>
 #include <utility>
+#include <vector>
 
 namespace flowprefill {
 
@@ -38,6 +41,25 @@ class Buffer {
   }
   void* memory_ = nullptr;
   size_t bytes_ = 0;
+};
+
+// Keeps buffers for the next run: fresh memory from the kernel costs more time than a short prompt's operators
+// (every page is cleared at its first touch). Thread: any.
+class BufferPool {
+ public:
+  // `kept_bytes`: most memory kept for later.
+  explicit BufferPool(size_t kept_bytes) : limit_(kept_bytes) {}
+
+  // Returns a buffer of at least `bytes`, content undefined. Throws std::bad_alloc.
+  Buffer take(size_t bytes);
+  // Takes a buffer back.
+  void give(Buffer buffer);
+
+ private:
+  std::mutex mutex_;
+  std::map<size_t, std::vector<Buffer>> kept_;  // by size
+  size_t kept_bytes_ = 0;
+  size_t limit_;
 };
 
 }  // namespace flowprefill

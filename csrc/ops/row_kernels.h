@@ -38,13 +38,13 @@ struct RowKernels {
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, T* out);
   // tile is [rows, 2 * cols] = gate | up (+ bias): out = silu(gate) * up.
   void (*swiglu)(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t ld_out);
-  // Rotates one head (halves convention) by cos/sin [dim / 2]; q rows are stored contiguously.
-  void (*rope_q)(const float* in, const RopeHead& head, const float* cos, const float* sin, T* out);
-  // Same for k, stored as column `slot` of a key block (see kv_layout.h).
-  void (*rope_k)(const float* in, const RopeHead& head, const float* cos, const float* sin,
-                 T* block, int slot, int block_tokens);
-  // Stores v as row `slot` of a value block.
-  void (*store_v)(const float* in, const float* bias, int dim, T* block, int slot);
+  // Rotates one head (halves convention) by cos/sin [dim / 2]; out is [dim].
+  void (*rope)(const float* in, const RopeHead& head, const float* cos, const float* sin, T* out);
+  // Stores `rows` rotated keys [rows, dim] as columns slot, slot + 1, ... of a key block (kv_cache.h).
+  void (*store_keys)(const T* keys, int rows, int dim, T* block, int slot, int block_tokens);
+  // Stores `rows` values (stride ld, plus bias if there is one) as rows slot, ... of a value block.
+  void (*store_values)(const float* in, int64_t ld, const float* bias, int rows, int dim, T* block,
+                       int slot);
   // One tile of the online softmax in base 2: updates max, sum, output; writes probabilities.
   void (*softmax)(const SoftmaxTile& tile, T* probabilities);
   // out[r, i] = output[r, i] / sum[r].

@@ -200,9 +200,9 @@ void Executor::take_mail() {
     return;
   }
   RunRef next = mailbox_.take();
-  // The newcomer is started before the current run is touched: if it was cancelled on its way, the
-  // current one goes on undisturbed.
-  if (!next || next == current_ || !begin(*next))
+  // The newcomer is started before the current run is touched: if it cannot be (it was cancelled on
+  // its way, or is the current run itself), the current one goes on undisturbed.
+  if (!next || !begin(*next))
     return;
   leave(current_->is_cancel_requested() ? RunState::kCancelled : RunState::kSuspended);
   current_ = std::move(next);
@@ -211,7 +211,7 @@ void Executor::take_mail() {
 bool Executor::begin(Run& run) {
   if (!run.transition(RunState::kReady, RunState::kRunning) &&
       !run.transition(RunState::kSuspended, RunState::kRunning)) {
-    return false;  // ended meanwhile
+    return false;  // it has ended, or is running already
   }
   num_started_.fetch_add(1, kRelaxed);
   is_fresh_ = true;
