@@ -127,5 +127,32 @@ TEST_F(EventQueueTest, concurrent_producers_lose_no_terminal_event_and_no_wake_u
   EXPECT_EQ(queue.num_dropped_suspensions(), 0u);
 }
 
+// Two events close together: the second arrives while the first one's consumer resets the
+// descriptor. Nothing else follows until both were taken, so a lost wake-up stays lost.
+TEST_F(EventQueueTest, event_during_the_reset_is_not_slept_on) {
+  constexpr uint64_t kRounds = 3000;
+  EventQueue queue;
+  std::atomic<uint64_t> num_taken{0};
+  std::jthread producer([&](const std::stop_token& stop) {
+    for (uint64_t round = 0; round < kRounds && !stop.stop_requested(); ++round) {
+      RunRef second = make(2 * round + 1);
+      queue.push(make(2 * round), kFinished, 0);
+      for (uint64_t spin = 0; spin < 40 * (round % 100); ++spin) {
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+      }
+      queue.push(std::move(second), kFinished, 0);
+      while (num_taken < 2 * (round + 1) && !stop.stop_requested()) {
+        std::this_thread::yield();
+      }
+    }
+  });
+  std::vector<Event> events;
+  while (num_taken < 2 * kRounds) {
+    ASSERT_TRUE(is_readable(queue, 5'000)) << "lost after " << num_taken;
+    events.clear();
+    num_taken += queue.pop_all(events);
+  }
+}
+
 }  // namespace
 }  // namespace flowprefill

@@ -1,7 +1,10 @@
 // Executor with a device that runs ahead: what is in flight, when it drains, whose error it is.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <deque>
+#include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -175,6 +178,29 @@ TEST_F(RunAheadTest, second_error_while_draining_after_the_first_is_told_too) {
   EXPECT_NE(run->error().find("failed: first; and while draining: second"), std::string::npos)
       << run->error();
   EXPECT_EQ(events_.size(), 1u);
+}
+
+// Cancels a run between the executor's decision to suspend it and the change of its state.
+class CancelWhileDraining : public Device {
+ public:
+  explicit CancelWhileDraining(std::function<void()> cancel) : cancel_(std::move(cancel)) {}
+  void drain() override { cancel_(); }
+
+ private:
+  const std::function<void()> cancel_;
+};
+
+TEST_F(RunAheadTest, cancel_accepted_while_suspending_ends_the_run) {
+  flowprefill::Run* self = nullptr;
+  start(std::make_unique<CancelWhileDraining>([&] { EXPECT_TRUE(executor_->cancel(*self)); }));
+  const RunRef run = make(1, 3, [&](size_t) { executor_->suspend(*self); });
+  self = run.get();
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_EQ(run->state(), kCancelled);
+  EXPECT_EQ(run->cursor(), 1u);
+  EXPECT_EQ(events_.back().kind, EventKind::kCancelled);
+  EXPECT_EQ(count(EventKind::kCancelled, 1), 1u);
 }
 
 class BrokenDevice : public Device {

@@ -281,6 +281,8 @@ TEST_F(ExecutorTest, cancel_during_the_last_segment_wins_over_finished) {
   EXPECT_EQ(run->state(), kCancelled);
   EXPECT_EQ(run->cursor(), 2u);
   EXPECT_EQ(events_.size(), 1u);
+  EXPECT_EQ(events_[0].kind, EventKind::kCancelled);
+  EXPECT_EQ(executor_->stats().num_finished, 0u);
 }
 
 TEST_F(ExecutorTest, cancel_and_dispatch_before_one_boundary_cancels_one_and_starts_the_other) {
