@@ -1,0 +1,167 @@
+"""Tiny random checkpoints of every family, and a plain runner of native runs; for the tests of this folder."""
+
+from __future__ import annotations
+
+import itertools
+import select
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from flowprefill import _core
+from flowprefill.config import Granularity
+from flowprefill.engine.native import load_model, native_plan
+from flowprefill.models.checkpoint import open_checkpoint
+from flowprefill.scheduling.cost_model import MachineRates
+
+Logits = npt.NDArray[np.float32]
+Piece = tuple[list[int], int, npt.NDArray[np.int32]]  # new tokens, context, block table
+
+CONFIGS: dict[str, type[transformers.PretrainedConfig]] = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+# Sizes that are no multiple of the kernels' blocks (16 rows, 32 and 64 columns).
+TINY = {
+    "vocab_size": 200,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 1024,
+    "pad_token_id": None,
+    "rope_theta": 10000.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# name -> (family, what differs from TINY)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-grouped": ("llama", {}),
+    "llama-multi-head": ("llama", {"num_key_value_heads": 4, "head_dim": 16, "hidden_size": 64}),
+    "llama-one-kv-head-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-head": ("llama", {"head_dim": 40, "vocab_size": 97, "intermediate_size": 34}),
+    "llama-rope-linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-rope-llama3": ("llama", {"rope_scaling": LLAMA3}),
+    "llama-rope-yarn": ("llama", {"rope_scaling": YARN}),
+    "mistral-window": ("mistral", {"sliding_window": 40}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-some-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3-biases-tied": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+}
+# Rates at which this machine would be so slow that every budget cuts everything up.
+SLOW = MachineRates(2e6, 1e6, 1e6, 1e-4)
+
+
+def tiny_model(case: str) -> transformers.PreTrainedModel:
+    """Random weights, biases and norms included, float32; deterministic."""
+    family, settings = CASES[case]
+    config = CONFIGS[family](**(TINY | settings))
+    config._attn_implementation = "eager"
+    torch.manual_seed(11)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name
+            parameter.copy_(torch.randn(parameter.shape) * (0.3 if is_norm else 0.12) + is_norm)
+    return model.eval()
+
+
+def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) -> Logits:
+    """Logits of every position by transformers, [tokens, vocab]."""
+    with torch.no_grad():
+        logits: Logits = model(torch.tensor([list(ids)])).logits[0].float().numpy()
+    return logits
+
+
+def plan(granularity: str, rates: MachineRates | None = None) -> dict[str, Any]:
+    """The planner's options; `budget:…` cuts as finely as it can unless rates are given."""
+    default = SLOW if granularity.startswith("budget") else MachineRates()
+    return native_plan(Granularity.parse(granularity), rates or default)
+
+
+class Runner:
+    """One native model with its cache and an executor of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str = "f32",
+        threads: int = 1,
+        block_tokens: int = 16,
+        blocks: int = 96,
+    ) -> None:
+        self.model = load_model(open_checkpoint(folder), dtype, threads)
+        self.model.allocate_cache(block_tokens, blocks)
+        self.block_tokens = block_tokens
+        self.blocks = blocks
+        self.executor = _core.Executor(threads)
+        self.executor.start()
+        self._ids = itertools.count(1)
+
+    def close(self) -> None:
+        """Stop the executor."""
+        self.executor.stop()
+
+    def tables(self, sizes: Sequence[int], seed: int = 0) -> list[npt.NDArray[np.int32]]:
+        """Disjoint block tables for sequences of so many tokens, blocks scattered at random."""
+        order = np.random.default_rng(seed).permutation(self.blocks).astype(np.int32)
+        tables, start = [], 0
+        for size in sizes:
+            count = -(-size // self.block_tokens)
+            tables.append(order[start : start + count])
+            start += count
+        assert start <= self.blocks, "the test asks for more blocks than there are"
+        return tables
+
+    def make(self, pieces: Sequence[Piece], options: dict[str, Any], **hooks: Any) -> _core.Run:
+        """Build the run that computes the pieces, packed."""
+        tokens = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _, _ in pieces])
+        sequences = [(len(ids), context, table) for ids, context, table in pieces]
+        return self.model.make_run(next(self._ids), tokens, sequences, options, **hooks)
+
+    def wait(self, run: _core.Run, *states: str) -> None:
+        """Sleep until the run is in one of the states."""
+        while run.state not in states:
+            select.select([self.executor.event_fd], [], [], 10.0)
+            self.executor.pop_events()
+
+    def execute(self, run: _core.Run) -> Logits:
+        """Execute a run to its end; returns its logits."""
+        self.executor.dispatch(run)
+        self.wait(run, "finished", "cancelled", "failed")
+        assert run.state == "finished", run.error
+        return _core.logits(run).copy()
+
+    def logits(self, pieces: Sequence[Piece], options: dict[str, Any]) -> Logits:
+        """Compute the pieces packed in one run; one row of logits per piece."""
+        return self.execute(self.make(pieces, options))
+
+    def prefill(self, ids: list[int], options: dict[str, Any], seed: int = 0) -> Logits:
+        """Logits after one whole prompt, in blocks of its own."""
+        return self.logits([(ids, 0, self.tables([len(ids)], seed)[0])], options)[0]
+
+
+def relative_error(got: Logits, wanted: Logits) -> float:
+    """Largest difference over the largest logit."""
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
