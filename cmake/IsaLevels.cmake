@@ -1,8 +1,9 @@
 # fp_add_isa_sources(target file...): compiles each file once per instruction set into `target`. Used by csrc/ops.
 #
 # One build has to run on every x86-64 machine and still use what the machine at hand offers. A file `x.isa.cc`
-# puts its functions into namespace FP_ISA_NAMESPACE (isa_baseline, isa_avx2, isa_avx512) and a dispatcher, an
-# ordinary file, calls one of them. FP_ISA_LEVELS tells it how many there are: 3 on x86-64, otherwise 1.
+# puts its functions into namespace FP_ISA_NAMESPACE (isa_baseline, isa_avx2, isa_avx512, isa_avx512bf16)
+# and a dispatcher, an ordinary file, calls one of them. FP_ISA_LEVELS tells it how many there are: 4 on x86-64,
+# otherwise 1.
 #
 # Such a file must not instantiate inline functions or templates that others instantiate too (std::vector, ATen):
 # the linker keeps one copy of each, perhaps the AVX-512 one, and an older machine would execute it. A test reads
@@ -10,12 +11,13 @@
 
 set(FP_ISA_NAMES baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND FP_ISA_NAMES avx2 avx512)
+  list(APPEND FP_ISA_NAMES avx2 avx512 avx512bf16)
 endif()
 list(LENGTH FP_ISA_NAMES FP_ISA_COUNT)
 
 set(FP_ISA_FLAGS_avx2 -march=x86-64-v3)
 set(FP_ISA_FLAGS_avx512 -march=x86-64-v4)
+set(FP_ISA_FLAGS_avx512bf16 -march=x86-64-v4 -mavx512bf16)
 
 # What lets sums be vectorised. Not -ffast-math: infinities and NaN keep their meaning (masks are -inf).
 set(FP_ISA_FLAGS

@@ -1,10 +1,13 @@
 // Binds models, the KV cache and the making of runs, for both element types behind one Python class.
+#include <cmath>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <variant>
 #include <vector>
 
 #include "bindings/module.h"
+#include "bindings/pausing_program.h"
 #include "model/transformer_program.h"
 
 namespace py = pybind11;
@@ -12,13 +15,51 @@ namespace py = pybind11;
 namespace flowprefill {
 namespace {
 
-using Int32Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+template <typename E>
+using Array = py::array_t<E, py::array::c_style | py::array::forcecast>;
+
+// Takes arrays of exactly this element type: a silent conversion would cut ids or compute on rounded weights.
+template <typename E>
+Array<E> array_of(const std::string& name, const py::handle& value) {
+  const std::string wanted = py::str(py::dtype::of<E>());
+  if (!py::isinstance<py::array>(value)) {
+    throw std::invalid_argument(name + ": got " + std::string(py::str(py::type::of(value).attr("__name__"))) +
+                                ", expected an array of " + wanted);
+  }
+  const auto array = py::reinterpret_borrow<py::array>(value);
+  if (!array.dtype().is(py::dtype::of<E>()) && !array.dtype().equal(py::dtype::of<E>())) {
+    throw std::invalid_argument(name + ": got an array of " + std::string(py::str(array.dtype())) +
+                                ", expected " + wanted);
+  }
+  return Array<E>(array);
+}
+
+std::vector<int32_t> ids_of(const std::string& name, const py::handle& value) {
+  const auto array = array_of<int32_t>(name, value);
+  if (array.ndim() != 1) {
+    throw std::invalid_argument(name + ": got " + std::to_string(array.ndim()) + " dimensions, expected 1");
+  }
+  return {array.data(), array.data() + array.size()};
+}
 
 template <typename V>
 V get(const py::dict& values, const char* key) {
-  if (!values.contains(key)) throw py::key_error(key);
-  return values[key].cast<V>();
+  if (!values.contains(key)) throw std::invalid_argument(std::string(key) + ": missing");
+  const py::object value = values[key];
+  try {
+    return value.cast<V>();
+  } catch (const py::cast_error&) {
+    throw std::invalid_argument(std::string(key) + ": got " + std::string(py::repr(value)) +
+                                ", which has the wrong type or range");
+  }
+}
+
+double get_positive(const py::dict& values, const char* key) {
+  const auto number = get<double>(values, key);
+  if (!(std::isfinite(number) && number > 0)) {
+    throw std::invalid_argument(std::string(key) + ": got " + std::to_string(number) + ", expected a number > 0");
+  }
+  return number;
 }
 
 ModelConfig config_from(const py::dict& d) {
@@ -51,28 +92,42 @@ PlanOptions options_from(const py::dict& d) {
   else if (kind == "chunk") o.granularity = Granularity::kChunk;
   else if (kind == "budget") o.granularity = Granularity::kBudget;
   else throw std::invalid_argument("granularity: got " + kind + ", expected none, layer, operator, chunk or budget");
-  o.budget_s = get<double>(d, "budget_s");
+  o.budget_s = get_positive(d, "budget_s");
   o.chunk_tokens = get<int32_t>(d, "chunk_tokens");
-  o.rates.gemm_flops_per_s = get<double>(d, "gemm_flops_per_s");
-  o.rates.attention_flops_per_s = get<double>(d, "attention_flops_per_s");
-  o.rates.weight_bytes_per_s = get<double>(d, "weight_bytes_per_s");
+  if (o.chunk_tokens < 1) {
+    throw std::invalid_argument("chunk_tokens: got " + std::to_string(o.chunk_tokens) + ", expected at least 1");
+  }
+  o.rates.gemm_flops_per_s = get_positive(d, "gemm_flops_per_s");
+  o.rates.attention_flops_per_s = get_positive(d, "attention_flops_per_s");
+  o.rates.weight_bytes_per_s = get_positive(d, "weight_bytes_per_s");
   o.rates.step_overhead_s = get<double>(d, "step_overhead_s");
   return o;
 }
 
 // sequences: (rows, context, block table) each.
-Batch batch_from(const Int32Array& tokens, const py::list& sequences) {
+Batch batch_from(const py::object& tokens, const py::list& sequences) {
   Batch batch;
-  batch.tokens.assign(tokens.data(), tokens.data() + tokens.size());
+  batch.tokens = ids_of("tokens", tokens);
   int32_t row = 0;
   for (const py::handle item : sequences) {
-    const auto entry = item.cast<py::tuple>();
-    const auto table = entry[2].cast<Int32Array>();
+    const std::string name = "sequence " + std::to_string(batch.sequences.size());
+    if (!py::isinstance<py::tuple>(item) || py::len(item) != 3) {
+      throw std::invalid_argument(name + ": expected a tuple of rows, context and block table");
+    }
+    const auto entry = py::reinterpret_borrow<py::tuple>(item);
     Sequence s;
     s.row_begin = row;
-    s.rows = entry[0].cast<int32_t>();
-    s.context = entry[1].cast<int32_t>();
-    s.block_table.assign(table.data(), table.data() + table.size());
+    try {
+      s.rows = entry[0].cast<int32_t>();
+      s.context = entry[1].cast<int32_t>();
+    } catch (const py::cast_error&) {
+      throw std::invalid_argument(name + ": rows and context: expected integers");
+    }
+    if (s.rows < 1 || s.rows > batch.rows() - row) {
+      throw std::invalid_argument(name + ": got " + std::to_string(s.rows) + " rows, expected 1.." +
+                                  std::to_string(batch.rows() - row) + ", those left of the tokens");
+    }
+    s.block_table = ids_of(name + ": block table", entry[2]);
     row += s.rows;
     batch.sequences.push_back(std::move(s));
   }
@@ -94,7 +149,8 @@ class Model {
     }
   }
 
-  void load(const std::string& name, const FloatArray& values) {
+  void load(const std::string& name, const py::object& object) {
+    const auto values = array_of<float>("tensor " + name, object);
     if (values.ndim() != 1 && values.ndim() != 2) {
       throw std::invalid_argument("tensor " + name + ": got " + std::to_string(values.ndim()) +
                                   " dimensions, expected 1 or 2");
@@ -129,19 +185,25 @@ class Model {
     if (cache_ != nullptr) cache_->zero(blocks);
   }
 
-  RunRef make(uint64_t id, const Int32Array& tokens, const py::list& sequences, const py::dict& plan,
-              int64_t fail_at) {
+  RunRef make(uint64_t id, const py::object& tokens, const py::list& sequences, const py::dict& plan,
+              int64_t fail_at, const std::unordered_set<size_t>& pause_at) {
     if (cache_ == nullptr) throw std::logic_error("allocate_cache() comes first");
     PlanOptions options = options_from(plan);
     options.threads = threads_;
     options.element_bytes = element_bytes();
     Batch batch = batch_from(tokens, sequences);
     py::gil_scoped_release release;
-    return make_run(id, std::visit(
-        [&]<typename T>(const std::shared_ptr<Weights<T>>& w) -> std::unique_ptr<Program> {
+    std::unique_ptr<LogitsProgram> program = std::visit(
+        [&]<typename T>(const std::shared_ptr<Weights<T>>& w) -> std::unique_ptr<LogitsProgram> {
           return std::make_unique<TransformerProgram<T>>(w, cache_, pool_, std::move(batch), options, fail_at);
         },
-        weights_));
+        weights_);
+    if (pause_at.empty()) return make_run(id, std::move(program));
+    auto pausing = std::make_unique<PausingProgram>(std::move(program), pause_at);
+    PausingProgram& attached = *pausing;
+    RunRef run = make_run(id, std::move(pausing));
+    attached.attach(*run);
+    return run;
   }
 
   size_t weight_bytes() const {
@@ -185,7 +247,7 @@ void bind_model(py::module_& m) {
       .def("bytes_per_block", &Model::bytes_per_block, py::arg("block_tokens"))
       .def("zero_blocks", &Model::zero_blocks, py::arg("blocks"))
       .def("make_run", &Model::make, py::arg("id"), py::arg("tokens"), py::arg("sequences"),
-           py::arg("plan"), py::arg("fail_at") = -1)
+           py::arg("plan"), py::arg("fail_at") = -1, py::arg("pause_at") = std::unordered_set<size_t>())
       .def_property_readonly("weight_bytes", &Model::weight_bytes);
   m.def("logits", &logits, py::arg("run"));
   m.def("live_workspace_bytes", &live_workspace_bytes);

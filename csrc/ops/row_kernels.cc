@@ -12,6 +12,7 @@ FP_DECLARE_ISA(isa_baseline)
 #if FP_ISA_LEVELS > 1
 FP_DECLARE_ISA(isa_avx2)
 FP_DECLARE_ISA(isa_avx512)
+FP_DECLARE_ISA(isa_avx512bf16)
 #endif
 #undef FP_DECLARE_ISA
 
@@ -29,6 +30,9 @@ Choice choose() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512cd")) {
+    if (__builtin_cpu_supports("avx512bf16")) {
+      return {"avx512bf16", &isa_avx512bf16::kRowKernelsF32, &isa_avx512bf16::kRowKernelsBf16};
+    }
     return {"avx512", &isa_avx512::kRowKernelsF32, &isa_avx512::kRowKernelsBf16};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -60,7 +60,7 @@ struct RowKernels {
 template <typename T>
 const RowKernels<T>& row_kernels();
 
-// "avx512", "avx2" or "baseline": what row_kernels() chose.
+// "avx512bf16", "avx512", "avx2" or "baseline": what row_kernels() chose.
 const char* row_kernel_isa();
 
 }  // namespace flowprefill

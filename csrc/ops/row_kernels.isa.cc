@@ -64,12 +64,24 @@ inline __m512 exp2_of(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 inline __mmask16 lanes(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1); }
-inline void store(__m512 value, __mmask16 mask, float* out) { _mm512_mask_storeu_ps(out, mask, value); }
+inline void store(__m512 value, __mmask16 mask, float* out) {
+  _mm512_mask_storeu_ps(out, mask, value);
+}
+// Narrowing in a register first: a narrowing store with a mask is slow on some processors.
 inline void store(__m512 value, __mmask16 mask, Bf16* out) {
+#ifdef __AVX512BF16__
+  const auto narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+#else
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  _mm512_mask_cvtepi32_storeu_epi16(out, mask, _mm512_srli_epi32(rounded, 16));
+  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+  if (mask == 0xffff) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow);
+  } else {
+    _mm256_mask_storeu_epi16(out, mask, narrow);
+  }
 }
 #endif
 
