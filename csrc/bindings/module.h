@@ -1,4 +1,5 @@
-// What the binding files share: one function per subject, called by module.cc. The only folder that knows Python.
+// What the binding files share: one function per subject, called by module.cc. The only folder that
+// knows Python.
 #pragma once
 
 #include <pybind11/numpy.h>

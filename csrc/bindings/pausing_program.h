@@ -1,5 +1,5 @@
-// PausingProgram: a program that suspends its own run at chosen boundaries; made by Model.make_run for the
-// tests that must stop a run at an exact place. Runs without such places never meet it.
+// PausingProgram: a program that suspends its own run at chosen boundaries; made by Model.make_run
+// for the tests that must stop a run at an exact place. Runs without such places never meet it.
 #pragma once
 
 #include <memory>
@@ -30,7 +30,8 @@ class PausingProgram final : public LogitsProgram {
 
   void execute(size_t i) override {
     program_->execute(i);
-    if (boundaries_.contains(i + 1)) run_->request_suspend();
+    if (boundaries_.contains(i + 1))
+      run_->request_suspend();
   }
 
  private:

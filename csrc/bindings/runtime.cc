@@ -19,7 +19,8 @@ class SpinProgram final : public Program {
   size_t size() const override { return segments_; }
   SegmentLabel label(size_t) const override { return {.op = "spin", .predicted_s = segment_s_}; }
   void execute(size_t i) override {
-    if (static_cast<int64_t>(i) == fail_at_) throw std::runtime_error("injected failure in spin");
+    if (static_cast<int64_t>(i) == fail_at_)
+      throw std::runtime_error("injected failure in spin");
     const int64_t end = now_ns() + static_cast<int64_t>(segment_s_ * 1e9);
     while (now_ns() < end) {
     }
@@ -74,9 +75,9 @@ py::tuple timeline(const Executor& executor, uint64_t since) {
   const TimelineSnapshot snapshot = executor.timeline().snapshot(since);
   py::list records;
   for (const TimelineRecord& r : snapshot.records) {
-    records.append(py::make_tuple(r.run_id, r.segment, r.label.op, r.label.layer, r.label.last_layer,
-                                  r.label.row_begin, r.label.row_end, r.label.predicted_s,
-                                  to_seconds(r.start_ns), to_seconds(r.end_ns)));
+    records.append(py::make_tuple(
+        r.run_id, r.segment, r.label.op, r.label.layer, r.label.last_layer, r.label.row_begin,
+        r.label.row_end, r.label.predicted_s, to_seconds(r.start_ns), to_seconds(r.end_ns)));
   }
   return py::make_tuple(records, snapshot.next, snapshot.num_lost);
 }
@@ -89,13 +90,15 @@ void bind_run(py::module_& m) {
       .def_property_readonly("num_segments", &Run::num_segments)
       .def_property_readonly("error", &Run::error)
       .def_property_readonly("remaining_s", &Run::remaining_predicted_s)
-      .def_property_readonly("live_bytes", [](const Run& r) { return r.program().live_bytes(r.cursor()); })
+      .def_property_readonly("live_bytes",
+                             [](const Run& r) { return r.program().live_bytes(r.cursor()); })
       .def("accounting", &accounting)
       .def("labels", [](const Run& run) {
         py::list out;
         for (size_t i = 0; i < run.num_segments(); ++i) {
           const SegmentLabel l = run.program().label(i);
-          out.append(py::make_tuple(l.op, l.layer, l.last_layer, l.row_begin, l.row_end, l.predicted_s));
+          out.append(
+              py::make_tuple(l.op, l.layer, l.last_layer, l.row_begin, l.row_end, l.predicted_s));
         }
         return out;
       });

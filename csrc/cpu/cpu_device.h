@@ -1,4 +1,5 @@
-// CpuDevice: the synchronous device; owns how the compute team's threads are set up. Used by csrc/bindings.
+// CpuDevice: the synchronous device; owns how the compute team's threads are set up. Used by
+// csrc/bindings.
 #pragma once
 
 #include "runtime/device.h"
@@ -7,8 +8,8 @@ namespace flowprefill {
 
 struct CpuDeviceOptions {
   int threads = 1;
-  // Run the team under SCHED_IDLE: the control plane never waits for a scheduler slice, but any other process of
-  // the machine goes first too.
+  // Run the team under SCHED_IDLE: the control plane never waits for a scheduler slice, but any
+  // other process of the machine goes first too.
   bool is_background = false;
 };
 

@@ -7,7 +7,8 @@ namespace flowprefill {
 namespace {
 
 void require(bool holds, const char* field, int64_t value, const char* allowed) {
-  if (holds) return;
+  if (holds)
+    return;
   throw std::invalid_argument(std::string(field) + ": got " + std::to_string(value) +
                               ", expected " + allowed);
 }
@@ -17,7 +18,8 @@ void require(bool holds, const char* field, int64_t value, const char* allowed) 
 void check(const ModelConfig& c) {
   require(c.vocab_size > 0, "vocab_size", c.vocab_size, "at least 1");
   require(c.num_layers > 0, "num_layers", c.num_layers, "at least 1");
-  require(c.hidden_size > 0 && c.hidden_size % 2 == 0, "hidden_size", c.hidden_size, "an even number");
+  require(c.hidden_size > 0 && c.hidden_size % 2 == 0, "hidden_size", c.hidden_size,
+          "an even number");
   require(c.intermediate_size > 0 && c.intermediate_size % 2 == 0, "intermediate_size",
           c.intermediate_size, "an even number");
   require(c.head_dim > 0 && c.head_dim % 2 == 0 && c.head_dim <= 512, "head_dim", c.head_dim,
@@ -26,8 +28,9 @@ void check(const ModelConfig& c) {
           "a divisor of num_heads");
   require(c.windows.size() == static_cast<size_t>(c.num_layers), "windows",
           static_cast<int64_t>(c.windows.size()), "one per layer");
-  require(c.inverse_frequencies.size() == static_cast<size_t>(c.head_dim / 2), "inverse_frequencies",
-          static_cast<int64_t>(c.inverse_frequencies.size()), "head_dim / 2 numbers");
+  require(c.inverse_frequencies.size() == static_cast<size_t>(c.head_dim / 2),
+          "inverse_frequencies", static_cast<int64_t>(c.inverse_frequencies.size()),
+          "head_dim / 2 numbers");
 }
 
 }  // namespace flowprefill

@@ -6,8 +6,8 @@
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kRowStep = 16;      // rows of a slice are a multiple of the matrix kernel's row block
-constexpr int32_t kEmbedRows = 512;   // embedding rows a step
+constexpr int32_t kRowStep = 16;  // rows of a slice are a multiple of the matrix kernel's row block
+constexpr int32_t kEmbedRows = 512;    // embedding rows a step
 constexpr double kEmbedRowS = 1.5e-6;  // embedding and rotary table of one row, one thread
 
 class Planner {
@@ -26,15 +26,18 @@ class Planner {
       begin_segment();
       add_prompt_rows(begin, std::min(begin + chunk, rows));
     }
-    if (!is_chunked) begin_segment_if(o_.granularity != Granularity::kNone);
+    if (!is_chunked)
+      begin_segment_if(o_.granularity != Granularity::kNone);
     add_head();
-    if (o_.granularity == Granularity::kBudget) merge();
+    if (o_.granularity == Granularity::kBudget)
+      merge();
     plan_.buffer_rows = std::min(tile_, rows);
     return std::move(plan_);
   }
 
  private:
-  // ---- cost of operators -------------------------------------------------------------------------------
+  // ---- cost of operators
+  // -------------------------------------------------------------------------------
 
   void sum_positions() {
     keys_before_.reserve(batch_.tokens.size() + 1);
@@ -56,21 +59,33 @@ class Planner {
     double pairs = static_cast<double>(keys_before_[static_cast<size_t>(end)] -
                                        keys_before_[static_cast<size_t>(begin)]);
     const int32_t window = c_.windows[static_cast<size_t>(layer)];
-    if (window > 0) pairs = std::min(pairs, static_cast<double>(window) * (end - begin));
+    if (window > 0)
+      pairs = std::min(pairs, static_cast<double>(window) * (end - begin));
     return pairs * 4.0 * c_.q_columns() / o_.rates.attention_flops_per_s;
   }
 
   double op_s(Op op, int32_t layer, int32_t begin, int32_t end) const {
     const int32_t rows = end - begin;
     switch (op) {
-      case Op::kEmbed: return rows * kEmbedRowS / o_.threads;
-      case Op::kQkv: return linear_s(c_.hidden_size, c_.qkv_columns(), rows);
-      case Op::kAttention: return attention_s(layer, begin, end);
-      case Op::kOutput: return linear_s(c_.q_columns(), c_.hidden_size, rows);
-      case Op::kGateUp: return linear_s(c_.hidden_size, 2 * int64_t{c_.intermediate_size}, rows);
-      case Op::kDown: return linear_s(c_.intermediate_size, c_.hidden_size, rows);
-      case Op::kHead: return linear_s(c_.hidden_size, int64_t{rows} * 64, sequences());
-      case Op::kAttnNorm: case Op::kRope: case Op::kMlpNorm: case Op::kFinalNorm: break;
+      case Op::kEmbed:
+        return rows * kEmbedRowS / o_.threads;
+      case Op::kQkv:
+        return linear_s(c_.hidden_size, c_.qkv_columns(), rows);
+      case Op::kAttention:
+        return attention_s(layer, begin, end);
+      case Op::kOutput:
+        return linear_s(c_.q_columns(), c_.hidden_size, rows);
+      case Op::kGateUp:
+        return linear_s(c_.hidden_size, 2 * int64_t{c_.intermediate_size}, rows);
+      case Op::kDown:
+        return linear_s(c_.intermediate_size, c_.hidden_size, rows);
+      case Op::kHead:
+        return linear_s(c_.hidden_size, int64_t{rows} * 64, sequences());
+      case Op::kAttnNorm:
+      case Op::kRope:
+      case Op::kMlpNorm:
+      case Op::kFinalNorm:
+        break;
     }
     return 0.0;  // row-wise work rides in the measured rate of the products beside it
   }
@@ -85,24 +100,33 @@ class Planner {
 
   int32_t sequences() const { return static_cast<int32_t>(batch_.sequences.size()); }
 
-  // ---- steps -------------------------------------------------------------------------------------------
+  // ---- steps
+  // -------------------------------------------------------------------------------------------
 
   void begin_segment() { plan_.segments.push_back(static_cast<uint32_t>(plan_.steps.size())); }
   void begin_segment_if(bool wanted) {
-    if (wanted) begin_segment();
+    if (wanted)
+      begin_segment();
   }
 
   void add(Op first, Op last, int32_t layer, int32_t begin, int32_t end) {
-    plan_.steps.push_back({.first = first, .last = last, .layer = layer, .row_begin = begin,
-                           .row_end = end, .base = base_,
-                           .predicted_s = o_.rates.step_overhead_s + range_s(first, last, layer, begin, end)});
+    plan_.steps.push_back(
+        {.first = first,
+         .last = last,
+         .layer = layer,
+         .row_begin = begin,
+         .row_end = end,
+         .base = base_,
+         .predicted_s = o_.rates.step_overhead_s + range_s(first, last, layer, begin, end)});
   }
 
-  // Rows of a tile: enough that each team member has rows of its own; with a budget, no single operator of a
-  // tile may exceed it as long as slices stay efficient (16 rows a member: measured 97 % of the peak rate).
+  // Rows of a tile: enough that each team member has rows of its own; with a budget, no single
+  // operator of a tile may exceed it as long as slices stay efficient (16 rows a member: measured
+  // 97 % of the peak rate).
   int32_t tile_rows() const {
     int32_t tile = kRowsPerMember * o_.threads;
-    if (o_.granularity != Granularity::kBudget) return tile;
+    if (o_.granularity != Granularity::kBudget)
+      return tile;
     const int32_t floor = kRowStep * o_.threads;
     while (tile > floor && range_s(Op::kGateUp, Op::kGateUp, 0, 0, tile) > o_.budget_s) {
       tile = std::max(floor, tile / 2);
@@ -122,9 +146,12 @@ class Planner {
       for (int32_t row = begin; row < end; row += tile_) {
         base_ = row;
         const int32_t stop = std::min(row + tile_, end);
-        if (is_operator) add_operators(layer, row, stop);
-        else if (is_budget) add_within_budget(layer, row, stop);
-        else add(Op::kAttnNorm, Op::kDown, layer, row, stop);
+        if (is_operator)
+          add_operators(layer, row, stop);
+        else if (is_budget)
+          add_within_budget(layer, row, stop);
+        else
+          add(Op::kAttnNorm, Op::kDown, layer, row, stop);
       }
     }
   }
@@ -169,7 +196,8 @@ class Planner {
   // Most rows from `row` whose attention fits the budget, in equal slices of whole row blocks.
   int32_t attention_rows(int32_t layer, int32_t row, int32_t end) const {
     const double total = attention_s(layer, row, end);
-    if (total <= o_.budget_s) return end - row;
+    if (total <= o_.budget_s)
+      return end - row;
     const auto slices = static_cast<int32_t>(total / o_.budget_s) + 1;
     const int32_t rows = (end - row + slices - 1) / slices;
     return std::max(kRowStep, rows / kRowStep * kRowStep);
@@ -182,7 +210,8 @@ class Planner {
     int32_t slice = blocks;
     if (o_.granularity == Granularity::kBudget) {
       const double one = op_s(Op::kHead, 0, 0, blocks) / blocks;
-      slice = std::clamp(static_cast<int32_t>(o_.budget_s / one), 8 * o_.threads, std::max(blocks, 8 * o_.threads));
+      slice = std::clamp(static_cast<int32_t>(o_.budget_s / one), 8 * o_.threads,
+                         std::max(blocks, 8 * o_.threads));
     }
     for (int32_t block = 0; block < blocks; block += slice) {
       begin_segment_if(block > 0);
@@ -197,7 +226,8 @@ class Planner {
     for (size_t i = 0; i < plan_.segments.size(); ++i) {
       const size_t end = i + 1 < plan_.segments.size() ? plan_.segments[i + 1] : plan_.steps.size();
       double cost = 0;
-      for (size_t s = plan_.segments[i]; s < end; ++s) cost += plan_.steps[s].predicted_s;
+      for (size_t s = plan_.segments[i]; s < end; ++s)
+        cost += plan_.steps[s].predicted_s;
       if (merged.empty() || filled + cost > o_.budget_s) {
         merged.push_back(plan_.segments[i]);
         filled = 0;
@@ -220,7 +250,7 @@ class Planner {
 
 const char* op_name(Op op) {
   constexpr std::array<const char*, 11> kNames = {
-      "embed", "attn_norm", "qkv_proj", "rope", "attention", "o_proj",
+      "embed",    "attn_norm",    "qkv_proj",  "rope",       "attention", "o_proj",
       "mlp_norm", "gate_up_proj", "down_proj", "final_norm", "lm_head"};
   return kNames[static_cast<size_t>(op)];
 }

@@ -1,9 +1,10 @@
-// The planner: cuts a batch's work into steps and groups steps into segments. Called by the program builder.
+// The planner: cuts a batch's work into steps and groups steps into segments. Called by the program
+// builder.
 //
-// A step is a range of operators of one layer over one range of rows. Inside a layer everything but attention
-// is row-wise, and attention of rows [a, b) reads keys of rows < b only; so tiles of rows go through a whole
-// layer one after another, each while its activations are in cache. All granularities are orders and groupings
-// of the same operators.
+// A step is a range of operators of one layer over one range of rows. Inside a layer everything but
+// attention is row-wise, and attention of rows [a, b) reads keys of rows < b only; so tiles of rows
+// go through a whole layer one after another, each while its activations are in cache. All
+// granularities are orders and groupings of the same operators.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,17 @@
 namespace flowprefill {
 
 enum class Op : uint8_t {
-  kEmbed, kAttnNorm, kQkv, kRope, kAttention, kOutput, kMlpNorm, kGateUp, kDown, kFinalNorm, kHead
+  kEmbed,
+  kAttnNorm,
+  kQkv,
+  kRope,
+  kAttention,
+  kOutput,
+  kMlpNorm,
+  kGateUp,
+  kDown,
+  kFinalNorm,
+  kHead
 };
 const char* op_name(Op op);
 
@@ -29,7 +40,8 @@ struct Step {
   double predicted_s = 0;
 };
 
-// Measured speed of this machine for this model (flowprefill/scheduling/cost_model.py has the formula).
+// Measured speed of this machine for this model (flowprefill/scheduling/cost_model.py has the
+// formula).
 struct MachineRates {
   double gemm_flops_per_s = 1e11;
   double attention_flops_per_s = 5e10;
@@ -41,7 +53,7 @@ enum class Granularity : uint8_t { kNone, kLayer, kOperator, kChunk, kBudget };
 
 struct PlanOptions {
   Granularity granularity = Granularity::kBudget;
-  double budget_s = 2e-3;     // kBudget: longest wanted segment
+  double budget_s = 2e-3;      // kBudget: longest wanted segment
   int32_t chunk_tokens = 512;  // kChunk
   int32_t threads = 1;
   int32_t element_bytes = 2;
@@ -54,8 +66,8 @@ struct Plan {
   int32_t buffer_rows = 0;         // rows the tile buffers must hold
 };
 
-// Rows from which a team member gets rows of its own (below, members share columns): the weights are then
-// read once per this many rows and member.
+// Rows from which a team member gets rows of its own (below, members share columns): the weights
+// are then read once per this many rows and member.
 inline constexpr int32_t kRowsPerMember = 64;
 
 Plan make_plan(const ModelConfig& config, const Batch& batch, const PlanOptions& options);

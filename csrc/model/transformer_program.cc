@@ -11,13 +11,15 @@
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kRowChunk = 32;      // rows a member takes at once where rows are shared out
-constexpr int32_t kRowOpChunk = 4;     // the same for norms and rope alone
+constexpr int32_t kRowChunk = 32;   // rows a member takes at once where rows are shared out
+constexpr int32_t kRowOpChunk = 4;  // the same for norms and rope alone
 constexpr double kLog2E = 1.4426950408889634;
 
 std::atomic<size_t> live_workspace{0};
 
-[[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
+[[noreturn]] void invalid(const std::string& message) {
+  throw std::invalid_argument(message);
+}
 
 bool is_row_op(Op op) {
   return op == Op::kEmbed || op == Op::kAttnNorm || op == Op::kRope || op == Op::kMlpNorm ||
@@ -30,7 +32,9 @@ const float* pointer_or_null(const std::vector<float>& values, int64_t offset = 
 
 }  // namespace
 
-size_t live_workspace_bytes() { return live_workspace.load(std::memory_order_relaxed); }
+size_t live_workspace_bytes() {
+  return live_workspace.load(std::memory_order_relaxed);
+}
 
 template <typename T>
 TransformerProgram<T>::TransformerProgram(std::shared_ptr<const Weights<T>> weights,
@@ -52,7 +56,8 @@ TransformerProgram<T>::TransformerProgram(std::shared_ptr<const Weights<T>> weig
 template <typename T>
 TransformerProgram<T>::~TransformerProgram() {
   live_workspace.fetch_sub(workspace_bytes(), std::memory_order_relaxed);
-  for (Buffer* buffer : {&hidden_, &rotary_, &normed_, &qkv_, &q_, &context_, &gated_, &last_, &logits_}) {
+  for (Buffer* buffer :
+       {&hidden_, &rotary_, &normed_, &qkv_, &q_, &context_, &gated_, &last_, &logits_}) {
     pool_->give(std::move(*buffer));
   }
 }
@@ -64,13 +69,18 @@ void TransformerProgram<T>::check_batch() const {
   for (size_t i = 0; i < batch_.sequences.size(); ++i) {
     const Sequence& s = batch_.sequences[i];
     const std::string name = "sequence " + std::to_string(i) + ": ";
-    if (s.rows < 1) invalid(name + "got no tokens, expected at least 1");
-    if (s.row_begin != row || s.context < 0) invalid(name + "rows are not packed one after another");
+    if (s.rows < 1)
+      invalid(name + "got no tokens, expected at least 1");
+    if (s.row_begin != row)
+      invalid(name + "rows are not packed one after another");
+    if (s.context < 0)
+      invalid(name + "context: got " + std::to_string(s.context) + ", expected at least 0");
     row += s.rows;
-    const int64_t needed = (int64_t{s.context} + s.rows + shape.block_tokens - 1) / shape.block_tokens;
+    const int64_t needed =
+        (int64_t{s.context} + s.rows + shape.block_tokens - 1) / shape.block_tokens;
     if (static_cast<int64_t>(s.block_table.size()) < needed) {
-      invalid(name + "got " + std::to_string(s.block_table.size()) + " KV blocks, expected at least " +
-              std::to_string(needed));
+      invalid(name + "got " + std::to_string(s.block_table.size()) +
+              " KV blocks, expected at least " + std::to_string(needed));
     }
     for (const int32_t block : s.block_table) {
       if (block < 0 || block >= shape.blocks) {
@@ -79,7 +89,8 @@ void TransformerProgram<T>::check_batch() const {
       }
     }
   }
-  if (row != batch_.rows() || row == 0) invalid("batch: the sequences' rows are not the tokens");
+  if (row != batch_.rows() || row == 0)
+    invalid("batch: the sequences' rows are not the tokens");
   for (const int32_t token : batch_.tokens) {
     if (token < 0 || token >= c_.vocab_size) {
       invalid("token id: got " + std::to_string(token) + ", expected 0.." +
@@ -155,21 +166,24 @@ void TransformerProgram<T>::execute(size_t i) {
   }
 }
 
-// ---- steps -----------------------------------------------------------------------------------------------
+// ---- steps
+// -----------------------------------------------------------------------------------------------
 
 template <typename T>
 void TransformerProgram<T>::execute_step(const Step& step) {
   if (step.first < Op::kAttention) {
     execute_chain(step, step.first, std::min(step.last, Op::kRope));
   }
-  if (step.first <= Op::kAttention && step.last >= Op::kAttention) attention(step);
+  if (step.first <= Op::kAttention && step.last >= Op::kAttention)
+    attention(step);
   if (step.last > Op::kAttention) {
     execute_chain(step, std::max(step.first, Op::kOutput), step.last);
   }
 }
 
-// Row-wise operators: with rows enough for all, each member takes its rows through the whole chain and no
-// one waits in between; else all share every operator's columns, so that weights are read once.
+// Row-wise operators: with rows enough for all, each member takes its rows through the whole chain
+// and no one waits in between; else all share every operator's columns, so that weights are read
+// once.
 template <typename T>
 void TransformerProgram<T>::execute_chain(const Step& step, Op first, Op last) {
   const int32_t rows = step.row_end - step.row_begin;
@@ -184,7 +198,8 @@ void TransformerProgram<T>::execute_chain(const Step& step, Op first, Op last) {
     const int32_t begin = step.row_begin + static_cast<int32_t>(chunk) * kRowChunk;
     const Rows mine{begin, std::min(begin + kRowChunk, step.row_end)};
     for (auto op = static_cast<uint8_t>(first); op <= static_cast<uint8_t>(last); ++op) {
-      execute_op(step, static_cast<Op>(op), mine, 0, column_blocks(static_cast<Op>(op), step.layer));
+      execute_op(step, static_cast<Op>(op), mine, 0,
+                 column_blocks(static_cast<Op>(op), step.layer));
     }
   });
 }
@@ -211,44 +226,61 @@ void TransformerProgram<T>::execute_shared(const Step& step, Op op) {
 
 template <typename T>
 int64_t TransformerProgram<T>::column_blocks(Op op, int32_t layer) const {
-  if (is_row_op(op)) return 0;
+  if (is_row_op(op))
+    return 0;
   const LayerWeights<T>& w = weights_->layer(layer);
   switch (op) {
-    case Op::kQkv: return w.qkv.blocks();
-    case Op::kOutput: return w.o.blocks();
-    case Op::kGateUp: return w.gate_up.blocks();
-    default: return w.down.blocks();
+    case Op::kQkv:
+      return w.qkv.blocks();
+    case Op::kOutput:
+      return w.o.blocks();
+    case Op::kGateUp:
+      return w.gate_up.blocks();
+    default:
+      return w.down.blocks();
   }
 }
 
 template <typename T>
-void TransformerProgram<T>::execute_op(const Step& step, Op op, Rows rows, int64_t begin, int64_t end) {
+void TransformerProgram<T>::execute_op(const Step& step, Op op, Rows rows, int64_t begin,
+                                       int64_t end) {
   switch (op) {
-    case Op::kEmbed: return embed(rows);
-    case Op::kAttnNorm: return norm(weights_->layer(step.layer).attn_norm, step, rows);
+    case Op::kEmbed:
+      return embed(rows);
+    case Op::kAttnNorm:
+      return norm(weights_->layer(step.layer).attn_norm, step, rows);
     case Op::kQkv:
-      return weights_->layer(step.layer).qkv.multiply(
-          begin, end, rows.end - rows.begin, tile(normed_, step, rows.begin, c_.hidden_size),
-          c_.hidden_size, qkv_.as<float>() + int64_t{rows.begin - step.base} * c_.qkv_columns(),
-          c_.qkv_columns(), false);
-    case Op::kRope: return rope(step, rows);
+      return weights_->layer(step.layer)
+          .qkv.multiply(begin, end, rows.end - rows.begin,
+                        tile(normed_, step, rows.begin, c_.hidden_size), c_.hidden_size,
+                        qkv_.as<float>() + int64_t{rows.begin - step.base} * c_.qkv_columns(),
+                        c_.qkv_columns(), false);
+    case Op::kRope:
+      return rope(step, rows);
     case Op::kOutput: {
       const LayerWeights<T>& w = weights_->layer(step.layer);
-      return add_projection(w.o, w.o_bias, tile(context_, step, rows.begin, c_.q_columns()), rows, begin, end);
-    }
-    case Op::kMlpNorm: return norm(weights_->layer(step.layer).mlp_norm, step, rows);
-    case Op::kGateUp: return gate_up(step, rows, begin, end);
-    case Op::kDown: {
-      const LayerWeights<T>& w = weights_->layer(step.layer);
-      return add_projection(w.down, w.down_bias, tile(gated_, step, rows.begin, c_.intermediate_size), rows,
+      return add_projection(w.o, w.o_bias, tile(context_, step, rows.begin, c_.q_columns()), rows,
                             begin, end);
     }
-    case Op::kFinalNorm: return final_norm(rows);
-    case Op::kAttention: case Op::kHead: break;  // shared out by themselves
+    case Op::kMlpNorm:
+      return norm(weights_->layer(step.layer).mlp_norm, step, rows);
+    case Op::kGateUp:
+      return gate_up(step, rows, begin, end);
+    case Op::kDown: {
+      const LayerWeights<T>& w = weights_->layer(step.layer);
+      return add_projection(w.down, w.down_bias,
+                            tile(gated_, step, rows.begin, c_.intermediate_size), rows, begin, end);
+    }
+    case Op::kFinalNorm:
+      return final_norm(rows);
+    case Op::kAttention:
+    case Op::kHead:
+      break;  // shared out by themselves
   }
 }
 
-// ---- operators -------------------------------------------------------------------------------------------
+// ---- operators
+// -------------------------------------------------------------------------------------------
 
 template <typename T>
 void TransformerProgram<T>::embed(Rows rows) {
@@ -300,8 +332,10 @@ void TransformerProgram<T>::rotate_queries(const Step& step, Rows rows) {
     for (int32_t h = 0; h < c_.num_heads; ++h) {
       row_kernels<T>().rope(in + h * dim,
                             {.bias = pointer_or_null(w.qkv_bias, int64_t{h} * dim),
-                             .norm_weight = pointer_or_null(w.q_norm), .norm_eps = c_.rms_eps,
-                             .scale = softmax_scale, .dim = dim},
+                             .norm_weight = pointer_or_null(w.q_norm),
+                             .norm_eps = c_.rms_eps,
+                             .scale = softmax_scale,
+                             .dim = dim},
                             cos, cos + dim / 2, q + h * dim);
     }
   }
@@ -323,28 +357,35 @@ void TransformerProgram<T>::store_keys_and_values(const Step& step, Rows rows, c
   for (int32_t h = 0; h < c_.num_kv_heads; ++h) {
     const int64_t k = c_.q_columns() + int64_t{h} * dim;
     const int64_t v = k + c_.kv_columns();
-    const RopeHead head{.bias = pointer_or_null(w.qkv_bias, k), .norm_weight = pointer_or_null(w.k_norm),
-                        .norm_eps = c_.rms_eps, .scale = 1.0f, .dim = dim};
+    const RopeHead head{.bias = pointer_or_null(w.qkv_bias, k),
+                        .norm_weight = pointer_or_null(w.k_norm),
+                        .norm_eps = c_.rms_eps,
+                        .scale = 1.0f,
+                        .dim = dim};
     for (int32_t r = 0; r < count; ++r) {
       const float* cos = rotary_.as<float>() + int64_t{rows.begin + r} * dim;
-      kernels.rope(qkv_row(step, rows.begin + r) + k, head, cos, cos + dim / 2, keys.data() + r * dim);
+      kernels.rope(qkv_row(step, rows.begin + r) + k, head, cos, cos + dim / 2,
+                   keys.data() + r * dim);
     }
     kernels.store_keys(keys.data(), count, dim, cache_->template key<T>(step.layer, block, h), slot,
                        block_tokens);
-    kernels.store_values(qkv_row(step, rows.begin) + v, c_.qkv_columns(), pointer_or_null(w.qkv_bias, v),
-                         count, dim, cache_->template value<T>(step.layer, block, h), slot);
+    kernels.store_values(qkv_row(step, rows.begin) + v, c_.qkv_columns(),
+                         pointer_or_null(w.qkv_bias, v), count, dim,
+                         cache_->template value<T>(step.layer, block, h), slot);
   }
 }
 
 // hidden[rows] += input * W (+ bias): the product accumulates into the residual stream.
 template <typename T>
-void TransformerProgram<T>::add_projection(const PackedLinear<T>& linear, const std::vector<float>& bias,
-                                           const T* input, Rows rows, int64_t begin, int64_t end) {
+void TransformerProgram<T>::add_projection(const PackedLinear<T>& linear,
+                                           const std::vector<float>& bias, const T* input,
+                                           Rows rows, int64_t begin, int64_t end) {
   if (!bias.empty()) {
     const int64_t first = begin * kPackColumns;
     const int64_t last = std::min<int64_t>(end * kPackColumns, linear.columns());
     for (int32_t row = rows.begin; row < rows.end; ++row) {
-      for (int64_t i = first; i < last; ++i) hidden(row)[i] += bias[static_cast<size_t>(i)];
+      for (int64_t i = first; i < last; ++i)
+        hidden(row)[i] += bias[static_cast<size_t>(i)];
     }
   }
   linear.multiply(begin, end, rows.end - rows.begin, input, linear.depth(), hidden(rows.begin),
@@ -365,9 +406,10 @@ void TransformerProgram<T>::gate_up(const Step& step, Rows rows, int64_t begin, 
     }
     w.gate_up.multiply_block(block, count, tile(normed_, step, rows.begin, c_.hidden_size),
                              c_.hidden_size, product.data(), width, bias != nullptr);
-    row_kernels<T>().swiglu(product.data(), width, count, static_cast<int>(width / 2),
-                            tile(gated_, step, rows.begin, c_.intermediate_size) + block * kGateColumns,
-                            c_.intermediate_size);
+    row_kernels<T>().swiglu(
+        product.data(), width, count, static_cast<int>(width / 2),
+        tile(gated_, step, rows.begin, c_.intermediate_size) + block * kGateColumns,
+        c_.intermediate_size);
   }
   brgemm_end<T>();
 }
@@ -382,15 +424,20 @@ void TransformerProgram<T>::attention(const Step& step) {
     const Sequence& s = sequence_of(row);
     const int32_t end = std::min({step.row_end, s.row_begin + s.rows, row + item_rows});
     for (int32_t h = 0; h < c_.num_kv_heads; ++h) {
-      items.push_back({.row = row - step.base, .rows = end - row,
-                       .position = s.context + (row - s.row_begin), .kv_head = h,
+      items.push_back({.row = row - step.base,
+                       .rows = end - row,
+                       .position = s.context + (row - s.row_begin),
+                       .kv_head = h,
                        .block_table = s.block_table.data()});
     }
     row = end;
   }
-  const AttentionArgs<T> args{.cache = cache_.get(), .layer = step.layer, .num_heads = c_.num_heads,
+  const AttentionArgs<T> args{.cache = cache_.get(),
+                              .layer = step.layer,
+                              .num_heads = c_.num_heads,
                               .window = c_.windows[static_cast<size_t>(step.layer)],
-                              .q = q_.as<T>(), .out = context_.as<T>()};
+                              .q = q_.as<T>(),
+                              .out = context_.as<T>()};
   team_for(threads_, static_cast<int64_t>(items.size()),
            [&](int64_t i) { attend(args, items[static_cast<size_t>(i)]); });
 }
@@ -400,7 +447,8 @@ void TransformerProgram<T>::final_norm(Rows sequences) {
   for (int32_t i = sequences.begin; i < sequences.end; ++i) {
     const Sequence& s = batch_.sequences[static_cast<size_t>(i)];
     row_kernels<T>().rms_norm(hidden(s.row_begin + s.rows - 1), weights_->final_norm().data(),
-                              c_.hidden_size, c_.rms_eps, last_.as<T>() + int64_t{i} * c_.hidden_size);
+                              c_.hidden_size, c_.rms_eps,
+                              last_.as<T>() + int64_t{i} * c_.hidden_size);
   }
 }
 

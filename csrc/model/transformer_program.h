@@ -1,5 +1,6 @@
-// TransformerProgram: the program of one batch on one model — plan, workspace, and the operators' execution.
-// Built by the engine through csrc/bindings, executed by the executor segment by segment.
+// TransformerProgram: the program of one batch on one model — plan, workspace, and the operators'
+// execution. Built by the engine through csrc/bindings, executed by the executor segment by
+// segment.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,9 @@ size_t live_workspace_bytes();
 template <typename T>
 class TransformerProgram final : public LogitsProgram {
  public:
-  // Throws std::invalid_argument naming what does not fit: a token outside the vocabulary, a block table too
-  // short or with a block the cache has not, an empty sequence. fail_at >= 0 makes that segment throw (tests).
+  // Throws std::invalid_argument naming what does not fit: a token outside the vocabulary, a block
+  // table too short or with a block the cache has not, an empty sequence. fail_at >= 0 makes that
+  // segment throw (tests).
   TransformerProgram(std::shared_ptr<const Weights<T>> weights, std::shared_ptr<KvCache> cache,
                      std::shared_ptr<BufferPool> pool, Batch batch, const PlanOptions& options,
                      int64_t fail_at = -1);
@@ -62,7 +64,8 @@ class TransformerProgram final : public LogitsProgram {
   void execute_shared(const Step& step, Op op);
   int64_t column_blocks(Op op, int32_t layer) const;
 
-  // One operator over `rows` and column blocks [begin, end) of its output (row operators ignore them).
+  // One operator over `rows` and column blocks [begin, end) of its output (row operators ignore
+  // them).
   void execute_op(const Step& step, Op op, Rows rows, int64_t begin, int64_t end);
   void embed(Rows rows);
   void norm(const std::vector<float>& weight, const Step& step, Rows rows);
@@ -97,8 +100,8 @@ class TransformerProgram final : public LogitsProgram {
   const int64_t fail_at_;
   std::vector<int32_t> sequence_of_row_;
 
-  // The workspace. The residual stream stays in float: rounding it to bf16 at every layer costs more accuracy
-  // than everything else together.
+  // The workspace. The residual stream stays in float: rounding it to bf16 at every layer costs
+  // more accuracy than everything else together.
   Buffer hidden_;   // float [rows, hidden]
   Buffer rotary_;   // float [rows, head_dim]: cos | sin
   Buffer normed_;   // T [tile, hidden]

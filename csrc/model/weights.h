@@ -1,7 +1,10 @@
-// Weights: a model's tensors, packed as they arrive. Filled by the bindings at load, then read-only.
+// Weights: a model's tensors, packed as they arrive. Filled by the bindings at load, then
+// read-only.
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -11,7 +14,8 @@
 
 namespace flowprefill {
 
-// Gate and up columns alternate in runs of this many, so that one product block holds both halves of SwiGLU.
+// Gate and up columns alternate in runs of this many, so that one product block holds both halves
+// of SwiGLU.
 inline constexpr int32_t kGateColumns = kPackColumns / 2;
 
 template <typename T>
@@ -26,8 +30,9 @@ class Weights {
  public:
   Weights(ModelConfig config, int threads);
 
-  // Takes one tensor by its canonical name ("layers.3.q", "embed", ...): float, row-major, rows * columns
-  // values (columns 1 for vectors). Throws std::invalid_argument for an unknown name or a wrong shape.
+  // Takes one tensor by its canonical name ("layers.3.q", "embed", ...): float, row-major, rows *
+  // columns values (columns 1 for vectors). Throws std::invalid_argument for an unknown name or a
+  // wrong shape.
   void load(const std::string& name, const float* values, int64_t rows, int64_t columns);
 
   // Checks that everything has arrived; throws std::invalid_argument naming what is missing.
@@ -43,8 +48,17 @@ class Weights {
   size_t bytes() const;
 
  private:
-  void load_layer(LayerWeights<T>& layer, const std::string& name, const float* values, int64_t rows,
-                  int64_t columns);
+  using Order = std::function<int64_t(int64_t)>;
+  struct Place {
+    PackedLinear<T>* matrix;     // or
+    std::vector<float>* vector;  // whichever it is
+    int64_t rows;                // of the tensor
+    Order order;                 // its row -> column of the matrix, element of the vector
+  };
+
+  std::map<std::string, Place> places(LayerWeights<T>& layer);
+  void load_layer(LayerWeights<T>& layer, const std::string& name, const float* values,
+                  int64_t rows, int64_t columns);
   void load_embedding(const float* values);
   int64_t gate_up_column(int64_t index, bool is_up) const;
 

@@ -9,7 +9,8 @@
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kTileKeys = 256;   // keys per softmax tile: scores and probabilities stay in the L2 cache
+constexpr int32_t kTileKeys =
+    256;  // keys per softmax tile: scores and probabilities stay in the L2 cache
 constexpr int32_t kTargetRows = 96;  // query rows times heads per item
 
 template <typename T>
@@ -35,12 +36,16 @@ struct Scratch {
   }
 };
 
-// The products of one item; rows are ordered [head][row] and padded to a multiple of 16 (padding stays masked).
+// The products of one item; rows are ordered [head][row] and padded to a multiple of 16 (padding
+// stays masked).
 template <typename T>
 class Attender {
  public:
   Attender(const AttentionArgs<T>& args, const AttentionItem& item, Scratch<T>& scratch)
-      : args_(args), item_(item), s_(scratch), dim_(args.cache->shape().head_dim),
+      : args_(args),
+        item_(item),
+        s_(scratch),
+        dim_(args.cache->shape().head_dim),
         block_tokens_(args.cache->shape().block_tokens),
         group_(args.num_heads / args.cache->shape().kv_heads) {
     live_ = item.rows * group_;
@@ -80,20 +85,31 @@ class Attender {
   }
 
   void process_tile(int32_t key, int32_t keys) {
-    const Block<T> scores{.n = block_tokens_, .k = dim_, .lda = dim_, .ldb = block_tokens_,
-                          .ldc = keys, .add = false};
+    const Block<T> scores{.n = block_tokens_,
+                          .k = dim_,
+                          .lda = dim_,
+                          .ldb = block_tokens_,
+                          .ldc = keys,
+                          .add = false};
     for (int32_t k = 0; k < keys; k += block_tokens_) {
       const int32_t block = item_.block_table[(key + k) / block_tokens_];
-      brgemm(scores, rows_, s_.q.data(), args_.cache->template key<T>(args_.layer, block, item_.kv_head),
-             s_.scores.data() + k);
+      brgemm(scores, rows_, s_.q.data(),
+             args_.cache->template key<T>(args_.layer, block, item_.kv_head), s_.scores.data() + k);
     }
     mask(key);
-    row_kernels<T>().softmax(
-        {.scores = s_.scores.data(), .ld = keys, .rows = rows_, .cols = keys,
-         .valid_lo = s_.valid_lo.data(), .valid_hi = s_.valid_hi.data(), .row_max = s_.row_max.data(),
-         .row_sum = s_.row_sum.data(), .output = s_.output.data(), .dim = dim_},
-        s_.probabilities.data());
-    const Block<T> values{.n = dim_, .k = block_tokens_, .lda = keys, .ldb = dim_, .ldc = dim_, .add = true};
+    row_kernels<T>().softmax({.scores = s_.scores.data(),
+                              .ld = keys,
+                              .rows = rows_,
+                              .cols = keys,
+                              .valid_lo = s_.valid_lo.data(),
+                              .valid_hi = s_.valid_hi.data(),
+                              .row_max = s_.row_max.data(),
+                              .row_sum = s_.row_sum.data(),
+                              .output = s_.output.data(),
+                              .dim = dim_},
+                             s_.probabilities.data());
+    const Block<T> values{
+        .n = dim_, .k = block_tokens_, .lda = keys, .ldb = dim_, .ldc = dim_, .add = true};
     for (int32_t k = 0; k < keys; k += block_tokens_) {
       const int32_t block = item_.block_table[(key + k) / block_tokens_];
       brgemm(values, rows_, s_.probabilities.data() + k,
@@ -106,7 +122,8 @@ class Attender {
     for (int32_t i = 0; i < live_; ++i) {
       const int32_t position = item_.position + i % item_.rows;
       s_.valid_hi[static_cast<size_t>(i)] = position + 1 - key;
-      s_.valid_lo[static_cast<size_t>(i)] = args_.window > 0 ? position + 1 - args_.window - key : 0;
+      s_.valid_lo[static_cast<size_t>(i)] =
+          args_.window > 0 ? position + 1 - args_.window - key : 0;
     }
   }
 
@@ -116,8 +133,8 @@ class Attender {
       const int64_t head = int64_t{item_.kv_head} * group_ + h;
       const int64_t first = int64_t{h} * item_.rows;
       row_kernels<T>().normalise(s_.output.data() + first * dim_, s_.row_sum.data() + first,
-                                 item_.rows, dim_, args_.out + int64_t{item_.row} * ld + head * dim_,
-                                 ld);
+                                 item_.rows, dim_,
+                                 args_.out + int64_t{item_.row} * ld + head * dim_, ld);
     }
   }
 

@@ -10,7 +10,7 @@ namespace flowprefill {
 
 // One piece of attention work: consecutive rows of one sequence, all query heads of one kv head.
 struct AttentionItem {
-  int32_t row;       // first row, index into q and out
+  int32_t row;  // first row, index into q and out
   int32_t rows;
   int32_t position;  // position of the first row in its sequence
   int32_t kv_head;
@@ -27,11 +27,13 @@ struct AttentionArgs {
   T* out;          // same shape
 };
 
-// Computes one item: out = softmax(q k^T) v over keys at positions <= the row's. Device thread's team.
+// Computes one item: out = softmax(q k^T) v over keys at positions <= the row's. Device thread's
+// team.
 template <typename T>
 void attend(const AttentionArgs<T>& args, const AttentionItem& item);
 
-// Rows per item: enough for the matrix kernel, few enough to share `rows` among the team and stay in cache.
+// Rows per item: enough for the matrix kernel, few enough to share `rows` among the team and stay
+// in cache.
 int32_t attention_item_rows(int32_t rows, int32_t heads_per_kv, int32_t kv_heads, int32_t threads);
 
 }  // namespace flowprefill

@@ -8,21 +8,26 @@
 namespace flowprefill {
 
 Buffer::Buffer(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
-  void* memory =
-      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: without it the buffer works as well, only slower
+  if (bytes == 0)
+    return;
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED)
+    throw std::bad_alloc();
+  madvise(memory, bytes,
+          MADV_HUGEPAGE);  // a hint: without it the buffer works as well, only slower
   memory_ = memory;
 }
 
 Buffer::~Buffer() {
-  if (memory_ != nullptr) munmap(memory_, bytes_);
+  if (memory_ != nullptr)
+    munmap(memory_, bytes_);
 }
 
 namespace {
 
-// Sizes come in steps of a quarter of a power of two, so that prompts of similar length share buffers.
+// Sizes come in steps of a quarter of a power of two, so that prompts of similar length share
+// buffers.
 size_t size_class(size_t bytes) {
   const size_t step = std::bit_floor(bytes < 4096 ? size_t{4096} : bytes) / 4;
   return (bytes + step - 1) / step * step;
@@ -46,9 +51,11 @@ Buffer BufferPool::take(size_t bytes) {
 }
 
 void BufferPool::give(Buffer buffer) {
-  if (buffer.bytes() == 0) return;
+  if (buffer.bytes() == 0)
+    return;
   const std::lock_guard lock(mutex_);
-  if (kept_bytes_ + buffer.bytes() > limit_) return;  // unmapped by the destructor
+  if (kept_bytes_ + buffer.bytes() > limit_)
+    return;  // unmapped by the destructor
   kept_bytes_ += buffer.bytes();
   kept_[buffer.bytes()].push_back(std::move(buffer));
 }

@@ -1,5 +1,5 @@
-// Buffer: page-aligned, zero-filled, lazily committed memory from the kernel; BufferPool: buffers that are used
-// again. Used for weights, KV cache and workspaces; all sizes in bytes.
+// Buffer: page-aligned, zero-filled, lazily committed memory from the kernel; BufferPool: buffers
+// that are used again. Used for weights, KV cache and workspaces; all sizes in bytes.
 #pragma once
 
 #include <cstddef>
@@ -43,8 +43,8 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-// Keeps buffers for the next run: fresh memory from the kernel costs more time than a short prompt's operators
-// (every page is cleared at its first touch). Thread: any.
+// Keeps buffers for the next run: fresh memory from the kernel costs more time than a short
+// prompt's operators (every page is cleared at its first touch). Thread: any.
 class BufferPool {
  public:
   // `kept_bytes`: most memory kept for later.

@@ -19,8 +19,8 @@ struct KvShape {
 };
 
 // [layer][block][kv head]{K, V}. K: bf16 [dim / 2][token][2], float [dim][token];
-// V: bf16 [token / 2][dim][2], float [token][dim]. Both are the right-hand operand of the attention products
-// as they lie. Written and read on the device thread's team only.
+// V: bf16 [token / 2][dim][2], float [token][dim]. Both are the right-hand operand of the attention
+// products as they lie. Written and read on the device thread's team only.
 class KvCache {
  public:
   KvCache(KvShape shape, int32_t element_bytes)
@@ -45,13 +45,13 @@ class KvCache {
     return key<T>(layer, block, head) + int64_t{shape_.head_dim} * shape_.block_tokens;
   }
 
-  // Clears blocks whose content may hold NaN (after a failed run): a masked NaN still poisons a product.
+  // Clears blocks whose content may hold NaN (after a failed run): a masked NaN still poisons a
+  // product.
   void zero(std::span<const int32_t> blocks);
 
  private:
   int64_t offset(int32_t layer, int32_t block, int32_t head) const {
-    const int64_t index =
-        (int64_t{layer} * shape_.blocks + block) * shape_.kv_heads + head;
+    const int64_t index = (int64_t{layer} * shape_.blocks + block) * shape_.kv_heads + head;
     return index * 2 * shape_.head_dim * shape_.block_tokens;
   }
 

@@ -35,7 +35,8 @@ void PackedLinear<T>::pack(const float* weight, int64_t rows, int threads,
     T* out = packed_.as<T>() + block * kPackColumns * depth_;
     const int64_t c = column % kPackColumns;
     for (int64_t k = 0; k < depth_; ++k) {
-      const int64_t at = sizeof(T) == sizeof(Bf16) ? (k / 2 * width + c) * 2 + k % 2 : k * width + c;
+      const int64_t at =
+          sizeof(T) == sizeof(Bf16) ? (k / 2 * width + c) * 2 + k % 2 : k * width + c;
       out[at] = narrow[static_cast<size_t>(k)];
     }
   });

@@ -1,4 +1,5 @@
-// PackedLinear: a weight matrix packed once at load into the micro-kernel's layout, and its products.
+// PackedLinear: a weight matrix packed once at load into the micro-kernel's layout, and its
+// products.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@
 
 namespace flowprefill {
 
-// Weight [columns, depth] (as checkpoints store it), kept as blocks of 64 columns, each [depth, 64] packed.
+// Weight [columns, depth] (as checkpoints store it), kept as blocks of 64 columns, each [depth, 64]
+// packed.
 template <typename T>
 class PackedLinear {
  public:

@@ -3,10 +3,10 @@
 
 namespace flowprefill {
 
-#define FP_DECLARE_ISA(isa)                       \
-  namespace isa {                                 \
-  extern const RowKernels<float> kRowKernelsF32;  \
-  extern const RowKernels<Bf16> kRowKernelsBf16;  \
+#define FP_DECLARE_ISA(isa)                      \
+  namespace isa {                                \
+  extern const RowKernels<float> kRowKernelsF32; \
+  extern const RowKernels<Bf16> kRowKernelsBf16; \
   }
 FP_DECLARE_ISA(isa_baseline)
 #if FP_ISA_LEVELS > 1
@@ -60,6 +60,8 @@ const RowKernels<Bf16>& row_kernels<Bf16>() {
   return *choice().bf16;
 }
 
-const char* row_kernel_isa() { return choice().isa; }
+const char* row_kernel_isa() {
+  return choice().isa;
+}
 
 }  // namespace flowprefill

@@ -1,5 +1,6 @@
-// Row kernels: norm, rope, SwiGLU, softmax, embedding on raw rows; one build per instruction set, chosen once.
-// Called by the operators of csrc/model. Every kernel is single-threaded and touches only the rows it is given.
+// Row kernels: norm, rope, SwiGLU, softmax, embedding on raw rows; one build per instruction set,
+// chosen once. Called by the operators of csrc/model. Every kernel is single-threaded and touches
+// only the rows it is given.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace flowprefill {
 // bfloat16 as bits: the upper half of an IEEE float.
 using Bf16 = uint16_t;
 
-// How one attention head vector is brought into place. Pointers may be null where a model has no such thing.
+// How one attention head vector is brought into place. Pointers may be null where a model has no
+// such thing.
 struct RopeHead {
   const float* bias;         // [dim] added first
   const float* norm_weight;  // [dim] RMS norm over the head (Qwen3)
@@ -20,8 +22,8 @@ struct RopeHead {
 
 // Where one tile of the running softmax lives. S, P are [rows, ld]; O is [rows, dim].
 struct SoftmaxTile {
-  float* scores;        // in: raw scores; used as scratch
-  int64_t ld;           // of scores and of probabilities
+  float* scores;  // in: raw scores; used as scratch
+  int64_t ld;     // of scores and of probabilities
   int rows;
   int cols;             // columns of this tile
   const int* valid_lo;  // [rows] first valid column of each row (may exceed cols)
@@ -40,7 +42,8 @@ struct RowKernels {
   void (*swiglu)(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t ld_out);
   // Rotates one head (halves convention) by cos/sin [dim / 2]; out is [dim].
   void (*rope)(const float* in, const RopeHead& head, const float* cos, const float* sin, T* out);
-  // Stores `rows` rotated keys [rows, dim] as columns slot, slot + 1, ... of a key block (kv_cache.h).
+  // Stores `rows` rotated keys [rows, dim] as columns slot, slot + 1, ... of a key block
+  // (kv_cache.h).
   void (*store_keys)(const T* keys, int rows, int dim, T* block, int slot, int block_tokens);
   // Stores `rows` values (stride ld, plus bias if there is one) as rows slot, ... of a value block.
   void (*store_values)(const float* in, int64_t ld, const float* bias, int rows, int dim, T* block,

@@ -1,6 +1,6 @@
 // The row kernels, written as plain loops for the vectoriser; compiled once per instruction set.
-// Nothing with external linkage may be instantiated here but the tables at the end: a shared inline function
-// compiled for AVX-512 could be picked by the linker for every processor.
+// Nothing with external linkage may be instantiated here but the tables at the end: a shared inline
+// function compiled for AVX-512 could be picked by the linker for every processor.
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -29,41 +29,52 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-inline void store(float value, float* out) { *out = value; }
+inline void store(float value, float* out) {
+  *out = value;
+}
 // Round to nearest even.
 inline void store(float value, Bf16* out) {
   const uint32_t bits = bits_of(value);
   *out = static_cast<Bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
-inline float load(float value) { return value; }
-inline float load(Bf16 value) { return float_of(static_cast<uint32_t>(value) << 16); }
+inline float load(float value) {
+  return value;
+}
+inline float load(Bf16 value) {
+  return float_of(static_cast<uint32_t>(value) << 16);
+}
 
 // 2^f on [-0.5, 0.5], minimax in relative error: 7.5e-8 (own fit).
-constexpr float kExp2[6] = {1.000000072f,     6.931469671e-1f, 2.402211972e-1f,
+constexpr float kExp2[6] = {1.000000072f,    6.931469671e-1f, 2.402211972e-1f,
                             5.550713275e-2f, 9.675541331e-3f, 1.327647152e-3f};
 
-// 2^x for x clamped to [-126, 126]: the integer part is added to the exponent's bits. The truncation of a
-// positive number rounds.
+// 2^x for x clamped to [-126, 126]: the integer part is added to the exponent's bits. The
+// truncation of a positive number rounds.
 inline float exp2_clamped(float x) {
   x = x < -126.0f ? -126.0f : x;
   x = x > 126.0f ? 126.0f : x;
   const int32_t whole = static_cast<int32_t>(x + 127.5f) - 127;
   const float f = x - static_cast<float>(whole);
   float p = kExp2[5];
-  for (int i = 4; i >= 0; --i) p = p * f + kExp2[i];
+  for (int i = 4; i >= 0; --i)
+    p = p * f + kExp2[i];
   return float_of(bits_of(p) + (static_cast<uint32_t>(whole) << 23));
 }
 
 #ifdef __AVX512F__
-// The same for 16 numbers by instructions that no compiler finds by itself; under- and overflow are right.
+// The same for 16 numbers by instructions that no compiler finds by itself; under- and overflow are
+// right.
 inline __m512 exp2_of(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
   __m512 p = _mm512_set1_ps(kExp2[5]);
-  for (int i = 4; i >= 0; --i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[i]));
+  for (int i = 4; i >= 0; --i)
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[i]));
   return _mm512_scalef_ps(p, whole);
 }
-inline __mmask16 lanes(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1); }
+inline __mmask16 lanes(int n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1);
+}
 inline void store(__m512 value, __mmask16 mask, float* out) {
   _mm512_mask_storeu_ps(out, mask, value);
 }
@@ -85,14 +96,18 @@ inline void store(__m512 value, __mmask16 mask, Bf16* out) {
 }
 #endif
 
-inline float inverse_sqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+inline float inverse_sqrt(float x) {
+  return 1.0f / __builtin_sqrtf(x);
+}
 
 template <typename T>
 void rms_norm(const float* x, const float* weight, int n, float eps, T* out) {
   float sum = 0.0f;
-  for (int i = 0; i < n; ++i) sum += x[i] * x[i];
+  for (int i = 0; i < n; ++i)
+    sum += x[i] * x[i];
   const float scale = inverse_sqrt(sum / static_cast<float>(n) + eps);
-  for (int i = 0; i < n; ++i) store(x[i] * scale * weight[i], out + i);
+  for (int i = 0; i < n; ++i)
+    store(x[i] * scale * weight[i], out + i);
 }
 
 template <typename T>
@@ -107,7 +122,8 @@ void swiglu_row(const float* gate, const float* up, int n, T* out) {
     store(_mm512_div_ps(product, _mm512_add_ps(e, _mm512_set1_ps(1.0f))), mask, out + i);
   }
 #endif
-  for (; i < n; ++i) store(gate[i] * up[i] / (1.0f + exp2_clamped(-gate[i] * kLog2E)), out + i);
+  for (; i < n; ++i)
+    store(gate[i] * up[i] / (1.0f + exp2_clamped(-gate[i] * kLog2E)), out + i);
 }
 
 template <typename T>
@@ -119,13 +135,17 @@ void swiglu(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t l
 
 // The head after bias and norm, if it has them; else where it lies.
 inline const float* prepared(const float* in, const RopeHead& head, float* scratch) {
-  if (head.bias == nullptr && head.norm_weight == nullptr) return in;
-  for (int i = 0; i < head.dim; ++i) scratch[i] = in[i] + (head.bias == nullptr ? 0.0f : head.bias[i]);
+  if (head.bias == nullptr && head.norm_weight == nullptr)
+    return in;
+  for (int i = 0; i < head.dim; ++i)
+    scratch[i] = in[i] + (head.bias == nullptr ? 0.0f : head.bias[i]);
   if (head.norm_weight != nullptr) {
     float sum = 0.0f;
-    for (int i = 0; i < head.dim; ++i) sum += scratch[i] * scratch[i];
+    for (int i = 0; i < head.dim; ++i)
+      sum += scratch[i] * scratch[i];
     const float scale = inverse_sqrt(sum / static_cast<float>(head.dim) + head.norm_eps);
-    for (int i = 0; i < head.dim; ++i) scratch[i] *= scale * head.norm_weight[i];
+    for (int i = 0; i < head.dim; ++i)
+      scratch[i] *= scale * head.norm_weight[i];
   }
   return scratch;
 }
@@ -147,9 +167,11 @@ void rope(const float* in, const RopeHead& head, const float* __restrict cos,
 // Key block: bf16 as [dim / 2][token][2] (the pairs a dot-product instruction takes), float as
 // [dim][token]: a transposition of whole words, pairs being neighbours already.
 template <typename Word>
-void transpose(const Word* __restrict rows, int num_rows, int width, Word* __restrict out, int64_t ld) {
+void transpose(const Word* __restrict rows, int num_rows, int width, Word* __restrict out,
+               int64_t ld) {
   for (int i = 0; i < width; ++i) {
-    for (int r = 0; r < num_rows; ++r) out[i * ld + r] = rows[static_cast<int64_t>(r) * width + i];
+    for (int r = 0; r < num_rows; ++r)
+      out[i * ld + r] = rows[static_cast<int64_t>(r) * width + i];
   }
 }
 void store_keys(const Bf16* keys, int rows, int dim, Bf16* block, int slot, int block_tokens) {
@@ -179,7 +201,8 @@ void store_values(const float* in, int64_t ld, const float* bias, int rows, int 
       }
       ++r;
     } else {
-      for (int i = 0; i < dim; ++i) store(with_bias(row, bias, i), out + 2 * i);
+      for (int i = 0; i < dim; ++i)
+        store(with_bias(row, bias, i), out + 2 * i);
     }
   }
 }
@@ -187,30 +210,37 @@ void store_values(const float* in, int64_t ld, const float* bias, int rows, int 
                   int slot) {
   for (int r = 0; r < rows; ++r) {
     float* out = block + static_cast<int64_t>(slot + r) * dim;
-    for (int i = 0; i < dim; ++i) out[i] = with_bias(in + r * ld, bias, i);
+    for (int i = 0; i < dim; ++i)
+      out[i] = with_bias(in + r * ld, bias, i);
   }
 }
 
 template <typename T>
 void zero(T* out, int begin, int end) {
-  if (end > begin) std::memset(out + begin, 0, sizeof(T) * static_cast<size_t>(end - begin));
+  if (end > begin)
+    std::memset(out + begin, 0, sizeof(T) * static_cast<size_t>(end - begin));
 }
 
 inline int clamp(int value, int low, int high) {
   return value < low ? low : (value > high ? high : value);
 }
 
-// Largest of s[lo, hi) and `peak`. Lanes by hand: a maximum is no reduction to a compiler that respects NaN.
+// Largest of s[lo, hi) and `peak`. Lanes by hand: a maximum is no reduction to a compiler that
+// respects NaN.
 inline float maximum(const float* s, int lo, int hi, float peak) {
   constexpr int kLanes = 32;
   float lanes[kLanes];
-  for (int j = 0; j < kLanes; ++j) lanes[j] = peak;
+  for (int j = 0; j < kLanes; ++j)
+    lanes[j] = peak;
   int i = lo;
   for (; i + kLanes <= hi; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] = s[i + j] > lanes[j] ? s[i + j] : lanes[j];
+    for (int j = 0; j < kLanes; ++j)
+      lanes[j] = s[i + j] > lanes[j] ? s[i + j] : lanes[j];
   }
-  for (; i < hi; ++i) lanes[0] = s[i] > lanes[0] ? s[i] : lanes[0];
-  for (int j = 0; j < kLanes; ++j) peak = lanes[j] > peak ? lanes[j] : peak;
+  for (; i < hi; ++i)
+    lanes[0] = s[i] > lanes[0] ? s[i] : lanes[0];
+  for (int j = 0; j < kLanes; ++j)
+    peak = lanes[j] > peak ? lanes[j] : peak;
   return peak;
 }
 
@@ -257,7 +287,8 @@ void softmax(const SoftmaxTile& tile, T* probabilities) {
     tile.row_sum[r] = tile.row_sum[r] * keep + sum;
     if (tile.row_max[r] != peak) {
       float* o = tile.output + static_cast<int64_t>(r) * tile.dim;
-      for (int i = 0; i < tile.dim; ++i) o[i] *= keep;
+      for (int i = 0; i < tile.dim; ++i)
+        o[i] *= keep;
       tile.row_max[r] = peak;
     }
   }
@@ -276,12 +307,14 @@ void normalise(const float* output, const float* row_sum, int rows, int dim, T* 
 
 template <typename T>
 void widen(const T* row, int n, float* out) {
-  for (int i = 0; i < n; ++i) out[i] = load(row[i]);
+  for (int i = 0; i < n; ++i)
+    out[i] = load(row[i]);
 }
 
 template <typename T>
 void narrow(const float* row, int n, T* out) {
-  for (int i = 0; i < n; ++i) store(row[i], out + i);
+  for (int i = 0; i < n; ++i)
+    store(row[i], out + i);
 }
 
 template <typename T>

@@ -1,6 +1,6 @@
-// The compute team: the OpenMP threads that torch's own operators use, so that a process has one pool only.
-// Called on the executor thread. Items are claimed one by one, so a worker that the kernel deschedules
-// holds back one item, not its whole share.
+// The compute team: the OpenMP threads that torch's own operators use, so that a process has one
+// pool only. Called on the executor thread. Items are claimed one by one, so a worker that the
+// kernel deschedules holds back one item, not its whole share.
 #pragma once
 
 #include <omp.h>
@@ -16,7 +16,8 @@ namespace flowprefill {
 template <typename Body>
 void team_for(int threads, int64_t items, const Body& body) {
   if (threads == 1 || items == 1) {
-    for (int64_t i = 0; i < items; ++i) body(i);
+    for (int64_t i = 0; i < items; ++i)
+      body(i);
     return;
   }
   std::atomic<int64_t> next{0};
@@ -31,10 +32,12 @@ void team_for(int threads, int64_t items, const Body& body) {
       }
     } catch (...) {
       next.store(items, std::memory_order_relaxed);
-      if (!is_failed.exchange(true)) error = std::current_exception();
+      if (!is_failed.exchange(true))
+        error = std::current_exception();
     }
   }
-  if (error) std::rethrow_exception(error);
+  if (error)
+    std::rethrow_exception(error);
 }
 
 }  // namespace flowprefill
