@@ -1,4 +1,4 @@
-"""EngineConfig: every setting of the engine and server, with its check; the CLI's flags and the docs come from it.
+"""EngineConfig: every setting of the engine, with its check; the CLI's flags come from it.
 
 Unknown keys and bad values stop the start with the key, the value and what is allowed.
 """
@@ -73,7 +73,8 @@ class EngineConfig:
     device: str = _setting("auto", "auto or cpu")
     threads: int = _setting(0, "compute threads; 0 is one per available core")
     background: bool = _setting(
-        False, "run compute threads under SCHED_IDLE: steadier control plane, yields to every process"
+        False,
+        "run compute threads under SCHED_IDLE: steadier control plane, yields to every process",
     )
     policy: str = _setting("slack_edf", "one of " + ", ".join(POLICIES))
     granularity: str = _setting("budget:2", GRANULARITIES)
@@ -143,12 +144,10 @@ class EngineConfig:
             raise ConfigError(f"classes.{name}: {error}", param=f"classes.{name}") from None
 
     def default_slo(self) -> SLO:
-        """Return the SLO of requests that name none: class ``default`` if configured, else the defaults."""
+        """Return the SLO of requests that name none: class ``default``, else the default settings."""
         if "default" in self.classes:
             return self.slo_of_class("default")
-        return SLO(
-            ttft=self.default_ttft_ms / 1e3 or None, tpot=self.default_tpot_ms / 1e3 or None
-        )
+        return SLO(ttft=self.default_ttft_ms / 1e3 or None, tpot=self.default_tpot_ms / 1e3 or None)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:

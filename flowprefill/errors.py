@@ -1,6 +1,6 @@
 """Every error a user can meet, one tree; each class owns its HTTP status and OpenAI error type.
 
-Raised by every layer; the server turns them into responses, the CLI into one line and exit status 2.
+Raised by every layer; the server turns them into responses, the CLI into one line and status 2.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class InvalidRequest(FlowPrefillError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt can never fit, by the model's length or by the KV cache; the numbers are in the message."""
+    """The prompt can never fit, by the model's length or the KV cache; the message has numbers."""
 
     code = "context_length_exceeded"
 

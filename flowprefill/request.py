@@ -65,7 +65,7 @@ class SLO:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen and when generation ends; names and ranges as in the OpenAI API and vLLM.
+    """How tokens are chosen and when generation ends; names and ranges as in OpenAI's API and vLLM.
 
     Attributes:
         max_tokens: most tokens to generate, >= 1; None means up to the model's length.
@@ -108,9 +108,8 @@ class SamplingParams:
             _check_int("seed", self.seed, -(2**63), 2**64 - 1, allowed="a 64-bit integer")
         self._check_stops()
         if self.logprobs is not None:
-            _check_int(
-                "logprobs", self.logprobs, 0, MAX_LOGPROBS, allowed=f"an integer in 0..{MAX_LOGPROBS}"
-            )
+            allowed = f"an integer in 0..{MAX_LOGPROBS}"
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, allowed=allowed)
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name), -2.0, 2.0, allowed="a number in [-2, 2]")
         _check_number(
@@ -146,7 +145,8 @@ class Request:
     add_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, (str, Sequence)) or isinstance(self.prompt, (bytes, bytearray)):
+        is_bytes = isinstance(self.prompt, (bytes, bytearray))
+        if is_bytes or not isinstance(self.prompt, (str, Sequence)):
             raise InvalidRequest.field("prompt", self.prompt, "text or a list of token ids")
         if len(self.prompt) == 0:
             raise InvalidRequest.field("prompt", self.prompt, "at least one token")

@@ -1,4 +1,4 @@
-"""The version, written here only; pyproject.toml, `flowprefill --version` and the server read it."""
+"""The version, written here only; pyproject.toml, the CLI and the server read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration: measures how fast this machine runs this model, once, and keeps the result on disk."""
+"""Calibration: measures once how fast this machine runs this model; keeps the result on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flowprefill import _core
-from flowprefill.config import Granularity
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape, attention_pairs
 from flowprefill.version import __version__
 
@@ -96,7 +95,9 @@ def calibrated_rates(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"key": json.loads(identity), "rates": asdict(rates)}, indent=1))
+        fresh.write_text(
+            json.dumps({"key": json.loads(identity), "rates": asdict(rates)}, indent=1)
+        )
         fresh.replace(path)
     except OSError as error:
         log.warning("calibration is not kept: %s", error)
@@ -112,8 +113,3 @@ def _processor() -> str:
         return " ".join(named.get(part, "") for part in parts)
     except OSError:
         return platform.processor() or platform.machine()
-
-
-def probe_granularity() -> Granularity:
-    """Return how probes are cut: in tiles as served, without boundaries to wait at."""
-    return Granularity.parse("none")

@@ -18,9 +18,10 @@ import time
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flowprefill import _core
+from flowprefill.engine.active_run import ActiveRun
 from flowprefill.engine.memory_queue import MemoryQueue
-from flowprefill.engine.records import EngineObserver, RequestRecord
+from flowprefill.engine.outbox import Outbox
+from flowprefill.engine.records import EngineObserver, decision_entry
 from flowprefill.errors import (
     DeadlinePassed,
     FlowPrefillError,
@@ -44,9 +45,10 @@ from flowprefill.scheduling import (
 from flowprefill.scheduling.admission import AdmissionLimits, refusal_of
 
 if TYPE_CHECKING:
+    from flowprefill import _core
     from flowprefill.engine.kv_blocks import BlockPool
     from flowprefill.engine.sequence import Sequence
-    from flowprefill.request import FinishReason, Token
+    from flowprefill.request import FinishReason
 
 log = logging.getLogger(__name__)
 
@@ -62,20 +64,6 @@ class RunMaker(Protocol):
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks whose content must not be read again."""
-
-
-class ActiveRun:
-    """A run that the scheduler's work stands for, and the sequences whose rows it computes."""
-
-    __slots__ = ("computed", "is_preempting", "reason", "run", "sequences", "work")
-
-    def __init__(self, work: Work, run: _core.Run, sequences: list[Sequence]) -> None:
-        self.work = work
-        self.run = run
-        self.sequences = sequences
-        self.computed = [len(sequence.ids) for sequence in sequences]  # once it has finished
-        self.is_preempting = False
-        self.reason = ""
 
 
 class EngineCore:
@@ -100,7 +88,7 @@ class EngineCore:
         self._memory = MemoryQueue(pool)
         self._runs: dict[int, ActiveRun] = {}
         self._news: deque[Event] = deque()
-        self._ended: list[Sequence] = []
+        self._outbox = Outbox()
         self._is_closing = False
         self._idle = threading.Condition(self._lock)
         self._wake_at = math.inf
@@ -111,8 +99,6 @@ class EngineCore:
         self.observers: list[EngineObserver] = []
         self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
         self.run_names: OrderedDict[int, str] = OrderedDict()
-        self._acks: list[tuple[str, float]] = []
-        self._decision_times_s: list[float] = []
 
     # ---- called from any thread ----------------------------------------------------------------
 
@@ -184,6 +170,17 @@ class EngineCore:
         with self._lock:
             return self._scheduler.load().backlog_s
 
+    def set_max_blocking(self, seconds: float) -> None:
+        """Tell the scheduler how long segments are from now on.
+
+        Raises:
+            RuntimeError: requests are live, or a run is; nothing has changed.
+        """
+        with self._lock:
+            if self._live or self._runs:
+                raise RuntimeError(f"{len(self._live)} requests are live, expected an idle engine")
+            self._scheduler.settings.max_blocking_s = seconds
+
     # ---- admission -----------------------------------------------------------------------------
 
     def _check_load(self, sequence: Sequence) -> None:
@@ -214,8 +211,8 @@ class EngineCore:
             event = self._news.popleft()
             start = time.monotonic()
             decision = self._scheduler.on_event(event, start)
-            self._decision_times_s.append(time.monotonic() - start)
-            self._note(event, decision, start)
+            self._outbox.decisions_s.append(time.monotonic() - start)
+            self.decisions.append(decision_entry(event, decision, start))
             self._carry_out(decision)
             if not self._news:
                 self._admit()
@@ -248,7 +245,7 @@ class EngineCore:
             return  # it has ended in this moment; its event is on the way
 
     def _start_run(self, work: Work) -> ActiveRun | None:
-        """Build the run of a work that starts; None if it could not be built (its jobs have failed)."""
+        """Build the run of a work that starts; None if that failed and its requests with it."""
         sequences = [self._live[job_id] for job_id in work.job_ids if job_id in self._live]
         if work.kind == "decode":
             sequences = self._with_blocks(sequences)
@@ -261,72 +258,28 @@ class EngineCore:
             return None
         for sequence in sequences:
             sequence.work_id = work.id
-        self.run_names[work.id] = _name_of(work, sequences)
+        active = self._runs[work.id] = ActiveRun(work, run, sequences)
+        self.run_names[work.id] = active.name
         while len(self.run_names) > KEPT_RUN_NAMES:
             self.run_names.popitem(last=False)
-        active = self._runs[work.id] = ActiveRun(work, run, sequences)
         return active
 
     def _with_blocks(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Give each decoding sequence room for its next token; when blocks are short, the least
-        urgent give theirs up and are computed again later."""
-        kept = sorted(sequences, key=lambda s: (s.slo.tpot or math.inf, s.arrival_s))
-        index = 0
-        while index < len(kept):
-            sequence = kept[index]
-            assert sequence.reservation is not None
-            if self._pool.grow(sequence.reservation, len(sequence.ids)):
-                index += 1
-                continue
-            victim = self._waiting_victim() or kept.pop()
-            self._evict(victim)
+        """Give each decoding sequence room for its next token; returns those that got it."""
+        kept, evicted = self._memory.make_room(sequences, self._live.values())
+        for sequence in evicted:
+            sequence.is_scheduled = False
+            self._news.append(Cancelled(sequence.id))
         return kept
-
-    def _waiting_victim(self) -> Sequence | None:
-        """Return the least urgent request that holds blocks but has not started."""
-        holders = [
-            s for s in self._live.values()
-            if s.reservation is not None and s.work_id is None and s.is_scheduled
-            and not s.tokens and s.error is None
-        ]  # fmt: skip
-        return max(holders, key=lambda s: (s.deadline_s, s.arrival_s), default=None)
-
-    def _evict(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks; it waits for memory and computes its tokens again."""
-        assert sequence.reservation is not None
-        self._pool.release(sequence.reservation)
-        sequence.reservation = None
-        sequence.computed = 0
-        sequence.is_scheduled = False
-        self._news.append(Cancelled(sequence.id))
-        self._memory.push(sequence)
 
     def _set_timer(self, at: float) -> None:
         self._wake_at = at
         if at < self._poll_until and threading.current_thread() is not self._thread:
             os.eventfd_write(self._wake_fd, 1)
 
-    def _note(self, event: Event, decision: Decision, now: float) -> None:
-        work, old = decision.dispatch, decision.preempted
-        self.decisions.append(
-            {
-                "time_s": now,
-                "event": type(event).__name__,
-                "dispatch": None if work is None else work.id,
-                "kind": None if work is None else work.kind,
-                "requests": [] if work is None else list(work.job_ids),
-                "is_resume": decision.is_resume,
-                "preempted": None if old is None else old.id,
-                "dropped": [job_id for job_id, _ in decision.dropped],
-                "reason": decision.reason,
-            }
-        )
-
     # ---- ends ----------------------------------------------------------------------------------
 
-    def _end_early(
-        self, sequence: Sequence, error: FlowPrefillError, reason: FinishReason
-    ) -> None:
+    def _end_early(self, sequence: Sequence, error: FlowPrefillError, reason: FinishReason) -> None:
         """End a request before its time; its blocks stay until the run that uses them has ended."""
         sequence.error = error
         sequence.finish_reason = reason
@@ -356,25 +309,13 @@ class EngineCore:
         if sequence.cancelled_at_s is not None:
             sequence.cancel_to_free_s = time.monotonic() - sequence.cancelled_at_s
         del self._live[sequence.id]
-        self._ended.append(sequence)
+        self._outbox.ended.append(sequence)
 
     def _deliver(self) -> None:
         """Hand over what has ended and tell the observers. No lock held."""
         with self._lock:
-            ended, self._ended = self._ended, []
-            acks, self._acks = self._acks, []
-            seconds, self._decision_times_s = self._decision_times_s, []
-        now = time.monotonic()
-        for sequence in ended:
-            sequence.deliver(now)
-        records = [_record_of(sequence, now) for sequence in ended] if self.observers else []
-        for observer in self.observers:
-            for record in records:
-                observer.on_end(record)
-            for reason, ack_s in acks:
-                observer.on_preemption(reason, ack_s)
-            for one in seconds:
-                observer.on_decision(one)
+            outbox, self._outbox = self._outbox, Outbox()
+        outbox.deliver(self.observers)
 
     def _wait_until_idle(self) -> None:
         with self._lock:
@@ -416,10 +357,12 @@ class EngineCore:
         active = self._runs[run_id]
         failures: dict[str, FlowPrefillError] = {}
         if kind == "finished":
-            failures = self._sample(active)
+            failures = active.sample()
         with self._lock:
             del self._runs[run_id]
-            self._account(active)
+            active.account()
+            if active.is_preempting:
+                self._outbox.preemptions.append((active.reason, active.blocking_s))
             if kind == "failed":
                 for sequence in active.sequences:
                     message = f"request {sequence.id}: {active.run.error}"
@@ -442,21 +385,6 @@ class EngineCore:
             self._settle()
         self._deliver()
 
-    def _sample(self, active: ActiveRun) -> dict[str, FlowPrefillError]:
-        """Sample a token for each sequence of a finished run; returns those that failed."""
-        logits = _core.logits(active.run)
-        failures: dict[str, FlowPrefillError] = {}
-        for row, sequence in enumerate(active.sequences):
-            if sequence.error is not None:
-                continue
-            try:
-                token: Token = sequence.advance(logits[row], time.monotonic())
-            except Exception as error:  # one request's bad logits must not end the others
-                failures[sequence.id] = RequestFailed(f"request {sequence.id}: {error}")
-                continue
-            sequence.handle.push(token)
-        return failures
-
     def _release_sequences(
         self, active: ActiveRun, failures: dict[str, FlowPrefillError], *, is_finished: bool
     ) -> frozenset[str]:
@@ -478,37 +406,3 @@ class EngineCore:
                     ends.add(sequence.id)
                 self._free(sequence)
         return frozenset(ends)
-
-    def _account(self, active: ActiveRun) -> None:
-        accounting = active.run.accounting()
-        if active.is_preempting:
-            self._acks.append((active.reason, accounting["max_blocking_s"]))
-        if active.work.kind == "decode":
-            return
-        for sequence in active.sequences:
-            if sequence.queue_s is None and accounting["first_start_s"] > 0:
-                sequence.queue_s = max(accounting["first_start_s"] - sequence.arrival_s, 0.0)
-                sequence.prefill_run_s = accounting["running_s"]
-                sequence.suspended_s = accounting["suspended_s"]
-                sequence.preemptions = accounting["num_preemptions"]
-
-
-def _name_of(work: Work, sequences: list[Sequence]) -> str:
-    if work.kind == "prefill" and len(sequences) == 1:
-        return f"prefill {sequences[0].id}"
-    return f"{work.kind} of {len(sequences)}"
-
-
-def _record_of(sequence: Sequence, now: float) -> RequestRecord:
-    times = sequence.token_times_s
-    assert sequence.finish_reason is not None
-    return RequestRecord(
-        request_id=sequence.id,
-        slo=sequence.slo,
-        timings=sequence.timings(now),
-        finish_reason=sequence.finish_reason,
-        prompt_tokens=sequence.num_prompt,
-        output_tokens=len(sequence.tokens),
-        token_gaps_s=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
-        cancel_to_free_s=sequence.cancel_to_free_s,
-    )

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
+COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
 
 
 class Engine:
@@ -127,13 +128,27 @@ class Engine:
         """
         return self._chat_template.render(messages, **template_kwargs)
 
+    def set_granularity(self, text: str) -> None:
+        """Cut prefills otherwise from now on, e.g. to compare granularities on one loaded model.
+
+        Args:
+            text: as the setting ``granularity``.
+
+        Raises:
+            ConfigError: it is not a granularity. RuntimeError: requests are live. Nothing has
+            changed then.
+        """
+        granularity = Granularity.parse(text)
+        self._core.set_max_blocking(granularity.budget_s or COARSE_BLOCKING_S)
+        self._granularity = granularity
+
     def close(self, timeout: float | None = None) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
         live ones, cancel the rest, and stop. Idempotent."""
         self.is_ready = False
         self._core.close(timeout)
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -226,7 +241,7 @@ class Engine:
             return CostModel(shape)
         capacity = self._pool.num_blocks * self._pool.block_tokens
         table = np.arange(self._pool.num_blocks, dtype=np.int32)
-        plan = native_plan(calibration.probe_granularity(), MachineRates())
+        plan = native_plan(Granularity("none"), MachineRates())
         ids = itertools.count(1)
 
         def make_probe(tokens: int, context: int) -> _core.Run:
@@ -250,7 +265,7 @@ class Engine:
         settings = SchedulerSettings(
             max_batch_tokens=self.config.max_batch_tokens,
             max_running=self.config.max_running,
-            max_blocking_s=self._granularity.budget_s or 0.02,
+            max_blocking_s=self._granularity.budget_s or COARSE_BLOCKING_S,
         )
         scheduler = Scheduler(self.config.policy, self._cost_model, settings)
         limits = AdmissionLimits(self.config.max_waiting, self.config.max_waiting_tokens)
@@ -261,8 +276,8 @@ class Engine:
             ids = self.tokenizer.encode(request.prompt, request.add_special_tokens)
             if not ids:
                 raise InvalidRequest.field("prompt", request.prompt, "at least one token")
-            return ids
-        ids = list(request.prompt)
+        else:
+            ids = list(request.prompt)
         for token in ids:
             is_id = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
             if not is_id or not 0 <= token < self.vocab_size:
@@ -277,7 +292,7 @@ class Engine:
         if len(ids) >= limit:
             raise PromptTooLong(
                 f"prompt: got {len(ids)} tokens, expected at most {limit - 1} (max_model_len is "
-                f"{self.max_model_len} tokens, the KV cache holds {capacity}; one is left to generate)",
+                f"{self.max_model_len}, the KV cache holds {capacity} tokens, one is to generate)",
                 param="prompt",
             )
         wanted = request.sampling.max_tokens
@@ -291,7 +306,7 @@ class Engine:
         return room if wanted is None else min(room, wanted)
 
     def _make_sequence(self, request: Request, slo: SLO, ids: list[int], room: int) -> Sequence:
-        eos = self.model_config.eos_token_ids
+        eos = self.tokenizer.eos_ids
         params = request.sampling
         sequence = Sequence(
             request=request,
@@ -299,7 +314,7 @@ class Engine:
             handle=Handle(request.id, len(ids), lambda: self._core.cancel(sequence)),
             sampler=Sampler(params, self.vocab_size, ids, next(self._seeds), eos),
             stop=StopChecker(params, eos, room),
-            decoder=self.tokenizer.incremental_decoder(),
+            decoder=self.tokenizer.incremental_decoder(keeps_space=True),
             arrival_s=0.0,
             ids=ids,
             num_prompt=len(ids),

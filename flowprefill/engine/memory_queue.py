@@ -7,10 +7,11 @@ from then on nobody passes, so that a large prompt gets its blocks in the end.
 from __future__ import annotations
 
 import bisect
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from flowprefill.engine.kv_blocks import BlockPool
     from flowprefill.engine.sequence import Sequence
@@ -54,7 +55,7 @@ class MemoryQueue:
         self._is_dirty = True
 
     def admit(self, now: float) -> Iterator[Sequence]:
-        """Reserve blocks for as many as fit, most urgent first; yields each with its reservation."""
+        """Reserve blocks for as many as fit, most urgent first; yields each that got them."""
         if not self._is_dirty:
             return
         self._is_dirty = False
@@ -71,9 +72,46 @@ class MemoryQueue:
             self._take(sequence)
             yield sequence
 
+    def make_room(
+        self, decoding: list[Sequence], live: Iterable[Sequence]
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Give each decoding sequence a block for its next token, taken from others if need be.
+
+        The least urgent give theirs up: first requests that hold blocks but have not started, then
+        decoding ones. They wait here again and compute their tokens anew.
+
+        Returns:
+            The sequences that have room now, and those that lost their blocks.
+        """
+        kept = sorted(decoding, key=lambda s: (s.slo.tpot or math.inf, s.arrival_s))
+        evicted: list[Sequence] = []
+        idle: list[Sequence] | None = None
+        index = 0
+        while index < len(kept):
+            sequence = kept[index]
+            assert sequence.reservation is not None
+            if self._pool.grow(sequence.reservation, len(sequence.ids)):
+                index += 1
+                continue
+            if idle is None:
+                idle = sorted((s for s in live if _is_idle(s)), key=_urgency)
+            victim = idle.pop() if idle else kept.pop()
+            assert victim.reservation is not None
+            self._pool.release(victim.reservation)
+            victim.reservation, victim.computed = None, 0
+            self.push(victim)
+            evicted.append(victim)
+        return kept, evicted
+
     def _take(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
         self._tokens -= len(sequence.ids)
+
+
+def _is_idle(sequence: Sequence) -> bool:
+    """Whether it holds blocks though its prefill has not started."""
+    has_blocks = sequence.reservation is not None and sequence.is_scheduled
+    return has_blocks and sequence.work_id is None and not sequence.tokens
 
 
 def _urgency(sequence: Sequence) -> tuple[float, float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from flowprefill.request import SLO, FinishReason, Timings
+    from flowprefill.scheduling import Decision, Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class RequestRecord:
     Attributes:
         token_gaps_s: seconds between consecutive output tokens.
         cancel_to_free_s: from ``cancel`` to its KV blocks being free; None unless cancelled.
+        blocking_s: longest time from a dispatch of its prefill to the segment that then started;
+            None if it never started.
     """
 
     request_id: str
@@ -56,6 +59,7 @@ class RequestRecord:
     output_tokens: int
     token_gaps_s: tuple[float, ...]
     cancel_to_free_s: float | None
+    blocking_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +90,19 @@ class EngineObserver(Protocol):
 
     def on_decision(self, seconds: float) -> None:
         """The scheduler decided once, in so many seconds."""
+
+
+def decision_entry(event: Event, decision: Decision, now: float) -> dict[str, Any]:
+    """Return one entry of the decision log, ready for JSON."""
+    work, old = decision.dispatch, decision.preempted
+    return {
+        "time_s": now,
+        "event": type(event).__name__,
+        "dispatch": None if work is None else work.id,
+        "kind": None if work is None else work.kind,
+        "requests": [] if work is None else list(work.job_ids),
+        "is_resume": decision.is_resume,
+        "preempted": None if old is None else old.id,
+        "dropped": [job_id for job_id, _ in decision.dropped],
+        "reason": decision.reason,
+    }

@@ -1,7 +1,7 @@
 """Sequence: everything the engine keeps about one live request, from submit to its terminal event.
 
-Changed by the engine's core under its lock; the token side (sampler, decoder, stop checker) only by the
-event thread.
+Changed by the engine's core under its lock; the token side (sampler, decoder, stop checker) only
+by the event thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sequence:
         num_prompt: how many of them are the prompt.
         computed: tokens whose keys and values are in the cache.
         reservation: its KV blocks; None while it waits for memory.
-        work_id: the work whose run reads or writes its blocks now; they are not freed before it ends.
+        work_id: the work whose run uses its blocks now; they are not freed before it ends.
         error: how it will end if not by a finish reason of its own.
     """
 
@@ -66,6 +66,7 @@ class Sequence:
     cached_tokens: int = 0
     cancelled_at_s: float | None = None
     cancel_to_free_s: float | None = None
+    blocking_s: float | None = None
 
     @property
     def id(self) -> str:
