@@ -172,7 +172,7 @@ class Decision:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SchedulerSettings:
     """Bounds of the scheduler; the engine fills in those that are in its configuration.
 
@@ -180,7 +180,8 @@ class SchedulerSettings:
         max_batch_tokens: most prompt tokens packed in one prefill (a longer prompt goes alone).
         max_batch_jobs: most jobs packed in one prefill.
         max_running: most sequences in one decode step.
-        max_blocking_s: what a preemption costs: the longest segment.
+        max_blocking_s: what a preemption costs: the longest segment. The one setting that may be
+            changed later, by the engine while it is idle.
         max_suspensions: a work suspended so often is not preempted by another prefill any more.
         max_suspended_s: nor one that was suspended for so long in all.
         late_share: share of the time that late and best-effort jobs get although jobs that can
