@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/clock.h"
 #include "scripted_program.h"
 
 namespace flowprefill {
@@ -137,8 +138,9 @@ TEST_F(EventQueueTest, event_during_the_reset_is_not_slept_on) {
     for (uint64_t round = 0; round < kRounds && !stop.stop_requested(); ++round) {
       RunRef second = make(2 * round + 1);
       queue.push(make(2 * round), kFinished, 0);
-      for (uint64_t spin = 0; spin < 40 * (round % 100); ++spin) {
-        std::atomic_signal_fence(std::memory_order_seq_cst);
+      // From at once to past the time that a sleeping consumer takes to wake.
+      const int64_t second_ns = now_ns() + static_cast<int64_t>(round % 100) * 300;
+      while (now_ns() < second_ns) {
       }
       queue.push(std::move(second), kFinished, 0);
       while (num_taken < 2 * (round + 1) && !stop.stop_requested()) {
@@ -148,7 +150,7 @@ TEST_F(EventQueueTest, event_during_the_reset_is_not_slept_on) {
   });
   std::vector<Event> events;
   while (num_taken < 2 * kRounds) {
-    ASSERT_TRUE(is_readable(queue, 5'000)) << "lost after " << num_taken;
+    ASSERT_TRUE(is_readable(queue, 8'000)) << "lost after " << num_taken;
     events.clear();
     num_taken += queue.pop_all(events);
   }

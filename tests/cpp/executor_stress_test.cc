@@ -17,12 +17,6 @@
 #include "executor_fixture.h"
 #include "runtime/clock.h"
 
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-#define FP_STRESS_DIVISOR 5
-#else
-#define FP_STRESS_DIVISOR 1
-#endif
-
 namespace flowprefill::testing {
 namespace {
 
@@ -204,7 +198,7 @@ TEST_F(ExecutorStress, chaos_keeps_every_invariant) {
 // As an engine does it: a run that is displaced or suspended goes back to a pool and from there to
 // the executor again. If a single one were lost, the test would not end.
 TEST_F(ExecutorStress, pool_of_displaced_and_suspended_runs_brings_every_run_to_its_end) {
-  constexpr uint64_t kRuns = 20'000 / FP_STRESS_DIVISOR;
+  constexpr uint64_t kRuns = 10'000 / FP_STRESS_DIVISOR;
   Random seed(7);
   std::vector<RunRef> runs;
   std::mutex mutex;
@@ -344,7 +338,7 @@ TEST_F(ExecutorStress, suspend_then_dispatch_always_goes_on) {
 
 // stop() in the middle of traffic: every run that the executor had gets its terminal event.
 TEST_F(ExecutorStress, stop_during_traffic_leaves_no_run_running) {
-  constexpr int kRounds = 300 / FP_STRESS_DIVISOR;
+  constexpr int kRounds = 150 / FP_STRESS_DIVISOR;
   Random seed(11);
   for (int round = 0; round < kRounds; ++round) {
     executor_ = std::make_unique<Executor>(std::make_unique<Device>(),
