@@ -144,7 +144,7 @@ class EngineConfig:
             raise ConfigError(f"classes.{name}: {error}", param=f"classes.{name}") from None
 
     def default_slo(self) -> SLO:
-        """Return the SLO of requests that name none: class ``default``, else the default settings."""
+        """Return the SLO of requests that name none: class ``default``, else the defaults."""
         if "default" in self.classes:
             return self.slo_of_class("default")
         return SLO(ttft=self.default_ttft_ms / 1e3 or None, tpot=self.default_tpot_ms / 1e3 or None)
