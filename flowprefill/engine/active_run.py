@@ -76,3 +76,4 @@ class ActiveRun:
                 sequence.prefill_run_s = accounting["running_s"]
                 sequence.suspended_s = accounting["suspended_s"]
                 sequence.preemptions = accounting["num_preemptions"]
+                sequence.blocking_s = accounting["max_blocking_s"]

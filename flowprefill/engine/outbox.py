@@ -62,4 +62,5 @@ def _record_of(sequence: Sequence, now: float) -> RequestRecord:
         output_tokens=len(sequence.tokens),
         token_gaps_s=tuple(b - a for a, b in itertools.pairwise(times)),
         cancel_to_free_s=sequence.cancel_to_free_s,
+        blocking_s=sequence.blocking_s,
     )
