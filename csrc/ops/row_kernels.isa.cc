@@ -225,23 +225,30 @@ inline int clamp(int value, int low, int high) {
   return value < low ? low : (value > high ? high : value);
 }
 
-// Largest of s[lo, hi) and `peak`. Lanes by hand: a maximum is no reduction to a compiler that
-// respects NaN.
-inline float maximum(const float* s, int lo, int hi, float peak) {
-  constexpr int kLanes = 32;
-  float lanes[kLanes];
-  for (int j = 0; j < kLanes; ++j)
-    lanes[j] = peak;
-  int i = lo;
-  for (; i + kLanes <= hi; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j)
-      lanes[j] = s[i + j] > lanes[j] ? s[i + j] : lanes[j];
+// Largest of s[0, n) and `peak`.
+inline float maximum(const float* s, int n, float peak) {
+  int i = 0;
+#ifdef __AVX512F__
+  __m512 most = _mm512_set1_ps(peak);
+  for (; i < n; i += 16) {
+    most = _mm512_mask_max_ps(most, lanes(n - i), most, _mm512_maskz_loadu_ps(lanes(n - i), s + i));
   }
-  for (; i < hi; ++i)
-    lanes[0] = s[i] > lanes[0] ? s[i] : lanes[0];
+  return _mm512_reduce_max_ps(most);
+#else
+  constexpr int kLanes = 16;  // by hand: a maximum is no reduction to a compiler that respects NaN
+  float most[kLanes];
   for (int j = 0; j < kLanes; ++j)
-    peak = lanes[j] > peak ? lanes[j] : peak;
+    most[j] = peak;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j)
+      most[j] = s[i + j] > most[j] ? s[i + j] : most[j];
+  }
+  for (; i < n; ++i)
+    most[0] = s[i] > most[0] ? s[i] : most[0];
+  for (int j = 0; j < kLanes; ++j)
+    peak = most[j] > peak ? most[j] : peak;
   return peak;
+#endif
 }
 
 // p[i] = 2^(s[i] - peak); returns their sum.
@@ -279,7 +286,7 @@ void softmax(const SoftmaxTile& tile, T* probabilities) {
       zero(p, 0, tile.cols);
       continue;
     }
-    const float peak = maximum(s, lo, hi, tile.row_max[r]);
+    const float peak = maximum(s + lo, hi - lo, tile.row_max[r]);
     const float sum = exponentials(s + lo, hi - lo, peak, p + lo);
     zero(p, 0, lo);
     zero(p, hi, tile.cols);
