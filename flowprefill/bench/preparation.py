@@ -1,0 +1,80 @@
+"""What benches share before they measure: common flags, the engine, random prompts."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from typing import Any
+
+from flowprefill.bench.report import json_path
+from flowprefill.config import EngineConfig
+from flowprefill.engine import Engine
+from flowprefill.errors import ConfigError
+from flowprefill.request import SLO, Request, SamplingParams
+
+FIRST_TOKEN_ONLY = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+LOWEST_RANDOM_ID = 100  # below are special tokens in most vocabularies
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the flags that every bench has."""
+    parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
+    parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
+    parser.add_argument("--seed", type=int, default=1, help="of prompts and arrival times")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: the figures mean little"
+    )
+    parser.add_argument("--json", type=json_path, metavar="FILE", help="write the report there")
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        ConfigError: names flag, value and what is allowed.
+    """
+    check_least("rounds", args.rounds, 1)
+    check_least("threads", args.threads, 0)
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raise ConfigError unless value >= least."""
+    if not value >= least:
+        raise ConfigError(f"{name}: got {value}, expected a number >= {least:g}", param=name)
+
+
+def load_engine(args: argparse.Namespace, **settings: Any) -> Engine:
+    """Load the model that the flags name; no prefix cache, so no prompt profits from another."""
+    config = EngineConfig(dtype=args.dtype, threads=args.threads, prefix_cache=False, **settings)
+    say(f"loading {args.model}")
+    return Engine(args.model, config)
+
+
+def check_lengths(engine: Engine, lengths: list[int]) -> None:
+    """Raise ConfigError for a prompt length that the engine would refuse."""
+    for tokens in lengths:
+        if not 1 <= tokens < engine.max_model_len:
+            allowed = f"1 to {engine.max_model_len - 1} tokens"
+            raise ConfigError(f"tokens: got {tokens}, expected {allowed}", param="tokens")
+
+
+def random_ids(rng: random.Random, tokens: int, vocab_size: int) -> list[int]:
+    """Return a prompt like no other; only its length matters to the time of its prefill."""
+    lowest = min(LOWEST_RANDOM_ID, vocab_size - 1)
+    return [rng.randrange(lowest, vocab_size) for _ in range(tokens)]
+
+
+def first_token_s(engine: Engine, ids: list[int], slo: SLO | None = None) -> float:
+    """Prefill one prompt and return its time to first token, seconds."""
+    completion = engine.submit(Request(ids, FIRST_TOKEN_ONLY), slo or SLO()).result(600)
+    assert completion.timings.ttft is not None
+    return completion.timings.ttft
+
+
+def say(text: str) -> None:
+    """Tell on stderr what is going on, for whoever waits."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
