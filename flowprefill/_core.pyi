@@ -1,12 +1,13 @@
 """Python view of the native module (csrc/bindings). Times are seconds on the monotonic clock."""
 
-from typing import Any
+from collections.abc import Set as AbstractSet
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Int32Array = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float32]
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 class Run:
     """One execution of a program. Readable from any thread."""
@@ -58,7 +59,8 @@ class Model:
         tokens: Int32Array,
         sequences: list[tuple[int, int, Int32Array]],
         plan: dict[str, Any],
-        fail_at: int = -1,
+        fail_at: int = -1,  # tests: this segment throws
+        pause_at: AbstractSet[int] = ...,  # tests: suspended before these segments
     ) -> Run: ...
     @property
     def weight_bytes(self) -> int: ...

@@ -156,6 +156,10 @@ constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
 class Model {
  public:
   Model(const py::dict& config, const std::string& dtype, int threads) : threads_(threads) {
+    if (threads < 1) {
+      throw std::invalid_argument("threads: got " + std::to_string(threads) +
+                                  ", expected at least 1");
+    }
     if (dtype == "f32")
       weights_ = std::make_shared<Weights<float>>(config_from(config), threads);
     else if (dtype == "bf16")
@@ -206,8 +210,15 @@ class Model {
   }
 
   void zero_blocks(const std::vector<int32_t>& blocks) {
-    if (cache_ != nullptr)
-      cache_->zero(blocks);
+    if (cache_ == nullptr)
+      return;
+    for (const int32_t block : blocks) {
+      if (block < 0 || block >= cache_->shape().blocks) {
+        throw std::invalid_argument("blocks: got " + std::to_string(block) + ", expected 0.." +
+                                    std::to_string(cache_->shape().blocks - 1));
+      }
+    }
+    cache_->zero(blocks);
   }
 
   RunRef make(uint64_t id, const py::object& tokens, const py::list& sequences,

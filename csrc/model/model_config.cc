@@ -24,6 +24,7 @@ void check(const ModelConfig& c) {
           c.intermediate_size, "an even number");
   require(c.head_dim > 0 && c.head_dim % 2 == 0 && c.head_dim <= 512, "head_dim", c.head_dim,
           "an even number up to 512");
+  require(c.num_heads > 0, "num_heads", c.num_heads, "at least 1");
   require(c.num_kv_heads > 0 && c.num_heads % c.num_kv_heads == 0, "num_kv_heads", c.num_kv_heads,
           "a divisor of num_heads");
   require(c.windows.size() == static_cast<size_t>(c.num_layers), "windows",
