@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import select
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,21 @@ class Runner:
 
     def wait(self, run: _core.Run, *states: str) -> None:
         """Sleep until the run is in one of the states."""
+        deadline = time.monotonic() + 60.0
         while run.state not in states:
-            select.select([self.executor.event_fd], [], [], 10.0)
+            assert time.monotonic() < deadline, f"run is {run.state}, waited for {states}"
+            # A suspended run's event comes just before its state: so not only on the event.
+            select.select([self.executor.event_fd], [], [], 0.002)
             self.executor.pop_events()
+
+    def advance(self, run: _core.Run, boundary: int) -> None:
+        """Dispatch a run that pauses at this boundary, and wait until it stands there."""
+        self.executor.dispatch(run)
+        while run.cursor < boundary:
+            self.wait(run, "suspended", "failed")
+            assert run.state != "failed", run.error
+        self.wait(run, "suspended")
+        assert run.cursor == boundary
 
     def execute(self, run: _core.Run) -> Logits:
         """Execute a run to its end; returns its logits."""

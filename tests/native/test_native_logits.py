@@ -145,7 +145,12 @@ def test_any_partition_of_a_prompt(
 )
 @settings(max_examples=40)
 def test_any_packing_with_any_context(
-    lengths: list[int], granularity: str, seed: int, threads: int, runner: GetRunner, saved: GetSaved
+    lengths: list[int],
+    granularity: str,
+    seed: int,
+    threads: int,
+    runner: GetRunner,
+    saved: GetSaved,
 ) -> None:
     case = "qwen3-biases-tied"
     native, model = runner(case, threads=threads), saved(case)
@@ -154,9 +159,7 @@ def test_any_packing_with_any_context(
     cached = [(model.ids[:c], 0, t) for c, t in zip(contexts, tables, strict=True) if c]
     if cached:
         native.logits(cached, plan("none"))
-    pieces = [
-        (model.ids[c:n], c, t) for n, c, t in zip(lengths, contexts, tables, strict=True)
-    ]
+    pieces = [(model.ids[c:n], c, t) for n, c, t in zip(lengths, contexts, tables, strict=True)]
     got = native.logits(pieces, plan(granularity))
     for row, tokens in enumerate(lengths):
         assert relative_error(got[row], model.expected[tokens - 1]) < TOLERANCE

@@ -1,0 +1,124 @@
+"""Founding invariant 1: preempt at every boundary, run another request there, resume: bit-equal logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+from conftest import Saved
+from native_models import Logits, Piece, Runner, plan
+
+from flowprefill import _core
+
+GetRunner = Callable[..., Runner]
+GetSaved = Callable[[str], Saved]
+GRANULARITIES = ("none", "layer", "operator", "chunk:16", "budget:2", "budget:0.1")
+
+
+def execute_with_others(
+    native: Runner, run: _core.Run, boundaries: Iterable[int], other: Callable[[], None]
+) -> Logits:
+    """Execute a run that pauses at the boundaries, and something else at each of them."""
+    for boundary in boundaries:
+        native.advance(run, boundary)
+        other()
+        assert (run.cursor, run.state) == (boundary, "suspended")
+    return native.execute(run)
+
+
+class Bystander:
+    """Another request with blocks of its own, whose logits must not change either."""
+
+    def __init__(self, native: Runner, piece: Piece, granularity: str) -> None:
+        self._native = native
+        self._piece = piece
+        self._plan = plan(granularity)
+        self._expected = native.logits([piece], self._plan)
+        self.count = 0
+
+    def __call__(self) -> None:
+        assert np.array_equal(self._native.logits([self._piece], self._plan), self._expected)
+        self.count += 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_preempted_at_every_boundary_is_bit_equal(
+    granularity: str, dtype: str, threads: int, runner: GetRunner, saved: GetSaved
+) -> None:
+    """Invariant 1, all boundaries of one run, one after another."""
+    native = runner("llama-grouped", dtype, threads)
+    ids = saved("llama-grouped").ids
+    mine, others = native.tables([200, 150])
+    undisturbed = native.logits([(ids, 0, mine)], plan(granularity))
+    bystander = Bystander(native, (ids[50:], 0, others), "operator")
+    every = range(1, native.make([(ids, 0, mine)], plan(granularity)).num_segments)
+    run = native.make([(ids, 0, mine)], plan(granularity), pause_at=set(every))
+    assert np.array_equal(execute_with_others(native, run, every, bystander), undisturbed)
+    assert bystander.count == len(every) == run.accounting()["num_preemptions"]
+    if granularity == "budget:0.1":
+        assert len(every) > 150
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("granularity", ["layer", "operator", "chunk:32", "budget:2"])
+@pytest.mark.parametrize("case", ["mistral-window", "qwen2-some-windows", "qwen3"])
+def test_preempted_once_at_each_boundary_is_bit_equal(
+    case: str, granularity: str, dtype: str, runner: GetRunner, saved: GetSaved
+) -> None:
+    """Invariant 1, one run per boundary: a packed batch, interrupted by a decode-like run."""
+    native, ids = runner(case, dtype), saved(case).ids
+    first, second, others = native.tables([65, 30, 20], seed=4)
+    pieces: list[Piece] = [(ids[:65], 0, first), (ids[:30], 0, second)]
+    undisturbed = native.logits(pieces, plan(granularity))
+    native.logits([(ids[:19], 0, others)], plan("none"))
+    bystander = Bystander(native, ([ids[19]], 19, others), "none")
+    for boundary in range(1, native.make(pieces, plan(granularity)).num_segments):
+        run = native.make(pieces, plan(granularity), pause_at={boundary})
+        assert np.array_equal(execute_with_others(native, run, [boundary], bystander), undisturbed)
+
+
+def test_two_runs_preempt_each_other_at_every_boundary(runner: GetRunner, saved: GetSaved) -> None:
+    native, ids = runner("llama-biases"), saved("llama-biases").ids
+    pieces: list[Piece] = [(ids[:n], 0, t) for n, t in zip((90, 200), native.tables([90, 200]))]
+    expected = [native.logits([piece], plan("operator")) for piece in pieces]
+    count = native.make(pieces[:1], plan("operator")).num_segments
+    runs = [
+        native.make([piece], plan("operator"), pause_at=set(range(1, count))) for piece in pieces
+    ]
+    for boundary in range(1, count):
+        for run in runs:
+            native.advance(run, boundary)
+    for run, wanted in zip(runs, expected, strict=True):
+        assert np.array_equal(native.execute(run), wanted)
+
+
+def test_a_run_cancelled_at_every_boundary_leaves_others_alone(
+    runner: GetRunner, saved: GetSaved
+) -> None:
+    native, ids = runner("qwen3"), saved("qwen3").ids
+    mine, others = native.tables([100, 100])
+    bystander = Bystander(native, (ids[:100], 0, others), "layer")
+    idle_bytes = _core.live_workspace_bytes()
+    for boundary in range(1, native.make([(ids[:100], 0, mine)], plan("operator")).num_segments):
+        run = native.make([(ids[:100], 0, mine)], plan("operator"), pause_at={boundary})
+        native.advance(run, boundary)
+        assert native.executor.cancel(run)
+        native.executor.pop_events()
+        assert run.state == "cancelled"
+        bystander()
+        del run
+        assert _core.live_workspace_bytes() == idle_bytes
+
+
+def test_same_logits_from_each_thread_count_and_repetition(
+    runner: GetRunner, saved: GetSaved
+) -> None:
+    ids = saved("llama-grouped").ids
+    for dtype in ("f32", "bf16") if _core.has_bf16_gemm() else ("f32",):
+        native = runner("llama-grouped", dtype, 2)
+        first = native.prefill(ids, plan("budget:2"), seed=1)
+        for seed in range(10):
+            assert np.array_equal(native.prefill(ids, plan("budget:2"), seed), first)
