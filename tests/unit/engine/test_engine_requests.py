@@ -1,0 +1,273 @@
+"""The engine as users see it: handles, sampling, stops, logprobs, refusals; on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from engine_models import VOCAB, WAIT_S, assert_all_free, greedy, ids_of, prompt_of
+
+from flowprefill import SLO, Engine, Request, SamplingParams
+from flowprefill.errors import InvalidRequest, PromptTooLong, RequestCancelled
+
+Tiny = tuple[Path, transformers.PreTrainedModel]
+
+
+def reference_ids(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+def test_greedy_tokens_are_those_of_transformers(engine: Engine, tiny: Tiny, tokens: int) -> None:
+    prompt = prompt_of(tokens, tokens)
+    assert ids_of(engine, prompt, 12) == reference_ids(tiny[1], prompt, 12)
+
+
+def test_iterating_awaiting_and_result_agree(engine: Engine) -> None:
+    request = Request(prompt_of(50), greedy(6))
+    handle = engine.submit(request)
+    seen: list[list[int]] = [[], []]
+
+    def read(index: int) -> None:
+        seen[index] = [token.token_id for token in handle]
+
+    readers = [threading.Thread(target=read, args=(index,)) for index in range(2)]
+    for reader in readers:
+        reader.start()
+    completion = handle.result(WAIT_S)
+    for reader in readers:
+        reader.join()
+    assert seen == [completion.token_ids] * 2
+    assert completion.text == "".join(token.text for token in completion.tokens)
+    assert completion.finish_reason == "length"
+    assert completion.prompt_tokens == handle.prompt_tokens == 50
+    assert handle.done
+    assert handle.timings == completion.timings
+
+
+async def test_asyncio_sees_the_same(engine: Engine) -> None:
+    prompts = [prompt_of(20 + n, n) for n in range(8)]
+    handles = [engine.submit(Request(prompt, greedy(5))) for prompt in prompts]
+
+    async def stream(index: int) -> list[int]:
+        return [token.token_id async for token in handles[index]]
+
+    streams = await asyncio.gather(*(stream(index) for index in range(8)))
+    completions = await asyncio.gather(*handles)
+    assert [completion.token_ids for completion in completions] == streams
+    for prompt, got in zip(prompts, streams, strict=True):
+        expected = await asyncio.to_thread(ids_of, engine, prompt, 5)
+        assert got == expected
+
+
+def test_submitting_from_many_threads(engine: Engine) -> None:
+    results: dict[int, list[int]] = {}
+
+    def work(seed: int) -> None:
+        for step in range(3):
+            results[seed * 3 + step] = ids_of(engine, prompt_of(30 + seed, seed * 3 + step), 4)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 24
+    for key, got in results.items():
+        assert got == ids_of(engine, prompt_of(30 + key // 3, key), 4)
+
+
+def test_text_prompts_are_tokenised(engine: Engine) -> None:
+    text = "Once upon a time"
+    ids = engine.tokenizer.encode(text)
+    by_text = engine.submit(Request(text, greedy(5))).result(WAIT_S)
+    assert by_text.prompt_tokens == len(ids)
+    assert by_text.token_ids == ids_of(engine, ids, 5)
+
+
+# ---- ends of generation ---------------------------------------------------------------------------
+
+
+def test_stop_string_ends_and_is_cut(engine: Engine) -> None:
+    prompt = prompt_of(40, 8)
+    whole = engine.submit(Request(prompt, greedy(12))).result(WAIT_S)
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    cut = engine.submit(Request(prompt, greedy(12, stop=(stop,)))).result(WAIT_S)
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    kept = engine.submit(
+        Request(prompt, greedy(12, stop=(stop,), include_stop_str_in_output=True))
+    ).result(WAIT_S)
+    assert kept.text == cut.text + stop
+
+
+def test_stop_token_and_min_tokens(engine: Engine) -> None:
+    prompt = prompt_of(33, 9)
+    free = ids_of(engine, prompt, 8)
+    stopped = engine.submit(Request(prompt, greedy(8, stop_token_ids=(free[2],)))).result(WAIT_S)
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free[: free.index(free[2]) + 1]
+    late = greedy(8, stop_token_ids=(free[2],), min_tokens=6)
+    completion = engine.submit(Request(prompt, late)).result(WAIT_S)
+    assert len(completion.token_ids) >= 6
+    assert free[2] not in completion.token_ids[:5]
+
+
+def test_end_of_sequence_and_ignoring_it(open_engine: Callable[..., Engine]) -> None:
+    engine = open_engine()
+    prompt = prompt_of(21, 4)
+    free = ids_of(engine, prompt, 6)
+    object.__setattr__(engine.model_config, "eos_token_ids", (free[3],))
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    ended = engine.submit(Request(prompt, params)).result(WAIT_S)
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids == free[: free.index(free[3]) + 1]
+    assert ids_of(engine, prompt, 6) == free
+
+
+def test_without_max_tokens_it_ends_at_the_models_length(
+    open_engine: Callable[..., Engine],
+) -> None:
+    engine = open_engine(max_model_len=60)
+    completion = engine.submit(
+        Request(prompt_of(50), SamplingParams(temperature=0.0, ignore_eos=True))
+    ).result(WAIT_S)
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == 10
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def test_seed_decides_whatever_runs_beside(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=10, temperature=1.0, seed=42, ignore_eos=True)
+    prompt = prompt_of(45, 1)
+    alone = engine.submit(Request(prompt, params)).result(WAIT_S).token_ids
+    others = [engine.submit(Request(prompt_of(10 + n, 50 + n), greedy(20))) for n in range(9)]
+    beside = [engine.submit(Request(prompt, params)) for _ in range(3)]
+    assert [handle.result(WAIT_S).token_ids for handle in beside] == [alone] * 3
+    for other in others:
+        other.result(WAIT_S)
+    another = SamplingParams(max_tokens=10, temperature=1.0, seed=43, ignore_eos=True)
+    assert engine.submit(Request(prompt, another)).result(WAIT_S).token_ids != alone
+
+
+def test_without_a_seed_requests_differ(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=8, temperature=1.5, ignore_eos=True)
+    handles = [engine.submit(Request(prompt_of(30), params)) for _ in range(3)]
+    assert len({tuple(handle.result(WAIT_S).token_ids) for handle in handles}) == 3
+
+
+def test_logprobs_are_log_softmax_of_the_model(engine: Engine, tiny: Tiny) -> None:
+    prompt = prompt_of(70, 2)
+    completion = engine.submit(Request(prompt, greedy(5, logprobs=4))).result(WAIT_S)
+    ids = prompt + completion.token_ids
+    with torch.no_grad():
+        wanted = torch.log_softmax(tiny[1](torch.tensor([ids])).logits[0].float(), -1).numpy()
+    for index, token in enumerate(completion.tokens):
+        row = wanted[len(prompt) + index - 1]
+        assert token.logprob == pytest.approx(row[token.token_id], abs=1e-3)
+        assert [t.token_id for t in token.top_logprobs] == np.argsort(-row)[:4].tolist()
+        for top in token.top_logprobs:
+            assert top.logprob == pytest.approx(row[top.token_id], abs=1e-3)
+
+
+def test_penalties_change_what_repeats(engine: Engine) -> None:
+    prompt = prompt_of(25, 6)
+    repeating = engine.submit(
+        Request(prompt, greedy(30, repetition_penalty=0.01 + 0.2))
+    ).result(WAIT_S)
+    assert len(set(repeating.token_ids)) < 30, "a penalty below 1 favours what was there"
+    distinct = engine.submit(
+        Request(prompt, greedy(30, repetition_penalty=10.0, frequency_penalty=2.0))
+    ).result(WAIT_S)
+    assert len(set(distinct.token_ids)) == 30
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-1, VOCAB, 2**40, True, 1.5, "a"])
+def test_bad_token_ids_are_named(engine: Engine, bad: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"token ids in 0..{VOCAB - 1}") as caught:
+        engine.submit(Request([5, bad, 6], greedy(1)))
+    assert caught.value.param == "prompt"
+    assert repr(bad) in str(caught.value)
+    assert_all_free(engine)
+
+
+def test_prompt_too_long_says_the_numbers(open_engine: Callable[..., Engine]) -> None:
+    engine = open_engine(max_model_len=300, kv_cache_gib=0.001, block_tokens=16)
+    with pytest.raises(PromptTooLong, match=r"got 300 tokens, expected at most 299 .*is 300") as no:
+        engine.submit(Request(prompt_of(300), greedy(1)))
+    assert no.value.param == "prompt"
+    with pytest.raises(PromptTooLong, match=r"got 11 on a prompt of 290 .*at most 10") as much:
+        engine.submit(Request(prompt_of(290), greedy(11)))
+    assert much.value.param == "max_tokens"
+    assert len(ids_of(engine, prompt_of(299), 1)) == 1
+    assert len(ids_of(engine, prompt_of(290), 10)) == 10
+
+
+def test_prompt_that_no_cache_can_hold_is_refused(open_engine: Callable[..., Engine]) -> None:
+    engine = open_engine(kv_cache_gib=0.001, block_tokens=16)
+    capacity = engine.stats().kv_blocks_total * 16
+    assert capacity < engine.max_model_len
+    with pytest.raises(PromptTooLong, match=f"the KV cache holds {capacity}"):
+        engine.submit(Request(prompt_of(capacity), greedy(1)))
+    assert len(ids_of(engine, prompt_of(capacity - 1), 1)) == 1
+    # More was asked for than there is room: as many tokens as fit.
+    completion = engine.submit(Request(prompt_of(capacity - 20), greedy(500))).result(WAIT_S)
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == 20
+    assert_all_free(engine)
+
+
+def test_id_of_a_live_request_is_refused_and_free_again_later(engine: Engine) -> None:
+    handle = engine.submit(Request(prompt_of(3000), greedy(50), id="same"))
+    with pytest.raises(InvalidRequest, match="id: got 'same'"):
+        engine.submit(Request(prompt_of(3), greedy(1), id="same"))
+    handle.cancel()
+    with pytest.raises(RequestCancelled):
+        handle.result(WAIT_S)
+    assert engine.submit(Request(prompt_of(3), greedy(1), id="same")).result(WAIT_S)
+
+
+def test_too_many_waiting_are_refused(open_engine: Callable[..., Engine]) -> None:
+    from flowprefill.errors import Overloaded
+
+    engine = open_engine(max_waiting=2, policy="fcfs")
+    running = engine.submit(Request(prompt_of(9000), greedy(1)))
+    waiting = [engine.submit(Request(prompt_of(600, n), greedy(1))) for n in range(2)]
+    with pytest.raises(Overloaded) as caught:
+        engine.submit(Request(prompt_of(600, 5), greedy(1)))
+    assert caught.value.retry_after_s > 0
+    for handle in (running, *waiting):
+        handle.result(WAIT_S)
+    assert_all_free(engine)
+
+
+def test_slo_and_timings_of_a_quiet_engine(engine: Engine) -> None:
+    request = Request(prompt_of(200, 77), greedy(4))
+    timings = engine.submit(request, SLO(ttft=30.0, tpot=30.0)).result(WAIT_S).timings
+    assert timings.slo_met is True
+    assert timings.preemptions == 0
+    assert timings.suspended == 0.0
+    assert timings.ttft is not None
+    assert timings.predicted_ttft is not None
+    assert 0 < timings.prefill_run <= timings.ttft <= timings.total
+    assert timings.mean_itl is not None
+    assert timings.mean_itl > 0
+    hopeless = engine.submit(Request(prompt_of(2000, 78), greedy(1)), SLO(ttft=1e-5))
+    assert hopeless.result(WAIT_S).timings.slo_met is False
+    assert engine.submit(Request([9], greedy(1))).result(WAIT_S).timings.slo_met is None
