@@ -137,14 +137,17 @@ class Request:
         id: unique among live requests; made up when not given.
         add_special_tokens: whether the tokenizer adds its own (BOS) to a text prompt; chat
             templates write them themselves.
+        priority: among equally urgent requests the smaller goes first (as in vLLM).
     """
 
     prompt: str | Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex[:16]}")
     add_special_tokens: bool = True
+    priority: int = 0
 
     def __post_init__(self) -> None:
+        _check_int("priority", self.priority, -(2**31), 2**31 - 1, allowed="a 32-bit integer")
         is_bytes = isinstance(self.prompt, (bytes, bytearray))
         if is_bytes or not isinstance(self.prompt, (str, Sequence)):
             raise InvalidRequest.field("prompt", self.prompt, "text or a list of token ids")

@@ -38,7 +38,10 @@ from flowprefill.scheduling import CostModel, MachineRates, Scheduler, Scheduler
 from flowprefill.scheduling.admission import AdmissionLimits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flowprefill.models.tokenizer import Tokenizer
+    from flowprefill.scheduling.policies import Policy
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +65,14 @@ class Engine:
         model: str | Path = "smollm2-135m",
         config: EngineConfig | None = None,
         *,
+        policy: Callable[[CostModel, SchedulerSettings], Policy] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Load a model and start the executor; returns when requests can be submitted.
 
         Args:
             model: packaged name, Hugging Face folder, or GGUF file.
+            policy: makes a scheduling policy of one's own; None: the one the settings name.
             progress: called while loading with bytes done and bytes in all.
 
         Raises:
@@ -88,7 +93,7 @@ class Engine:
         self._executor = _core.Executor(self.threads, self.config.background)
         self._executor.start()
         self._cost_model = self._calibrate()
-        self._core = self._make_core()
+        self._core = self._make_core(policy)
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
         self.is_ready = True
@@ -261,13 +266,16 @@ class Engine:
         rates = calibration.calibrated_rates(folder, key, measure)
         return CostModel(shape, rates, is_calibrated=True)
 
-    def _make_core(self) -> EngineCore:
+    def _make_core(
+        self, policy: Callable[[CostModel, SchedulerSettings], Policy] | None
+    ) -> EngineCore:
         settings = SchedulerSettings(
             max_batch_tokens=self.config.max_batch_tokens,
             max_running=self.config.max_running,
             max_blocking_s=self._granularity.budget_s or COARSE_BLOCKING_S,
         )
-        scheduler = Scheduler(self.config.policy, self._cost_model, settings)
+        own = policy(self._cost_model, settings) if policy is not None else None
+        scheduler = Scheduler(own or self.config.policy, self._cost_model, settings)
         limits = AdmissionLimits(self.config.max_waiting, self.config.max_waiting_tokens)
         return EngineCore(scheduler, self._executor, self._pool, self, limits)
 

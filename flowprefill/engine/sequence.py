@@ -89,6 +89,7 @@ class Sequence:
             ttft_deadline_s=self.deadline_s if first_token else self._next_token_due_s(),
             tpot_s=math.inf if self.slo.tpot is None else self.slo.tpot,
             on_miss=self.slo.on_miss if first_token else "demote",
+            priority=self.request.priority,
         )
 
     def _next_token_due_s(self) -> float:

@@ -119,7 +119,7 @@ def plan_chat(body: Body, context: SchemaContext, max_choices: int) -> Plan:
     def requests(engine: ServedEngine) -> list[Request]:
         prompt = engine.render_chat(messages, **variables)
         return [
-            Request(prompt, spec.sampling_of(choice), add_special_tokens=add_special_tokens)
+            spec.request(prompt, choice, special_tokens=add_special_tokens)
             for choice in range(spec.n)
         ]
 

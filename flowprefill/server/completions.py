@@ -70,7 +70,7 @@ def plan_completions(body: Body, context: SchemaContext, max_choices: int) -> Pl
 
     def requests(_engine: ServedEngine) -> list[Request]:
         return [
-            Request(prompt, spec.sampling_of(choice), add_special_tokens=add_special_tokens)
+            spec.request(prompt, choice, special_tokens=add_special_tokens)
             for prompt in prompts
             for choice in range(spec.n)
         ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
-from flowprefill.request import MAX_STOP_STRINGS, SLO, SamplingParams
+from flowprefill.request import MAX_STOP_STRINGS, SLO, Request, SamplingParams
 from flowprefill.server.body import Body, check_text
 from flowprefill.server.slo import slo_of
 
@@ -73,6 +73,7 @@ class GenerationSpec:
         return_metrics: add the ``metrics`` object.
         return_token_ids: add ``token_ids`` to each choice.
         service_tier: the body's, if it chose the service class.
+        priority: among equally urgent requests the smaller goes first.
     """
 
     model: str | None
@@ -83,6 +84,16 @@ class GenerationSpec:
     return_metrics: bool
     return_token_ids: bool
     service_tier: str | None
+    priority: int
+
+    def request(self, prompt: str | list[int], choice: int, *, special_tokens: bool) -> Request:
+        """Return what to submit for one choice of a prompt."""
+        return Request(
+            prompt,
+            self.sampling_of(choice),
+            add_special_tokens=special_tokens,
+            priority=self.priority,
+        )
 
     def sampling_of(self, choice: int) -> SamplingParams:
         """Return the sampling of one choice: with a seed, each choice gets its own stream."""
@@ -126,7 +137,6 @@ def generation_spec(
     best_of = body.integer("best_of", None, 1, MAX_INT)
     if best_of is not None and best_of != n:
         body.refuse("best_of", best_of, "null: choosing among more choices is not supported")
-    body.integer("priority", 0, -(2**31), MAX_INT)
     tier = body.text("service_tier")
     return GenerationSpec(
         model=body.text("model"),
@@ -137,6 +147,7 @@ def generation_spec(
         return_metrics=_wants_metrics(body, context.headers),
         return_token_ids=body.boolean("return_token_ids"),
         service_tier=tier if tier in context.service_tiers else None,
+        priority=body.integer("priority", 0, -(2**31), MAX_INT),
     )
 
 

@@ -1,0 +1,41 @@
+"""A scheduling policy of one's own: the prompt with the fewest tokens left goes first.
+
+You should see the requests end in order of length although they were submitted longest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flowprefill import Engine, Request, SamplingParams
+from flowprefill.scheduling.entry import Entry, Rank, Verdict
+from flowprefill.scheduling.policies.base import BasePolicy
+
+
+class FewestTokensFirst(BasePolicy):
+    """Orders by prompt length; a shorter prompt suspends a longer one."""
+
+    name = "fewest_tokens_first"
+
+    def rank(self, entry: Entry, now: float) -> Rank:
+        """Return the key to sort by."""
+        return Rank((entry.prompt_tokens,))
+
+    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+        """Preempt for a prompt of less than half the length."""
+        first = waiting[0]
+        return Verdict(2 * first.prompt_tokens < current.prompt_tokens, "shorter", by=first)
+
+
+def main() -> None:
+    """Submit prompts of four lengths, longest first."""
+    with Engine("smollm2-135m", policy=FewestTokensFirst) as engine:
+        sampling = SamplingParams(temperature=0, max_tokens=1)
+        handles = [engine.submit(Request([1000 + n] * n, sampling)) for n in (4000, 1000, 250, 60)]
+        for handle in handles:
+            timings = handle.result().timings
+            print(f"{handle.prompt_tokens:5} tokens: first token after {timings.ttft:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
