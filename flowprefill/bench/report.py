@@ -152,14 +152,9 @@ def _shown(value: Any, heading: str) -> str:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    if heading.endswith("ms"):
+    if heading.rstrip().endswith("ms"):
         value *= 1e3
     if heading.endswith("%"):
         return f"{value * 100:.1f}"
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.3g}"
-        if abs(value) < 10
-        else f"{value:.1f}"
-    )
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
