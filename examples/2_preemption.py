@@ -26,11 +26,11 @@ def main() -> None:
             time.sleep(0.5)
             ids = [words.randrange(1000, 40000) for _ in range(64)]
             timings = engine.submit(Request(ids, ONE_TOKEN), SLO(ttft=0.1)).result().timings
-            print(f"short: first token after {timings.ttft * 1e3:.0f} ms")
+            print(f"short: first token after {timings.ttft:.3f} s")
         timings = long.result().timings
         print(
             f"long: first token after {timings.ttft:.2f} s, {timings.preemptions} preemptions, "
-            f"suspended for {timings.suspended * 1e3:.0f} ms"
+            f"suspended for {timings.suspended:.3f} s"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,12 @@ class EngineConfig:
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            kinds = (int,) if isinstance(getattr(type(self), name, 0), int) else (int, float)
-            if name in ("kv_cache_gib", "default_ttft_ms", "default_tpot_ms"):
-                kinds = (int, float)
+            is_real = name in ("kv_cache_gib", "default_ttft_ms", "default_tpot_ms")
+            kinds = (int, float) if is_real else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                raise _bad(name, value, f"a number in [{low:g}, {high:g}]")
+                raise _bad(
+                    name, value, f"{'a number' if is_real else 'an integer'} in [{low:g}, {high:g}]"
+                )
 
     def slo_of_class(self, name: str) -> SLO:
         """Return the SLO of a configured service class; unknown names raise ConfigError."""
@@ -170,3 +171,12 @@ class EngineConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path}: expected a JSON object", param="config")
         return cls.from_mapping(values)
+
+
+def settings_table() -> str:
+    """Return all settings as a Markdown table; docs/configuration.md holds it, a test compares."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for one in fields(EngineConfig):
+        default = one.default if one.default is not MISSING else {}
+        lines.append(f"| `{one.name}` | `{json.dumps(default)}` | {one.metadata['doc']} |")
+    return "\n".join(lines)

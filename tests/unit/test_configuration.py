@@ -1,0 +1,90 @@
+"""EngineConfig: bad values are refused by name, and docs/configuration.md lists every setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowprefill.config import EngineConfig, Granularity, settings_table
+from flowprefill.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_configuration_page_is_the_table_of_the_settings() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert settings_table() in page
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "fp8"), ("device", "tpu"), ("policy", "lifo"), ("granularity", "budget"),
+        ("granularity", "chunk:0"), ("granularity", "budget:0"), ("granularity", 3),
+        ("threads", -1), ("threads", 1.5), ("threads", True), ("kv_cache_gib", 0),
+        ("block_tokens", 48), ("max_running", 0), ("max_waiting", 0), ("default_ttft_ms", -1),
+        ("max_model_len", "long"), ("kv_cache_gib", float("nan")),
+    ],
+)  # fmt: skip
+def test_bad_setting_names_field_value_and_what_is_allowed(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name) as caught:
+        EngineConfig(**{name: value})
+    assert caught.value.param == name
+    assert repr(value) in caught.value.message
+    assert "expected" in caught.value.message
+
+
+def test_unknown_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no_such_key"):
+        EngineConfig.from_mapping({"no_such_key": 1})
+
+
+@pytest.mark.parametrize(
+    "text", ["budget:2", "budget:0.5", "chunk:512", "operator", "layer", "none"]
+)
+def test_granularity_is_written_as_it_is_read(text: str) -> None:
+    assert str(Granularity.parse(text)) == text
+
+
+def test_class_gives_its_slo_in_seconds() -> None:
+    config = EngineConfig(classes={"chat": {"ttft_ms": 250, "tpot_ms": 50, "on_miss": "drop"}})
+    slo = config.slo_of_class("chat")
+    assert (slo.ttft, slo.tpot, slo.on_miss, slo.service_class) == (0.25, 0.05, "drop", "chat")
+
+
+@pytest.mark.parametrize(
+    "spec", [{"ttft_ms": -1}, {"ttft": 1}, {"on_miss": "explode"}, {"tpot_ms": "fast"}]
+)
+def test_bad_class_is_refused_at_start(spec: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="chat"):
+        EngineConfig(classes={"chat": spec})
+
+
+def test_default_objectives_apply_to_requests_that_name_none() -> None:
+    assert EngineConfig(default_ttft_ms=500).default_slo().ttft == 0.5
+    assert EngineConfig().default_slo().ttft is None
+    with_class = EngineConfig(classes={"default": {"ttft_ms": 100}}, default_ttft_ms=500)
+    assert with_class.default_slo().ttft == 0.1
+
+
+def test_file_is_read_and_its_errors_name_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"policy": "edf", "threads": 1}))
+    assert EngineConfig.from_file(path).policy == "edf"
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        EngineConfig.from_file(path)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="JSON object"):
+        EngineConfig.from_file(path)
+    with pytest.raises(ConfigError, match=r"absent\.json"):
+        EngineConfig.from_file(tmp_path / "absent.json")
+
+
+def test_every_setting_has_a_help_text() -> None:
+    for field in dataclasses.fields(EngineConfig):
+        assert field.metadata["doc"], field.name
