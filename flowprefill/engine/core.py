@@ -4,7 +4,7 @@ One lock guards scheduler, KV blocks and sequences. Whoever brings news (a submi
 cancelling one, the event thread) takes it, tells the scheduler and dispatches what it decides: an
 urgent request stops a running one from the submitting thread itself. The event thread sleeps in
 poll() until the executor has ended a run or the scheduler's timer is due. Tokens and results are
-handed over without the lock.
+handed over without the lock. Long because all that the lock guards is here, to be read as one.
 """
 
 from __future__ import annotations
@@ -89,13 +89,14 @@ class EngineCore:
         self._runs: dict[int, ActiveRun] = {}
         self._news: deque[Event] = deque()
         self._outbox = Outbox()
-        self._is_closing = False
+        self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
         self._wake_at = math.inf
         self._poll_until = math.inf
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._serve_events, name="fp-events", daemon=True)
         self._is_stopped = False
+        self._closing = threading.Lock()
         self.observers: list[EngineObserver] = []
         self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
         self.run_names: OrderedDict[int, str] = OrderedDict()
@@ -114,12 +115,18 @@ class EngineCore:
             that of a live request. In each case nothing has changed.
         """
         with self._lock:
-            if self._is_closing:
-                raise NotReady("the engine is shutting down")
+            if self._refusal:
+                raise NotReady(self._refusal)
             self._check_load(sequence)
             self._live[sequence.id] = sequence
             self._memory.push(sequence)
             self._settle()
+            if not sequence.is_ended:  # after the dispatch: nobody waits for a prediction
+                waited_s = time.monotonic() - sequence.arrival_s
+                left_s = self._scheduler.predicted_ttft_s(
+                    sequence.job(), sequence.arrival_s + waited_s
+                )
+                sequence.handle.predicted_ttft = waited_s + left_s
         self._deliver()
 
     def cancel(self, sequence: Sequence) -> None:
@@ -136,7 +143,7 @@ class EngineCore:
         """Refuse new requests, wait for the live ones, cancel the rest, stop all threads."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            self._is_closing = True
+            self._refusal = self._refusal or "the engine is shutting down"
             while self._live:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -146,7 +153,9 @@ class EngineCore:
         for sequence in rest:
             self.cancel(sequence)
         self._wait_until_idle()
-        if not self._is_stopped:
+        with self._closing:  # one thread closes, others wait for it
+            if self._is_stopped:
+                return
             self._is_stopped = True
             os.eventfd_write(self._wake_fd, 1)
             self._thread.join()
@@ -187,11 +196,12 @@ class EngineCore:
         if sequence.id in self._live:
             raise InvalidRequest.field("id", sequence.id, "an id that no live request has")
         now, job = time.monotonic(), sequence.job()
-        sequence.handle.predicted_ttft = self._scheduler.predicted_ttft_s(job, now)
+        looks_ahead = self._limits.refuse_late
+        predicted_s = self._scheduler.predicted_ttft_s(job, now) if looks_ahead else 0.0
         load = self._scheduler.load()
         load.waiting_jobs += len(self._memory)
         load.waiting_tokens += self._memory.tokens
-        refusal = refusal_of(job, load, self._limits, now, sequence.handle.predicted_ttft)
+        refusal = refusal_of(job, load, self._limits, now, predicted_s)
         if refusal is not None:
             raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
 
@@ -206,6 +216,15 @@ class EngineCore:
 
     def _settle(self) -> None:
         """Admit what fits and tell the scheduler all news, until nothing is new. Lock held."""
+        try:
+            self._settle_news()
+        except Exception as error:  # ours, or of a policy: nobody may wait for ever because of it
+            log.exception("the engine has failed")
+            self._fail_all(error)
+        if not self._live:
+            self._idle.notify_all()
+
+    def _settle_news(self) -> None:
         self._admit()
         while self._news:
             event = self._news.popleft()
@@ -216,15 +235,15 @@ class EngineCore:
             self._carry_out(decision)
             if not self._news:
                 self._admit()
-        if not self._live:
-            self._idle.notify_all()
 
     def _carry_out(self, decision: Decision) -> None:
         for work in decision.cancel:
             if work.id in self._runs:
                 self._executor.cancel(self._runs[work.id].run)
         for job_id, reason in decision.dropped:
-            sequence = self._live[job_id]
+            sequence = self._live.get(job_id)
+            if sequence is None:
+                continue  # it has failed in this moment
             sequence.is_scheduled = False  # the scheduler has ended its job by itself
             self._end_early(sequence, DeadlinePassed(f"request {job_id}: {reason}"), "expired")
         if decision.dispatch is not None:
@@ -337,14 +356,22 @@ class EngineCore:
                 os.eventfd_read(self._wake_fd)
             try:
                 self._handle_events()
-            except Exception as error:  # a bug of ours: no request may wait for ever because of it
+            except Exception as error:  # a bug of ours
                 log.exception("the engine's event thread failed")
-                self._fail_all(error)
+                with self._lock:
+                    self._fail_all(error)
 
     def _handle_events(self) -> None:
         for kind, run, _ in self._executor.pop_events():
-            if kind != "suspended":
+            if kind == "suspended":
+                continue
+            try:
                 self._handle_end_of_run(run.id, kind)
+            except Exception as error:  # a bug of ours; its event will not come again
+                log.exception("the end of run %d could not be handled", run.id)
+                with self._lock:
+                    self._runs.pop(run.id, None)
+                    self._fail_all(error)
         with self._lock:
             if time.monotonic() >= self._wake_at:
                 self._wake_at = math.inf
@@ -377,13 +404,18 @@ class EngineCore:
         self._deliver()
 
     def _fail_all(self, error: Exception) -> None:
-        with self._lock:
-            for sequence in tuple(self._live.values()):
-                if sequence.error is None:
-                    failure = RequestFailed(f"request {sequence.id}: internal error: {error}")
-                    self._end_early(sequence, failure, "failed")
-            self._settle()
-        self._deliver()
+        """End every request and refuse new ones: what scheduler and engine know may not agree."""
+        self._refusal = f"the engine has failed: {error}"
+        self._news.clear()
+        for active in self._runs.values():
+            self._executor.cancel(active.run)
+        for sequence in tuple(self._live.values()):
+            sequence.is_scheduled = False
+            if sequence.error is None:
+                message = f"request {sequence.id}: internal error: {error}"
+                sequence.error, sequence.finish_reason = RequestFailed(message), "failed"
+            if sequence.work_id not in self._runs:
+                self._free(sequence)
 
     def _release_sequences(
         self, active: ActiveRun, failures: dict[str, FlowPrefillError], *, is_finished: bool
@@ -401,6 +433,7 @@ class EngineCore:
             elif is_finished:
                 sequence.computed = computed
                 self._pool.commit(sequence.reservation, sequence.ids[:computed])
+                sequence.end_with_last_token()
             if sequence.finish_reason is not None:
                 if sequence.is_scheduled:
                     ends.add(sequence.id)

@@ -29,7 +29,7 @@ from flowprefill.engine.native import (
 )
 from flowprefill.engine.records import EngineObserver, EngineStats, TimelineEntry
 from flowprefill.engine.sampler import Sampler
-from flowprefill.engine.sequence import Sequence
+from flowprefill.engine.sequence import Sequence, TokenSide
 from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import ConfigError, InvalidRequest, PromptTooLong
 from flowprefill.models.checkpoint import Progress, open_checkpoint
@@ -286,6 +286,10 @@ class Engine:
                 raise InvalidRequest.field("prompt", request.prompt, "at least one token")
         else:
             ids = list(request.prompt)
+        as_array = np.asarray(ids)
+        is_valid = as_array.ndim == 1 and as_array.dtype.kind in "iu"
+        if is_valid and as_array.min() >= 0 and as_array.max() < self.vocab_size:
+            return ids
         for token in ids:
             is_id = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
             if not is_id or not 0 <= token < self.vocab_size:
@@ -315,17 +319,19 @@ class Engine:
 
     def _make_sequence(self, request: Request, slo: SLO, ids: list[int], room: int) -> Sequence:
         eos = self.tokenizer.eos_ids
-        params = request.sampling
+        params, num_prompt, seed = request.sampling, len(ids), next(self._seeds)
         sequence = Sequence(
             request=request,
             slo=slo,
             handle=Handle(request.id, len(ids), lambda: self._core.cancel(sequence)),
-            sampler=Sampler(params, self.vocab_size, ids, next(self._seeds), eos),
-            stop=StopChecker(params, eos, room),
-            decoder=self.tokenizer.incremental_decoder(keeps_space=True),
+            make_token_side=lambda: TokenSide(
+                Sampler(params, self.vocab_size, ids[:num_prompt], seed, eos),
+                StopChecker(params, eos, room),
+                self.tokenizer.incremental_decoder(keeps_space=True),
+            ),
             arrival_s=0.0,
             ids=ids,
-            num_prompt=len(ids),
+            num_prompt=num_prompt,
             extra_tokens=1,
         )
         return sequence

@@ -16,6 +16,8 @@ from flowprefill.request import Completion, Timings, Token
 from flowprefill.scheduling import Job
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from flowprefill.engine.handle import Handle
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     from flowprefill.errors import FlowPrefillError
     from flowprefill.models.tokenizer import IncrementalDecoder
     from flowprefill.request import SLO, FinishReason, Request
+
+
+@dataclass(slots=True)
+class TokenSide:
+    """What turns a request's logits into text; made for its first token, not before."""
+
+    sampler: Sampler
+    stop: StopChecker
+    decoder: IncrementalDecoder
 
 
 @dataclass(slots=True, eq=False)
@@ -43,13 +54,12 @@ class Sequence:
     request: Request
     slo: SLO
     handle: Handle
-    sampler: Sampler
-    stop: StopChecker
-    decoder: IncrementalDecoder
+    make_token_side: Callable[[], TokenSide]
     arrival_s: float
     ids: list[int]
     num_prompt: int
     extra_tokens: int
+    token_side: TokenSide | None = None
     computed: int = 0
     reservation: Reservation | None = None
     work_id: int | None = None
@@ -108,15 +118,18 @@ class Sequence:
         Raises:
             RequestFailed: the logits are not finite.
         """
-        sampled = self.sampler.sample(logits)
-        reason = self.stop.reason_of(sampled.token_id)
+        if self.token_side is None:
+            self.token_side = self.make_token_side()
+        side = self.token_side
+        sampled = side.sampler.sample(logits)
+        reason = side.stop.reason_of(sampled.token_id)
         if reason == "stop":
-            piece = self.decoder.flush()
+            piece = side.decoder.flush()
         else:
-            piece = self.decoder.push(sampled.token_id)
+            piece = side.decoder.push(sampled.token_id)
             if reason == "length":
-                piece += self.decoder.flush()
-        verdict = self.stop.push(sampled.token_id, piece)
+                piece += side.decoder.flush()
+        verdict = side.stop.push(sampled.token_id, piece)
         token = Token(
             token_id=sampled.token_id,
             text=verdict.text,
@@ -127,8 +140,16 @@ class Sequence:
         self.ids.append(sampled.token_id)
         self.tokens.append(token)
         self.token_times_s.append(now)
-        self.finish_reason = verdict.finish_reason
         return token
+
+    def end_with_last_token(self) -> None:
+        """Note whether the newest token was the last; the engine's lock is held.
+
+        A last token that its reader has seen wins over a cancel that came while it was sampled.
+        """
+        reason = self.tokens[-1].finish_reason if self.tokens else None
+        if reason is not None:
+            self.finish_reason, self.error, self.cancelled_at_s = reason, None, None
 
     def timings(self, now: float) -> Timings:
         """Return where the time went so far."""

@@ -112,11 +112,15 @@ class Scheduler:
         )
 
     def predicted_ttft_s(self, job: Job, now: float) -> float:
-        """Return the time from now to the job's first token if it arrived now; changes nothing.
+        """Return the time from now to the job's first token; changes nothing.
 
-        Counts what is ahead of it in the policy's order and, unless it would preempt, the current
-        work; not decode steps in between. A lower bound when more than 256 wait ahead.
+        The job may have arrived already; if not, the answer is for its arrival now. Counts what is
+        ahead of it in the policy's order and, unless it would preempt, the current work; not
+        decode steps in between. A lower bound when more than 256 wait ahead.
         """
+        own, current = self._prefills.get(job.id), self._current
+        if own is not None and own is current:
+            return max(own.remaining_s - max(now - own.since_s, 0.0), 0.0)
         entry = self._new_entry(job, -1)
         entry.rank = self.policy.rank(entry, now)
         self.policy.left(entry)
@@ -125,8 +129,9 @@ class Scheduler:
         for other in islice(self._queue.in_order(), TTFT_SCAN):
             if mine < (other.rank.key, other.priority):
                 break
+            if other is own:
+                continue
             ahead_s += other.remaining_s
-        current = self._current
         if current is not None and not self.policy.should_preempt(current, [entry], now).preempt:
             ahead_s += max(current.remaining_s - max(now - current.since_s, 0.0), 0.0)
         return ahead_s + entry.remaining_s
