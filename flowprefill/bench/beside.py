@@ -20,6 +20,7 @@ from flowprefill.engine.records import TimelineEntry
 from flowprefill.request import SLO, Request
 
 JITTER = 0.5  # a wait is uniform in mean * (1 +- this)
+LONG_ID, LONG_RUN = "long", "prefill long"  # the request, and its run in the timeline
 ALONE_SHORTS = 12  # measured before each round
 
 
@@ -94,8 +95,7 @@ class Round:
 
     def blocking_s(self) -> list[float]:
         """Return the blocking times, see `blocking_times`."""
-        name = f"prefill {self.long.request_id}"
-        return blocking_times([s.submitted_s for s in self.shorts], self.segments, name)
+        return blocking_times([s.submitted_s for s in self.shorts], self.segments, LONG_RUN)
 
 
 def blocking_times(
@@ -181,10 +181,10 @@ def _together(
     offsets: list[float],
 ) -> tuple[Answer, list[Answer]]:
     start_s = time.monotonic()
-    long = engine.submit(Request(long_ids, FIRST_TOKEN_ONLY), workload.long_slo)
+    long = engine.submit(Request(long_ids, FIRST_TOKEN_ONLY, id=LONG_ID), workload.long_slo)
     shorts: list[tuple[float, Handle]] = []
-    for prompt, offset in zip(prompts, offsets, strict=True):
-        request = Request(prompt, FIRST_TOKEN_ONLY)
+    for number, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True), start=1):
+        request = Request(prompt, FIRST_TOKEN_ONLY, id=f"short-{number}")
         time.sleep(max(start_s + offset - time.monotonic(), 0.0))
         submitted_s = time.monotonic()
         shorts.append((submitted_s, engine.submit(request, workload.short_slo)))
