@@ -1,0 +1,33 @@
+// launch_gemm(): from the tile's name to its kernel. Declared in kernels.h.
+#include "cuda/kernels/gemm_kernels.h"
+#include "cuda/kernels/kernels.h"
+
+namespace flowprefill {
+namespace {
+
+template <typename Output>
+cudaError_t launch(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
+  switch (tile) {
+    case GemmTile::kAmpere64x64:
+      return gemm_ampere_64x64<Output>(args, stream);
+    case GemmTile::kAmpere128x128:
+      return gemm_ampere_128x128<Output>(args, stream);
+    case GemmTile::kAmpere256x128:
+      return gemm_ampere_256x128<Output>(args, stream);
+    case GemmTile::kHopper128x128:
+      return gemm_hopper_128x128<Output>(args, stream);
+    case GemmTile::kHopper128x256:
+      return gemm_hopper_128x256<Output>(args, stream);
+  }
+  return cudaErrorInvalidDeviceFunction;
+}
+
+}  // namespace
+
+cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
+  check(args);
+  return args.output == GemmOutput::kFloat ? launch<float>(args, tile, stream)
+                                           : launch<Bf16>(args, tile, stream);
+}
+
+}  // namespace flowprefill
