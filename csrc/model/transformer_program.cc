@@ -352,6 +352,10 @@ void TransformerProgram<T>::store_keys_and_values(const Step& step, Rows rows, c
   const int32_t block = s.block_table[static_cast<size_t>(position / block_tokens)];
   const int32_t slot = position % block_tokens;
   const int32_t count = rows.end - rows.begin;
+  // The step that begins a block and ends in it clears the rest: attention reads whole blocks.
+  const int32_t first_row = std::max(step.row_begin, s.row_begin);
+  const bool is_last = rows.end == std::min(step.row_end, s.row_begin + s.rows);
+  const bool clears_rest = is_last && rows.begin - slot >= first_row && slot + count < block_tokens;
   thread_local std::vector<T> keys;
   keys.resize(static_cast<size_t>(count) * static_cast<size_t>(dim));
   for (int32_t h = 0; h < c_.num_kv_heads; ++h) {
@@ -372,6 +376,8 @@ void TransformerProgram<T>::store_keys_and_values(const Step& step, Rows rows, c
     kernels.store_values(qkv_row(step, rows.begin) + v, c_.qkv_columns(),
                          pointer_or_null(w.qkv_bias, v), count, dim,
                          cache_->template value<T>(step.layer, block, h), slot);
+    if (clears_rest)
+      cache_->template clear_values_from<T>(step.layer, block, h, slot + count);
   }
 }
 

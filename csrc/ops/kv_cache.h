@@ -45,6 +45,11 @@ class KvCache {
     return key<T>(layer, block, head) + int64_t{shape_.head_dim} * shape_.block_tokens;
   }
 
+  // Clears the values of tokens `slot` and later of a block: what its last owner left there may be
+  // NaN, and a masked NaN still poisons a product.
+  template <typename T>
+  void clear_values_from(int32_t layer, int32_t block, int32_t head, int32_t slot);
+
   // Clears blocks whose content may hold NaN (after a failed run): a masked NaN still poisons a
   // product.
   void zero(std::span<const int32_t> blocks);
