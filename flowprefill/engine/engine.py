@@ -34,7 +34,13 @@ from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import ConfigError, InvalidRequest, PromptTooLong
 from flowprefill.models.checkpoint import Progress, open_checkpoint
 from flowprefill.request import SLO, Request
-from flowprefill.scheduling import CostModel, MachineRates, Scheduler, SchedulerSettings
+from flowprefill.scheduling import (
+    CostModel,
+    MachineRates,
+    Scheduler,
+    SchedulerSettings,
+    WorkKind,
+)
 from flowprefill.scheduling.admission import AdmissionLimits
 
 if TYPE_CHECKING:
@@ -94,6 +100,7 @@ class Engine:
         self._executor.start()
         self._cost_model = self._calibrate()
         self._core = self._make_core(policy)
+        self._plans: dict[float, dict[str, Any]] = {}
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
         self.is_ready = True
@@ -146,6 +153,7 @@ class Engine:
         granularity = Granularity.parse(text)
         self._core.set_max_blocking(granularity.budget_s or COARSE_BLOCKING_S)
         self._granularity = granularity
+        self._plans.clear()
 
     def close(self, timeout: float | None = None) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
@@ -286,9 +294,7 @@ class Engine:
                 raise InvalidRequest.field("prompt", request.prompt, "at least one token")
         else:
             ids = list(request.prompt)
-        as_array = np.asarray(ids)
-        is_valid = as_array.ndim == 1 and as_array.dtype.kind in "iu"
-        if is_valid and as_array.min() >= 0 and as_array.max() < self.vocab_size:
+        if {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) < self.vocab_size:
             return ids
         for token in ids:
             is_id = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
@@ -344,12 +350,18 @@ class Engine:
         entries = []
         for new, sequence in zip(tokens, sequences, strict=True):
             assert sequence.reservation is not None
-            table = np.asarray(sequence.reservation.block_ids, dtype=np.int32)
+            table = np.array(sequence.reservation.block_ids, dtype=np.int32)
             entries.append((len(new), sequence.computed, table))
-        is_decode = all(len(new) == 1 for new in tokens)
-        slowdown = self._cost_model.correction("decode" if is_decode else "prefill")
-        plan = native_plan(self._granularity, self._cost_model.rates, slowdown)
-        return self._model.make_run(run_id, np.concatenate(tokens), entries, plan)
+        rows = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+        plan = self._plan("decode" if len(rows) == len(tokens) else "prefill")
+        return self._model.make_run(run_id, rows, entries, plan)
+
+    def _plan(self, kind: WorkKind) -> dict[str, Any]:
+        """Return the planner's options; they follow the machine's slowdown in steps of a tenth."""
+        slowdown = round(self._cost_model.correction(kind), 1) or 0.1
+        if slowdown not in self._plans:
+            self._plans[slowdown] = native_plan(self._granularity, self._cost_model.rates, slowdown)
+        return self._plans[slowdown]
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks that may hold NaN; for the core."""

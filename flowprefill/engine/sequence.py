@@ -107,7 +107,7 @@ class Sequence:
 
     def new_tokens(self) -> NDArray[np.int32]:
         """Return the tokens the next run computes."""
-        return np.asarray(self.ids[self.computed :], dtype=np.int32)
+        return np.array(self.ids[self.computed :], dtype=np.int32)
 
     def advance(self, logits: NDArray[np.float32], now: float) -> Token:
         """Sample the next token and decide whether generation ends with it.
