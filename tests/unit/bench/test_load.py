@@ -1,0 +1,91 @@
+"""What `bench load` sends, reads from traces, and makes of the answers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from flowprefill.bench.arrivals import MIX, MIX_CLASSES, Planned, random_mix, read_trace
+from flowprefill.bench.http_client import Outcome
+from flowprefill.bench.load import rows_of
+from flowprefill.errors import ConfigError
+
+ROW = {"timestamp": 2.0, "input_length": 1000, "output_length": 50, "type": "search"}
+
+
+def write(tmp_path: Path, *rows: object) -> Path:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_random_mix_is_seeded_and_within_its_ranges() -> None:
+    planned = random_mix(random.Random(1), 300, 10.0, 0.1)
+    assert planned == random_mix(random.Random(1), 300, 10.0, 0.1)
+    assert {one.service_class for one in planned} == set(MIX)
+    for one in planned:
+        _, least, most = MIX[one.service_class]
+        assert least <= one.prompt_tokens <= most
+    assert [one.at_s for one in planned] == sorted(one.at_s for one in planned)
+    assert 0 < sum(one.cancel_after_s is not None for one in planned) < 100
+
+
+def test_random_mix_at_rate_zero_arrives_at_once() -> None:
+    assert {one.at_s for one in random_mix(random.Random(1), 5, 0.0, 0.0)} == {0.0}
+
+
+def test_trace_lengths_and_gaps_are_scaled_and_cut(tmp_path: Path) -> None:
+    path = write(tmp_path, ROW, ROW | {"input_length": 99_999, "type": "text"})
+    first, second = read_trace(path, 0.1, 0.5, max_tokens=512)
+    assert first == Planned(1.0, 100, 5, "search")
+    assert second == Planned(1.0, 507, 5, "text")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"timestamp": 1.0}, "missing or wrong entry 'input_length'"),
+        (ROW | {"timestamp": "soon"}, "missing or wrong entry"),
+        (ROW | {"type": "video"}, "type 'video', expected one of text, image, search, file"),
+        ([], "missing or wrong entry"),
+    ],
+)
+def test_bad_trace_line_is_named(tmp_path: Path, row: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        read_trace(write(tmp_path, ROW, row), 1.0, 1.0, 1000)
+    assert "trace.jsonl:2" in str(error.value)
+
+
+def test_empty_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        read_trace(path, 1.0, 1.0, 1000)
+
+
+def outcome(times_s: list[float], status: str = "ok", name: str = "interactive") -> Outcome:
+    return Outcome(Planned(0.0, 100, 4, name), token_times_s=times_s, status=status)
+
+
+def test_rows_count_who_met_both_objectives_and_leave_out_who_left() -> None:
+    outcomes = [
+        outcome([0.4, 0.5, 0.6]),
+        outcome([0.6, 0.7]),  # first token too late
+        outcome([0.1, 0.5]),  # tokens too slow
+        outcome([], "HTTP 429"),
+        outcome([], "cancelled"),
+        outcome([20.0], name="batch"),
+    ]
+    combination = {"policy": "edf", "granularity": "none"}
+    rows = rows_of(outcomes, MIX_CLASSES, 2.0, combination)
+    assert [row["service_class"] for row in rows] == ["interactive", "batch", "all"]
+    first, _, everyone = rows
+    assert (first["requests"], first["cancelled"], first["failed"]) == (4, 1, 1)
+    assert first["attainment"] == 0.25
+    assert first["failures"] == {"HTTP 429": 1}
+    assert everyone["attainment"] == pytest.approx(2 / 5)
+    assert everyone["goodput_per_s"] == 1.0
+    assert first["ttft_p50_s"] == pytest.approx(0.4)
