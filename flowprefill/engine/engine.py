@@ -357,8 +357,11 @@ class Engine:
         return self._model.make_run(run_id, rows, entries, plan)
 
     def _plan(self, kind: WorkKind) -> dict[str, Any]:
-        """Return the planner's options; they follow the machine's slowdown in steps of a tenth."""
-        slowdown = round(self._cost_model.correction(kind), 1) or 0.1
+        """Return the planner's options, by the rates measured of late where those are better.
+
+        Where they are worse others use the cores too, and shorter segments would only add to that.
+        """
+        slowdown = max(round(min(self._cost_model.correction(kind), 1.0), 1), 0.1)
         if slowdown not in self._plans:
             self._plans[slowdown] = native_plan(self._granularity, self._cost_model.rates, slowdown)
         return self._plans[slowdown]

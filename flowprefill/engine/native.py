@@ -38,8 +38,7 @@ def native_plan(
     """Return what the planner needs: how to cut, and how fast this machine is.
 
     Args:
-        slowdown: measured over predicted time of late, e.g. on a machine that others use too;
-            segments get shorter by it.
+        slowdown: measured over predicted time of late; segments are planned by it.
     """
     return {
         "granularity": granularity.kind,
