@@ -3,10 +3,17 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "runtime/segment.h"
 
 namespace flowprefill {
+
+// When a segment ran by its device's own account, nanoseconds on the clock of clock.h.
+struct SegmentTime {
+  int64_t start_ns = 0;
+  int64_t end_ns = 0;
+};
 
 // The base class is the synchronous device: a segment is done when launch() returns. csrc/cpu
 // derives from it to set up the compute team in attach().
@@ -35,6 +42,17 @@ class Device {
 
   // Returns when nothing is in flight; also called after launch() or throttle() threw. May throw.
   virtual void drain() {}
+
+  // Whether the device measures segments itself, as one with run-ahead must: the host sees only
+  // when it launched them. The timeline then gets these times, each as soon as it is known.
+  virtual bool has_segment_times() const { return false; }
+
+  // Gives the time of the next segment in the order of launches; false: not known yet, or never (it
+  // did not complete). Asked after throttle() and after drain(), until it says false.
+  virtual bool take_segment_time(SegmentTime& time) {
+    (void)time;
+    return false;
+  }
 };
 
 }  // namespace flowprefill

@@ -14,6 +14,7 @@ namespace flowprefill {
 namespace {
 
 constexpr auto kRelaxed = std::memory_order_relaxed;
+constexpr size_t kMaxInFlight = 16;  // of any device: room for these is taken at the start
 
 std::unique_ptr<Device> checked(std::unique_ptr<Device> device) {
   if (device == nullptr)
@@ -62,7 +63,9 @@ std::string describe(const Run& run, size_t segment, const std::exception_ptr& e
 }  // namespace
 
 Executor::Executor(std::unique_ptr<Device> device, ExecutorOptions options)
-    : device_(checked(std::move(device))), timeline_(options.timeline_capacity) {}
+    : device_(checked(std::move(device))), timeline_(options.timeline_capacity) {
+  in_flight_.reserve(kMaxInFlight);
+}
 
 // join() can throw only on the executor's own thread: our bug, and the end.
 Executor::~Executor() {  // NOLINT(bugprone-exception-escape)
@@ -242,9 +245,32 @@ void Executor::execute_segment() {
     return;
   }
   record.end_ns = now_ns();
-  timeline_.append(record);
+  record_segment(record);
   run.note_segment(record.start_ns, record.end_ns);
   segment_start_ns_ = record.end_ns;
+}
+
+// The timeline shows when segments ran. A run's accounting goes by the host's clock on every
+// device.
+void Executor::record_segment(const TimelineRecord& record) {
+  if (!device_->has_segment_times()) {
+    timeline_.append(record);
+    return;
+  }
+  in_flight_.push_back(record);
+  record_completed();
+}
+
+void Executor::record_completed() {
+  SegmentTime time;
+  size_t num_completed = 0;
+  while (num_completed < in_flight_.size() && device_->take_segment_time(time)) {
+    TimelineRecord& record = in_flight_[num_completed++];
+    record.start_ns = time.start_ns;
+    record.end_ns = time.end_ns;
+    timeline_.append(record);
+  }
+  in_flight_.erase(in_flight_.begin(), in_flight_.begin() + static_cast<ptrdiff_t>(num_completed));
 }
 
 // Takes the current run off the device, in state `to`: kSuspended, kFinished or kCancelled. A
@@ -257,6 +283,7 @@ void Executor::leave(RunState to) {
     fail(run.cursor() == 0 ? 0 : run.cursor() - 1, std::current_exception());
     return;
   }
+  record_completed();
   if (to != RunState::kSuspended) {
     end(to);
     return;
@@ -281,6 +308,8 @@ void Executor::fail(size_t segment, const std::exception_ptr& error) {
   } catch (...) {
     drain_error = std::current_exception();
   }
+  record_completed();
+  in_flight_.clear();  // what is left did not complete
   try {
     std::string message = describe(*current_, segment, error);
     if (drain_error)

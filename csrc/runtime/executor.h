@@ -10,6 +10,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <thread>
+#include <vector>
 
 #include "runtime/device.h"
 #include "runtime/event_queue.h"
@@ -96,6 +97,8 @@ class Executor {
   bool at_boundary();
   void take_mail();
   void execute_segment();
+  void record_segment(const TimelineRecord& record);
+  void record_completed();
   bool begin(Run& run);
   void leave(RunState to);
   void fail(size_t segment, const std::exception_ptr& error);
@@ -111,10 +114,11 @@ class Executor {
   std::atomic<bool> is_attached_{false};  // or failed to: attach_error_ is set then
   std::exception_ptr attach_error_;       // written before is_attached_
 
-  // Only the executor's thread touches these three.
+  // Only the executor's thread touches these.
   RunRef current_;
-  int64_t segment_start_ns_ = 0;  // end of the segment before
-  bool is_fresh_ = false;         // current_ has executed nothing since its last dispatch
+  int64_t segment_start_ns_ = 0;           // end of the segment before
+  bool is_fresh_ = false;                  // current_ has executed nothing since its last dispatch
+  std::vector<TimelineRecord> in_flight_;  // launched; the device has not told their times yet
 
   std::atomic<uint64_t> num_dispatched_{0};
   std::atomic<uint64_t> num_started_{0};

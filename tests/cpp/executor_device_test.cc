@@ -203,6 +203,67 @@ TEST_F(RunAheadTest, cancel_accepted_while_suspending_ends_the_run) {
   EXPECT_EQ(count(EventKind::kCancelled, 1), 1u);
 }
 
+// Tells the time of a segment when the one after it is launched, as a device one segment behind.
+class MeasuringDevice : public Device {
+ public:
+  void launch(Program& program, size_t i) override {
+    program.execute(i);
+    num_done_ = num_launched_++;
+  }
+  void drain() override { num_done_ = num_launched_; }
+  bool has_segment_times() const override { return true; }
+  bool take_segment_time(SegmentTime& time) override {
+    if (num_told_ == num_done_) {
+      return false;
+    }
+    ++num_told_;
+    time = {.start_ns = 100 * num_told_, .end_ns = 100 * num_told_ + 50};
+    return true;
+  }
+
+ private:
+  int64_t num_launched_ = 0;
+  int64_t num_done_ = 0;
+  int64_t num_told_ = 0;
+};
+
+TEST_F(RunAheadTest, timeline_takes_the_times_of_a_device_that_measures) {
+  start(std::make_unique<MeasuringDevice>());
+  uint64_t num_recorded_in_last = 0;
+  const RunRef run = make(1, 4, [&](size_t i) {
+    if (i == 3) {
+      num_recorded_in_last = executor_->timeline().size();
+    }
+  });
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_EQ(num_recorded_in_last, 2u) << "segment 2 was not known to be done then";
+  const TimelineSnapshot snapshot = executor_->timeline().snapshot();
+  ASSERT_EQ(snapshot.records.size(), 4u);
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(snapshot.records[i].segment, i);
+    EXPECT_EQ(snapshot.records[i].start_ns, 100 * static_cast<int64_t>(i + 1));
+    EXPECT_EQ(snapshot.records[i].end_ns, 100 * static_cast<int64_t>(i + 1) + 50);
+  }
+}
+
+TEST_F(RunAheadTest, segment_that_did_not_complete_is_not_in_the_timeline) {
+  start(std::make_unique<MeasuringDevice>());
+  executor_->dispatch(make(1, 4, [](size_t i) {
+    if (i == 2) {
+      throw std::runtime_error("no");
+    }
+  }));
+  wait_for(1);
+  executor_->dispatch(make(2, 1));
+  wait_for(2);
+  const TimelineSnapshot snapshot = executor_->timeline().snapshot();
+  ASSERT_EQ(snapshot.records.size(), 3u);
+  EXPECT_EQ(snapshot.records[1].segment, 1u);
+  EXPECT_EQ(snapshot.records[2].run_id, 2u);
+  EXPECT_EQ(snapshot.records[2].start_ns, 300);
+}
+
 class BrokenDevice : public Device {
  public:
   explicit BrokenDevice(bool& is_detached) : is_detached_(is_detached) {}
