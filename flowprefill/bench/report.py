@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from flowprefill.bench import doctor
-from flowprefill.errors import ConfigError
 from flowprefill.version import __version__
 
 Row = dict[str, Any]
@@ -69,9 +69,7 @@ def json_path(text: str) -> Path:
     """Check where a report is to go before anything is measured; for ``--json``."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(
-            f"json: got {text!r}, expected a file in an existing folder", param="json"
-        )
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in an existing folder")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -12,7 +13,6 @@ import pytest
 
 from flowprefill.bench import report
 from flowprefill.bench.report import Report, commit, json_path, print_table
-from flowprefill.errors import ConfigError
 
 MACHINE = {"processor": "made up", "cores_available": 2}
 
@@ -66,7 +66,9 @@ def test_machine_says_what_timings_depend_on() -> None:
 def test_json_path_in_a_missing_folder_is_refused_before_measuring(tmp_path: Path) -> None:
     assert json_path(str(tmp_path / "x.json")) == tmp_path / "x.json"
     for text in (str(tmp_path / "none" / "x.json"), str(tmp_path)):
-        with pytest.raises(ConfigError, match="expected a file in an existing folder"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="expected a file in an existing folder"
+        ):
             json_path(text)
 
 

@@ -1,0 +1,129 @@
+"""Whole benches on a tiny model: rows as stated, nothing about times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from flowprefill import Engine, EngineConfig, Request, SamplingParams
+from flowprefill.bench.transformers_model import TransformersModel
+from flowprefill.cli import main
+from flowprefill.models.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.slow
+ROW_NAMES = {
+    "granularity", "short_alone_p50_s", "short_beside_p50_s", "short_beside_p99_s", "long_alone_s",
+    "long_beside_s", "blocking_p50_s", "blocking_p99_s", "blocking_max_s", "prefill_tokens_per_s",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with the default model's tokenizer."""
+    config = transformers.LlamaConfig(
+        vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=8192,
+        bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("bench") / "tiny"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    open_checkpoint("smollm2-135m").tokenizer._inner.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrations are kept in the test's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def bench(folder: Path, tmp_path: Path, name: str, *flags: str) -> dict[str, Any]:
+    """Run one and return its report."""
+    path = tmp_path / "report.json"
+    command = ["bench", name, "--model", str(folder), "--threads", "1", "--dtype", "f32"]
+    assert main([*command, *flags, "--json", str(path)]) == 0
+    report: dict[str, Any] = json.loads(path.read_text())
+    assert {"machine", "commit", "command", "rows", "settings"} <= report.keys()
+    return report
+
+
+def test_hol_measures_every_granularity_in_every_round(folder: Path, tmp_path: Path) -> None:
+    flags = ("--rounds", "2", "--long-tokens", "3000", "--shorts", "3", "--short-tokens", "8")
+    names = ["none", "operator", "budget:2"]
+    chosen = [flag for name in names for flag in ("--granularity", name)]
+    report = bench(folder, tmp_path, "hol", *flags, *chosen)
+    assert [row["granularity"] for row in report["rows"]] == names
+    for row in report["rows"]:
+        assert row.keys() >= ROW_NAMES
+        assert row["shorts"] == 6
+        assert row["prefill_tokens_per_s"] > 0
+        assert row["short_beside_p50_s"] <= row["short_beside_p99_s"]
+    assert report["rows"][0]["throughput_vs_none"] == 1.0
+
+
+def test_prefill_measures_transformers_beside_it(folder: Path, tmp_path: Path) -> None:
+    report = bench(folder, tmp_path, "prefill", "--rounds", "1", "--tokens", "16", "40")
+    found = [(row["engine"], row["tokens"], row["samples"]) for row in report["rows"]]
+    engines = ("flowprefill", "transformers f32 eager", "transformers f32 sdpa")
+    assert found == [(engine, tokens, 3) for tokens in (16, 40) for engine in engines]
+    assert all(row["min"] <= row["tokens_per_s"] <= row["max"] for row in report["rows"])
+    assert report["gemm_flops_per_s"] > 0
+
+
+def test_control_counts_what_it_submitted(folder: Path, tmp_path: Path) -> None:
+    report = bench(folder, tmp_path, "control", "--rounds", "1", "--shorts", "3")
+    assert [row["granularity"] for row in report["rows"]] == ["budget:2", "budget:0.2"]
+    for row in report["rows"]:
+        assert 0 < row["samples"] <= 3
+        assert row["submit_to_dispatch_p50_s"] <= row["submit_to_seen_p50_s"]
+
+
+def test_load_answers_every_request_over_http(folder: Path, tmp_path: Path) -> None:
+    flags = ("--requests", "6", "--rate", "20", "--cancelled", "0")
+    report = bench(folder, tmp_path, "load", *flags)
+    everyone = report["rows"][-1]
+    assert (everyone["service_class"], everyone["requests"], everyone["failed"]) == ("all", 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("hol", "--granularity", "word"), "granularity: got 'word'"),
+        (("hol", "--rounds", "0"), "rounds: got 0"),
+        (("hol", "--shorts", "0"), "shorts: got 0"),
+        (("control", "--threads", "-1"), "threads: got -1"),
+        (("load", "--cancelled", "1"), "cancelled: got 1.0"),
+        (("prefill", "--json", "/nowhere/x.json"), "--json: got '/nowhere/x.json'"),
+        (("load", "--trace", "/nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_bad_flags_are_named_before_anything_is_loaded(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompt_longer_than_the_model_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "hol", "--model", str(folder), "--threads", "1", "--dtype", "f32"]
+    assert main([*command, "--long-tokens", "9000"]) == 2
+    assert "tokens: got 9000, expected 1 to 8191 tokens" in capsys.readouterr().err
+
+
+def test_transformers_comparison_runs_the_same_model(folder: Path) -> None:
+    ids = [501, 77, 30_000, 4, 1234]
+    other = TransformersModel(folder, "f32", 1)
+    config = EngineConfig(calibrate=False, dtype="f32", threads=1, kv_cache_gib=0.02)
+    with Engine(folder, config) as engine:
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        ours = engine.submit(Request(ids, sampling)).result(60).token_ids
+    assert [other.greedy_token(ids)] == ours
+    assert other.prefill_s(ids, "eager") > 0
