@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, and a plain runner of native runs; for the tests of this folder."""
+"""Tiny random checkpoints of every family, and a runner of native runs; for this folder's tests."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from flowprefill.models.checkpoint import open_checkpoint
 CASE = "llama-grouped"
 TABLE = np.arange(4, dtype=np.int32)
 IDS = np.arange(20, dtype=np.int32)
-GOOD = {"tokens": IDS, "sequences": [(20, 0, TABLE)], "plan": plan("layer")}
+GOOD: dict[str, Any] = {"tokens": IDS, "sequences": [(20, 0, TABLE)], "plan": plan("layer")}
 
 
 @pytest.fixture
@@ -158,8 +158,8 @@ def test_calls_out_of_order(config: dict[str, Any], native: Runner) -> None:
     model.allocate_cache(16, 4)
     with pytest.raises(RuntimeError, match="finish"):
         model.make_run(1, **GOOD)
-    for block_tokens, blocks, named in ((0, 4, "block_tokens: got 0"), (15, 4, "got 15"),
-                                        (16, 0, "blocks: got 0"), (16, -1, "blocks: got -1")):  # fmt: skip
+    wrong = ((0, 4, "block_tokens: got 0"), (15, 4, "15"), (16, 0, "blocks: got 0"), (16, -1, "-1"))
+    for block_tokens, blocks, named in wrong:
         with pytest.raises(ValueError, match=named):
             model.allocate_cache(block_tokens, blocks)
     run = native.make([(IDS.tolist(), 0, TABLE)], plan("layer"))

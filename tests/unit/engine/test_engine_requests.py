@@ -1,4 +1,4 @@
-"""The engine as users see it: handles, sampling, stops, logprobs, refusals; on a tiny random model."""
+"""The engine as users see it: handles, sampling, stops, logprobs, refusals; tiny model."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_text_prompts_are_tokenised(engine: Engine) -> None:
     assert by_text.token_ids == ids_of(engine, ids, 5)
 
 
-# ---- ends of generation ---------------------------------------------------------------------------
+# ---- ends of generation --------------------------------------------------------------------------
 
 
 def test_stop_string_ends_and_is_cut(engine: Engine) -> None:
@@ -128,7 +128,7 @@ def test_end_of_sequence_and_ignoring_it(open_engine: Callable[..., Engine]) -> 
     engine = open_engine()
     prompt = prompt_of(21, 4)
     free = ids_of(engine, prompt, 6)
-    object.__setattr__(engine.model_config, "eos_token_ids", (free[3],))
+    engine.tokenizer.eos_ids = (free[3],)
     params = SamplingParams(max_tokens=6, temperature=0.0)
     ended = engine.submit(Request(prompt, params)).result(WAIT_S)
     assert ended.finish_reason == "stop"
@@ -185,9 +185,9 @@ def test_logprobs_are_log_softmax_of_the_model(engine: Engine, tiny: Tiny) -> No
 
 def test_penalties_change_what_repeats(engine: Engine) -> None:
     prompt = prompt_of(25, 6)
-    repeating = engine.submit(
-        Request(prompt, greedy(30, repetition_penalty=0.01 + 0.2))
-    ).result(WAIT_S)
+    repeating = engine.submit(Request(prompt, greedy(30, repetition_penalty=0.01 + 0.2))).result(
+        WAIT_S
+    )
     assert len(set(repeating.token_ids)) < 30, "a penalty below 1 favours what was there"
     distinct = engine.submit(
         Request(prompt, greedy(30, repetition_penalty=10.0, frequency_penalty=2.0))

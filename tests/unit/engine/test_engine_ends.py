@@ -1,0 +1,383 @@
+"""How requests end early: cancelled in every state, failed, dropped, closed; nothing is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_models import (
+    POISON,
+    WAIT_S,
+    assert_all_free,
+    greedy,
+    ids_of,
+    prompt_of,
+    wait_for,
+)
+
+from flowprefill import SLO, Engine, Request, SamplingParams, _core
+from flowprefill.engine.handle import Handle
+from flowprefill.errors import DeadlinePassed, NotReady, RequestCancelled, RequestFailed
+
+OpenEngine = Callable[..., Engine]
+
+
+class Spinning:
+    """Lets an engine's runs of chosen lengths spin until cancelled, so that states can be held."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, from_tokens: int) -> None:
+        original = engine.make_run
+
+        def make_run(run_id: int, sequences: list[Any]) -> _core.Run:
+            if len(sequences[0].ids) >= from_tokens:
+                return _core.spin_run(run_id, 1_000_000, 2e-4)
+            return original(run_id, sequences)
+
+        monkeypatch.setattr(engine, "make_run", make_run)
+
+
+def assert_cancelled(handle: Handle) -> None:
+    with pytest.raises(RequestCancelled, match=handle.request_id):
+        handle.result(WAIT_S)
+    assert handle.timings is not None
+
+
+def test_cancel_in_every_state(open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = open_engine(kv_cache_gib=0.001, block_tokens=16, policy="edf")
+    Spinning(engine, monkeypatch, from_tokens=400)
+    first = engine.submit(Request(prompt_of(1500), greedy(5)))
+    wait_for(lambda: engine.stats().running == 1, "running")
+    no_memory = engine.submit(Request(prompt_of(1000, 1), greedy(5)))
+    no_turn = engine.submit(Request(prompt_of(100, 2), greedy(5)))
+    assert engine.stats().waiting == 2
+    no_memory.cancel()
+    assert no_memory.done, "waiting for memory: ends at once"
+    no_turn.cancel()
+    assert no_turn.done, "waiting for its turn: ends at once"
+    urgent = engine.submit(Request(prompt_of(410, 3), greedy(5)), SLO(ttft=0.5))
+    wait_for(lambda: engine.stats().suspended == 1, "suspended")
+    first.cancel()
+    assert_cancelled(first)
+    assert not urgent.done
+    urgent.cancel()
+    for handle in (no_memory, no_turn, urgent):
+        assert_cancelled(handle)
+    assert_all_free(engine)
+    done = engine.submit(Request(prompt_of(20), greedy(2)))
+    completion = done.result(WAIT_S)
+    done.cancel()
+    assert done.result() == completion
+    assert_all_free(engine)
+
+
+def test_cancel_while_decoding_keeps_what_was_seen(engine: Engine) -> None:
+    handle = engine.submit(Request(prompt_of(30), greedy(10_000)))
+    tokens: list[int] = []
+
+    def read() -> None:
+        for token in handle:
+            tokens.append(token.token_id)
+            if len(tokens) == 5:
+                handle.cancel()
+
+    with pytest.raises(RequestCancelled):
+        read()
+    assert tokens[:5] == ids_of(engine, prompt_of(30), 5)
+    assert_all_free(engine)
+
+
+def test_cancelling_one_of_a_batch_leaves_the_others(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    prompts = [prompt_of(60, n) for n in range(6)]
+    expected = [ids_of(engine, prompt, 20) for prompt in prompts]
+    for victim in range(6):
+        blocker = engine.submit(Request(prompt_of(3000, 50), greedy(1)))
+        handles = [engine.submit(Request(prompt, greedy(20))) for prompt in prompts]
+        for _ in zip(range(victim), handles[victim], strict=False):
+            pass  # a different moment each time
+        handles[victim].cancel()
+        for index, handle in enumerate(handles):
+            if index != victim:
+                assert handle.result(WAIT_S).token_ids == expected[index]
+        blocker.result(WAIT_S)
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("moment", ["before sampling", "after sampling"])
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_cancel_while_a_token_is_sampled(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, moment: str, max_tokens: int
+) -> None:
+    """The event thread samples without the lock; a cancel in this moment must not be lost."""
+    from flowprefill.engine.sampler import Sampler
+
+    engine = open_engine()
+    handles: list[Handle] = []
+    submitted = threading.Event()
+    owner: Any = Sampler if moment == "before sampling" else Handle
+    name = "sample" if moment == "before sampling" else "push"
+    original = getattr(owner, name)
+
+    def cancelling(self: Any, *arguments: Any) -> Any:
+        assert submitted.wait(WAIT_S)
+        handles[0].cancel()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, cancelling)
+    handles.append(engine.submit(Request(prompt_of(10), greedy(max_tokens))))
+    submitted.set()
+    if max_tokens == 1:  # its reader has the last token: that is how it ends
+        assert handles[0].result(WAIT_S).finish_reason == "length"
+    else:
+        assert_cancelled(handles[0])
+    assert_all_free(engine)
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def failing_at(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, request_id: str, segment: int
+) -> None:
+    """Let one request's runs throw in a segment."""
+    model = engine._model
+
+    class Failing:
+        failing = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def make_run(self, *arguments: Any) -> _core.Run:
+            return model.make_run(*arguments, fail_at=segment if self.failing else -1)
+
+    stand_in = Failing()
+    original = engine.make_run
+
+    def make_run(run_id: int, sequences: list[Any]) -> _core.Run:
+        stand_in.failing = any(sequence.id == request_id for sequence in sequences)
+        return original(run_id, sequences)
+
+    monkeypatch.setattr(engine, "_model", stand_in)
+    monkeypatch.setattr(engine, "make_run", make_run)
+
+
+@pytest.mark.parametrize("segment", [0, 3, 10])
+def test_a_failing_segment_ends_its_request_and_no_other(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, segment: int
+) -> None:
+    engine = open_engine(granularity="operator", max_batch_tokens=1)
+    prompts = [prompt_of(50, n) for n in range(4)]
+    expected = [ids_of(engine, prompt, 6) for prompt in prompts]
+    failing_at(engine, monkeypatch, "bad", segment)
+    before = [engine.submit(Request(prompt, greedy(6))) for prompt in prompts[:2]]
+    bad = engine.submit(Request(prompt_of(70, 9), greedy(6), id="bad"))
+    after = [engine.submit(Request(prompt, greedy(6))) for prompt in prompts[2:]]
+    with pytest.raises(
+        RequestFailed, match=r"request bad: .*operator '\w+' of layer -?\d"
+    ) as failed:
+        bad.result(WAIT_S)
+    assert "injected failure" in str(failed.value)
+    assert [handle.result(WAIT_S).token_ids for handle in (*before, *after)] == expected
+    assert_all_free(engine)
+
+
+def test_a_run_that_cannot_be_built_fails_its_requests(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine()
+    original = engine.make_run
+
+    def make_run(run_id: int, sequences: list[Any]) -> _core.Run:
+        if any(sequence.id == "bad" for sequence in sequences):
+            raise MemoryError("no memory for the workspace")
+        return original(run_id, sequences)
+
+    monkeypatch.setattr(engine, "make_run", make_run)
+    blocker = engine.submit(Request(prompt_of(3000), greedy(1)))
+    bad = engine.submit(Request(prompt_of(600, 1), greedy(1), id="bad"))
+    good = engine.submit(Request(prompt_of(700, 2), greedy(3)))
+    with pytest.raises(RequestFailed, match="request bad: no memory for the workspace"):
+        bad.result(WAIT_S)
+    assert len(good.result(WAIT_S).token_ids) == 3
+    blocker.result(WAIT_S)
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_nan_ends_its_request_and_poisons_no_other(
+    open_engine: OpenEngine, poisoned: Path, dtype: str, prefix_cache: bool
+) -> None:
+    if dtype == "bf16" and not _core.has_bf16_gemm():
+        pytest.skip("this processor does not multiply bf16 natively")
+    settings = {"kv_cache_gib": 0.001, "block_tokens": 16, "prefix_cache": prefix_cache}
+    engine = open_engine(poisoned, dtype=dtype, **settings)
+    prompts = [prompt_of(37 + n, n) for n in range(12)]
+    expected = [ids_of(engine, prompt, 8) for prompt in prompts]
+    for round_ in range(4):  # the blocks go round: each has been a poisoned request's
+        bad = [
+            engine.submit(Request([*prompt_of(90 + n, 60 + n + round_), POISON], greedy(3)))
+            for n in range(6)
+        ]
+        handles = [engine.submit(Request(prompt, greedy(8))) for prompt in prompts]
+        for handle in bad[1:]:
+            with pytest.raises(RequestFailed, match=r"request .* NaN"):
+                handle.result(WAIT_S)
+        bad[0].cancel()
+        assert [handle.result(WAIT_S).token_ids for handle in handles] == expected
+    assert_all_free(engine)
+
+
+def test_blocks_of_a_cancelled_poisoned_request_are_harmless(
+    open_engine: OpenEngine, poisoned: Path
+) -> None:
+    engine = open_engine(poisoned, kv_cache_gib=0.001, block_tokens=16, prefix_cache=False)
+    expected = ids_of(engine, prompt_of(21), 8)
+    for _ in range(3):
+        bad = engine.submit(Request([POISON] * 1900, greedy(3)))
+        segments = engine.stats().segments
+        wait_for(lambda: engine.stats().segments > segments, "executing")  # noqa: B023
+        bad.cancel()
+        with pytest.raises((RequestCancelled, RequestFailed)):
+            bad.result(WAIT_S)
+        assert ids_of(engine, prompt_of(21), 8) == expected
+    assert_all_free(engine)
+
+
+class Raising:
+    """A policy of one's own with a bug: it raises once it is told to."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.is_broken = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_broken:
+            raise LookupError("a bug in the policy")
+        return getattr(self._inner, name)
+
+
+def test_a_policy_that_raises_leaves_nobody_waiting(
+    open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = open_engine()
+    policy = Raising(engine._core._scheduler.policy)
+    engine._core._scheduler.policy = policy  # type: ignore[assignment]
+    engine._core._scheduler._queue._policy = policy  # type: ignore[assignment]
+    handles = [engine.submit(Request(prompt_of(3000, n), greedy(3))) for n in range(4)]
+    policy.is_broken = True
+    for handle in handles:
+        with pytest.raises(RequestFailed, match="a bug in the policy"):
+            handle.result(WAIT_S)
+    with pytest.raises(NotReady, match="the engine has failed: a bug in the policy"):
+        engine.submit(Request(prompt_of(5), greedy(1)))
+    caplog.clear()  # the tracebacks hold frames, and those runs
+    assert_all_free(engine)
+
+
+def test_an_observer_that_raises_costs_nobody_a_result(
+    open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise LookupError(name)
+
+    engine = open_engine()
+    engine.subscribe(Broken())
+    handles = [engine.submit(Request(prompt_of(20, n), greedy(3))) for n in range(5)]
+    for handle in handles:
+        assert len(handle.result(WAIT_S).token_ids) == 3
+    assert "an observer of the engine failed" in caplog.text
+    caplog.clear()
+    assert_all_free(engine)
+
+
+# ---- deadlines -----------------------------------------------------------------------------------
+
+
+def test_hopeless_requests_are_dropped_or_demoted(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(policy="fcfs")
+    Spinning(engine, monkeypatch, from_tokens=3000)
+    running = engine.submit(Request(prompt_of(3000), greedy(1)), SLO(ttft=0.2))
+    slo = SLO(ttft=0.3, on_miss="drop")
+    dropped = engine.submit(Request(prompt_of(2500, 1), greedy(1)), slo)
+    with pytest.raises(DeadlinePassed, match=dropped.request_id):
+        dropped.result(WAIT_S)
+    assert dropped.timings is not None
+    assert dropped.timings.ttft is None
+    assert dropped.timings.slo_met is False
+    running.cancel()
+    assert_cancelled(running)
+    demoted = engine.submit(Request(prompt_of(100, 2), greedy(2)), SLO(ttft=1e-4))
+    completion = demoted.result(WAIT_S)
+    assert completion.timings.slo_met is False
+    assert_all_free(engine)
+
+
+# ---- closing -------------------------------------------------------------------------------------
+
+
+def test_graceful_close_waits_for_the_live_ones(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    handles = [engine.submit(Request(prompt_of(500, n), greedy(5))) for n in range(5)]
+    engine.close()
+    for handle in handles:
+        assert handle.done
+        assert len(handle.result().token_ids) == 5
+    with pytest.raises(NotReady):
+        engine.submit(Request([5], greedy(1)))
+    engine.close()
+    handles[0].cancel()
+
+
+def test_abrupt_close_cancels_the_live_ones(open_engine: OpenEngine) -> None:
+    engine = open_engine(kv_cache_gib=0.001, block_tokens=16)
+    handles = [engine.submit(Request(prompt_of(900, n), greedy(1000))) for n in range(6)]
+    start = time.monotonic()
+    engine.close(0.0)
+    assert time.monotonic() - start < WAIT_S
+    for handle in handles:
+        assert handle.done
+        assert_cancelled(handle)
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_closed_while_many_threads_submit(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    outcomes: list[str] = []
+    started = threading.Barrier(9)
+
+    def work(seed: int) -> None:
+        started.wait()
+        for step in range(200):
+            try:
+                handle = engine.submit(
+                    Request(prompt_of(40 + seed, step), SamplingParams(max_tokens=4))
+                )
+                handle.result(WAIT_S)
+                outcomes.append("finished")
+            except RequestCancelled:
+                outcomes.append("cancelled")
+            except NotReady:
+                outcomes.append("refused")
+                return
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    wait_for(lambda: len(outcomes) > 20, "requests end")
+    closers = [threading.Thread(target=engine.close, args=(0.0,)) for _ in range(3)]
+    for thread in closers:
+        thread.start()
+    for thread in (*closers, *threads):
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert outcomes.count("refused") == 8

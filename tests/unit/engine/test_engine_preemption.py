@@ -1,0 +1,193 @@
+"""Preemption, timings, prefix reuse, short memory: outputs are those of a quiet engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_models import (
+    WAIT_S,
+    assert_all_free,
+    greedy,
+    ids_of,
+    prompt_of,
+    wait_for,
+)
+
+from flowprefill import SLO, Engine, Request
+from flowprefill.config import POLICIES
+from flowprefill.engine.handle import Handle
+
+OpenEngine = Callable[..., Engine]
+LONG = 12_000
+
+
+def start_long(engine: Engine, request: Request, slo: SLO | None = None) -> Handle:
+    """Submit a request and wait until the executor is in the middle of it."""
+    segments = engine.stats().segments
+    handle = engine.submit(request, slo)
+    wait_for(lambda: engine.stats().segments > segments, "the long prefill executes")
+    return handle
+
+
+@pytest.mark.parametrize("granularity", ["layer", "operator", "chunk:64", "budget:0.5"])
+def test_urgent_request_overtakes_and_both_are_right(
+    open_engine: OpenEngine, granularity: str
+) -> None:
+    engine = open_engine(granularity=granularity, prefix_cache=False, policy="edf")
+    long_ids, short_ids = prompt_of(LONG, 1), prompt_of(30, 2)
+    expected = ids_of(engine, long_ids, 3), ids_of(engine, short_ids, 1)
+    long = start_long(engine, Request(long_ids, greedy(3), id="long"), SLO(ttft=60.0))
+    short = engine.submit(Request(short_ids, greedy(1), id="short"), SLO(ttft=1.0))
+    short_done = short.result(WAIT_S)
+    assert not long.done, "the short one ends first"
+    long_done = long.result(WAIT_S)
+    assert (long_done.token_ids, short_done.token_ids) == expected
+    assert long_done.timings.preemptions >= 1
+    assert long_done.timings.suspended > 0
+    assert short_done.timings.preemptions == 0
+    assert engine.stats().preemptions >= 1
+    decisions = [d for d in engine.decisions() if d["requests"] == ["short"]]
+    assert decisions[0]["preempted"] is not None
+    assert decisions[0]["reason"]
+
+
+def test_without_boundaries_nothing_can_overtake(open_engine: OpenEngine) -> None:
+    engine = open_engine(granularity="none", prefix_cache=False, policy="edf")
+    long = start_long(engine, Request(prompt_of(LONG, 1), greedy(1)))
+    short = engine.submit(Request(prompt_of(30, 2), greedy(1)), SLO(ttft=1.0))
+    short.result(WAIT_S)
+    assert long.result(WAIT_S).timings.preemptions == 0
+
+
+def test_many_overtake_and_timings_add_up(open_engine: OpenEngine) -> None:
+    engine = open_engine(granularity="budget:0.5", prefix_cache=False)
+    long = start_long(engine, Request(prompt_of(LONG, 3), greedy(1)))
+    handles = [
+        engine.submit(Request(prompt_of(20 + n, 10 + n), greedy(1)), SLO(ttft=0.5))
+        for n in range(12)
+    ]
+    for handle in (*handles, long):
+        timings = handle.result(WAIT_S).timings
+        assert timings.ttft is not None
+        accounted = timings.queue + timings.prefill_run + timings.suspended
+        # What is left is sampling and the event thread's wake-up, on a machine that others use.
+        assert accounted <= timings.ttft + 1e-4
+        assert timings.ttft - accounted < 0.5
+    timings = long.result().timings
+    assert timings.preemptions >= 1
+    assert timings.suspended > 0
+
+
+def test_invariant_5_equal_urgency_never_preempts(open_engine: OpenEngine) -> None:
+    for policy in POLICIES:
+        engine = open_engine(policy=policy, prefix_cache=False, max_batch_tokens=1)
+        handles = [
+            engine.submit(Request(prompt_of(1500, n), greedy(1)), SLO(ttft=50.0)) for n in range(4)
+        ]
+        for handle in handles:
+            assert handle.result(WAIT_S).timings.preemptions == 0, policy
+        engine.close()
+
+
+def test_invariant_5_suspension_ends_though_urgent_ones_keep_coming(
+    open_engine: OpenEngine,
+) -> None:
+    engine = open_engine(granularity="budget:0.5", prefix_cache=False)
+    long = start_long(engine, Request(prompt_of(3000, 5), greedy(1)))
+    served = 0
+    for n in itertools.count():
+        engine.submit(Request(prompt_of(64, n), greedy(1)), SLO(ttft=0.05)).result(WAIT_S)
+        served += 1
+        if long.done:
+            break
+        assert served < 5000, "the long one starves"
+    assert long.result().timings.preemptions <= served
+
+
+# ---- prefix cache --------------------------------------------------------------------------------
+
+
+def test_equal_prefixes_are_reused_and_change_nothing(open_engine: OpenEngine) -> None:
+    engine = open_engine(block_tokens=16)
+    prompt = prompt_of(200, 6)
+    first = engine.submit(Request(prompt, greedy(6))).result(WAIT_S)
+    again = engine.submit(Request(prompt, greedy(6)))
+    second = again.result(WAIT_S)
+    assert first.timings.cached_tokens == 0
+    assert second.timings.cached_tokens == again.cached_tokens == 192
+    assert second.token_ids == first.token_ids
+    # The generated tokens are in the cache too: a follow-up starts behind them.
+    follow_up = prompt + first.token_ids + prompt_of(20, 7)
+    third = engine.submit(Request(follow_up, greedy(6))).result(WAIT_S)
+    assert third.timings.cached_tokens >= 192
+    other = open_engine(block_tokens=16, prefix_cache=False)
+    assert third.token_ids == ids_of(other, follow_up, 6)
+    stats = engine.stats()
+    assert stats.prefix_cache_hits == 192 + third.timings.cached_tokens
+    assert stats.prefix_cache_queries == 200 + 200 + 226
+    assert stats.kv_blocks_cached > 0
+    assert_all_free(engine)
+
+
+def test_prefix_cache_off_shares_nothing(open_engine: OpenEngine) -> None:
+    engine = open_engine(prefix_cache=False)
+    for _ in range(2):
+        completion = engine.submit(Request(prompt_of(200, 6), greedy(1))).result(WAIT_S)
+        assert completion.timings.cached_tokens == 0
+    assert engine.stats().kv_blocks_cached == 0
+
+
+# ---- short memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_decoding_sequences_are_evicted_and_computed_again(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, prefix_cache: bool
+) -> None:
+    prompts = [prompt_of(290 + 16 * n, 30 + n) for n in range(8)]
+    quiet = open_engine()
+    expected = [ids_of(quiet, prompt, 60) for prompt in prompts]
+    engine = open_engine(kv_cache_gib=0.001, block_tokens=16, prefix_cache=prefix_cache)
+    assert engine.stats().kv_blocks_total * 16 < sum(len(prompt) + 60 for prompt in prompts)
+    evicted = count_evictions(engine, monkeypatch)
+    handles = [engine.submit(Request(prompt, greedy(60))) for prompt in prompts]
+    assert [handle.result(WAIT_S).token_ids for handle in handles] == expected
+    assert evicted, "memory was never short: the test shows nothing"
+    assert_all_free(engine)
+
+
+def test_requests_wait_for_memory_and_all_are_served(open_engine: OpenEngine) -> None:
+    engine = open_engine(kv_cache_gib=0.001, block_tokens=16)
+    handles = [engine.submit(Request(prompt_of(700, n), greedy(2))) for n in range(10)]
+    assert engine.stats().waiting >= 7, "three fit"
+    for handle in handles:
+        assert len(handle.result(WAIT_S).token_ids) == 2
+    assert_all_free(engine)
+
+
+def test_longest_request_fits_when_others_hold_memory(open_engine: OpenEngine) -> None:
+    engine = open_engine(kv_cache_gib=0.001, block_tokens=16)
+    capacity = engine.stats().kv_blocks_total * 16
+    small = [engine.submit(Request(prompt_of(100, n), greedy(30))) for n in range(6)]
+    whole = engine.submit(Request(prompt_of(capacity - 40, 99), greedy(40)))
+    assert len(whole.result(WAIT_S).token_ids) == 40
+    for handle in small:
+        assert len(handle.result(WAIT_S).token_ids) == 30
+    assert_all_free(engine)
+
+
+def count_evictions(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of evicted sequences, as they are evicted from now on."""
+    evicted: list[str] = []
+    make_room = engine._core._memory.make_room
+
+    def counted(*arguments: Any) -> Any:
+        kept, lost = make_room(*arguments)
+        evicted.extend(sequence.id for sequence in lost)
+        return kept, lost
+
+    monkeypatch.setattr(engine._core._memory, "make_room", counted)
+    return evicted
