@@ -75,7 +75,7 @@ class Round:
         short_alone_s: TTFT of short prompts on an idle engine.
         long_alone_s: TTFT of the long prompt on an idle engine.
         long: the long prompt with short ones beside it.
-        shorts: those, in order of arrival.
+        shorts: those, in order of arrival; at least one, and only while the long one was live.
         segments: what the executor did meanwhile.
         tokens: prompt tokens of the long and the short ones beside it.
     """
@@ -169,7 +169,7 @@ def measure_round(
         long=long,
         shorts=shorts,
         segments=[entry for entry in engine.timeline() if entry.start_s >= since_s],
-        tokens=workload.long_tokens + workload.shorts * workload.short_tokens,
+        tokens=workload.long_tokens + len(shorts) * workload.short_tokens,
     )
 
 
@@ -186,6 +186,8 @@ def _together(
     for number, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True), start=1):
         request = Request(prompt, FIRST_TOKEN_ONLY, id=f"short-{number}")
         time.sleep(max(start_s + offset - time.monotonic(), 0.0))
+        if shorts and long.done:  # faster than before: the rest would not be beside it
+            break
         submitted_s = time.monotonic()
         shorts.append((submitted_s, engine.submit(request, workload.short_slo)))
     return _answer(start_s, long), [_answer(at, handle) for at, handle in shorts]

@@ -111,6 +111,7 @@ def measure(
             rate = found[-1].tokens / found[-1].elapsed_s
             say(f"round {number + 1}/{args.rounds}  {name:<10} {rate:6.0f} tokens/s")
         rounds.append(found)
+        span_s = SPAN * median(one.long_alone_s for one in found)  # the machine's speed may drift
     return rounds
 
 
