@@ -33,19 +33,19 @@ struct AttentionTile {
 };
 
 struct AttentionArgs {
-  const Bf16* q;  // [rows, heads * head_dim], rotated, scaled by log2(e) / sqrt(head_dim)
-  int64_t ld_q;   // elements between rows, even
-  Bf16* out;      // [rows, heads * head_dim]
-  int64_t ld_out;
-  CacheView cache;
-  const int32_t* block_tables;  // [sequences, block_table_stride]
-  int64_t block_table_stride;
-  const AttentionTile* tiles;  // [num_tiles]
-  int32_t num_tiles;
-  int32_t heads;
-  int32_t kv_heads;  // a divisor of heads
-  int32_t head_dim;  // 64, 96 or 128
-  int32_t window;    // keys a row may look back on, itself included; 0: all
+  const Bf16* q = nullptr;  // [rows, heads * head_dim], rotated, scaled by log2(e) / sqrt(head_dim)
+  int64_t ld_q = 0;         // elements between rows, even
+  Bf16* out = nullptr;      // [rows, heads * head_dim]
+  int64_t ld_out = 0;
+  CacheView cache = {};
+  const int32_t* block_tables = nullptr;  // [sequences, block_table_stride]
+  int64_t block_table_stride = 0;
+  const AttentionTile* tiles = nullptr;  // [num_tiles]
+  int32_t num_tiles = 0;
+  int32_t heads = 0;
+  int32_t kv_heads = 0;  // a divisor of heads
+  int32_t head_dim = 0;  // 64, 96 or 128
+  int32_t window = 0;    // keys a row may look back on, itself included; 0: all
 };
 
 // The tiles of some slices for heads_per_kv query heads per KV head, those with most keys first

@@ -10,21 +10,21 @@ namespace flowprefill {
 // padding, marked by sequence -1; kernels compute nothing for them and write zeros where others
 // read.
 struct BatchView {
-  const int32_t* tokens;        // [rows]
-  const int32_t* sequences;     // [rows] index of the row's sequence, -1: padding
-  const int32_t* positions;     // [rows] in the sequence
-  const int32_t* block_tables;  // [sequences, block_table_stride] KV blocks in order
-  int64_t block_table_stride;
+  const int32_t* tokens = nullptr;        // [rows]
+  const int32_t* sequences = nullptr;     // [rows] index of the row's sequence, -1: padding
+  const int32_t* positions = nullptr;     // [rows] in the sequence
+  const int32_t* block_tables = nullptr;  // [sequences, block_table_stride] KV blocks in order
+  int64_t block_table_stride = 0;
 };
 
 // Keys and values of one layer. Elements between neighbours; a head's dimensions lie side by side.
 struct CacheView {
-  Bf16* keys;
-  Bf16* values;
-  int64_t block_stride;
-  int64_t token_stride;
-  int64_t head_stride;
-  int32_t block_shift;  // a block holds 2^block_shift tokens
+  Bf16* keys = nullptr;
+  Bf16* values = nullptr;
+  int64_t block_stride = 0;
+  int64_t token_stride = 0;
+  int64_t head_stride = 0;
+  int32_t block_shift = 0;  // a block holds 2^block_shift tokens
 
   // Offset of a token's first head, in keys and values alike. `table`: the sequence's blocks.
   FP_HD int64_t offset(const int32_t* table, int32_t position) const {

@@ -14,8 +14,6 @@ cudaError_t launch(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
       return gemm_ampere_128x128<Output>(args, stream);
     case GemmTile::kAmpere256x128:
       return gemm_ampere_256x128<Output>(args, stream);
-    case GemmTile::kHopper128x128:
-      return gemm_hopper_128x128<Output>(args, stream);
     case GemmTile::kHopper128x256:
       return gemm_hopper_128x256<Output>(args, stream);
   }

@@ -51,8 +51,6 @@ const char* gemm_tile_name(GemmTile tile) {
       return "ampere_128x128";
     case GemmTile::kAmpere256x128:
       return "ampere_256x128";
-    case GemmTile::kHopper128x128:
-      return "hopper_128x128";
     case GemmTile::kHopper128x256:
       return "hopper_128x256";
   }
@@ -66,7 +64,7 @@ std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
   std::vector<GemmTile> wide_first = {GemmTile::kAmpere256x128, GemmTile::kAmpere128x128,
                                       GemmTile::kAmpere64x64};
   if (compute_capability == 90) {
-    wide_first.insert(wide_first.begin(), {GemmTile::kHopper128x256, GemmTile::kHopper128x128});
+    wide_first.insert(wide_first.begin(), GemmTile::kHopper128x256);
   }
   // A tile that leaves multiprocessors without work goes behind those that do not.
   std::vector<GemmTile> busy;

@@ -42,8 +42,7 @@ enum class GemmTile : uint8_t {
   kAmpere64x64,    // few rows or columns: more blocks than a wider tile gives
   kAmpere128x128,  // the default of compute capability 8.x and of everything without an own kernel
   kAmpere256x128,  // long prompts: half the reads of the weights
-  kHopper128x128,  // compute capability 9.0 only: TMA and warp-group matrix instructions
-  kHopper128x256,
+  kHopper128x256,  // compute capability 9.0 only: TMA and warp-group matrix instructions
 };
 
 const char* gemm_tile_name(GemmTile tile);

@@ -16,8 +16,6 @@ cudaError_t gemm_ampere_128x128(const GemmArgs& args, cudaStream_t stream);
 template <typename Output>
 cudaError_t gemm_ampere_256x128(const GemmArgs& args, cudaStream_t stream);
 template <typename Output>
-cudaError_t gemm_hopper_128x128(const GemmArgs& args, cudaStream_t stream);
-template <typename Output>
 cudaError_t gemm_hopper_128x256(const GemmArgs& args, cudaStream_t stream);
 
 }  // namespace flowprefill

@@ -1,5 +1,6 @@
 // bf16 GEMMs of CUTLASS's collective builder for compute capability 9.0 (TMA, wgmma), with the same
-// epilogue as gemm_sm80.cu. Called through gemm.cc. Compiled for sm_90a only.
+// epilogue as gemm_sm80.cu. Called through gemm.cc. Compiled for sm_90a only. One
+// tile: each costs half a minute to compile, and smaller products have gemm_sm80.cu.
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -89,18 +90,11 @@ struct Hopper {
 
 // Two blocks of a cluster share the tiles of the weights that they both read.
 template <typename Output>
-cudaError_t gemm_hopper_128x128(const GemmArgs& args, cudaStream_t stream) {
-  return Hopper<Output, Shape<Int<128>, Int<128>, Int<64>>, Shape<Int<2>, Int<1>, Int<1>>>::launch(
-      args, stream);
-}
-template <typename Output>
 cudaError_t gemm_hopper_128x256(const GemmArgs& args, cudaStream_t stream) {
   return Hopper<Output, Shape<Int<128>, Int<256>, Int<64>>, Shape<Int<2>, Int<1>, Int<1>>>::launch(
       args, stream);
 }
 
-template cudaError_t gemm_hopper_128x128<float>(const GemmArgs&, cudaStream_t);
-template cudaError_t gemm_hopper_128x128<Bf16>(const GemmArgs&, cudaStream_t);
 template cudaError_t gemm_hopper_128x256<float>(const GemmArgs&, cudaStream_t);
 template cudaError_t gemm_hopper_128x256<Bf16>(const GemmArgs&, cudaStream_t);
 

@@ -1,0 +1,162 @@
+// check() of every kernel's arguments: what is accepted, and what a refusal says; the order of the
+// GEMM kernels to try.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "cuda/kernels/attention_args.h"
+#include "cuda/kernels/gemm_args.h"
+#include "cuda/kernels/row_args.h"
+
+namespace flowprefill {
+namespace {
+
+template <typename Args>
+std::string refusal(const Args& args) {
+  try {
+    check(args);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+// `args` with one change.
+template <typename Args, typename Change>
+std::string refusal(Args args, Change change) {
+  change(args);
+  return refusal(args);
+}
+
+alignas(16) unsigned char memory[64];
+
+GemmArgs gemm(int32_t rows = 100, int32_t columns = 256, int32_t depth = 64) {
+  const auto* in = reinterpret_cast<const Bf16*>(memory);
+  return {.a = in,
+          .lda = depth,
+          .b = in,
+          .ldb = depth,
+          .d = memory,
+          .ldd = columns,
+          .row_end = rows,
+          .columns = columns,
+          .depth = depth};
+}
+
+TEST(GemmArgs, SaysWhichFieldIsWrong) {
+  EXPECT_EQ(refusal(gemm()), "accepted");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.row_begin = -1; }),
+            "row_begin: got -1, expected at least 0");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.row_begin = 100; }),
+            "row_end: got 100, expected more than row_begin");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.columns = 250; }),
+            "columns: got 250, expected a positive multiple of 4");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.depth = 60; }),
+            "depth: got 60, expected a positive multiple of 8");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.lda = 56; }),
+            "lda: got 56, expected a multiple of 8, at least depth");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.ldb = 65; }),
+            "ldb: got 65, expected a multiple of 8, at least depth");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.ldd = 128; }),
+            "ldd: got 128, expected a multiple of 4, at least columns");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.b = nullptr; }),
+            "a, b, d: got 0, expected no null");
+  EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.a = reinterpret_cast<const Bf16*>(memory + 2); }),
+            "a: got 2, expected an address divisible by 16 (remainder 0)");
+}
+
+TEST(GemmArgs, Bf16OutputNeedsColumnsByEight) {
+  const auto as_bf16 = [](GemmArgs& g) {
+    g.output = GemmOutput::kBf16;
+    g.columns = g.ldd = 252;
+  };
+  EXPECT_EQ(refusal(gemm(), as_bf16), "columns: got 252, expected a positive multiple of 8");
+}
+
+TEST(GemmArgs, ARowRangeStartsAtItsRow) {
+  GemmArgs g = gemm();
+  g.row_begin = 10;
+  EXPECT_EQ(g.rows(), 90);
+  EXPECT_EQ(g.first_a() - g.a, 10 * 64);
+  EXPECT_EQ(g.first_d<float>() - static_cast<float*>(g.d), 10 * 256);
+  EXPECT_EQ(g.first_d<Bf16>() - static_cast<Bf16*>(g.d), 10 * 256);
+}
+
+TEST(GemmTiles, WideOnesFirstWhereEveryMultiprocessorHasWork) {
+  using enum GemmTile;
+  const GemmArgs big = gemm(8192, 4096, 4096);
+  EXPECT_EQ(gemm_tiles(big, 80, 108), (std::vector{kAmpere256x128, kAmpere128x128, kAmpere64x64}));
+  EXPECT_EQ(gemm_tiles(big, 90, 132),
+            (std::vector{kHopper128x256, kAmpere256x128, kAmpere128x128, kAmpere64x64}));
+  EXPECT_EQ(gemm_tiles(big, 100, 148), (std::vector{kAmpere256x128, kAmpere128x128, kAmpere64x64}));
+  const GemmArgs small = gemm(16, 4096, 4096);
+  EXPECT_EQ(gemm_tiles(small, 80, 108),
+            (std::vector{kAmpere64x64, kAmpere128x128, kAmpere256x128}));
+  EXPECT_TRUE(gemm_tiles(big, 75, 40).empty());
+  for (const GemmTile tile : gemm_tiles(big, 90, 132))
+    EXPECT_STRNE(gemm_tile_name(tile), "?");
+}
+
+TEST(RowArgs, SayWhichFieldIsWrong) {
+  EXPECT_EQ(refusal(EmbedArgs{.ld_table = 12, .ld_hidden = 12, .rows = 1, .width = 12}),
+            "width: got 12, expected a positive multiple of 8");
+  EXPECT_EQ(refusal(EmbedArgs{.ld_table = 8, .ld_hidden = 8, .rows = 0, .width = 8}),
+            "rows: got 0, expected at least 1");
+  EXPECT_EQ(refusal(RotaryArgs{.rows = 1, .head_dim = 7}),
+            "head_dim: got 7, expected an even number, 2..256");
+  const float delta = 0;
+  EXPECT_EQ(
+      refusal(RmsNormArgs{
+          .ld_hidden = 8, .delta = &delta, .ld_delta = 6, .ld_out = 8, .rows = 1, .width = 8}),
+      "ld_delta: got 6, expected a multiple of 4, at least width");
+  EXPECT_EQ(refusal(SwigluArgs<float>{.ld_in = 8, .ld_out = 8, .rows = 1, .width = 8}),
+            "ld_in: got 8, expected at least 2 width");
+  EXPECT_EQ(refusal(ArgmaxArgs{.ld_values = 4, .rows = 1, .width = 5}),
+            "ld_values: got 4, expected at least width");
+}
+
+TEST(RopeArgs, SayWhichFieldIsWrong) {
+  const RopeArgs<float> good{.ld_qkv = 4 * 64,
+                             .ld_q = 2 * 64,
+                             .cache = {.block_shift = 4},
+                             .rows = 1,
+                             .heads = 2,
+                             .kv_heads = 1,
+                             .head_dim = 64};
+  using Args = RopeArgs<float>;
+  EXPECT_EQ(refusal(good), "accepted");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.head_dim = 258; }),
+            "head_dim: got 258, expected an even number, 2..256");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.kv_heads = 3; }),
+            "kv_heads: got 3, expected at least 1, at most heads");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.ld_qkv = 255; }),
+            "ld_qkv: got 255, expected at least (heads + 2 kv_heads) head_dim");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.cache.block_shift = 31; }),
+            "block_shift: got 31, expected 0..30");
+}
+
+TEST(AttentionArgs, SayWhichFieldIsWrong) {
+  const AttentionArgs good{.ld_q = 128,
+                           .ld_out = 128,
+                           .cache = {nullptr, nullptr, 1024, 64, 512, 4},
+                           .num_tiles = 1,
+                           .heads = 2,
+                           .kv_heads = 1,
+                           .head_dim = 64,
+                           .window = 0};
+  using Args = AttentionArgs;
+  EXPECT_EQ(refusal(good), "accepted");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.head_dim = 80; }),
+            "head_dim: got 80, expected 64, 96 or 128");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.heads = 3, a.kv_heads = 2; }),
+            "heads: got 3, expected a positive multiple of kv_heads");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.window = -1; }),
+            "window: got -1, expected at least 0 (0: all keys)");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.num_tiles = 0; }),
+            "num_tiles: got 0, expected at least 1");
+  EXPECT_NE(refusal(good, [](Args& a) { a.cache.token_stride = 68; }).find("multiples of 8"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace flowprefill

@@ -1,0 +1,230 @@
+// The attention kernel's body, run thread by thread, against ATen's scaled_dot_product_attention:
+// ragged batches, paged cache, grouped heads, windows; and what must hold to the bit.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/stack.h>
+#include <gtest/gtest.h>
+
+#include "cuda/kernels/attention_body.h"
+#include "simt.h"
+#include "tensors.h"
+
+namespace flowprefill {
+namespace {
+
+constexpr double kLn2 = 0.693147180559945309417;
+
+struct Shape {
+  int32_t heads = 2;
+  int32_t kv_heads = 1;
+  int32_t head_dim = 64;
+  int32_t block_shift = 4;
+  int32_t window = 0;
+  struct Sequence {
+    int32_t context, rows;
+  };
+  std::vector<Sequence> sequences;
+};
+
+// A batch with its cache. Slots that belong to no token are NaN: reading one spoils the result.
+struct Case {
+  Shape shape;
+  at::Tensor q, keys, values;
+  std::vector<at::Tensor> key_of, value_of;  // per sequence [kv_heads, tokens, dim]
+  std::vector<int32_t> tables;
+  std::vector<AttentionSlice> slices;
+  int32_t rows = 0;
+  int32_t table_stride = 0;
+
+  Case(const Shape& s, Random& random) : shape(s) {
+    const int32_t block_tokens = 1 << s.block_shift;
+    for (const auto& sequence : s.sequences) {
+      slices.push_back(
+          {rows, sequence.rows, sequence.context, static_cast<int32_t>(slices.size())});
+      rows += sequence.rows;
+      table_stride = std::max(table_stride, (sequence.context + sequence.rows) / block_tokens + 1);
+    }
+    const auto count = static_cast<int32_t>(s.sequences.size());
+    tables = random.permutation(table_stride * count);
+    keys = nan_filled({table_stride * count, s.kv_heads, block_tokens, s.head_dim}, at::kBFloat16);
+    values = keys.clone();
+    q = random.halves({rows, s.heads, s.head_dim}, 0.5);
+    for (int32_t i = 0; i < count; ++i)
+      fill(i, random);
+  }
+
+  void fill(int32_t sequence, Random& random) {
+    const auto& s = shape.sequences[static_cast<size_t>(sequence)];
+    const int32_t tokens = s.context + s.rows;
+    key_of.push_back(random.halves({shape.kv_heads, tokens, shape.head_dim}));
+    value_of.push_back(random.halves({shape.kv_heads, tokens, shape.head_dim}));
+    for (int32_t t = 0; t < tokens; ++t) {
+      const int32_t block =
+          tables[static_cast<size_t>(sequence * table_stride + (t >> shape.block_shift))];
+      const int32_t slot = t % (1 << shape.block_shift);
+      keys[block].select(1, slot).copy_(key_of.back().select(1, t));
+      values[block].select(1, slot).copy_(value_of.back().select(1, t));
+    }
+  }
+
+  AttentionArgs args(const std::vector<AttentionTile>& tiles, const at::Tensor& out) const {
+    const int64_t token = shape.head_dim;
+    const int64_t head = token << shape.block_shift;
+    const int64_t ld = int64_t{shape.heads} * shape.head_dim;
+    return {
+        .q = bits(q),
+        .ld_q = ld,
+        .out = bits(out),
+        .ld_out = ld,
+        .cache = {bits(keys), bits(values), head * shape.kv_heads, token, head, shape.block_shift},
+        .block_tables = tables.data(),
+        .block_table_stride = table_stride,
+        .tiles = tiles.data(),
+        .num_tiles = static_cast<int32_t>(tiles.size()),
+        .heads = shape.heads,
+        .kv_heads = shape.kv_heads,
+        .head_dim = shape.head_dim,
+        .window = shape.window};
+  }
+
+  // Runs the kernel's body over these tiles; rows that they leave out stay NaN.
+  at::Tensor run(const std::vector<AttentionTile>& tiles, uint32_t seed) const {
+    const at::Tensor out = nan_filled(q.sizes(), at::kBFloat16);
+    const AttentionArgs a = args(tiles, out);
+    check(a);
+    simt::launch({.x = a.num_tiles,
+                  .y = a.kv_heads,
+                  .threads = 128,
+                  .shared_bytes = attention_shared_bytes(a.head_dim),
+                  .seed = seed},
+                 [&](const simt::Thread& t) {
+                   switch (a.head_dim) {
+                     case 64:
+                       return attention_body<64>(t, a);
+                     case 96:
+                       return attention_body<96>(t, a);
+                     default:
+                       return attention_body<128>(t, a);
+                   }
+                 });
+    return out;
+  }
+  at::Tensor run(uint32_t seed) const {
+    return run(attention_tiles(slices, shape.heads / shape.kv_heads), seed);
+  }
+
+  // ATen's answer for one sequence in double, [rows, heads, dim]; `v` [kv_heads, tokens, dim].
+  at::Tensor reference(int32_t sequence, const at::Tensor& v) const {
+    const AttentionSlice& s = slices[static_cast<size_t>(sequence)];
+    const at::Tensor at = at::arange(s.position + s.rows);
+    const at::Tensor behind = at.slice(0, s.position).unsqueeze(1) - at.unsqueeze(0);
+    at::Tensor mask = behind >= 0;
+    if (shape.window > 0)
+      mask = mask & (behind < shape.window);
+    const int64_t group = shape.heads / shape.kv_heads;
+    const at::Tensor k =
+        key_of[static_cast<size_t>(sequence)].to(at::kDouble).repeat_interleave(group, 0);
+    const at::Tensor query = q.slice(0, s.row, s.row + s.rows).to(at::kDouble).transpose(0, 1);
+    return at::scaled_dot_product_attention(query, k, v.repeat_interleave(group, 0), mask, 0.0,
+                                            false, kLn2)
+        .transpose(0, 1);
+  }
+};
+
+void expect_is_atens(const Case& c, const at::Tensor& got) {
+  for (size_t i = 0; i < c.slices.size(); ++i) {
+    const AttentionSlice& s = c.slices[i];
+    const at::Tensor v = c.value_of[i].to(at::kDouble);
+    const auto index = static_cast<int32_t>(i);
+    // Each probability and the result are rounded once: relative to the sum of p |v|.
+    expect_close(got.slice(0, s.row, s.row + s.rows), c.reference(index, v),
+                 c.reference(index, v.abs()), 2 * kBf16Rounding + 1e-5, 1e-6);
+  }
+}
+
+class Attention : public testing::TestWithParam<uint32_t> {};
+
+TEST_P(Attention, IsAtensWithinRoundingOnRandomBatches) {
+  Random random(GetParam());
+  const int32_t kv_heads = random.integer(1, 2);
+  Shape shape{.heads = kv_heads * random.integer(1, 5),
+              .kv_heads = kv_heads,
+              .head_dim = 64 + 32 * random.integer(0, 2),
+              .block_shift = random.integer(0, 7),
+              .window = random.coin() ? random.integer(1, 150) : 0,
+              .sequences = {}};
+  for (int32_t i = random.integer(1, 3); i > 0; --i)
+    shape.sequences.push_back({random.integer(0, 140), random.integer(1, 40)});
+  const Case c(shape, random);
+  expect_is_atens(c, c.run(GetParam()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, Attention, testing::Range(1u, 17u));
+
+TEST(AttentionEdges, LengthsAroundTheTileSizes) {
+  Random random(7);
+  for (const int32_t rows : {1, 63, 64, 65, 128}) {
+    const Case c({.heads = 1, .sequences = {{0, rows}}}, random);
+    expect_is_atens(c, c.run(1));
+  }
+  for (const int32_t context : {63, 64, 127, 128}) {
+    const Case c({.sequences = {{context, 1}}}, random);
+    expect_is_atens(c, c.run(1));
+  }
+}
+
+TEST(AttentionEdges, AWindowOfOneSeesTheRowItself) {
+  Random random(8);
+  const Case c({.heads = 3, .window = 1, .sequences = {{70, 30}}}, random);
+  const at::Tensor own = c.value_of[0].slice(1, 70).transpose(0, 1);  // [rows, 1, dim]
+  expect_equal(c.run(1), own.expand({30, 3, 64}).contiguous());
+}
+
+TEST(AttentionEdges, LargeScoresDoNotOverflow) {
+  Random random(9);
+  Case c({.sequences = {{100, 20}}}, random);
+  c.q.mul_(500.0);
+  expect_is_atens(c, c.run(1));
+}
+
+// Design: a slice, a batch or a preemption must not change a row's bits.
+TEST(AttentionBits, RowsDoNotDependOnSlicingOrBatch) {
+  for (const int32_t window : {0, 50}) {
+    Random random(10);
+    const Case whole({.heads = 3, .window = window, .sequences = {{37, 90}, {0, 11}}}, random);
+    const at::Tensor want = whole.run(1);
+    const at::Tensor out = nan_filled(whole.q.sizes(), at::kBFloat16);
+    for (const auto& [begin, end] : {std::pair{0, 13}, {13, 14}, {14, 78}, {78, 90}}) {
+      const std::vector<AttentionSlice> slice = {{begin, end - begin, 37 + begin, 0}};
+      out.slice(0, begin, end).copy_(whole.run(attention_tiles(slice, 3), 2).slice(0, begin, end));
+    }
+    expect_equal(out.slice(0, 0, 90), want.slice(0, 0, 90));
+  }
+}
+
+TEST(AttentionBits, ThreadOrderChangesNothing) {
+  Random random(11);
+  const Case c({.sequences = {{60, 30}}}, random);
+  const at::Tensor want = c.run(1);
+  for (uint32_t seed = 2; seed < 6; ++seed)
+    expect_equal(c.run(seed), want);
+}
+
+TEST(AttentionTiles, PaddingTilesTouchNothing) {
+  Random random(12);
+  const Case c({.sequences = {{0, 5}}}, random);
+  const std::vector<AttentionTile> padding(
+      3, {.row = 0, .position = 0, .sequence = -1, .entry = 0, .entries = 0});
+  EXPECT_EQ(count_finite(c.run(padding, 1)), 0);
+}
+
+TEST(AttentionTiles, OnlyTheSlicesRowsAreWritten) {
+  Random random(13);
+  const Case c({.heads = 4, .sequences = {{0, 40}}}, random);
+  const at::Tensor out = c.run(attention_tiles(std::vector<AttentionSlice>{{7, 20, 7, 0}}, 4), 1);
+  EXPECT_EQ(count_finite(out), 20 * 4 * 64);
+  EXPECT_EQ(count_finite(out.slice(0, 7, 27)), 20 * 4 * 64);
+}
+
+}  // namespace
+}  // namespace flowprefill
