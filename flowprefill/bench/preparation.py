@@ -22,6 +22,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
     parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
+    parser.add_argument(
+        "--background", action="store_true", help="compute threads under SCHED_IDLE"
+    )
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and arrival times")
     parser.add_argument(
@@ -48,7 +51,8 @@ def check_least(name: str, value: float, least: float) -> None:
 
 def load_engine(args: argparse.Namespace, **settings: Any) -> Engine:
     """Load the model that the flags name; no prefix cache, so no prompt profits from another."""
-    config = EngineConfig(dtype=args.dtype, threads=args.threads, prefix_cache=False, **settings)
+    settings |= {"dtype": args.dtype, "threads": args.threads, "background": args.background}
+    config = EngineConfig(prefix_cache=False, **settings)
     say(f"loading {args.model}")
     return Engine(args.model, config)
 
