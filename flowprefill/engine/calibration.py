@@ -9,7 +9,7 @@ import os
 import platform
 import select
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from flowprefill import _core
@@ -88,7 +88,8 @@ def calibrated_rates(
     digest = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
     path = cache_dir / f"rates-{digest}.json"
     try:
-        return MachineRates(**json.loads(path.read_text())["rates"])
+        kept = json.loads(path.read_text())["rates"]
+        return MachineRates(**{field.name: kept[field.name] for field in fields(MachineRates)})
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent, or written by something else: measure
     rates = measure_now()

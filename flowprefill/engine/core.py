@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import select
 import threading
 import time
 from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from flowprefill.engine.active_run import ActiveRun
+from flowprefill.engine.active_run import ActiveRun, RunMaker
+from flowprefill.engine.event_thread import EventThread
 from flowprefill.engine.memory_queue import MemoryQueue
 from flowprefill.engine.outbox import Outbox
 from flowprefill.engine.records import EngineObserver, decision_entry
@@ -56,16 +55,6 @@ KEPT_DECISIONS = 1000
 KEPT_RUN_NAMES = 8192
 
 
-class RunMaker(Protocol):
-    """What the core needs of the model."""
-
-    def make_run(self, run_id: int, sequences: list[Sequence]) -> _core.Run:
-        """Build the run that computes the not yet computed tokens of the sequences."""
-
-    def zero_blocks(self, blocks: list[int]) -> None:
-        """Clear KV blocks whose content must not be read again."""
-
-
 class EngineCore:
     """The engine behind the public class: no tokenizer, no checkpoint, only runs and sequences."""
 
@@ -91,10 +80,9 @@ class EngineCore:
         self._outbox = Outbox()
         self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
-        self._wake_at = math.inf
-        self._poll_until = math.inf
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._serve_events, name="fp-events", daemon=True)
+        self._events = EventThread(
+            executor.event_fd, self._handle_events, self._handle_timer, self._handle_failure
+        )
         self._is_stopped = False
         self._closing = threading.Lock()
         self.observers: list[EngineObserver] = []
@@ -105,7 +93,7 @@ class EngineCore:
 
     def start(self) -> None:
         """Start the event thread; the executor runs already."""
-        self._thread.start()
+        self._events.start()
 
     def submit(self, sequence: Sequence) -> None:
         """Admit a request and let the scheduler decide, in this thread.
@@ -157,27 +145,21 @@ class EngineCore:
             if self._is_stopped:
                 return
             self._is_stopped = True
-            os.eventfd_write(self._wake_fd, 1)
-            self._thread.join()
+            self._events.stop()
             self._executor.stop()
-            os.close(self._wake_fd)
 
     def counts(self) -> tuple[int, int, int]:
         """Return how many requests run or decode, wait, and are suspended."""
         with self._lock:
             load = self._scheduler.load()
-            waiting = load.waiting_jobs + len(self._memory)
+            # The scheduler of an engine that has failed may still count what is gone.
+            waiting = min(load.waiting_jobs + len(self._memory), len(self._live))
             suspended = sum(
                 len(active.sequences)
                 for active in self._runs.values()
                 if active.work.kind == "prefill" and active.work is not self._scheduler.current
             )
             return max(len(self._live) - waiting - suspended, 0), waiting, suspended
-
-    def backlog_s(self) -> float:
-        """Return the predicted time of all prefill that is not done, seconds."""
-        with self._lock:
-            return self._scheduler.load().backlog_s
 
     def set_max_blocking(self, seconds: float) -> None:
         """Tell the scheduler how long segments are from now on.
@@ -248,7 +230,7 @@ class EngineCore:
             self._end_early(sequence, DeadlinePassed(f"request {job_id}: {reason}"), "expired")
         if decision.dispatch is not None:
             self._dispatch(decision, decision.dispatch)
-        self._set_timer(math.inf if decision.wake_at is None else decision.wake_at)
+        self._events.set_timer(math.inf if decision.wake_at is None else decision.wake_at)
 
     def _dispatch(self, decision: Decision, work: Work) -> None:
         active = self._runs.get(work.id)
@@ -290,11 +272,6 @@ class EngineCore:
             sequence.is_scheduled = False
             self._news.append(Cancelled(sequence.id))
         return kept
-
-    def _set_timer(self, at: float) -> None:
-        self._wake_at = at
-        if at < self._poll_until and threading.current_thread() is not self._thread:
-            os.eventfd_write(self._wake_fd, 1)
 
     # ---- ends ----------------------------------------------------------------------------------
 
@@ -343,24 +320,6 @@ class EngineCore:
 
     # ---- the event thread ----------------------------------------------------------------------
 
-    def _serve_events(self) -> None:
-        poll = select.poll()
-        poll.register(self._executor.event_fd, select.POLLIN)
-        poll.register(self._wake_fd, select.POLLIN)
-        while not self._is_stopped:
-            with self._lock:
-                self._poll_until = self._wake_at
-            wait_s = self._poll_until - time.monotonic()
-            ready = poll.poll(None if wait_s == math.inf else max(math.ceil(wait_s * 1e3), 0))
-            if any(fd == self._wake_fd for fd, _ in ready):
-                os.eventfd_read(self._wake_fd)
-            try:
-                self._handle_events()
-            except Exception as error:  # a bug of ours
-                log.exception("the engine's event thread failed")
-                with self._lock:
-                    self._fail_all(error)
-
     def _handle_events(self) -> None:
         for kind, run, _ in self._executor.pop_events():
             if kind == "suspended":
@@ -372,11 +331,16 @@ class EngineCore:
                 with self._lock:
                     self._runs.pop(run.id, None)
                     self._fail_all(error)
+
+    def _handle_timer(self) -> None:
         with self._lock:
-            if time.monotonic() >= self._wake_at:
-                self._wake_at = math.inf
-                self._news.append(TimerFired())
+            self._news.append(TimerFired())
             self._settle()
+        self._deliver()
+
+    def _handle_failure(self, error: Exception) -> None:
+        with self._lock:
+            self._fail_all(error)
         self._deliver()
 
     def _handle_end_of_run(self, run_id: int, kind: str) -> None:

@@ -80,12 +80,13 @@ def tiny_model(case: str) -> transformers.PreTrainedModel:
     config = CONFIGS[family](**(TINY | settings))
     config._attn_implementation = "eager"
     torch.manual_seed(11)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name
             parameter.copy_(torch.randn(parameter.shape) * (0.3 if is_norm else 0.12) + is_norm)
-    return model.eval()
+    evaluated: transformers.PreTrainedModel = model.eval()
+    return evaluated
 
 
 def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) -> Logits:

@@ -35,18 +35,24 @@ def save_tiny(folder: Path, *, is_poisoned: bool = False) -> transformers.PreTra
             model.get_input_embeddings().weight[POISON] = float("nan")
     model.save_pretrained(folder)
     open_checkpoint("smollm2-135m").tokenizer._inner.save(str(folder / "tokenizer.json"))
-    return model.eval()
+    evaluated: transformers.PreTrainedModel = model.eval()
+    return evaluated
 
 
 def make_engine(folder: Path, **settings: Any) -> Engine:
     """An uncalibrated float32 engine of one thread unless told otherwise."""
-    defaults = {"calibrate": False, "dtype": "f32", "threads": 1, "kv_cache_gib": 0.02}
+    defaults: dict[str, Any] = {
+        "calibrate": False,
+        "dtype": "f32",
+        "threads": 1,
+        "kv_cache_gib": 0.02,
+    }
     return Engine(folder, EngineConfig(**(defaults | settings)))
 
 
 def prompt_of(tokens: int, seed: int = 0) -> list[int]:
     """Random ordinary token ids; never special ones or POISON."""
-    return np.random.default_rng(seed).integers(100, VOCAB, tokens).tolist()
+    return [int(i) for i in np.random.default_rng(seed).integers(100, VOCAB, tokens)]
 
 
 def greedy(max_tokens: int, **params: Any) -> SamplingParams:

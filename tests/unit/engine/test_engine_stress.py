@@ -1,4 +1,4 @@
-"""Everything at once: random requests, cancels and failures; one terminal event each, nothing left."""
+"""Random requests, cancels and failures at once: one terminal event each, nothing left."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def one_round(engine: Engine, chance: random.Random, numbers: itertools.count[in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("policy", "granularity"), zip(POLICIES, GRANULARITIES[: len(POLICIES)], strict=False)
-)
+@pytest.mark.parametrize(("policy", "granularity"), list(zip(POLICIES, GRANULARITIES, strict=True)))
 def test_invariants_2_and_3_one_terminal_event_each_and_nothing_left(
     open_engine: Callable[..., Engine], policy: str, granularity: str
 ) -> None:
@@ -115,7 +113,8 @@ def test_failures_among_the_rest(
     open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine(kv_cache_gib=0.0015, block_tokens=16)
-    chance, original = random.Random(8), engine._model.make_run
+    chance = random.Random(8)
+    original: Any = engine._model.make_run
 
     class Failing:
         def __getattr__(self, name: str) -> Any:
@@ -143,7 +142,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_over_rounds(open_engine: Callable[..., Engine]) -> None:
-    """After a first round that fills pools and caches, four more may add what fragmentation adds."""
+    """After a round or two that fill pools and caches, more add only what fragmentation does."""
     engine = open_engine(kv_cache_gib=0.0015, block_tokens=16)
     numbers, chance = itertools.count(), random.Random(4)
     sizes = []

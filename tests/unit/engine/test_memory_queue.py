@@ -1,0 +1,147 @@
+"""MemoryQueue: who gets KV blocks next, who waits, who gives theirs up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from flowprefill.engine.kv_blocks import BlockPool
+from flowprefill.engine.memory_queue import LATEST_S, MAX_MISSES, PATIENCE_S, MemoryQueue
+from flowprefill.request import SLO
+
+
+class FakeSequence:
+    """What the queue reads and writes of a sequence."""
+
+    def __init__(
+        self, name: str, tokens: int, arrival_s: float = 0.0, due_s: float = math.inf
+    ) -> None:
+        self.id = name
+        # Tokens of its own: no prefix is shared by accident.
+        self.ids = [hash((name, index)) % 50_000 for index in range(tokens)]
+        self.arrival_s = arrival_s
+        self.deadline_s = due_s
+        self.slo = SLO()
+        self.extra_tokens = 1
+        self.computed = 0
+        self.reservation: Any = None
+        self.is_scheduled = False
+        self.work_id: int | None = None
+        self.tokens: list[int] = []
+
+
+def names(sequences: Any) -> list[str]:
+    return [sequence.id for sequence in sequences]
+
+
+@pytest.fixture
+def pool() -> BlockPool:
+    return BlockPool(10, 16)
+
+
+@pytest.fixture
+def queue(pool: BlockPool) -> MemoryQueue:
+    return MemoryQueue(pool)
+
+
+def push(queue: MemoryQueue, *sequences: FakeSequence) -> None:
+    for sequence in sequences:
+        queue.push(sequence)  # type: ignore[arg-type]
+
+
+def test_earliest_deadline_gets_blocks_first(queue: MemoryQueue) -> None:
+    push(queue, FakeSequence("late", 60, due_s=9.0), FakeSequence("soon", 60, due_s=2.0))
+    push(queue, FakeSequence("never", 20))
+    assert queue.tokens == 140
+    assert names(queue.admit(0.0)) == ["soon", "late", "never"]
+    assert (len(queue), queue.tokens) == (0, 0)
+
+
+def test_one_without_objective_is_due_some_time(queue: MemoryQueue) -> None:
+    push(queue, FakeSequence("later", 60, arrival_s=LATEST_S, due_s=LATEST_S + 1.0))
+    push(queue, FakeSequence("old", 60, arrival_s=0.0))
+    assert names(queue.admit(LATEST_S)) == ["old", "later"]
+
+
+def test_smaller_ones_pass_one_that_does_not_fit_until_it_has_waited(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    holder = pool.reserve(list(range(79)), 1)  # 5 of 10 blocks
+    assert holder is not None
+    push(queue, FakeSequence("big", 100, due_s=1.0), FakeSequence("small", 20, due_s=2.0))
+    assert names(queue.admit(0.0)) == ["small"]
+    push(queue, FakeSequence("another", 20, arrival_s=PATIENCE_S + 1, due_s=PATIENCE_S + 2))
+    assert names(queue.admit(PATIENCE_S + 1)) == []
+    pool.release(holder)
+    queue.blocks_freed()
+    assert names(queue.admit(PATIENCE_S + 1)) == ["big"]
+    assert names(queue.admit(PATIENCE_S + 1)) == []
+
+
+def test_it_tries_only_after_news(queue: MemoryQueue, pool: BlockPool) -> None:
+    holder = pool.reserve(list(range(150)), 1)
+    assert holder is not None
+    push(queue, FakeSequence("waits", 20))
+    assert names(queue.admit(0.0)) == []
+    pool.release(holder)
+    assert names(queue.admit(0.0)) == [], "nobody said that blocks were freed"
+    queue.blocks_freed()
+    assert names(queue.admit(0.0)) == ["waits"]
+
+
+def test_tries_are_bounded(queue: MemoryQueue, pool: BlockPool) -> None:
+    assert pool.reserve(list(range(140)), 1) is not None
+    push(queue, *(FakeSequence(f"big{n}", 100, due_s=1.0) for n in range(MAX_MISSES)))
+    push(queue, FakeSequence("small", 5, due_s=2.0))
+    assert names(queue.admit(0.0)) == []
+
+
+def test_removed_wherever_it_is(queue: MemoryQueue) -> None:
+    gone = FakeSequence("gone", 20)
+    push(queue, FakeSequence("a", 20), gone)
+    queue.remove(gone)  # type: ignore[arg-type]
+    queue.remove(gone)  # type: ignore[arg-type]
+    assert queue.tokens == 20
+    assert names(queue.admit(0.0)) == ["a"]
+
+
+def decoding(pool: BlockPool, name: str, tokens: int, arrival_s: float) -> FakeSequence:
+    """A sequence whose blocks are full: its next token needs one more."""
+    sequence = FakeSequence(name, tokens, arrival_s)
+    sequence.reservation = pool.reserve(sequence.ids, 0)
+    sequence.ids.append(1)
+    sequence.tokens = [1]
+    sequence.is_scheduled = True
+    return sequence
+
+
+def test_room_is_made_by_the_least_urgent(queue: MemoryQueue, pool: BlockPool) -> None:
+    first, second = decoding(pool, "first", 80, 0.0), decoding(pool, "second", 80, 1.0)
+    kept, evicted = queue.make_room([second, first], [first, second])  # type: ignore[list-item]
+    assert (names(kept), names(evicted)) == (["first"], ["second"])
+    assert second.reservation is None
+    assert second.computed == 0
+    assert len(queue) == 1
+    pool.check()
+
+
+def test_waiting_requests_give_theirs_up_before_decoding_ones(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    one = decoding(pool, "one", 80, 0.0)
+    idle = FakeSequence("idle", 70)
+    idle.reservation, idle.is_scheduled = pool.reserve(idle.ids, 1), True
+    started = FakeSequence("started", 1)
+    kept, evicted = queue.make_room([one], [one, idle, started])  # type: ignore[list-item]
+    assert (names(kept), names(evicted)) == (["one"], ["idle"])
+    assert len(one.reservation.block_ids) == 6
+
+
+def test_alone_it_gives_up_its_own(queue: MemoryQueue, pool: BlockPool) -> None:
+    assert pool.reserve(list(range(79)), 1) is not None  # a prefill that runs holds the rest
+    one = decoding(pool, "one", 80, 0.0)
+    kept, evicted = queue.make_room([one], [one])  # type: ignore[list-item]
+    assert (names(kept), names(evicted)) == ([], ["one"])
+    assert names(queue.admit(0.0)) == [], "it needs one block more than it had"
