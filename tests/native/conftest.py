@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
-from native_models import CASES, Logits, Runner, reference_logits, tiny_model
+from native_models import CASES, Runner, Saved, reference_logits, tiny_model
 
 from flowprefill import _core
 
 LONGEST = 200
-
-
-class Saved:
-    """A checkpoint on disk, a prompt, and transformers' logits at every position of it."""
-
-    def __init__(self, folder: Path, ids: list[int], expected: Logits) -> None:
-        self.folder = folder
-        self.ids = ids
-        self.expected = expected
 
 
 @pytest.fixture(scope="session")

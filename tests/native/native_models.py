@@ -173,9 +173,19 @@ class Runner:
 
     def prefill(self, ids: list[int], options: dict[str, Any], seed: int = 0) -> Logits:
         """Logits after one whole prompt, in blocks of its own."""
-        return self.logits([(ids, 0, self.tables([len(ids)], seed)[0])], options)[0]
+        row: Logits = self.logits([(ids, 0, self.tables([len(ids)], seed)[0])], options)[0]
+        return row
 
 
 def relative_error(got: Logits, wanted: Logits) -> float:
     """Largest difference over the largest logit."""
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+class Saved:
+    """A checkpoint on disk, a prompt, and transformers' logits at every position of it."""
+
+    def __init__(self, folder: Path, ids: list[int], expected: Logits) -> None:
+        self.folder = folder
+        self.ids = ids
+        self.expected = expected

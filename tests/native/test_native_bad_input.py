@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Saved
-from native_models import Runner, plan, relative_error
+from native_models import Runner, Saved, plan, relative_error
 
 from flowprefill import _core
 from flowprefill.engine.native import native_config

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import Saved
-from native_models import CASES, Logits, Piece, Runner, plan
+from native_models import CASES, Logits, Piece, Runner, Saved, plan
 
 # Rounding to 8 bits of mantissa at each product's input: 2^-9 relative each, some tens of them.
 RELATIVE_RMS = 3e-2

@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import Saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_models import CASES, Piece, Runner, plan, relative_error
+from native_models import CASES, Piece, Runner, Saved, plan, relative_error
 
 TOLERANCE = 1e-4  # largest difference over the largest logit
 # Around the borders of row blocks (16), chunks (32), tiles (64) and tiles of two threads (128).

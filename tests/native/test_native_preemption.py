@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
-from conftest import Saved
-from native_models import Logits, Piece, Runner, plan
+from native_models import Logits, Piece, Runner, Saved, plan
 
 from flowprefill import _core
 

@@ -27,7 +27,8 @@ def save_tiny(folder: Path, *, is_poisoned: bool = False) -> transformers.PreTra
         bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    make: Any = transformers.AutoModelForCausalLM.from_config
+    model = make(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.2 + ("norm" in name))
