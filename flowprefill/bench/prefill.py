@@ -36,7 +36,7 @@ GEMM_SIZE = 2048
 GEMM_REPEATS = 3
 SHORT_TOKENS = 1024  # up to here a length is measured several times per round
 SHORT_REPEATS = 3
-SLOW_S = 40.0  # what takes longer than this is measured once, not in every round
+SLOW_S = 20.0  # what takes longer than this is measured once, not in every round
 COLUMNS = {
     "engine": "engine",
     "tokens": "tokens",
