@@ -1,3 +1,5 @@
+// Steps and operators of a transformer program.
+// Long because they share one workspace, and the operators are best read in the order of execution.
 #include "model/transformer_program.h"
 
 #include <algorithm>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from flowprefill import _core
 from flowprefill.errors import FlowPrefillError, RequestFailed
@@ -11,6 +11,16 @@ from flowprefill.errors import FlowPrefillError, RequestFailed
 if TYPE_CHECKING:
     from flowprefill.engine.sequence import Sequence
     from flowprefill.scheduling import Work
+
+
+class RunMaker(Protocol):
+    """What the core needs of the model."""
+
+    def make_run(self, run_id: int, sequences: list[Sequence]) -> _core.Run:
+        """Build the run that computes the not yet computed tokens of the sequences."""
+
+    def zero_blocks(self, blocks: list[int]) -> None:
+        """Clear KV blocks whose content must not be read again."""
 
 
 class ActiveRun:

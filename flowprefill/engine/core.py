@@ -328,9 +328,8 @@ class EngineCore:
                 self._handle_end_of_run(run.id, kind)
             except Exception as error:  # a bug of ours; its event will not come again
                 log.exception("the end of run %d could not be handled", run.id)
-                with self._lock:
-                    self._runs.pop(run.id, None)
-                    self._fail_all(error)
+                self._runs.pop(run.id, None)
+                self._handle_failure(error)
 
     def _handle_timer(self) -> None:
         with self._lock:
@@ -341,6 +340,7 @@ class EngineCore:
     def _handle_failure(self, error: Exception) -> None:
         with self._lock:
             self._fail_all(error)
+            self._settle()
         self._deliver()
 
     def _handle_end_of_run(self, run_id: int, kind: str) -> None:
