@@ -90,9 +90,32 @@ test-sanitizers: $(DEPENDENCIES)  ## the C++ tests under ThreadSanitizer, then u
 	$(call CPP_TESTS,cpp-thread,thread)
 	$(call CPP_TESTS,cpp-address,address$(comma)undefined)
 
+.PHONY: test-kernels
+test-kernels: $(DEPENDENCIES)  ## the CUDA kernels' bodies on the host against ATen; needs neither CUDA nor a GPU
+	cmake -S tests/cpp/kernels -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(BIN)/python -DFP_WERROR=$(if $(CI),ON,OFF)
+	cmake --build build/kernels -j 2
+	ctest --test-dir build/kernels --output-on-failure --timeout 300
+
+# CUTLASS's headers and readers of machine code; the compiler too, but only where no toolkit is. Packages bring what
+# these files need and no more, hence --no-deps.
+CUDA_TOOLS := nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
+NVCC_TOOLS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
+  nvidia-cuda-cccl==13.0.85
+CUDA_COMPILE := $(VENV)/.cuda-compile
+
+$(CUDA_COMPILE): Makefile | $(DEPENDENCIES)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(CUDA_TOOLS) \
+	  $$(command -v nvcc >/dev/null || test -n "$${CUDA_HOME-}" || echo $(NVCC_TOOLS))
+	touch $@
+
+.PHONY: cuda-compile
+cuda-compile: $(CUDA_COMPILE)  ## compile and link csrc/cuda for all architectures, read the machine code; needs no GPU
+	$(BIN)/python tests/cuda_compile/check_kernels.py
+
 # ---- checks
 
-CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc')
 

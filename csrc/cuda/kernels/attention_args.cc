@@ -1,6 +1,7 @@
 #include "cuda/kernels/attention_args.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "cuda/kernels/expect.h"
 
@@ -35,8 +36,11 @@ std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slice
                        .entries = static_cast<int32_t>(entries)});
     }
   }
-  std::stable_sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
-    return key_end(a, heads_per_kv) > key_end(b, heads_per_kv);
+  std::sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
+    const auto rank = [&](const AttentionTile& tile) {
+      return std::tuple(-key_end(tile, heads_per_kv), tile.row, tile.entry);
+    };
+    return rank(a) < rank(b);
   });
   return tiles;
 }
@@ -66,6 +70,10 @@ void check(const AttentionArgs& args) {
          "0..30");
   expect((cache.block_stride | cache.token_stride | cache.head_stride) % 8 == 0, "cache strides",
          cache.block_stride | cache.token_stride | cache.head_stride, "multiples of 8");
+  expect_aligned("keys", cache.keys);
+  expect_aligned("values", cache.values);
+  expect_aligned("q", args.q, 8);
+  expect_aligned("out", args.out, 8);
 }
 
 }  // namespace flowprefill

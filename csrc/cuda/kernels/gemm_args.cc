@@ -1,5 +1,7 @@
 #include "cuda/kernels/gemm_args.h"
 
+#include <algorithm>
+
 #include "cuda/kernels/expect.h"
 
 namespace flowprefill {
@@ -33,12 +35,6 @@ int64_t blocks(const GemmArgs& args, GemmTile tile) {
   const int64_t down = (args.rows() + tile_rows(tile) - 1) / tile_rows(tile);
   const int64_t across = (args.columns + tile_columns(tile) - 1) / tile_columns(tile);
   return down * across;
-}
-
-void expect_aligned(const char* field, const void* pointer) {
-  expect(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes == 0, field,
-         static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes),
-         "an address divisible by 16 (remainder 0)");
 }
 
 }  // namespace
@@ -90,6 +86,8 @@ void check(const GemmArgs& args) {
          "a multiple of 8, at least depth");
   expect(args.ldd >= args.columns && args.ldd % step == 0, "ldd", args.ldd,
          step == 4 ? "a multiple of 4, at least columns" : "a multiple of 8, at least columns");
+  const int64_t largest = std::max({args.lda, args.ldb, args.ldd});
+  expect(largest <= INT32_MAX, "lda, ldb, ldd", largest, "below 2^31");
   expect(args.a != nullptr && args.b != nullptr && args.d != nullptr, "a, b, d", 0, "no null");
   expect_aligned("a", args.a);
   expect_aligned("b", args.b);

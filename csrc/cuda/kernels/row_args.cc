@@ -29,6 +29,8 @@ void expect_head_dim(int32_t head_dim) {
 void check(const EmbedArgs& args) {
   expect_rows(args.rows);
   expect_width(args.width, args.ld_table, args.ld_hidden, 8);
+  expect_aligned("table", args.table);
+  expect_aligned("hidden", args.hidden);
 }
 
 void check(const RotaryArgs& args) {
@@ -39,6 +41,10 @@ void check(const RotaryArgs& args) {
 void check(const RmsNormArgs& args) {
   expect_rows(args.rows);
   expect_width(args.width, args.ld_hidden, args.ld_out, 4);
+  expect_aligned("hidden", args.hidden);
+  expect_aligned("delta", args.delta);
+  expect_aligned("weight", args.weight);
+  expect_aligned("out", args.out, 8);
   if (args.delta != nullptr) {
     expect(args.ld_delta >= args.width && args.ld_delta % 4 == 0, "ld_delta", args.ld_delta,
            "a multiple of 4, at least width");
@@ -66,6 +72,8 @@ void check(const SwigluArgs<In>& args) {
   expect_rows(args.rows);
   expect_width(args.width, args.ld_in, args.ld_out, 8);
   expect(args.ld_in >= 2 * int64_t{args.width}, "ld_in", args.ld_in, "at least 2 width");
+  expect_aligned("in", args.in);
+  expect_aligned("out", args.out);
 }
 
 void check(const ArgmaxArgs& args) {

@@ -62,7 +62,7 @@ TEST(GemmArgs, SaysWhichFieldIsWrong) {
   EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.b = nullptr; }),
             "a, b, d: got 0, expected no null");
   EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.a = reinterpret_cast<const Bf16*>(memory + 2); }),
-            "a: got 2, expected an address divisible by 16 (remainder 0)");
+            "a: got 2, expected an address with remainder 0 by 16");
 }
 
 TEST(GemmArgs, Bf16OutputNeedsColumnsByEight) {

@@ -1,0 +1,149 @@
+"""Compile and link csrc/cuda with nvcc, then check the machine code: `make cuda-compile`.
+
+Needs no GPU. Exit status: 0 all checks hold; 1 something failed; 77 a tool is missing (named).
+What it shows: the code compiles and links for every architecture, matrix products use the tensor
+cores, no shipped kernel spills registers. What it cannot show: that a kernel computes the right
+thing or is fast; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from machine_code import (
+    LOCAL_MEMORY,
+    Kernel,
+    Kernels,
+    count_instructions,
+    demangle,
+    read_usage,
+    short_name,
+)
+from toolchain import MissingToolError, Toolchain, find_toolchain
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = 77
+
+# Kernels by architecture, and the matrix instruction that those in the last column must use.
+PORTABLE = (
+    "argmax_kernel", "embed_kernel", "rms_norm_kernel", "rotary_kernel",
+    "rope_kernel<bf16>", "rope_kernel<float>", "swiglu_kernel<bf16>", "swiglu_kernel<float>",
+)  # fmt: skip
+TENSOR_CORE = (
+    "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
+    "gemm_ampere_64x64<bf16>", "gemm_ampere_64x64<float>",
+    "gemm_ampere_128x128<bf16>", "gemm_ampere_128x128<float>",
+    "gemm_ampere_256x128<bf16>", "gemm_ampere_256x128<float>",
+)  # fmt: skip
+HOPPER = ("gemm_hopper_128x256<bf16>", "gemm_hopper_128x256<float>")
+EXPECTED = {
+    "sm_80": (PORTABLE, TENSOR_CORE, "HMMA"),
+    "sm_90": (PORTABLE, TENSOR_CORE, "HMMA"),
+    "sm_90a": ((), HOPPER, "HGMMA"),
+    "sm_100": (PORTABLE, TENSOR_CORE, "HMMA"),
+}
+
+
+def build(tools: Toolchain, folder: Path, jobs: int) -> Path:
+    """Configure and build; return the linked library.
+
+    Raises:
+        subprocess.CalledProcessError: a step failed; its output is on the terminal.
+    """
+    configure = [
+        "cmake", "-S", str(ROOT / "tests" / "cuda_compile"), "-B", str(folder), "-G", "Ninja",
+        f"-DCMAKE_CUDA_COMPILER={tools.nvcc}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFP_CUDART={tools.cudart}", f"-DCUDA_INCLUDE_DIR={tools.root / 'include'}",
+        # CMake tries the compiler on an architecture of its own choice otherwise.
+        "-DCMAKE_CUDA_ARCHITECTURES=80-real",
+    ]  # fmt: skip
+    env = tools.environment()
+    subprocess.run([*configure, "-Wno-dev"], env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", str(folder), "-j", str(jobs)], env=env, check=True)
+    return folder / "libcuda_check.so"
+
+
+def read(tools: Toolchain, library: Path) -> tuple[Kernels, set[str]]:
+    """Return the library's kernels and the architectures it carries PTX of."""
+
+    def lines(*options: str) -> list[str]:
+        done = subprocess.run(
+            [str(tools.cuobjdump), *options, str(library)],
+            env=tools.environment(), capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.splitlines()
+
+    kernels = read_usage(lines("-res-usage"))
+    count_instructions(lines("-sass"), kernels)
+    ptx = {line.rsplit(".", 2)[-2] for line in lines("-lptx") if line.endswith(".ptx")}
+    return kernels, ptx
+
+
+def print_table(named: dict[tuple[str, str], Kernel]) -> None:
+    """Print one line per kernel and architecture."""
+    print(f"\n{'kernel':32}{'arch':>8}{'registers':>11}{'static shared':>15}{'stack':>7}"
+          f"{'local loads, stores':>21}{'HMMA':>7}{'HGMMA':>7}")  # fmt: skip
+    for (arch, name), k in sorted(named.items()):
+        print(f"{name:32}{arch:>8}{k.registers:>11}{k.shared:>15}{k.stack:>7}"
+              f"{k.count(*LOCAL_MEMORY):>21}{k.count('HMMA'):>7}{k.count('HGMMA'):>7}")  # fmt: skip
+
+
+def failures(named: dict[tuple[str, str], Kernel], ptx: set[str]) -> list[str]:
+    """Return what does not hold, one sentence each."""
+    found = []
+    for arch, (plain, products, instruction) in EXPECTED.items():
+        have = {name for of_arch, name in named if of_arch == arch}
+        wanted = {*plain, *products}
+        found += [f"{arch}: {name} is missing" for name in sorted(wanted - have)]
+        found += [f"{arch}: {name} is not in the list" for name in sorted(have - wanted)]
+        found += [
+            f"{arch}: {name} has no {instruction}"
+            for name in products
+            if name in have and named[arch, name].count(instruction) == 0
+        ]
+    for (arch, name), kernel in named.items():
+        if kernel.registers < 0:
+            found.append(f"{arch}: {name}: no resource usage")
+        if kernel.stack > 0 or kernel.local > 0 or kernel.count(*LOCAL_MEMORY) > 0:
+            found.append(f"{arch}: {name} uses local memory (spilled registers)")
+    if "sm_100" not in ptx:
+        found.append(f"no PTX of sm_100 (there is: {', '.join(sorted(ptx)) or 'none'})")
+    return found
+
+
+def main() -> int:
+    """Build, read, print, judge."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build-folder", type=Path, default=ROOT / "build" / "cuda-compile")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (2 GB each)")
+    options = parser.parse_args()
+    try:
+        tools = find_toolchain()
+    except MissingToolError as error:
+        print(f"cuda-compile: SKIPPED, {error}", file=sys.stderr)
+        return SKIPPED
+    start = time.monotonic()
+    print(f"nvcc: {tools.nvcc}\ncudart: {tools.cudart}\ncuobjdump: {tools.cuobjdump}", flush=True)
+    library = build(tools, options.build_folder, options.jobs)
+    kernels, ptx = read(tools, library)
+    names = demangle(sorted({mangled for mangled, _ in kernels}))
+    named = {(k.arch, short_name(names[k.mangled])): k for k in kernels.values()}
+    print_table(named)
+    found = failures(named, ptx)
+    if len(named) != len(kernels):
+        found.append(f"{len(kernels)} kernels but {len(named)} names: short_name() is ambiguous")
+    for sentence in found:
+        print(f"FAILED {sentence}")
+    seconds = time.monotonic() - start
+    print(f"\n{len(named)} kernels, {library.stat().st_size / 1e6:.1f} MB, PTX: "
+          f"{', '.join(sorted(ptx))}; {seconds:.0f} s; "
+          f"{'FAILED' if found else 'all checks hold'}")  # fmt: skip
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
