@@ -6,8 +6,11 @@ random pauses, as a server's thread would. Measured from just before `Engine.sub
 
 - `dispatch`: until the run lies in the executor's mailbox. That is `submit` itself: checks, KV
   blocks, the decision, building the run's program;
-- `seen`: until the first segment of the newcomer starts. That adds the rest of the segment that was
-  executing, so it is measured with segments of 0.2 ms as well, where little of it is waiting;
+- `seen`: until the long prompt's last segment before the newcomer ends: there the executor has seen
+  the flag. It is raised as soon as the decision is made, before the newcomer's run is built. This
+  holds the rest of the segment that was executing, so it is measured with segments of 0.2 ms as
+  well, where little of it is waiting;
+- `start`: until the first segment of the newcomer starts;
 - `submit`: until `submit` returns to the caller.
 """
 
@@ -16,6 +19,8 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -34,7 +39,7 @@ from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import Granularity
 from flowprefill.engine import Engine
-from flowprefill.engine.records import RequestRecord
+from flowprefill.engine.records import RequestRecord, TimelineEntry
 from flowprefill.errors import RequestCancelled
 from flowprefill.request import SLO, Request
 
@@ -48,6 +53,8 @@ COLUMNS = {
     "submit_to_dispatch_p99_s": "p99 ms",
     "submit_to_seen_p50_s": "to seen p50 ms",
     "submit_to_seen_p99_s": "p99 ms ",
+    "submit_to_start_p50_s": "to start p50 ms",
+    "submit_to_start_p99_s": "p99 ms   ",
     "submit_call_p50_s": "submit() p50 ms",
     "submit_call_p99_s": "p99 ms  ",
     "decision_p50_s": "decision p50 ms",
@@ -62,6 +69,7 @@ class Samples:
 
     to_dispatch_s: list[float] = field(default_factory=list)
     to_seen_s: list[float] = field(default_factory=list)
+    to_start_s: list[float] = field(default_factory=list)
     call_s: list[float] = field(default_factory=list)
     decision_s: list[float] = field(default_factory=list)
     segment_s: list[float] = field(default_factory=list)
@@ -71,7 +79,7 @@ class Samples:
         """Take a short prompt's times."""
         if self.is_counting and record.slo.service_class == "short":
             blocking_s = record.blocking_s or 0.0
-            self.to_seen_s.append(record.timings.queue)
+            self.to_start_s.append(record.timings.queue)
             self.to_dispatch_s.append(record.timings.queue - blocking_s)
 
     def on_preemption(self, reason: str, ack_s: float) -> None:
@@ -137,12 +145,14 @@ def measure(
     long = engine.submit(Request(long_ids, FIRST_TOKEN_ONLY), SLO(ttft=600.0))
     start_s = time.monotonic()
     into.is_counting = True
+    calls_s = []
     for ids in short:
         request = Request(ids, FIRST_TOKEN_ONLY)
         time.sleep(rng.uniform(*PAUSES_S))
         if long.done:
             break
         called_s = time.monotonic()
+        calls_s.append(called_s)
         handle = engine.submit(request, slo)
         into.call_s.append(time.monotonic() - called_s)
         handle.result(600)
@@ -150,7 +160,33 @@ def measure(
     long.cancel()
     with suppress(RequestCancelled):
         long.result(600)
-    into.segment_s += [e.end_s - e.start_s for e in engine.timeline() if e.start_s >= start_s]
+    segments = [entry for entry in engine.timeline() if entry.start_s >= start_s]
+    into.segment_s += [entry.end_s - entry.start_s for entry in segments]
+    into.to_seen_s += seen_times(calls_s, segments, f"prefill {long.request_id}")
+
+
+def seen_times(
+    calls_s: Sequence[float], segments: Sequence[TimelineEntry], long_name: str
+) -> list[float]:
+    """Return for each call how long the long prompt's segments went on, seconds.
+
+    Only calls made while one of them was executing count.
+
+    Args:
+        calls_s: when submit was called.
+        segments: the executor's timeline, oldest first.
+        long_name: what the timeline calls the long prompt's run.
+    """
+    starts = [segment.start_s for segment in segments]
+    found = []
+    for called_s in calls_s:
+        index = bisect_right(starts, called_s) - 1
+        if index < 0 or segments[index].run != long_name or segments[index].end_s < called_s:
+            continue
+        while index + 1 < len(segments) and segments[index + 1].run == long_name:
+            index += 1
+        found.append(segments[index].end_s - called_s)
+    return found
 
 
 def row_of(granularity: str, samples: Samples) -> Row:
@@ -159,6 +195,7 @@ def row_of(granularity: str, samples: Samples) -> Row:
         "granularity": granularity,
         **quantiles("submit_to_dispatch", samples.to_dispatch_s, SHARES),
         **quantiles("submit_to_seen", samples.to_seen_s, SHARES),
+        **quantiles("submit_to_start", samples.to_start_s, SHARES),
         **quantiles("submit_call", samples.call_s, SHARES),
         **quantiles("decision", samples.decision_s, SHARES),
         **quantiles("segment", samples.segment_s, SHARES),

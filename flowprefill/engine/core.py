@@ -213,8 +213,8 @@ class EngineCore:
             start = time.monotonic()
             decision = self._scheduler.on_event(event, start)
             self._outbox.decisions_s.append(time.monotonic() - start)
-            self.decisions.append(decision_entry(event, decision, start))
             self._carry_out(decision)
+            self.decisions.append(decision_entry(event, decision, start))
             if not self._news:
                 self._admit()
 
@@ -233,12 +233,15 @@ class EngineCore:
         self._events.set_timer(math.inf if decision.wake_at is None else decision.wake_at)
 
     def _dispatch(self, decision: Decision, work: Work) -> None:
-        active = self._runs.get(work.id)
+        active, victim = self._runs.get(work.id), decision.preempted
         if active is None:
+            if victim is not None and victim.id in self._runs:
+                # It stops while the newcomer's run is built: a boundary missed costs a segment.
+                self._executor.suspend(self._runs[victim.id].run)
             active = self._start_run(work)
         if active is None:
             return
-        if decision.preempted is not None:
+        if victim is not None:
             active.is_preempting, active.reason = True, decision.reason
         try:
             self._executor.dispatch(active.run)
