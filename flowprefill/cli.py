@@ -149,7 +149,9 @@ def load_engine(model: str, config: EngineConfig) -> Engine:
     from flowprefill.engine import Engine
 
     with loading_bar(model) as progress:
-        return Engine(model, config, progress=progress)
+        engine = Engine(model, config, progress=progress)
+    engine.freeze_garbage()
+    return engine
 
 
 def _add_serve(commands: Any) -> None:

@@ -54,7 +54,9 @@ def load_engine(args: argparse.Namespace, **settings: Any) -> Engine:
     settings |= {"dtype": args.dtype, "threads": args.threads, "background": args.background}
     config = EngineConfig(prefix_cache=False, **settings)
     say(f"loading {args.model}")
-    return Engine(args.model, config)
+    engine = Engine(args.model, config)
+    engine.freeze_garbage()
+    return engine
 
 
 def check_lengths(engine: Engine, lengths: list[int]) -> None:
