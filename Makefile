@@ -113,11 +113,39 @@ $(CUDA_COMPILE): Makefile | $(DEPENDENCIES)
 cuda-compile: $(CUDA_COMPILE)  ## compile and link csrc/cuda for all architectures, read the machine code; needs no GPU
 	$(BIN)/python tests/cuda_compile/check_kernels.py
 
+# The CUDA headers, where no toolkit has them; csrc/cuda/CMakeLists.txt finds them there.
+CUDA_HEADERS := $(VENV)/.cuda-headers
+$(CUDA_HEADERS): Makefile | $(DEPENDENCIES)
+	command -v nvcc >/dev/null || test -n "$${CUDA_HOME-}" || $(BIN)/pip install -q --disable-pip-version-check \
+	  --no-deps $(filter nvidia-cuda-runtime% nvidia-cuda-crt%,$(NVCC_TOOLS))
+	touch $@
+
+# $(1): suffix of the build folder, $(2): sanitizers.
+CUDA_DOUBLE_TESTS = cmake -S tests/cpp/cuda -B build/cuda-double$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+    -DFP_SANITIZE=$(2) -DFP_WERROR=$(if $(CI),ON,OFF) \
+  && cmake --build build/cuda-double$(1) \
+  && ctest --test-dir build/cuda-double$(1) --output-on-failure --timeout 300
+
+.PHONY: test-cuda-double
+test-cuda-double: $(CUDA_HEADERS)  ## the CUDA device over a double of the CUDA runtime, plain and sanitized; no GPU
+	$(call CUDA_DOUBLE_TESTS,,)
+	$(call CUDA_DOUBLE_TESTS,-thread,thread)
+	$(call CUDA_DOUBLE_TESTS,-address,address$(comma)undefined)
+
+.PHONY: tidy-cuda
+tidy-cuda: $(CUDA_HEADERS)  ## clang-tidy of the graph layer and the CUDA device
+	cmake -S tests/cpp/cuda -B build/cuda-double -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja
+	clang-tidy --quiet -p build/cuda-double csrc/cuda/*.cc
+
+.PHONY: test-cuda-mutants
+test-cuda-mutants: $(CUDA_HEADERS)  ## break csrc/cuda in known ways: do these tests notice? (4 minutes)
+	$(BIN)/python tests/cpp/cuda/mutants.py
+
 # ---- checks
 
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
-TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc')
+TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/cuda')
 
 .PHONY: lint
 lint: build tidy  ## format, style, types, spelling and clang-tidy, without changing anything

@@ -45,7 +45,7 @@ void CudaDevice::attach() {
       slot.start = StreamEvent::make();
       slot.end = StreamEvent::make();
     }
-    clock_.emplace();
+    clock_ = std::make_unique<DeviceClock>();
     if (options_.prepare)
       options_.prepare();
   } catch (...) {

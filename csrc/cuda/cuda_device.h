@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "cuda/cuda_resources.h"
@@ -28,11 +27,11 @@ struct CudaDeviceOptions {
   std::function<void()> prepare = {};
 };
 
-// Errors: a call that fails ends the run that made it. What fails on the device is found when its
-// event is waited for, and is charged to the operator that was oldest in flight: it, or one of the
-// run_ahead launched after it (run_ahead = 1 and CUDA_LAUNCH_BLOCKING=1 say which). After any
-// failure drain() waits for the whole stream, once. A device beyond use (an illegal address) fails
-// every later run and nothing else.
+// Errors: a call that fails ends the run that made it. What fails on the device is found by a later
+// call, mostly the wait for the oldest segment in flight, and is charged to that one: it was this
+// segment or one of the run_ahead beside it (run_ahead = 1 and CUDA_LAUNCH_BLOCKING=1 say which).
+// After any failure drain() waits for the whole stream, once. A device beyond use (an illegal
+// address) fails every later run and nothing else.
 class CudaDevice final : public Device {
  public:
   static constexpr int kMaxRunAhead = 4;
@@ -73,7 +72,7 @@ class CudaDevice final : public Device {
   // Launch n is in slots_[n % size]. One more than can be in flight: the clock's reference is the
   // one completed last.
   std::vector<Slot> slots_;
-  std::optional<DeviceClock> clock_;
+  std::unique_ptr<DeviceClock> clock_;
   size_t num_launched_ = 0;
   size_t num_done_ = 0;
   bool is_broken_ = false;  // something failed since the stream was last known to be idle

@@ -108,7 +108,7 @@ void CudaProgram::fetch_result(const LaneView& lane, const CallContext& context)
 }
 
 std::vector<GraphCache::Request> capture_requests(CudaResources& resources,
-                                                  std::shared_ptr<const CudaPlan> plan) {
+                                                  const std::shared_ptr<const CudaPlan>& plan) {
   std::vector<GraphCache::Request> requests;
   for (const LaneView& lane : resources.lanes().views()) {
     for (size_t i = 0; i < plan->size(); ++i) {

@@ -47,6 +47,6 @@ class CudaProgram final : public Program {
 // The requests that GraphCache::warm() needs to capture all capturable segments of the plan in
 // every lane.
 std::vector<GraphCache::Request> capture_requests(CudaResources& resources,
-                                                  std::shared_ptr<const CudaPlan> plan);
+                                                  const std::shared_ptr<const CudaPlan>& plan);
 
 }  // namespace flowprefill

@@ -13,8 +13,8 @@ namespace flowprefill {
 
 struct CudaOptions {
   int device = 0;
-  LaneOptions lanes;
-  GraphCacheOptions graphs;
+  LaneOptions lanes = {};
+  GraphCacheOptions graphs = {};
 };
 
 // Destroy only with nothing in flight: after the executor stopped. May happen on any thread.

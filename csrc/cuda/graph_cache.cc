@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <functional>
+#include <tuple>
 #include <utility>
 
 namespace flowprefill {
@@ -140,8 +140,9 @@ void GraphCache::note_failure(Entry& entry, const std::string& message) {
 }
 
 GraphReport GraphCache::warm(std::vector<Request> requests) {
-  std::ranges::stable_sort(requests, std::greater(),
-                           [](const Request& request) { return request.key.bucket; });
+  std::ranges::sort(requests, {}, [](const Request& request) {
+    return std::tuple(-request.key.bucket, request.key.lane, request.key.shape);
+  });
   for (const Request& request : requests) {
     while (entries_[request.key].num_eager < options_.eager_launches) {
       ++entries_[request.key].num_eager;

@@ -182,6 +182,7 @@ void LanePool::forget(Tenant& tenant) noexcept {
 
 std::vector<LaneView> LanePool::views() const {
   std::vector<LaneView> views;
+  views.reserve(lanes_.size());
   for (const Lane& lane : lanes_)
     views.push_back(lane.view);
   return views;

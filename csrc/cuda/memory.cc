@@ -20,6 +20,7 @@ DeviceBuffer::DeviceBuffer(size_t bytes) : bytes_(bytes) {
   FP_CUDA(cudaMalloc(&memory, bytes));
   memory_ = Handle<void*, cudaFree>(memory);
   FP_CUDA(cudaMemset(memory, 0, bytes));
+  FP_CUDA(cudaDeviceSynchronize());  // it ran in the default stream, which others do not wait for
 }
 
 PinnedBlock::PinnedBlock(PinnedBlock&& other) noexcept

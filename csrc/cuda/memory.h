@@ -60,7 +60,7 @@ class PinnedPool {
   PinnedPool(const PinnedPool&) = delete;
   PinnedPool& operator=(const PinnedPool&) = delete;
 
-  // At least `bytes`; 0: an empty block. Throws CudaError.
+  // At least `bytes`; 0: an empty block. Throws CudaError. May set the thread's current device.
   PinnedBlock take(size_t bytes, const CallContext& context = {});
   // All that was ever pinned.
   size_t bytes() const;

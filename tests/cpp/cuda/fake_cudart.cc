@@ -549,6 +549,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return result(device().broken);
 }
 
+cudaError_t cudaDeviceSynchronize() {
+  Lock lock(device().mutex);
+  if (const cudaError_t code = enter_unsafe("cudaDeviceSynchronize"); code != cudaSuccess)
+    return code;
+  wait(lock, [] { return std::ranges::all_of(device().streams, is_idle); });
+  return result(device().broken);
+}
+
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   const Lock lock(device().mutex);
   if (const cudaError_t code = enter("cudaEventCreateWithFlags"); code != cudaSuccess)
