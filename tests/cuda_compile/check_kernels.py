@@ -62,7 +62,7 @@ def build(tools: Toolchain, folder: Path, jobs: int) -> Path:
         "-DCMAKE_CUDA_ARCHITECTURES=80-real",
     ]  # fmt: skip
     env = tools.environment()
-    subprocess.run([*configure, "-Wno-dev"], env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(configure, env=env, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", str(folder), "-j", str(jobs)], env=env, check=True)
     return folder / "libcuda_check.so"
 
@@ -119,7 +119,7 @@ def main() -> int:
     """Build, read, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build-folder", type=Path, default=ROOT / "build" / "cuda-compile")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (2 GB each)")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (up to 4 GB each)")
     options = parser.parse_args()
     try:
         tools = find_toolchain()

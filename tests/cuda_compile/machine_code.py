@@ -70,9 +70,9 @@ def count_instructions(text: Iterable[str], kernels: Kernels) -> None:
 
 
 def demangle(names: list[str]) -> dict[str, str]:
-    """Return the C++ names, by binutils' c++filt."""
+    """Return the C++ names, by binutils' c++filt (-r: CUTLASS nests deeper than its limit)."""
     done = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+        ["c++filt", "-r"], input="\n".join(names), capture_output=True, text=True, check=True
     )
     return dict(zip(names, done.stdout.splitlines(), strict=True))
 

@@ -25,7 +25,7 @@ cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream);
 
-// cudaErrorInvalidDeviceFunction if the device has no such kernel (gemm_tiles says which it has).
+// Fails (cudaErrorNoKernelImageForDevice or the like) for a tile that gemm_tiles() does not name.
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream);
 
 }  // namespace flowprefill

@@ -19,7 +19,7 @@
 #define FP_ON_DEVICE 0
 #endif
 
-#ifdef __CUDACC__
+#if FP_ON_DEVICE
 #define FP_UNROLL _Pragma("unroll")
 #else
 #define FP_UNROLL

@@ -104,7 +104,7 @@ TEST(RowArgs, SayWhichFieldIsWrong) {
             "rows: got 0, expected at least 1");
   EXPECT_EQ(refusal(RotaryArgs{.rows = 1, .head_dim = 7}),
             "head_dim: got 7, expected an even number, 2..256");
-  const float delta = 0;
+  alignas(16) const float delta = 0;
   EXPECT_EQ(
       refusal(RmsNormArgs{
           .ld_hidden = 8, .delta = &delta, .ld_delta = 6, .ld_out = 8, .rows = 1, .width = 8}),

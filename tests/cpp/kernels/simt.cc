@@ -6,6 +6,7 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 
@@ -46,28 +47,39 @@ Bf16 half(uint32_t pair, int which) {
 class Block {
  public:
   Block(const Grid& grid, int32_t x, int32_t y, const std::function<void(const Thread&)>& body)
-      : grid_(grid), x_(x), y_(y), body_(body), fibres_(static_cast<size_t>(grid.threads)) {
+      : grid_(grid),
+        x_(x),
+        y_(y),
+        body_(body),
+        fibres_(static_cast<size_t>(grid.threads)),
+        random_(grid.seed + static_cast<uint32_t>(x * 131 + y)),
+        lanes_(kWarp) {
+    std::iota(lanes_.begin(), lanes_.end(), 0);
     // 0xff bytes are NaN as float and as bf16.
     shared_.resize(grid.shared_bytes / sizeof(Words) + 1);
     std::memset(shared_.data(), 0xff, shared_.size() * sizeof(Words));
   }
 
+  // Warps advance independently, as far apart as barriers let them: each turn goes to a random
+  // warp, for a few collective calls or up to its next barrier.
   void run() {
-    std::vector<int32_t> order(fibres_.size());
-    for (size_t i = 0; i < fibres_.size(); ++i) {
-      order[i] = static_cast<int32_t>(i);
-      start(static_cast<int32_t>(i));
-    }
-    std::mt19937 random(grid_.seed + static_cast<uint32_t>(x_ * 131 + y_));
+    for (int32_t i = 0; i < grid_.threads; ++i)
+      start(i);
+    std::vector<int32_t> able;
     while (unfinished_ > 0) {
-      std::shuffle(order.begin(), order.end(), random);
-      for (const int32_t i : order) {
-        if (fibre(i).is_ready)
-          resume(i);
-        if (error_)
-          std::rethrow_exception(error_);
+      able.clear();
+      for (int32_t first = 0; first < grid_.threads; first += kWarp) {
+        if (!is_stopped(first))
+          able.push_back(first);
       }
-      complete_collectives();
+      if (able.empty()) {
+        complete_block();
+        continue;
+      }
+      const int32_t first = able[random_() % able.size()];
+      const int32_t turns = random_() % 2 == 0 ? INT32_MAX : static_cast<int32_t>(random_() % 4);
+      for (int32_t turn = 0; turn <= turns && !is_stopped(first); ++turn)
+        advance(first);
     }
   }
 
@@ -131,24 +143,32 @@ class Block {
 
   void resume(int32_t index) { swapcontext(&scheduler_, &fibre(index).context); }
 
-  // Every thread that is not finished waits now: for its warp or for the block.
-  void complete_collectives() {
-    bool is_progress = unfinished_ == 0;
-    for (int32_t first = 0; first < grid_.threads; first += kWarp)
-      is_progress |= complete_warp(first);
-    if (!is_progress)
-      complete_block();
+  // Whether the warp waits at a barrier or has ended.
+  bool is_stopped(int32_t first) {
+    const Fibre& f = fibre(first);
+    return f.is_finished || (!f.is_ready && f.operands.call == Call::kSync);
   }
 
-  bool complete_warp(int32_t first) {
+  // Runs the lanes of a warp, in random order, to their next call, and completes that.
+  void advance(int32_t first) {
+    std::shuffle(lanes_.begin(), lanes_.end(), random_);
+    for (const int32_t lane : lanes_) {
+      resume(first + lane);
+      if (error_)
+        std::rethrow_exception(error_);
+    }
+    complete_warp(first);
+  }
+
+  void complete_warp(int32_t first) {
     const Call call = fibre(first).operands.call;
     for (int32_t i = first; i < first + kWarp; ++i) {
       if (fibre(i).is_finished != fibre(first).is_finished || fibre(i).operands.call != call)
         throw Violation("lanes of warp " + std::to_string(first / kWarp) +
                         " wait in different calls");
     }
-    if (fibre(first).is_finished || call == Call::kSync)
-      return false;
+    if (is_stopped(first))
+      return;
     switch (call) {
       case Call::kShuffle:
         shuffle(first);
@@ -160,7 +180,6 @@ class Block {
         load(first, call == Call::kLoadTransposed);
     }
     release(first, first + kWarp);
-    return true;
   }
 
   void complete_block() {
@@ -244,6 +263,8 @@ class Block {
   const std::function<void(const Thread&)>& body_;
   std::vector<Fibre> fibres_;
   std::vector<Words> shared_;
+  std::mt19937 random_;
+  std::vector<int32_t> lanes_;
   ucontext_t scheduler_ = {};
   int32_t unfinished_ = 0;
   std::exception_ptr error_;

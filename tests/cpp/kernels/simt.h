@@ -3,9 +3,10 @@
 // every test of a kernel body.
 //
 // What it checks beyond the result: all threads reach every barrier, all lanes of a warp the same
-// collective call. What makes races visible: threads run in an order that changes with every
-// barrier; a copy's bytes arrive no sooner than its wait; shared memory starts as NaN. What it
-// cannot show: bank conflicts, registers, timing, and whether the PTX says what simt says.
+// collective call. What makes races visible: warps run in random order and as far ahead of each
+// other as barriers let them; a copy's bytes arrive no sooner than its wait; shared memory starts
+// as NaN. What it cannot show: bank conflicts, registers, timing, and whether the PTX says what
+// simt says.
 #pragma once
 
 #include <cstddef>

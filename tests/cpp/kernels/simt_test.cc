@@ -117,6 +117,20 @@ TEST(Simt, AMissingBarrierShows) {
   EXPECT_GT(wrong, 0);
 }
 
+TEST(Simt, AWarpMayRunAheadUpToABarrier) {
+  // Only a barrier keeps the second warp from reading what the first has not written yet, even
+  // where both make the same collective calls on the way.
+  int wrong = 0;
+  for (uint32_t seed = 1; seed <= 8; ++seed) {
+    simt::launch({.threads = 64, .shared_bytes = 256, .seed = seed}, [&](const Thread& t) {
+      auto* shared = t.shared<float>();
+      shared[t.index()] = t.shuffle_xor(1.0f, 1);
+      wrong += std::isnan(shared[t.shuffle_xor(63 - t.index(), 0)]);
+    });
+  }
+  EXPECT_GT(wrong, 0);
+}
+
 TEST(Simt, RefusesDivergentCollectives) {
   EXPECT_THROW(simt::launch({},
                             [](const Thread& t) {
