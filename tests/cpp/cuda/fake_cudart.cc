@@ -28,7 +28,7 @@ struct EventState {
   int64_t time_ns = 0;
 };
 
-enum class Capturing { kNo, kYes, kInvalid };
+enum class Capturing { kNone, kYes, kInvalid };
 
 struct DeviceBlock {
   size_t bytes = 0;
@@ -58,7 +58,7 @@ struct CUstream_st {
   std::deque<Op> queue;
   bool is_busy = false;
   bool is_closing = false;
-  Capturing capturing = Capturing::kNo;
+  Capturing capturing = Capturing::kNone;
   cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
   std::thread::id capture_thread;
   std::vector<Op> captured;
@@ -134,7 +134,8 @@ cudaError_t enter_unsafe(const char* name, size_t bytes = 0) {
     return cudaSuccess;
   bool is_forbidden = false;
   for (const cudaStream_t stream : device().streams) {
-    if (stream->capturing == Capturing::kNo || stream->capture_mode == cudaStreamCaptureModeRelaxed)
+    if (stream->capturing == Capturing::kNone ||
+        stream->capture_mode == cudaStreamCaptureModeRelaxed)
       continue;
     const bool is_own = stream->capture_thread == std::this_thread::get_id();
     const bool is_global = stream->capture_mode == cudaStreamCaptureModeGlobal &&
@@ -182,7 +183,7 @@ cudaError_t submit(cudaStream_t stream, Op op) {
     case Capturing::kYes:
       stream->captured.push_back(std::move(op));
       return cudaSuccess;
-    case Capturing::kNo:
+    case Capturing::kNone:
       break;
   }
   stream->queue.push_back(std::move(op));
@@ -498,7 +499,7 @@ cudaError_t cudaMallocFromPoolAsync(void** memory, size_t bytes, cudaMemPool_t p
   const Lock lock(device().mutex);
   if (const cudaError_t code = enter("cudaMallocFromPoolAsync", bytes); code != cudaSuccess)
     return code;
-  if (stream->capturing != Capturing::kNo)
+  if (stream->capturing != Capturing::kNone)
     return result(cudaErrorStreamCaptureUnsupported);
   return allocate(memory, bytes, pool);
 }
@@ -541,7 +542,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   Lock lock(device().mutex);
   if (const cudaError_t code = enter_unsafe("cudaStreamSynchronize"); code != cudaSuccess)
     return code;
-  if (stream->capturing != Capturing::kNo) {
+  if (stream->capturing != Capturing::kNone) {
     stream->capturing = Capturing::kInvalid;
     return result(cudaErrorStreamCaptureUnsupported);
   }
@@ -581,7 +582,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return code;
   const std::shared_ptr<EventState> state = event->state;
   state->is_recorded = true;
-  state->is_captured = stream->capturing != Capturing::kNo;
+  state->is_captured = stream->capturing != Capturing::kNone;
   state->is_done = false;
   const uint64_t generation = ++state->generation;
   return submit(stream, {.work = {}, .finished = [state, generation] {
@@ -632,7 +633,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
   const Lock lock(device().mutex);
   if (const cudaError_t code = enter("cudaStreamBeginCapture"); code != cudaSuccess)
     return code;
-  if (stream->capturing != Capturing::kNo)
+  if (stream->capturing != Capturing::kNone)
     return result(cudaErrorIllegalState);
   stream->capturing = Capturing::kYes;
   stream->capture_mode = mode;
@@ -645,12 +646,12 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   const Lock lock(device().mutex);
   const cudaError_t code = enter("cudaStreamEndCapture");
   *graph = nullptr;
-  if (stream->capturing == Capturing::kNo)
+  if (stream->capturing == Capturing::kNone)
     return result(cudaErrorIllegalState);
   if (stream->capture_mode != cudaStreamCaptureModeRelaxed &&
       stream->capture_thread != std::this_thread::get_id())
     return result(cudaErrorStreamCaptureWrongThread);
-  const bool is_valid = std::exchange(stream->capturing, Capturing::kNo) == Capturing::kYes;
+  const bool is_valid = std::exchange(stream->capturing, Capturing::kNone) == Capturing::kYes;
   if (code != cudaSuccess)
     return code;
   if (!is_valid)
@@ -701,7 +702,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     return code;
   if (!device().execs.contains(exec))
     return result(cudaErrorInvalidResourceHandle);
-  if (stream->capturing != Capturing::kNo)
+  if (stream->capturing != Capturing::kNone)
     return result(cudaErrorStreamCaptureUnsupported);
   const auto nodes = exec->nodes;
   int64_t cost_ns = 0;
