@@ -120,6 +120,7 @@ class Runner:
         self.executor = _core.Executor(threads)
         self.executor.start()
         self._ids = itertools.count(1)
+        self._ended: set[int] = set()
 
     def close(self) -> None:
         """Stop the executor."""
@@ -145,11 +146,17 @@ class Runner:
     def wait(self, run: _core.Run, *states: str) -> None:
         """Sleep until the run is in one of the states."""
         deadline = time.monotonic() + 60.0
-        while run.state not in states:
+        while run.state not in states or not self._is_event_taken(run):
             assert time.monotonic() < deadline, f"run is {run.state}, waited for {states}"
             # A suspended run's event comes just before its state: so not only on the event.
             select.select([self.executor.event_fd], [], [], 0.002)
-            self.executor.pop_events()
+
+    def _is_event_taken(self, run: _core.Run) -> bool:
+        """Take events; an event that nobody takes would keep its run, and that its workspace."""
+        self._ended.update(
+            ended.id for kind, ended, _ in self.executor.pop_events() if kind != "suspended"
+        )
+        return run.state in ("ready", "running", "suspended") or run.id in self._ended
 
     def advance(self, run: _core.Run, boundary: int) -> None:
         """Dispatch a run that pauses at this boundary, and wait until it stands there."""

@@ -109,8 +109,7 @@ def test_a_run_cancelled_at_every_boundary_leaves_others_alone(
         run = native.make([(ids[:100], 0, mine)], plan("operator"), pause_at={boundary})
         native.advance(run, boundary)
         assert native.executor.cancel(run)
-        native.executor.pop_events()
-        assert run.state == "cancelled"
+        native.wait(run, "cancelled")
         bystander()
         del run
         deadline = time.monotonic() + 10  # the executor may hold it for a moment longer
