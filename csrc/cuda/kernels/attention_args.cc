@@ -31,7 +31,7 @@ std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slice
     for (int64_t entry = 0; entry < entries; entry += kAttentionEntries) {
       tiles.push_back({.row = slice.row,
                        .position = slice.position,
-                       .sequence = slice.sequence,
+                       .sequence = slice.sequence + 1,
                        .entry = static_cast<int32_t>(entry),
                        .entries = static_cast<int32_t>(entries)});
     }

@@ -27,7 +27,7 @@ struct AttentionSlice {
 struct AttentionTile {
   int32_t row;       // of the slice
   int32_t position;  // of the slice
-  int32_t sequence;  // -1: nothing to do (padding of the tile list)
+  int32_t sequence;  // 1 + row of the block tables; 0: nothing to do (padding of the list)
   int32_t entry;     // first entry
   int32_t entries;   // of the whole slice: where the last tile ends
 };

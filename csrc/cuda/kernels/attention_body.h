@@ -28,7 +28,7 @@ class AttentionBody {
       : t_(t), args_(args), tile_(args.tiles[t.block_x()]), group_(args.heads / args.kv_heads) {}
 
   FP_HD void run() {
-    if (tile_.sequence < 0)
+    if (tile_.sequence <= 0)
       return;
     load_queries();
     const int32_t last = smaller(tile_.entry + kAttentionEntries, tile_.entries) - 1;
@@ -101,7 +101,7 @@ class AttentionBody {
   // Starts copying 64 keys or values; rows from `end` on are zeros, so that nothing undefined (a
   // NaN) meets the zero probability of a masked key.
   FP_HD void copy(const Bf16* cache, Bf16* to, int32_t key, int32_t end) const {
-    const int32_t* table = args_.block_tables + tile_.sequence * args_.block_table_stride;
+    const int32_t* table = args_.block_tables + (tile_.sequence - 1) * args_.block_table_stride;
     const int64_t head = t_.block_y() * args_.cache.head_stride;
     constexpr int kThreads = kAttentionEntries / 16 * 32;
     FP_UNROLL for (int i = 0; i < kAttentionKeys * kWords / kThreads; ++i) {

@@ -7,11 +7,11 @@
 namespace flowprefill {
 
 // The rows of one batch. A graph is captured for a bucket of rows: rows beyond the batch are
-// padding, marked by sequence -1; kernels compute nothing for them and write zeros where others
-// read.
+// padding, marked by sequence 0; kernels compute nothing for them and write zeros where others
+// read. So zeroed memory is a batch of padding: warming a graph on it touches no KV block.
 struct BatchView {
   const int32_t* tokens = nullptr;        // [rows]
-  const int32_t* sequences = nullptr;     // [rows] index of the row's sequence, -1: padding
+  const int32_t* sequences = nullptr;     // [rows] 1 + the row's sequence, 0: padding
   const int32_t* positions = nullptr;     // [rows] in the sequence
   const int32_t* block_tables = nullptr;  // [sequences, block_table_stride] KV blocks in order
   int64_t block_table_stride = 0;

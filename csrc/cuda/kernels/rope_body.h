@@ -21,7 +21,7 @@ class RopeHeadBody {
   FP_HD void run() {
     const int32_t sequence = args_.batch.sequences[row_];
     const bool is_query = head_ < args_.heads;
-    if (sequence < 0) {  // padding: attention reads no such row, but nothing stays undefined
+    if (sequence <= 0) {  // padding: attention reads no such row, but nothing stays undefined
       if (is_query)
         store_pairs(query());
       return;
@@ -39,7 +39,8 @@ class RopeHeadBody {
       norm(args_.k_norm);
       rotate(1.0f);
     }
-    const int32_t* table = args_.batch.block_tables + sequence * args_.batch.block_table_stride;
+    const int32_t* table =
+        args_.batch.block_tables + (sequence - 1) * args_.batch.block_table_stride;
     const int64_t offset = args_.cache.offset(table, args_.batch.positions[row_]);
     Bf16* base = is_key ? args_.cache.keys : args_.cache.values;
     store_pairs(base + offset + (is_key ? kv : kv - args_.kv_heads) * args_.cache.head_stride);

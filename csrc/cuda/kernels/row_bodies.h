@@ -26,7 +26,7 @@ FP_HD void embed_body(const Thread& t, const EmbedArgs& args) {
   if (column >= args.width)
     return;
   Vec<float, 4> out[2] = {};
-  if (args.batch.sequences[row] >= 0) {
+  if (args.batch.sequences[row] > 0) {
     const int64_t from = args.batch.tokens[row] * args.ld_table + column;
     const auto in = *reinterpret_cast<const Vec<Bf16, 8>*>(args.table + from);
     FP_UNROLL for (int i = 0; i < 8; ++i) out[i / 4].v[i % 4] = widen(in.v[i]);
@@ -53,7 +53,7 @@ template <class Thread>
 FP_HD void rotary_body(const Thread& t, const RotaryArgs& args) {
   const int32_t row = t.block_x();
   const int32_t half = args.head_dim / 2;
-  const bool is_live = args.batch.sequences[row] >= 0;
+  const bool is_live = args.batch.sequences[row] > 0;
   float* out = args.rotary + static_cast<int64_t>(row) * args.head_dim;
   for (int32_t i = t.index(); i < half; i += t.count()) {
     float cos = 0.0f;

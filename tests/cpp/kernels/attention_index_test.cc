@@ -34,7 +34,7 @@ TEST(AttentionTiles, CoverEveryRowAndHeadOnceLongestFirst) {
     std::map<std::pair<int32_t, int32_t>, int> seen;  // (row, head in group)
     int32_t keys_before = INT32_MAX;
     for (const AttentionTile& tile : tiles) {
-      const AttentionSlice& slice = slices[static_cast<size_t>(tile.sequence)];
+      const AttentionSlice& slice = slices[static_cast<size_t>(tile.sequence - 1)];
       EXPECT_EQ(tile.row, slice.row);
       EXPECT_EQ(tile.position, slice.position);
       for (int32_t e = tile.entry; e <= last_entry(tile); ++e)

@@ -167,7 +167,7 @@ TEST(AttentionEdges, LengthsAroundTheTileSizes) {
     const Case c({.heads = 1, .sequences = {{0, rows}}}, random);
     expect_is_atens(c, c.run(1));
   }
-  for (const int32_t context : {63, 64, 127, 128}) {
+  for (const int32_t context : {62, 63, 64, 126, 127, 128}) {
     const Case c({.sequences = {{context, 1}}}, random);
     expect_is_atens(c, c.run(1));
   }
@@ -210,11 +210,12 @@ TEST(AttentionBits, ThreadOrderChangesNothing) {
     expect_equal(c.run(seed), want);
 }
 
+// The tile list of a bucket is padded with zeros.
 TEST(AttentionTiles, PaddingTilesTouchNothing) {
   Random random(12);
   const Case c({.sequences = {{0, 5}}}, random);
   const std::vector<AttentionTile> padding(
-      3, {.row = 0, .position = 0, .sequence = -1, .entry = 0, .entries = 0});
+      3, {.row = 0, .position = 0, .sequence = 0, .entry = 0, .entries = 0});
   EXPECT_EQ(count_finite(c.run(padding, 1)), 0);
 }
 

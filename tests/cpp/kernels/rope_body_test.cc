@@ -4,6 +4,7 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/rms_norm.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include "simt.h"
@@ -45,7 +46,7 @@ struct Case {
     // Two sequences with distinct positions; every fifth row is padding.
     const std::vector<int32_t> order = random.permutation(static_cast<int32_t>(kTable * tokens));
     for (int32_t row = 0; row < s.rows; ++row) {
-      sequences.push_back(row % 5 == 4 ? -1 : row % 2);
+      sequences.push_back(row % 5 == 4 ? 0 : 1 + row % 2);
       positions.push_back(order[static_cast<size_t>(row)]);
     }
   }
@@ -91,7 +92,7 @@ struct Case {
   // Where a row's key or value of a head lies.
   at::Tensor slot(const at::Tensor& cache, int32_t row, int32_t head) const {
     const int32_t position = positions[static_cast<size_t>(row)];
-    const int32_t sequence = sequences[static_cast<size_t>(row)];
+    const int32_t sequence = sequences[static_cast<size_t>(row)] - 1;
     const int32_t block =
         tables[static_cast<size_t>(sequence * kTable + (position >> shape.block_shift))];
     return cache[block][head][position % (1 << shape.block_shift)];
@@ -116,7 +117,7 @@ void test_rope(const Shape& shape, uint32_t seed) {
       [&](const simt::Thread& t) { rope_body<In>(t, args); });
   int64_t written = 0;
   for (int32_t row = 0; row < shape.rows; ++row) {
-    const bool is_padding = c.sequences[static_cast<size_t>(row)] < 0;
+    const bool is_padding = c.sequences[static_cast<size_t>(row)] == 0;
     for (int32_t h = 0; h < shape.heads; ++h) {
       const at::Tensor got = c.q[row].slice(0, h * shape.head_dim, (h + 1) * shape.head_dim);
       const at::Tensor want = c.rotated(row, c.head(row, h), c.q_norm, kQScale);
@@ -152,6 +153,27 @@ TEST_P(Rope, IsAtensWithinRoundingAndWritesItsSlotsOnly) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Rope, testing::Range(1u, 17u));
+
+// Warming a graph runs it on zeroed inputs while other requests hold blocks of the cache.
+TEST(RopePadding, ZeroedInputsTouchNoBlock) {
+  Random random(3);
+  Case<float> c({.rows = 4,
+                 .heads = 2,
+                 .kv_heads = 1,
+                 .head_dim = 64,
+                 .block_shift = 3,
+                 .has_bias = true,
+                 .has_norm = true},
+                random);
+  c.sequences.assign(4, 0);
+  c.positions.assign(4, 0);
+  c.tables.assign(kBlocks, 0);
+  const RopeArgs<float> args = c.args();
+  simt::launch({.x = 4, .y = 2, .threads = 64},
+               [&](const simt::Thread& t) { rope_body<float>(t, args); });
+  EXPECT_EQ(count_finite(c.keys) + count_finite(c.values), 0);
+  expect_equal(c.q, at::zeros_like(c.q));
+}
 
 }  // namespace
 }  // namespace flowprefill

@@ -35,7 +35,7 @@ struct Rows {
     for (int32_t i = 0; i < rows; ++i) {
       const bool is_padding = i > 0 && random.integer(0, 3) == 0;
       tokens.push_back(is_padding ? -1 : random.integer(0, vocab - 1));
-      sequences.push_back(is_padding ? -1 : 0);
+      sequences.push_back(is_padding ? 0 : random.integer(1, 3));
       positions.push_back(is_padding ? -1 : random.integer(0, longest));
     }
   }
