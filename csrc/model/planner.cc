@@ -198,7 +198,8 @@ class Planner {
     const double total = attention_s(layer, row, end);
     if (total <= o_.budget_s)
       return end - row;
-    const auto slices = static_cast<int32_t>(total / o_.budget_s) + 1;
+    const double wanted = std::min(total / o_.budget_s, static_cast<double>(end - row));
+    const auto slices = static_cast<int32_t>(wanted) + 1;
     const int32_t rows = (end - row + slices - 1) / slices;
     return std::max(kRowStep, rows / kRowStep * kRowStep);
   }
@@ -210,8 +211,8 @@ class Planner {
     int32_t slice = blocks;
     if (o_.granularity == Granularity::kBudget) {
       const double one = op_s(Op::kHead, 0, 0, blocks) / blocks;
-      slice = std::clamp(static_cast<int32_t>(o_.budget_s / one), 8 * o_.threads,
-                         std::max(blocks, 8 * o_.threads));
+      const double fitting = std::min(o_.budget_s / one, static_cast<double>(blocks));
+      slice = std::max(static_cast<int32_t>(fitting), 8 * o_.threads);
     }
     for (int32_t block = 0; block < blocks; block += slice) {
       begin_segment_if(block > 0);

@@ -150,9 +150,13 @@ SegmentLabel TransformerProgram<T>::label(size_t i) const {
   label.layer = first.first == Op::kEmbed || first.first >= Op::kFinalNorm ? -1 : first.layer;
   label.last_layer = last.first >= Op::kFinalNorm ? -1 : last.layer;
   label.row_begin = first.row_begin;
-  label.row_end = last.row_end;
   for (size_t s = plan_.segments[i]; s < segment_end(i); ++s) {
-    label.predicted_s += plan_.steps[s].predicted_s;
+    const Step& step = plan_.steps[s];
+    label.predicted_s += step.predicted_s;
+    if (step.first >= Op::kFinalNorm && first.first < Op::kFinalNorm)
+      continue;  // its rows are sequences or columns
+    label.row_begin = std::min(label.row_begin, step.row_begin);
+    label.row_end = std::max(label.row_end, step.row_end);
   }
   return label;
 }
