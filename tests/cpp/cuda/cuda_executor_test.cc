@@ -122,6 +122,8 @@ TEST_F(CudaExecutorTest, host_runs_ahead_by_the_depth_and_no_further) {
     is_open = true;
     is_open.notify_all();
     wait_for(1);
+    if (HasFailure())
+      return;  // not the time limit again for each depth
     expect_finished(model, 1);
     EXPECT_EQ(max_in_flight, depth + 1);
     EXPECT_EQ(fake_cudart::count("cudaStreamSynchronize"), 0u) << "the stream is never waited for";
