@@ -1,6 +1,7 @@
 // The attention kernel's body, run thread by thread, against ATen's scaled_dot_product_attention:
 // ragged batches, paged cache, grouped heads, windows; and what must hold to the bit.
 #include <ATen/ops/arange.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/stack.h>
 #include <gtest/gtest.h>
@@ -170,6 +171,19 @@ TEST(AttentionEdges, LengthsAroundTheTileSizes) {
   for (const int32_t context : {62, 63, 64, 126, 127, 128}) {
     const Case c({.sequences = {{context, 1}}}, random);
     expect_is_atens(c, c.run(1));
+  }
+}
+
+// All scores equal, all values one: one key too many or too few changes the average, exactly.
+TEST(AttentionEdges, EverySeenKeyCountsOnceAndNoOther) {
+  Random random(14);
+  for (const int32_t window : {0, 5, 64}) {
+    for (const int32_t context : {0, 1, 61, 62, 63, 64, 65, 125, 126, 127, 128}) {
+      Case c({.heads = 1, .window = window, .sequences = {{context, 3}}}, random);
+      c.q.zero_();
+      c.values.mul_(0.0).add_(1.0);  // unused slots stay NaN
+      expect_equal(c.run(1), at::ones_like(c.q));
+    }
   }
 }
 
