@@ -1,9 +1,8 @@
 // The attention kernel's body, run thread by thread, against ATen's scaled_dot_product_attention:
 // ragged batches, paged cache, grouped heads, windows; and what must hold to the bit.
 #include <ATen/ops/arange.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
-#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include "cuda/kernels/attention_body.h"
@@ -59,12 +58,16 @@ struct Case {
     const int32_t tokens = s.context + s.rows;
     key_of.push_back(random.halves({shape.kv_heads, tokens, shape.head_dim}));
     value_of.push_back(random.halves({shape.kv_heads, tokens, shape.head_dim}));
-    for (int32_t t = 0; t < tokens; ++t) {
+    place(keys, sequence, key_of.back());
+    place(values, sequence, value_of.back());
+  }
+
+  // Puts a sequence's keys or values [kv_heads, tokens, dim] into the blocks of its table.
+  void place(const at::Tensor& cache, int32_t sequence, const at::Tensor& tokens) const {
+    for (int32_t t = 0; t < tokens.size(1); ++t) {
       const int32_t block =
           tables[static_cast<size_t>(sequence * table_stride + (t >> shape.block_shift))];
-      const int32_t slot = t % (1 << shape.block_shift);
-      keys[block].select(1, slot).copy_(key_of.back().select(1, t));
-      values[block].select(1, slot).copy_(value_of.back().select(1, t));
+      cache[block].select(1, t % (1 << shape.block_shift)).copy_(tokens.select(1, t));
     }
   }
 
@@ -174,15 +177,19 @@ TEST(AttentionEdges, LengthsAroundTheTileSizes) {
   }
 }
 
-// All scores equal, all values one: one key too many or too few changes the average, exactly.
+// All scores equal, each value its position: one key too many or too few moves the average by a
+// half, far more than rounding.
 TEST(AttentionEdges, EverySeenKeyCountsOnceAndNoOther) {
   Random random(14);
   for (const int32_t window : {0, 5, 64}) {
     for (const int32_t context : {0, 1, 61, 62, 63, 64, 65, 125, 126, 127, 128}) {
       Case c({.heads = 1, .window = window, .sequences = {{context, 3}}}, random);
       c.q.zero_();
-      c.values.mul_(0.0).add_(1.0);  // unused slots stay NaN
-      expect_equal(c.run(1), at::ones_like(c.q));
+      c.place(c.values, 0, at::arange(context + 3).view({1, -1, 1}).expand({1, -1, 64}));
+      const at::Tensor last = at::arange(context, context + 3).to(at::kDouble);
+      const at::Tensor first = window > 0 ? (last - window + 1).clamp_min(0) : at::zeros_like(last);
+      const at::Tensor want = ((first + last) / 2).view({3, 1, 1}).expand({3, 1, 64});
+      expect_close(c.run(1), want, kBf16Rounding, 1e-5);
     }
   }
 }
