@@ -113,16 +113,36 @@ def blocking_times(
         segments: the executor's timeline, oldest first.
         long_name: what the timeline calls the long prompt's run.
     """
+    last = last_segments(arrivals_s, segments, long_name)
+    return [
+        segments[index + 1].start_s - arrival_s
+        for arrival_s, index in last
+        if index + 1 < len(segments)
+    ]
+
+
+def last_segments(
+    times_s: Sequence[float], segments: Sequence[TimelineEntry], run_name: str
+) -> list[tuple[float, int]]:
+    """Return each time at which a segment of the run executes, and the last of those in a row.
+
+    Args:
+        times_s: of interest; others than those are left out.
+        segments: the executor's timeline, oldest first.
+        run_name: what the timeline calls the run.
+
+    Returns:
+        The time, and the index of the run's last segment before another run's.
+    """
     starts = [segment.start_s for segment in segments]
     found = []
-    for arrival_s in arrivals_s:
-        index = bisect_right(starts, arrival_s) - 1
-        if index < 0 or segments[index].run != long_name or segments[index].end_s < arrival_s:
+    for time_s in times_s:
+        index = bisect_right(starts, time_s) - 1
+        if index < 0 or segments[index].run != run_name or segments[index].end_s < time_s:
             continue
-        while index < len(segments) and segments[index].run == long_name:
+        while index + 1 < len(segments) and segments[index + 1].run == run_name:
             index += 1
-        if index < len(segments):
-            found.append(segments[index].start_s - arrival_s)
+        found.append((time_s, index))
     return found
 
 

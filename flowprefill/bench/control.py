@@ -19,11 +19,10 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from bisect import bisect_right
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from flowprefill.bench.beside import last_segments
 from flowprefill.bench.preparation import (
     FIRST_TOKEN_ONLY,
     add_common_arguments,
@@ -39,7 +38,7 @@ from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import Granularity
 from flowprefill.engine import Engine
-from flowprefill.engine.records import RequestRecord, TimelineEntry
+from flowprefill.engine.records import RequestRecord
 from flowprefill.errors import RequestCancelled
 from flowprefill.request import SLO, Request
 
@@ -162,31 +161,8 @@ def measure(
         long.result(600)
     segments = [entry for entry in engine.timeline() if entry.start_s >= start_s]
     into.segment_s += [entry.end_s - entry.start_s for entry in segments]
-    into.to_seen_s += seen_times(calls_s, segments, f"prefill {long.request_id}")
-
-
-def seen_times(
-    calls_s: Sequence[float], segments: Sequence[TimelineEntry], long_name: str
-) -> list[float]:
-    """Return for each call how long the long prompt's segments went on, seconds.
-
-    Only calls made while one of them was executing count.
-
-    Args:
-        calls_s: when submit was called.
-        segments: the executor's timeline, oldest first.
-        long_name: what the timeline calls the long prompt's run.
-    """
-    starts = [segment.start_s for segment in segments]
-    found = []
-    for called_s in calls_s:
-        index = bisect_right(starts, called_s) - 1
-        if index < 0 or segments[index].run != long_name or segments[index].end_s < called_s:
-            continue
-        while index + 1 < len(segments) and segments[index + 1].run == long_name:
-            index += 1
-        found.append(segments[index].end_s - called_s)
-    return found
+    last = last_segments(calls_s, segments, f"prefill {long.request_id}")
+    into.to_seen_s += [segments[index].end_s - called_s for called_s, index in last]
 
 
 def row_of(granularity: str, samples: Samples) -> Row:
