@@ -27,8 +27,7 @@ set(FP_ISA_FLAGS
     -fno-trapping-math
     -fassociative-math
     -fno-signed-zeros
-    -freciprocal-math
-    -Wno-maybe-uninitialized) # GCC 12 warns about its own AVX-512 headers (GCC bug 105593)
+    -freciprocal-math)
 
 function(fp_add_isa_sources target)
   target_compile_definitions(${target} PUBLIC FP_ISA_LEVELS=${FP_ISA_COUNT})

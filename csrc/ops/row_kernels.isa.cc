@@ -2,6 +2,9 @@
 // Nothing with external linkage may be instantiated here but the tables at the end: a shared inline
 // function compiled for AVX-512 could be picked by the linker for every processor.
 #ifdef __AVX512F__
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, in its own header (bug 105593)
+#endif
 #include <immintrin.h>
 #endif
 

@@ -177,13 +177,16 @@ class EngineCore:
     def _check_load(self, sequence: Sequence) -> None:
         if sequence.id in self._live:
             raise InvalidRequest.field("id", sequence.id, "an id that no live request has")
+        limits = self._limits
+        counts_only = not limits.max_waiting_tokens and limits.max_backlog_s == math.inf
+        if counts_only and not limits.refuse_late and len(self._live) < limits.max_waiting:
+            return  # what waits is less than what lives
         now, job = time.monotonic(), sequence.job()
-        looks_ahead = self._limits.refuse_late
-        predicted_s = self._scheduler.predicted_ttft_s(job, now) if looks_ahead else 0.0
+        predicted_s = self._scheduler.predicted_ttft_s(job, now) if limits.refuse_late else 0.0
         load = self._scheduler.load()
         load.waiting_jobs += len(self._memory)
         load.waiting_tokens += self._memory.tokens
-        refusal = refusal_of(job, load, self._limits, now, predicted_s)
+        refusal = refusal_of(job, load, limits, now, predicted_s)
         if refusal is not None:
             raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
 
