@@ -110,11 +110,9 @@ class EngineCore:
             self._memory.push(sequence)
             self._settle()
             if not sequence.is_ended:  # after the dispatch: nobody waits for a prediction
-                waited_s = time.monotonic() - sequence.arrival_s
-                left_s = self._scheduler.predicted_ttft_s(
-                    sequence.job(), sequence.arrival_s + waited_s
-                )
-                sequence.handle.predicted_ttft = waited_s + left_s
+                now = time.monotonic()
+                left_s = self._scheduler.predicted_ttft_s(sequence.job(), now)
+                sequence.handle.predicted_ttft = now - sequence.arrival_s + left_s
         self._deliver()
 
     def cancel(self, sequence: Sequence) -> None:
