@@ -59,7 +59,7 @@ std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
     return {};
   std::vector<GemmTile> wide_first = {GemmTile::kAmpere256x128, GemmTile::kAmpere128x128,
                                       GemmTile::kAmpere64x64};
-  if (compute_capability == 90) {
+  if (compute_capability == 90 && !args.is_gated) {
     wide_first.insert(wide_first.begin(), GemmTile::kHopper128x256);
   }
   // A tile that leaves multiprocessors without work goes behind those that do not.
@@ -78,14 +78,21 @@ void check(const GemmArgs& args) {
   const char* multiple = step == 4 ? "a positive multiple of 4" : "a positive multiple of 8";
   expect(args.row_begin >= 0, "row_begin", args.row_begin, "at least 0");
   expect(args.row_end > args.row_begin, "row_end", args.row_end, "more than row_begin");
+  if (args.is_gated) {
+    expect(args.columns > 0 && args.columns % 16 == 0, "columns", args.columns,
+           "a positive multiple of 16 where gated");
+    expect(args.output == GemmOutput::kBf16, "output", 0, "bf16 where gated");
+    expect(!args.adds_to_d, "adds_to_d", 1, "false where gated");
+  }
   expect(args.columns > 0 && args.columns % step == 0, "columns", args.columns, multiple);
   expect(args.depth > 0 && args.depth % 8 == 0, "depth", args.depth, "a positive multiple of 8");
   expect(args.lda >= args.depth && args.lda % 8 == 0, "lda", args.lda,
          "a multiple of 8, at least depth");
   expect(args.ldb >= args.depth && args.ldb % 8 == 0, "ldb", args.ldb,
          "a multiple of 8, at least depth");
-  expect(args.ldd >= args.columns && args.ldd % step == 0, "ldd", args.ldd,
-         step == 4 ? "a multiple of 4, at least columns" : "a multiple of 8, at least columns");
+  expect(args.ldd >= args.d_columns() && args.ldd % step == 0, "ldd", args.ldd,
+         step == 4 ? "a multiple of 4, at least the columns of d"
+                   : "a multiple of 8, at least the columns of d");
   const int64_t largest = std::max({args.lda, args.ldb, args.ldd});
   expect(largest <= INT32_MAX, "lda, ldb, ldd", largest, "below 2^31");
   expect(args.a != nullptr && args.b != nullptr && args.d != nullptr, "a, b, d", 0, "no null");

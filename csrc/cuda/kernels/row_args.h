@@ -61,7 +61,7 @@ struct RopeArgs {
 
 template <typename In>  // float or Bf16
 struct SwigluArgs {
-  const In* in = nullptr;  // [rows, 2 * width] gate | up
+  const In* in = nullptr;  // [rows, 2 * width]: gate 0, up 0, gate 1, up 1, ...
   int64_t ld_in = 0;
   Bf16* out = nullptr;  // [rows, width]
   int64_t ld_out = 0;

@@ -111,25 +111,25 @@ FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs& args) {
   }
 }
 
-// out = silu(gate) * up of in[row] = gate | up. block_y(): columns of out.
+// silu(gate) * up.
+FP_HD float swiglu(float gate, float up) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+  return gate * up / (1.0f + exp2_of(-gate * kLog2E));
+}
+
+// out = silu(gate) * up; gate and up alternate in in[row]. block_y(): columns of out.
 template <typename In, class Thread>
 FP_HD void swiglu_body(const Thread& t, const SwigluArgs<In>& args) {
   const int32_t column = first_column(t);
   if (column >= args.width)
     return;
-  using Columns = Vec<In, 16 / sizeof(In)>;
-  constexpr int kParts = kColumnsPerThread * sizeof(In) / 16;
-  constexpr float kLog2E = 1.44269504088896340736f;
-  const In* gate = args.in + t.block_x() * args.ld_in + column;
+  constexpr int kWidth = 16 / sizeof(In);
+  const In* in = args.in + t.block_x() * args.ld_in + 2 * column;
   Vec<Bf16, kColumnsPerThread> out;
-  FP_UNROLL for (int part = 0; part < kParts; ++part) {
-    constexpr int kWidth = 16 / sizeof(In);
-    const auto g = *reinterpret_cast<const Columns*>(gate + part * kWidth);
-    const auto u = *reinterpret_cast<const Columns*>(gate + args.width + part * kWidth);
-    FP_UNROLL for (int i = 0; i < kWidth; ++i) {
-      const float x = widen(g.v[i]);
-      out.v[part * kWidth + i] = to_bf16(x * widen(u.v[i]) / (1.0f + exp2_of(-x * kLog2E)));
-    }
+  FP_UNROLL for (int from = 0; from < 2 * kColumnsPerThread; from += kWidth) {
+    const auto pairs = *reinterpret_cast<const Vec<In, kWidth>*>(in + from);
+    FP_UNROLL for (int i = 0; i < kWidth; i += 2) out.v[(from + i) / 2] =
+        to_bf16(swiglu(widen(pairs.v[i]), widen(pairs.v[i + 1])));
   }
   auto* to = args.out + t.block_x() * args.ld_out + column;
   *reinterpret_cast<Vec<Bf16, kColumnsPerThread>*>(to) = out;

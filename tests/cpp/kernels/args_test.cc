@@ -58,7 +58,7 @@ TEST(GemmArgs, SaysWhichFieldIsWrong) {
   EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.ldb = 65; }),
             "ldb: got 65, expected a multiple of 8, at least depth");
   EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.ldd = 128; }),
-            "ldd: got 128, expected a multiple of 4, at least columns");
+            "ldd: got 128, expected a multiple of 4, at least the columns of d");
   EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.b = nullptr; }),
             "a, b, d: got 0, expected no null");
   EXPECT_EQ(refusal(gemm(), [](GemmArgs& g) { g.a = reinterpret_cast<const Bf16*>(memory + 2); }),
@@ -71,6 +71,26 @@ TEST(GemmArgs, Bf16OutputNeedsColumnsByEight) {
     g.columns = g.ldd = 252;
   };
   EXPECT_EQ(refusal(gemm(), as_bf16), "columns: got 252, expected a positive multiple of 8");
+}
+
+TEST(GemmArgs, AGatedProductHasHalfTheColumnsInBf16) {
+  const auto gated = [](GemmArgs& g) {
+    g.is_gated = true;
+    g.output = GemmOutput::kBf16;
+    g.ldd = 128;
+  };
+  EXPECT_EQ(refusal(gemm(), gated), "accepted");
+  GemmArgs good = gemm();
+  gated(good);
+  EXPECT_EQ(good.d_columns(), 128);
+  EXPECT_EQ(refusal(good, [](GemmArgs& g) { g.ldd = 120; }),
+            "ldd: got 120, expected a multiple of 8, at least the columns of d");
+  EXPECT_EQ(refusal(good, [](GemmArgs& g) { g.columns = 248; }),
+            "columns: got 248, expected a positive multiple of 16 where gated");
+  EXPECT_EQ(refusal(good, [](GemmArgs& g) { g.output = GemmOutput::kFloat; }),
+            "output: got 0, expected bf16 where gated");
+  EXPECT_EQ(refusal(good, [](GemmArgs& g) { g.adds_to_d = true; }),
+            "adds_to_d: got 1, expected false where gated");
 }
 
 TEST(GemmArgs, ARowRangeStartsAtItsRow) {
@@ -93,6 +113,9 @@ TEST(GemmTiles, WideOnesFirstWhereEveryMultiprocessorHasWork) {
   EXPECT_EQ(gemm_tiles(small, 80, 108),
             (std::vector{kAmpere64x64, kAmpere128x128, kAmpere256x128}));
   EXPECT_TRUE(gemm_tiles(big, 75, 40).empty());
+  GemmArgs gated = big;
+  gated.is_gated = true;
+  EXPECT_EQ(gemm_tiles(gated, 90, 132), gemm_tiles(gated, 80, 132));  // no fused kernel of its own
   for (const GemmTile tile : gemm_tiles(big, 90, 132))
     EXPECT_STRNE(gemm_tile_name(tile), "?");
 }
