@@ -1,0 +1,133 @@
+// CudaModel: a decoder on one GPU: weights, KV cache, plans, and the programs and the device that
+// the executor runs. Made and filled by the bindings; needs neither torch nor Python.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cuda/cuda_program.h"
+#include "cuda/gemm_selector.h"
+#include "cuda/graph_cache.h"
+#include "cuda/lane_pool.h"
+#include "model/batch.h"
+#include "model/model_config.h"
+#include "model/planner.h"
+#include "runtime/device.h"
+#include "runtime/segment.h"
+
+namespace flowprefill {
+
+struct CudaModelOptions {
+  int device = 0;
+  int run_ahead = 2;             // segments the host may be ahead, 1 to 4
+  int32_t num_lanes = 2;         // runs whose activations stay on the device while suspended
+  int32_t max_tokens = 8192;     // new tokens of the largest batch
+  int32_t max_sequences = 64;    // of the largest batch
+  int32_t max_context = 131072;  // tokens of the longest sequence, its new ones included
+  std::vector<int32_t> buckets;  // ascending token counts that have graphs; empty: powers of two
+  bool has_graphs = true;        // false: every segment is launched eagerly
+  size_t graph_bytes = size_t{1} << 30;         // device memory of executables at most
+  size_t device_spill_bytes = size_t{1} << 30;  // of suspended runs without a lane; then the host's
+  int32_t warm_tokens = 256;    // make_device() captures the buckets up to this ahead of time
+  bool measures_gemms = false;  // make_device() measures the GEMM kernels unless the cache knows
+  std::string gemm_cache_path;  // file of measured GEMM choices; empty: none
+  std::vector<std::string> cublas_lt_libraries;  // see GemmOptions
+};
+
+// How the next token of one sequence is chosen. temperature 0: the most likely one.
+struct SamplingParams {
+  float temperature = 0;
+  int32_t top_k = 0;  // 0: all
+  float top_p = 1;
+  float min_p = 0;
+  float uniform = 0;  // the random number, 0 <= uniform < 1
+};
+
+// One run of the model over one batch. Made by CudaModel::make_program(), executed by the executor
+// on the device of CudaModel::make_device(). May outlive the model object, not the process's GPU.
+class CudaModelProgram : public Program {
+ public:
+  // [sequences, logits_stride()] float on the host, the first vocab_size() of each row; null unless
+  // asked for in make_program(). Meaningful once the run has finished.
+  virtual const float* logits() const = 0;
+  // Elements between rows of logits: at least vocab_size().
+  virtual int64_t logits_stride() const = 0;
+  // [sequences] the chosen tokens. Meaningful once the run has finished.
+  virtual std::span<const int32_t> sampled() const = 0;
+  virtual int32_t num_sequences() const = 0;
+  virtual int32_t vocab_size() const = 0;
+  // Bytes of a lane that it uses.
+  virtual size_t workspace_bytes() const = 0;
+  // The token bucket it is padded to; 0: exact size, no graphs.
+  virtual int32_t bucket() const = 0;
+};
+
+struct CudaProgramOptions {
+  bool fetch_logits = true;
+  int64_t fail_at = -1;  // >= 0: that segment throws (tests)
+};
+
+// Order of calls: load() for every tensor, finish(), allocate_cache(), make_device() once,
+// make_program() for each run. Out of order: std::logic_error.
+class CudaModel {
+ public:
+  // Takes all memory for the weights. Throws std::invalid_argument naming the field, its value and
+  // what is allowed (also where no kernel takes the model's shape), CudaError.
+  CudaModel(ModelConfig config, CudaModelOptions options);
+  ~CudaModel();
+  CudaModel(const CudaModel&) = delete;
+  CudaModel& operator=(const CudaModel&) = delete;
+
+  // Takes one tensor by its canonical name ("layers.3.q", "embed", ...), float, row-major, rows *
+  // columns values (columns 1 for vectors); rounds matrices to bf16 and uploads them; done with
+  // `values` when it returns. Throws std::invalid_argument for an unknown name or a wrong shape
+  // (name, shape, expected), CudaError. Thread: one at a time.
+  void load(const std::string& name, const float* values, int64_t rows, int64_t columns);
+
+  // Waits for the uploads. Throws std::invalid_argument naming a tensor that is missing.
+  void finish();
+
+  // Takes memory for the KV cache and for the lanes. block_tokens: a power of two. Once only.
+  // Throws std::invalid_argument, CudaError (is_out_of_memory()), std::logic_error.
+  void allocate_cache(int32_t block_tokens, int32_t blocks);
+
+  // Device memory of one KV block over all layers.
+  size_t bytes_per_block(int32_t block_tokens) const;
+  // Device memory of the lanes, their inputs and scratch, which allocate_cache() takes beside the
+  // cache, for blocks of this many tokens.
+  size_t lane_bytes(int32_t block_tokens) const;
+
+  // Clears blocks that no run uses now; waits until they are clear. Thread: any.
+  void zero_blocks(std::span<const int32_t> blocks);
+
+  size_t weight_bytes() const;
+  const ModelConfig& config() const;
+  const CudaModelOptions& options() const;
+
+  // The device for the executor; once per model. Its attach() warms graphs and measures GEMMs.
+  std::unique_ptr<Device> make_device();
+
+  // A program over `batch`. options: granularity, budget and rates are used; threads and
+  // element_bytes are not. sampling: one per sequence, or none: the most likely tokens.
+  // Throws std::invalid_argument naming what does not fit: a token outside the vocabulary, a block
+  // table too short or with a block the cache has not, too many tokens or sequences. Thread: any.
+  std::unique_ptr<CudaModelProgram> make_program(Batch batch, const PlanOptions& options,
+                                                 std::span<const SamplingParams> sampling = {},
+                                                 const CudaProgramOptions& program = {});
+
+  // Thread: any.
+  GraphReport graph_report() const;
+  LaneReport lane_report() const;
+  // What measuring the GEMM kernels found; empty before make_device()'s attach().
+  std::vector<GemmReport> gemm_report() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace flowprefill
