@@ -48,7 +48,6 @@ class GemmSelector {
   // cache_path: file of measured choices, read now and written by measure_all(); empty: none. A
   // file that is missing, damaged or of another device or version counts as empty.
   GemmSelector(GemmDevice device, std::string cache_path, GemmCandidates candidates);
-  ~GemmSelector();
 
   // Enough for any candidate, so that measuring later changes nothing about it.
   size_t scratch_bytes(const GemmArgs& args) const;
@@ -72,17 +71,17 @@ class GemmSelector {
   const std::string& cache_failure() const { return cache_failure_; }
 
  private:
-  struct Prepared;
-
-  std::shared_ptr<const Prepared> prepare(const GemmArgs& args) const;
+  std::shared_ptr<const GemmCandidate> chosen(const GemmArgs& args) const;
+  GemmReport measure(const GemmShape& shape, std::span<const GemmArgs> products,
+                     std::span<std::byte> scratch, cudaStream_t stream);
 
   const GemmDevice device_;
   const std::string cache_path_;
   const GemmCandidates candidates_;
-  GemmChoices choices_;
   std::string cache_failure_;
-  mutable std::mutex mutex_;  // guards prepared_
-  mutable std::map<GemmShape, std::shared_ptr<const Prepared>> prepared_;
+  mutable std::mutex mutex_;  // guards choices_ and chosen_
+  GemmChoices choices_;       // measured, here or by whoever wrote the cache
+  mutable std::map<GemmShape, std::shared_ptr<const GemmCandidate>> chosen_;  // asked for so far
 };
 
 }  // namespace flowprefill

@@ -1,0 +1,122 @@
+#include "cuda/gemm_candidates.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "cuda/kernels/expect.h"
+#include "cuda/kernels/kernels.h"
+
+namespace flowprefill {
+namespace {
+
+// Raise it when a kernel of csrc/cuda/kernels changes its speed: older measurements are void then.
+constexpr const char* kKernels = "kernels 1";
+
+// Gate and up lie in scratch between GEMM and SwiGLU, at most so much of them at once.
+constexpr int64_t kMaxGateUpBytes = int64_t{256} << 20;
+
+int32_t rows_at_once(const GemmArgs& args) {
+  const int64_t row_bytes = int64_t{args.columns} * 2;
+  return static_cast<int32_t>(std::min<int64_t>(
+      args.rows(), std::max<int64_t>(kMaxGateUpBytes / row_bytes / 256 * 256, 256)));
+}
+
+size_t gate_up_bytes(const GemmArgs& args) {
+  return static_cast<size_t>(rows_at_once(args)) * static_cast<size_t>(args.columns) * 2;
+}
+
+GemmArgs without_gate(GemmArgs args) {
+  args.is_gated = false;
+  args.ldd = args.columns;
+  return args;
+}
+
+using Launch = std::function<cudaError_t(const GemmArgs&, std::span<std::byte>, cudaStream_t)>;
+
+// Gate and up by `gemm` into scratch, rounded to bf16 there, then SwiGLU.
+cudaError_t launch_in_two(const Launch& gemm, const GemmArgs& args, std::span<std::byte> scratch,
+                          cudaStream_t stream) {
+  check(args);
+  const size_t bytes = gate_up_bytes(args);
+  expect(scratch.size() >= bytes, "scratch bytes", static_cast<int64_t>(scratch.size()),
+         "at least scratch_bytes() of these arguments");
+  cudaError_t code = cudaSuccess;
+  for (int32_t row = args.row_begin; row < args.row_end && code == cudaSuccess;) {
+    const int32_t rows = std::min(rows_at_once(args), args.row_end - row);
+    GemmArgs part = without_gate(args);
+    part.a = args.a + row * args.lda;
+    part.d = scratch.data();
+    part.row_begin = 0;
+    part.row_end = rows;
+    code = gemm(part, scratch.subspan(bytes), stream);
+    if (code != cudaSuccess)
+      break;
+    code = launch_swiglu(SwigluArgs<Bf16>{.in = reinterpret_cast<const Bf16*>(scratch.data()),
+                                          .ld_in = args.columns,
+                                          .out = static_cast<Bf16*>(args.d) + row * args.ldd,
+                                          .ld_out = args.ldd,
+                                          .rows = rows,
+                                          .width = args.d_columns()},
+                         stream);
+    row += rows;
+  }
+  return code;
+}
+
+GemmCandidate of_tile(GemmTile tile) {
+  return {.name = gemm_tile_name(tile),
+          .scratch_bytes = 0,
+          .launch = [tile](const GemmArgs& args, std::span<std::byte>, cudaStream_t stream) {
+            return launch_gemm(args, tile, stream);
+          }};
+}
+
+GemmCandidate in_two(GemmCandidate gemm, const GemmArgs& args) {
+  return {.name = gemm.name + " + swiglu",
+          .scratch_bytes = gemm.scratch_bytes + gate_up_bytes(args),
+          .launch = [launch = std::move(gemm.launch)](
+                        const GemmArgs& gated, std::span<std::byte> scratch, cudaStream_t stream) {
+            return launch_in_two(launch, gated, scratch, stream);
+          }};
+}
+
+std::vector<GemmCandidate> ungated_candidates(const GemmDevice& device, const GemmArgs& args) {
+  std::vector<GemmCandidate> out;
+  for (const GemmTile tile :
+       gemm_tiles(args, device.compute_capability, device.num_multiprocessors)) {
+    out.push_back(of_tile(tile));
+  }
+  return out;
+}
+
+// The fused kernels have mma.sync only. Where the guess for the bare product is a faster kind, that
+// one and a SwiGLU are guessed to be faster too.
+std::vector<GemmCandidate> candidates(const GemmDevice& device, const GemmArgs& args) {
+  if (!args.is_gated)
+    return ungated_candidates(device, args);
+  std::vector<GemmCandidate> out;
+  for (const GemmTile tile :
+       gemm_tiles(args, device.compute_capability, device.num_multiprocessors)) {
+    out.push_back(of_tile(tile));
+  }
+  std::vector<GemmCandidate> bare = ungated_candidates(device, without_gate(args));
+  const bool has_faster_kind =
+      !bare.empty() && bare.front().name == gemm_tile_name(GemmTile::kHopper128x256);
+  for (size_t i = 0; i < bare.size(); ++i) {
+    GemmCandidate both = in_two(std::move(bare[i]), args);
+    out.insert(i == 0 && has_faster_kind ? out.begin() : out.end(), std::move(both));
+  }
+  return out;
+}
+
+}  // namespace
+
+std::unique_ptr<GemmSelector> make_gemm_selector(GemmDevice device, const GemmOptions& options) {
+  device.libraries = kKernels;
+  return std::make_unique<GemmSelector>(device, options.cache_path, [device](const GemmArgs& args) {
+    return candidates(device, args);
+  });
+}
+
+}  // namespace flowprefill
