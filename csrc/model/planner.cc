@@ -6,10 +6,6 @@
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kRowStep = 16;  // rows of a slice are a multiple of the matrix kernel's row block
-constexpr int32_t kEmbedRows = 512;    // embedding rows a step
-constexpr double kEmbedRowS = 1.5e-6;  // embedding and rotary table of one row, one thread
-
 class Planner {
  public:
   Planner(const ModelConfig& config, const Batch& batch, const PlanOptions& options)
@@ -35,6 +31,11 @@ class Planner {
     return std::move(plan_);
   }
 
+  double predict(const Step& step) const {
+    return o_.rates.step_overhead_s +
+           range_s(step.first, step.last, step.layer, step.row_begin, step.row_end);
+  }
+
  private:
   // ---- cost of operators
   // -------------------------------------------------------------------------------
@@ -56,6 +57,8 @@ class Planner {
   }
 
   double attention_s(int32_t layer, int32_t begin, int32_t end) const {
+    end = std::min(end, batch_.rows());  // rows beyond it are padding
+    begin = std::min(begin, end);
     double pairs = static_cast<double>(keys_before_[static_cast<size_t>(end)] -
                                        keys_before_[static_cast<size_t>(begin)]);
     const int32_t window = c_.windows[static_cast<size_t>(layer)];
@@ -68,7 +71,7 @@ class Planner {
     const int32_t rows = end - begin;
     switch (op) {
       case Op::kEmbed:
-        return rows * kEmbedRowS / o_.threads;
+        return rows * o_.cuts.embed_row_s / o_.threads;
       case Op::kQkv:
         return linear_s(c_.hidden_size, c_.qkv_columns(), rows);
       case Op::kAttention:
@@ -110,24 +113,24 @@ class Planner {
   }
 
   void add(Op first, Op last, int32_t layer, int32_t begin, int32_t end) {
-    plan_.steps.push_back(
-        {.first = first,
-         .last = last,
-         .layer = layer,
-         .row_begin = begin,
-         .row_end = end,
-         .base = base_,
-         .predicted_s = o_.rates.step_overhead_s + range_s(first, last, layer, begin, end)});
+    plan_.steps.push_back({.first = first,
+                           .last = last,
+                           .layer = layer,
+                           .row_begin = begin,
+                           .row_end = end,
+                           .base = base_});
+    plan_.steps.back().predicted_s = predict(plan_.steps.back());
   }
 
   // Rows of a tile: enough that each team member has rows of its own; with a budget, no single
-  // operator of a tile may exceed it as long as slices stay efficient (16 rows a member: measured
-  // 97 % of the peak rate).
+  // operator of a tile may exceed it as long as slices stay efficient (CPU: 16 rows a member were
+  // measured at 97 % of the peak rate).
   int32_t tile_rows() const {
-    int32_t tile = kRowsPerMember * o_.threads;
+    const CutRules& cuts = o_.cuts;
+    int32_t tile = cuts.max_tile_rows > 0 ? cuts.max_tile_rows : kRowsPerMember * o_.threads;
     if (o_.granularity != Granularity::kBudget)
       return tile;
-    const int32_t floor = kRowStep * o_.threads;
+    const int32_t floor = cuts.min_tile_rows > 0 ? cuts.min_tile_rows : cuts.row_step * o_.threads;
     while (tile > floor && range_s(Op::kGateUp, Op::kGateUp, 0, 0, tile) > o_.budget_s) {
       tile = std::max(floor, tile / 2);
     }
@@ -137,9 +140,9 @@ class Planner {
   void add_prompt_rows(int32_t begin, int32_t end) {
     const bool is_operator = o_.granularity == Granularity::kOperator;
     const bool is_budget = o_.granularity == Granularity::kBudget;
-    for (int32_t row = begin; row < end; row += kEmbedRows) {
+    for (int32_t row = begin; row < end; row += o_.cuts.embed_rows) {
       begin_segment_if(is_budget && row > begin);
-      add(Op::kEmbed, Op::kEmbed, 0, row, std::min(row + kEmbedRows, end));
+      add(Op::kEmbed, Op::kEmbed, 0, row, std::min(row + o_.cuts.embed_rows, end));
     }
     for (int32_t layer = 0; layer < c_.num_layers; ++layer) {
       begin_segment_if(o_.granularity == Granularity::kLayer);
@@ -201,7 +204,8 @@ class Planner {
     const double wanted = std::min(total / o_.budget_s, static_cast<double>(end - row));
     const auto slices = static_cast<int32_t>(wanted) + 1;
     const int32_t rows = (end - row + slices - 1) / slices;
-    return std::max(kRowStep, rows / kRowStep * kRowStep);
+    const int32_t step = o_.cuts.row_step;
+    return std::max(step, rows / step * step);
   }
 
   void add_head() {
@@ -212,7 +216,8 @@ class Planner {
     if (o_.granularity == Granularity::kBudget) {
       const double one = op_s(Op::kHead, 0, 0, blocks) / blocks;
       const double fitting = std::min(o_.budget_s / one, static_cast<double>(blocks));
-      slice = std::max(static_cast<int32_t>(fitting), 8 * o_.threads);
+      const int32_t floor = o_.cuts.min_head_blocks > 0 ? o_.cuts.min_head_blocks : 8 * o_.threads;
+      slice = std::max(static_cast<int32_t>(fitting), floor);
     }
     for (int32_t block = 0; block < blocks; block += slice) {
       begin_segment_if(block > 0);
@@ -258,6 +263,16 @@ const char* op_name(Op op) {
 
 Plan make_plan(const ModelConfig& config, const Batch& batch, const PlanOptions& options) {
   return Planner(config, batch, options).make();
+}
+
+std::vector<double> predict_steps(const ModelConfig& config, const Batch& batch,
+                                  const PlanOptions& options, std::span<const Step> steps) {
+  const Planner planner(config, batch, options);
+  std::vector<double> seconds;
+  seconds.reserve(steps.size());
+  for (const Step& step : steps)
+    seconds.push_back(planner.predict(step));
+  return seconds;
 }
 
 }  // namespace flowprefill

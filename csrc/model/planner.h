@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "model/batch.h"
@@ -51,6 +52,17 @@ struct MachineRates {
 
 enum class Granularity : uint8_t { kNone, kLayer, kOperator, kChunk, kBudget };
 
+// Where a device wants its cuts; the defaults are the CPU's.
+struct CutRules {
+  int32_t row_step = 16;        // rows of a slice are a multiple of it: the product's row block
+  int32_t max_tile_rows = 0;    // rows that go through a layer together; 0: kRowsPerMember a thread
+  int32_t min_tile_rows = 0;    // fewer are inefficient (below 97 % of the rate); 0: a row_step a
+                                // thread
+  int32_t min_head_blocks = 0;  // of 64 columns, in a slice of the head; 0: 8 a thread
+  int32_t embed_rows = 512;     // embedding rows a step
+  double embed_row_s = 1.5e-6;  // embedding and rotary table of one row, one thread
+};
+
 struct PlanOptions {
   Granularity granularity = Granularity::kBudget;
   double budget_s = 2e-3;      // kBudget: longest wanted segment
@@ -58,6 +70,7 @@ struct PlanOptions {
   int32_t threads = 1;
   int32_t element_bytes = 2;
   MachineRates rates;
+  CutRules cuts = {};
 };
 
 struct Plan {
@@ -71,5 +84,10 @@ struct Plan {
 inline constexpr int32_t kRowsPerMember = 64;
 
 Plan make_plan(const ModelConfig& config, const Batch& batch, const PlanOptions& options);
+
+// Predicted seconds of each step on `batch`, which may have fewer rows than the steps' plan was
+// made for: products are those of all rows of a step, attention that of the batch's rows alone.
+std::vector<double> predict_steps(const ModelConfig& config, const Batch& batch,
+                                  const PlanOptions& options, std::span<const Step> steps);
 
 }  // namespace flowprefill

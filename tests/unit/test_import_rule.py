@@ -57,7 +57,7 @@ CPP_LAYERS = {
     "cuda": {"cuda", "runtime"},
     "bindings": {"bindings", "cuda", "cpu", "model", "ops", "runtime"},
 }
-# csrc/cuda plans with the CPU's planner: these headers of csrc/model know neither torch nor weights.
+# csrc/cuda plans with the CPU's planner: these headers of csrc/model need no torch.
 CPP_SHARED = {"cuda": {"model/batch.h", "model/model_config.h", "model/planner.h"}}
 TENSORS = ("ATen/", "c10/", "torch/")
 CUDA = ("cuda", "cublas", "cutlass/", "cute/", "c10/cuda/", "ATen/cuda/", "nv")

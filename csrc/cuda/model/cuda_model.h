@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,6 +22,15 @@
 
 namespace flowprefill {
 
+// Slices of whole tiles of the matrix kernels (64 to 256 rows), and not so few that most
+// multiprocessors idle. Assumed, not measured.
+inline constexpr CutRules kCudaCuts{.row_step = 256,
+                                    .max_tile_rows = 4096,
+                                    .min_tile_rows = 1024,
+                                    .min_head_blocks = 128,
+                                    .embed_rows = 1 << 30,
+                                    .embed_row_s = 2e-8};
+
 struct CudaModelOptions {
   int device = 0;
   int run_ahead = 2;             // segments the host may be ahead, 1 to 4
@@ -36,6 +46,7 @@ struct CudaModelOptions {
   bool measures_gemms = false;  // make_device() measures the GEMM kernels unless the cache knows
   std::string gemm_cache_path;  // file of measured GEMM choices; empty: none
   std::vector<std::string> cublas_lt_libraries;  // see GemmOptions
+  CutRules cuts = kCudaCuts;
 };
 
 // How the next token of one sequence is chosen. temperature 0: the most likely one.
@@ -108,8 +119,9 @@ class CudaModel {
   const ModelConfig& config() const;
   const CudaModelOptions& options() const;
 
-  // The device for the executor; once per model. Its attach() warms graphs and measures GEMMs.
-  std::unique_ptr<Device> make_device();
+  // The device for the executor; once per model. Its attach() measures GEMMs and, if `warm` names
+  // the options that runs will have, captures the graphs of the smallest buckets.
+  std::unique_ptr<Device> make_device(const std::optional<PlanOptions>& warm = std::nullopt);
 
   // A program over `batch`. options: granularity, budget and rates are used; threads and
   // element_bytes are not. sampling: one per sequence, or none: the most likely tokens.
@@ -119,7 +131,7 @@ class CudaModel {
                                                  std::span<const SamplingParams> sampling = {},
                                                  const CudaProgramOptions& program = {});
 
-  // Thread: any.
+  // Thread: any, after allocate_cache().
   GraphReport graph_report() const;
   LaneReport lane_report() const;
   // What measuring the GEMM kernels found; empty before make_device()'s attach().
@@ -127,7 +139,7 @@ class CudaModel {
 
  private:
   struct State;
-  std::unique_ptr<State> state_;
+  const std::shared_ptr<State> state_;  // programs share it
 };
 
 }  // namespace flowprefill
