@@ -4,7 +4,7 @@
 # CUDA, even for code that only needs the CPU half. Three libraries and two folders of headers are all we need.
 #
 #   torch::cpu      libtorch_cpu, libc10 and the headers; among them the pybind11 that the wheel was built with
-#   torch::python   libtorch_python: conversion between at::Tensor and torch.Tensor
+#   torch::pybind11 the headers of pybind11 alone; links nothing
 #   torch::openmp   -fopenmp for compiling, and for linking *the wheel's own* OpenMP runtime. Linking the system's
 #                   would put two runtimes and two thread pools into the process, fighting for the same cores.
 #
@@ -51,12 +51,15 @@ endfunction()
 if(TorchWheel_FOUND AND NOT TARGET torch::cpu)
   _torch_library(torch::c10 libc10.so)
   _torch_library(torch::cpu libtorch_cpu.so)
-  _torch_library(torch::python libtorch_python.so)
   target_include_directories(
     torch::c10 INTERFACE "${_torch_dir}/include" "${_torch_dir}/include/torch/csrc/api/include")
   target_compile_definitions(torch::c10 INTERFACE _GLIBCXX_USE_CXX11_ABI=1)
   target_link_libraries(torch::cpu INTERFACE torch::c10)
-  target_link_libraries(torch::python INTERFACE torch::cpu)
+  # Not torch's whole folder of headers: who wants pybind11 shall not see ATen.
+  file(MAKE_DIRECTORY "${PROJECT_BINARY_DIR}/pybind11-headers")
+  file(CREATE_LINK "${_torch_dir}/include/pybind11" "${PROJECT_BINARY_DIR}/pybind11-headers/pybind11" SYMBOLIC)
+  add_library(torch::pybind11 INTERFACE IMPORTED GLOBAL)
+  target_include_directories(torch::pybind11 INTERFACE "${PROJECT_BINARY_DIR}/pybind11-headers")
 
   # Wheels have carried it in torch/lib, or, after auditwheel, as torch.libs/libgomp-<hash>.so.1.
   file(GLOB _torch_gomp "${TorchWheel_LIBRARY_DIR}/libgomp*.so*" "${_torch_dir}/../torch.libs/libgomp*.so*")

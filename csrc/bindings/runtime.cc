@@ -1,10 +1,9 @@
-// Binds runs, the executor, its events and its timeline.
+// Binds runs, the executor, its events and its timeline, for any device.
 #include <vector>
 
 #include "bindings/module.h"
-#include "cpu/cpu_device.h"
+#include "bindings/pausing_program.h"
 #include "runtime/clock.h"
-#include "runtime/executor.h"
 
 namespace py = pybind11;
 
@@ -83,7 +82,7 @@ py::tuple timeline(const Executor& executor, uint64_t since) {
 }
 
 void bind_run(py::module_& m) {
-  py::class_<Run, RunRef>(m, "Run")
+  py::class_<Run, RunRef>(m, "Run", py::module_local())
       .def_property_readonly("id", &Run::id)
       .def_property_readonly("state", [](const Run& r) { return to_string(r.state()); })
       .def_property_readonly("cursor", &Run::cursor)
@@ -112,25 +111,48 @@ void bind_run(py::module_& m) {
 
 }  // namespace
 
-void bind_runtime(py::module_& m) {
+Run& own_run(const py::handle& object) {
+  if (!py::isinstance<Run>(object)) {
+    const py::type own = py::type::of<Run>();
+    const auto full_name = [](const py::handle& type) {
+      return std::string(py::str(type.attr("__module__"))) + "." +
+             std::string(py::str(type.attr("__qualname__")));
+    };
+    throw py::type_error("run: got " + full_name(py::type::handle_of(object)) + ", expected " +
+                         full_name(own) + ", made by this module");
+  }
+  return object.cast<Run&>();
+}
+
+const Program& program_of(const Run& run) {
+  const auto* pausing = dynamic_cast<const PausingProgram*>(&run.program());
+  return pausing == nullptr ? run.program() : pausing->inner();
+}
+
+py::class_<Executor> bind_runtime(py::module_& m) {
   bind_run(m);
+  m.def("now_s", [] { return to_seconds(now_ns()); });
   // Everything that may wait for a segment gives up the GIL; dispatch and cancel never wait.
-  py::class_<Executor>(m, "Executor")
-      .def(py::init([](int threads, bool background) {
-             return std::make_unique<Executor>(
-                 std::make_unique<CpuDevice>(CpuDeviceOptions{threads, background}));
-           }),
-           py::arg("threads"), py::arg("background") = false)
-      .def("start", &Executor::start, py::call_guard<py::gil_scoped_release>())
+  py::class_<Executor> executor(m, "Executor", py::module_local());
+  executor.def("start", &Executor::start, py::call_guard<py::gil_scoped_release>())
       .def("stop", &Executor::stop, py::call_guard<py::gil_scoped_release>())
-      .def("dispatch", &Executor::dispatch, py::arg("run"))
-      .def("cancel", &Executor::cancel, py::arg("run"))
-      .def("suspend", &Executor::suspend, py::arg("run"))
+      .def(
+          "dispatch",
+          [](Executor& e, const py::object& run) {
+            return e.dispatch(run.is_none() ? RunRef() : RunRef(&own_run(run)));
+          },
+          py::arg("run").none(true))
+      .def(
+          "cancel", [](Executor& e, const py::object& run) { return e.cancel(own_run(run)); },
+          py::arg("run"))
+      .def(
+          "suspend", [](Executor& e, const py::object& run) { return e.suspend(own_run(run)); },
+          py::arg("run"))
       .def("pop_events", &pop_events)
       .def("timeline", &timeline, py::arg("since") = 0)
       .def("stats", &stats)
       .def_property_readonly("event_fd", [](Executor& e) { return e.events().fd(); });
-  m.def("now_s", [] { return to_seconds(now_ns()); });
+  return executor;
 }
 
 }  // namespace flowprefill

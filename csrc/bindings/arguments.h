@@ -1,0 +1,56 @@
+// Checks and converts what Python gives to models and runs: arrays, shapes, plans, batches. Called
+// by cpu_model.cc and cuda_model.cc; knows neither device.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "bindings/module.h"
+#include "model/batch.h"
+#include "model/model_config.h"
+#include "model/planner.h"
+
+namespace flowprefill {
+
+template <typename E>
+using Array = pybind11::array_t<E, pybind11::array::c_style | pybind11::array::forcecast>;
+
+// One weight: float32, row-major. `values` belongs to the array, which `owner` keeps alive.
+struct TensorView {
+  Array<float> owner;
+  const float* values = nullptr;
+  int64_t rows = 0;
+  int64_t columns = 1;  // of vectors: 1
+};
+
+// All of these throw std::invalid_argument naming the field, what was given and what is allowed.
+// The GIL is held.
+
+// Takes an array of float32 with one or two dimensions.
+TensorView tensor_from(const std::string& name, const pybind11::handle& value);
+ModelConfig config_from(const pybind11::dict& values);
+// Without threads and element_bytes, which the model knows.
+PlanOptions options_from(const pybind11::dict& values);
+// tokens: array of int32. sequences: (rows, context, block table) each.
+Batch batch_from(const pybind11::object& tokens, const pybind11::list& sequences);
+
+// block_tokens is even and blocks at least 1.
+void check_cache_size(int32_t block_tokens, int32_t blocks);
+// Each in 0..num_blocks - 1.
+void check_blocks(const std::vector<int32_t>& blocks, int32_t num_blocks);
+
+// An integer, number, string or list from a dict.
+template <typename V>
+V get(const pybind11::dict& values, const char* key) {
+  if (!values.contains(key))
+    throw std::invalid_argument(std::string(key) + ": missing");
+  const pybind11::object value = values[key];
+  try {
+    return value.cast<V>();
+  } catch (const pybind11::cast_error&) {
+    throw std::invalid_argument(std::string(key) + ": got " + std::string(pybind11::repr(value)) +
+                                ", which has the wrong type or range");
+  }
+}
+
+}  // namespace flowprefill

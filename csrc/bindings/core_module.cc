@@ -1,0 +1,23 @@
+// flowprefill._core: the native half of the engine on the CPU. See _core.pyi for the Python view.
+#include "bindings/module.h"
+#include "cpu/cpu_device.h"
+
+namespace py = pybind11;
+
+namespace flowprefill {
+namespace {
+
+std::unique_ptr<Executor> make_executor(int threads, bool background) {
+  return std::make_unique<Executor>(
+      std::make_unique<CpuDevice>(CpuDeviceOptions{threads, background}));
+}
+
+}  // namespace
+}  // namespace flowprefill
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "FlowPrefill's native executor, models and operators.";
+  flowprefill::bind_runtime(m).def(py::init(&flowprefill::make_executor), py::arg("threads"),
+                                   py::arg("background") = false);
+  flowprefill::bind_cpu_model(m);
+}
