@@ -65,7 +65,7 @@ $(EDITABLE): pyproject.toml setup.py | $(DEPENDENCIES)
 setup: $(DEPENDENCIES)  ## make .venv with torch and all tools
 
 .PHONY: build
-build: $(DEPENDENCIES) $(EDITABLE)  ## compile flowprefill/_core in place (only what changed)
+build: $(DEPENDENCIES) $(EDITABLE)  ## compile flowprefill/_core in place, _cuda too with FLOWPREFILL_CUDA=1 (only what changed)
 	$(BIN)/python setup.py -q build_ext --inplace
 
 # ---- tests
@@ -110,7 +110,7 @@ $(CUDA_COMPILE): Makefile | $(DEPENDENCIES)
 	touch $@
 
 .PHONY: cuda-compile
-cuda-compile: $(CUDA_COMPILE)  ## compile and link csrc/cuda for all architectures, read the machine code; needs no GPU
+cuda-compile: $(CUDA_COMPILE)  ## build _cuda for all architectures, read its machine code, import it; needs no GPU
 	$(BIN)/python tests/cuda_compile/check_kernels.py
 
 # The CUDA headers, where no toolkit has them; csrc/cuda/CMakeLists.txt finds them there.
@@ -145,7 +145,7 @@ test-cuda-mutants: $(CUDA_HEADERS)  ## break csrc/cuda in known ways: do these t
 
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
-TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/cuda')
+TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/cuda' ':!csrc/bindings/cuda_*')
 
 .PHONY: lint
 lint: build tidy  ## format, style, types, spelling and clang-tidy, without changing anything
@@ -192,5 +192,5 @@ wheel: build  ## build a wheel into dist/, install it in a fresh environment and
 
 .PHONY: clean
 clean:  ## delete what was built; .venv stays
-	rm -rf build dist out *.egg-info flowprefill/_core*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out *.egg-info flowprefill/_core*.so flowprefill/_cuda*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(EDITABLE)

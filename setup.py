@@ -1,4 +1,8 @@
-"""Builds flowprefill/_core with CMake and Ninja; for pip and `make build`."""
+"""Builds flowprefill/_core and, for GPUs, flowprefill/_cuda with CMake; for pip and `make build`.
+
+FLOWPREFILL_CUDA=1 demands _cuda, 0 leaves it out; unset: cmake/CudaToolkit.cmake decides.
+FLOWPREFILL_CUDA_ARCHITECTURES chooses what its kernels are compiled for, e.g. 80-real;90-real.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MODULE = "flowprefill/_core" + sysconfig.get_config_var("EXT_SUFFIX")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+ARCHITECTURES = "80-real;90-real;100"  # as cmake/CudaToolkit.cmake; 100 brings PTX for newer ones
+CUDA_CHOICES = {"": "AUTO", "auto": "AUTO", "1": "ON", "on": "ON", "0": "OFF", "off": "OFF"}
 
 
 def find_tool(name: str) -> str:
@@ -42,8 +48,26 @@ def run_tool(*command: str) -> None:
         sys.exit(f"failed with status {status}: {' '.join(command)}")
 
 
+def cuda_settings() -> dict[str, str]:
+    """Return CMake's settings of _cuda by the environment."""
+    asked = os.environ.get("FLOWPREFILL_CUDA", "").lower()
+    if asked not in CUDA_CHOICES:
+        sys.exit(f"FLOWPREFILL_CUDA: got {asked!r}, expected 1, 0 or auto")
+    architectures = os.environ.get("FLOWPREFILL_CUDA_ARCHITECTURES") or ARCHITECTURES
+    return {
+        "FP_CUDA": CUDA_CHOICES[asked],
+        "FP_CUDA_ARCHITECTURES": architectures.replace(",", ";").replace(" ", ""),
+    }
+
+
+def built_modules(folder: Path) -> list[str]:
+    """Return what this build folder is configured to build."""
+    has_cuda = "FP_CUDA_ENABLED:INTERNAL=ON" in (folder / "CMakeCache.txt").read_text().splitlines()
+    return ["_core", "_cuda"] if has_cuda else ["_core"]
+
+
 class CMakeBuild(build_ext):
-    """Hand the one extension to CMake, then place the file where setuptools expects it."""
+    """Hand the extensions to CMake, then place the files where setuptools expects them."""
 
     def run(self) -> None:
         cmake, folder = find_tool("cmake"), build_folder()
@@ -51,6 +75,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "FP_WERROR": "ON" if os.environ.get("CI") == "true" else "OFF",
+            **cuda_settings(),
         }
         source_and_build = ["-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         run_tool(cmake, *source_and_build, *(f"-D{key}={value}" for key, value in settings.items()))
@@ -60,14 +85,19 @@ class CMakeBuild(build_ext):
 
     def _place(self, cmake: str, folder: Path) -> None:
         """Copy next to the sources (finds this torch) or install for a wheel (any beside it)."""
-        if self.inplace:
-            target = ROOT / MODULE
+        if not self.inplace:
+            prefix = ["--prefix", str(Path(self.build_lib).resolve())]
+            run_tool(cmake, "--install", str(folder), *prefix, "--component", "python", "--strip")
+            return
+        built = built_modules(folder)
+        for module in ("_core", "_cuda"):
+            target = ROOT / "flowprefill" / (module + SUFFIX)
+            if module not in built:
+                target.unlink(missing_ok=True)  # of a build with other settings, perhaps old
+                continue
             fresh = target.with_suffix(".new")
             shutil.copy2(folder / "lib" / target.name, fresh)
             fresh.replace(target)  # never writes into a file that a running process has mapped
-            return
-        prefix = ["--prefix", str(Path(self.build_lib).resolve())]
-        run_tool(cmake, "--install", str(folder), *prefix, "--component", "python", "--strip")
 
 
 setup(ext_modules=[Extension("flowprefill._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

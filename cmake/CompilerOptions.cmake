@@ -16,7 +16,7 @@ set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O2 -g1 -DNDEBUG")
 
 add_compile_options(-Wall -Wextra)
 if(FP_WERROR)
-  add_compile_options(-Werror)
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-Werror>) # nvcc's own -Werror wants a list, and CUTLASS warns
 endif()
 
 add_link_options(-Wl,--as-needed)

@@ -8,8 +8,8 @@
 #   torch::openmp   -fopenmp for compiling, and for linking *the wheel's own* OpenMP runtime. Linking the system's
 #                   would put two runtimes and two thread pools into the process, fighting for the same cores.
 #
-# Needs Python_EXECUTABLE. Sets TorchWheel_VERSION, TorchWheel_LIBRARY_DIR and TorchWheel_INSTALL_RPATH, the run
-# path by which a module in site-packages/flowprefill/ finds these libraries. Nothing is cached, so a build folder
+# Needs Python_EXECUTABLE. Sets TorchWheel_VERSION, TorchWheel_CUDA (CUDA's version, empty: none),
+# TorchWheel_LIBRARY_DIR and TorchWheel_INSTALL_RPATH, the run path by which a module in site-packages/flowprefill/ finds these libraries. Nothing is cached, so a build folder
 # follows its environment.
 
 # Importing torch takes seconds; its place and version.py say the same.
@@ -19,7 +19,8 @@ spec = importlib.util.find_spec("torch")
 if spec is None:
     raise SystemExit("no torch")
 folder = pathlib.Path(spec.origin).parent
-print(folder, runpy.run_path(str(folder / "version.py"))["__version__"].partition("+")[0], sep=";", end="")
+version = runpy.run_path(str(folder / "version.py"))
+print(folder, version["__version__"].partition("+")[0], version.get("cuda") or "", sep=";", end="")
 ]=])
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c "${_torch_query}"
@@ -29,6 +30,7 @@ execute_process(
 if(_torch_status EQUAL 0)
   list(GET _torch_found 0 _torch_dir)
   list(GET _torch_found 1 TorchWheel_VERSION)
+  list(GET _torch_found 2 TorchWheel_CUDA)
   set(TorchWheel_LIBRARY_DIR "${_torch_dir}/lib")
 endif()
 

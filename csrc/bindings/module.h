@@ -24,7 +24,8 @@ namespace flowprefill {
 // the device.
 pybind11::class_<Executor> bind_runtime(pybind11::module_& m);
 void bind_cpu_model(pybind11::module_& m);
-void bind_cuda_model(pybind11::module_& m);
+// Adds the constructor of `executor` too.
+void bind_cuda_model(pybind11::module_& m, pybind11::class_<Executor> executor);
 void bind_cuda_devices(pybind11::module_& m);
 
 // The run in a Python object. Throws TypeError if it is none, or one of the other module.

@@ -1,16 +1,19 @@
-"""Compile and link csrc/cuda with nvcc, then check the machine code: `make cuda-compile`.
+"""Build flowprefill._cuda with nvcc, then check its code: `make cuda-compile`.
 
 Needs no GPU. Exit status: 0 all checks hold; 1 something failed; 77 a tool is missing (named).
-What it shows: the code compiles and links for every architecture, matrix products use the tensor
-cores, no shipped kernel spills registers. What it cannot show: that a kernel computes the right
-thing or is fast; nothing is executed.
+What it shows: the whole module compiles and links for every architecture, matrix products use the
+tensor cores, no shipped kernel spills registers, importing needs no driver and a missing one is
+named. What it cannot show: that a kernel computes the right thing or is fast; none is executed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -49,22 +52,49 @@ EXPECTED = {
 
 
 def build(tools: Toolchain, folder: Path, jobs: int) -> Path:
-    """Configure and build; return the linked library.
+    """Configure and build as setup.py does, but for this module alone; return it.
 
     Raises:
         subprocess.CalledProcessError: a step failed; its output is on the terminal.
     """
     configure = [
-        "cmake", "-S", str(ROOT / "tests" / "cuda_compile"), "-B", str(folder), "-G", "Ninja",
-        f"-DCMAKE_CUDA_COMPILER={tools.nvcc}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DFP_CUDART={tools.cudart}", f"-DCUDA_INCLUDE_DIR={tools.root / 'include'}",
-        # CMake tries the compiler on an architecture of its own choice otherwise.
-        "-DCMAKE_CUDA_ARCHITECTURES=80-real",
+        "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DFP_CUDA=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFP_WERROR={'ON' if os.environ.get('CI') == 'true' else 'OFF'}",
     ]  # fmt: skip
     env = tools.environment()
     subprocess.run(configure, env=env, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", str(folder), "-j", str(jobs)], env=env, check=True)
-    return folder / "libcuda_check.so"
+    build_module = ["cmake", "--build", str(folder), "--target", "_cuda", "-j", str(jobs)]
+    subprocess.run(build_module, env=env, check=True)
+    return folder / "lib" / ("_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+# Executed by a fresh interpreter: torch is not to be loaded by it, nor a driver to be there.
+IMPORT = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("_cuda", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(json.dumps([module.device_count(), *module.availability()]))
+"""
+
+
+def import_failures(library: Path) -> list[str]:
+    """Import the module; return what does not hold of what it says about this machine."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT, str(library)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        return [f"the module cannot be imported: {done.stderr.strip().splitlines()[-1]}"]
+    count, is_available, reason = json.loads(done.stdout)
+    print(f"\nimported: {count} devices; {'usable' if is_available else 'not usable'}: {reason}")
+    found = [] if reason else ["availability() gives no reason"]
+    has_driver = Path("/proc/driver/nvidia/version").exists()
+    if not has_driver and (count, is_available) != (0, False):
+        found.append(f"there is no driver, but it sees {count} devices: {reason}")
+    if not has_driver and "driver" not in reason:
+        found.append(f"there is no driver, but the reason is: {reason}")
+    return found
 
 
 def read(tools: Toolchain, library: Path) -> tuple[Kernels, set[str]]:
@@ -133,7 +163,7 @@ def main() -> int:
     names = demangle(sorted({mangled for mangled, _ in kernels}))
     named = {(k.arch, short_name(names[k.mangled])): k for k in kernels.values()}
     print_table(named)
-    found = failures(named, ptx)
+    found = failures(named, ptx) + import_failures(library)
     if len(named) != len(kernels):
         found.append(f"{len(kernels)} kernels but {len(named)} names: short_name() is ambiguous")
     for sentence in found:

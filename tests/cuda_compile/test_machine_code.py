@@ -125,7 +125,12 @@ def test_names_become_readable(name: str, short: str) -> None:
 
 
 def fake_toolchain(root: Path) -> None:
-    for path in ("bin/nvcc", "include/cuda_runtime_api.h", "lib/libcudart.so.13", "bin/cuobjdump"):
+    for path in (
+        "bin/nvcc",
+        "include/cuda_runtime_api.h",
+        "lib/libcudart_static.a",
+        "bin/cuobjdump",
+    ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
 
@@ -135,8 +140,9 @@ def test_cuda_home_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     tools = find_toolchain()
     assert tools.nvcc == tmp_path / "bin" / "nvcc"
-    assert tools.cudart == tmp_path / "lib" / "libcudart.so.13"
-    assert str(tmp_path / "lib") in tools.environment()["LIBRARY_PATH"]
+    assert tools.cudart == tmp_path / "lib" / "libcudart_static.a"
+    assert tools.environment()["CUDA_HOME"] == str(tmp_path)
+    assert tools.environment()["PATH"].split(":")[1:3] == [str(tmp_path / "bin")] * 2
 
 
 def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

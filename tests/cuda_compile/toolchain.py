@@ -1,4 +1,4 @@
-"""Where nvcc, cuobjdump and libcudart are: a toolkit or pip packages. Used by check_kernels.py."""
+"""Where nvcc, libcudart_static and cuobjdump are: toolkit or pip packages. For check_kernels.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Toolchain:
     Attributes:
         root: folder with bin/ and include/.
         nvcc: the compiler driver.
-        cudart: shared library to link.
+        cudart: static runtime that the module links.
         cuobjdump: reader of machine code; nvdisasm lies beside it or in PATH.
     """
 
@@ -42,8 +42,7 @@ class Toolchain:
         here = Path(sys.executable).parent
         bins = [str(here), str(self.cuobjdump.parent), str(self.nvcc.parent)]
         env["PATH"] = os.pathsep.join([*bins, env.get("PATH", "")])
-        libraries = [str(self.cudart.parent), env.get("LIBRARY_PATH", "")]
-        env["LIBRARY_PATH"] = os.pathsep.join(p for p in libraries if p)
+        env["CUDA_HOME"] = str(self.root)  # the build is to take this one too
         return env
 
 
@@ -62,12 +61,9 @@ def _roots() -> list[Path]:
 
 
 def _find_cudart(root: Path) -> Path | None:
-    """Return the newest libcudart.so* of a toolkit or of the packages."""
-    for folder in ("lib64", "lib"):
-        found = sorted((root / folder).glob("libcudart.so*"))
-        if found:
-            return found[-1]
-    return None
+    """Return libcudart_static.a of a toolkit or of the packages."""
+    found = (root / folder / "libcudart_static.a" for folder in ("lib64", "lib"))
+    return next((path for path in found if path.exists()), None)
 
 
 def _find_cuobjdump(root: Path) -> Path | None:
@@ -95,6 +91,6 @@ def find_toolchain() -> Toolchain:
         return Toolchain(root, nvcc, cudart, cuobjdump)
     looked = ", ".join(str(root) for root in _roots())
     raise MissingToolError(
-        f"no nvcc with headers and libcudart in {looked}: set CUDA_HOME or pip install "
+        f"no nvcc with headers and libcudart_static.a in {looked}: set CUDA_HOME or pip install "
         f"{NVCC_PACKAGES}"
     )

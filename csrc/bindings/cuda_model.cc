@@ -1,0 +1,236 @@
+// Binds CudaModel: weights, KV cache and the making of runs on a GPU, and the executor that runs
+// them.
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/module.h"
+#include "bindings/pausing_program.h"
+#include "cuda/model/cuda_model.h"
+
+namespace py = pybind11;
+
+namespace flowprefill {
+namespace {
+
+template <typename V>
+auto into(V& field) {
+  return [&field](const py::dict& values, const char* key) { field = get<V>(values, key); };
+}
+
+// Every option may be left out; one that nobody knows is an error.
+CudaModelOptions model_options_from(const py::dict& values) {
+  CudaModelOptions o;
+  const std::map<std::string, std::function<void(const py::dict&, const char*)>> fields = {
+      {"device", into(o.device)},
+      {"run_ahead", into(o.run_ahead)},
+      {"num_lanes", into(o.num_lanes)},
+      {"max_tokens", into(o.max_tokens)},
+      {"max_sequences", into(o.max_sequences)},
+      {"max_context", into(o.max_context)},
+      {"buckets", into(o.buckets)},
+      {"has_graphs", into(o.has_graphs)},
+      {"graph_bytes", into(o.graph_bytes)},
+      {"device_spill_bytes", into(o.device_spill_bytes)},
+      {"warm_tokens", into(o.warm_tokens)},
+      {"measures_gemms", into(o.measures_gemms)},
+      {"gemm_cache_path", into(o.gemm_cache_path)},
+      {"cublas_lt_libraries", into(o.cublas_lt_libraries)},
+  };
+  for (const auto& [key, value] : values) {
+    const auto name = py::cast<std::string>(key);
+    const auto field = fields.find(name);
+    if (field == fields.end())
+      throw std::invalid_argument(name + ": no such option of a CUDA model");
+    field->second(values, name.c_str());
+  }
+  return o;
+}
+
+// (temperature, top_k, top_p, min_p, uniform) for each sequence; none: the most likely tokens.
+std::vector<SamplingParams> sampling_from(const py::object& object, size_t num_sequences) {
+  if (object.is_none())
+    return {};
+  std::vector<SamplingParams> out;
+  using Entry = std::tuple<float, int32_t, float, float, float>;
+  try {
+    for (const auto& [temperature, top_k, top_p, min_p, uniform] :
+         object.cast<std::vector<Entry>>())
+      out.push_back({temperature, top_k, top_p, min_p, uniform});
+  } catch (const py::cast_error&) {
+    throw std::invalid_argument(
+        "sampling: expected a list of (temperature, top_k, top_p, min_p, uniform)");
+  }
+  if (out.size() != num_sequences) {
+    throw std::invalid_argument("sampling: got " + std::to_string(out.size()) +
+                                " entries, expected " + std::to_string(num_sequences) +
+                                ", one for each sequence");
+  }
+  return out;
+}
+
+// What stays the same for a user of either module: see CPU's Model.
+class GpuModel {
+ public:
+  GpuModel(const py::dict& config, const py::dict& options) {
+    const ModelConfig c = config_from(config);
+    const CudaModelOptions o = model_options_from(options);
+    py::gil_scoped_release release;
+    model_ = std::make_unique<CudaModel>(c, o);
+  }
+
+  void load(const std::string& name, const py::object& object) {
+    const TensorView tensor = tensor_from(name, object);
+    py::gil_scoped_release release;
+    model_->load(name, tensor.values, tensor.rows, tensor.columns);
+  }
+
+  void allocate_cache(int32_t block_tokens, int32_t blocks) {
+    check_cache_size(block_tokens, blocks);
+    py::gil_scoped_release release;
+    model_->allocate_cache(block_tokens, blocks);
+    num_blocks_ = blocks;
+  }
+
+  void zero_blocks(const std::vector<int32_t>& blocks) {
+    if (num_blocks_ == 0)
+      return;
+    check_blocks(blocks, num_blocks_);
+    py::gil_scoped_release release;
+    model_->zero_blocks(blocks);
+  }
+
+  RunRef make(uint64_t id, const py::object& tokens, const py::list& sequences,
+              const py::dict& plan, int64_t fail_at, const std::unordered_set<size_t>& pause_at,
+              const py::object& sampling, bool fetch_logits) {
+    const PlanOptions options = options_from(plan);
+    Batch batch = batch_from(tokens, sequences);
+    const std::vector<SamplingParams> params = sampling_from(sampling, batch.sequences.size());
+    py::gil_scoped_release release;
+    auto program = model_->make_program(std::move(batch), options, params,
+                                        {.fetch_logits = fetch_logits, .fail_at = fail_at});
+    return make_pausing_run(id, std::move(program), pause_at);
+  }
+
+  CudaModel& get() { return *model_; }
+  const CudaModel& get() const { return *model_; }
+
+ private:
+  std::unique_ptr<CudaModel> model_;
+  int32_t num_blocks_ = 0;  // 0: no cache yet
+};
+
+std::unique_ptr<Executor> make_executor(GpuModel& model) {
+  return std::make_unique<Executor>(model.get().make_device());
+}
+
+// A view of the run's logits that keeps the run alive.
+py::array_t<float> logits(const py::object& object) {
+  const auto& program = finished<CudaModelProgram>(object, "logits");
+  if (program.logits() == nullptr)
+    throw std::invalid_argument("run: has no logits, it was made with fetch_logits=False");
+  const py::ssize_t rows = program.num_sequences();
+  const py::ssize_t columns = program.vocab_size();
+  constexpr py::ssize_t kFloat = sizeof(float);
+  return py::array_t<float>({rows, columns}, {kFloat * program.logits_stride(), kFloat},
+                            program.logits(), object);
+}
+
+py::array_t<int32_t> sampled(const py::object& object) {
+  const auto tokens = finished<CudaModelProgram>(object, "sampled tokens").sampled();
+  return py::array_t<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data(), object);
+}
+
+int32_t bucket(const py::object& object) {
+  const auto* program = dynamic_cast<const CudaModelProgram*>(&program_of(own_run(object)));
+  if (program == nullptr)
+    throw std::invalid_argument("run: has no bucket");
+  return program->bucket();
+}
+
+py::dict graph_report(const GpuModel& model) {
+  const GraphReport r = model.get().graph_report();
+  py::dict d;
+  d["num_executables"] = r.num_executables;
+  d["bytes"] = r.bytes;
+  d["capture_s"] = r.capture_s;
+  d["num_captured"] = r.num_captured;
+  d["num_replayed"] = r.num_replayed;
+  d["num_evicted"] = r.num_evicted;
+  d["num_no_room"] = r.num_no_room;
+  d["num_failed"] = r.num_failed;
+  d["last_failure"] = r.last_failure;
+  return d;
+}
+
+py::dict lane_report(const GpuModel& model) {
+  const LaneReport r = model.get().lane_report();
+  py::dict d;
+  d["num_spills"] = r.num_spills;
+  d["num_restores"] = r.num_restores;
+  d["spilled_bytes"] = r.spilled_bytes;
+  d["restored_bytes"] = r.restored_bytes;
+  d["device_spill_bytes"] = r.device_spill_bytes;
+  d["pinned_spill_bytes"] = r.pinned_spill_bytes;
+  return d;
+}
+
+// One entry per shape of product: (rows, columns, depth, chosen kernel, {kernel: microseconds}).
+py::list gemm_report(const GpuModel& model) {
+  py::list out;
+  for (const GemmReport& r : model.get().gemm_report()) {
+    py::dict timings;
+    for (const GemmTiming& t : r.timings)
+      timings[py::str(t.candidate)] =
+          t.failure.empty() ? py::object(py::float_(t.us)) : py::object(py::str(t.failure));
+    out.append(
+        py::make_tuple(r.shape.row_bucket, r.shape.columns, r.shape.depth, r.chosen, timings));
+  }
+  return out;
+}
+
+}  // namespace
+
+void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
+  py::class_<GpuModel>(m, "Model", py::module_local())
+      .def(py::init<const py::dict&, const py::dict&>(), py::arg("config"),
+           py::arg("options") = py::dict())
+      .def("load", &GpuModel::load, py::arg("name"), py::arg("values"))
+      .def(
+          "finish", [](GpuModel& model) { model.get().finish(); },
+          py::call_guard<py::gil_scoped_release>())
+      .def("allocate_cache", &GpuModel::allocate_cache, py::arg("block_tokens"), py::arg("blocks"))
+      .def(
+          "bytes_per_block",
+          [](const GpuModel& model, int32_t block_tokens) {
+            return model.get().bytes_per_block(block_tokens);
+          },
+          py::arg("block_tokens"))
+      .def(
+          "lane_bytes",
+          [](const GpuModel& model, int32_t block_tokens) {
+            return model.get().lane_bytes(block_tokens);
+          },
+          py::arg("block_tokens"))
+      .def("zero_blocks", &GpuModel::zero_blocks, py::arg("blocks"))
+      .def("make_run", &GpuModel::make, py::arg("id"), py::arg("tokens"), py::arg("sequences"),
+           py::arg("plan"), py::arg("fail_at") = -1,
+           py::arg("pause_at") = std::unordered_set<size_t>(), py::arg("sampling") = py::none(),
+           py::arg("fetch_logits") = true)
+      .def("graph_report", &graph_report)
+      .def("lane_report", &lane_report)
+      .def("gemm_report", &gemm_report)
+      .def_property_readonly("weight_bytes",
+                             [](const GpuModel& model) { return model.get().weight_bytes(); });
+  executor.def(py::init(&make_executor), py::arg("model"), py::keep_alive<1, 2>());
+  m.def("logits", &logits, py::arg("run"));
+  m.def("sampled", &sampled, py::arg("run"));
+  m.def("bucket", &bucket, py::arg("run"));
+}
+
+}  // namespace flowprefill
