@@ -51,16 +51,38 @@ std::shared_ptr<const CudaPlan> checked(std::shared_ptr<const CudaPlan> plan, in
   return plan;
 }
 
+std::vector<LiveRange> checked(std::vector<LiveRange> fetched, const LiveRange& result) {
+  if (fetched.empty())
+    fetched.push_back(result);
+  for (const LiveRange& range : fetched) {
+    if (range.offset < result.offset || range.end() > result.end()) {
+      throw std::invalid_argument("fetched: got bytes " + std::to_string(range.offset) + " to " +
+                                  std::to_string(range.end()) + " of the lane, expected " +
+                                  "a part of the plan's result");
+    }
+  }
+  return fetched;
+}
+
+size_t bytes_of(const std::vector<LiveRange>& ranges) {
+  size_t bytes = 0;
+  for (const LiveRange& range : ranges)
+    bytes += range.bytes;
+  return bytes;
+}
+
 }  // namespace
 
 CudaProgram::CudaProgram(std::shared_ptr<CudaResources> resources,
                          std::shared_ptr<const CudaPlan> plan, int32_t tokens,
-                         std::vector<std::byte> inputs)
+                         std::vector<std::byte> inputs, std::vector<LiveRange> fetched)
     : resources_(std::move(resources)),
       plan_(checked(std::move(plan), tokens, resources_->lanes().options().lane_bytes)),
       tokens_(tokens),
       inputs_(std::move(inputs)),
-      result_(resources_->pinned().take(plan_->result().bytes)),
+      fetched_(checked(std::move(fetched), plan_->result())),
+      result_bytes_(bytes_of(fetched_)),
+      result_(resources_->pinned().take(result_bytes_)),
       tenant_(resources_->lanes(), inputs_) {}
 
 void CudaProgram::execute(size_t i) {
@@ -99,12 +121,15 @@ void CudaProgram::launch(size_t i, const LaneView& lane, const CallContext& cont
 }
 
 void CudaProgram::fetch_result(const LaneView& lane, const CallContext& context) {
-  const LiveRange& range = plan_->result();
-  if (range.bytes == 0)
-    return;
-  FP_CUDA(cudaMemcpyAsync(result_.get(), lane.activations + range.offset, range.bytes,
-                          cudaMemcpyDeviceToHost, resources_->stream()),
-          context);
+  std::byte* to = result_.get();
+  for (const LiveRange& range : fetched_) {
+    if (range.bytes == 0)
+      continue;
+    FP_CUDA(cudaMemcpyAsync(to, lane.activations + range.offset, range.bytes,
+                            cudaMemcpyDeviceToHost, resources_->stream()),
+            context);
+    to += range.bytes;
+  }
 }
 
 std::vector<GraphCache::Request> capture_requests(CudaResources& resources,

@@ -19,9 +19,9 @@ class CudaProgram final : public Program {
   // tokens: of this run; at most the plan's bucket if it has one. inputs: copied to
   // LaunchArgs::inputs before the first segment, padding included. Throws std::invalid_argument
   // naming what does not fit the lanes or the bucket, CudaError if no pinned memory for the result
-  // can be had.
+  // can be had. fetched: what of the plan's result range result() shall be; empty: all of it.
   CudaProgram(std::shared_ptr<CudaResources> resources, std::shared_ptr<const CudaPlan> plan,
-              int32_t tokens, std::vector<std::byte> inputs);
+              int32_t tokens, std::vector<std::byte> inputs, std::vector<LiveRange> fetched = {});
 
   size_t size() const override { return plan_->size(); }
   SegmentLabel label(size_t i) const override { return plan_->segment(i).label; }
@@ -29,8 +29,8 @@ class CudaProgram final : public Program {
   void execute(size_t i) override;
   size_t live_bytes(size_t cursor) const override { return plan_->live(cursor).bytes(); }
 
-  // The plan's result range, once the run has finished; undefined before.
-  std::span<const std::byte> result() const { return {result_.get(), plan_->result().bytes}; }
+  // The fetched ranges one after another, once the run has finished; undefined before.
+  std::span<const std::byte> result() const { return {result_.get(), result_bytes_}; }
 
  private:
   void launch(size_t i, const LaneView& lane, const CallContext& context);
@@ -40,6 +40,8 @@ class CudaProgram final : public Program {
   const std::shared_ptr<const CudaPlan> plan_;
   const int32_t tokens_;
   const std::vector<std::byte> inputs_;
+  const std::vector<LiveRange> fetched_;
+  const size_t result_bytes_;
   const PinnedBlock result_;
   Tenant tenant_;  // last: ends first
 };

@@ -18,7 +18,7 @@
 namespace flowprefill {
 
 // What a segment computes. The numbers are the caller's: equal shape and bucket on the same lane
-// must record the same kernels with the same arguments.
+// must record kernels that compute the same from the same bytes.
 struct SegmentShape {
   int32_t first_op = 0;
   int32_t last_op = 0;
@@ -26,6 +26,7 @@ struct SegmentShape {
   int32_t last_layer = 0;
   int32_t row_begin = 0;
   int32_t row_end = 0;
+  int32_t variant = 0;  // what else the arguments depend on: where inputs and activations lie
   friend auto operator<=>(const SegmentShape&, const SegmentShape&) = default;
 };
 

@@ -14,6 +14,7 @@
 #include "cuda/gemm_selector.h"
 #include "cuda/graph_cache.h"
 #include "cuda/lane_pool.h"
+#include "cuda/model/sampling_params.h"
 #include "model/batch.h"
 #include "model/model_config.h"
 #include "model/planner.h"
@@ -47,15 +48,6 @@ struct CudaModelOptions {
   std::string gemm_cache_path;  // file of measured GEMM choices; empty: none
   std::vector<std::string> cublas_lt_libraries;  // see GemmOptions
   CutRules cuts = kCudaCuts;
-};
-
-// How the next token of one sequence is chosen. temperature 0: the most likely one.
-struct SamplingParams {
-  float temperature = 0;
-  int32_t top_k = 0;  // 0: all
-  float top_p = 1;
-  float min_p = 0;
-  float uniform = 0;  // the random number, 0 <= uniform < 1
 };
 
 // One run of the model over one batch. Made by CudaModel::make_program(), executed by the executor
@@ -139,6 +131,10 @@ class CudaModel {
 
  private:
   struct State;
+
+  // With what the GPU decides itself: threads, element size, cuts.
+  std::optional<PlanOptions> on_device(std::optional<PlanOptions> options) const;
+
   const std::shared_ptr<State> state_;  // programs share it
 };
 
