@@ -12,6 +12,7 @@
 #include "cuda/kernels/attention_args.h"
 #include "cuda/kernels/gemm_args.h"
 #include "cuda/kernels/row_args.h"
+#include "cuda/kernels/sample_args.h"
 
 namespace flowprefill {
 
@@ -23,6 +24,7 @@ cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream);
 template <typename In>  // float or Bf16
 cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
+cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream);
 
 // Fails (cudaErrorNoKernelImageForDevice or the like) for a tile that gemm_tiles() does not name.

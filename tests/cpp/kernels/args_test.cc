@@ -7,6 +7,7 @@
 #include "cuda/kernels/attention_args.h"
 #include "cuda/kernels/gemm_args.h"
 #include "cuda/kernels/row_args.h"
+#include "cuda/kernels/sample_args.h"
 
 namespace flowprefill {
 namespace {
@@ -136,6 +137,23 @@ TEST(RowArgs, SayWhichFieldIsWrong) {
             "ld_in: got 8, expected at least 2 width");
   EXPECT_EQ(refusal(ArgmaxArgs{.ld_values = 4, .rows = 1, .width = 5}),
             "ld_values: got 4, expected at least width");
+}
+
+TEST(SampleArgs, SayWhichFieldIsWrong) {
+  const float logits[8] = {};
+  const SamplingParams params = {};
+  int32_t out = 0;
+  const SampleArgs good{
+      .logits = logits, .ld_logits = 8, .params = &params, .out = &out, .rows = 1, .width = 8};
+  using Args = SampleArgs;
+  EXPECT_EQ(refusal(good), "accepted");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.rows = 0; }), "rows: got 0, expected at least 1");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.width = (1 << 22) + 1; }),
+            "width: got 4194305, expected 1..4194304");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.ld_logits = 7; }),
+            "ld_logits: got 7, expected at least width");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.params = nullptr; }),
+            "logits, params, out: got 0, expected no null");
 }
 
 TEST(RopeArgs, SayWhichFieldIsWrong) {
