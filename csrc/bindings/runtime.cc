@@ -1,4 +1,5 @@
 // Binds runs, the executor, its events and its timeline, for any device.
+#include <thread>
 #include <vector>
 
 #include "bindings/module.h"
@@ -146,8 +147,18 @@ py::class_<Executor> bind_runtime(py::module_& m) {
           "cancel", [](Executor& e, const py::object& run) { return e.cancel(own_run(run)); },
           py::arg("run"))
       .def(
-          "suspend", [](Executor& e, const py::object& run) { return e.suspend(own_run(run)); },
-          py::arg("run"))
+          "suspend",
+          [](Executor& e, const py::object& run, bool yields) {
+            const bool is_asked = e.suspend(own_run(run));
+            if (is_asked && yields) {
+              // Where all cores compute, the caller runs in place of a compute worker, and without
+              // that one the segment does not end.
+              const py::gil_scoped_release release;
+              std::this_thread::yield();
+            }
+            return is_asked;
+          },
+          py::arg("run"), py::arg("yields") = false)
       .def("pop_events", &pop_events)
       .def("timeline", &timeline, py::arg("since") = 0)
       .def("stats", &stats)

@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.engine.active_run import ActiveRun, RunMaker
@@ -38,6 +39,7 @@ from flowprefill.scheduling import (
     Failed,
     Finished,
     Scheduler,
+    Threshold,
     TimerFired,
     Work,
 )
@@ -78,6 +80,7 @@ class EngineCore:
         self._runs: dict[int, ActiveRun] = {}
         self._news: deque[Event] = deque()
         self._outbox = Outbox()
+        self._threshold: tuple[Threshold, _core.Run] | None = None  # of the current run
         self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
         self._events = EventThread(
@@ -94,6 +97,36 @@ class EngineCore:
     def start(self) -> None:
         """Start the event thread; the executor runs already."""
         self._events.start()
+
+    def stop_early(self, tokens: int, deadline_s: float) -> _core.Run | None:
+        """Suspend the current run if it is known that a request to come will.
+
+        Deciding takes a few tenths of a millisecond; by then the run is at its boundary. Takes no
+        lock, so what it looks at may be a moment old: `let_go_on` must follow, come what may.
+
+        Args:
+            tokens: of its prompt. deadline_s: when its first token is due.
+
+        Returns:
+            The run that was stopped, for `let_go_on`.
+        """
+        known = self._threshold
+        if known is None:
+            return None
+        threshold, run = known
+        prefill_s = self._scheduler.cost_model.prefill_s(tokens)
+        if not threshold.is_passed(prefill_s, deadline_s, time.monotonic()):
+            return None
+        return run if self._executor.suspend(run, yields=True) else None
+
+    def let_go_on(self, run: _core.Run) -> None:
+        """Resume a run that was stopped early unless the scheduler has decided so too."""
+        with self._lock:
+            current = self._scheduler.current
+            active = self._runs.get(current.id) if current is not None else None
+            if active is not None and active.run is run:
+                with suppress(ValueError):  # it has ended in this moment; its event is on the way
+                    self._executor.dispatch(run)
 
     def submit(self, sequence: Sequence) -> None:
         """Admit a request and let the scheduler decide, in this thread.
@@ -201,11 +234,19 @@ class EngineCore:
         """Admit what fits and tell the scheduler all news, until nothing is new. Lock held."""
         try:
             self._settle_news()
+            self._threshold = self._known_threshold()
         except Exception as error:  # ours, or of a policy: nobody may wait for ever because of it
             log.exception("the engine has failed")
+            self._threshold = None
             self._fail_all(error)
         if not self._live:
             self._idle.notify_all()
+
+    def _known_threshold(self) -> tuple[Threshold, _core.Run] | None:
+        current = self._scheduler.current
+        active = self._runs.get(current.id) if current is not None else None
+        threshold = self._scheduler.threshold() if active is not None else None
+        return (threshold, active.run) if active is not None and threshold is not None else None
 
     def _settle_news(self) -> None:
         self._admit()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -127,10 +128,17 @@ class Engine:
         """
         arrival_s = time.monotonic()
         ids = self._token_ids(request)
-        room = self._room_for(ids, request)
-        sequence = self._make_sequence(request, slo or self.config.default_slo(), ids, room)
-        sequence.arrival_s = arrival_s
-        self._core.submit(sequence)
+        slo = slo or self.config.default_slo()
+        due_s = math.inf if slo.ttft is None else arrival_s + slo.ttft
+        stopped = self._core.stop_early(len(ids), due_s)
+        try:
+            room = self._room_for(ids, request)
+            sequence = self._make_sequence(request, slo, ids, room)
+            sequence.arrival_s = arrival_s
+            self._core.submit(sequence)
+        finally:
+            if stopped is not None:
+                self._core.let_go_on(stopped)
         return sequence.handle
 
     def render_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:

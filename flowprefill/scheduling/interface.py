@@ -172,6 +172,36 @@ class Decision:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """What a job must be to suspend the current work by its arrival alone; known before it comes.
+
+    It lets the engine stop the current run at once and work out the decision meanwhile. Jobs that
+    do not pass may suspend it as well; the decision counts.
+
+    Attributes:
+        before_s: the deadline must be earlier.
+        ends_s: predicted end of the current work; the job must take less than what is left of it.
+        slack_share: waiting until then must cost more than this share of the job's slack.
+        margin_s: slack it must have at least, to meet its deadline.
+    """
+
+    before_s: float
+    ends_s: float
+    slack_share: float
+    margin_s: float
+
+    def is_passed(self, prefill_s: float, deadline_s: float, now: float) -> bool:
+        """Return whether a job that takes so long and is due then suspends the current work."""
+        left_s, slack_s = self.ends_s - now, deadline_s - now - prefill_s
+        return (
+            deadline_s < self.before_s
+            and prefill_s < left_s
+            and self.margin_s < slack_s
+            and self.slack_share * slack_s < left_s
+        )
+
+
 @dataclass(slots=True)
 class SchedulerSettings:
     """Bounds of the scheduler; the engine fills in those that are in its configuration.

@@ -30,7 +30,7 @@ from flowprefill.scheduling.ready_queue import ReadyQueue
 
 if TYPE_CHECKING:
     from flowprefill.scheduling.cost_model import CostModel
-    from flowprefill.scheduling.interface import Event, Job, WorkKind
+    from flowprefill.scheduling.interface import Event, Job, Threshold, WorkKind
     from flowprefill.scheduling.policies import Policy
 
 LOOKAHEAD = 16  # waiting entries a policy weighs when it picks or preempts
@@ -99,6 +99,16 @@ class Scheduler:
     def current(self) -> Work | None:
         """The work that runs, as far as the scheduler knows."""
         return self._current.work if self._current is not None else None
+
+    def threshold(self) -> Threshold | None:
+        """Return what lets a job suspend the current work by arriving; None: not to be said.
+
+        Holds from the last event to the next.
+        """
+        current = self._current
+        if current is None or current.is_decode:
+            return None
+        return self.policy.threshold(current, self._queue.head(), self._now)
 
     def load(self) -> Load:
         """Return what waits, as of the last event."""

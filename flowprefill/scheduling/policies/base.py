@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from flowprefill.scheduling.cost_model import CostModel
     from flowprefill.scheduling.entry import Entry, Rank
-    from flowprefill.scheduling.interface import SchedulerSettings
+    from flowprefill.scheduling.interface import SchedulerSettings, Threshold
 
 
 class Policy(Protocol):
-    """The five questions a scheduler asks. Calls come from one thread and must be deterministic.
+    """The six questions a scheduler asks. Calls come from one thread and must be deterministic.
 
     Attributes:
         name: shown in logs and metrics.
@@ -42,6 +42,14 @@ class Policy(Protocol):
 
     def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
         """Return whether one of the first waiting entries should suspend the current work."""
+        ...
+
+    def threshold(self, current: Entry, first: Entry | None, now: float) -> Threshold | None:
+        """Return what lets a job suspend the current prefill by arriving; None: not to be said.
+
+        Args:
+            first: the first that waits.
+        """
         ...
 
     def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
@@ -126,6 +134,10 @@ class BasePolicy:
         if (waiting[0].rank.key, waiting[0].priority) < mine:
             return Verdict(True, "is before the running prefill", by=waiting[0])
         return Verdict(False, "nothing waiting is before the running prefill")
+
+    def threshold(self, current: Entry, first: Entry | None, now: float) -> Threshold | None:
+        """Say nothing in advance."""
+        return None
 
     def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
         """Pack in order until one does not fit."""
