@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "cuda/gemm_cublas_lt.h"
 #include "cuda/kernels/expect.h"
 #include "cuda/kernels/kernels.h"
 
@@ -81,42 +82,66 @@ GemmCandidate in_two(GemmCandidate gemm, const GemmArgs& args) {
           }};
 }
 
-std::vector<GemmCandidate> ungated_candidates(const GemmDevice& device, const GemmArgs& args) {
-  std::vector<GemmCandidate> out;
-  for (const GemmTile tile :
-       gemm_tiles(args, device.compute_capability, device.num_multiprocessors)) {
-    out.push_back(of_tile(tile));
-  }
-  return out;
+GemmCandidate of_library(const std::shared_ptr<const CublasLt>& library) {
+  return {
+      .name = "cublaslt",
+      .scratch_bytes = CublasLt::kWorkspaceBytes,
+      .launch = [library](const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream) {
+        return library->launch(args, scratch, stream);
+      }};
 }
 
-// The fused kernels have mma.sync only. Where the guess for the bare product is a faster kind, that
-// one and a SwiGLU are guessed to be faster too.
-std::vector<GemmCandidate> candidates(const GemmDevice& device, const GemmArgs& args) {
-  if (!args.is_gated)
-    return ungated_candidates(device, args);
-  std::vector<GemmCandidate> out;
-  for (const GemmTile tile :
-       gemm_tiles(args, device.compute_capability, device.num_multiprocessors)) {
-    out.push_back(of_tile(tile));
+class Candidates {
+ public:
+  Candidates(const GemmDevice& device, std::shared_ptr<const CublasLt> library)
+      : device_(device), library_(std::move(library)) {}
+
+  std::vector<GemmCandidate> operator()(const GemmArgs& args) const {
+    std::vector<GemmCandidate> out;
+    if (library_ != nullptr && CublasLt::takes(args))
+      out.push_back(of_library(library_));
+    for (const GemmTile tile : tiles(args))
+      out.push_back(of_tile(tile));
+    if (args.is_gated)
+      add_pairs(args, &out);
+    return out;
   }
-  std::vector<GemmCandidate> bare = ungated_candidates(device, without_gate(args));
-  const bool has_faster_kind =
-      !bare.empty() && bare.front().name == gemm_tile_name(GemmTile::kHopper128x256);
-  for (size_t i = 0; i < bare.size(); ++i) {
-    GemmCandidate both = in_two(std::move(bare[i]), args);
-    out.insert(i == 0 && has_faster_kind ? out.begin() : out.end(), std::move(both));
+
+ private:
+  std::vector<GemmTile> tiles(const GemmArgs& args) const {
+    return gemm_tiles(args, device_.compute_capability, device_.num_multiprocessors);
   }
-  return out;
-}
+
+  // The fused kernels have mma.sync only. Where the guess for the bare product is of a faster kind,
+  // that one and a SwiGLU are guessed to be faster too.
+  void add_pairs(const GemmArgs& args, std::vector<GemmCandidate>* out) const {
+    std::vector<GemmCandidate> bare = (*this)(without_gate(args));
+    const bool has_faster_kind =
+        !bare.empty() && (bare.front().name == "cublaslt" ||
+                          bare.front().name == gemm_tile_name(GemmTile::kHopper128x256));
+    for (size_t i = 0; i < bare.size(); ++i) {
+      GemmCandidate both = in_two(std::move(bare[i]), args);
+      out->insert(i == 0 && has_faster_kind ? out->begin() : out->end(), std::move(both));
+    }
+  }
+
+  GemmDevice device_;
+  std::shared_ptr<const CublasLt> library_;
+};
 
 }  // namespace
 
-std::unique_ptr<GemmSelector> make_gemm_selector(GemmDevice device, const GemmOptions& options) {
+std::unique_ptr<GemmSelector> make_gemm_selector(GemmDevice device, const GemmOptions& options,
+                                                 std::string* library_failure) {
+  std::string reason;
+  std::shared_ptr<const CublasLt> library = CublasLt::load(options.cublas_lt_libraries, &reason);
   device.libraries = kKernels;
-  return std::make_unique<GemmSelector>(device, options.cache_path, [device](const GemmArgs& args) {
-    return candidates(device, args);
-  });
+  if (library != nullptr)
+    device.libraries += ", " + library->version();
+  if (library_failure != nullptr)
+    *library_failure = reason;
+  const std::string& path = options.cache_path;
+  return std::make_unique<GemmSelector>(device, path, Candidates(device, std::move(library)));
 }
 
 }  // namespace flowprefill

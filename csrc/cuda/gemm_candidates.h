@@ -18,7 +18,9 @@ struct GemmOptions {
   std::vector<std::string> cublas_lt_libraries = {};
 };
 
-// Never fails for want of a library: then its candidates are absent.
-std::unique_ptr<GemmSelector> make_gemm_selector(GemmDevice device, const GemmOptions& options);
+// Uses the current device. Never fails for want of a library: then its candidates are absent, and
+// *library_failure says why (empty: it is there).
+std::unique_ptr<GemmSelector> make_gemm_selector(GemmDevice device, const GemmOptions& options,
+                                                 std::string* library_failure = nullptr);
 
 }  // namespace flowprefill

@@ -17,7 +17,7 @@ namespace {
 //   flowprefill-gemm 1
 //   device NVIDIA H100 80GB HBM3
 //   versions 90 132 13000 13000
-//   libraries cutlass kernels 1
+//   libraries kernels 1, cublaslt 130000
 //   8192 28672 4096 1 0 0 1 ampere_256x128
 //   choices 1
 std::string head_of(const GemmDevice& device) {
