@@ -46,7 +46,7 @@ from flowprefill.scheduling import (
 from flowprefill.scheduling.admission import AdmissionLimits, refusal_of
 
 if TYPE_CHECKING:
-    from flowprefill import _core
+    from flowprefill.engine.device import NativeExecutor, NativeRun
     from flowprefill.engine.kv_blocks import BlockPool
     from flowprefill.engine.sequence import Sequence
     from flowprefill.request import FinishReason
@@ -63,7 +63,7 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler,
-        executor: _core.Executor,
+        executor: NativeExecutor,
         pool: BlockPool,
         model: RunMaker,
         limits: AdmissionLimits,
@@ -80,7 +80,7 @@ class EngineCore:
         self._runs: dict[int, ActiveRun] = {}
         self._news: deque[Event] = deque()
         self._outbox = Outbox()
-        self._threshold: tuple[Threshold, _core.Run] | None = None  # of the current run
+        self._threshold: tuple[Threshold, NativeRun] | None = None  # of the current run
         self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
         self._events = EventThread(
@@ -98,7 +98,7 @@ class EngineCore:
         """Start the event thread; the executor runs already."""
         self._events.start()
 
-    def stop_early(self, tokens: int, deadline_s: float) -> _core.Run | None:
+    def stop_early(self, tokens: int, deadline_s: float) -> NativeRun | None:
         """Suspend the current run if it is known that a request to come will.
 
         Deciding takes a few tenths of a millisecond; by then the run is at its boundary. Takes no
@@ -119,7 +119,7 @@ class EngineCore:
             return None
         return run if self._executor.suspend(run, yields=True) else None
 
-    def let_go_on(self, run: _core.Run) -> None:
+    def let_go_on(self, run: NativeRun) -> None:
         """Resume a run that was stopped early unless the scheduler has decided so too."""
         with self._lock:
             current = self._scheduler.current
@@ -242,7 +242,7 @@ class EngineCore:
         if not self._live:
             self._idle.notify_all()
 
-    def _known_threshold(self) -> tuple[Threshold, _core.Run] | None:
+    def _known_threshold(self) -> tuple[Threshold, NativeRun] | None:
         current = self._scheduler.current
         active = self._runs.get(current.id) if current is not None else None
         threshold = self._scheduler.threshold() if active is not None else None
@@ -361,7 +361,7 @@ class EngineCore:
     def _wait_until_idle(self) -> None:
         with self._lock:
             while self._live or self._runs:
-                self._idle.wait(0.1)
+                self._idle.wait()  # whatever empties one of them settles afterwards
 
     # ---- the event thread ----------------------------------------------------------------------
 
@@ -393,7 +393,7 @@ class EngineCore:
         active = self._runs[run_id]
         failures: dict[str, FlowPrefillError] = {}
         if kind == "finished":
-            failures = active.sample()
+            failures = active.sample(self._model.logits(active.run))
         with self._lock:
             del self._runs[run_id]
             active.account()
