@@ -38,7 +38,7 @@ PYTHON_LAYERS = {
     **{name: _layer() for name in COMMON},
     "scheduling": _layer("scheduling"),
     "models": _layer("models", "torch numpy safetensors tokenizers jinja2 gguf"),
-    "engine": _layer("engine scheduling models _core", "torch numpy"),
+    "engine": _layer("engine scheduling models _core _cuda", "torch numpy"),
     "server": _layer("server engine models", "aiohttp prometheus_client"),
     "simulation": _layer("simulation scheduling", "numpy"),
 }

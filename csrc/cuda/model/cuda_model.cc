@@ -310,6 +310,7 @@ std::unique_ptr<Device> CudaModel::make_device(const std::optional<PlanOptions>&
     throw std::logic_error("make_device() was called before: one executor owns the GPU's stream");
   CudaDeviceOptions options;
   options.run_ahead = state_->options.run_ahead;
+  options.spin_s = state_->options.spin_s;
   options.prepare = [state = state_, own = on_device(warm)] { state->prepare(own); };
   return std::make_unique<CudaDevice>(state_->resources, std::move(options));
 }

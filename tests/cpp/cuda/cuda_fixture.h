@@ -27,7 +27,7 @@ class HookedDevice : public Device {
  public:
   using Hook = std::function<void(Program& program, size_t segment)>;
 
-  HookedDevice(std::unique_ptr<CudaDevice> device, const Hook& before, const Hook& after)
+  HookedDevice(std::unique_ptr<Device> device, const Hook& before, const Hook& after)
       : device_(std::move(device)), before_(before), after_(after) {}
 
   void attach() override { device_->attach(); }
@@ -45,7 +45,7 @@ class HookedDevice : public Device {
   bool take_segment_time(SegmentTime& time) override { return device_->take_segment_time(time); }
 
  private:
-  const std::unique_ptr<CudaDevice> device_;
+  const std::unique_ptr<Device> device_;
   const Hook& before_;
   const Hook& after_;
 };

@@ -84,6 +84,7 @@ struct Device {
   int64_t clock_ns = 0;
   int num_waiting = 0;
   size_t total_bytes = size_t{1} << 40;
+  int compute_capability = 80;
   size_t used_bytes = 0;
 
   std::set<cudaStream_t> streams;
@@ -256,6 +257,7 @@ void reset() {
   d.broken = cudaSuccess;
   d.clock_ns = 0;
   d.total_bytes = size_t{1} << 40;
+  d.compute_capability = 80;
   last_error = cudaSuccess;
 }
 
@@ -337,6 +339,11 @@ std::string last_fault() {
   return device().last_fault;
 }
 
+void set_compute_capability(int capability) {
+  const Lock lock(device().mutex);
+  device().compute_capability = capability;
+}
+
 void set_device_bytes(size_t bytes) {
   const Lock lock(device().mutex);
   device().total_bytes = bytes;
@@ -396,6 +403,32 @@ cudaError_t cudaSetDevice(int index) {
   if (const cudaError_t code = enter("cudaSetDevice"); code != cudaSuccess)
     return code;
   return result(index == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
+  const Lock lock(device().mutex);
+  if (const cudaError_t code = enter("cudaGetDeviceProperties"); code != cudaSuccess)
+    return code;
+  if (index != 0)
+    return result(cudaErrorInvalidDevice);
+  *properties = {};
+  std::strcpy(properties->name, "double");
+  properties->major = device().compute_capability / 10;
+  properties->minor = device().compute_capability % 10;
+  properties->multiProcessorCount = 4;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  const Lock lock(device().mutex);
+  *version = CUDART_VERSION;
+  return enter("cudaDriverGetVersion");
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  const Lock lock(device().mutex);
+  *version = CUDART_VERSION;
+  return enter("cudaRuntimeGetVersion");
 }
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
@@ -464,6 +497,22 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   if (const cudaError_t code = enter("cudaMemcpyAsync", bytes); code != cudaSuccess)
     return code;
   return submit(stream, {.work = [=] { std::memmove(to, from, bytes); }, .finished = {}});
+}
+
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind, cudaStream_t stream) {
+  const Lock lock(device().mutex);
+  if (const cudaError_t code = enter("cudaMemcpy2DAsync", width * height); code != cudaSuccess)
+    return code;
+  if (width > to_pitch || width > from_pitch)
+    return result(cudaErrorInvalidPitchValue);
+  const auto copy = [=] {
+    for (size_t row = 0; row < height; ++row) {
+      std::memmove(static_cast<std::byte*>(to) + row * to_pitch,
+                   static_cast<const std::byte*>(from) + row * from_pitch, width);
+    }
+  };
+  return submit(stream, {.work = copy, .finished = {}});
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {

@@ -87,6 +87,8 @@ std::string last_fault();  // name of the last call made to fail
 
 // What cudaMemGetInfo calls total; allocations beyond it fail with cudaErrorMemoryAllocation.
 void set_device_bytes(size_t bytes);
+// What cudaGetDeviceProperties tells: major * 10 + minor.
+void set_compute_capability(int capability);
 // Device memory of an executable, for each of its nodes.
 inline constexpr size_t kBytesPerNode = 64 << 10;
 

@@ -1,0 +1,176 @@
+#include "host_kernels.h"
+
+#include <functional>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda/kernels/kernels.h"
+#include "fake_cudart.h"
+#include "plain_kernels.h"
+#ifdef FP_SIMT
+#include "../kernels/simt.h"
+#include "cuda/kernels/attention_body.h"
+#include "cuda/kernels/rope_body.h"
+#include "cuda/kernels/row_bodies.h"
+#endif
+
+namespace fake_kernels {
+namespace {
+
+struct Log {
+  std::mutex mutex;
+  std::vector<std::string> names;
+  bool is_with_bodies = false;
+};
+
+Log& log() {
+  static Log instance;
+  return instance;
+}
+
+cudaError_t launch(const char* name, cudaStream_t stream, std::function<void()> work) {
+  return fake_cudart::launch_kernel(stream, [name, work = std::move(work)] {
+    work();
+    const std::lock_guard lock(log().mutex);
+    log().names.emplace_back(name);
+  });
+}
+
+}  // namespace
+
+bool has_bodies() {
+#ifdef FP_SIMT
+  return true;
+#else
+  return false;
+#endif
+}
+
+void use_bodies(bool is_wanted) {
+  if (is_wanted && !has_bodies())
+    throw std::logic_error("use_bodies: built without FP_SIMT");
+  const std::lock_guard lock(log().mutex);
+  log().is_with_bodies = is_wanted;
+}
+
+std::vector<std::string> ran() {
+  const std::lock_guard lock(log().mutex);
+  return log().names;
+}
+
+void reset() {
+  const std::lock_guard lock(log().mutex);
+  log().names.clear();
+}
+
+}  // namespace fake_kernels
+
+namespace flowprefill {
+namespace {
+
+using fake_kernels::launch;
+
+#ifdef FP_SIMT
+bool with_bodies() {
+  const std::lock_guard lock(fake_kernels::log().mutex);
+  return fake_kernels::log().is_with_bodies;
+}
+
+// As the launches in row_kernels.cu and attention.cu have them.
+simt::Grid rows_by(int32_t rows, int32_t width, int32_t threads, size_t shared_bytes = 0) {
+  const int32_t columns = threads * kColumnsPerThread;
+  return {.x = rows,
+          .y = width == 0 ? 1 : (width + columns - 1) / columns,
+          .threads = threads,
+          .shared_bytes = shared_bytes};
+}
+
+// The kernel's own body on simt, or the plain loop.
+template <typename Plain, typename Body>
+std::function<void()> kernel(const simt::Grid& grid, Plain plain, Body body) {
+  if (!with_bodies())
+    return plain;
+  return [grid, body] { simt::launch(grid, body); };
+}
+
+#define FP_KERNEL(grid, plain, call) \
+  kernel(                            \
+      grid, [args] { plain; }, [args](const simt::Thread& t) { call; })
+#else
+#define FP_KERNEL(grid, plain, call) [args] { plain; }
+#endif
+
+}  // namespace
+
+cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("embed", stream,
+                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::embed(args),
+                          embed_body(t, args)));
+}
+
+cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch(
+      "rotary", stream,
+      FP_KERNEL(rows_by(args.rows, 0, 128), fake_kernels::rotary(args), rotary_body(t, args)));
+}
+
+cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("rms_norm", stream,
+                FP_KERNEL(rows_by(args.rows, 0, 256, 32), fake_kernels::rms_norm(args),
+                          rms_norm_body(t, args)));
+}
+
+template <typename In>
+cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
+  check(args);
+  return launch(
+      "rope", stream,
+      FP_KERNEL((simt::Grid{
+                    .x = args.rows, .y = (args.heads + 2 * args.kv_heads + 3) / 4, .threads = 128}),
+                fake_kernels::rope(args), rope_body(t, args)));
+}
+
+template <typename In>
+cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream) {
+  check(args);
+  return launch("swiglu", stream,
+                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::swiglu(args),
+                          swiglu_body(t, args)));
+}
+
+cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("argmax", stream,
+                FP_KERNEL(rows_by(args.rows, 0, 1024, 256), fake_kernels::argmax(args),
+                          argmax_body(t, args)));
+}
+
+cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("attention", stream,
+                FP_KERNEL((simt::Grid{.x = args.num_tiles,
+                                      .y = args.kv_heads,
+                                      .threads = 128,
+                                      .shared_bytes = attention_shared_bytes(args.head_dim)}),
+                          fake_kernels::attention(args),
+                          (args.head_dim == 64   ? attention_body<64>(t, args)
+                           : args.head_dim == 96 ? attention_body<96>(t, args)
+                                                 : attention_body<128>(t, args))));
+}
+
+// Every tile computes the same here.
+cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t stream) {
+  check(args);
+  return launch("gemm", stream, [args] { fake_kernels::gemm(args); });
+}
+
+template cudaError_t launch_rope<float>(const RopeArgs<float>&, cudaStream_t);
+template cudaError_t launch_rope<Bf16>(const RopeArgs<Bf16>&, cudaStream_t);
+template cudaError_t launch_swiglu<float>(const SwigluArgs<float>&, cudaStream_t);
+template cudaError_t launch_swiglu<Bf16>(const SwigluArgs<Bf16>&, cudaStream_t);
+
+}  // namespace flowprefill

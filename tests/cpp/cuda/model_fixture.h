@@ -1,0 +1,194 @@
+// ModelTest: a whole CudaModel with a TinyModel's weights under the real executor, over the doubles
+// of the CUDA runtime and of the kernels.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/model/cuda_model.h"
+#include "cuda_fixture.h"
+#include "host_kernels.h"
+#include "tiny_model.h"
+
+namespace flowprefill::testing {
+
+inline constexpr int32_t kBlockTokens = 4;
+inline constexpr int32_t kBlocks = 96;
+
+// Tokens of one sequence in a batch: those in the cache already, then the new ones.
+struct Part {
+  int32_t sequence = 0;  // whose blocks: each sequence has 12 of its own, in no order
+  std::vector<int32_t> context = {};
+  std::vector<int32_t> tokens = {};
+};
+
+class ModelTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    fake_cudart::reset();
+    fake_kernels::reset();
+    fake_kernels::use_bodies(false);
+    options_.num_lanes = 2;
+    options_.max_tokens = 64;
+    options_.max_sequences = 8;
+    options_.max_context = 12 * kBlockTokens;
+    options_.spin_s = 0;  // polling makes the number of calls depend on time
+    options_.cuts = {.row_step = 4,
+                     .max_tile_rows = 16,
+                     .min_tile_rows = 8,
+                     .min_head_blocks = 1,
+                     .embed_rows = 1 << 30,
+                     .embed_row_s = 1e-9};
+    // Fast products, slow attention: padding costs nothing and budgets cut attention.
+    plan_options_.rates = {.gemm_flops_per_s = 1e15,
+                           .attention_flops_per_s = 1e13,
+                           .weight_bytes_per_s = 1e15,
+                           .step_overhead_s = 1e-9};
+  }
+
+  void TearDown() override {
+    tear_down();
+    EXPECT_EQ(fake_cudart::live().handles(), 0) << "left: " << fake_cudart::live().text();
+    EXPECT_EQ(fake_cudart::live().device_bytes, 0u);
+    EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess) << "an error was handled but not cleared";
+  }
+
+  void tear_down() {
+    executor_.reset();
+    before_launch_ = nullptr;
+    after_launch_ = nullptr;
+    programs_.clear();
+    runs_.clear();
+    events_.clear();
+    model_.reset();
+  }
+
+  void make_model(const TinyModel& tiny) {
+    model_ = std::make_unique<CudaModel>(tiny.config(), options_);
+    tiny.load_into(*model_);
+    model_->allocate_cache(kBlockTokens, kBlocks);
+  }
+
+  void start(const std::optional<PlanOptions>& warm = std::nullopt) {
+    executor_ = std::make_unique<Executor>(
+        std::make_unique<HookedDevice>(model_->make_device(warm), before_launch_, after_launch_));
+    executor_->start();
+  }
+
+  static Batch batch_of(const std::vector<Part>& parts) {
+    Batch batch;
+    for (const Part& part : parts) {
+      Sequence s{.row_begin = batch.rows(),
+                 .rows = static_cast<int32_t>(part.tokens.size()),
+                 .context = static_cast<int32_t>(part.context.size()),
+                 .block_table = {}};
+      for (int32_t i = 0; i < 12; ++i)
+        s.block_table.push_back((part.sequence * 12 + i) * 29 % kBlocks);
+      batch.sequences.push_back(std::move(s));
+      batch.tokens.insert(batch.tokens.end(), part.tokens.begin(), part.tokens.end());
+    }
+    return batch;
+  }
+
+  CudaModelProgram* make(uint32_t id, const std::vector<Part>& parts,
+                         const CudaProgramOptions& program_options = {}) {
+    auto program = model_->make_program(batch_of(parts), plan_options_, sampling_, program_options);
+    programs_[id] = program.get();
+    runs_[id] = make_run(id, std::move(program));
+    return programs_[id];
+  }
+
+  void dispatch(uint32_t id) { executor_->dispatch(runs_.at(id)); }
+  void wait_for(size_t num_terminal) {
+    wait_for_terminal(executor_->events(), events_, num_terminal);
+  }
+  size_t num_terminal() const {
+    return static_cast<size_t>(
+        std::ranges::count_if(events_, [](const Event& event) { return is_terminal(event.kind); }));
+  }
+  bool has_ended(uint32_t id) const {
+    return std::ranges::any_of(
+        events_, [&](const Event& event) { return event.run_id == id && is_terminal(event.kind); });
+  }
+
+  // Dispatches it until it has ended: again each time another run, which preempted it, has ended.
+  void execute_to_end(uint32_t id) {
+    while (!has_ended(id)) {
+      if (runs_.at(id)->state() != RunState::kRunning)
+        dispatch(id);
+      wait_for(num_terminal() + 1);
+      if (HasFatalFailure())
+        return;
+    }
+  }
+
+  // Makes, executes, returns its logits: [sequences][vocab].
+  std::vector<std::vector<float>> execute(uint32_t id, const std::vector<Part>& parts) {
+    make(id, parts);
+    execute_to_end(id);
+    return logits(id);
+  }
+
+  std::vector<std::vector<float>> logits(uint32_t id) const {
+    EXPECT_EQ(runs_.at(id)->state(), RunState::kFinished) << runs_.at(id)->error();
+    const CudaModelProgram& program = *programs_.at(id);
+    std::vector<std::vector<float>> rows;
+    for (int32_t i = 0; i < program.num_sequences(); ++i) {
+      const float* row = program.logits() + i * program.logits_stride();
+      rows.emplace_back(row, row + program.vocab_size());
+    }
+    return rows;
+  }
+
+  bool is(const Program& program, uint32_t id) const {
+    const auto found = programs_.find(id);
+    return found != programs_.end() && found->second == &program;
+  }
+
+  // Sums in another order can tip a rounding to bf16 the other way, now and then. 0.02 of the
+  // spread is far above that (a few thousandths) and far below one key too many or too few.
+  static void expect_close(const std::vector<float>& got, const std::vector<float>& want,
+                           const std::string& what, double tolerance = 0.02) {
+    ASSERT_EQ(got.size(), want.size());
+    double spread = 0;
+    double error = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      spread += want[i] * want[i];
+      error = std::isnan(got[i]) ? 1e9 : std::max(error, std::abs(double{got[i]} - want[i]));
+    }
+    spread = std::sqrt(spread / static_cast<double>(want.size()));
+    if (getenv("SHOW")) printf("%s %.5f\n", what.c_str(), error / spread);
+  EXPECT_LT(error, tolerance * spread) << what;
+  }
+
+  CudaModelOptions options_;
+  PlanOptions plan_options_;
+  std::vector<SamplingParams> sampling_;
+  std::unique_ptr<CudaModel> model_;
+  std::unique_ptr<Executor> executor_;
+  std::map<uint32_t, RunRef> runs_;
+  std::map<uint32_t, CudaModelProgram*> programs_;
+  std::vector<Event> events_;
+  HookedDevice::Hook before_launch_;  // set before start()
+  HookedDevice::Hook after_launch_;
+};
+
+// The first `count` of the tokens.
+inline std::vector<int32_t> first(const std::vector<int32_t>& tokens, size_t count) {
+  return {tokens.begin(), tokens.begin() + static_cast<ptrdiff_t>(count)};
+}
+inline std::vector<int32_t> between(const std::vector<int32_t>& tokens, size_t begin, size_t end) {
+  return {tokens.begin() + static_cast<ptrdiff_t>(begin),
+          tokens.begin() + static_cast<ptrdiff_t>(end)};
+}
+
+}  // namespace flowprefill::testing

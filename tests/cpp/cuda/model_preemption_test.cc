@@ -1,0 +1,205 @@
+// Preemption, spills, cancellation of whole real programs: nothing of any run is lost or mixed up,
+// to the bit.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "model_fixture.h"
+
+namespace flowprefill::testing {
+namespace {
+
+using Logits = std::vector<std::vector<float>>;
+
+class ModelPreemptionTest : public ModelTest {
+ protected:
+  // A long prompt's parts: its first tokens are in the cache already.
+  Part long_part(const TinyModel& tiny, int32_t sequence, uint32_t seed) const {
+    const std::vector<int32_t> tokens = tiny.random_tokens(30, seed);
+    return {sequence, first(tokens, 4), between(tokens, 4, 30)};
+  }
+
+  // Fills the cache with the parts' contexts.
+  void fill(const std::vector<Part>& parts) {
+    uint32_t id = 1000;
+    for (const Part& part : parts)
+      execute(++id, {{.sequence = part.sequence, .tokens = part.context}});
+    events_.clear();
+  }
+
+  // Run 1 is preempted before each of its segments in turn by run 2, on one lane.
+  void preempt_everywhere(const TinyModel& tiny) {
+    options_.num_lanes = 1;
+    const std::vector<Part> one = {long_part(tiny, 0, 1), long_part(tiny, 1, 2)};
+    const std::vector<Part> two = {long_part(tiny, 2, 3), long_part(tiny, 3, 4)};
+    size_t at = 0;
+    uint32_t running = 0;
+    before_launch_ = [&](Program& program, size_t segment) {
+      if (is(program, running) && segment + 1 == at &&
+          runs_.at(running + 1)->state() == RunState::kReady)
+        dispatch(running + 1);
+    };
+    make_model(tiny);
+    start();
+    fill(one);
+    fill(two);
+    const Logits undisturbed = execute(1, one);
+    const Logits of_two = execute(2, two);
+    const size_t num_segments = programs_.at(1)->size();
+    ASSERT_GT(num_segments, 5u);
+    for (at = 1; at < num_segments; ++at) {
+      running += 10;
+      make(running, one);
+      make(running + 1, two);
+      const LaneReport before = model_->lane_report();
+      execute_to_end(running);
+      execute_to_end(running + 1);
+      EXPECT_EQ(logits(running), undisturbed) << "preempted before segment " << at;
+      EXPECT_EQ(logits(running + 1), of_two) << "preempted before segment " << at;
+      EXPECT_EQ(runs_.at(running)->accounting().num_preemptions, 1u);
+      const LaneReport after = model_->lane_report();
+      EXPECT_EQ(after.spilled_bytes - before.spilled_bytes, programs_.at(running)->live_bytes(at));
+      EXPECT_EQ(after.restored_bytes - before.restored_bytes,
+                programs_.at(running)->live_bytes(at));
+      EXPECT_GT(programs_.at(running)->live_bytes(at), 0u);
+      EXPECT_LT(programs_.at(running)->live_bytes(at), programs_.at(running)->workspace_bytes());
+    }
+  }
+};
+
+TEST_F(ModelPreemptionTest, preempted_at_every_boundary_by_operators_gives_the_same_bits) {
+  plan_options_.granularity = Granularity::kOperator;
+  preempt_everywhere(TinyModel(Kind::kQwen, 2));
+}
+
+TEST_F(ModelPreemptionTest, preempted_at_every_boundary_within_a_budget_gives_the_same_bits) {
+  plan_options_.budget_s = 1e-7;  // cuts operators into slices, the head too
+  plan_options_.rates.weight_bytes_per_s = 1e12;
+  preempt_everywhere(TinyModel(Kind::kWindow, 1));
+}
+
+TEST_F(ModelPreemptionTest, preempted_at_every_boundary_without_graphs_gives_the_same_bits) {
+  options_.has_graphs = false;
+  plan_options_.granularity = Granularity::kOperator;
+  preempt_everywhere(TinyModel(Kind::kLlama, 1));
+}
+
+TEST_F(ModelPreemptionTest, preempted_by_chunks_and_layers_gives_the_same_bits) {
+  plan_options_.chunk_tokens = 7;
+  plan_options_.granularity = Granularity::kChunk;
+  preempt_everywhere(TinyModel(Kind::kTied, 1));
+  tear_down();
+  plan_options_.granularity = Granularity::kLayer;
+  preempt_everywhere(TinyModel(Kind::kTied, 5));
+}
+
+// Runs 1 to 5 each preempt the one before; then all go on, last first.
+TEST_F(ModelPreemptionTest, more_suspended_runs_than_lanes_spill_exactly_their_live_bytes) {
+  constexpr uint32_t kRuns = 5;
+  const TinyModel tiny(Kind::kLlama, 2);
+  for (const size_t device_spill_bytes : {size_t{1} << 20, size_t{20000}, size_t{0}}) {
+    options_.device_spill_bytes = device_spill_bytes;
+    plan_options_.granularity = Granularity::kOperator;
+    size_t spilled = 0;
+    before_launch_ = [&](Program& program, size_t segment) {
+      for (uint32_t id = 1; id <= kRuns; ++id) {
+        if (!is(program, id))
+          continue;
+        if (id < kRuns && segment == id && runs_.at(id + 1)->state() == RunState::kReady) {
+          dispatch(id + 1);
+          spilled += id + 2 <= kRuns ? program.live_bytes(segment + 1) : 0;  // two have lanes
+        }
+        if (id > 1 && segment + 1 == program.size())
+          dispatch(id - 1);
+      }
+    };
+    make_model(tiny);
+    start();
+    for (uint32_t id = 1; id <= kRuns; ++id)
+      make(id, {{.sequence = static_cast<int32_t>(id), .tokens = tiny.random_tokens(20, id)}});
+    dispatch(1);
+    wait_for(kRuns);
+    for (uint32_t id = 1; id <= kRuns; ++id)
+      expect_close(logits(id)[0], tiny.logits(tiny.random_tokens(20, id)),
+                   "run " + std::to_string(id));
+    const LaneReport report = model_->lane_report();
+    EXPECT_EQ(report.num_spills, kRuns - 2);
+    EXPECT_EQ(report.spilled_bytes, spilled);
+    EXPECT_EQ(report.restored_bytes, spilled);
+    tear_down();
+    fake_cudart::reset();
+  }
+}
+
+TEST_F(ModelPreemptionTest, run_cancelled_at_any_segment_disturbs_nobody) {
+  const TinyModel tiny(Kind::kLlama, 1);
+  options_.num_lanes = 1;
+  plan_options_.granularity = Granularity::kOperator;
+  uint32_t victim = 0;
+  size_t at = 0;
+  before_launch_ = [&](Program& program, size_t segment) {
+    if (is(program, victim) && segment == at)
+      executor_->cancel(*runs_.at(victim));
+  };
+  make_model(tiny);
+  start();
+  const std::vector<Part> parts = {{.sequence = 1, .tokens = tiny.random_tokens(20, 1)}};
+  const Logits undisturbed = execute(1, parts);
+  for (at = 0; at + 1 < programs_.at(1)->size(); ++at) {
+    victim += 10;
+    make(victim, {{.sequence = 2, .tokens = tiny.random_tokens(20, 2)}});
+    execute_to_end(victim);
+    EXPECT_EQ(runs_.at(victim)->state(), RunState::kCancelled);
+    EXPECT_EQ(execute(victim + 1, parts), undisturbed) << "cancelled at " << at;
+  }
+}
+
+TEST_F(ModelPreemptionTest, random_preemption_of_many_runs_keeps_every_bit) {
+  constexpr uint32_t kRuns = 8;
+  const TinyModel tiny(Kind::kWindow, 2);
+  for (uint32_t seed = 1; seed <= 3; ++seed) {
+    std::mt19937 random(seed);
+    options_.num_lanes = static_cast<int32_t>(seed);
+    options_.run_ahead = 1 + static_cast<int>(seed);
+    plan_options_.granularity = seed == 2 ? Granularity::kLayer : Granularity::kOperator;
+    bool is_random = false;
+    before_launch_ = [&](Program&, size_t) {
+      const uint32_t id = 1 + random() % kRuns;
+      if (is_random && random() % 3 == 0 && !is_terminal(runs_.at(id)->state()))
+        dispatch(id);
+    };
+    make_model(tiny);
+    start();
+    const auto parts = [&](uint32_t id) -> std::vector<Part> {
+      const auto rows = static_cast<int32_t>(3 + 4 * id);
+      return {{.sequence = static_cast<int32_t>(id % 8), .tokens = tiny.random_tokens(rows, id)}};
+    };
+    std::vector<Logits> undisturbed;
+    for (uint32_t id = 1; id <= kRuns; ++id)
+      undisturbed.push_back(execute(id, parts(id)));
+    events_.clear();
+    for (uint32_t id = 1; id <= kRuns; ++id)
+      make(id, parts(id));
+    is_random = true;
+    for (uint32_t id = 1; id <= kRuns; ++id) {
+      while (!is_terminal(runs_.at(id)->state())) {
+        try {
+          dispatch(id);
+        } catch (const std::invalid_argument&) {
+          break;  // reported: it ended just now
+        }
+        pollfd descriptor{.fd = executor_->events().fd(), .events = POLLIN, .revents = 0};
+        poll(&descriptor, 1, 1);
+        executor_->events().pop_all(events_);
+      }
+    }
+    wait_for(kRuns);
+    for (uint32_t id = 1; id <= kRuns; ++id)
+      EXPECT_EQ(logits(id), undisturbed[id - 1]) << "run " << id << ", seed " << seed;
+    tear_down();
+    fake_cudart::reset();
+  }
+}
+
+}  // namespace
+}  // namespace flowprefill::testing

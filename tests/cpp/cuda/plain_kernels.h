@@ -1,0 +1,23 @@
+// The kernels of csrc/cuda/kernels as plain loops: the same results to the rounding, written apart
+// from the bodies. Called by host_kernels.cc.
+#pragma once
+
+#include "cuda/kernels/attention_args.h"
+#include "cuda/kernels/gemm_args.h"
+#include "cuda/kernels/row_args.h"
+#include "cuda/kernels/sample_args.h"
+
+namespace fake_kernels {
+
+void embed(const flowprefill::EmbedArgs& args);
+void rotary(const flowprefill::RotaryArgs& args);
+void rms_norm(const flowprefill::RmsNormArgs& args);
+template <typename In>
+void rope(const flowprefill::RopeArgs<In>& args);
+template <typename In>
+void swiglu(const flowprefill::SwigluArgs<In>& args);
+void argmax(const flowprefill::ArgmaxArgs& args);
+void attention(const flowprefill::AttentionArgs& args);
+void gemm(const flowprefill::GemmArgs& args);
+
+}  // namespace fake_kernels

@@ -1,0 +1,236 @@
+#include "tiny_model.h"
+
+#include <cmath>
+#include <random>
+
+namespace flowprefill::testing {
+namespace {
+
+// To the nearest bf16, ties to even; written apart from to_bf16().
+double bf16(double value) {
+  const auto x = static_cast<float>(value);
+  if (x == 0)
+    return 0;
+  int exponent = 0;
+  const double mantissa = std::frexp(x, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+}
+
+std::vector<double> rounded(std::vector<double> x) {
+  for (double& value : x)
+    value = bf16(value);
+  return x;
+}
+
+void add_to(std::vector<double>& x, const std::vector<double>& y) {
+  for (size_t i = 0; i < x.size(); ++i)
+    x[i] = static_cast<float>(x[i] + y[i]);
+}
+
+}  // namespace
+
+TinyModel::TinyModel(Kind kind, int32_t num_layers, uint32_t seed) : seed_(seed) {
+  config_.vocab_size = 203;
+  config_.hidden_size = 64;
+  config_.intermediate_size = 72;
+  config_.num_layers = num_layers;
+  config_.num_heads = 4;
+  config_.num_kv_heads = 2;
+  config_.head_dim = 64;
+  config_.rms_eps = 1e-5f;
+  config_.windows.assign(static_cast<size_t>(num_layers), 0);
+  for (int i = 0; i < 32; ++i)
+    config_.inverse_frequencies.push_back(std::pow(10000.0, -i / 32.0));
+  if (kind == Kind::kQwen)
+    config_.qk_norm = config_.qkv_bias = config_.o_bias = config_.mlp_bias = true;
+  for (size_t i = 0; kind == Kind::kWindow && i < config_.windows.size(); ++i)
+    config_.windows[i] = i % 3 == 0 ? 16 : i % 3 == 1 ? 9 : 0;
+  config_.tie_embeddings = kind == Kind::kTied;
+  const ModelConfig& c = config_;
+  add("embed", c.vocab_size, c.hidden_size, 1.0f);
+  add("final_norm", c.hidden_size, 1, 0.2f, 1.0f);
+  if (!c.tie_embeddings)
+    add("lm_head", c.vocab_size, c.hidden_size, 0.3f);
+  for (int32_t i = 0; i < num_layers; ++i) {
+    const std::string layer = "layers." + std::to_string(i) + ".";
+    add(layer + "attn_norm", c.hidden_size, 1, 0.2f, 1.0f);
+    add(layer + "mlp_norm", c.hidden_size, 1, 0.2f, 1.0f);
+    add(layer + "q", c.q_columns(), c.hidden_size, 0.12f);
+    add(layer + "k", c.kv_columns(), c.hidden_size, 0.12f);
+    add(layer + "v", c.kv_columns(), c.hidden_size, 0.25f);
+    add(layer + "o", c.hidden_size, c.q_columns(), 0.1f);
+    add(layer + "gate", c.intermediate_size, c.hidden_size, 0.2f);
+    add(layer + "up", c.intermediate_size, c.hidden_size, 0.2f);
+    add(layer + "down", c.hidden_size, c.intermediate_size, 0.2f);
+    if (kind != Kind::kQwen)
+      continue;
+    add(layer + "q_norm", c.head_dim, 1, 0.2f, 1.0f);
+    add(layer + "k_norm", c.head_dim, 1, 0.2f, 1.0f);
+    add(layer + "q_bias", c.q_columns(), 1, 0.5f);
+    add(layer + "k_bias", c.kv_columns(), 1, 0.5f);
+    add(layer + "v_bias", c.kv_columns(), 1, 0.5f);
+    add(layer + "o_bias", c.hidden_size, 1, 0.3f);
+    add(layer + "gate_bias", c.intermediate_size, 1, 0.3f);
+    add(layer + "up_bias", c.intermediate_size, 1, 0.3f);
+    add(layer + "down_bias", c.hidden_size, 1, 0.3f);
+  }
+}
+
+void TinyModel::add(const std::string& name, int64_t rows, int64_t columns, float scale,
+                    float mean) {
+  Tensor& tensor = tensors_[name];
+  tensor.rows = rows;
+  tensor.columns = columns;
+  std::mt19937 random(seed_ * 1000 + static_cast<uint32_t>(tensors_.size()));
+  std::normal_distribution<float> normal(mean, scale);
+  for (int64_t i = 0; i < rows * columns; ++i)
+    tensor.values.push_back(normal(random));
+}
+
+void TinyModel::load_into(CudaModel& model) const {
+  for (const auto& [name, tensor] : tensors_)
+    model.load(name, tensor.values.data(), tensor.rows, tensor.columns);
+  model.finish();
+}
+
+std::vector<int32_t> TinyModel::random_tokens(int32_t count, uint32_t seed) const {
+  std::mt19937 random(seed);
+  std::vector<int32_t> tokens;
+  for (int32_t i = 0; i < count; ++i)
+    tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(config_.vocab_size)));
+  return tokens;
+}
+
+// ---- the plain transformer
+
+std::vector<double> TinyModel::norm(const std::vector<double>& x, const std::string& weight) const {
+  double sum = 0;
+  for (const double value : x)
+    sum += value * value;
+  const double scale = 1 / std::sqrt(sum / static_cast<double>(x.size()) + config_.rms_eps);
+  std::vector<double> out;
+  for (size_t i = 0; i < x.size(); ++i)
+    out.push_back(x[i] * scale * tensor(weight).values[i]);
+  return out;
+}
+
+std::vector<double> TinyModel::project(const std::vector<double>& x,
+                                       const std::string& weight) const {
+  const Tensor& w = tensor(weight);
+  std::vector<double> out;
+  for (int64_t row = 0; row < w.rows; ++row) {
+    double sum = 0;
+    for (int64_t i = 0; i < w.columns; ++i)
+      sum += x[static_cast<size_t>(i)] * bf16(w.values[static_cast<size_t>(row * w.columns + i)]);
+    out.push_back(sum);
+  }
+  return out;
+}
+
+// Queries, keys or values of one token, by head. The product is rounded before its bias is added.
+std::vector<std::vector<double>> TinyModel::heads(const std::vector<double>& x,
+                                                  const std::string& layer, const std::string& name,
+                                                  int64_t position) const {
+  std::vector<double> all = rounded(project(x, layer + name));
+  for (size_t i = 0; has(layer + name + "_bias") && i < all.size(); ++i)
+    all[i] += tensor(layer + name + "_bias").values[i];
+  const auto dim = static_cast<size_t>(config_.head_dim);
+  std::vector<std::vector<double>> out;
+  for (size_t begin = 0; begin < all.size(); begin += dim) {
+    std::vector<double> head(all.begin() + static_cast<ptrdiff_t>(begin),
+                             all.begin() + static_cast<ptrdiff_t>(begin + dim));
+    if (name != "v") {
+      if (has(layer + name + "_norm"))
+        head = norm(head, layer + name + "_norm");
+      for (size_t i = 0; i < dim / 2; ++i) {
+        const double angle = static_cast<double>(position) * config_.inverse_frequencies[i];
+        const double a = head[i];
+        const double b = head[i + dim / 2];
+        head[i] = a * std::cos(angle) - b * std::sin(angle);
+        head[i + dim / 2] = b * std::cos(angle) + a * std::sin(angle);
+      }
+    }
+    // Queries are stored scaled, in base 2.
+    const double scale =
+        name == "q" ? std::log2(std::exp(1.0)) / std::sqrt(static_cast<double>(dim)) : 1.0;
+    for (double& value : head)
+      value *= scale;
+    out.push_back(rounded(head));
+  }
+  return out;
+}
+
+// The last token's attention over keys[position][kv head].
+std::vector<double> TinyModel::attend(const Rows& queries, const std::vector<Rows>& keys,
+                                      const std::vector<Rows>& values, int32_t window) const {
+  std::vector<double> out;
+  const size_t group = queries.size() / keys.front().size();
+  const size_t count = keys.size();
+  const size_t first =
+      window > 0 && count > static_cast<size_t>(window) ? count - static_cast<size_t>(window) : 0;
+  for (size_t h = 0; h < queries.size(); ++h) {
+    double sum = 0;
+    std::vector<double> mixed(static_cast<size_t>(config_.head_dim));
+    for (size_t t = first; t < count; ++t) {
+      double score = 0;
+      for (size_t i = 0; i < mixed.size(); ++i)
+        score += queries[h][i] * keys[t][h / group][i];
+      const double p = std::exp2(score);
+      sum += p;
+      for (size_t i = 0; i < mixed.size(); ++i)
+        mixed[i] += p * values[t][h / group][i];
+    }
+    for (const double value : mixed)
+      out.push_back(value / sum);
+  }
+  return rounded(out);
+}
+
+void TinyModel::run_layer(int32_t index, Rows& hidden) const {
+  const std::string layer = "layers." + std::to_string(index) + ".";
+  const auto add_bias = [&](std::vector<double>& x, const std::string& name) {
+    for (size_t i = 0; has(layer + name) && i < x.size(); ++i)
+      x[i] += tensor(layer + name).values[i];
+  };
+  std::vector<Rows> keys;
+  std::vector<Rows> values;
+  for (size_t t = 0; t < hidden.size(); ++t) {
+    const std::vector<double> x = rounded(norm(hidden[t], layer + "attn_norm"));
+    const auto position = static_cast<int64_t>(t);
+    keys.push_back(heads(x, layer, "k", position));
+    values.push_back(heads(x, layer, "v", position));
+    const std::vector<double> context = attend(heads(x, layer, "q", position), keys, values,
+                                               config_.windows[static_cast<size_t>(index)]);
+    std::vector<double> out = project(context, layer + "o");
+    add_bias(out, "o_bias");
+    add_to(hidden[t], out);
+  }
+  for (std::vector<double>& row : hidden) {
+    const std::vector<double> x = rounded(norm(row, layer + "mlp_norm"));
+    std::vector<double> gate = project(x, layer + "gate");
+    std::vector<double> up = project(x, layer + "up");
+    add_bias(gate, "gate_bias");
+    add_bias(up, "up_bias");
+    for (size_t i = 0; i < gate.size(); ++i)
+      gate[i] = bf16(gate[i] / (1 + std::exp(-gate[i])) * up[i]);
+    std::vector<double> down = project(gate, layer + "down");
+    add_bias(down, "down_bias");
+    add_to(row, down);
+  }
+}
+
+std::vector<float> TinyModel::logits(const std::vector<int32_t>& tokens) const {
+  Rows hidden;
+  const auto width = static_cast<ptrdiff_t>(config_.hidden_size);
+  for (const int32_t token : tokens) {
+    const auto row = tensor("embed").values.begin() + token * width;
+    hidden.push_back(rounded({row, row + width}));
+  }
+  for (int32_t i = 0; i < config_.num_layers; ++i)
+    run_layer(i, hidden);
+  const std::vector<double> last = rounded(norm(hidden.back(), "final_norm"));
+  const std::vector<double> logits = project(last, config_.tie_embeddings ? "embed" : "lm_head");
+  return {logits.begin(), logits.end()};
+}
+
+}  // namespace flowprefill::testing

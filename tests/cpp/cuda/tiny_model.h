@@ -1,0 +1,56 @@
+// TinyModel: a small decoder with random weights, and what it computes, by a plain transformer that
+// shares nothing with csrc/cuda but the places where numbers are rounded to bf16. Used by the tests
+// of CudaModel.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda/model/cuda_model.h"
+#include "model/model_config.h"
+
+namespace flowprefill::testing {
+
+enum class Kind { kLlama, kQwen, kWindow, kTied };
+
+class TinyModel {
+ public:
+  // kLlama: grouped queries. kQwen: head norms and every bias. kWindow: sliding windows of 16 and 9
+  // in two of three layers. kTied: no lm_head. The vocabulary, 203, is a multiple of nothing.
+  explicit TinyModel(Kind kind, int32_t num_layers = 2, uint32_t seed = 1);
+
+  const ModelConfig& config() const { return config_; }
+  void load_into(CudaModel& model) const;
+
+  // Logits after the last of the tokens, computed from the first one on: [vocab].
+  std::vector<float> logits(const std::vector<int32_t>& tokens) const;
+
+  std::vector<int32_t> random_tokens(int32_t count, uint32_t seed) const;
+
+ private:
+  struct Tensor {
+    int64_t rows = 0;
+    int64_t columns = 0;
+    std::vector<float> values;
+  };
+  using Rows = std::vector<std::vector<double>>;
+
+  void add(const std::string& name, int64_t rows, int64_t columns, float scale, float mean = 0);
+  const Tensor& tensor(const std::string& name) const { return tensors_.at(name); }
+  bool has(const std::string& name) const { return tensors_.contains(name); }
+  std::vector<double> norm(const std::vector<double>& x, const std::string& weight) const;
+  std::vector<double> project(const std::vector<double>& x, const std::string& weight) const;
+  std::vector<std::vector<double>> heads(const std::vector<double>& x, const std::string& layer,
+                                         const std::string& name, int64_t position) const;
+  std::vector<double> attend(const Rows& queries, const std::vector<Rows>& keys,
+                             const std::vector<Rows>& values, int32_t window) const;
+  void run_layer(int32_t index, Rows& hidden) const;
+
+  ModelConfig config_;
+  uint32_t seed_;
+  std::map<std::string, Tensor> tensors_;
+};
+
+}  // namespace flowprefill::testing
