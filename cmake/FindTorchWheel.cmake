@@ -9,8 +9,8 @@
 #                   would put two runtimes and two thread pools into the process, fighting for the same cores.
 #
 # Needs Python_EXECUTABLE. Sets TorchWheel_VERSION, TorchWheel_CUDA (CUDA's version, empty: none),
-# TorchWheel_LIBRARY_DIR and TorchWheel_INSTALL_RPATH, the run path by which a module in site-packages/flowprefill/ finds these libraries. Nothing is cached, so a build folder
-# follows its environment.
+# TorchWheel_LIBRARY_DIR and TorchWheel_INSTALL_RPATH, the run path by which a module in site-packages/flowprefill/
+# finds these libraries. Nothing is cached, so a build folder follows its environment.
 
 # Importing torch takes seconds; its place and version.py say the same.
 set(_torch_query [=[

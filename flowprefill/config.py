@@ -17,6 +17,8 @@ from flowprefill.request import SLO
 
 POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
+DEVICES = "auto, cpu, cuda or cuda:N"
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _GRANULARITY = re.compile(r"(budget):(\d+(?:\.\d+)?)|(chunk):(\d+)|(operator|layer|none)")
 
 
@@ -69,8 +71,10 @@ def _setting(default: Any, doc: str, **extra: Any) -> Any:
 class EngineConfig:
     """Settings of one engine; each field's ``metadata['doc']`` is its help text."""
 
-    dtype: str = _setting("auto", "auto, bf16 or f32; auto is bf16 where the CPU computes it fast")
-    device: str = _setting("auto", "auto or cpu")
+    dtype: str = _setting(
+        "auto", "auto, bf16 or f32; auto is bf16 on GPUs and where the CPU computes it fast"
+    )
+    device: str = _setting("auto", f"{DEVICES}; auto is the first usable GPU, else the CPU")
     threads: int = _setting(0, "compute threads; 0 is one per available core")
     background: bool = _setting(
         False,
@@ -78,8 +82,12 @@ class EngineConfig:
     )
     policy: str = _setting("slack_edf", "one of " + ", ".join(POLICIES))
     granularity: str = _setting("budget:2", GRANULARITIES)
-    max_model_len: int = _setting(0, "longest prompt plus output, tokens; 0 is the model's own")
-    kv_cache_gib: float = _setting(1.0, "memory for the KV cache, GiB")
+    max_model_len: int = _setting(
+        0, "longest prompt plus output, tokens; 0 is the model's own, on GPUs 32768 at most"
+    )
+    kv_cache_gib: float = _setting(
+        0.0, "memory for the KV cache, GiB; 0 is 1 on the CPU, and most of what is free on a GPU"
+    )
     block_tokens: int = _setting(64, "tokens of one KV block: 16, 32, 64 or 128")
     prefix_cache: bool = _setting(True, "reuse KV blocks of equal prompt prefixes")
     max_running: int = _setting(64, "most sequences in one decode step")
@@ -98,8 +106,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "bf16", "f32"):
             raise _bad("dtype", self.dtype, "auto, bf16 or f32")
-        if self.device not in ("auto", "cpu"):
-            raise _bad("device", self.device, "auto or cpu")
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise _bad("device", self.device, DEVICES)
         if self.policy not in POLICIES:
             raise _bad("policy", self.policy, "one of " + ", ".join(POLICIES))
         Granularity.parse(self.granularity)
@@ -111,7 +119,7 @@ class EngineConfig:
 
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            "threads": (0, 1024), "max_model_len": (0, 10_000_000), "kv_cache_gib": (0.001, 65_536),
+            "threads": (0, 1024), "max_model_len": (0, 10_000_000), "kv_cache_gib": (0, 65_536),
             "max_running": (1, 4096), "max_batch_tokens": (1, 1_000_000),
             "max_waiting": (1, 10_000_000), "max_waiting_tokens": (0, 2**53),
             "default_ttft_ms": (0, 86_400_000), "default_tpot_ms": (0, 86_400_000),

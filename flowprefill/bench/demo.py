@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"Loading {args.model} (the first time, the machine is measured: some seconds) …")
     with Engine(args.model, EngineConfig(prefix_cache=False)) as engine:
         about = engine.describe()
-        console.print(f"{about['dtype']} on {about['threads']} CPU threads, {about['isa']}\n")
+        where = about.get("gpu") or f"{about['threads']} CPU threads, {about['isa']}"
+        console.print(f"{about['dtype']} on {where}\n")
         greet(engine, console)
         rounds = measure(engine, args, console)
     print_table(

@@ -1,4 +1,8 @@
-"""`flowprefill doctor`: processor, memory, torch, OpenMP, matrix product rate, default model."""
+"""`flowprefill doctor`: processor, memory, GPUs, torch, matrix product rate, default model.
+
+Of GPUs it says which device the setting ``auto`` chooses and why, what the module for them was
+compiled for, and of each GPU whether it can be used.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flowprefill.engine.device import choose_device, cuda_module
 from flowprefill.errors import CheckpointError
 from flowprefill.version import __version__
 
@@ -73,7 +78,8 @@ def examine() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
         "openmp": openmp_libraries(_read("/proc/self/maps")),
-        "cuda": cuda_state(),
+        "torch_cuda": torch_cuda(),
+        **gpu_findings(),
         "gemm_f32_gflops": gemm_gflops(torch.float32),
         "gemm_bf16_gflops": gemm_gflops(torch.bfloat16),
         "default_model": default_model(),
@@ -111,8 +117,8 @@ def openmp_libraries(maps: str) -> list[str]:
     return sorted({Path(path).name for path in found})
 
 
-def cuda_state() -> str:
-    """Return whether torch was built with CUDA, and what it sees."""
+def torch_cuda() -> str:
+    """Return whether torch was built with CUDA, and what it sees; the engine needs neither."""
     import torch
 
     if torch.version.cuda is None:
@@ -120,6 +126,23 @@ def cuda_state() -> str:
     if not torch.cuda.is_available():
         return f"CUDA {torch.version.cuda}, no device"
     return f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}"
+
+
+def gpu_findings() -> dict[str, Any]:
+    """Return the device that ``auto`` chooses and why, and what is known of each GPU."""
+    choice = choose_device("auto")
+    module, reason = cuda_module()
+    found: dict[str, Any] = {"device": f"{choice.name}: {choice.reason}"}
+    if module is None:
+        return found | {"cuda_module": reason, "gpus": []}
+    gpus = [module.availability(index) for index in range(module.device_count())]
+    return found | {
+        "cuda_module": f"compiled for {module.architectures}",
+        "gpus": [
+            f"cuda:{index} {about}{'' if is_usable else ' (not usable)'}"
+            for index, (is_usable, about) in enumerate(gpus)
+        ],
+    }
 
 
 def gemm_gflops(dtype: Any) -> float:

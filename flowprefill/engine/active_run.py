@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from flowprefill import _core
 from flowprefill.errors import FlowPrefillError, RequestFailed
 
 if TYPE_CHECKING:
+    from flowprefill.engine.device import FloatArray, NativeRun
     from flowprefill.engine.sequence import Sequence
     from flowprefill.scheduling import Work
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 class RunMaker(Protocol):
     """What the core needs of the model."""
 
-    def make_run(self, run_id: int, sequences: list[Sequence]) -> _core.Run:
+    def make_run(self, run_id: int, sequences: list[Sequence]) -> NativeRun:
         """Build the run that computes the not yet computed tokens of the sequences."""
+
+    def logits(self, run: NativeRun) -> FloatArray:
+        """Return a finished run's logits, [sequences, vocab]."""
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks whose content must not be read again."""
@@ -34,7 +37,7 @@ class ActiveRun:
 
     __slots__ = ("computed", "is_preempting", "reason", "run", "sequences", "work")
 
-    def __init__(self, work: Work, run: _core.Run, sequences: list[Sequence]) -> None:
+    def __init__(self, work: Work, run: NativeRun, sequences: list[Sequence]) -> None:
         self.work = work
         self.run = run
         self.sequences = sequences
@@ -54,15 +57,17 @@ class ActiveRun:
         """Longest time from one of its dispatches to its next segment, seconds."""
         return float(self.run.accounting()["max_blocking_s"])
 
-    def sample(self) -> dict[str, FlowPrefillError]:
+    def sample(self, logits: FloatArray) -> dict[str, FlowPrefillError]:
         """Sample a token for each sequence of the finished run and hand it to its reader.
+
+        Args:
+            logits: of the run, [sequences, vocab].
 
         Returns:
             Errors of those that failed, by request id. One request's bad logits do not end others.
 
         Thread: the event thread, without the engine's lock.
         """
-        logits = _core.logits(self.run)
         failures: dict[str, FlowPrefillError] = {}
         for row, sequence in enumerate(self.sequences):
             if sequence.error is not None:

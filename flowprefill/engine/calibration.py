@@ -11,10 +11,13 @@ import select
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flowprefill import _core
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape, attention_pairs
 from flowprefill.version import __version__
+
+if TYPE_CHECKING:
+    from flowprefill.engine.device import NativeExecutor, NativeRun
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +28,10 @@ ROUNDS = 3
 OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's own is far below
 
 # Builds the run that computes so many tokens on so much context.
-MakeProbe = Callable[[int, int], _core.Run]
+MakeProbe = Callable[[int, int], "NativeRun"]
 
 
-def execute(executor: _core.Executor, run: _core.Run) -> float:
+def execute(executor: NativeExecutor, run: NativeRun) -> float:
     """Execute one run on an executor that nobody else uses; returns its running time, seconds."""
     executor.dispatch(run)
     while run.state not in ("finished", "cancelled", "failed"):
@@ -41,7 +44,7 @@ def execute(executor: _core.Executor, run: _core.Run) -> float:
 
 
 def measure(
-    executor: _core.Executor, make_probe: MakeProbe, shape: ModelShape, max_context: int
+    executor: NativeExecutor, make_probe: MakeProbe, shape: ModelShape, max_context: int
 ) -> MachineRates:
     """Measure the four rates: one token, a short prompt, a short prompt on a long context.
 

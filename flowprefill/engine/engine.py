@@ -9,26 +9,19 @@ import gc
 import itertools
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from flowprefill import _core
 from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine import calibration
 from flowprefill.engine.core import EngineCore
+from flowprefill.engine.device import longest_of, open_model
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
-from flowprefill.engine.native import (
-    load_model,
-    model_shape,
-    native_plan,
-    resolve_dtype,
-    resolve_threads,
-)
+from flowprefill.engine.native import model_shape, native_plan
 from flowprefill.engine.records import EngineObserver, EngineStats, TimelineEntry
 from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.sequence import Sequence, TokenSide
@@ -48,6 +41,7 @@ from flowprefill.scheduling.admission import AdmissionLimits
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from flowprefill.engine.device import FloatArray, NativeRun
     from flowprefill.models.tokenizer import Tokenizer
     from flowprefill.scheduling.policies import Policy
 
@@ -92,14 +86,12 @@ class Engine:
         self.model_config = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self._chat_template = checkpoint.chat_template
-        self.dtype = resolve_dtype(self.config.dtype)
-        self.threads = resolve_threads(self.config.threads)
         self._granularity = Granularity.parse(self.config.granularity)
-        self._model = load_model(checkpoint, self.dtype, self.threads, progress)
+        self._device, self._model = open_model(self.config, checkpoint, progress)
+        self.dtype, self.threads = self._device.dtype, self._device.threads
+        self.max_model_len = longest_of(self._device, self.config, self.model_config)
         self._pool = self._allocate_cache()
-        self.max_model_len = self._longest()
-        self._executor = _core.Executor(self.threads, self.config.background)
-        self._executor.start()
+        self._executor = self._device.start_executor(self._model)
         self._cost_model = self._calibrate()
         self._core = self._make_core(policy)
         self._plans: dict[float, dict[str, Any]] = {}
@@ -208,7 +200,7 @@ class Engine:
             prefix_cache_hits=blocks.hit_tokens,
             preemptions=native["num_suspended"],
             segments=native["num_segments"],
-            workspace_bytes=_core.live_workspace_bytes(),
+            workspace_bytes=self._device.workspace_bytes(self._model),
             max_blocking_s=native["max_blocking_s"],
         )
 
@@ -228,11 +220,7 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """Return device, element type and why, in words."""
         return {
-            "device": "cpu",
-            "reason": "this build has the CPU device only",
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "isa": _core.row_kernel_isa(),
+            **self._device.describe(),
             "granularity": str(self._granularity),
             "policy": self.config.policy,
         }
@@ -247,25 +235,23 @@ class Engine:
     def _allocate_cache(self) -> BlockPool:
         block_tokens = self.config.block_tokens
         block_bytes = self._model.bytes_per_block(block_tokens)
-        blocks = int(self.config.kv_cache_gib * GIB) // block_bytes
+        wanted = int(self.config.kv_cache_gib * GIB) or self._device.cache_bytes(self._model)
+        blocks = wanted // block_bytes
         if blocks < 1:
             raise ConfigError(
                 f"kv_cache_gib: got {self.config.kv_cache_gib}, expected at least "
                 f"{block_bytes / GIB:.4f} (one block of {block_tokens} tokens)",
                 param="kv_cache_gib",
             )
-        self._model.allocate_cache(block_tokens, blocks)
-        return BlockPool(blocks, block_tokens, self.config.prefix_cache)
-
-    def _longest(self) -> int:
-        wanted = self.config.max_model_len
-        limit = self.model_config.max_position
-        if wanted > limit:
+        try:
+            self._model.allocate_cache(block_tokens, blocks)
+        except RuntimeError as error:
             raise ConfigError(
-                f"max_model_len: got {wanted}, expected at most {limit}, the model's own",
-                param="max_model_len",
-            )
-        return wanted or limit
+                f"kv_cache_gib: {blocks * block_bytes / GIB:.2f} GiB beside the activations of "
+                f"{self.max_model_len} tokens (max_model_len): {error}",
+                param="kv_cache_gib",
+            ) from None
+        return BlockPool(blocks, block_tokens, self.config.prefix_cache)
 
     def _calibrate(self) -> CostModel:
         shape = model_shape(self.model_config, self.dtype)
@@ -276,7 +262,7 @@ class Engine:
         plan = native_plan(Granularity("none"), MachineRates())
         ids = itertools.count(1)
 
-        def make_probe(tokens: int, context: int) -> _core.Run:
+        def make_probe(tokens: int, context: int) -> NativeRun:
             rows = np.zeros(tokens, dtype=np.int32)
             return self._model.make_run(next(ids), rows, [(tokens, context, table)], plan)
 
@@ -286,10 +272,12 @@ class Engine:
 
         folder = Path(self.config.cache_dir or calibration.default_cache_dir())
         key = {
-            "model": self.model_id, "dtype": self.dtype, "threads": self.threads,
-            "flops": shape.linear_flops_per_token, "isa": _core.row_kernel_isa(),
-            "cores": len(os.sched_getaffinity(0)), "block_tokens": self._pool.block_tokens,
-        }  # fmt: skip
+            "model": self.model_id,
+            "dtype": self.dtype,
+            "flops": shape.linear_flops_per_token,
+            "block_tokens": self._pool.block_tokens,
+            **self._device.identity(),
+        }
         rates = calibration.calibrated_rates(folder, key, measure)
         return CostModel(shape, rates, is_calibrated=True)
 
@@ -363,7 +351,7 @@ class Engine:
 
     # ---- what the core calls -------------------------------------------------------------------
 
-    def make_run(self, run_id: int, sequences: list[Sequence]) -> _core.Run:
+    def make_run(self, run_id: int, sequences: list[Sequence]) -> NativeRun:
         """Build the run over the not yet computed tokens of the sequences; for the core."""
         tokens = [sequence.new_tokens() for sequence in sequences]
         entries = []
@@ -384,6 +372,10 @@ class Engine:
         if slowdown not in self._plans:
             self._plans[slowdown] = native_plan(self._granularity, self._cost_model.rates, slowdown)
         return self._plans[slowdown]
+
+    def logits(self, run: NativeRun) -> FloatArray:
+        """Return a finished run's logits, [sequences, vocab]; for the core."""
+        return self._device.logits(run)
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks that may hold NaN; for the core."""

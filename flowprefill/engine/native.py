@@ -1,11 +1,12 @@
-"""Joins checkpoints and settings to the native module: loading, plans; used by the engine."""
+"""Joins checkpoints and settings to the native modules: loading, plans; used by the engine."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from flowprefill import _core
 from flowprefill.config import Granularity
@@ -69,25 +70,46 @@ def resolve_threads(threads: int) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
-def load_model(
-    checkpoint: Checkpoint, dtype: str, threads: int, progress: Progress | None = None
-) -> _core.Model:
-    """Read and pack a checkpoint's weights, one tensor at a time.
+class Loadable(Protocol):
+    """A native model that takes its weights."""
+
+    def load(self, name: str, values: npt.NDArray[np.float32]) -> None:
+        """Take one tensor by its canonical name."""
+
+    def finish(self) -> None:
+        """Check that all have come."""
+
+
+def fill_model(model: Loadable, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+    """Read a checkpoint's weights into a native model, one tensor at a time.
 
     Args:
-        dtype: ``bf16`` or ``f32``.
         progress: called with bytes done and bytes in all.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
     """
     try:
-        model = _core.Model(native_config(checkpoint.config), dtype, threads)
         for name, tensor in checkpoint.weights(progress):
             model.load(name, np.ascontiguousarray(tensor.float().numpy()))
         model.finish()
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: str, threads: int, progress: Progress | None = None
+) -> _core.Model:
+    """Make a model on the CPU and fill it: see fill_model.
+
+    Args:
+        dtype: ``bf16`` or ``f32``.
+    """
+    try:
+        model = _core.Model(native_config(checkpoint.config), dtype, threads)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    fill_model(model, checkpoint, progress)
     return model
 
 

@@ -12,6 +12,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -115,7 +116,8 @@ def test_settings_default_is_the_dataclass() -> None:
         (("serve", "--dtype", "fp8"), "dtype: got 'fp8'"),
         (("serve", "--threads", "many"), "--threads"),
         (("serve", "--threads", "-1"), "threads: got -1"),
-        (("serve", "--kv-cache-gib", "0"), "kv_cache_gib: got 0"),
+        (("serve", "--kv-cache-gib", "-1"), "kv_cache_gib: got -1"),
+        (("serve", "--device", "gpu"), "device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
         (("serve", "--port", "70000"), "port: got 70000"),
         (("serve", "--classes", "[1]"), "expected a JSON object"),
         (("serve", "--max-body-mib", "-3"), "max_body_mib: got -3"),
@@ -253,6 +255,40 @@ def test_doctor_json_names_what_matters(capsys: pytest.CaptureFixture[str]) -> N
     assert len(found["openmp"]) == 1
     assert isinstance(found["instruction_sets"], list)
     assert found["default_model"]
+    assert found["device"].startswith(("cpu: ", "cuda:"))
+    assert isinstance(found["gpus"], list)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "shown"),
+    [
+        ([], "cpu: no NVIDIA driver", []),
+        (
+            [(False, "Old GPU has compute capability 7.5"), (True, "New GPU")],
+            "cuda:1: New GPU",
+            ["cuda:0 Old GPU has compute capability 7.5 (not usable)", "cuda:1 New GPU"],
+        ),
+    ],
+)
+def test_doctor_tells_the_device_and_of_each_gpu_why(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[bool, str]], device: str, shown: list[str]
+) -> None:
+    module: Any = ModuleType("flowprefill._cuda")
+    module.architectures = "80-real"
+    module.device_count = lambda: len(gpus)
+    module.availability = lambda index: gpus[index] if gpus else (False, "no NVIDIA driver")
+    monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)
+    assert doctor.gpu_findings() == {
+        "device": device, "cuda_module": "compiled for 80-real", "gpus": shown,
+    }  # fmt: skip
+
+
+def test_doctor_says_how_to_build_the_module_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flowprefill._cuda", None)
+    found = doctor.gpu_findings()
+    assert "FLOWPREFILL_CUDA=1" in found["cuda_module"]
+    assert found["device"].startswith("cpu: ")
+    assert found["gpus"] == []
 
 
 def test_doctor_table_is_printed(

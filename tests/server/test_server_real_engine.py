@@ -108,6 +108,15 @@ def test_client_gone_in_mid_prefill_frees_every_block(
     assert engine.stats().waiting == engine.stats().suspended == 0
 
 
+def test_ready_tells_the_device_and_why(server: RunningServer, engine: Engine) -> None:
+    about = server.get("/ready").json()
+    assert about["status"] == "ready"
+    assert about["device"] == engine.describe()["device"]
+    assert about["device"] == "cpu" or about["device"].startswith("cuda:")
+    assert len(about["reason"]) > 10
+    assert about["dtype"] in ("bf16", "f32")
+
+
 def test_urgent_request_passes_a_running_long_one(server: RunningServer, engine: Engine) -> None:
     preemptions = engine.stats().preemptions
     order: list[str] = []

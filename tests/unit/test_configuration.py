@@ -25,7 +25,9 @@ def test_configuration_page_is_the_table_of_the_settings() -> None:
     [
         ("dtype", "fp8"), ("device", "tpu"), ("policy", "lifo"), ("granularity", "budget"),
         ("granularity", "chunk:0"), ("granularity", "budget:0"), ("granularity", 3),
-        ("threads", -1), ("threads", 1.5), ("threads", True), ("kv_cache_gib", 0),
+        ("threads", -1), ("threads", 1.5), ("threads", True), ("kv_cache_gib", -1),
+        ("device", "cuda:"), ("device", "cuda:-1"), ("device", "cuda:x"), ("device", "CUDA"),
+        ("device", 0), ("device", "cpu:0"),
         ("block_tokens", 48), ("max_running", 0), ("max_waiting", 0), ("default_ttft_ms", -1),
         ("max_model_len", "long"), ("kv_cache_gib", float("nan")),
     ],
@@ -36,6 +38,11 @@ def test_bad_setting_names_field_value_and_what_is_allowed(name: str, value: Any
     assert caught.value.param == name
     assert repr(value) in caught.value.message
     assert "expected" in caught.value.message
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_device_is_taken_as_documented(device: str) -> None:
+    assert EngineConfig(device=device).device == device
 
 
 def test_unknown_setting_is_refused() -> None:

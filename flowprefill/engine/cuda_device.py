@@ -1,0 +1,133 @@
+"""CudaDevice: a GPU as the engine sees it; made by `device.open_device`. Needs the module _cuda."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowprefill.config import EngineConfig
+from flowprefill.engine.calibration import default_cache_dir
+from flowprefill.engine.device import longest_of
+from flowprefill.engine.native import native_config
+from flowprefill.errors import ConfigError
+from flowprefill.scheduling import SchedulerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flowprefill import _cuda
+    from flowprefill.engine.device import DeviceChoice, FloatArray
+    from flowprefill.models.model_config import ModelConfig
+
+GIB = 1 << 30
+# Activations of the longest run lie in static lanes: a limit of 128k tokens, which few ask for,
+# would take many GiB from the KV cache.
+USUAL_MAX_MODEL_LEN = 32_768
+CACHE_SHARE = 0.9  # of the memory left over; the rest is for the driver and fragmentation
+GRAPH_BYTES = 1 * GIB  # of graphs at most; kept free
+
+
+class CudaDevice:
+    """One GPU; see Device."""
+
+    max_model_len = USUAL_MAX_MODEL_LEN
+    threads = 1  # the executor's own; the GPU computes
+
+    def __init__(self, config: EngineConfig, choice: DeviceChoice) -> None:
+        """Settle the element type.
+
+        Raises:
+            ConfigError: f32 is asked for.
+        """
+        if config.dtype == "f32":
+            raise ConfigError(
+                f"dtype: got 'f32', expected 'bf16' or 'auto' on {choice.name}: GPUs compute bf16 "
+                "only; device 'cpu' computes f32",
+                param="dtype",
+            )
+        assert choice.module is not None
+        self.name = choice.name
+        self.reason = choice.reason
+        self.dtype = "bf16"
+        self._config = config
+        self._cuda: Any = choice.module
+        self._index = choice.index
+        self._info: dict[str, Any] = self._cuda.device_info(choice.index)
+
+    def make_model(self, config: ModelConfig) -> _cuda.Model:
+        """Take the memory of the weights; the lanes will hold the longest prompt there can be."""
+        settings = self._config
+        longest = longest_of(self, settings, config)
+        folder = Path(settings.cache_dir or default_cache_dir())
+        options = {
+            "device": self._index,
+            "max_tokens": max(longest, settings.max_batch_tokens, settings.max_running),
+            "max_sequences": max(settings.max_running, SchedulerSettings().max_batch_jobs),
+            "max_context": config.max_position,
+            "graph_bytes": GRAPH_BYTES,
+            "measures_gemms": settings.calibrate,
+            "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
+        }
+        try:
+            model: _cuda.Model = self._cuda.Model(native_config(config), options)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"{self.name}: {error}", param="device") from None
+        return model
+
+    def cache_bytes(self, model: _cuda.Model) -> int:
+        """Return a share of what is free once weights, lanes and graphs have theirs.
+
+        Raises:
+            ConfigError: nothing is.
+        """
+        free: int = self._cuda.device_info(self._index)["free_bytes"]
+        lanes = model.lane_bytes(self._config.block_tokens)
+        left = free - lanes - GRAPH_BYTES
+        if left <= 0:
+            raise ConfigError(
+                f"kv_cache_gib: no memory for the KV cache is left on {self.name}: "
+                f"{free / GIB:.2f} GiB are free beside the weights, activations of max_model_len "
+                f"tokens take {lanes / GIB:.2f}, graphs {GRAPH_BYTES / GIB:.2f}; set a smaller "
+                "max_model_len, or kv_cache_gib",
+                param="kv_cache_gib",
+            )
+        return int(left * CACHE_SHARE)
+
+    def start_executor(self, model: _cuda.Model) -> _cuda.Executor:
+        """Start the executor, which captures graphs and measures kernels first."""
+        try:
+            executor: _cuda.Executor = self._cuda.Executor(model)
+            executor.start()
+        except RuntimeError as error:
+            raise ConfigError(f"{self.name}: {error}", param="device") from None
+        return executor
+
+    def logits(self, run: _cuda.Run) -> FloatArray:
+        """Return a view of the run's logits, in pinned host memory."""
+        values: FloatArray = self._cuda.logits(run)
+        return values
+
+    def workspace_bytes(self, model: _cuda.Model) -> int:
+        """Return what suspended runs hold outside of the lanes."""
+        report = model.lane_report()
+        return int(report["device_spill_bytes"]) + int(report["pinned_spill_bytes"])
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the GPU and the versions of driver and runtime."""
+        major, minor = self._info["compute_capability"]
+        return {
+            "gpu": self._info["name"],
+            "compute_capability": f"{major}.{minor}",
+            "driver": self._info["driver_version"],
+            "runtime": self._info["runtime_version"],
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return device, reason, and the GPU's name, memory and versions."""
+        return {
+            "device": self.name,
+            "reason": self.reason,
+            "dtype": self.dtype,
+            "memory_gib": round(self._info["memory_bytes"] / GIB, 1),
+            **self.identity(),
+        }
