@@ -34,13 +34,15 @@ SKIPPED = 77
 # Kernels by architecture, and the matrix instruction that those in the last column must use.
 PORTABLE = (
     "argmax_kernel", "embed_kernel", "rms_norm_kernel", "rotary_kernel",
-    "rope_kernel<bf16>", "rope_kernel<float>", "swiglu_kernel<bf16>", "swiglu_kernel<float>",
+    "rope_kernel<bf16>", "rope_kernel<float>", "sample_kernel",
+    "swiglu_kernel<bf16>", "swiglu_kernel<float>",
 )  # fmt: skip
 TENSOR_CORE = (
     "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
     "gemm_ampere_64x64<bf16>", "gemm_ampere_64x64<float>",
     "gemm_ampere_128x128<bf16>", "gemm_ampere_128x128<float>",
     "gemm_ampere_256x128<bf16>", "gemm_ampere_256x128<float>",
+    "gemm_gated_ampere_64x64", "gemm_gated_ampere_128x128", "gemm_gated_ampere_256x128",
 )  # fmt: skip
 HOPPER = ("gemm_hopper_128x256<bf16>", "gemm_hopper_128x256<float>")
 EXPECTED = {

@@ -81,6 +81,8 @@ def short_name(name: str) -> str:
     """Return a readable name: CUTLASS's are thousands of characters long."""
     output = "bf16" if re.search(r"BiasElementwise<cutlass::bf|Bias<cutlass::bf", name) else "float"
     if match := re.search(r"GemmShape<(\d+), (\d+), (\d+)>", name):
+        if "GatedStore" in name:
+            return f"gemm_gated_ampere_{match[1]}x{match[2]}"
         return f"gemm_ampere_{match[1]}x{match[2]}<{output}>"
     if "CollectiveMma" in name:
         tile = re.search(r"C<(\d+)>, cute::C<(\d+)>, cute::C<64>", name)

@@ -116,6 +116,8 @@ def test_missing_and_unknown_kernels_and_missing_ptx_are_failures() -> None:
         ("flowprefill::(anonymous namespace)::argmax_kernel(flowprefill::X)", "argmax_kernel"),
         ("void K<a::GemmShape<64, 32, 16>, BiasElementwise<cutlass::bfloat16_t, float>>(b)",
          "gemm_ampere_64x32<bf16>"),
+        ("void K<a::GemmShape<64, 32, 16>, GatedStore<Map<a::GemmShape<64, 32, 16>>>>(c)",
+         "gemm_gated_ampere_64x32"),
         ("void K<CollectiveMma<cute::C<128>, cute::C<256>, cute::C<64> >, ColBias<float>>(b)",
          "gemm_hopper_128x256<float>"),
     ],
