@@ -60,7 +60,8 @@ class CudaModelProgram : public Program {
   virtual const float* logits() const = 0;
   // Elements between rows of logits: at least vocab_size().
   virtual int64_t logits_stride() const = 0;
-  // [sequences] the chosen tokens. Meaningful once the run has finished.
+  // [sequences] the chosen tokens; -1 where the logits have no answer (NaN). Meaningful once the
+  // run has finished.
   virtual std::span<const int32_t> sampled() const = 0;
   virtual int32_t num_sequences() const = 0;
   virtual int32_t vocab_size() const = 0;

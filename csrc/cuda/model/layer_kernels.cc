@@ -255,8 +255,11 @@ void LayerKernels::final_norm(const Call& call) const {
 
 void LayerKernels::choose_tokens(const Call& call) const {
   const LaneLayout& lane = call.shape.lane;
-  FP_CUDA(launch_argmax({.values = call.lane<float>(lane.logits, 0, 0),
-                         .ld_values = call.shape.padded_vocab,
+  const InputLayout& in = call.shape.inputs;
+  FP_CUDA(launch_sample({.logits = call.lane<float>(lane.logits, 0, 0),
+                         .ld_logits = call.shape.padded_vocab,
+                         .params = call.input<SamplingParams>(in.sampling),
+                         .rows_in = call.input<int32_t>(in.last_rows),
                          .out = call.lane<int32_t>(lane.tokens, 0, 0),
                          .rows = call.shape.sizes.sequences,
                          .width = c_.vocab_size},

@@ -13,6 +13,7 @@
 #include "cuda/kernels/attention_body.h"
 #include "cuda/kernels/rope_body.h"
 #include "cuda/kernels/row_bodies.h"
+#include "cuda/kernels/sample_body.h"
 #endif
 
 namespace fake_kernels {
@@ -147,6 +148,14 @@ cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
   return launch("argmax", stream,
                 FP_KERNEL(rows_by(args.rows, 0, 1024, 256), fake_kernels::argmax(args),
                           argmax_body(t, args)));
+}
+
+cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch(
+      "sample", stream,
+      FP_KERNEL(rows_by(args.rows, 0, 1024, static_cast<size_t>(sample_shared_bytes(1024))),
+                fake_kernels::sample(args), sample_body(t, args)));
 }
 
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {

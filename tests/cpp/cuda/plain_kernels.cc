@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numbers>
+#include <utility>
 #include <vector>
 
 namespace fake_kernels {
@@ -125,6 +127,40 @@ void attend(const AttentionArgs& args, const AttentionTile& tile, int32_t entry,
         to_bf16(static_cast<float>(out[i] / sum));
 }
 
+// A token and how likely it is.
+struct Candidate {
+  int32_t id;
+  double weight;
+};
+
+double total(const std::vector<Candidate>& candidates) {
+  double sum = 0;
+  for (const Candidate& candidate : candidates)
+    sum += candidate.weight;
+  return sum;
+}
+
+int32_t draw(std::vector<Candidate> candidates, const SamplingParams& params) {
+  std::erase_if(candidates, [&](const Candidate& c) { return c.weight < params.min_p; });
+  std::ranges::stable_sort(candidates, std::greater(), &Candidate::weight);
+  if (params.top_k > 0)
+    candidates.resize(std::min(candidates.size(), static_cast<size_t>(params.top_k)));
+  const double wanted = params.top_p * total(candidates);
+  double sum = 0;
+  size_t count = 0;
+  while (count < candidates.size() && (count == 0 || sum < wanted))
+    sum += candidates[count++].weight;
+  candidates.resize(count);
+  std::ranges::sort(candidates, {}, &Candidate::id);
+  double left = params.uniform * total(candidates);
+  for (const Candidate& candidate : candidates) {
+    left -= candidate.weight;
+    if (left < 0)
+      return candidate.id;
+  }
+  return candidates.back().id;
+}
+
 }  // namespace
 
 void embed(const EmbedArgs& args) {
@@ -189,6 +225,28 @@ void argmax(const ArgmaxArgs& args) {
   for (int32_t row = 0; row < args.rows; ++row) {
     const float* values = args.values + row * args.ld_values;
     args.out[row] = static_cast<int32_t>(std::max_element(values, values + args.width) - values);
+  }
+}
+
+void sample(const SampleArgs& args) {
+  for (int32_t row = 0; row < args.rows; ++row) {
+    args.out[row] = kNoToken;
+    const float* logits = args.logits + row * args.ld_logits;
+    const auto is_bad = [](float value) {
+      return !(value < std::numeric_limits<float>::infinity());
+    };
+    if ((args.rows_in != nullptr && args.rows_in[row] < 0) ||
+        std::any_of(logits, logits + args.width, is_bad))
+      continue;
+    const SamplingParams& params = args.params[row];
+    const float* top = std::max_element(logits, logits + args.width);
+    args.out[row] = static_cast<int32_t>(top - logits);
+    if (params.temperature < 1e-5f)
+      continue;
+    std::vector<Candidate> candidates;
+    for (int32_t id = 0; id < args.width; ++id)
+      candidates.push_back({id, std::exp((double{logits[id]} - *top) / params.temperature)});
+    args.out[row] = draw(std::move(candidates), params);
   }
 }
 

@@ -17,6 +17,7 @@ void rope(const flowprefill::RopeArgs<In>& args);
 template <typename In>
 void swiglu(const flowprefill::SwigluArgs<In>& args);
 void argmax(const flowprefill::ArgmaxArgs& args);
+void sample(const flowprefill::SampleArgs& args);
 void attention(const flowprefill::AttentionArgs& args);
 void gemm(const flowprefill::GemmArgs& args);
 

@@ -1,0 +1,169 @@
+// Plans of transformers without running them: which plan a batch gets, what its segments read and
+// write, where inputs lie.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <numeric>
+
+#include "cuda/kernels/attention_args.h"
+#include "cuda/model/batch_inputs.h"
+#include "model_fixture.h"
+
+namespace flowprefill::testing {
+namespace {
+
+class ModelPlanTest : public ModelTest {
+ protected:
+  void SetUp() override {
+    ModelTest::SetUp();
+    options_.buckets = {8, 16, 32, 64};
+    make_model(tiny_);
+  }
+
+  std::unique_ptr<CudaModelProgram> program(const std::vector<Part>& parts) {
+    return model_->make_program(batch_of(parts), plan_options_);
+  }
+  Part prompt(int32_t rows, int32_t context = 0) const {
+    return {0, std::vector<int32_t>(static_cast<size_t>(context)), tiny_.random_tokens(rows, 1)};
+  }
+
+  const TinyModel tiny_{Kind::kLlama, 2};
+};
+
+TEST_F(ModelPlanTest, batch_gets_the_smallest_bucket_within_the_padding_limit) {
+  EXPECT_EQ(program({prompt(8)})->bucket(), 8);
+  EXPECT_EQ(program({prompt(9)})->bucket(), 16);
+  EXPECT_EQ(program({prompt(4)})->bucket(), 8);
+  EXPECT_EQ(program({prompt(3)})->bucket(), 0) << "more than twice the size";
+  EXPECT_EQ(program({prompt(20), {1, {}, tiny_.random_tokens(20, 1)}})->bucket(), 64);
+}
+
+TEST_F(ModelPlanTest, padding_that_takes_longer_than_launches_is_avoided) {
+  plan_options_.rates.gemm_flops_per_s = 1e7;
+  EXPECT_EQ(program({prompt(20)})->bucket(), 0);
+  EXPECT_EQ(program({prompt(32)})->bucket(), 32) << "no padding, nothing to avoid";
+  plan_options_.rates.gemm_flops_per_s = 1e15;
+  EXPECT_EQ(program({prompt(20)})->bucket(), 32);
+}
+
+// Eight decode steps; the plan assumes that all have the mean context, but the first has it all.
+TEST_F(ModelPlanTest, context_far_above_what_the_plan_assumes_gets_a_plan_of_its_own) {
+  options_.max_context = 8192;
+  model_.reset();
+  make_model(tiny_);
+  const auto skewed = [&](int32_t context) {
+    std::vector<Part> parts;
+    for (int32_t i = 0; i < 8; ++i)
+      parts.push_back({i, {}, {1}});
+    Batch batch = batch_of(parts);
+    batch.sequences[0].context = context;
+    batch.sequences[0].block_table.assign(8192 / kBlockTokens, 0);
+    return model_->make_program(batch, plan_options_)->bucket();
+  };
+  // 4 rows, the least slice here, on 1024 keys each take just less than the budget.
+  plan_options_.budget_s = 1e-3;
+  plan_options_.rates.attention_flops_per_s = 4 * 1025 * 4.0 * 256 / plan_options_.budget_s;
+  EXPECT_EQ(skewed(0), 8);
+  EXPECT_EQ(skewed(4000), 8);
+  EXPECT_EQ(skewed(8000), 0) << "almost twice the budget";
+  plan_options_.granularity = Granularity::kLayer;
+  EXPECT_EQ(skewed(8000), 8) << "no budget, nothing to keep";
+}
+
+TEST_F(ModelPlanTest, predictions_are_the_batch_s_own) {
+  plan_options_.rates.attention_flops_per_s = 1e6;
+  const auto seconds = [](const CudaModelProgram& p) {
+    double sum = 0;
+    for (size_t i = 0; i < p.size(); ++i)
+      sum += p.label(i).predicted_s;
+    return sum;
+  };
+  plan_options_.granularity = Granularity::kLayer;
+  const auto without = program({prompt(8)});
+  const auto with = program({prompt(8, 40)});
+  ASSERT_EQ(without->bucket(), 8);
+  ASSERT_EQ(with->bucket(), 8);
+  // 2 layers, 8 rows, 40 keys more each, 4 operations a query column.
+  EXPECT_NEAR(seconds(*with) - seconds(*without), 2 * 8 * 40 * 4.0 * 256 / 1e6, 1e-9);
+}
+
+TEST_F(ModelPlanTest, labels_name_the_rows_of_the_batch_not_of_the_bucket) {
+  plan_options_.granularity = Granularity::kOperator;
+  const auto p = program({prompt(13)});
+  ASSERT_EQ(p->bucket(), 16);
+  EXPECT_EQ(p->label(1).op, std::string("attn_norm"));
+  EXPECT_EQ(p->label(1).layer, 0);
+  EXPECT_EQ(p->label(1).row_end, 13);
+  EXPECT_EQ(p->label(p->size() - 1).op, std::string("final_norm"));
+  EXPECT_EQ(p->label(p->size() - 1).layer, -1);
+}
+
+TEST_F(ModelPlanTest, live_bytes_are_what_the_operators_left_need) {
+  options_.has_graphs = false;
+  model_.reset();
+  make_model(tiny_);
+  plan_options_.granularity = Granularity::kOperator;
+  const auto p = program({prompt(10), {1, {}, tiny_.random_tokens(6, 1)}});
+  const size_t hidden = 16 * 64 * 4;
+  const size_t rotary = 16 * 64 * 4;
+  const size_t q = 16 * 256 * 2;
+  const size_t context = 16 * 256 * 2;
+  const size_t gated = 16 * 72 * 2;
+  // embed | norm qkv rope | attention | o | norm gate_up | down | ... | final norm, head
+  EXPECT_EQ(p->live_bytes(0), 0u);
+  EXPECT_EQ(p->live_bytes(1), hidden + rotary);
+  EXPECT_EQ(p->live_bytes(2), hidden + rotary + q);
+  EXPECT_EQ(p->live_bytes(3), hidden + rotary + context);
+  EXPECT_EQ(p->live_bytes(4), hidden + rotary);
+  EXPECT_EQ(p->live_bytes(5), hidden + rotary + gated);
+  EXPECT_EQ(p->live_bytes(8), hidden + context) << "the last layer's rotary table is done with";
+  EXPECT_EQ(p->live_bytes(11), size_t{2} * 64 * 4) << "the last rows alone";
+  ASSERT_EQ(p->size(), 12u);
+  EXPECT_EQ(p->live_bytes(12), size_t{2} * (208 + 1) * 4) << "logits and tokens";
+}
+
+TEST_F(ModelPlanTest, inputs_hold_the_batch_and_padding_elsewhere) {
+  const ModelConfig& config = tiny_.config();
+  const std::vector<AttentionRows> attention = {{0, 8, 0}, {8, 16, 8}};
+  const PlanShape shape(
+      config, 208, {.rows = 16, .tile_rows = 8, .sequences = 4, .table_stride = 16}, attention);
+  Batch batch = batch_of({{2, {1, 2, 3}, {11, 12, 13, 14, 15}}, {3, {}, {21, 22, 23, 24, 25}}});
+  const std::vector<std::byte> bytes = batch_inputs(shape, batch, kBlockTokens, {});
+  ASSERT_EQ(bytes.size(), shape.inputs.bytes);
+  const auto words = [&](size_t offset, size_t count) {
+    std::vector<int32_t> out(count);
+    std::memcpy(out.data(), bytes.data() + offset, count * sizeof(int32_t));
+    return out;
+  };
+  using Words = std::vector<int32_t>;
+  EXPECT_EQ(words(shape.inputs.tokens, 11), (Words{11, 12, 13, 14, 15, 21, 22, 23, 24, 25, 0}));
+  EXPECT_EQ(words(shape.inputs.sequences, 16),
+            (Words{1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(words(shape.inputs.positions, 10), (Words{3, 4, 5, 6, 7, 0, 1, 2, 3, 4}));
+  EXPECT_EQ(words(shape.inputs.last_rows, 4), (Words{4, 9, -1, -1}));
+  EXPECT_EQ(words(shape.inputs.block_tables, 3),
+            (Words{batch.sequences[0].block_table[0], batch.sequences[0].block_table[1], 0}));
+  EXPECT_EQ(words(shape.inputs.block_tables + 64, 3),
+            (Words{batch.sequences[1].block_table[0], batch.sequences[1].block_table[1], 0}));
+  // The second slice: rows 8 and 9, of the second sequence, at the start of the tile buffers.
+  ASSERT_EQ(shape.inputs.num_tiles[1], max_attention_tiles(8, 4, 2));
+  EXPECT_EQ(words(shape.inputs.tiles[1], 5), (Words{0, 3, 2, 0, 4}));
+  const size_t padding = static_cast<size_t>(shape.inputs.num_tiles[1]) - 1;
+  EXPECT_EQ(words(shape.inputs.tiles[1] + sizeof(AttentionTile), padding * 5), Words(padding * 5));
+}
+
+TEST_F(ModelPlanTest, buckets_share_graphs_between_budgets_that_cut_alike) {
+  start();
+  plan_options_.budget_s = 1;
+  for (uint32_t id = 1; id <= 3; ++id)
+    execute(id, {prompt(8)});
+  const uint64_t num_captured = model_->graph_report().num_captured;
+  EXPECT_EQ(num_captured, 1u);
+  plan_options_.budget_s = 2;
+  execute(4, {prompt(8)});
+  EXPECT_EQ(model_->graph_report().num_captured, num_captured);
+  EXPECT_EQ(model_->graph_report().num_replayed, 3u);
+}
+
+}  // namespace
+}  // namespace flowprefill::testing
