@@ -49,7 +49,8 @@ class Writer {
   }
   template <typename T>
   void put_all(size_t offset, const std::vector<T>& values, size_t count) {
-    std::memcpy(bytes_.data() + offset, values.data(), count * sizeof(T));
+    if (count > 0)
+      std::memcpy(bytes_.data() + offset, values.data(), count * sizeof(T));
   }
 
  private:

@@ -85,6 +85,8 @@ void TinyModel::add(const std::string& name, int64_t rows, int64_t columns, floa
   std::normal_distribution<float> normal(mean, scale);
   for (int64_t i = 0; i < rows * columns; ++i)
     tensor.values.push_back(normal(random));
+  if (columns > 1)
+    tensor.rounded = rounded({tensor.values.begin(), tensor.values.end()});
 }
 
 void TinyModel::load_into(CudaModel& model) const {
@@ -119,9 +121,10 @@ std::vector<double> TinyModel::project(const std::vector<double>& x,
   const Tensor& w = tensor(weight);
   std::vector<double> out;
   for (int64_t row = 0; row < w.rows; ++row) {
+    const double* weights = w.rounded.data() + row * w.columns;
     double sum = 0;
     for (int64_t i = 0; i < w.columns; ++i)
-      sum += x[static_cast<size_t>(i)] * bf16(w.values[static_cast<size_t>(row * w.columns + i)]);
+      sum += x.data()[i] * weights[i];
     out.push_back(sum);
   }
   return out;

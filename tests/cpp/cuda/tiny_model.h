@@ -33,7 +33,8 @@ class TinyModel {
   struct Tensor {
     int64_t rows = 0;
     int64_t columns = 0;
-    std::vector<float> values;
+    std::vector<float> values = {};
+    std::vector<double> rounded = {};  // to bf16; of matrices
   };
   using Rows = std::vector<std::vector<double>>;
 
