@@ -228,6 +228,12 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
       .def_property_readonly("weight_bytes",
                              [](const GpuModel& model) { return model.get().weight_bytes(); });
   executor.def(py::init(&make_executor), py::arg("model"), py::keep_alive<1, 2>());
+  m.def(
+      "has_logits",
+      [](const py::object& run) {
+        return finished<CudaModelProgram>(run, "logits").logits() != nullptr;
+      },
+      py::arg("run"));
   m.def("logits", &logits, py::arg("run"));
   m.def("sampled", &sampled, py::arg("run"));
   m.def("bucket", &bucket, py::arg("run"));

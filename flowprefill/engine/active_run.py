@@ -19,8 +19,8 @@ class RunMaker(Protocol):
     def make_run(self, run_id: int, sequences: list[Sequence]) -> NativeRun:
         """Build the run that computes the not yet computed tokens of the sequences."""
 
-    def logits(self, run: NativeRun) -> FloatArray:
-        """Return a finished run's logits, [sequences, vocab]."""
+    def outcomes(self, run: NativeRun) -> FloatArray | list[int]:
+        """Return a finished run's logits, [sequences, vocab], or the tokens the device chose."""
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks whose content must not be read again."""
@@ -57,11 +57,11 @@ class ActiveRun:
         """Longest time from one of its dispatches to its next segment, seconds."""
         return float(self.run.accounting()["max_blocking_s"])
 
-    def sample(self, logits: FloatArray) -> dict[str, FlowPrefillError]:
+    def sample(self, outcomes: FloatArray | list[int]) -> dict[str, FlowPrefillError]:
         """Sample a token for each sequence of the finished run and hand it to its reader.
 
         Args:
-            logits: of the run, [sequences, vocab].
+            outcomes: the run's logits, [sequences, vocab], or the tokens the device chose.
 
         Returns:
             Errors of those that failed, by request id. One request's bad logits do not end others.
@@ -73,7 +73,7 @@ class ActiveRun:
             if sequence.error is not None:
                 continue
             try:
-                token = sequence.advance(logits[row], time.monotonic())
+                token = sequence.advance(outcomes[row], time.monotonic())
             except Exception as error:
                 failures[sequence.id] = RequestFailed(f"request {sequence.id}: {error}")
                 continue

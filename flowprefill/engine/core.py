@@ -393,7 +393,7 @@ class EngineCore:
         active = self._runs[run_id]
         failures: dict[str, FlowPrefillError] = {}
         if kind == "finished":
-            failures = active.sample(self._model.logits(active.run))
+            failures = active.sample(self._model.outcomes(active.run))
         with self._lock:
             del self._runs[run_id]
             active.account()

@@ -31,6 +31,7 @@ class CudaDevice:
     """One GPU; see Device."""
 
     max_model_len = USUAL_MAX_MODEL_LEN
+    chooses_tokens = True
     threads = 1  # the executor's own; the GPU computes
 
     def __init__(self, config: EngineConfig, choice: DeviceChoice) -> None:
@@ -102,10 +103,13 @@ class CudaDevice:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
         return executor
 
-    def logits(self, run: _cuda.Run) -> FloatArray:
-        """Return a view of the run's logits, in pinned host memory."""
-        values: FloatArray = self._cuda.logits(run)
-        return values
+    def outcomes(self, run: _cuda.Run) -> FloatArray | list[int]:
+        """Return the run's logits, a view of pinned memory; its tokens if they were not fetched."""
+        if self._cuda.has_logits(run):
+            values: FloatArray = self._cuda.logits(run)
+            return values
+        tokens: list[int] = self._cuda.sampled(run).tolist()
+        return tokens
 
     def workspace_bytes(self, model: _cuda.Model) -> int:
         """Return what suspended runs hold outside of the lanes."""

@@ -101,6 +101,8 @@ class Device(Protocol):
         dtype: what it computes in: ``bf16`` or ``f32``.
         max_model_len: longest prompt plus output taken unless the settings ask for more; 0: the
             model's own.
+        chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
+            `sampling` and `fetch_logits`.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Device(Protocol):
     dtype: str
     threads: int
     max_model_len: int
+    chooses_tokens: bool
 
     def make_model(self, config: ModelConfig) -> NativeModel:
         """Make an empty model.
@@ -126,8 +129,8 @@ class Device(Protocol):
             ConfigError: the device refused.
         """
 
-    def logits(self, run: Any) -> FloatArray:
-        """Return a finished run's logits, [sequences, vocab]."""
+    def outcomes(self, run: Any) -> FloatArray | list[int]:
+        """Return a finished run's logits, [sequences, vocab], or the tokens it has chosen."""
 
     def workspace_bytes(self, model: Any) -> int:
         """Return the memory that live runs hold beside the KV cache."""
@@ -144,6 +147,7 @@ class CpuDevice:
 
     name = "cpu"
     max_model_len = 0
+    chooses_tokens = False
 
     def __init__(self, config: EngineConfig, reason: str) -> None:
         """Settle element type and threads.
@@ -175,7 +179,7 @@ class CpuDevice:
         executor.start()
         return executor
 
-    def logits(self, run: _core.Run) -> FloatArray:
+    def outcomes(self, run: _core.Run) -> FloatArray:
         """Return a view of the run's logits."""
         return _core.logits(run)
 

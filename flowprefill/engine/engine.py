@@ -360,7 +360,16 @@ class Engine:
             table = np.array(sequence.reservation.block_ids, dtype=np.int32)
             entries.append((len(new), sequence.computed, table))
         rows = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
-        plan = self._plan("decode" if len(rows) == len(tokens) else "prefill")
+        is_decode = len(rows) == len(tokens)
+        plan = self._plan("decode" if is_decode else "prefill")
+        if is_decode and self._device.chooses_tokens:
+            sampling = [sequence.device_sampling() for sequence in sequences]
+            if None not in sampling:  # then no logits have to come to the host
+                model: Any = self._model
+                run: NativeRun = model.make_run(
+                    run_id, rows, entries, plan, sampling=sampling, fetch_logits=False
+                )
+                return run
         return self._model.make_run(run_id, rows, entries, plan)
 
     def _plan(self, kind: WorkKind) -> dict[str, Any]:
@@ -373,9 +382,9 @@ class Engine:
             self._plans[slowdown] = native_plan(self._granularity, self._cost_model.rates, slowdown)
         return self._plans[slowdown]
 
-    def logits(self, run: NativeRun) -> FloatArray:
-        """Return a finished run's logits, [sequences, vocab]; for the core."""
-        return self._device.logits(run)
+    def outcomes(self, run: NativeRun) -> FloatArray | list[int]:
+        """Return a finished run's logits, [sequences, vocab], or its tokens; for the core."""
+        return self._device.outcomes(run)
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks that may hold NaN; for the core."""

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.intp]
+# temperature (0: greedy), top_k (0: all), top_p, min_p, the random number in [0, 1)
+DeviceSampling = tuple[float, int, float, float, float]
 
 # Temperatures below are greedy: dividing by them says nothing more than which logit is largest.
 GREEDY_BELOW = 1e-5
+GREEDY: DeviceSampling = (0.0, 0, 1.0, 0.0, 0.0)
 _CHUNK = 64  # values summed up or compared at a time, where all at once would be slow
 # Penalised logits stay within this, so that differences of two cannot overflow float32.
 _MAX_LOGIT = float(np.finfo(np.float32).max) / 4
@@ -87,6 +90,36 @@ class Sampler:
         stops = stop_token_ids(params, eos_token_ids) if params.min_tokens else frozenset[int]()
         self._masked = np.array(sorted(t for t in stops if t < vocab_size), dtype=np.intp)
         self._count = 0
+        self._drawn: float | None = None  # the next token's random number, if it was asked for
+
+    def on_device(self) -> DeviceSampling | None:
+        """Return what a device needs to choose the next token itself; None: it needs the logits.
+
+        The same until `sample` or `accept` takes a token: a run that is given up costs no number.
+        """
+        params = self._params
+        if self._seen is not None or params.logprobs is not None or self._masks():
+            return None
+        if self._uniform is None:
+            return GREEDY
+        return (
+            params.temperature, params.top_k, params.top_p, params.min_p, self._next_uniform()
+        )  # fmt: skip
+
+    def accept(self, token_id: int) -> SampledToken:
+        """Take the token that a device has chosen as `on_device` told it; below 0: it found none.
+
+        Raises:
+            RequestFailed: it found none; the sampler is unchanged.
+        """
+        if token_id < 0:
+            raise RequestFailed(
+                f"sampling output token {self._count}: the device found no token to choose (NaN or "
+                "infinity among the logits, or all of them -inf)"
+            )
+        self._drawn = None
+        self._count += 1
+        return SampledToken(token_id)
 
     def sample(self, logits: Logits) -> SampledToken:
         """Choose the next token.
@@ -108,7 +141,8 @@ class Sampler:
             if adjusted[token_id] == -np.inf:
                 raise _nothing_left(self._count)
         else:
-            token_id = self._draw(adjusted, self._uniform)
+            token_id = self._draw(adjusted)
+        self._drawn = None
         self._count += 1
         if self._seen is not None:
             self._seen.add(token_id)
@@ -118,7 +152,7 @@ class Sampler:
 
     def _adjust(self, logits: Logits) -> Logits:
         """Return logits after penalties and the mask; the same array when there are none."""
-        masks = self._masked.size > 0 and self._count < self._params.min_tokens
+        masks = self._masks()
         if self._seen is None and not masks:
             return logits
         adjusted = logits.copy()
@@ -128,7 +162,16 @@ class Sampler:
             adjusted[self._masked] = -np.inf
         return adjusted
 
-    def _draw(self, logits: Logits, uniform: np.random.Generator) -> int:
+    def _masks(self) -> bool:
+        return self._masked.size > 0 and self._count < self._params.min_tokens
+
+    def _next_uniform(self) -> float:
+        assert self._uniform is not None
+        if self._drawn is None:
+            self._drawn = self._uniform.random()
+        return self._drawn
+
+    def _draw(self, logits: Logits) -> int:
         """Filter and draw by inverting the cumulative distribution, tokens in order of their id."""
         params = self._params
         top = logits.max()
@@ -147,7 +190,7 @@ class Sampler:
         if params.top_p < 1:
             kept = top_p_ids(weights, params.top_p)
             ids, weights = _choose(ids, kept), weights[kept]
-        position = draw_position(weights, uniform.random())
+        position = draw_position(weights, self._next_uniform())
         return position if ids is None else int(ids[position])
 
 

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
     from flowprefill.engine.handle import Handle
     from flowprefill.engine.kv_blocks import Reservation
-    from flowprefill.engine.sampler import Sampler
+    from flowprefill.engine.sampler import DeviceSampling, Sampler
     from flowprefill.engine.stop import StopChecker
     from flowprefill.errors import FlowPrefillError
     from flowprefill.models.tokenizer import IncrementalDecoder
     from flowprefill.request import SLO, FinishReason, Request
+
+    Outcome = NDArray[np.float32] | int
 
 
 @dataclass(slots=True)
@@ -109,19 +111,25 @@ class Sequence:
         """Return the tokens the next run computes."""
         return np.array(self.ids[self.computed :], dtype=np.int32)
 
-    def advance(self, logits: NDArray[np.float32], now: float) -> Token:
+    def device_sampling(self) -> DeviceSampling | None:
+        """Return what a device needs to choose the next token itself; None: it needs the logits."""
+        return self._side().sampler.on_device()
+
+    def advance(self, outcome: Outcome, now: float) -> Token:
         """Sample the next token and decide whether generation ends with it.
 
         Args:
-            logits: [vocab] float32, the row of its last computed token.
+            outcome: [vocab] float32, the logits of its last computed token; or the token that the
+                device has chosen.
 
         Raises:
             RequestFailed: the logits are not finite.
         """
-        if self.token_side is None:
-            self.token_side = self.make_token_side()
-        side = self.token_side
-        sampled = side.sampler.sample(logits)
+        side = self._side()
+        if isinstance(outcome, int):
+            sampled = side.sampler.accept(outcome)
+        else:
+            sampled = side.sampler.sample(outcome)
         reason = side.stop.reason_of(sampled.token_id)
         if reason == "stop":
             piece = side.decoder.flush()
@@ -141,6 +149,11 @@ class Sequence:
         self.tokens.append(token)
         self.token_times_s.append(now)
         return token
+
+    def _side(self) -> TokenSide:
+        if self.token_side is None:
+            self.token_side = self.make_token_side()
+        return self.token_side
 
     def end_with_last_token(self) -> None:
         """Note whether the newest token was the last; the engine's lock is held.

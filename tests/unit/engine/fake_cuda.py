@@ -30,6 +30,9 @@ class Model:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
+    def make_run(self, *arguments: Any, sampling: object = None, fetch_logits: bool = True) -> Any:
+        return self.inner.make_run(*arguments)
+
     def lane_bytes(self, block_tokens: int) -> int:
         return 2 * GIB
 
@@ -74,6 +77,7 @@ def install(
     module.device_info = device_info
     module.Model = model
     module.Executor = lambda model: _core.Executor(1)
+    module.has_logits = lambda run: True
     module.logits = _core.logits
     monkeypatch.setattr(model, "made", [])
     monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)

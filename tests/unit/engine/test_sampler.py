@@ -267,6 +267,48 @@ def test_wrong_shape_raises() -> None:
         make(GREEDY, 4).sample(np.zeros(5, dtype=np.float32))
 
 
+@given(PARAMS, st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_device_and_host_draw_the_same_numbers(params: SamplingParams, seed: int) -> None:
+    plain = replace(
+        params, repetition_penalty=1, presence_penalty=0, frequency_penalty=0, seed=seed
+    )
+    host, device = make(plain, 50), make(plain, 50)
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        logits = rng.normal(size=50).astype(np.float32)
+        asked = device.on_device()
+        assert asked is not None
+        assert asked == device.on_device(), "asking again costs no number"
+        assert asked[:4] == (plain.temperature, plain.top_k, plain.top_p, plain.min_p)
+        chosen = make(plain, 50)
+        chosen._uniform = FixedUniform(asked[4])  # type: ignore[assignment]
+        token = chosen.sample(logits).token_id
+        assert device.accept(token).token_id == host.sample(logits).token_id
+
+
+def test_device_is_not_asked_where_it_needs_what_only_the_host_has() -> None:
+    assert make(SamplingParams(temperature=0.0), 8).on_device() == (0.0, 0, 1.0, 0.0, 0.0)
+    for params in (
+        SamplingParams(logprobs=0),
+        SamplingParams(repetition_penalty=1.2),
+        SamplingParams(presence_penalty=0.5),
+    ):
+        assert make(params, 8).on_device() is None
+    sampler = make(SamplingParams(min_tokens=1, stop_token_ids=(3,), temperature=0.0), 8)
+    assert sampler.on_device() is None, "the mask is not known to the device"
+    sampler.sample(np.arange(8, dtype=np.float32))
+    assert sampler.on_device() is not None
+
+
+def test_device_that_found_no_token_fails_the_request() -> None:
+    sampler = make(SamplingParams(), 8)
+    asked = sampler.on_device()
+    with pytest.raises(RequestFailed, match="output token 0: the device found no token"):
+        sampler.accept(-1)
+    assert sampler.on_device() == asked
+
+
 def test_draw_position_never_lands_on_weight_zero() -> None:
     weights = np.zeros(1000, dtype=np.float32)
     weights[[3, 500]] = 0.3, 0.1
