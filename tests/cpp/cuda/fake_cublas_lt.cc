@@ -1,0 +1,187 @@
+// A library with the functions of cuBLASLt that CublasLt calls, loaded by gemm_cublas_lt_test.cc in
+// its place: it multiplies what the descriptors say, column-major as the public header has it, at
+// once and on the host. Built only where cublasLt.h is.
+#include <cublasLt.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+namespace {
+
+struct Layout {
+  cudaDataType type;
+  uint64_t rows, columns;
+  int64_t ld;
+};
+struct Product {
+  cublasOperation_t transa = CUBLAS_OP_N;
+  cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+  const float* bias = nullptr;
+};
+
+template <typename T>
+T& as(void* opaque) {
+  return *static_cast<T*>(opaque);
+}
+
+float read(const void* memory, const Layout& layout, int64_t row, int64_t column) {
+  const int64_t at = row + column * layout.ld;
+  if (layout.type == CUDA_R_32F)
+    return static_cast<const float*>(memory)[at];
+  const uint32_t bits = uint32_t{static_cast<const uint16_t*>(memory)[at]} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void write(void* memory, const Layout& layout, int64_t row, int64_t column, float value) {
+  const int64_t at = row + column * layout.ld;
+  if (layout.type == CUDA_R_32F) {
+    static_cast<float*>(memory)[at] = value;
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  static_cast<uint16_t*>(memory)[at] = static_cast<uint16_t>((bits + 0x8000) >> 16);
+}
+
+}  // namespace
+
+// How many descriptors exist, and how often an algorithm was asked for.
+extern "C" {
+int fake_cublas_lt_live = 0;
+int fake_cublas_lt_asked = 0;
+}
+
+size_t cublasLtGetVersion() {
+  const char* version = std::getenv("FAKE_CUBLAS_LT_VERSION");
+  return version == nullptr ? CUBLAS_VERSION : std::strtoul(version, nullptr, 10);
+}
+const char* cublasLtGetStatusName(cublasStatus_t status) {
+  return status == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "another status";
+}
+cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+  ++fake_cublas_lt_live;
+  *handle = reinterpret_cast<cublasLtHandle_t>(&fake_cublas_lt_live);
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t) {
+  --fake_cublas_lt_live;
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* out, cublasComputeType_t compute,
+                                        cudaDataType_t scale) {
+  if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F)
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+  ++fake_cublas_lt_live;
+  *out = reinterpret_cast<cublasLtMatmulDesc_t>(new Product);
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t product) {
+  --fake_cublas_lt_live;
+  delete &as<Product>(product);
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product,
+                                              cublasLtMatmulDescAttributes_t attribute,
+                                              const void* value, size_t bytes) {
+  auto& of = as<Product>(product);
+  const auto take = [&](auto* to) {
+    if (bytes != sizeof *to)
+      return CUBLAS_STATUS_INVALID_VALUE;
+    std::memcpy(to, value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+  };
+  switch (attribute) {
+    case CUBLASLT_MATMUL_DESC_TRANSA:
+      return take(&of.transa);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE:
+      return take(&of.epilogue);
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+      return take(&of.bias);
+    default:
+      return CUBLAS_STATUS_INVALID_VALUE;
+  }
+}
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* out, cudaDataType type,
+                                          uint64_t rows, uint64_t columns, int64_t ld) {
+  ++fake_cublas_lt_live;
+  *out = reinterpret_cast<cublasLtMatrixLayout_t>(new Layout{type, rows, columns, ld});
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+  --fake_cublas_lt_live;
+  delete &as<Layout>(layout);
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* out) {
+  ++fake_cublas_lt_live;
+  *out = reinterpret_cast<cublasLtMatmulPreference_t>(
+      new std::map<cublasLtMatmulPreferenceAttributes_t, uint64_t>);
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+  --fake_cublas_lt_live;
+  delete &as<std::map<cublasLtMatmulPreferenceAttributes_t, uint64_t>>(preference);
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void* value, size_t bytes) {
+  const size_t wanted = attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? 8 : 4;
+  if (bytes != wanted)
+    return CUBLAS_STATUS_INVALID_VALUE;
+  uint64_t number = 0;
+  std::memcpy(&number, value, bytes);
+  as<std::map<cublasLtMatmulPreferenceAttributes_t, uint64_t>>(preference)[attribute] = number;
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatmulPreference_t preference, int,
+                                              cublasLtMatmulHeuristicResult_t* result, int* count) {
+  ++fake_cublas_lt_asked;
+  auto& wants = as<std::map<cublasLtMatmulPreferenceAttributes_t, uint64_t>>(preference);
+  const bool is_as_documented =
+      wants.at(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) == CUBLASLT_REDUCTION_SCHEME_NONE &&
+      wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES) == 16 &&
+      wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES) == 16;
+  // Nothing for a depth of 8: what a library may say of any product.
+  *count = is_as_documented && as<Layout>(a).rows != 8 ? 1 : 0;
+  result->workspaceSize = 1024;
+  result->state = CUBLAS_STATUS_SUCCESS;
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, const void* alpha,
+                              const void* a, cublasLtMatrixLayout_t of_a, const void* b,
+                              cublasLtMatrixLayout_t of_b, const void* beta, const void* c,
+                              cublasLtMatrixLayout_t of_c, void* d, cublasLtMatrixLayout_t of_d,
+                              const cublasLtMatmulAlgo_t*, void* workspace, size_t workspace_bytes,
+                              cudaStream_t) {
+  const auto& how = as<Product>(product);
+  const auto &la = as<Layout>(of_a), &lb = as<Layout>(of_b), &ld = as<Layout>(of_d);
+  if (how.transa != CUBLAS_OP_T || la.rows != lb.rows || ld.rows != la.columns ||
+      ld.columns != lb.columns || workspace_bytes != 1024) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+  }
+  std::memset(workspace, 0xff, workspace_bytes);
+  for (uint64_t row = 0; row < ld.rows; ++row) {
+    for (uint64_t column = 0; column < ld.columns; ++column) {
+      float sum = 0;
+      for (uint64_t k = 0; k < la.rows; ++k)
+        sum += read(a, la, static_cast<int64_t>(k), static_cast<int64_t>(row)) *
+               read(b, lb, static_cast<int64_t>(k), static_cast<int64_t>(column));
+      sum *= *static_cast<const float*>(alpha);
+      if (const float scale = *static_cast<const float*>(beta); scale != 0) {
+        sum += scale *
+               read(c, as<Layout>(of_c), static_cast<int64_t>(row), static_cast<int64_t>(column));
+      }
+      if (how.epilogue == CUBLASLT_EPILOGUE_BIAS)
+        sum += how.bias[row];
+      write(d, ld, static_cast<int64_t>(row), static_cast<int64_t>(column), sum);
+    }
+  }
+  return CUBLAS_STATUS_SUCCESS;
+}

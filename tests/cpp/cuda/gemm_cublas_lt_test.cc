@@ -1,0 +1,144 @@
+// CublasLt against a library of its functions that multiplies as the descriptors say
+// (fake_cublas_lt.cc, FAKE_CUBLAS_LT is its path).
+#include "cuda/gemm_cublas_lt.h"
+
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/kernels/portable.h"
+
+namespace flowprefill {
+namespace {
+
+constexpr int kRows = 6, kColumns = 24, kDepth = 16;
+constexpr int64_t kLda = 24, kLdb = 32, kLdd = 32;
+
+template <typename T>
+std::vector<T> waves(int64_t count, float speed) {
+  std::vector<T> out(static_cast<size_t>(count));
+  for (size_t i = 0; i < out.size(); ++i)
+    store(std::sin(static_cast<float>(i) * speed), &out[i]);
+  return out;
+}
+
+int counted(const char* name) {
+  void* library = dlopen(FAKE_CUBLAS_LT, RTLD_NOW | RTLD_LOCAL);
+  const int value = *static_cast<int*>(dlsym(library, name));
+  dlclose(library);
+  return value;
+}
+
+class CublasLtTest : public testing::Test {
+ protected:
+  std::shared_ptr<const CublasLt> load(std::vector<std::string> names = {FAKE_CUBLAS_LT}) {
+    return CublasLt::load(names, &reason);
+  }
+
+  template <typename Output>
+  void test(bool has_bias, bool adds_to_d) {
+    const auto library = load();
+    ASSERT_NE(library, nullptr) << reason;
+    const auto a = waves<Bf16>(kRows * kLda, 0.7f);
+    const auto b = waves<Bf16>(kColumns * kLdb, 1.3f);
+    const auto bias = waves<float>(kColumns, 0.4f);
+    auto d = waves<Output>(kRows * kLdd, 0.9f);
+    const auto before = d;
+    const GemmArgs args{.a = a.data(),
+                        .lda = kLda,
+                        .b = b.data(),
+                        .ldb = kLdb,
+                        .bias = has_bias ? bias.data() : nullptr,
+                        .d = d.data(),
+                        .ldd = kLdd,
+                        .output = sizeof(Output) == 4 ? GemmOutput::kFloat : GemmOutput::kBf16,
+                        .adds_to_d = adds_to_d,
+                        .row_begin = 2,
+                        .row_end = kRows,
+                        .columns = kColumns,
+                        .depth = kDepth};
+    ASSERT_TRUE(CublasLt::takes(args));
+    ASSERT_EQ(library->launch(args, workspace, nullptr), cudaSuccess);
+    for (int row = 0; row < kRows; ++row) {
+      for (int column = 0; column < kLdd; ++column) {
+        const auto at = static_cast<size_t>(row * kLdd + column);
+        if (row < 2 || column >= kColumns) {
+          ASSERT_EQ(d[at], before[at]);
+          continue;
+        }
+        double want = (has_bias ? bias[static_cast<size_t>(column)] : 0.0) +
+                      (adds_to_d ? widen(before[at]) : 0.0);
+        for (int k = 0; k < kDepth; ++k)
+          want += widen(a[static_cast<size_t>(row * kLda + k)]) *
+                  widen(b[static_cast<size_t>(column * kLdb + k)]);
+        ASSERT_NEAR(widen(d[at]), want, sizeof(Output) == 4 ? 1e-4 : std::abs(want) / 200 + 1e-4);
+      }
+    }
+  }
+
+  std::string reason;
+  std::vector<std::byte> workspace{CublasLt::kWorkspaceBytes};
+};
+
+TEST_F(CublasLtTest, MultipliesASliceAsLaunchGemmDoes) {
+  test<float>(false, false);
+  test<float>(true, true);
+  test<Bf16>(false, false);
+  test<Bf16>(false, true);
+}
+
+TEST_F(CublasLtTest, AsksOncePerProductAndLeavesNothing) {
+  const int asked = counted("fake_cublas_lt_asked");
+  {
+    const auto library = load();
+    ASSERT_NE(library, nullptr);
+    alignas(16) static Bf16 zeros[64 * 64] = {};
+    alignas(16) static float d[64 * 64];
+    GemmArgs args{.a = zeros,
+                  .lda = 64,
+                  .b = zeros,
+                  .ldb = 64,
+                  .d = d,
+                  .ldd = 64,
+                  .row_end = 5,
+                  .columns = 64,
+                  .depth = 64};
+    for (int i = 0; i < 3; ++i)
+      library->launch(args, workspace, nullptr);
+    args.row_end = 6;
+    library->launch(args, workspace, nullptr);
+    EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 2);
+    args.depth = 8;
+    EXPECT_THROW(library->launch(args, workspace, nullptr), std::runtime_error);
+    args.depth = 64;
+    EXPECT_THROW(library->launch(args, {}, nullptr), std::invalid_argument);
+    args.is_gated = true;
+    EXPECT_FALSE(CublasLt::takes(args));
+  }
+  EXPECT_EQ(counted("fake_cublas_lt_live"), 0);
+}
+
+TEST_F(CublasLtTest, SaysWhyALibraryIsNotUsed) {
+  EXPECT_EQ(load({}), nullptr);
+  EXPECT_EQ(reason, "no library named");
+  EXPECT_EQ(load({"/nowhere/libcublasLt.so.13"}), nullptr);
+  EXPECT_NE(reason.find("/nowhere/libcublasLt.so.13"), std::string::npos) << reason;
+  EXPECT_EQ(load({"libm.so.6"}), nullptr);
+  EXPECT_EQ(reason, "libm.so.6: has no cublasLtGetVersion");
+  setenv("FAKE_CUBLAS_LT_VERSION", "110900", 1);
+  EXPECT_EQ(load(), nullptr);
+  EXPECT_NE(reason.find("version 110900, expected 12 or 13"), std::string::npos) << reason;
+  setenv("FAKE_CUBLAS_LT_VERSION", "120405", 1);
+  const auto library = load({"/nowhere/libcublasLt.so.13", FAKE_CUBLAS_LT});
+  unsetenv("FAKE_CUBLAS_LT_VERSION");
+  ASSERT_NE(library, nullptr);
+  EXPECT_EQ(reason, "");
+  EXPECT_EQ(library->version(), "cublaslt 120405");
+}
+
+}  // namespace
+}  // namespace flowprefill
