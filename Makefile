@@ -132,10 +132,19 @@ test-cuda-double: $(CUDA_HEADERS)  ## the CUDA device over a double of the CUDA 
 	$(call CUDA_DOUBLE_TESTS,-thread,thread)
 	$(call CUDA_DOUBLE_TESTS,-address,address$(comma)undefined)
 
+.PHONY: test-cuda-engine
+test-cuda-engine: build $(CUDA_HEADERS)  ## the whole engine with device cuda, over doubles of runtime and kernels; no GPU
+	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(BIN)/python -DFP_WERROR=$(if $(CI),ON,OFF)
+	cmake --build build/cuda-engine -j 2
+	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/cuda_engine
+
 .PHONY: tidy-cuda
-tidy-cuda: $(CUDA_HEADERS)  ## clang-tidy of the graph layer and the CUDA device
-	cmake -S tests/cpp/cuda -B build/cuda-double -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja
-	clang-tidy --quiet -p build/cuda-double csrc/cuda/*.cc
+tidy-cuda: $(CUDA_HEADERS)  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
+	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(BIN)/python
+	printf '%s\n' csrc/cuda/*.cc csrc/cuda/model/*.cc csrc/bindings/cuda_*.cc | xargs -P "$$(nproc)" -n 1 \
+	  clang-tidy --quiet -p build/cuda-engine
 
 .PHONY: test-cuda-mutants
 test-cuda-mutants: $(CUDA_HEADERS)  ## break csrc/cuda in known ways: do these tests notice? (4 minutes)
@@ -143,7 +152,8 @@ test-cuda-mutants: $(CUDA_HEADERS)  ## break csrc/cuda in known ways: do these t
 
 # ---- checks
 
-CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc')
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc' \
+  'tests/cuda_engine/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/cuda' ':!csrc/bindings/cuda_*')
 

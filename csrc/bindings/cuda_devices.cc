@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace flowprefill {
 namespace {
 
-constexpr int kMinCapability = 80;  // bf16 in the tensor cores, cp.async
+constexpr int kMinMajor = 8;  // of the compute capability: bf16 in the tensor cores, cp.async
 
 // 13000 -> "13.0", as cudaDriverGetVersion() and cudaRuntimeGetVersion() count.
 std::string version_text(int version) {
@@ -29,21 +29,10 @@ int runtime_version() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-int attribute(int device, cudaDeviceAttr which) {
-  int value = 0;
-  FP_CUDA(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-int capability(int device) {
-  return attribute(device, cudaDevAttrComputeCapabilityMajor) * 10 +
-         attribute(device, cudaDevAttrComputeCapabilityMinor);
-}
-
-std::string name_of(int device) {
+cudaDeviceProp properties_of(int device) {
   cudaDeviceProp properties = {};
   FP_CUDA(cudaGetDeviceProperties(&properties, device));
-  return properties.name;
+  return properties;
 }
 
 // Why the runtime shows no device at all.
@@ -87,10 +76,10 @@ std::pair<bool, std::string> availability(int device) {
   if (device < 0 || device >= count)
     return {false, "no GPU with this number: " + range_text(count)};
   try {
-    const int found = capability(device);
-    const std::string name = name_of(device);
-    const std::string shown = std::to_string(found / 10) + "." + std::to_string(found % 10);
-    if (found < kMinCapability)
+    const cudaDeviceProp found = properties_of(device);
+    const std::string name = found.name;
+    const std::string shown = std::to_string(found.major) + "." + std::to_string(found.minor);
+    if (found.major < kMinMajor)
       return {false, name + " has compute capability " + shown + ", 8.0 or higher is needed"};
     return {true, name + ", compute capability " + shown};
   } catch (const CudaError& error) {
@@ -103,11 +92,11 @@ py::dict device_info(int device) {
   size_t total_bytes = 0;
   FP_CUDA(cudaSetDevice(device));
   FP_CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
-  const int found = capability(device);
+  const cudaDeviceProp found = properties_of(device);
   py::dict d;
-  d["name"] = name_of(device);
-  d["compute_capability"] = py::make_tuple(found / 10, found % 10);
-  d["multiprocessors"] = attribute(device, cudaDevAttrMultiProcessorCount);
+  d["name"] = found.name;
+  d["compute_capability"] = py::make_tuple(found.major, found.minor);
+  d["multiprocessors"] = found.multiProcessorCount;
   d["memory_bytes"] = total_bytes;
   d["free_bytes"] = free_bytes;
   d["driver_version"] = version_text(driver_version());

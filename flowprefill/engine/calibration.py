@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 LINEAR_TOKENS = 256
 ATTENTION_TOKENS = 256
+LONGEST_PROBE_TOKENS = max(LINEAR_TOKENS, ATTENTION_TOKENS)
 ATTENTION_CONTEXT = 3072
 ROUNDS = 3
 OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's own is far below

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.config import EngineConfig
-from flowprefill.engine.calibration import default_cache_dir
+from flowprefill.engine.calibration import LONGEST_PROBE_TOKENS, default_cache_dir
 from flowprefill.engine.device import longest_of
 from flowprefill.engine.native import native_config
 from flowprefill.errors import ConfigError
@@ -62,7 +62,9 @@ class CudaDevice:
         folder = Path(settings.cache_dir or default_cache_dir())
         options = {
             "device": self._index,
-            "max_tokens": max(longest, settings.max_batch_tokens, settings.max_running),
+            "max_tokens": max(
+                longest, settings.max_batch_tokens, settings.max_running, LONGEST_PROBE_TOKENS
+            ),
             "max_sequences": max(settings.max_running, SchedulerSettings().max_batch_jobs),
             "max_context": config.max_position,
             "graph_bytes": GRAPH_BYTES,
