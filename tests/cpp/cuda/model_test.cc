@@ -106,7 +106,7 @@ TEST_F(ModelWays, every_granularity_gives_the_same_bits) {
         Granularity::kBudget, Granularity::kBudget}) {
     plan_options_.granularity = granularity;
     plan_options_.chunk_tokens = 5;
-    plan_options_.budget_s = got.size() == 4 ? 1e-3 : 1e-9;
+    plan_options_.budget_s = got.size() == 4 ? 1e-3 : 1e-12;
     const auto id = static_cast<uint32_t>(got.size() + 1);
     got.push_back(execute(id, parts(tiny)));
     num_segments.push_back(programs_.at(id)->size());
@@ -116,6 +116,7 @@ TEST_F(ModelWays, every_granularity_gives_the_same_bits) {
   EXPECT_EQ(num_segments[1], 2 + 3u);
   EXPECT_EQ(num_segments[4], 1u) << "all fits a large budget";
   EXPECT_GT(num_segments[5], num_segments[2]) << "a small budget cuts finer than operators";
+  EXPECT_EQ(programs_.at(6)->label(num_segments[5] - 2).op, std::string("lm_head"));
 }
 
 TEST_F(ModelWays, padded_to_a_bucket_eager_captured_and_replayed_gives_the_bits_of_the_exact_size) {

@@ -236,18 +236,14 @@ MUTANTS = (
         "{.reads = LiveSet({r.context()})",
     ),
     Mutant(
-        "logits of earlier slices of the head are not kept",
-        SHAPE,
-        "  return joined(head, {.reads = LiveSet({r.logits()})",
-        "  return joined(head, {.reads = LiveSet()",
-    ),
-    Mutant(
         "tile's rows are counted from the batch's first",
         SHAPE,
         "product(step_.row_begin - step_.base, row_bytes, 1)",
         "product(step_.row_begin, row_bytes, 1)",
     ),
-    Mutant("gated lies on normed", SHAPE, "  gated = lane.take(", "  gated = normed;\n  lane.take("),
+    Mutant(
+        "gated lies on normed", SHAPE, "  gated = lane.take(", "  gated = normed;\n  lane.take("
+    ),
     Mutant(
         "padding of the last rows is row 0",
         INPUTS,
