@@ -216,8 +216,7 @@ TEST_F(GemmSelection, CandidatesThatFailAreLeftOutWithTheirReason) {
   GemmSelector of = selector({refused("a"), picky, timed("c", 30), timed("d", 40)});
   const GemmReport report = measure(of, {product()})[0];
   EXPECT_EQ(report.chosen, "c");
-  EXPECT_NE(report.timings[0].failure.find("209"), std::string::npos)
-      << report.timings[0].failure;
+  EXPECT_NE(report.timings[0].failure.find("209"), std::string::npos) << report.timings[0].failure;
   EXPECT_EQ(report.timings[1].failure, "needs a full moon");
   EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess);
   EXPECT_EQ(launched(of, product()), "c");
