@@ -1,0 +1,223 @@
+// Ragged causal attention over the paged cache, on the device: against plain loops in double, and
+// what must hold to the bit.
+#include <algorithm>
+#include <span>
+
+#include "device_test.h"
+
+namespace flowprefill::testing {
+namespace {
+
+struct Part {
+  int32_t context;
+  int32_t rows;
+};
+
+struct Shape {
+  int32_t heads = 2;
+  int32_t kv_heads = 1;
+  int32_t head_dim = 64;
+  int32_t block_shift = 4;
+  int32_t window = 0;
+  std::vector<Part> parts = {};
+};
+
+// A probability is rounded once to bf16, both results once each: shares of the sum of p |v|.
+constexpr double kAllowed = 3 * kBf16Rounding + 1e-5;
+
+class Attention : public DeviceTest {
+ protected:
+  void make(const Shape& shape) {
+    forget();
+    shape_ = shape;
+    slices_.clear();
+    rows_ = 0;
+    const int32_t block_tokens = 1 << shape.block_shift;
+    table_stride_ = 1;
+    for (const Part& part : shape.parts) {
+      const auto sequence = static_cast<int32_t>(slices_.size());
+      slices_.push_back(
+          {.row = rows_, .rows = part.rows, .position = part.context, .sequence = sequence});
+      rows_ += part.rows;
+      table_stride_ =
+          std::max(table_stride_, (part.context + part.rows + block_tokens - 1) / block_tokens);
+    }
+    head_stride_ = int64_t{shape.head_dim} << shape.block_shift;
+    block_stride_ = head_stride_ * shape.kv_heads;
+    const int32_t blocks = table_stride_ * static_cast<int32_t>(slices_.size());
+    const auto slots = static_cast<size_t>(blocks * block_stride_);
+    tables_ = &add("block_tables", permutation(blocks));
+    q_ = &add("q", halves(static_cast<size_t>(rows_ * ld()), 0.5f));
+    // Slots that hold no token are NaN: reading one spoils the result.
+    keys_ = &add("keys", filled_halves(slots));
+    values_ = &add("values", filled_halves(slots));
+    for (size_t i = 0; i < slices_.size(); ++i)
+      fill(slices_[i]);
+    out_ = &add("out", filled_halves(static_cast<size_t>((rows_ + 1) * ld())));
+    tiles_ = nullptr;
+  }
+
+  int64_t ld() const { return int64_t{shape_.heads} * shape_.head_dim; }
+  int32_t group() const { return shape_.heads / shape_.kv_heads; }
+  CacheView cache(Place p) {
+    return {keys_->at(p),    values_->at(p), block_stride_,
+            shape_.head_dim, head_stride_,   shape_.block_shift};
+  }
+
+  void fill(const AttentionSlice& slice) {
+    const int32_t* table = tables_->initial().data() + slice.sequence * table_stride_;
+    const CacheView view = cache(Place::kHost);
+    for (int32_t position = 0; position < slice.position + slice.rows; ++position) {
+      for (int32_t head = 0; head < shape_.kv_heads; ++head) {
+        const int64_t at = view.offset(table, position) + head * head_stride_;
+        std::ranges::copy(halves(static_cast<size_t>(shape_.head_dim)),
+                          keys_->initial().begin() + at);
+        std::ranges::copy(halves(static_cast<size_t>(shape_.head_dim)),
+                          values_->initial().begin() + at);
+      }
+    }
+  }
+
+  void set_tiles(std::vector<AttentionTile> tiles) { tiles_ = &add("tiles", std::move(tiles)); }
+
+  AttentionArgs args(Place p) {
+    return {.q = q_->at(p),
+            .ld_q = ld(),
+            .out = out_->at(p),
+            .ld_out = ld(),
+            .cache = cache(p),
+            .block_tables = tables_->at(p),
+            .block_table_stride = table_stride_,
+            .tiles = tiles_->at(p),
+            .num_tiles = static_cast<int32_t>(tiles_->initial().size()),
+            .heads = shape_.heads,
+            .kv_heads = shape_.kv_heads,
+            .head_dim = shape_.head_dim,
+            .window = shape_.window};
+  }
+
+  // Sums of p |v|: what an output's error is a share of.
+  std::vector<double> scale() {
+    keys_->host() = keys_->initial();
+    q_->host() = q_->initial();
+    tables_->host() = tables_->initial();
+    tiles_->host() = tiles_->initial();
+    out_->host() = out_->initial();
+    values_->host() = values_->initial();
+    for (Bf16& value : values_->host())
+      value &= 0x7fff;
+    fake_kernels::attention(args(Place::kHost));
+    std::vector<double> out;
+    for (const Bf16 value : out_->host())
+      out.push_back(widen(value));
+    return out;
+  }
+
+  void expect_is_plain() {
+    set_tiles(attention_tiles(slices_, group()));
+    out_->allow(kAllowed, 1e-6, scale());
+    expect_kernel([&](cudaStream_t s) { return launch_attention(args(Place::kDevice), s); },
+                  [&] { fake_kernels::attention(args(Place::kHost)); });
+  }
+
+  // The output's bits after only these slices were computed.
+  std::vector<Bf16> bits_of(std::span<const AttentionSlice> slices) {
+    set_tiles(attention_tiles(slices, group()));
+    const auto fetched =
+        run([&](cudaStream_t s) { return launch_attention(args(Place::kDevice), s); });
+    std::vector<Bf16> out(out_->initial().size());
+    std::memcpy(out.data(), fetched[4].data(), fetched[4].size());
+    return out;
+  }
+
+  Shape shape_;
+  std::vector<AttentionSlice> slices_;
+  int32_t rows_ = 0;
+  int32_t table_stride_ = 1;
+  int64_t head_stride_ = 0;
+  int64_t block_stride_ = 0;
+  Array<int32_t>* tables_ = nullptr;
+  Array<Bf16>* q_ = nullptr;
+  Array<Bf16>* keys_ = nullptr;
+  Array<Bf16>* values_ = nullptr;
+  Array<Bf16>* out_ = nullptr;  // the fifth operand
+  Array<AttentionTile>* tiles_ = nullptr;
+};
+
+TEST_F(Attention, OfRaggedBatchesInEveryHeadSize) {
+  for (const int32_t head_dim : {64, 96, 128}) {
+    make({.heads = 6, .kv_heads = 2, .head_dim = head_dim, .parts = {{0, 45}, {70, 1}, {13, 20}}});
+    expect_is_plain();
+  }
+}
+
+TEST_F(Attention, WithOneKvHeadAndWithAsManyAsHeads) {
+  for (const int32_t kv_heads : {1, 3}) {
+    make({.heads = 3, .kv_heads = kv_heads, .block_shift = 0, .parts = {{31, 40}}});
+    expect_is_plain();
+  }
+}
+
+TEST_F(Attention, WithinAWindow) {
+  for (const int32_t window : {1, 17, 64, 90}) {
+    make({.window = window, .parts = {{60, 70}, {0, 9}}});
+    expect_is_plain();
+  }
+}
+
+TEST_F(Attention, AroundTheTileSizes) {
+  for (const int32_t rows : {1, 63, 64, 65}) {
+    make({.heads = 1, .block_shift = 7, .parts = {{0, rows}, {128 - rows, rows}}});
+    expect_is_plain();
+  }
+}
+
+// Preemption and batching must not change a row's bits.
+TEST_F(Attention, RowsDoNotDependOnSlicesOrBatch) {
+  for (const int32_t window : {0, 50}) {
+    make({.heads = 3, .window = window, .parts = {{37, 90}, {0, 11}}});
+    const std::vector<Bf16> want = bits_of(slices_);
+    for (const auto& [begin, end] : {std::pair{0, 13}, {13, 14}, {14, 78}, {78, 90}}) {
+      const std::vector<AttentionSlice> slice = {{begin, end - begin, 37 + begin, 0}};
+      const std::vector<Bf16> got = bits_of(slice);
+      EXPECT_TRUE(std::equal(got.begin() + begin * ld(), got.begin() + end * ld(),
+                             want.begin() + begin * ld()))
+          << "rows " << begin << " to " << end << ", window " << window;
+    }
+  }
+}
+
+// A graph's tile list is padded with zeros, which touch nothing.
+TEST_F(Attention, PaddingTilesWriteNothing) {
+  make({.parts = {{0, 5}}});
+  std::vector<AttentionTile> tiles = attention_tiles(slices_, group());
+  tiles.resize(tiles.size() + 3);
+  set_tiles(std::move(tiles));
+  out_->allow(kAllowed, 1e-6, scale());
+  expect_kernel([&](cudaStream_t s) { return launch_attention(args(Place::kDevice), s); },
+                [&] { fake_kernels::attention(args(Place::kHost)); });
+}
+
+// A graph keeps addresses: another batch of the same bucket gives its tiles and tables there.
+TEST_F(Attention, AGraphReadsTablesAndTilesAtEachReplay) {
+  make({.heads = 4, .kv_heads = 2, .parts = {{20, 30}, {0, 30}}});
+  const std::vector<AttentionTile> both = attention_tiles(slices_, group());
+  std::vector<AttentionTile> first = attention_tiles(std::span(slices_).first(1), group());
+  first.resize(both.size());
+  set_tiles(both);
+  out_->allow(kAllowed, 1e-6, scale());
+  const auto launch = [&](cudaStream_t s) { return launch_attention(args(Place::kDevice), s); };
+  const auto plain = [&] { fake_kernels::attention(args(Place::kHost)); };
+  expect_kernel(launch, plain);
+  expect_after_change(launch, plain, [&] { tiles_->initial() = first; });
+}
+
+// A context that spans many tiles of keys.
+TEST_F(Attention, OfALongContext) {
+  const int32_t context = kIsDouble ? 700 : 9000;
+  make({.heads = 3, .parts = {{context, 33}}});
+  expect_is_plain();
+}
+
+}  // namespace
+}  // namespace flowprefill::testing
