@@ -152,7 +152,7 @@ std::vector<std::byte> batch_inputs(const PlanShape& shape, const Batch& batch,
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
     const Sequence& s = batch.sequences[i];
     for (int32_t row = 0; row < s.rows; ++row) {
-      const auto at = static_cast<size_t>(s.row_begin + row);
+      const auto at = static_cast<size_t>(s.row_begin) + static_cast<size_t>(row);
       out.put(layout.sequences, at, static_cast<int32_t>(i) + 1);
       out.put(layout.positions, at, s.context + row);
     }

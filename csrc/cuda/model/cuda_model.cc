@@ -311,30 +311,32 @@ std::unique_ptr<Device> CudaModel::make_device(const std::optional<PlanOptions>&
   CudaDeviceOptions options;
   options.run_ahead = state_->options.run_ahead;
   options.spin_s = state_->options.spin_s;
-  options.prepare = [state = state_, own = on_device(warm)] { state->prepare(own); };
+  std::optional<PlanOptions> own = warm;
+  if (own.has_value())
+    own = on_device(*own);
+  options.prepare = [state = state_, own] { state->prepare(own); };
   return std::make_unique<CudaDevice>(state_->resources, std::move(options));
 }
 
-std::unique_ptr<CudaModelProgram> CudaModel::make_program(Batch batch, const PlanOptions& options,
+std::unique_ptr<CudaModelProgram> CudaModel::make_program(const Batch& batch,
+                                                          const PlanOptions& options,
                                                           std::span<const SamplingParams> sampling,
                                                           const CudaProgramOptions& program) {
   if (!state_->is_finished || state_->builder == nullptr)
     throw std::logic_error("finish() and allocate_cache() come first");
   check_batch(state_->config, batch, state_->limits());
   check_sampling(sampling, batch.sequences.size());
-  PlannedBatch planned = state_->builder->plan_for(batch, *on_device(options));
+  PlannedBatch planned = state_->builder->plan_for(batch, on_device(options));
   std::vector<std::byte> inputs =
       batch_inputs(*planned.plan->shape, batch, state_->cache->block_tokens(), sampling);
   return std::make_unique<ModelProgram>(state_, state_->resources, std::move(planned), batch,
                                         std::move(inputs), program);
 }
 
-std::optional<PlanOptions> CudaModel::on_device(std::optional<PlanOptions> options) const {
-  if (options.has_value()) {
-    options->threads = 1;
-    options->element_bytes = sizeof(Bf16);
-    options->cuts = state_->options.cuts;
-  }
+PlanOptions CudaModel::on_device(PlanOptions options) const {
+  options.threads = 1;
+  options.element_bytes = sizeof(Bf16);
+  options.cuts = state_->options.cuts;
   return options;
 }
 

@@ -121,7 +121,7 @@ class CudaModel {
   // element_bytes are not. sampling: one per sequence, or none: the most likely tokens.
   // Throws std::invalid_argument naming what does not fit: a token outside the vocabulary, a block
   // table too short or with a block the cache has not, too many tokens or sequences. Thread: any.
-  std::unique_ptr<CudaModelProgram> make_program(Batch batch, const PlanOptions& options,
+  std::unique_ptr<CudaModelProgram> make_program(const Batch& batch, const PlanOptions& options,
                                                  std::span<const SamplingParams> sampling = {},
                                                  const CudaProgramOptions& program = {});
 
@@ -135,7 +135,7 @@ class CudaModel {
   struct State;
 
   // With what the GPU decides itself: threads, element size, cuts.
-  std::optional<PlanOptions> on_device(std::optional<PlanOptions> options) const;
+  PlanOptions on_device(PlanOptions options) const;
 
   const std::shared_ptr<State> state_;  // programs share it
 };

@@ -16,9 +16,8 @@ void require(bool holds, const char* field, int64_t value, const char* allowed) 
   }
 }
 
-const ModelConfig& checked(const ModelConfig& config) {
-  check(config);
-  const ModelConfig& c = config;
+ModelConfig checked(ModelConfig c) {
+  check(c);
   require(c.hidden_size % 8 == 0, "hidden_size", c.hidden_size, "a multiple of 8");
   require(c.intermediate_size % 8 == 0, "intermediate_size", c.intermediate_size,
           "a multiple of 8");
@@ -26,7 +25,7 @@ const ModelConfig& checked(const ModelConfig& config) {
           "64, 96 or 128");
   for (const int32_t window : c.windows)
     require(window >= 0, "windows", window, "at least 0");
-  return config;
+  return c;
 }
 
 std::string shape_text(int64_t rows, int64_t columns) {
@@ -51,6 +50,7 @@ DeviceWeights::DeviceWeights(const ModelConfig& config, int device, size_t piece
   for (const auto& [name, place] : places_)
     missing_.insert(name);
   std::vector<double> turns;
+  turns.reserve(config_.inverse_frequencies.size());
   for (const double frequency : config_.inverse_frequencies)
     turns.push_back(frequency / (2 * std::numbers::pi));
   uploader_->raw(turns.data(), turns.size() * sizeof(double), const_cast<double*>(turns_));

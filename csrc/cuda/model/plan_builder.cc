@@ -37,6 +37,7 @@ double total(const std::vector<double>& seconds) {
 
 std::vector<double> planned_steps(const Plan& plan) {
   std::vector<double> seconds;
+  seconds.reserve(plan.steps.size());
   for (const Step& step : plan.steps)
     seconds.push_back(step.predicted_s);
   return seconds;
@@ -82,6 +83,7 @@ SegmentShape shape_of(std::span<const Step> steps, int32_t variant) {
 
 std::vector<int32_t> last_rows_of(const Batch& batch) {
   std::vector<int32_t> rows;
+  rows.reserve(batch.sequences.size());
   for (const Sequence& s : batch.sequences)
     rows.push_back(s.row_begin + s.rows - 1);
   return rows;

@@ -59,6 +59,7 @@ class Ranges {
   LiveSet head_columns() const {
     const auto [begin, end] = head_column_range(s_.padded_vocab, step_);
     std::vector<LiveRange> ranges;
+    ranges.reserve(static_cast<size_t>(s_.sizes.sequences));
     for (int32_t row = 0; row < s_.sizes.sequences; ++row) {
       ranges.push_back({s_.lane.logits + product(row, s_.padded_vocab, 4) + product(begin, 1, 4),
                         product(end - begin, 1, 4)});
@@ -71,6 +72,7 @@ class Ranges {
     if (rows.empty())
       return LiveSet({{s_.lane.hidden, product(s_.sizes.rows, 1, bytes)}});
     std::vector<LiveRange> ranges;
+    ranges.reserve(rows.size());
     for (const int32_t row : rows)
       ranges.push_back({s_.lane.hidden + static_cast<size_t>(row) * bytes, bytes});
     return ranges;
