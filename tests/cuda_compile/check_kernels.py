@@ -150,7 +150,7 @@ def failures(named: dict[tuple[str, str], Kernel], ptx: set[str]) -> list[str]:
 def main() -> int:
     """Build, read, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--build-folder", type=Path, default=ROOT / "build" / "cuda-compile")
+    parser.add_argument("--build-folder", type=Path, default=ROOT / "build" / "cuda-module")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (up to 4 GB each)")
     options = parser.parse_args()
     try:

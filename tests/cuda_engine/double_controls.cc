@@ -21,8 +21,23 @@ FP_EXPORT int double_live_handles() {
   return fake_cudart::live().handles();
 }
 
-// The double has one device. Weak: it may come to answer by itself.
-__attribute__((weak)) cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
+// 80: compute capability 8.0.
+FP_EXPORT void double_set_compute_capability(int capability) {
+  fake_cudart::set_compute_capability(capability);
+}
+
+namespace {
+
+int device_count_code = cudaSuccess;
+
+}  // namespace
+
+// What looking for devices returns from now on; 0: there is one.
+FP_EXPORT void double_set_device_count_code(int code) {
+  device_count_code = code;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = device_count_code == cudaSuccess ? 1 : 0;
+  return static_cast<cudaError_t>(device_count_code);
 }

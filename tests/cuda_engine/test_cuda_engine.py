@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from double_engine import (
     wait_for,
 )
 
-from flowprefill import SLO, Engine, EngineConfig, Request, RequestFailed, _core
+from flowprefill import SLO, ConfigError, Engine, EngineConfig, Request, RequestFailed, _core
 from flowprefill.engine.sequence import Sequence
 
 OpenEngine = Callable[..., Engine]
@@ -53,6 +54,49 @@ def test_the_module_tells_of_its_device(cuda: ModuleType) -> None:
     assert not is_usable
     assert reason == "no GPU with this number: there is one, cuda:0"
     assert cuda.device_info()["compute_capability"] == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (35, r"the NVIDIA driver is too old: it supports CUDA \d+\.\d, this build needs \d+\.\d"),
+        (100, r"the NVIDIA driver shows no GPU \(CUDA_VISIBLE_DEVICES is '7'\)"),
+        (3, r"cudaGetDeviceCount: "),
+    ],
+)
+def test_no_device_says_exactly_why(
+    cuda: ModuleType,
+    controls: ctypes.CDLL,
+    open_engine: OpenEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    controls.double_set_device_count_code(code)
+    try:
+        assert cuda.device_count() == 0
+        with pytest.raises(ConfigError, match=words):
+            open_engine(device="cuda")
+        engine = open_engine(device="auto")
+        assert engine.describe()["device"] == "cpu"
+        assert re.match(words, engine.describe()["reason"])
+    finally:
+        controls.double_set_device_count_code(0)
+
+
+def test_a_gpu_that_is_too_old_is_named(
+    cuda: ModuleType, controls: ctypes.CDLL, open_engine: OpenEngine
+) -> None:
+    controls.double_set_compute_capability(75)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"double has compute capability 7\.5, 8\.0 or higher"
+        ):
+            open_engine(device="cuda")
+        assert open_engine(device="auto").describe()["device"] == "cpu"
+    finally:
+        controls.double_set_compute_capability(80)
 
 
 @pytest.mark.parametrize("granularity", ["operator", "layer", "none", "chunk:64", "budget:2"])
