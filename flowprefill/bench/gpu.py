@@ -1,0 +1,353 @@
+"""`flowprefill bench gpu`: what one GPU does; `make bench-gpu` writes the report to send us.
+
+Rows of four tables, told apart by their key `table`:
+
+- `gemm`: the matrix kernels measured for each shape of product, and which was chosen;
+- `prefill`: tokens per second by prompt length, from dispatch to result, with graphs and without;
+- `run_ahead`: by how many segments the host may be ahead of the GPU: the gaps between launches that
+  this hides, and the blocking time that it costs, from the dispatch of a short prompt beside a long
+  one to its first segment. Times are the GPU's own, by events;
+- `hol`: short prompts beside a long one through the whole engine, see `bench hol`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from flowprefill.bench import hol
+from flowprefill.bench.gpu_model import GpuModel, Segment
+from flowprefill.bench.prefill import flops_of
+from flowprefill.bench.preparation import (
+    add_common_arguments,
+    check_common,
+    check_least,
+    check_lengths,
+    load_engine,
+    say,
+)
+from flowprefill.bench.report import Report, Row, print_table
+from flowprefill.bench.statistics import median, quantiles
+from flowprefill.config import EngineConfig, Granularity
+from flowprefill.engine.device import DeviceChoice, choose_device
+from flowprefill.engine.native import model_shape, native_plan
+from flowprefill.errors import CheckpointError, ConfigError
+from flowprefill.models.checkpoint import Checkpoint, open_checkpoint
+from flowprefill.scheduling.cost_model import MachineRates, ModelShape
+
+TABLES = ("gemm", "prefill", "run_ahead", "hol")
+LENGTHS = (128, 512, 2048, 7500)
+QUICK_LENGTHS = (64, 256)
+DEPTHS = (1, 2, 3, 4)
+USUAL_DEPTH = 2
+HOL_GRANULARITIES = ("none", "operator", "budget:2")
+SPAN = 0.85  # of the long prompt's time, within which a short one arrives
+SHARES = (0.5, 0.99, 1)
+COLUMNS = {
+    "gemm": {
+        "shape": "rows x columns x depth", "chosen": "chosen", "us": "µs",
+        "tflops_per_s": "TFLOP/s", "others": "others, µs",
+    },
+    "prefill": {
+        "launch": "launch", "tokens": "tokens", "tokens_per_s": "tokens/s", "min": "min",
+        "max": "max", "tflops_per_s": "TFLOP/s", "samples": "samples",
+    },
+    "run_ahead": {
+        "run_ahead": "run-ahead", "blocking_p50_s": "blocking p50 ms",
+        "blocking_p99_s": "p99 ms", "blocking_max_s": "max ms", "segment_p50_s": "segment p50 ms",
+        "segment_max_s": "max ms ", "gap_p50_s": "gap p50 ms", "gap_p99_s": "p99 ms ",
+        "gap_share": "gaps %", "blocked": "samples",
+    },
+    "hol": hol.COLUMNS,
+}  # fmt: skip
+TITLES = {
+    "gemm": "Matrix kernels",
+    "prefill": "Prefill",
+    "run_ahead": "Segments that the host is ahead",
+    "hol": "Short prompts beside a long one",
+}
+
+# Makes a model with these options for the length of a `with`.
+OpenModel = Callable[..., Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``flowprefill bench gpu``."""
+    add_common_arguments(parser, rounds=3)
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:N, default cuda")
+    parser.add_argument(
+        "--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="TABLE",
+        help=f"of {', '.join(TABLES)}; default all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", metavar="N",
+        help=f"prompt lengths, default {' '.join(map(str, LENGTHS))}; the last is the long one",
+    )  # fmt: skip
+    parser.add_argument("--short-tokens", type=int, default=64, help="default 64")
+    parser.add_argument(
+        "--shorts", type=int, default=40, help="short prompts per measurement, default 40"
+    )
+    parser.add_argument("--granularity", default="budget:2", help="of prefill and run_ahead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables, write the JSON.
+
+    Raises:
+        ConfigError: there is no GPU that can be used; says why. Nothing has been loaded then.
+    """
+    choice = _choose_gpu(args.device)
+    check_common(args)
+    check_least("shorts", args.shorts, 1)
+    check_least("short-tokens", args.short_tokens, 1)
+    Granularity.parse(args.granularity)
+    args.tokens = args.tokens or list(QUICK_LENGTHS if args.quick else LENGTHS)
+    check_least("tokens", min(args.tokens), 1)
+    if args.quick:
+        args.rounds, args.shorts = 1, min(args.shorts, hol.QUICK_SHORTS)
+    names = ("model", "rounds", "seed", "tokens", "short_tokens", "shorts", "granularity", "only")
+    report = Report("gpu", {name: getattr(args, name) for name in names})
+    report.extra["gpu"] = {"device": choice.name, **_device_info(choice)}
+    measure(report, choice, args)
+    for table in args.only:
+        rows = [row for row in report.rows if row["table"] == table]
+        print_table(f"{TITLES[table]}, {report.extra['gpu']['name']}", rows, COLUMNS[table])
+    report.write(args.json)
+    return 0
+
+
+def _choose_gpu(device: str) -> DeviceChoice:
+    EngineConfig(device=device)  # refuses what no setting allows
+    choice = choose_device(device)
+    if choice.module is None:
+        raise ConfigError(f"device: got {device!r}, expected a GPU: cuda or cuda:N", param="device")
+    return choice
+
+
+def _device_info(choice: DeviceChoice) -> dict[str, Any]:
+    info: dict[str, Any] = choice.module.device_info(choice.index)  # type: ignore[union-attr]
+    return info | {"compute_capability": ".".join(map(str, info["compute_capability"]))}
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure(report: Report, choice: DeviceChoice, args: argparse.Namespace) -> None:
+    """Fill the report's rows and `extra`, table by table; models are loaded one after the other."""
+    if set(args.only) - {"hol"}:
+        _measure_models(report, choice, args)
+    if "hol" in args.only:
+        report.rows += _measure_hol(report, args)
+
+
+def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(args.model)
+    longest = max(*args.tokens, args.short_tokens)
+    if longest > checkpoint.config.max_position:
+        raise ConfigError(
+            f"tokens: got {longest}, expected at most {checkpoint.config.max_position}",
+            param="tokens",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        common = {
+            "measures_gemms": "gemm" in args.only,
+            "gemm_cache_path": str(Path(folder) / "gemm-choices"),  # measured by the first model
+            "cublas_lt_libraries": cublas_lt_libraries(),
+        }
+        open_model = _opener(choice, checkpoint, longest, common)
+        shape = model_shape(checkpoint.config, "bf16")
+        plan = _measure_usual(report, open_model, args, shape)
+        if "prefill" in args.only:
+            with open_model(has_graphs=False) as model:
+                report.rows += prefill_rows("eager", model, plan, args, shape)
+        if "run_ahead" in args.only:
+            for depth in DEPTHS:
+                with open_model(run_ahead=depth) as model:
+                    report.rows.append(run_ahead_row(depth, model, plan, args))
+
+
+def _opener(
+    choice: DeviceChoice, checkpoint: Checkpoint, longest: int, common: dict[str, Any]
+) -> OpenModel:
+    @contextmanager
+    def open_model(**options: Any) -> Iterator[GpuModel]:
+        told = ", ".join(f"{name} {value}" for name, value in options.items())
+        say(f"loading {checkpoint.name}{': ' if told else ''}{told}")
+        try:
+            model = GpuModel(choice, checkpoint, longest, common | options)
+        except ValueError as error:
+            raise CheckpointError(f"{choice.name}: {error}") from None
+        except RuntimeError as error:
+            raise ConfigError(f"{choice.name}: {error}", param="device") from None
+        try:
+            yield model
+        finally:
+            model.close()
+
+    return open_model
+
+
+def _measure_usual(
+    report: Report, open_model: OpenModel, args: argparse.Namespace, shape: ModelShape
+) -> dict[str, Any]:
+    """Measure what needs the model as the engine has it; returns the plan for the other tables."""
+    with open_model(run_ahead=USUAL_DEPTH) as model:
+        if "gemm" in args.only:
+            report.rows += gemm_rows(model)
+            rates_found = [row["tflops_per_s"] for row in report.rows if row["us"] is not None]
+            report.extra["peak_gemm_flops_per_s"] = max(rates_found, default=0.0) * 1e12
+        rates: MachineRates = model.rates()
+        plan = native_plan(Granularity.parse(args.granularity), rates)
+        report.extra["planner_rates"] = {
+            "gemm_flops_per_s": rates.gemm_flops_per_s,
+            "attention_flops_per_s": rates.attention_flops_per_s,
+            "weight_bytes_per_s": rates.weight_bytes_per_s,
+        }
+        if "prefill" in args.only:
+            report.rows += prefill_rows("graph", model, plan, args, shape)
+        report.extra["graphs"] = model.graph_report()
+        report.extra["memory"] = model.memory()
+    return plan
+
+
+def cublas_lt_libraries() -> list[str]:
+    """Return where cuBLASLt may lie: in the packages of this environment, or the system's."""
+    packages = Path(sysconfig.get_path("platlib")) / "nvidia"
+    return [*map(str, sorted(packages.glob("*/lib/libcublasLt.so.13"))), "libcublasLt.so.13"]
+
+
+def gemm_rows(model: GpuModel) -> list[Row]:
+    """Return one row for each shape of product; times that are texts say why there is none."""
+    out = []
+    for rows, columns, depth, chosen, timings in model.gemm_report():
+        chosen_us = timings.get(chosen)
+        us = chosen_us if isinstance(chosen_us, float) and chosen_us > 0 else None
+        others = (
+            f"{name} {value:.1f}" if isinstance(value, float) else f"{name}: {value}"
+            for name, value in timings.items()
+            if name != chosen
+        )
+        out.append(
+            {
+                "table": "gemm",
+                "shape": f"{rows} x {columns} x {depth}",
+                "rows": rows,
+                "columns": columns,
+                "depth": depth,
+                "chosen": chosen,
+                "us": us,
+                "tflops_per_s": 2e-6 * rows * columns * depth / us if us else None,
+                "others": ", ".join(others),
+                "timings_us": timings,
+            }
+        )
+    return out
+
+
+def prefill_rows(
+    launch: str,
+    model: GpuModel,
+    plan: dict[str, Any],
+    args: argparse.Namespace,
+    shape: ModelShape,
+) -> list[Row]:
+    """Measure every length; the first three of each are not counted: they capture graphs."""
+    out = []
+    for tokens in args.tokens:
+        for _ in range(3):
+            model.prefill_s(tokens, plan)
+        took = [model.prefill_s(tokens, plan) for _ in range(3 * args.rounds)]
+        say(f"{launch:<6} {tokens:6} tokens  {median(took) * 1e3:8.2f} ms")
+        out.append(
+            {
+                "table": "prefill",
+                "launch": launch,
+                "tokens": tokens,
+                "tokens_per_s": tokens / median(took),
+                "min": tokens / max(took),
+                "max": tokens / min(took),
+                "tflops_per_s": flops_of(tokens, shape) / median(took) / 1e12,
+                "samples": len(took),
+            }
+        )
+    return out
+
+
+def run_ahead_row(
+    depth: int, model: GpuModel, plan: dict[str, Any], args: argparse.Namespace
+) -> Row:
+    """Measure gaps between the segments of a long prompt, and how long it blocks short ones."""
+    long_tokens = args.tokens[-1]
+    for _ in range(3):
+        model.prefill_s(args.short_tokens, plan)
+        model.prefill_s(long_tokens, plan)
+    with model.recorded() as segments:
+        took_s = [model.prefill_s(long_tokens, plan) for _ in range(args.rounds)]
+    gaps = gaps_of(segments)
+    rng = random.Random(args.seed)
+    blocking = []
+    for _ in range(args.shorts):
+        delay_s = rng.uniform(0.0, SPAN * median(took_s))
+        blocked_s = blocking_s(model, plan, (long_tokens, args.short_tokens), delay_s)
+        if blocked_s is not None:
+            blocking.append(blocked_s)
+    lengths = [segment.end_s - segment.start_s for segment in segments]
+    say(f"run-ahead {depth}  blocking {median(blocking) * 1e3:.3f} ms")
+    return {
+        "table": "run_ahead",
+        "run_ahead": depth,
+        **quantiles("blocking", blocking, SHARES),
+        **quantiles("segment", lengths, SHARES),
+        **quantiles("gap", gaps, SHARES),
+        "gap_share": sum(gaps) / (sum(gaps) + sum(lengths)) if segments else None,
+        "segments": len(segments) // args.rounds,
+        "blocked": len(blocking),
+    }
+
+
+def gaps_of(segments: Sequence[Segment]) -> list[float]:
+    """Return the seconds between the segments of each run in which the GPU did nothing."""
+    return [
+        max(after.start_s - before.end_s, 0.0)
+        for before, after in pairwise(segments)
+        if after.run_id == before.run_id
+    ]
+
+
+def blocking_s(
+    model: GpuModel, plan: dict[str, Any], tokens: tuple[int, int], delay_s: float
+) -> float | None:
+    """Dispatch a long prompt and, some time later, a short one.
+
+    Returns:
+        Seconds from the dispatch of the short one to the start of its first segment; None if the
+        long one had ended by then, or had not begun.
+    """
+    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
+    with model.recorded() as segments:
+        model.dispatch(long)
+        time.sleep(delay_s)
+        model.dispatch(short)
+        model.finish(short)
+        was_blocked = long.state == "suspended"
+        model.cancel(long)
+    dispatched_s = float(short.accounting()["dispatched_s"])
+    started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
+    return started_s[0] - dispatched_s if was_blocked and started_s else None
+
+
+def _measure_hol(report: Report, args: argparse.Namespace) -> list[Row]:
+    args.long_tokens, args.short_ttft_ms = args.tokens[-1], 0.0
+    with load_engine(args, device=args.device) as engine:
+        check_lengths(engine, [args.long_tokens, args.short_tokens])
+        report.settings["engine"] = engine.describe()
+        rounds = hol.measure(engine, args, HOL_GRANULARITIES)
+    return [{"table": "hol", **hol.row_of(name, rounds)} for name in HOL_GRANULARITIES]

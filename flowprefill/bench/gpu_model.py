@@ -1,0 +1,176 @@
+"""GpuModel: a model on one GPU with an executor of its own; `bench gpu` measures on it.
+
+It is what the engine has, without scheduler and requests, and with options of the native model that
+the engine does not offer: depth of run-ahead, graphs or none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flowprefill.config import Granularity
+from flowprefill.engine import calibration
+from flowprefill.engine.device import DeviceChoice
+from flowprefill.engine.native import fill_model, model_shape, native_config, native_plan
+from flowprefill.models.checkpoint import Checkpoint
+from flowprefill.scheduling.cost_model import MachineRates
+
+BLOCK_TOKENS = 16
+PATIENCE_S = 600.0  # for one run
+ENDED = ("finished", "cancelled", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One executed segment; seconds on the monotonic clock, as the GPU's events tell."""
+
+    run_id: int
+    index: int
+    start_s: float
+    end_s: float
+
+
+class GpuModel:
+    """Weights, cache for one long and one short prompt, and the executor; see the module."""
+
+    def __init__(
+        self, choice: DeviceChoice, checkpoint: Checkpoint, longest: int, options: dict[str, Any]
+    ) -> None:
+        """Load the weights and start the executor, which captures graphs and measures kernels.
+
+        Args:
+            longest: tokens of the longest prompt; the cache holds two of them.
+            options: of the native model beside those that follow from the prompt.
+        """
+        assert choice.module is not None
+        config = checkpoint.config
+        self._cuda: Any = choice.module
+        self._vocab_size = config.vocab_size
+        self._shape = model_shape(config, "bf16")
+        longest = max(longest, calibration.LONGEST_PROBE_TOKENS)
+        self._blocks_of_one = -(-longest // BLOCK_TOKENS)
+        sizes = {
+            "device": choice.index,
+            "max_tokens": longest,
+            "max_sequences": 4,
+            "max_context": config.max_position,
+        }
+        self._model: Any = self._cuda.Model(native_config(config), sizes | options)
+        fill_model(self._model, checkpoint)
+        self._model.allocate_cache(BLOCK_TOKENS, 2 * self._blocks_of_one)
+        self._ids = itertools.count(1)
+        self._ended_s: dict[int, float] = {}
+        self._executor: Any = self._cuda.Executor(self._model)
+        self._executor.start()
+
+    def close(self) -> None:
+        """Stop the executor and give the GPU's memory back."""
+        self._executor.stop()
+        self._executor.pop_events()
+        self._ended_s.clear()
+        del self._executor, self._model
+
+    # ---- runs ----------------------------------------------------------------------------------
+
+    def make(self, tokens: int, plan: dict[str, Any], slot: int = 0, seed: int = 0) -> Any:
+        """Make the run that prefills a random prompt.
+
+        Args:
+            slot: 0 or 1: whose blocks; two runs that are alive at once need one each.
+        """
+        ids = np.random.default_rng(seed).integers(0, self._vocab_size, tokens, dtype=np.int32)
+        return self._model.make_run(next(self._ids), ids, [(tokens, 0, self._table(slot))], plan)
+
+    def _table(self, slot: int) -> Any:
+        first = slot * self._blocks_of_one
+        return np.arange(first, first + self._blocks_of_one, dtype=np.int32)
+
+    def dispatch(self, run: Any) -> None:
+        """Make it the next to execute."""
+        self._executor.dispatch(run)
+
+    def cancel(self, run: Any) -> None:
+        """End it, and wait until it has."""
+        self._executor.cancel(run)
+        self._wait(run)
+
+    def _wait(self, run: Any) -> float:
+        """Return when the run ended, on the monotonic clock."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while run.id not in self._ended_s:
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"run {run.id} is {run.state} after {PATIENCE_S:g} s")
+            select.select([self._executor.event_fd], [], [], 0.1)
+            for kind, ended, time_s in self._executor.pop_events():
+                if kind in ENDED:
+                    self._ended_s[ended.id] = time_s
+        return self._ended_s[run.id]
+
+    def finish(self, run: Any) -> float:
+        """Wait until a dispatched run has finished; returns when, on the monotonic clock.
+
+        Raises:
+            RuntimeError: it failed; says why.
+        """
+        ended_s = self._wait(run)
+        if run.state != "finished":
+            raise RuntimeError(f"run {run.id} is {run.state}: {run.error}")
+        return ended_s
+
+    def prefill_s(self, tokens: int, plan: dict[str, Any]) -> float:
+        """Prefill one prompt on the idle GPU; seconds from its dispatch to its result."""
+        run = self.make(tokens, plan)
+        self.dispatch(run)
+        ended_s = self.finish(run)
+        return ended_s - float(run.accounting()["dispatched_s"])
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Segment]]:
+        """Fill the list, on leaving, with the segments executed meanwhile, oldest first."""
+        segments: list[Segment] = []
+        since = self._executor.timeline()[1]
+        yield segments
+        records = self._executor.timeline(since)[0]
+        segments += [Segment(record[0], record[1], record[8], record[9]) for record in records]
+
+    # ---- reports -------------------------------------------------------------------------------
+
+    def rates(self) -> MachineRates:
+        """Measure what the planner cuts by."""
+        plan = native_plan(Granularity("none"), MachineRates())
+
+        def make_probe(tokens: int, context: int) -> Any:
+            rows = np.zeros(tokens, dtype=np.int32)
+            sequences = [(tokens, context, self._table(0))]
+            return self._model.make_run(next(self._ids), rows, sequences, plan)
+
+        most = self._blocks_of_one * BLOCK_TOKENS
+        return calibration.measure(self._executor, make_probe, self._shape, most)
+
+    def graph_report(self) -> dict[str, Any]:
+        """Return count, bytes and seconds of the captured graphs."""
+        report: dict[str, Any] = self._model.graph_report()
+        return report
+
+    def gemm_report(self) -> list[tuple[int, int, int, str, dict[str, float | str]]]:
+        """Return what was measured of each product: rows, columns, depth, choice, times."""
+        report: list[tuple[int, int, int, str, dict[str, float | str]]] = self._model.gemm_report()
+        return report
+
+    def memory(self) -> dict[str, int]:
+        """Return where the GPU's memory went, bytes."""
+        block_bytes = self._model.bytes_per_block(BLOCK_TOKENS)
+        return {
+            "weight_bytes": self._model.weight_bytes,
+            "lane_bytes": self._model.lane_bytes(BLOCK_TOKENS),
+            "cache_bytes": 2 * self._blocks_of_one * block_bytes,
+            "cache_bytes_per_token": block_bytes // BLOCK_TOKENS,
+        }

@@ -1,0 +1,197 @@
+"""`bench gpu` on a stand-in of the module for GPUs whose models are the CPU's: rows as stated."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import transformers
+
+from flowprefill import _core
+from flowprefill.bench import gpu
+from flowprefill.bench.gpu_model import Segment
+from flowprefill.cli import main
+from flowprefill.models.checkpoint import open_checkpoint
+
+GIB = 1 << 30
+
+
+class Model:
+    """The CPU's model with the reports of a GPU's."""
+
+    made: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:
+        Model.made.append(options)
+        self.inner = _core.Model(config, "f32", 1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def lane_bytes(self, block_tokens: int) -> int:
+        return 1000
+
+    def graph_report(self) -> dict[str, Any]:
+        return {"num_executables": 3, "bytes": 4096, "capture_s": 0.5}
+
+    def lane_report(self) -> dict[str, int]:
+        return {"device_spill_bytes": 0, "pinned_spill_bytes": 0}
+
+    def gemm_report(self) -> list[tuple[int, int, int, str, dict[str, float | str]]]:
+        timings: dict[str, float | str] = {"a": 10.0, "b": 8.0, "cublaslt": "too old"}
+        return [(128, 64, 64, "b", timings), (256, 64, 64, "", {"a": "failed"})]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, str]]:
+    """What the stand-in says of its GPUs; changed by a test."""
+    found = [(True, "Stand-in, compute capability 9.0")]
+
+    def availability(index: int = 0) -> tuple[bool, str]:
+        return found[index] if found else (False, "no NVIDIA driver: libcuda.so.1 is missing")
+
+    def device_info(index: int = 0) -> dict[str, Any]:
+        return {
+            "name": "Stand-in", "compute_capability": (9, 0), "multiprocessors": 4,
+            "memory_bytes": 8 * GIB, "free_bytes": 4 * GIB,
+            "driver_version": "13.0", "runtime_version": "13.0",
+        }  # fmt: skip
+
+    module: Any = ModuleType("flowprefill._cuda")
+    module.architectures = "none"
+    module.device_count = lambda: len(found)
+    module.availability = availability
+    module.device_info = device_info
+    module.Model = Model
+    module.Executor = lambda model: _core.Executor(1)
+    module.logits = _core.logits
+    module.has_logits = lambda run: True
+    monkeypatch.setattr(Model, "made", [])
+    monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with the default model's tokenizer."""
+    config = transformers.LlamaConfig(
+        vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("gpu-bench") / "tiny"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    open_checkpoint("smollm2-135m").tokenizer._inner.save(str(path / "tokenizer.json"))
+    return path
+
+
+def rows_of(report: dict[str, Any], table: str) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if row["table"] == table]
+
+
+@pytest.mark.slow
+def test_every_table_is_in_the_report(
+    folder: Path, tmp_path: Path, gpus: list[tuple[bool, str]]
+) -> None:
+    path = tmp_path / "report.json"
+    flags = ["--tokens", "40", "1500", "--granularity", "operator", "--shorts", "3"]
+    command = ["bench", "gpu", "--model", str(folder), "--quick", *flags, "--json", str(path)]
+    assert main(command) == 0
+    report = json.loads(path.read_text())
+    assert {"machine", "commit", "command", "rows", "settings"} <= report.keys()
+    assert report["gpu"]["name"] == "Stand-in"
+    assert report["gpu"]["compute_capability"] == "9.0"
+    assert report["graphs"]["bytes"] == 4096
+    assert report["memory"]["weight_bytes"] > 0
+    prefill = [(row["launch"], row["tokens"], row["samples"]) for row in rows_of(report, "prefill")]
+    assert prefill == [(how, n, 3) for how in ("graph", "eager") for n in (40, 1500)]
+    assert [row["run_ahead"] for row in rows_of(report, "run_ahead")] == [1, 2, 3, 4]
+    for row in rows_of(report, "run_ahead"):
+        assert row["segments"] > 10
+        assert row["gap_p50_s"] <= row["gap_p99_s"]
+        assert 0 <= row["gap_share"] < 1
+    assert [row["granularity"] for row in rows_of(report, "hol")] == [
+        "none",
+        "operator",
+        "budget:2",
+    ]
+    depths = [options.get("run_ahead") for options in Model.made]
+    assert depths == [2, None, 1, 2, 3, 4, None], "usual, eager, by depth, the engine's"
+    assert Model.made[1]["has_graphs"] is False
+    assert len({options.get("gemm_cache_path") for options in Model.made[:-1]}) == 1
+    fast, failed = rows_of(report, "gemm")
+    assert (fast["chosen"], fast["us"], fast["others"]) == ("b", 8.0, "a 10.0, cublaslt: too old")
+    assert fast["tflops_per_s"] == pytest.approx(2 * 128 * 64 * 64 / 8e-6 / 1e12)
+    assert failed["us"] is None
+    assert report["peak_gemm_flops_per_s"] == pytest.approx(fast["tflops_per_s"] * 1e12)
+
+
+def test_only_the_tables_asked_for_are_measured(
+    folder: Path, tmp_path: Path, gpus: list[tuple[bool, str]]
+) -> None:
+    path = tmp_path / "report.json"
+    command = ["bench", "gpu", "--model", str(folder), "--quick", "--only", "prefill"]
+    assert main([*command, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert {row["table"] for row in report["rows"]} == {"prefill"}
+    assert [options["measures_gemms"] for options in Model.made] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "cuda:x"], "device: got 'cuda:x'"),
+        (["--device", "cpu"], "device: got 'cpu', expected a GPU"),
+        (["--tokens", "0"], "tokens: got 0"),
+        (["--tokens", "5000"], "tokens: got 5000, expected at most 4096"),
+        (["--only", "speed"], "speed"),
+    ],
+)
+def test_bad_flags_are_named(
+    flags: list[str],
+    message: str,
+    folder: Path,
+    gpus: list[tuple[bool, str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["bench", "gpu", "--model", str(folder), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_there_is_one_line_that_says_what_is_missing(
+    gpus: list[tuple[bool, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus.clear()
+    assert main(["bench", "gpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "device: got 'cuda', but no NVIDIA driver" in line
+    assert not Model.made
+
+
+def test_a_model_that_no_kernel_takes_is_named(
+    folder: Path,
+    gpus: list[tuple[bool, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(config: dict[str, Any], options: dict[str, Any]) -> None:
+        raise ValueError("head_dim: got 16, expected 64, 96 or 128")
+
+    monkeypatch.setattr(sys.modules["flowprefill._cuda"], "Model", refuse)
+    assert main(["bench", "gpu", "--model", str(folder), "--quick"]) == 2
+    assert "cuda:0: head_dim: got 16, expected 64, 96 or 128" in capsys.readouterr().err
+
+
+def test_gaps_are_those_within_a_run() -> None:
+    segments = [
+        Segment(1, 0, 0.0, 1.0), Segment(1, 1, 1.5, 2.0), Segment(2, 0, 9.0, 9.5),
+        Segment(2, 1, 9.25, 10.0),
+    ]  # fmt: skip
+    assert gpu.gaps_of(segments) == [0.5, 0.0]
