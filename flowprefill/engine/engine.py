@@ -22,7 +22,12 @@ from flowprefill.engine.device import longest_of, open_model
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
 from flowprefill.engine.native import model_shape, native_plan
-from flowprefill.engine.records import EngineObserver, EngineStats, TimelineEntry
+from flowprefill.engine.records import (
+    EngineObserver,
+    EngineStats,
+    TimelineEntry,
+    timeline_entry,
+)
 from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.sequence import Sequence, TokenSide
 from flowprefill.engine.stop import StopChecker
@@ -211,7 +216,7 @@ class Engine:
     def timeline(self) -> list[TimelineEntry]:
         """Return the segments executed last, oldest first."""
         names = dict(self._core.run_names)
-        return [_timeline_entry(record, names) for record in self._executor.timeline()[0]]
+        return [timeline_entry(record, names) for record in self._executor.timeline()[0]]
 
     def decisions(self) -> list[dict[str, Any]]:
         """Return the scheduler's latest decisions with their reasons, oldest first."""
@@ -389,17 +394,3 @@ class Engine:
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks that may hold NaN; for the core."""
         self._model.zero_blocks(blocks)
-
-
-def _timeline_entry(record: tuple[Any, ...], names: dict[int, str]) -> TimelineEntry:
-    run_id, _, op, layer, last_layer, row, last_row, predicted_s, start_s, end_s = record
-    layers = f"{layer}" if last_layer in (layer, -1) else f"{layer}-{last_layer}"
-    where = f" L{layers}" if layer >= 0 else ""
-    return TimelineEntry(
-        run=names.get(run_id, f"run {run_id}"),
-        run_id=run_id,
-        segment=f"{op}{where} [{row}, {last_row})",
-        start_s=start_s,
-        end_s=end_s,
-        predicted_s=predicted_s,
-    )

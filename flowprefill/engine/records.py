@@ -106,3 +106,18 @@ def decision_entry(event: Event, decision: Decision, now: float) -> dict[str, An
         "dropped": [job_id for job_id, _ in decision.dropped],
         "reason": decision.reason,
     }
+
+
+def timeline_entry(record: tuple[Any, ...], names: dict[int, str]) -> TimelineEntry:
+    """Return a record of the executor's timeline as users see it; names: of runs by id."""
+    run_id, _, op, layer, last_layer, row, last_row, predicted_s, start_s, end_s = record
+    layers = f"{layer}" if last_layer in (layer, -1) else f"{layer}-{last_layer}"
+    where = f" L{layers}" if layer >= 0 else ""
+    return TimelineEntry(
+        run=names.get(run_id, f"run {run_id}"),
+        run_id=run_id,
+        segment=f"{op}{where} [{row}, {last_row})",
+        start_s=start_s,
+        end_s=end_s,
+        predicted_s=predicted_s,
+    )
