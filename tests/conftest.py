@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from hypothesis import settings
 
@@ -9,19 +11,28 @@ from hypothesis import settings
 settings.register_profile("flowprefill", derandomize=True, deadline=None)
 settings.load_profile("flowprefill")
 
-
-def _cuda_devices() -> int:
-    import torch  # only when a GPU test was collected: importing it takes seconds
-
-    return torch.cuda.device_count()
+GPUS_NEEDED = {"gpu": 1, "multigpu": 2}  # by marker
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` or `multigpu` where the devices are missing."""
-    wanted = {"gpu": 1, "multigpu": 2}
-    marked = [(item, n) for item in items for m, n in wanted.items() if item.get_closest_marker(m)]
-    found = _cuda_devices() if marked else 0
-    for item, needed in marked:
-        if found < needed:
-            reason = f"needs {needed} CUDA device(s), found {found}"
-            item.add_marker(pytest.mark.skip(reason=reason))
+@cache
+def _missing_gpus(needed: int) -> str:
+    """Return why there are fewer GPUs than this that the engine can use; "" if there are enough."""
+    from flowprefill.engine.device import cuda_module  # only where a GPU test was collected
+
+    module, reason = cuda_module()
+    if module is None:
+        return f"no GPU: {reason}"
+    answers = [module.availability(index) for index in range(max(module.device_count(), 1))]
+    num_usable = sum(is_usable for is_usable, _ in answers)
+    if num_usable >= needed:
+        return ""
+    reasons = "; ".join(about for is_usable, about in answers if not is_usable)
+    return f"needs {needed} GPUs, found {num_usable}{': ' if reasons else ''}{reasons}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` or `multigpu`, before their fixtures, where devices are missing."""
+    for marker, needed in GPUS_NEEDED.items():
+        if item.get_closest_marker(marker) and (reason := _missing_gpus(needed)):
+            pytest.skip(reason)
