@@ -139,6 +139,19 @@ test-cuda-engine: build $(CUDA_HEADERS)  ## the whole engine with device cuda, o
 	cmake --build build/cuda-engine -j 2
 	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/cuda_engine
 
+.PHONY: test-gpu
+test-gpu: $(DEPENDENCIES)  ## kernels, engine and compute-sanitizer on a real GPU; without one it says why it skips
+	$(BIN)/python tests/gpu/suite.py
+
+# What a GPU would run, on the doubles.
+.PHONY: test-gpu-double
+test-gpu-double: test-cuda-engine  ## the GPU suite itself, over doubles of runtime and kernels; no GPU
+	cmake -S tests/gpu/cpp -B build/gpu-double -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	  -DFP_GPU_DOUBLE=ON -DFP_WERROR=$(if $(CI),ON,OFF)
+	cmake --build build/gpu-double -j 2
+	ctest --test-dir build/gpu-double --output-on-failure
+	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/gpu
+
 .PHONY: tidy-cuda
 tidy-cuda: $(CUDA_HEADERS)  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
 	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
@@ -188,6 +201,11 @@ bench: build  ## the two benches of the README, JSON into out/
 	mkdir -p out
 	$(BIN)/flowprefill bench hol --json out/hol.json
 	$(BIN)/flowprefill bench prefill --json out/prefill.json
+
+.PHONY: bench-gpu
+bench-gpu: build  ## what one GPU does, the report to send us: JSON into out/
+	mkdir -p out
+	$(BIN)/flowprefill bench gpu --json out/gpu.json
 
 # ---- packaging
 
