@@ -3,6 +3,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -125,8 +126,12 @@ class GpuModel {
   int32_t num_blocks_ = 0;  // 0: no cache yet
 };
 
-std::unique_ptr<Executor> make_executor(GpuModel& model) {
-  return std::make_unique<Executor>(model.get().make_device());
+// plan: the options of the runs whose graphs are captured at the start; none: as runs come.
+std::unique_ptr<Executor> make_executor(GpuModel& model, const std::optional<py::dict>& plan) {
+  std::optional<PlanOptions> warm;
+  if (plan.has_value())
+    warm = options_from(*plan);
+  return std::make_unique<Executor>(model.get().make_device(warm));
 }
 
 // A view of the run's logits that keeps the run alive.
@@ -227,7 +232,8 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
       .def("gemm_report", &gemm_report)
       .def_property_readonly("weight_bytes",
                              [](const GpuModel& model) { return model.get().weight_bytes(); });
-  executor.def(py::init(&make_executor), py::arg("model"), py::keep_alive<1, 2>());
+  executor.def(py::init(&make_executor), py::arg("model"), py::arg("plan") = py::none(),
+               py::keep_alive<1, 2>());
   m.def(
       "has_logits",
       [](const py::object& run) {

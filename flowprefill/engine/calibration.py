@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -13,11 +14,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from flowprefill.config import Granularity
+from flowprefill.engine.native import native_plan
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape, attention_pairs
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
-    from flowprefill.engine.device import NativeExecutor, NativeRun
+    from flowprefill.engine.device import NativeExecutor, NativeModel, NativeRun
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,19 @@ OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's 
 
 # Builds the run that computes so many tokens on so much context.
 MakeProbe = Callable[[int, int], "NativeRun"]
+
+
+def probes_of(model: NativeModel, num_blocks: int) -> MakeProbe:
+    """Return what makes probes on a model whose whole cache of so many blocks is free."""
+    table = np.arange(num_blocks, dtype=np.int32)
+    plan = native_plan(Granularity("none"), MachineRates())
+    ids = itertools.count(1)
+
+    def make_probe(tokens: int, context: int) -> NativeRun:
+        rows = np.zeros(tokens, dtype=np.int32)
+        return model.make_run(next(ids), rows, [(tokens, context, table)], plan)
+
+    return make_probe
 
 
 def execute(executor: NativeExecutor, run: NativeRun) -> float:
@@ -80,33 +98,38 @@ def default_cache_dir() -> Path:
     return Path(base) / "flowprefill"
 
 
-def calibrated_rates(
-    cache_dir: Path, key: dict[str, object], measure_now: Callable[[], MachineRates]
-) -> MachineRates:
-    """Return the rates kept for this machine, model and settings; measure and keep them if absent.
+class RatesFile:
+    """Where the rates of this machine, model and settings are kept."""
 
-    Args:
-        key: whatever the rates depend on beside processor and version.
-    """
-    identity = json.dumps({**key, "cpu": _processor(), "version": __version__}, sort_keys=True)
-    digest = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
-    path = cache_dir / f"rates-{digest}.json"
-    try:
-        kept = json.loads(path.read_text())["rates"]
-        return MachineRates(**{field.name: kept[field.name] for field in fields(MachineRates)})
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent, or written by something else: measure
-    rates = measure_now()
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(
-            json.dumps({"key": json.loads(identity), "rates": asdict(rates)}, indent=1)
-        )
-        fresh.replace(path)
-    except OSError as error:
-        log.warning("calibration is not kept: %s", error)
-    return rates
+    def __init__(self, folder: Path, key: dict[str, object]) -> None:
+        """Name the file; it need not exist.
+
+        Args:
+            key: whatever the rates depend on beside processor and version.
+        """
+        whole = {**key, "cpu": _processor(), "version": __version__}
+        self._identity = json.dumps(whole, sort_keys=True)
+        digest = hashlib.blake2b(self._identity.encode(), digest_size=12).hexdigest()
+        self._path = folder / f"rates-{digest}.json"
+
+    def read(self) -> MachineRates | None:
+        """Return the rates kept; None if there are none, or something else wrote the file."""
+        try:
+            kept = json.loads(self._path.read_text())["rates"]
+            return MachineRates(**{field.name: kept[field.name] for field in fields(MachineRates)})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, rates: MachineRates) -> None:
+        """Keep the rates; where that is impossible the log says so."""
+        text = json.dumps({"key": json.loads(self._identity), "rates": asdict(rates)}, indent=1)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._path.with_suffix(f".{os.getpid()}")
+            fresh.write_text(text)
+            fresh.replace(self._path)
+        except OSError as error:
+            log.warning("calibration is not kept: %s", error)
 
 
 def _processor() -> str:

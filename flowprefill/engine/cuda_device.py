@@ -96,10 +96,13 @@ class CudaDevice:
             )
         return int(left * CACHE_SHARE)
 
-    def start_executor(self, model: _cuda.Model) -> _cuda.Executor:
-        """Start the executor, which captures graphs and measures kernels first."""
+    def start_executor(self, model: _cuda.Model, plan: dict[str, Any] | None) -> _cuda.Executor:
+        """Start the executor, which measures kernels first and captures the graphs of short runs.
+
+        Without a plan (no rates are known yet) graphs are captured as runs come.
+        """
         try:
-            executor: _cuda.Executor = self._cuda.Executor(model)
+            executor: _cuda.Executor = self._cuda.Executor(model, plan)
             executor.start()
         except RuntimeError as error:
             raise ConfigError(f"{self.name}: {error}", param="device") from None

@@ -122,8 +122,11 @@ class Device(Protocol):
     def cache_bytes(self, model: Any) -> int:
         """Return the memory for the KV cache of a loaded model, where the settings name none."""
 
-    def start_executor(self, model: Any) -> NativeExecutor:
+    def start_executor(self, model: Any, plan: dict[str, Any] | None) -> NativeExecutor:
         """Make and start the executor of a model whose cache has been allocated.
+
+        Args:
+            plan: the planner's options that runs are likely to have, to prepare for.
 
         Raises:
             ConfigError: the device refused.
@@ -172,9 +175,9 @@ class CpuDevice:
         del model
         return int(CPU_CACHE_GIB * GIB)
 
-    def start_executor(self, model: _core.Model) -> _core.Executor:
-        """Start an executor; it runs any model's runs."""
-        del model
+    def start_executor(self, model: _core.Model, plan: dict[str, Any] | None) -> _core.Executor:
+        """Start an executor; it runs any model's runs, and has nothing to prepare."""
+        del model, plan
         executor = _core.Executor(self.threads, self._background)
         executor.start()
         return executor

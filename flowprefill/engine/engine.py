@@ -37,6 +37,7 @@ from flowprefill.request import SLO, Request
 from flowprefill.scheduling import (
     CostModel,
     MachineRates,
+    ModelShape,
     Scheduler,
     SchedulerSettings,
     WorkKind,
@@ -96,8 +97,7 @@ class Engine:
         self.dtype, self.threads = self._device.dtype, self._device.threads
         self.max_model_len = longest_of(self._device, self.config, self.model_config)
         self._pool = self._allocate_cache()
-        self._executor = self._device.start_executor(self._model)
-        self._cost_model = self._calibrate()
+        self._cost_model = self._start_executor()
         self._core = self._make_core(policy)
         self._plans: dict[float, dict[str, Any]] = {}
         self._seeds = itertools.count(time.time_ns())
@@ -258,23 +258,12 @@ class Engine:
             ) from None
         return BlockPool(blocks, block_tokens, self.config.prefix_cache)
 
-    def _calibrate(self) -> CostModel:
+    def _start_executor(self) -> CostModel:
+        """Start the executor, prepared for the rates kept from earlier; else measure them."""
         shape = model_shape(self.model_config, self.dtype)
         if not self.config.calibrate:
+            self._executor = self._device.start_executor(self._model, None)
             return CostModel(shape)
-        capacity = self._pool.num_blocks * self._pool.block_tokens
-        table = np.arange(self._pool.num_blocks, dtype=np.int32)
-        plan = native_plan(Granularity("none"), MachineRates())
-        ids = itertools.count(1)
-
-        def make_probe(tokens: int, context: int) -> NativeRun:
-            rows = np.zeros(tokens, dtype=np.int32)
-            return self._model.make_run(next(ids), rows, [(tokens, context, table)], plan)
-
-        def measure() -> MachineRates:
-            most = min(capacity, self.model_config.max_position)
-            return calibration.measure(self._executor, make_probe, shape, most)
-
         folder = Path(self.config.cache_dir or calibration.default_cache_dir())
         key = {
             "model": self.model_id,
@@ -283,8 +272,20 @@ class Engine:
             "block_tokens": self._pool.block_tokens,
             **self._device.identity(),
         }
-        rates = calibration.calibrated_rates(folder, key, measure)
+        file = calibration.RatesFile(folder, key)
+        rates = file.read()
+        plan = native_plan(self._granularity, rates) if rates is not None else None
+        self._executor = self._device.start_executor(self._model, plan)
+        if rates is None:
+            rates = self._measure(shape)
+            file.write(rates)
         return CostModel(shape, rates, is_calibrated=True)
+
+    def _measure(self, shape: ModelShape) -> MachineRates:
+        capacity = self._pool.num_blocks * self._pool.block_tokens
+        most = min(capacity, self.model_config.max_position)
+        make_probe = calibration.probes_of(self._model, self._pool.num_blocks)
+        return calibration.measure(self._executor, make_probe, shape, most)
 
     def _make_core(
         self, policy: Callable[[CostModel, SchedulerSettings], Policy] | None

@@ -231,6 +231,21 @@ def test_decode_steps_replay_graphs(open_engine: OpenEngine) -> None:
     assert report["num_replayed"] > 0
 
 
+def test_the_second_start_captures_graphs_ahead(
+    open_engine: OpenEngine, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_options(cuda, monkeypatch, measures_gemms=False, warm_tokens=4)
+    first = open_engine(device="cuda", calibrate=True, granularity="budget:2")
+    expected = ids_of(first, prompt_of(20), 8)
+    first.close()
+    second = open_engine(device="cuda", calibrate=True, granularity="budget:2")
+    report = second._model.graph_report()  # type: ignore[attr-defined]
+    assert second.stats().segments == 0, "the rates are known: no probe has run"
+    assert report["num_failed"] == 0, report["last_failure"]
+    assert report["num_captured"] > 0
+    assert ids_of(second, prompt_of(20), 8) == expected
+
+
 def test_runs_stay_in_the_module_that_made_them(cuda: ModuleType) -> None:
     executor = _core.Executor(1)
     run: Any = cuda.spin_run(1, 1, 0.0)

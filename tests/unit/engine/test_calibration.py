@@ -11,43 +11,47 @@ from engine_models import WAIT_S, greedy, prompt_of
 
 from flowprefill import Engine, Request, _core
 from flowprefill.engine import calibration
+from flowprefill.engine.calibration import RatesFile
 from flowprefill.scheduling import MachineRates
 
 RATES = MachineRates(1e11, 5e10, 1e10, 1e-3)
 
 
-def test_measured_once_and_kept(tmp_path: Path) -> None:
-    calls: list[int] = []
+OTHER = MachineRates(2e11, 5e10, 1e10, 1e-3)
 
-    def measure() -> MachineRates:
-        calls.append(1)
-        return RATES
 
-    for _ in range(3):
-        assert calibration.calibrated_rates(tmp_path / "new", {"model": "a"}, measure) == RATES
-    assert len(calls) == 1
-    assert calibration.calibrated_rates(tmp_path / "new", {"model": "b"}, measure) == RATES
-    assert len(calls) == 2
-    assert len(list((tmp_path / "new").iterdir())) == 2, "no half-written file stays"
+def test_rates_are_kept_by_their_key(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    assert RatesFile(folder, {"model": "a"}).read() is None
+    RatesFile(folder, {"model": "a"}).write(RATES)
+    assert RatesFile(folder, {"model": "a"}).read() == RATES
+    assert RatesFile(folder, {"model": "b"}).read() is None
+    RatesFile(folder, {"model": "b"}).write(OTHER)
+    assert RatesFile(folder, {"model": "a"}).read() == RATES
+    assert len(list(folder.iterdir())) == 2, "no half-written file stays"
 
 
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "null", '{"rates": {}}', '{"rates": {"gemm_flops_per_s": -1}}', '{"rates": 3}'],
 )
-def test_a_damaged_file_is_measured_anew(tmp_path: Path, content: str) -> None:
-    calibration.calibrated_rates(tmp_path, {}, lambda: RATES)
+def test_a_damaged_file_is_none_and_is_replaced(tmp_path: Path, content: str) -> None:
+    file = RatesFile(tmp_path, {})
+    file.write(RATES)
     (path,) = tmp_path.iterdir()
     path.write_text(content)
-    other = MachineRates(2e11, 5e10, 1e10, 1e-3)
-    assert calibration.calibrated_rates(tmp_path, {}, lambda: other) == other
+    assert file.read() is None
+    file.write(OTHER)
     assert json.loads(path.read_text())["rates"]["gemm_flops_per_s"] == 2e11
 
 
-def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert calibration.calibrated_rates(blocked / "under", {}, lambda: RATES) == RATES
+    RatesFile(blocked / "under", {}).write(RATES)
+    assert "calibration is not kept" in caplog.text
 
 
 def test_cache_folder_follows_the_environment(
