@@ -99,17 +99,23 @@ TEST_F(Sample, GivesTheTokenOfTheSortingSampler) {
 // No rounding decides here, so the token is the host's.
 TEST_F(Sample, ExactCases) {
   constexpr int32_t kWidth = 203;
-  std::vector<float> logits = random_logits(6, kWidth);
+  std::vector<float> logits = random_logits(8, kWidth);
   const auto row = [&](int32_t index) { return logits.begin() + index * (kWidth + 1); };
   std::fill_n(row(2), kWidth, -kInfinity);  // no answer
   *(row(3) + 7) = std::nanf("");            // no answer
-  std::fill_n(row(4), kWidth, 0.25f);       // all alike: the middle one of four
+  std::fill_n(row(4), kWidth, 0.25f);       // all alike: the third of four
+  for (const int32_t index : {5, 6}) {      // one is far ahead: min_p or top_p leave no other
+    std::fill_n(row(index), kWidth, 0.0f);
+    *(row(index) + 5) = 2.0f;
+  }
   make(kWidth, logits,
        {{.temperature = 0, .uniform = 0.9f},
         {.temperature = 1, .top_k = 1, .uniform = 0.9f},
         {.temperature = 1, .uniform = 0.5f},
         {.temperature = 1, .uniform = 0.5f},
         {.temperature = 1, .top_k = 4, .uniform = 0.6f},
+        {.temperature = 1, .min_p = 0.5f, .uniform = 0.99f},
+        {.temperature = 1, .top_p = 0.01f, .uniform = 0.99f},
         {.temperature = 1}});
   expect_kernel([&](cudaStream_t s) { return launch_sample(args(Place::kDevice), s); },
                 [&] {
