@@ -68,7 +68,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, st
     module.availability = availability
     module.device_info = device_info
     module.Model = Model
-    module.Executor = lambda model: _core.Executor(1)
+    module.Executor = lambda model, plan=None: _core.Executor(1)
     module.logits = _core.logits
     module.has_logits = lambda run: True
     monkeypatch.setattr(Model, "made", [])
@@ -87,7 +87,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("gpu-bench") / "tiny"
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    make: Any = transformers.AutoModelForCausalLM.from_config
+    make(config).save_pretrained(path)
     open_checkpoint("smollm2-135m").tokenizer._inner.save(str(path / "tokenizer.json"))
     return path
 
