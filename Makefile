@@ -165,8 +165,8 @@ test-cuda-mutants: $(CUDA_HEADERS)  ## break csrc/cuda in known ways: do these t
 
 # ---- checks
 
-CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc' 'tests/gpu/cpp/*.h' 'tests/gpu/cpp/*.cc')
-  'tests/cuda_engine/*.cc')
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc' \
+  'tests/cuda_engine/*.cc' 'tests/gpu/cpp/*.h' 'tests/gpu/cpp/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/cuda' ':!csrc/bindings/cuda_*')
 
