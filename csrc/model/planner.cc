@@ -32,8 +32,11 @@ class Planner {
   }
 
   double predict(const Step& step) const {
-    return o_.rates.step_overhead_s +
-           range_s(step.first, step.last, step.layer, step.row_begin, step.row_end);
+    const double whole_s = range_s(step.first, step.last, step.layer, step.row_begin, step.row_end);
+    const double share =
+        step.head_end == 0 ? 1.0
+                           : static_cast<double>(step.head_end - step.head_begin) / c_.num_kv_heads;
+    return o_.rates.step_overhead_s + share * whole_s;
   }
 
  private:
@@ -176,11 +179,30 @@ class Planner {
     add_chain(Op::kAttnNorm, Op::kRope, layer, begin, end);
     for (int32_t row = begin; row < end;) {
       const int32_t stop = std::min(row + attention_rows(layer, row, end), end);
-      begin_segment();
-      add(Op::kAttention, Op::kAttention, layer, row, stop);
+      add_attention(layer, row, stop);
       row = stop;
     }
     add_chain(Op::kOutput, Op::kDown, layer, begin, end);
+  }
+
+  // All heads of some rows, in as many slices of heads as the budget wants.
+  void add_attention(int32_t layer, int32_t begin, int32_t end) {
+    const int32_t heads = c_.num_kv_heads;
+    const double one_s = attention_s(layer, begin, end) / heads;
+    const bool is_whole = !o_.cuts.slices_heads || one_s * heads <= o_.budget_s;
+    const int32_t fitting =
+        is_whole ? heads : std::clamp(static_cast<int32_t>(o_.budget_s / one_s), 1, heads);
+    const int32_t slices = (heads + fitting - 1) / fitting;
+    for (int32_t i = 0; i < slices; ++i) {
+      begin_segment();
+      add(Op::kAttention, Op::kAttention, layer, begin, end);
+      if (slices == 1)
+        continue;
+      Step& step = plan_.steps.back();
+      step.head_begin = heads * i / slices;
+      step.head_end = heads * (i + 1) / slices;
+      step.predicted_s = predict(step);
+    }
   }
 
   // Row-wise operators in one step if they fit the budget together, else one by one.
@@ -196,12 +218,14 @@ class Planner {
     }
   }
 
-  // Most rows from `row` whose attention fits the budget, in equal slices of whole row blocks.
+  // Most rows from `row` whose attention fits the budget, head by head if it may be, in equal
+  // slices of whole row blocks.
   int32_t attention_rows(int32_t layer, int32_t row, int32_t end) const {
+    const double budget_s = o_.budget_s * (o_.cuts.slices_heads ? c_.num_kv_heads : 1);
     const double total = attention_s(layer, row, end);
-    if (total <= o_.budget_s)
+    if (total <= budget_s)
       return end - row;
-    const double wanted = std::min(total / o_.budget_s, static_cast<double>(end - row));
+    const double wanted = std::min(total / budget_s, static_cast<double>(end - row));
     const auto slices = static_cast<int32_t>(wanted) + 1;
     const int32_t rows = (end - row + slices - 1) / slices;
     const int32_t step = o_.cuts.row_step;

@@ -37,7 +37,9 @@ struct Step {
   int32_t layer = 0;
   int32_t row_begin = 0;  // kHead: 64-column blocks of the vocabulary instead of rows
   int32_t row_end = 0;
-  int32_t base = 0;  // row that lies at the start of the tile buffers
+  int32_t base = 0;        // row that lies at the start of the tile buffers
+  int32_t head_begin = 0;  // a slice of attention: KV heads [head_begin, head_end)
+  int32_t head_end = 0;    // 0: all
   double predicted_s = 0;
 };
 
@@ -59,6 +61,7 @@ struct CutRules {
   int32_t min_tile_rows = 0;    // fewer are inefficient (below 97 % of the rate); 0: a row_step a
                                 // thread
   int32_t min_head_blocks = 0;  // of 64 columns, in a slice of the head; 0: 8 a thread
+  bool slices_heads = true;     // attention by KV heads before rows: items of few rows are slow
   int32_t embed_rows = 512;     // embedding rows a step
   double embed_row_s = 1.5e-6;  // embedding and rotary table of one row, one thread
 };

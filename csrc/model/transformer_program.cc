@@ -430,12 +430,13 @@ template <typename T>
 void TransformerProgram<T>::attention(const Step& step) {
   std::vector<AttentionItem> items;
   const int32_t group = c_.num_heads / c_.num_kv_heads;
-  const int32_t item_rows =
-      attention_item_rows(step.row_end - step.row_begin, group, c_.num_kv_heads, threads_);
+  const int32_t head_end = step.head_end == 0 ? c_.num_kv_heads : step.head_end;
+  const int32_t item_rows = attention_item_rows(step.row_end - step.row_begin, group,
+                                                head_end - step.head_begin, threads_);
   for (int32_t row = step.row_begin; row < step.row_end;) {
     const Sequence& s = sequence_of(row);
     const int32_t end = std::min({step.row_end, s.row_begin + s.rows, row + item_rows});
-    for (int32_t h = 0; h < c_.num_kv_heads; ++h) {
+    for (int32_t h = step.head_begin; h < head_end; ++h) {
       items.push_back({.row = row - step.base,
                        .rows = end - row,
                        .position = s.context + (row - s.row_begin),

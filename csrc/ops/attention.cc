@@ -161,6 +161,12 @@ template void attend<Bf16>(const AttentionArgs<Bf16>&, const AttentionItem&);
 
 int32_t attention_item_rows(int32_t rows, int32_t heads_per_kv, int32_t kv_heads, int32_t threads) {
   const int32_t target = std::max(1, kTargetRows / heads_per_kv);
+  for (int32_t size = std::min(target, rows) / 16 * 16; size >= 16; size -= 16) {
+    const int32_t items = (rows + size - 1) / size * kv_heads;
+    const int32_t rounds = (items + threads - 1) / threads;
+    if (10 * items >= 9 * rounds * threads)  // else threads wait for the last ones
+      return size;
+  }
   const int32_t share = std::max(1, rows * kv_heads / (2 * threads));  // two items a thread
   const int32_t size = std::min({target, share, rows});
   return size > 16 ? size / 16 * 16 : size;
