@@ -185,7 +185,14 @@ py::dict lane_report(const GpuModel& model) {
   return d;
 }
 
-// One entry per shape of product: (rows, columns, depth, chosen kernel, {kernel: microseconds}).
+// Output and epilogue of a product: "float", "bf16 gated", "float adding with bias", ...
+std::string kind_of(const GemmShape& shape) {
+  return std::string(shape.output == GemmOutput::kFloat ? "float" : "bf16") +
+         (shape.is_gated ? " gated" : "") + (shape.adds_to_d ? " adding" : "") +
+         (shape.has_bias ? " with bias" : "");
+}
+
+// One entry per shape of product: (rows, columns, depth, kind, chosen kernel, {kernel: time}).
 py::list gemm_report(const GpuModel& model) {
   py::list out;
   for (const GemmReport& r : model.get().gemm_report()) {
@@ -193,8 +200,8 @@ py::list gemm_report(const GpuModel& model) {
     for (const GemmTiming& t : r.timings)
       timings[py::str(t.candidate)] =
           t.failure.empty() ? py::object(py::float_(t.us)) : py::object(py::str(t.failure));
-    out.append(
-        py::make_tuple(r.shape.row_bucket, r.shape.columns, r.shape.depth, r.chosen, timings));
+    out.append(py::make_tuple(r.shape.row_bucket, r.shape.columns, r.shape.depth, kind_of(r.shape),
+                              r.chosen, timings));
   }
   return out;
 }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from flowprefill.bench.preparation import (
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import EngineConfig, Granularity
+from flowprefill.engine.cuda_device import cublas_lt_libraries
 from flowprefill.engine.device import DeviceChoice, choose_device
 from flowprefill.engine.native import model_shape, native_plan
 from flowprefill.errors import CheckpointError, ConfigError
@@ -53,7 +53,7 @@ SPAN = 0.85  # of the long prompt's time, within which a short one arrives
 SHARES = (0.5, 0.99, 1)
 COLUMNS = {
     "gemm": {
-        "shape": "rows x columns x depth", "chosen": "chosen", "us": "µs",
+        "shape": "rows x columns x depth", "kind": "output", "chosen": "chosen", "us": "µs",
         "tflops_per_s": "TFLOP/s", "others": "others, µs",
     },
     "prefill": {
@@ -160,7 +160,7 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
         common = {
             "measures_gemms": "gemm" in args.only,
             "gemm_cache_path": str(Path(folder) / "gemm-choices"),  # measured by the first model
-            "cublas_lt_libraries": cublas_lt_libraries(),
+            "cublas_lt_libraries": cublas_lt_libraries(choice.module, choice.index),
         }
         open_model = _opener(choice, checkpoint, longest, common)
         shape = model_shape(checkpoint.config, "bf16")
@@ -218,16 +218,10 @@ def _measure_usual(
     return plan
 
 
-def cublas_lt_libraries() -> list[str]:
-    """Return where cuBLASLt may lie: in the packages of this environment, or the system's."""
-    packages = Path(sysconfig.get_path("platlib")) / "nvidia"
-    return [*map(str, sorted(packages.glob("*/lib/libcublasLt.so.13"))), "libcublasLt.so.13"]
-
-
 def gemm_rows(model: GpuModel) -> list[Row]:
     """Return one row for each shape of product; times that are texts say why there is none."""
     out = []
-    for rows, columns, depth, chosen, timings in model.gemm_report():
+    for rows, columns, depth, kind, chosen, timings in model.gemm_report():
         chosen_us = timings.get(chosen)
         us = chosen_us if isinstance(chosen_us, float) and chosen_us > 0 else None
         others = (
@@ -242,6 +236,7 @@ def gemm_rows(model: GpuModel) -> list[Row]:
                 "rows": rows,
                 "columns": columns,
                 "depth": depth,
+                "kind": kind,
                 "chosen": chosen,
                 "us": us,
                 "tflops_per_s": 2e-6 * rows * columns * depth / us if us else None,

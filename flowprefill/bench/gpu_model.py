@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from flowprefill.engine.device import DeviceChoice
 from flowprefill.engine.native import fill_model, model_shape, native_config, native_plan
 from flowprefill.models.checkpoint import Checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
+
+if TYPE_CHECKING:
+    from flowprefill import _cuda
 
 BLOCK_TOKENS = 16
 PATIENCE_S = 600.0  # for one run
@@ -160,9 +163,9 @@ class GpuModel:
         report: dict[str, Any] = self._model.graph_report()
         return report
 
-    def gemm_report(self) -> list[tuple[int, int, int, str, dict[str, float | str]]]:
-        """Return what was measured of each product: rows, columns, depth, choice, times."""
-        report: list[tuple[int, int, int, str, dict[str, float | str]]] = self._model.gemm_report()
+    def gemm_report(self) -> list[_cuda.GemmReport]:
+        """Return what was measured of each product: rows, columns, depth, kind, choice, times."""
+        report: list[_cuda.GemmReport] = self._model.gemm_report()
         return report
 
     def memory(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class CudaDevice:
             "graph_bytes": GRAPH_BYTES,
             "measures_gemms": settings.calibrate,
             "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
+            "cublas_lt_libraries": cublas_lt_libraries(self._cuda, self._index),
         }
         try:
             model: _cuda.Model = self._cuda.Model(native_config(config), options)
@@ -140,3 +142,15 @@ class CudaDevice:
             "memory_gib": round(self._info["memory_bytes"] / GIB, 1),
             **self.identity(),
         }
+
+
+def cublas_lt_libraries(module: Any, index: int) -> list[str]:
+    """Return where cuBLASLt of the runtime's version may lie; it is loaded if it is there.
+
+    Args:
+        module: ``flowprefill._cuda``. index: of the GPU.
+    """
+    major = str(module.device_info(index)["runtime_version"]).partition(".")[0]
+    name = f"libcublasLt.so.{major}"
+    packages = Path(sysconfig.get_path("platlib")) / "nvidia"  # a torch with CUDA brings them
+    return [*map(str, sorted(packages.glob(f"*/lib/{name}"))), name]

@@ -63,6 +63,20 @@ def test_preempted_at_every_boundary_is_bit_equal(
         assert len(every) > 150
 
 
+def test_attention_sliced_by_heads_leaves_none_out(runner: GetRunner, saved: GetSaved) -> None:
+    """Slices of one attention step have equal rows and follow each other; logits are the same."""
+    native = runner("llama-grouped", "f32")
+    ids = saved("llama-grouped").ids
+    (mine,) = native.tables([200])
+    fine = native.make([(ids, 0, mine)], plan("budget:0.1"))
+    attention = [label for label in fine.labels() if label[0] == "attention"]
+    rows = [(layer, begin, end) for _, layer, _, begin, end, _ in attention]
+    assert len(rows) > len(set(rows)), "no slice by heads"
+    assert rows == sorted(rows), "all slices of some rows before those of others"
+    logits = native.execute(fine)
+    assert np.allclose(logits, native.logits([(ids, 0, mine)], plan("none")), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("granularity", ["layer", "operator", "chunk:32", "budget:2"])
 @pytest.mark.parametrize("case", ["mistral-window", "qwen2-some-windows", "qwen3"])

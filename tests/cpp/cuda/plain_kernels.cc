@@ -238,8 +238,10 @@ void sample(const SampleArgs& args) {
     if ((args.rows_in != nullptr && args.rows_in[row] < 0) ||
         std::any_of(logits, logits + args.width, is_bad))
       continue;
-    const SamplingParams& params = args.params[row];
     const float* top = std::max_element(logits, logits + args.width);
+    if (*top == -std::numeric_limits<float>::infinity())
+      continue;
+    const SamplingParams& params = args.params[row];
     args.out[row] = static_cast<int32_t>(top - logits);
     if (params.temperature < 1e-5f)
       continue;

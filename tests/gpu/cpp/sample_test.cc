@@ -118,10 +118,7 @@ TEST_F(Sample, ExactCases) {
         {.temperature = 1, .top_p = 0.01f, .uniform = 0.99f},
         {.temperature = 1}});
   expect_kernel([&](cudaStream_t s) { return launch_sample(args(Place::kDevice), s); },
-                [&] {
-                  fake_kernels::sample(args(Place::kHost));
-                  out_->host()[2] = kNoToken;  // the plain sampler looks for NaN and infinity only
-                });
+                [&] { fake_kernels::sample(args(Place::kHost)); });
 }
 
 // The random number of a run is in device memory, not in the graph.

@@ -42,9 +42,12 @@ class Model:
     def lane_report(self) -> dict[str, int]:
         return {"device_spill_bytes": 0, "pinned_spill_bytes": 0}
 
-    def gemm_report(self) -> list[tuple[int, int, int, str, dict[str, float | str]]]:
+    def gemm_report(self) -> list[tuple[int, int, int, str, str, dict[str, float | str]]]:
         timings: dict[str, float | str] = {"a": 10.0, "b": 8.0, "cublaslt": "too old"}
-        return [(128, 64, 64, "b", timings), (256, 64, 64, "", {"a": "failed"})]
+        return [
+            (128, 64, 64, "bf16 gated", "b", timings),
+            (256, 64, 64, "float", "", {"a": "failed"}),
+        ]
 
 
 @pytest.fixture
