@@ -61,7 +61,7 @@ struct CutRules {
   int32_t min_tile_rows = 0;    // fewer are inefficient (below 97 % of the rate); 0: a row_step a
                                 // thread
   int32_t min_head_blocks = 0;  // of 64 columns, in a slice of the head; 0: 8 a thread
-  bool slices_heads = true;     // attention by KV heads before rows: items of few rows are slow
+  bool slices_heads = true;     // attention by KV heads before rows: few rows at once are slow
   int32_t embed_rows = 512;     // embedding rows a step
   double embed_row_s = 1.5e-6;  // embedding and rotary table of one row, one thread
 };

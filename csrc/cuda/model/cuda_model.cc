@@ -337,6 +337,7 @@ PlanOptions CudaModel::on_device(PlanOptions options) const {
   options.threads = 1;
   options.element_bytes = sizeof(Bf16);
   options.cuts = state_->options.cuts;
+  options.cuts.slices_heads = false;  // the attention kernel takes all heads
   return options;
 }
 

@@ -29,7 +29,6 @@ inline constexpr CutRules kCudaCuts{.row_step = 256,
                                     .max_tile_rows = 4096,
                                     .min_tile_rows = 1024,
                                     .min_head_blocks = 128,
-                                    .slices_heads = false,
                                     .embed_rows = 1 << 30,
                                     .embed_row_s = 2e-8};
 
