@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowprefill.config import Granularity
 from flowprefill.engine import calibration
 from flowprefill.engine.device import DeviceChoice
-from flowprefill.engine.native import fill_model, model_shape, native_config, native_plan
+from flowprefill.engine.native import fill_model, model_shape, native_config
 from flowprefill.models.checkpoint import Checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
 
@@ -148,13 +147,7 @@ class GpuModel:
 
     def rates(self) -> MachineRates:
         """Measure what the planner cuts by."""
-        plan = native_plan(Granularity("none"), MachineRates())
-
-        def make_probe(tokens: int, context: int) -> Any:
-            rows = np.zeros(tokens, dtype=np.int32)
-            sequences = [(tokens, context, self._table(0))]
-            return self._model.make_run(next(self._ids), rows, sequences, plan)
-
+        make_probe = calibration.probes_of(self._model, self._blocks_of_one)
         most = self._blocks_of_one * BLOCK_TOKENS
         return calibration.measure(self._executor, make_probe, self._shape, most)
 
