@@ -113,7 +113,7 @@ $(CUDA_COMPILE): Makefile | $(DEPENDENCIES)
 cuda-compile: $(CUDA_COMPILE)  ## build _cuda for all architectures, read its machine code, import it; needs no GPU
 	$(BIN)/python tests/cuda_compile/check_kernels.py
 
-# The CUDA headers, where no toolkit has them; csrc/cuda/CMakeLists.txt finds them there.
+# The CUDA headers, where no toolkit has them; csrc/devices/cuda/CMakeLists.txt finds them there.
 CUDA_HEADERS := $(VENV)/.cuda-headers
 $(CUDA_HEADERS): Makefile | $(DEPENDENCIES)
 	command -v nvcc >/dev/null || test -n "$${CUDA_HOME-}" || $(BIN)/pip install -q --disable-pip-version-check \
@@ -156,19 +156,15 @@ test-gpu-double: test-cuda-engine  ## the GPU suite itself, over doubles of runt
 tidy-cuda: $(CUDA_HEADERS)  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
 	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(BIN)/python
-	printf '%s\n' csrc/cuda/*.cc csrc/cuda/model/*.cc csrc/bindings/cuda_*.cc | xargs -P "$$(nproc)" -n 1 \
+	printf '%s\n' csrc/devices/cuda/runtime/*.cc csrc/devices/cuda/backend/*.cc csrc/bindings/cuda_*.cc | xargs -P "$$(nproc)" -n 1 \
 	  clang-tidy --quiet -p build/cuda-engine
-
-.PHONY: test-cuda-mutants
-test-cuda-mutants: $(CUDA_HEADERS)  ## break csrc/cuda in known ways: do these tests notice? (4 minutes)
-	$(BIN)/python tests/cpp/cuda/mutants.py
 
 # ---- checks
 
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc' \
   'tests/cuda_engine/*.cc' 'tests/gpu/cpp/*.h' 'tests/gpu/cpp/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
-TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/cuda' ':!csrc/bindings/cuda_*')
+TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/devices/cuda' ':!csrc/bindings/cuda_*')
 
 .PHONY: lint
 lint: build tidy  ## format, style, types, spelling and clang-tidy, without changing anything

@@ -1,4 +1,4 @@
-# fp_cuda_kernel_options(target): flags of every target with .cu files. Included by csrc/cuda/kernels. Needs
+# fp_cuda_kernel_options(target): flags of every target with .cu files. Included by csrc/devices/cuda/kernels. Needs
 # CUTLASS_INCLUDE_DIR and FP_CUDA_ARCHITECTURES (CudaToolkit.cmake).
 #
 # Of the default architectures, 8.6 and 8.9 run the code of 8.0, and 12.x compiles the PTX of 10.0 when it is first

@@ -1,4 +1,4 @@
-# fp_add_isa_sources(target file...): compiles each file once per instruction set into `target`. Used by csrc/ops.
+# fp_add_isa_sources(target file...): compiles each file once per instruction set into `target`. Used by csrc/devices/cpu.
 #
 # One build has to run on every x86-64 machine and still use what the machine at hand offers. A file `x.isa.cc`
 # puts its functions into namespace FP_ISA_NAMESPACE (isa_baseline, isa_avx2, isa_avx512, isa_avx512bf16)

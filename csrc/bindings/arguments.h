@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "bindings/module.h"
-#include "model/batch.h"
-#include "model/model_config.h"
-#include "model/planner.h"
+#include "graph/batch.h"
+#include "graph/model_config.h"
+#include "graph/planner.h"
 
 namespace flowprefill {
 

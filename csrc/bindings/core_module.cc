@@ -1,6 +1,6 @@
 // flowprefill._core: the native half of the engine on the CPU. See _core.pyi for the Python view.
 #include "bindings/module.h"
-#include "cpu/cpu_device.h"
+#include "devices/cpu/cpu_device.h"
 
 namespace py = pybind11;
 

@@ -9,7 +9,7 @@
 #include "bindings/arguments.h"
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
-#include "model/transformer_program.h"
+#include "devices/cpu/transformer_program.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "bindings/module.h"
-#include "cuda/cuda_error.h"
+#include "devices/cuda/runtime/cuda_error.h"
 
 namespace py = pybind11;
 

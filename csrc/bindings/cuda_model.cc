@@ -12,7 +12,7 @@
 #include "bindings/arguments.h"
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
-#include "cuda/model/cuda_model.h"
+#include "devices/cuda/backend/cuda_model.h"
 
 namespace py = pybind11;
 

@@ -15,8 +15,8 @@ struct SegmentTime {
   int64_t end_ns = 0;
 };
 
-// The base class is the synchronous device: a segment is done when launch() returns. csrc/cpu
-// derives from it to set up the compute team in attach().
+// The base class is the synchronous device: a segment is done when launch() returns.
+// csrc/devices/cpu derives from it to set up the compute team in attach().
 //
 // A device with run-ahead returns from launch() early, bounds the segments in flight in throttle(),
 // and waits for them in drain(). The executor drains before a run leaves the device in any way

@@ -1,5 +1,5 @@
 // What the executor runs: a Program, an ordered list of segments, each with a label.
-// Implemented by csrc/model (and by the tests); called by Run and Executor.
+// Implemented by csrc/devices (and by the tests); called by Run and Executor.
 #pragma once
 
 #include <cstddef>

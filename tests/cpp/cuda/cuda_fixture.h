@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "../executor_fixture.h"
-#include "cuda/cuda_device.h"
-#include "cuda/cuda_program.h"
+#include "devices/cuda/runtime/cuda_device.h"
+#include "devices/cuda/runtime/cuda_program.h"
 #include "runtime/executor.h"
 #include "toy_model.h"
 

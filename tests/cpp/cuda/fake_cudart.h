@@ -1,7 +1,7 @@
 // fake_cudart: a double of the CUDA runtime, linked in place of libcudart, and what tests ask of
 // it.
 //
-// It implements the functions that csrc/cuda calls, against the real headers, as the CUDA
+// It implements the functions that csrc/devices/cuda calls, against the real headers, as the CUDA
 // documentation describes them: streams are host threads that do work in order; capture turns work
 // into the nodes of a graph and obeys the rules of the capture modes; instantiated graphs are
 // launched, events recorded, queried, waited for and timed; memory is the heap's (so

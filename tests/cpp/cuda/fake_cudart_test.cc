@@ -7,10 +7,10 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/graph.h"
-#include "cuda/memory.h"
-#include "cuda/stream.h"
-#include "cuda/stream_event.h"
+#include "devices/cuda/runtime/graph.h"
+#include "devices/cuda/runtime/memory.h"
+#include "devices/cuda/runtime/stream.h"
+#include "devices/cuda/runtime/stream_event.h"
 #include "fake_cudart.h"
 
 namespace flowprefill::testing {

@@ -1,6 +1,6 @@
 // CublasLt against a library of its functions that multiplies as the descriptors say
 // (fake_cublas_lt.cc, FAKE_CUBLAS_LT is its path).
-#include "cuda/gemm_cublas_lt.h"
+#include "devices/cuda/backend/gemm_cublas_lt.h"
 
 #include <dlfcn.h>
 #include <gtest/gtest.h>
@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/kernels/portable.h"
+#include "devices/cuda/kernels/portable.h"
 
 namespace flowprefill {
 namespace {

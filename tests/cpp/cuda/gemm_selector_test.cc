@@ -1,6 +1,6 @@
 // GemmSelector over the double of the CUDA runtime, whose clock is exact: candidates of chosen
 // durations, failures, the file of choices; and the real candidates over doubles of their launches.
-#include "cuda/gemm_selector.h"
+#include "devices/cuda/backend/gemm_selector.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -11,10 +11,10 @@
 #include <set>
 #include <stdexcept>
 
-#include "cuda/gemm_candidates.h"
-#include "cuda/kernels/kernels.h"
-#include "cuda/kernels/row_bodies.h"
-#include "cuda/stream.h"
+#include "devices/cuda/backend/gemm_candidates.h"
+#include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/kernels/row_bodies.h"
+#include "devices/cuda/runtime/stream.h"
 #include "fake_cudart.h"
 
 namespace flowprefill {
@@ -53,7 +53,7 @@ void multiply(const GemmArgs& args) {
 
 }  // namespace
 
-// In place of csrc/cuda/kernels.
+// In place of csrc/devices/cuda/kernels.
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
   check(args);
   launches.names.emplace_back(gemm_tile_name(tile));

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/graph_cache.h"
+#include "devices/cuda/runtime/graph_cache.h"
 #include "fake_cudart.h"
 
 namespace flowprefill::testing {

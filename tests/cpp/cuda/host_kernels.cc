@@ -5,15 +5,15 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cuda/kernels/kernels.h"
+#include "devices/cuda/kernels/kernels.h"
 #include "fake_cudart.h"
 #include "plain_kernels.h"
 #ifdef FP_SIMT
 #include "../kernels/simt.h"
-#include "cuda/kernels/attention_body.h"
-#include "cuda/kernels/rope_body.h"
-#include "cuda/kernels/row_bodies.h"
-#include "cuda/kernels/sample_body.h"
+#include "devices/cuda/kernels/attention_body.h"
+#include "devices/cuda/kernels/rope_body.h"
+#include "devices/cuda/kernels/row_bodies.h"
+#include "devices/cuda/kernels/sample_body.h"
 #endif
 
 namespace fake_kernels {

@@ -1,5 +1,5 @@
-// Doubles of the launches of csrc/cuda/kernels/kernels.h: a kernel is work for the fake stream.
-// Link them in place of flowprefill_cuda_kernels.
+// Doubles of the launches of csrc/devices/cuda/kernels/kernels.h: a kernel is work for the fake
+// stream. Link them in place of flowprefill_cuda_kernels.
 //
 // Two kinds of arithmetic. Plain loops, written here, are quick and run under sanitizers; they
 // round where the kernels do. Or, where FP_SIMT is compiled in, the kernels' own bodies, one fibre

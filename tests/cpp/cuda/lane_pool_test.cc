@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/lane_pool.h"
-#include "cuda/stream.h"
+#include "devices/cuda/runtime/lane_pool.h"
+#include "devices/cuda/runtime/stream.h"
 #include "fake_cudart.h"
 
 namespace flowprefill::testing {

@@ -1,12 +1,12 @@
-// Links csrc/cuda to the real CUDA runtime: every function it calls is there. Without a driver it
-// must say so; with a GPU it runs a graph of one copy. Built where a toolkit with libcudart_static
-// is found.
+// Links csrc/devices/cuda to the real CUDA runtime: every function it calls is there. Without a
+// driver it must say so; with a GPU it runs a graph of one copy. Built where a toolkit with
+// libcudart_static is found.
 #include <cstdio>
 #include <memory>
 #include <vector>
 
-#include "cuda/cuda_device.h"
-#include "cuda/cuda_program.h"
+#include "devices/cuda/runtime/cuda_device.h"
+#include "devices/cuda/runtime/cuda_program.h"
 #include "runtime/executor.h"
 
 namespace {

@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/model/cuda_model.h"
 #include "cuda_fixture.h"
+#include "devices/cuda/backend/cuda_model.h"
 #include "host_kernels.h"
 #include "tiny_model.h"
 

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <numeric>
 
-#include "cuda/kernels/attention_args.h"
-#include "cuda/model/batch_inputs.h"
+#include "devices/cuda/backend/batch_inputs.h"
+#include "devices/cuda/kernels/attention_args.h"
 #include "model_fixture.h"
 
 namespace flowprefill::testing {

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <thread>
 
-#include "cuda/model/device_weights.h"
+#include "devices/cuda/backend/device_weights.h"
 #include "model_fixture.h"
 
 namespace flowprefill::testing {

@@ -1,11 +1,11 @@
-// The kernels of csrc/cuda/kernels as plain loops: the same results to the rounding, written apart
-// from the bodies. Called by host_kernels.cc.
+// The kernels of csrc/devices/cuda/kernels as plain loops: the same results to the rounding,
+// written apart from the bodies. Called by host_kernels.cc.
 #pragma once
 
-#include "cuda/kernels/attention_args.h"
-#include "cuda/kernels/gemm_args.h"
-#include "cuda/kernels/row_args.h"
-#include "cuda/kernels/sample_args.h"
+#include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/gemm_args.h"
+#include "devices/cuda/kernels/row_args.h"
+#include "devices/cuda/kernels/sample_args.h"
 
 namespace fake_kernels {
 

@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/bucket.h"
-#include "cuda/cuda_program.h"
 #include "cuda_fixture.h"
+#include "devices/cuda/runtime/bucket.h"
+#include "devices/cuda/runtime/cuda_program.h"
 
 namespace flowprefill::testing {
 namespace {

@@ -1,6 +1,6 @@
 // TinyModel: a small decoder with random weights, and what it computes, by a plain transformer that
-// shares nothing with csrc/cuda but the places where numbers are rounded to bf16. Used by the tests
-// of CudaModel.
+// shares nothing with csrc/devices/cuda but the places where numbers are rounded to bf16. Used by
+// the tests of CudaModel.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/model/cuda_model.h"
-#include "model/model_config.h"
+#include "devices/cuda/backend/cuda_model.h"
+#include "graph/model_config.h"
 
 namespace flowprefill::testing {
 

@@ -1,5 +1,5 @@
 // ToyModel: a small "model" whose kernels are host functions, as CudaPlans; its results depend on
-// every byte that must survive a boundary. Used by the tests of csrc/cuda.
+// every byte that must survive a boundary. Used by the tests of csrc/devices/cuda.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/cuda_plan.h"
+#include "devices/cuda/runtime/cuda_plan.h"
 #include "fake_cudart.h"
 
 namespace flowprefill::testing {

@@ -4,10 +4,10 @@
 
 #include <string>
 
-#include "cuda/kernels/attention_args.h"
-#include "cuda/kernels/gemm_args.h"
-#include "cuda/kernels/row_args.h"
-#include "cuda/kernels/sample_args.h"
+#include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/gemm_args.h"
+#include "devices/cuda/kernels/row_args.h"
+#include "devices/cuda/kernels/sample_args.h"
 
 namespace flowprefill {
 namespace {

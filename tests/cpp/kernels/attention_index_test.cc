@@ -6,8 +6,8 @@
 #include <random>
 #include <set>
 
-#include "cuda/kernels/attention_args.h"
-#include "cuda/kernels/mma_layout.h"
+#include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/mma_layout.h"
 
 namespace flowprefill {
 namespace {

@@ -5,7 +5,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
-#include "cuda/kernels/attention_body.h"
+#include "devices/cuda/kernels/attention_body.h"
 #include "simt.h"
 #include "tensors.h"
 

@@ -1,6 +1,6 @@
 // store_gated(), what the epilogue of the gated GEMMs does with a piece of a row; the kernels as a
 // whole: gemm_kernels_test.cc.
-#include "cuda/kernels/gemm_gate.h"
+#include "devices/cuda/kernels/gemm_gate.h"
 
 #include <gtest/gtest.h>
 

@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "cuda/kernels/gemm_gated_tiles.h"
-#include "cuda/kernels/gemm_tiles.h"
+#include "devices/cuda/kernels/gemm_gated_tiles.h"
+#include "devices/cuda/kernels/gemm_tiles.h"
 
 namespace flowprefill {
 namespace {

@@ -1,6 +1,6 @@
 // The rope kernel's body against ATen: bias, head norm, rotation, and where keys and values land in
 // the paged cache.
-#include "cuda/kernels/rope_body.h"
+#include "devices/cuda/kernels/rope_body.h"
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/rms_norm.h>

@@ -1,6 +1,6 @@
 // The row kernels' bodies against ATen on random shapes: embedding, rotary table, RMS norm, SwiGLU,
 // argmax.
-#include "cuda/kernels/row_bodies.h"
+#include "devices/cuda/kernels/row_bodies.h"
 
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/cat.h>

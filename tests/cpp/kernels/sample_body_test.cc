@@ -1,6 +1,6 @@
 // The sampling kernel's body against a sampler written with sorts and doubles after
 // flowprefill/engine/sampler.py, and its exact cases: ties, padding, rows without an answer.
-#include "cuda/kernels/sample_body.h"
+#include "devices/cuda/kernels/sample_body.h"
 
 #include <gtest/gtest.h>
 

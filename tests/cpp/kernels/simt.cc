@@ -10,8 +10,8 @@
 #include <random>
 #include <string>
 
-#include "cuda/kernels/mma_layout.h"
-#include "cuda/kernels/portable.h"
+#include "devices/cuda/kernels/mma_layout.h"
+#include "devices/cuda/kernels/portable.h"
 
 namespace flowprefill::simt {
 namespace {

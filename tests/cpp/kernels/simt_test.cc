@@ -7,8 +7,8 @@
 #include <cmath>
 #include <set>
 
-#include "cuda/kernels/mma_layout.h"
-#include "cuda/kernels/thread.h"
+#include "devices/cuda/kernels/mma_layout.h"
+#include "devices/cuda/kernels/thread.h"
 
 namespace flowprefill {
 namespace {

@@ -15,7 +15,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/kernels/portable.h"
+#include "devices/cuda/kernels/portable.h"
 
 namespace flowprefill {
 

@@ -15,10 +15,10 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/graph.h"
-#include "cuda/kernels/kernels.h"
-#include "cuda/memory.h"
-#include "cuda/stream.h"
+#include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/runtime/graph.h"
+#include "devices/cuda/runtime/memory.h"
+#include "devices/cuda/runtime/stream.h"
 #include "plain_kernels.h"
 
 namespace flowprefill::testing {

@@ -3,8 +3,8 @@
 //
 // Operands of small whole numbers make every sum exact, whatever its order: there the result has to
 // be equal to the bit. With normal numbers it is equal within rounding.
-#include "cuda/gemm_candidates.h"
 #include "device_test.h"
+#include "devices/cuda/backend/gemm_candidates.h"
 
 namespace flowprefill::testing {
 namespace {

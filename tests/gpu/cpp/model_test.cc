@@ -7,8 +7,8 @@
 #include <optional>
 #include <thread>
 
-#include "cuda/model/cuda_model.h"
 #include "device_test.h"
+#include "devices/cuda/backend/cuda_model.h"
 #include "runtime/executor.h"
 #include "tiny_model.h"
 #ifdef FP_GPU_DOUBLE

@@ -1,0 +1,56 @@
+// The matrix kernel everything stands on: ATen's brgemm (oneDNN's batch-reduce micro-kernel) on
+// packed operands. Reaches the processor's peak for row counts from 16 up; AMX is used where there
+// is one.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include <cstdint>
+
+#include "devices/cpu/row_kernels.h"
+
+namespace flowprefill {
+
+// Columns of one packed block of a weight matrix.
+inline constexpr int kPackColumns = 64;
+
+// One block product: c[m, n] (+)= a[m, k] * b[k, n]; b packed: float as [k][n], Bf16 as [k /
+// 2][n][2].
+template <typename T>
+struct Block {
+  int64_t n, k, lda, ldb, ldc;
+  bool add;
+};
+
+inline void brgemm(const Block<float>& s, int64_t m, const float* a, const float* b, float* c) {
+  at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add, a, b, c, false);
+}
+
+inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b, float* c) {
+  at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add,
+                              reinterpret_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(b), c, true);
+}
+
+// Ends a series of brgemm calls on this thread (frees the AMX tiles).
+template <typename T>
+void brgemm_end() {
+  at::native::cpublas::brgemm_release(sizeof(T) == sizeof(Bf16));
+}
+
+// Same as brgemm for any row count, from at most seven shapes: each shape is compiled once per
+// thread, and a prompt of unseen length must not wait for a compiler.
+template <typename T>
+void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const T* b, float* c) {
+  for (int64_t done = 0, step = 64; done < rows; done += step) {
+    while (step > rows - done)
+      step /= 2;
+    brgemm(shape, step, a + done * shape.lda, b, c + done * shape.ldc);
+  }
+}
+
+// Whether this processor multiplies packed bf16 natively (AVX-512 BF16 or AMX). Cost: one probe per
+// process.
+bool has_bf16_gemm();
+
+}  // namespace flowprefill

@@ -1,0 +1,65 @@
+#include "devices/cpu/packed_linear.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "devices/cpu/team.h"
+
+namespace flowprefill {
+
+template <typename T>
+PackedLinear<T>::PackedLinear(int64_t depth, int64_t columns)
+    : depth_(depth), columns_(columns), packed_(static_cast<size_t>(depth * columns) * sizeof(T)) {}
+
+template <typename T>
+int64_t PackedLinear<T>::block_columns(int64_t block) const {
+  return std::min<int64_t>(kPackColumns, columns_ - block * kPackColumns);
+}
+
+template <typename T>
+const T* PackedLinear<T>::block_data(int64_t block) const {
+  return packed_.as<T>() + block * kPackColumns * depth_;
+}
+
+template <typename T>
+void PackedLinear<T>::pack(const float* weight, int64_t rows, int threads,
+                           const std::function<int64_t(int64_t)>& place) {
+  const auto& kernels = row_kernels<T>();
+  team_for(threads, rows, [&](int64_t row) {
+    thread_local std::vector<T> narrow;
+    narrow.resize(static_cast<size_t>(depth_));
+    kernels.narrow(weight + row * depth_, static_cast<int>(depth_), narrow.data());
+    const int64_t column = place(row);
+    const int64_t block = column / kPackColumns;
+    const int64_t width = block_columns(block);
+    T* out = packed_.as<T>() + block * kPackColumns * depth_;
+    const int64_t c = column % kPackColumns;
+    for (int64_t k = 0; k < depth_; ++k) {
+      const int64_t at =
+          sizeof(T) == sizeof(Bf16) ? (k / 2 * width + c) * 2 + k % 2 : k * width + c;
+      out[at] = narrow[static_cast<size_t>(k)];
+    }
+  });
+}
+
+template <typename T>
+void PackedLinear<T>::multiply_block(int64_t block, int64_t rows, const T* a, int64_t lda, float* c,
+                                     int64_t ldc, bool add) const {
+  const int64_t width = block_columns(block);
+  const Block<T> shape{.n = width, .k = depth_, .lda = lda, .ldb = width, .ldc = ldc, .add = add};
+  brgemm_rows(shape, rows, a, block_data(block), c);
+}
+
+template <typename T>
+void PackedLinear<T>::multiply(int64_t begin, int64_t end, int64_t rows, const T* a, int64_t lda,
+                               float* c, int64_t ldc, bool add) const {
+  for (int64_t block = begin; block < end; ++block) {
+    multiply_block(block, rows, a, lda, c + block * kPackColumns, ldc, add);
+  }
+  brgemm_end<T>();
+}
+
+template class PackedLinear<float>;
+template class PackedLinear<Bf16>;
+
+}  // namespace flowprefill

@@ -1,0 +1,69 @@
+// Row kernels: norm, rope, SwiGLU, softmax, embedding on raw rows; one build per instruction set,
+// chosen once. Called by the operators in this folder. Every kernel is single-threaded and touches
+// only the rows it is given.
+#pragma once
+
+#include <cstdint>
+
+namespace flowprefill {
+
+// bfloat16 as bits: the upper half of an IEEE float.
+using Bf16 = uint16_t;
+
+// How one attention head vector is brought into place. Pointers may be null where a model has no
+// such thing.
+struct RopeHead {
+  const float* bias;         // [dim] added first
+  const float* norm_weight;  // [dim] RMS norm over the head (Qwen3)
+  float norm_eps;
+  float scale;  // multiplied in at the end (softmax scale folded into q)
+  int dim;
+};
+
+// Where one tile of the running softmax lives. S, P are [rows, ld]; O is [rows, dim].
+struct SoftmaxTile {
+  float* scores;  // in: raw scores; used as scratch
+  int64_t ld;     // of scores and of probabilities
+  int rows;
+  int cols;             // columns of this tile
+  const int* valid_lo;  // [rows] first valid column of each row (may exceed cols)
+  const int* valid_hi;  // [rows] one past the last valid column (may be <= valid_lo)
+  float* row_max;       // [rows] running maximum
+  float* row_sum;       // [rows] running sum
+  float* output;        // [rows, dim] rescaled when the maximum moves
+  int dim;
+};
+
+template <typename T>  // T: float or Bf16, the element type of activations and KV cache
+struct RowKernels {
+  // out[i] = x[i] / rms(x) * weight[i]; n elements.
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, T* out);
+  // tile is [rows, 2 * cols] = gate | up (+ bias): out = silu(gate) * up.
+  void (*swiglu)(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t ld_out);
+  // Rotates one head (halves convention) by cos/sin [dim / 2]; out is [dim].
+  void (*rope)(const float* in, const RopeHead& head, const float* cos, const float* sin, T* out);
+  // Stores `rows` rotated keys [rows, dim] as columns slot, slot + 1, ... of a key block
+  // (kv_cache.h).
+  void (*store_keys)(const T* keys, int rows, int dim, T* block, int slot, int block_tokens);
+  // Stores `rows` values (stride ld, plus bias if there is one) as rows slot, ... of a value block.
+  void (*store_values)(const float* in, int64_t ld, const float* bias, int rows, int dim, T* block,
+                       int slot);
+  // One tile of the online softmax in base 2: updates max, sum, output; writes probabilities.
+  void (*softmax)(const SoftmaxTile& tile, T* probabilities);
+  // out[r, i] = output[r, i] / sum[r].
+  void (*normalise)(const float* output, const float* row_sum, int rows, int dim, T* out,
+                    int64_t ld_out);
+  // out[i] = table[i] as float.
+  void (*widen)(const T* row, int n, float* out);
+  // out[i] = row[i] rounded to T.
+  void (*narrow)(const float* row, int n, T* out);
+};
+
+// The kernels of the best instruction set this processor has. Thread-safe; cost: one load.
+template <typename T>
+const RowKernels<T>& row_kernels();
+
+// "avx512bf16", "avx512", "avx2" or "baseline": what row_kernels() chose.
+const char* row_kernel_isa();
+
+}  // namespace flowprefill

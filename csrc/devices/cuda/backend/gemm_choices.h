@@ -1,0 +1,51 @@
+// GemmShape, GemmDevice and GemmChoices: what a choice of GEMM kernel depends on, and the measured
+// choices with their file. Used by GemmSelector.
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "devices/cuda/kernels/gemm_args.h"
+
+namespace flowprefill {
+
+// What measured times are of. Times of another device or version are worth nothing here.
+struct GemmDevice {
+  int compute_capability = 0;  // major * 10 + minor
+  int num_multiprocessors = 0;
+  std::string name = {};
+  int driver_version = 0;      // as cudaDriverGetVersion() has it
+  int runtime_version = 0;     // as cudaRuntimeGetVersion() has it
+  std::string libraries = {};  // versions of the libraries among the candidates
+};
+
+// Products with equal shapes share a choice.
+struct GemmShape {
+  int32_t row_bucket = 0;  // rows rounded up to a power of two
+  int32_t columns = 0;
+  int32_t depth = 0;
+  GemmOutput output = GemmOutput::kFloat;
+  bool has_bias = false;
+  bool adds_to_d = false;
+  bool is_gated = false;
+
+  auto operator<=>(const GemmShape&) const = default;
+};
+
+GemmShape shape_of(const GemmArgs& args);
+
+// Name of the chosen candidate by shape.
+using GemmChoices = std::map<GemmShape, std::string>;
+
+// The choices in the file at `path` if it was written for `device`; none for a file that is
+// missing, damaged, cut off or of another device or version. Throws nothing but std::bad_alloc.
+GemmChoices read_gemm_choices(const std::string& path, const GemmDevice& device);
+
+// Writes them in one step: a reader finds the old file or the new one. Throws std::runtime_error
+// naming the path and the reason.
+void write_gemm_choices(const std::string& path, const GemmDevice& device,
+                        const GemmChoices& choices);
+
+}  // namespace flowprefill

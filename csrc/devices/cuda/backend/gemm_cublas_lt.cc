@@ -1,0 +1,274 @@
+#include "devices/cuda/backend/gemm_cublas_lt.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "devices/cuda/kernels/expect.h"
+
+#if __has_include(<cublasLt.h>)
+
+#include <cublasLt.h>
+#include <dlfcn.h>
+
+#include <array>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace flowprefill {
+namespace {
+
+// The library's functions, with the types of its header.
+struct Functions {
+  decltype(&cublasLtGetVersion) get_version = nullptr;
+  decltype(&cublasLtGetStatusName) get_status_name = nullptr;
+  decltype(&cublasLtCreate) create = nullptr;
+  decltype(&cublasLtDestroy) destroy = nullptr;
+  decltype(&cublasLtMatmulDescCreate) product_create = nullptr;
+  decltype(&cublasLtMatmulDescDestroy) product_destroy = nullptr;
+  decltype(&cublasLtMatmulDescSetAttribute) product_set = nullptr;
+  decltype(&cublasLtMatrixLayoutCreate) layout_create = nullptr;
+  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy = nullptr;
+  decltype(&cublasLtMatmulPreferenceCreate) preference_create = nullptr;
+  decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) get_heuristic = nullptr;
+  decltype(&cublasLtMatmul) matmul = nullptr;
+
+  // Name of the first function that is missing; null: all there.
+  const char* find(void* library) {
+    const char* missing = nullptr;
+    const auto take = [library, &missing](auto* function, const char* name) {
+      *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(library, name));
+      if (*function == nullptr && missing == nullptr)
+        missing = name;
+    };
+    take(&get_version, "cublasLtGetVersion");
+    take(&get_status_name, "cublasLtGetStatusName");
+    take(&create, "cublasLtCreate");
+    take(&destroy, "cublasLtDestroy");
+    take(&product_create, "cublasLtMatmulDescCreate");
+    take(&product_destroy, "cublasLtMatmulDescDestroy");
+    take(&product_set, "cublasLtMatmulDescSetAttribute");
+    take(&layout_create, "cublasLtMatrixLayoutCreate");
+    take(&layout_destroy, "cublasLtMatrixLayoutDestroy");
+    take(&preference_create, "cublasLtMatmulPreferenceCreate");
+    take(&preference_destroy, "cublasLtMatmulPreferenceDestroy");
+    take(&preference_set, "cublasLtMatmulPreferenceSetAttribute");
+    take(&get_heuristic, "cublasLtMatmulAlgoGetHeuristic");
+    take(&matmul, "cublasLtMatmul");
+    return missing;
+  }
+
+  void check(cublasStatus_t status, const char* call) const {
+    if (status != CUBLAS_STATUS_SUCCESS)
+      throw std::runtime_error(std::string(call) + ": " + get_status_name(status));
+  }
+};
+
+// Descriptors of one product and the algorithm the library suggests for it. cuBLASLt's matrices are
+// column-major, so it is told d^T = b * a^T: its A is our b, its B our a.
+class Product {
+ public:
+  Product(const Functions& lt, cublasLtHandle_t handle, const GemmArgs& args) : lt_(lt) {
+    try {
+      make(handle, args);
+    } catch (...) {
+      destroy();
+      throw;
+    }
+  }
+  ~Product() { destroy(); }
+  Product(const Product&) = delete;
+  Product& operator=(const Product&) = delete;
+
+  void launch(cublasLtHandle_t handle, const GemmArgs& args, std::span<std::byte> workspace,
+              cudaStream_t stream) {
+    const float alpha = 1.0f;
+    const float beta = args.adds_to_d ? 1.0f : 0.0f;
+    void* d = args.output == GemmOutput::kFloat ? static_cast<void*>(args.first_d<float>())
+                                                : static_cast<void*>(args.first_d<Bf16>());
+    if (args.bias != nullptr)
+      set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
+    lt_.check(lt_.matmul(handle, product_, &alpha, args.b, weights_, args.first_a(), rows_, &beta,
+                         d, result_, d, result_, &found_.algo, workspace.data(),
+                         found_.workspaceSize, stream),
+              "cublasLtMatmul");
+  }
+
+ private:
+  template <typename T>
+  void set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
+    lt_.check(lt_.product_set(product_, attribute, &value, sizeof value),
+              "cublasLtMatmulDescSetAttribute");
+  }
+  template <typename T>
+  void prefer(cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
+    lt_.check(lt_.preference_set(preference_, attribute, &value, sizeof value),
+              "cublasLtMatmulPreferenceSetAttribute");
+  }
+  void layout(cublasLtMatrixLayout_t* out, cudaDataType type, int64_t rows, int64_t columns,
+              int64_t ld) {
+    lt_.check(lt_.layout_create(out, type, static_cast<uint64_t>(rows),
+                                static_cast<uint64_t>(columns), ld),
+              "cublasLtMatrixLayoutCreate");
+  }
+
+  void make(cublasLtHandle_t handle, const GemmArgs& args) {
+    lt_.check(lt_.product_create(&product_, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+              "cublasLtMatmulDescCreate");
+    set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    if (args.bias != nullptr) {
+      set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+      set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
+    }
+    layout(&weights_, CUDA_R_16BF, args.depth, args.columns, args.ldb);
+    layout(&rows_, CUDA_R_16BF, args.depth, args.rows(), args.lda);
+    layout(&result_, args.output == GemmOutput::kFloat ? CUDA_R_32F : CUDA_R_16BF, args.columns,
+           args.rows(), args.ldd);
+    lt_.check(lt_.preference_create(&preference_), "cublasLtMatmulPreferenceCreate");
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CublasLt::kWorkspaceBytes);
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+           static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
+    for (const auto attribute :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
+      prefer(attribute, uint32_t{16});
+    }
+    int count = 0;
+    lt_.check(lt_.get_heuristic(handle, product_, weights_, rows_, result_, result_, preference_, 1,
+                                &found_, &count),
+              "cublasLtMatmulAlgoGetHeuristic");
+    if (count == 0)
+      throw std::runtime_error("cublasLtMatmulAlgoGetHeuristic: nothing for this product");
+    lt_.check(found_.state, "cublasLtMatmulAlgoGetHeuristic");
+  }
+
+  void destroy() noexcept {
+    if (preference_ != nullptr)
+      lt_.preference_destroy(preference_);
+    for (const cublasLtMatrixLayout_t made : {weights_, rows_, result_}) {
+      if (made != nullptr)
+        lt_.layout_destroy(made);
+    }
+    if (product_ != nullptr)
+      lt_.product_destroy(product_);
+  }
+
+  const Functions& lt_;
+  cublasLtMatmulDesc_t product_ = nullptr;
+  cublasLtMatrixLayout_t weights_ = nullptr;
+  cublasLtMatrixLayout_t rows_ = nullptr;
+  cublasLtMatrixLayout_t result_ = nullptr;
+  cublasLtMatmulPreference_t preference_ = nullptr;
+  cublasLtMatmulHeuristicResult_t found_ = {};
+};
+
+using ProductKey = std::array<int64_t, 9>;
+
+ProductKey key_of(const GemmArgs& args) {
+  return {args.rows(),
+          args.columns,
+          args.depth,
+          args.lda,
+          args.ldb,
+          args.ldd,
+          static_cast<int64_t>(args.output),
+          args.adds_to_d,
+          args.bias != nullptr};
+}
+
+}  // namespace
+
+struct CublasLt::Library {
+  Functions functions;
+  cublasLtHandle_t handle = nullptr;
+  std::mutex mutex;  // guards products: a bias is set in the descriptor that is launched
+  std::map<ProductKey, Product> products;
+
+  ~Library() {
+    products.clear();
+    if (handle != nullptr)
+      functions.destroy(handle);
+  }
+};
+
+CublasLt::CublasLt(std::unique_ptr<Library> library, std::string version)
+    : library_(std::move(library)), version_(std::move(version)) {}
+
+CublasLt::~CublasLt() = default;
+
+std::shared_ptr<const CublasLt> CublasLt::load(std::span<const std::string> libraries,
+                                               std::string* reason) {
+  *reason = "no library named";
+  for (const std::string& name : libraries) {
+    void* opened = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (opened == nullptr) {
+      *reason = dlerror();
+      continue;
+    }
+    auto library = std::make_unique<Library>();
+    if (const char* missing = library->functions.find(opened); missing != nullptr) {
+      *reason = name + ": has no " + missing;
+      continue;
+    }
+    const size_t version = library->functions.get_version();
+    if (version / 10000 != 12 && version / 10000 != 13) {
+      *reason = name + ": version " + std::to_string(version) + ", expected 12 or 13";
+      continue;
+    }
+    const cublasStatus_t status = library->functions.create(&library->handle);
+    if (status != CUBLAS_STATUS_SUCCESS) {
+      *reason = name + ": cublasLtCreate: " + library->functions.get_status_name(status);
+      continue;
+    }
+    reason->clear();
+    return std::shared_ptr<const CublasLt>(
+        new CublasLt(std::move(library), "cublaslt " + std::to_string(version)));
+  }
+  return nullptr;
+}
+
+bool CublasLt::takes(const GemmArgs& args) {
+  return !args.is_gated && (args.bias == nullptr || args.output == GemmOutput::kFloat);
+}
+
+cudaError_t CublasLt::launch(const GemmArgs& args, std::span<std::byte> workspace,
+                             cudaStream_t stream) const {
+  check(args);
+  expect(takes(args), "bias", 1, "none where the output is bf16, and no gate");
+  expect(workspace.size() >= kWorkspaceBytes, "workspace", static_cast<int64_t>(workspace.size()),
+         "at least 32 MiB");
+  const std::lock_guard lock(library_->mutex);
+  const auto [found, is_new] =
+      library_->products.try_emplace(key_of(args), library_->functions, library_->handle, args);
+  found->second.launch(library_->handle, args, workspace, stream);
+  return cudaSuccess;
+}
+
+}  // namespace flowprefill
+
+#else
+
+namespace flowprefill {
+
+struct CublasLt::Library {};
+
+CublasLt::~CublasLt() = default;
+
+std::shared_ptr<const CublasLt> CublasLt::load(std::span<const std::string>, std::string* reason) {
+  *reason = "compiled without cublasLt.h";
+  return nullptr;
+}
+
+bool CublasLt::takes(const GemmArgs&) {
+  return false;
+}
+
+cudaError_t CublasLt::launch(const GemmArgs&, std::span<std::byte>, cudaStream_t) const {
+  throw std::logic_error("CublasLt: compiled without cublasLt.h");
+}
+
+}  // namespace flowprefill
+
+#endif

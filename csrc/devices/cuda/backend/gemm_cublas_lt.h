@@ -1,0 +1,52 @@
+// CublasLt: matrix products by NVIDIA's cuBLASLt, loaded at run time if it is there. A candidate of
+// GemmSelector, made by gemm_candidates.cc. Nothing links the library; where its public header was
+// missing when this was compiled, load() always says so.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "devices/cuda/kernels/gemm_args.h"
+
+namespace flowprefill {
+
+class CublasLt {
+ public:
+  // Device memory that launch() may write; what NVIDIA recommends for compute capability 9.0.
+  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+
+  // Loads the first of `libraries` (paths, or names for the dynamic linker) that can be used on the
+  // current device. Null, and why in *reason, if there is none. Once loaded it stays loaded.
+  static std::shared_ptr<const CublasLt> load(std::span<const std::string> libraries,
+                                              std::string* reason);
+  ~CublasLt();
+  CublasLt(const CublasLt&) = delete;
+  CublasLt& operator=(const CublasLt&) = delete;
+
+  // "cublaslt 130000"
+  const std::string& version() const { return version_; }
+
+  // No gate; a bias only where d is float, because it has d's type there.
+  static bool takes(const GemmArgs& args);
+
+  // As launch_gemm(). Splits of the depth are ruled out: a product gives the same bits each time.
+  // Which of its kernels runs is the library's choice, by the exact number of rows. Throws
+  // std::invalid_argument as check(), and std::runtime_error naming call and status where the
+  // library refuses. Thread: any, one at a time inside.
+  cudaError_t launch(const GemmArgs& args, std::span<std::byte> workspace,
+                     cudaStream_t stream) const;
+
+ private:
+  struct Library;
+
+  CublasLt(std::unique_ptr<Library> library, std::string version);
+
+  const std::unique_ptr<Library> library_;
+  const std::string version_;
+};
+
+}  // namespace flowprefill

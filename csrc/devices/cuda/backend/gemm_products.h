@@ -1,0 +1,22 @@
+// The matrix products of a model by size: how much scratch they want, and which to measure. Called
+// by CudaModel.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "devices/cuda/backend/device_weights.h"
+#include "devices/cuda/backend/gemm_selector.h"
+#include "devices/cuda/backend/plan_shape.h"
+
+namespace flowprefill {
+
+// Scratch that any product of a plan up to `largest` can want.
+size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
+                     const DeviceWeights& weights);
+
+// Products of some layers for each power of two of rows, in a lane that starts at `lane`.
+std::vector<GemmArgs> products_to_measure(const PlanShape& largest, const DeviceWeights& weights,
+                                          std::byte* lane);
+
+}  // namespace flowprefill

@@ -1,0 +1,87 @@
+// GemmSelector: which kernel computes a matrix product, by what was measured on this GPU or else by
+// a guess. Made once per model by CudaModel; its segments launch through it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "devices/cuda/backend/gemm_choices.h"
+#include "devices/cuda/runtime/cuda_error.h"
+
+namespace flowprefill {
+
+// One way to compute a product: a kernel, or several in a row.
+struct GemmCandidate {
+  std::string name = {};     // in the cache and in reports, e.g. "hopper_128x256 + swiglu"
+  size_t scratch_bytes = 0;  // of device memory that launch() may write
+  // Capturable; returns what the launch returned, may throw std::invalid_argument.
+  std::function<cudaError_t(const GemmArgs&, std::span<std::byte> scratch, cudaStream_t)> launch =
+      {};
+};
+
+// The candidates for these arguments, best guess first. Depends on everything but the pointers.
+using GemmCandidates = std::function<std::vector<GemmCandidate>(const GemmArgs&)>;
+
+// What was measured of one shape.
+struct GemmTiming {
+  std::string candidate = {};
+  double us = 0;             // median device time of one launch
+  std::string failure = {};  // why it was left out; empty: measured
+};
+struct GemmReport {
+  GemmShape shape = {};
+  std::string chosen = {};  // empty: every candidate failed, the guess stays
+  bool is_from_cache = false;
+  std::vector<GemmTiming> timings = {};  // in the order of the candidates
+};
+
+class GemmSelector {
+ public:
+  // cache_path: file of measured choices, read now and written by measure_all(); empty: none. A
+  // file that is missing, damaged or of another device or version counts as empty.
+  GemmSelector(GemmDevice device, std::string cache_path, GemmCandidates candidates);
+
+  // Enough for any candidate, so that measuring later changes nothing about it.
+  size_t scratch_bytes(const GemmArgs& args) const;
+
+  // Launches the measured choice for the shape of `args`, or the best guess. Capturable: waits for
+  // nothing and allocates nothing on the device. Which kernel runs for a shape changes in
+  // measure_all() only. Throws CudaError, std::invalid_argument. Thread: any.
+  void launch(const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream,
+              const CallContext& context = {}) const;
+
+  // Measures every shape among `products` that is not known yet and writes the cache. Products of
+  // one shape take turns, so giving each layer's finds the weights in memory rather than in cache.
+  // Their a, b, bias and d must be valid for all rows; d and scratch are overwritten. Call before
+  // serving, with no capture on `stream` and no launch() elsewhere: it waits for the device.
+  // A candidate that fails is left out, its reason reported; a cache that cannot be written is
+  // reported by cache_failure(). Throws CudaError where the device itself fails.
+  std::vector<GemmReport> measure_all(std::span<const GemmArgs> products,
+                                      std::span<std::byte> scratch, cudaStream_t stream);
+
+  // Why the cache was not written last; empty: it was, or there is none.
+  const std::string& cache_failure() const { return cache_failure_; }
+
+ private:
+  std::shared_ptr<const GemmCandidate> chosen(const GemmArgs& args) const;
+  GemmReport measure(const GemmShape& shape, std::span<const GemmArgs> products,
+                     std::span<std::byte> scratch, cudaStream_t stream);
+
+  const GemmDevice device_;
+  const std::string cache_path_;
+  const GemmCandidates candidates_;
+  std::string cache_failure_;
+  mutable std::mutex mutex_;  // guards choices_ and chosen_
+  GemmChoices choices_;       // measured, here or by whoever wrote the cache
+  mutable std::map<GemmShape, std::shared_ptr<const GemmCandidate>> chosen_;  // asked for so far
+};
+
+}  // namespace flowprefill

@@ -1,0 +1,103 @@
+// PlanBuilder: makes and keeps the CudaPlans of a transformer, and decides between a bucket's plan,
+// whose segments can be graphs, and one of exactly the batch's size. Called by CudaModel.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "devices/cuda/backend/layer_kernels.h"
+#include "devices/cuda/backend/plan_shape.h"
+#include "devices/cuda/runtime/bucket.h"
+#include "devices/cuda/runtime/cuda_plan.h"
+#include "graph/batch.h"
+#include "graph/planner.h"
+
+namespace flowprefill {
+
+// A CudaPlan and what it was made from.
+struct TransformerPlan {
+  std::shared_ptr<const PlanShape> shape;
+  Plan steps;
+  std::vector<double> planned_s;  // of each segment
+  size_t num_graph_kernels = 0;   // in segments that may be graphs
+  std::shared_ptr<const CudaPlan> plan;
+};
+
+// What a run gets.
+struct PlannedBatch {
+  std::shared_ptr<const TransformerPlan> plan;
+  std::vector<double> predicted_s;  // of each segment, for this batch
+};
+
+struct PlanBuilderOptions {
+  std::vector<int32_t> buckets = {};  // ascending; empty: every plan is of exact size
+  int32_t max_sequences = 0;
+  int32_t block_tokens = 0;
+  GraphPolicy policy = {};
+};
+
+// Which plan a batch gets. That of the smallest bucket with room for it, unless
+// - there is none, or its padding is beyond kMaxPadding;
+// - the padding is predicted to take longer than launching its captured kernels one by one does;
+// - granularity is a budget and a segment is predicted to take more than kMaxOverrun times the
+//   budget (or the time planned for it, if that is more): the batch's context is far above what the
+//   plan assumes, so its attention has to be cut elsewhere.
+// Then it is a plan of exactly its size, launched eagerly, made for this run alone.
+//
+// A bucket's plan assumes sequences of equal length with the batch's mean context, rounded up to a
+// power of two. It is made for one sequence or for as many as fit, and for block tables of a power
+// of two of blocks, so that few plans serve all batches; plans that place inputs and activations
+// alike share their graphs.
+//
+// Thread: any.
+class PlanBuilder {
+ public:
+  static constexpr double kMaxOverrun = 1.25;
+
+  // Columns of the block tables that a bucket's plan has for sequences of up to `tokens`.
+  static int32_t table_stride(int32_t tokens, int32_t block_tokens);
+
+  // config and kernels live as long as the plans.
+  PlanBuilder(const ModelConfig& config, int32_t padded_vocab, const LayerKernels& kernels,
+              PlanBuilderOptions options);
+
+  PlannedBatch plan_for(const Batch& batch, const PlanOptions& options);
+
+  // The plans of a bucket that runs are likely to want first: short contexts, one sequence and
+  // many.
+  std::vector<std::shared_ptr<const TransformerPlan>> plans_to_warm(int32_t bucket,
+                                                                    const PlanOptions& options);
+
+ private:
+  // What distinguishes the plans of a bucket.
+  struct Assumed {
+    int32_t bucket = 0;
+    int32_t sequences = 0;
+    int32_t table_stride = 0;
+    int32_t context = 0;  // of each sequence
+    auto operator<=>(const Assumed&) const = default;
+  };
+  using OptionsKey = std::tuple<Granularity, double, int32_t, double, double, double, double>;
+
+  Assumed assumed_of(const Batch& batch, int32_t bucket) const;
+  std::shared_ptr<const TransformerPlan> bucket_plan(const Assumed& assumed,
+                                                     const PlanOptions& options);
+  std::shared_ptr<const TransformerPlan> exact_plan(const Batch& batch, Plan steps);
+  std::shared_ptr<const TransformerPlan> build(const PlanSizes& sizes, Plan steps, int32_t bucket,
+                                               const std::vector<int32_t>& last_rows);
+  int32_t variant_of(const PlanShape& shape, int32_t bucket);
+
+  const ModelConfig& config_;
+  const int32_t padded_vocab_;
+  const LayerKernels& kernels_;
+  const PlanBuilderOptions options_;
+  std::mutex mutex_;  // guards what follows
+  std::map<std::pair<Assumed, OptionsKey>, std::shared_ptr<const TransformerPlan>> plans_;
+  std::map<std::pair<PlanSizes, std::vector<AttentionRows>>, int32_t> variants_;
+};
+
+}  // namespace flowprefill

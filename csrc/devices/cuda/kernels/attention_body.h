@@ -1,0 +1,239 @@
+// Body of the attention kernel: online softmax over key tiles with tensor-core products. Called by
+// attention.cu on the device, by tests/cpp/kernels on the host.
+//
+// A block of 4 warps computes 64 entries (row, query head) of one sequence and one KV head; warp w
+// owns entries 16 w to 16 w + 15 and needs no other warp but for filling shared memory. Queries,
+// scores and output stay in registers. Keys and values each have one buffer: while scores are
+// computed the values arrive, while values are multiplied the next keys do.
+//
+// Key tiles start at multiples of 64 of the position, so a row's result has the same bits however
+// its prompt is sliced or batched: tiles in which it may see nothing change nothing.
+#pragma once
+
+#include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/mma_layout.h"
+#include "devices/cuda/kernels/thread.h"
+
+namespace flowprefill {
+
+// Shared memory row of one key or value. 16 bytes of padding make the stride an odd number of
+// 16-byte words, so that the 8 rows of a matrix lie in different banks.
+template <int kDim>
+constexpr int32_t kSharedStride = kDim + 8;
+
+template <int kDim, class Thread>
+class AttentionBody {
+ public:
+  FP_HD AttentionBody(const Thread& t, const AttentionArgs& args)
+      : t_(t), args_(args), tile_(args.tiles[t.block_x()]), group_(args.heads / args.kv_heads) {}
+
+  FP_HD void run() {
+    if (tile_.sequence <= 0)
+      return;
+    load_queries();
+    const int32_t last = smaller(tile_.entry + kAttentionEntries, tile_.entries) - 1;
+    const int32_t end = position_of(last) + 1;
+    const int32_t begin = first_key() / kAttentionKeys * kAttentionKeys;
+    copy(args_.cache.keys, keys(), begin, end);
+    for (int32_t key = begin; key < end; key += kAttentionKeys) {
+      t_.wait_for_copies();
+      t_.sync();  // the keys are here, and nobody reads the last values any more
+      copy(args_.cache.values, values(), key, end);
+      multiply_queries();
+      mask(key);
+      update_softmax();
+      t_.wait_for_copies();
+      t_.sync();  // the values are here, and nobody reads the keys any more
+      if (key + kAttentionKeys < end)
+        copy(args_.cache.keys, keys(), key + kAttentionKeys, end);
+      multiply_values();
+    }
+    store_output();
+  }
+
+ private:
+  static constexpr int kDepthSteps = kDim / 16;            // of the query-key product
+  static constexpr int kKeyColumns = kAttentionKeys / 8;   // 8-wide columns of the scores
+  static constexpr int kOutColumns = kDim / 8;             // 8-wide columns of the output
+  static constexpr int kKeySteps = kAttentionKeys / 16;    // depth of the value product
+  static constexpr int32_t kWords = kDim / 8;              // 16-byte words of a key
+  static constexpr int32_t kStride = kSharedStride<kDim>;  // elements
+
+  FP_HD Bf16* keys() const { return t_.template shared<Bf16>(); }
+  FP_HD Bf16* values() const { return keys() + kAttentionKeys * kStride; }
+
+  // ---- which entry, row and position
+
+  // Entry of this lane's upper (0) or lower (1) row of the warp's 16.
+  FP_HD int32_t entry(int half) const {
+    return tile_.entry + t_.warp() * 16 + t_.lane() / 4 + 8 * half;
+  }
+  FP_HD int32_t position_of(int32_t entry) const { return tile_.position + entry / group_; }
+  // Elements from the first of row 0 to the entry's head.
+  FP_HD int64_t offset_of(int32_t entry, int64_t ld) const {
+    const int32_t head = t_.block_y() * group_ + entry % group_;
+    return (tile_.row + entry / group_) * ld + static_cast<int64_t>(head) * kDim;
+  }
+  // First key that any entry of the tile sees.
+  FP_HD int32_t first_key() const {
+    if (args_.window <= 0)
+      return 0;
+    return larger(0, position_of(tile_.entry) - args_.window + 1);
+  }
+
+  // ---- memory
+
+  FP_HD void load_queries() {
+    FP_UNROLL for (int half = 0; half < 2; ++half) {
+      const int32_t e = entry(half);
+      const bool is_live = e < tile_.entries;
+      const Bf16* q = args_.q + (is_live ? offset_of(e, args_.ld_q) : 0);
+      FP_UNROLL for (int step = 0; step < kDepthSteps; ++step) {
+        FP_UNROLL for (int side = 0; side < 2; ++side) {
+          const int i = half + 2 * side;  // register whose a_row is this half
+          const Bf16* from = q + step * 16 + a_column(t_.lane(), i);
+          queries_[step][i] = is_live ? *reinterpret_cast<const uint32_t*>(from) : 0;
+        }
+      }
+    }
+  }
+
+  // Starts copying 64 keys or values; rows from `end` on are zeros, so that nothing undefined (a
+  // NaN) meets the zero probability of a masked key.
+  FP_HD void copy(const Bf16* cache, Bf16* to, int32_t key, int32_t end) const {
+    const int32_t* table = args_.block_tables + (tile_.sequence - 1) * args_.block_table_stride;
+    const int64_t head = t_.block_y() * args_.cache.head_stride;
+    constexpr int kThreads = kAttentionEntries / 16 * 32;
+    FP_UNROLL for (int i = 0; i < kAttentionKeys * kWords / kThreads; ++i) {
+      const int32_t word = i * kThreads + t_.index();
+      const int32_t row = word / kWords;
+      const int32_t column = word % kWords * 8;
+      const bool is_valid = key + row < end;
+      const int64_t offset = is_valid ? args_.cache.offset(table, key + row) + head + column : 0;
+      t_.copy_16(to + row * kStride + column, cache + offset, is_valid);
+    }
+  }
+
+  FP_HD void store_output() {
+    FP_UNROLL for (int half = 0; half < 2; ++half) {
+      float sum = sums_[half];
+      sum += t_.shuffle_xor(sum, 1);
+      sum += t_.shuffle_xor(sum, 2);
+      const int32_t e = entry(half);
+      if (e >= tile_.entries)
+        continue;
+      const float scale = 1.0f / sum;
+      Bf16* out = args_.out + offset_of(e, args_.ld_out) + c_column(t_.lane(), 0);
+      FP_UNROLL for (int n = 0; n < kOutColumns; ++n) {
+        const float* o = out_[n] + 2 * half;
+        *reinterpret_cast<uint32_t*>(out + n * 8) = pack_bf16(o[0] * scale, o[1] * scale);
+      }
+    }
+  }
+
+  // ---- products
+
+  // scores = queries * keys^T, 16 keys at once: matrices (keys 0-7 | 8-15) x (depth 0-7 | 8-15).
+  FP_HD void multiply_queries() {
+    const int32_t matrix = t_.lane() / 8;
+    const Bf16* row = keys() + (matrix / 2 * 8 + t_.lane() % 8) * kStride + matrix % 2 * 8;
+    FP_UNROLL for (int n = 0; n < kKeyColumns; n += 2) {
+      FP_UNROLL for (int i = 0; i < 4; ++i) scores_[n][i] = scores_[n + 1][i] = 0.0f;
+      FP_UNROLL for (int step = 0; step < kDepthSteps; ++step) {
+        uint32_t b[4];
+        t_.load_matrices(row + n * 8 * kStride + step * 16, b);
+        t_.multiply_add(scores_[n], queries_[step], b[0], b[1]);
+        t_.multiply_add(scores_[n + 1], queries_[step], b[2], b[3]);
+      }
+    }
+  }
+
+  // out += probabilities * values. The scores' registers, rounded to bf16, are the left operand as
+  // they lie: columns 16 s to 16 s + 15 are the two score columns 2 s and 2 s + 1.
+  FP_HD void multiply_values() {
+    const int32_t matrix = t_.lane() / 8;
+    const Bf16* row = values() + (matrix % 2 * 8 + t_.lane() % 8) * kStride + matrix / 2 * 8;
+    FP_UNROLL for (int step = 0; step < kKeySteps; ++step) {
+      const float* left = scores_[2 * step];
+      const float* right = scores_[2 * step + 1];
+      const uint32_t p[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
+                             pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])};
+      FP_UNROLL for (int n = 0; n < kOutColumns; n += 2) {
+        uint32_t b[4];
+        t_.load_matrices_transposed(row + step * 16 * kStride + n * 8, b);
+        t_.multiply_add(out_[n], p, b[0], b[1]);
+        t_.multiply_add(out_[n + 1], p, b[2], b[3]);
+      }
+    }
+  }
+
+  // ---- softmax
+
+  FP_HD void mask(int32_t key) {
+    const bool sees_all = key + kAttentionKeys - 1 <= position_of(tile_.entry) &&
+                          args_.window <= 0;  // the same for the whole block
+    if (sees_all)
+      return;
+    FP_UNROLL for (int half = 0; half < 2; ++half) {
+      const int32_t position = position_of(entry(half));
+      const int32_t first = args_.window > 0 ? position - args_.window + 1 : 0;
+      FP_UNROLL for (int n = 0; n < kKeyColumns; ++n) {
+        FP_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const int32_t at = key + n * 8 + c_column(t_.lane(), i);
+          if (at > position || at < first)
+            scores_[n][i] = minus_infinity();
+        }
+      }
+    }
+  }
+
+  // scores become 2^(score - maximum); sums_ stay partial per lane until the end.
+  FP_HD void update_softmax() {
+    FP_UNROLL for (int half = 0; half < 2; ++half) {
+      float peak = peaks_[half];
+      FP_UNROLL for (int n = 0; n < kKeyColumns; ++n) {
+        FP_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          peak = scores_[n][i] > peak ? scores_[n][i] : peak;
+        }
+      }
+      FP_UNROLL for (int lanes = 1; lanes < 4; lanes *= 2) {
+        const float other = t_.shuffle_xor(peak, lanes);
+        peak = other > peak ? other : peak;
+      }
+      // Nothing seen yet: any finite number avoids inf - inf, all exponentials are 0.
+      const float base = peak == minus_infinity() ? 0.0f : peak;
+      const float keep = exp2_of(peaks_[half] - base);
+      peaks_[half] = peak;
+      float sum = 0.0f;
+      FP_UNROLL for (int n = 0; n < kKeyColumns; ++n) {
+        FP_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          scores_[n][i] = exp2_of(scores_[n][i] - base);
+          sum += scores_[n][i];
+        }
+      }
+      sums_[half] = sums_[half] * keep + sum;
+      FP_UNROLL for (int n = 0; n < kOutColumns; ++n) {
+        out_[n][2 * half] *= keep;
+        out_[n][2 * half + 1] *= keep;
+      }
+    }
+  }
+
+  const Thread& t_;
+  const AttentionArgs& args_;
+  const AttentionTile tile_;
+  const int32_t group_;
+  uint32_t queries_[kDepthSteps][4];
+  float scores_[kKeyColumns][4];
+  float out_[kOutColumns][4] = {};
+  float peaks_[2] = {minus_infinity(), minus_infinity()};
+  float sums_[2] = {};
+};
+
+// block_x(): tile; block_y(): KV head; 128 threads.
+template <int kDim, class Thread>
+FP_HD void attention_body(const Thread& t, const AttentionArgs& args) {
+  AttentionBody<kDim, Thread>(t, args).run();
+}
+
+}  // namespace flowprefill

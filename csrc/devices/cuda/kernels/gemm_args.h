@@ -1,0 +1,65 @@
+// GemmArgs and GemmTile: one matrix product with its fused epilogue, and which kernel computes it.
+// Used by gemm_sm80.cu and gemm_sm90.cu, by whoever launches them, and by host tests.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "devices/cuda/kernels/portable.h"
+
+namespace flowprefill {
+
+enum class GemmOutput : uint8_t { kFloat, kBf16 };
+
+// d[rows, columns] = a * b^T (+ bias) (+ d). Rows [row_begin, row_end) of a and d only: a slice of
+// a longer operator. Products are exact, sums and epilogue are float, d is rounded once at the end.
+//
+// Gated: rows 2i and 2i + 1 of b (and entries of bias) are the gate and the up projection of column
+// i, and d[rows, columns / 2] = silu(gate) * up.
+struct GemmArgs {
+  const Bf16* a = nullptr;      // [>= row_end, depth] row-major, 16-byte aligned
+  int64_t lda = 0;              // elements between rows, a multiple of 8
+  const Bf16* b = nullptr;      // [columns, depth], as checkpoints store it, 16-byte aligned
+  int64_t ldb = 0;              // elements between rows, a multiple of 8
+  const float* bias = nullptr;  // [columns] or null
+  void* d = nullptr;            // float or Bf16 [>= row_end, d_columns()], 16-byte aligned
+  int64_t ldd = 0;              // elements between rows, a multiple of 16 bytes
+  GemmOutput output = GemmOutput::kFloat;
+  bool adds_to_d = false;  // the residual stream: d += ...
+  bool is_gated = false;   // bf16 output only, without adds_to_d
+  int32_t row_begin = 0;
+  int32_t row_end = 0;
+  int32_t columns = 0;  // rows of b; d_columns() is a multiple of 16 bytes of d
+  int32_t depth = 0;    // a multiple of 8
+
+  int32_t rows() const { return row_end - row_begin; }
+  int32_t d_columns() const { return is_gated ? columns / 2 : columns; }
+  const Bf16* first_a() const { return a + row_begin * lda; }
+  // d at the first row of the slice, as T (float or Bf16).
+  template <typename T>
+  T* first_d() const {
+    return static_cast<T*>(d) + row_begin * ldd;
+  }
+};
+
+// Rows x columns that one block of threads computes.
+enum class GemmTile : uint8_t {
+  kAmpere64x64,    // few rows or columns: more blocks than a wider tile gives
+  kAmpere128x128,  // the default of compute capability 8.x and of everything without an own kernel
+  kAmpere256x128,  // long prompts: half the reads of the weights
+  kHopper128x256,  // compute capability 9.0 only: TMA and warp-group matrix instructions
+};
+
+const char* gemm_tile_name(GemmTile tile);
+
+// Which kernels take these arguments on a device of this compute capability (major * 10 + minor),
+// best guess first.
+// Nobody has measured them on a GPU: the order is a guess by blocks per multiprocessor, meant as
+// the start of a measurement. Empty below 80.
+std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
+                                 int num_multiprocessors);
+
+// Throws std::invalid_argument naming the field, its value and what is allowed.
+void check(const GemmArgs& args);
+
+}  // namespace flowprefill

@@ -1,0 +1,33 @@
+// Launches of every kernel: raw pointers, strides and a stream. Called by the CUDA programs while
+// a segment is captured or run eagerly; wrap the result in FP_CUDA(...).
+//
+// All launches: throw std::invalid_argument for arguments that no kernel takes, before anything is
+// launched; return what the launch returned; do not wait, allocate or synchronise, so they may be
+// captured. Thread: the caller's, any. What a graph keeps is the addresses in the arguments:
+// contents behind them (tokens, tables, tiles) may change from run to run, counts may not.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/gemm_args.h"
+#include "devices/cuda/kernels/row_args.h"
+#include "devices/cuda/kernels/sample_args.h"
+
+namespace flowprefill {
+
+cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream);
+cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream);
+cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+template <typename In>  // float or Bf16
+cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream);
+template <typename In>  // float or Bf16
+cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream);
+cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
+cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
+cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream);
+
+// Fails (cudaErrorNoKernelImageForDevice or the like) for a tile that gemm_tiles() does not name.
+cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream);
+
+}  // namespace flowprefill

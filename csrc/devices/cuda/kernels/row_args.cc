@@ -1,0 +1,90 @@
+#include "devices/cuda/kernels/row_args.h"
+
+#include "devices/cuda/kernels/expect.h"
+
+namespace flowprefill {
+namespace {
+
+constexpr int32_t kMaxHeadDim = 256;
+
+void expect_rows(int32_t rows) {
+  expect(rows >= 1, "rows", rows, "at least 1");
+}
+
+// Columns are moved `step` at a time, so width and strides are whole steps.
+void expect_width(int32_t width, int64_t ld_in, int64_t ld_out, int32_t step) {
+  const char* multiple = step == 8 ? "a positive multiple of 8" : "a positive multiple of 4";
+  expect(width >= step && width % step == 0, "width", width, multiple);
+  expect(ld_in >= width && ld_in % step == 0, "ld of the input", ld_in, multiple);
+  expect(ld_out >= width && ld_out % step == 0, "ld of the output", ld_out, multiple);
+}
+
+void expect_head_dim(int32_t head_dim) {
+  expect(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "head_dim", head_dim,
+         "an even number, 2..256");
+}
+
+}  // namespace
+
+void check(const EmbedArgs& args) {
+  expect_rows(args.rows);
+  expect_width(args.width, args.ld_table, args.ld_hidden, 8);
+  expect_aligned("table", args.table);
+  expect_aligned("hidden", args.hidden);
+}
+
+void check(const RotaryArgs& args) {
+  expect_rows(args.rows);
+  expect_head_dim(args.head_dim);
+}
+
+void check(const RmsNormArgs& args) {
+  expect_rows(args.rows);
+  expect_width(args.width, args.ld_hidden, args.ld_out, 4);
+  expect_aligned("hidden", args.hidden);
+  expect_aligned("delta", args.delta);
+  expect_aligned("weight", args.weight);
+  expect_aligned("out", args.out, 8);
+  if (args.delta != nullptr) {
+    expect(args.ld_delta >= args.width && args.ld_delta % 4 == 0, "ld_delta", args.ld_delta,
+           "a multiple of 4, at least width");
+    expect(args.rows_in == nullptr, "delta", 1, "null where rows_in picks rows");
+  }
+}
+
+template <typename In>
+void check(const RopeArgs<In>& args) {
+  expect_rows(args.rows);
+  expect_head_dim(args.head_dim);
+  expect(args.heads >= 1, "heads", args.heads, "at least 1");
+  expect(args.kv_heads >= 1 && args.kv_heads <= args.heads, "kv_heads", args.kv_heads,
+         "at least 1, at most heads");
+  const int64_t columns = int64_t{args.heads + 2 * args.kv_heads} * args.head_dim;
+  expect(args.ld_qkv >= columns, "ld_qkv", args.ld_qkv, "at least (heads + 2 kv_heads) head_dim");
+  expect(args.ld_q >= int64_t{args.heads} * args.head_dim, "ld_q", args.ld_q,
+         "at least heads times head_dim");
+  expect(args.cache.block_shift >= 0 && args.cache.block_shift < 31, "block_shift",
+         args.cache.block_shift, "0..30");
+}
+
+template <typename In>
+void check(const SwigluArgs<In>& args) {
+  expect_rows(args.rows);
+  expect_width(args.width, args.ld_in, args.ld_out, 8);
+  expect(args.ld_in >= 2 * int64_t{args.width}, "ld_in", args.ld_in, "at least 2 width");
+  expect_aligned("in", args.in);
+  expect_aligned("out", args.out);
+}
+
+void check(const ArgmaxArgs& args) {
+  expect_rows(args.rows);
+  expect(args.width >= 1, "width", args.width, "at least 1");
+  expect(args.ld_values >= args.width, "ld_values", args.ld_values, "at least width");
+}
+
+template void check<float>(const RopeArgs<float>&);
+template void check<Bf16>(const RopeArgs<Bf16>&);
+template void check<float>(const SwigluArgs<float>&);
+template void check<Bf16>(const SwigluArgs<Bf16>&);
+
+}  // namespace flowprefill

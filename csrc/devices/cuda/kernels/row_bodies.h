@@ -1,0 +1,173 @@
+// Bodies of the row kernels: embedding, rotary table, RMS norm, rope with KV write, SwiGLU, argmax.
+// Called by row_kernels.cu on the device and by tests/cpp/kernels on the host. The arithmetic is
+// that of the CPU's row kernels (csrc/devices/cpu/row_kernels.h): float inside, rounded once when
+// stored.
+//
+// Every body handles block_x() = one row; block_y() = a part of its columns where it says so.
+#pragma once
+
+#include "devices/cuda/kernels/row_args.h"
+#include "devices/cuda/kernels/thread.h"
+
+namespace flowprefill {
+
+constexpr int32_t kColumnsPerThread = 8;  // 16 bytes of bf16
+
+// First of the columns this thread handles; block_y() counts blocks of count() threads.
+template <class Thread>
+FP_HD int32_t first_column(const Thread& t) {
+  return (t.block_y() * t.count() + t.index()) * kColumnsPerThread;
+}
+
+// hidden[row] = table[token] as float; zeros in padding. block_y(): columns.
+template <class Thread>
+FP_HD void embed_body(const Thread& t, const EmbedArgs& args) {
+  const int32_t row = t.block_x();
+  const int32_t column = first_column(t);
+  if (column >= args.width)
+    return;
+  Vec<float, 4> out[2] = {};
+  if (args.batch.sequences[row] > 0) {
+    const int64_t from = args.batch.tokens[row] * args.ld_table + column;
+    const auto in = *reinterpret_cast<const Vec<Bf16, 8>*>(args.table + from);
+    FP_UNROLL for (int i = 0; i < 8; ++i) out[i / 4].v[i % 4] = widen(in.v[i]);
+  }
+  auto* to = reinterpret_cast<Vec<float, 4>*>(args.hidden + row * args.ld_hidden + column);
+  to[0] = out[0];
+  to[1] = out[1];
+}
+
+// cos and sin of 2 pi * turns; |turns| up to 1e9 keeps full float precision.
+FP_HD void cos_sin_of_turns(double turns, float* cos, float* sin) {
+#if FP_ON_DEVICE
+  const double whole = rint(turns);
+  sincospif(static_cast<float>(2.0 * (turns - whole)), sin, cos);
+#else
+  const double angle = 6.283185307179586476925 * (turns - std::rint(turns));
+  *cos = static_cast<float>(std::cos(angle));
+  *sin = static_cast<float>(std::sin(angle));
+#endif
+}
+
+// rotary[row] = cos | sin of the row's position, one thread per pair; zeros in padding.
+template <class Thread>
+FP_HD void rotary_body(const Thread& t, const RotaryArgs& args) {
+  const int32_t row = t.block_x();
+  const int32_t half = args.head_dim / 2;
+  const bool is_live = args.batch.sequences[row] > 0;
+  float* out = args.rotary + static_cast<int64_t>(row) * args.head_dim;
+  for (int32_t i = t.index(); i < half; i += t.count()) {
+    float cos = 0.0f;
+    float sin = 0.0f;
+    if (is_live)
+      cos_sin_of_turns(args.batch.positions[row] * args.turns_per_position[i], &cos, &sin);
+    out[i] = cos * args.scale;
+    out[half + i] = sin * args.scale;
+  }
+}
+
+FP_HD float inverse_rms(float sum_of_squares, int32_t n, float eps) {
+#if FP_ON_DEVICE
+  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(n) + eps);
+#else
+  return 1.0f / std::sqrt(sum_of_squares / static_cast<float>(n) + eps);
+#endif
+}
+
+// hidden[row] += delta[row] if there is a delta; out = hidden / rms(hidden) * weight. With
+// `rows_in` block i norms row rows_in[i] into row i of out; a negative entry is padding and gives
+// zeros.
+template <class Thread>
+FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs& args) {
+  using Float4 = Vec<float, 4>;
+  const int32_t to = t.block_x();
+  const int32_t row = args.rows_in == nullptr ? to : args.rows_in[to];
+  const int32_t step = t.count() * 4;
+  Bf16* out = args.out + to * args.ld_out;
+  if (row < 0) {  // the same for the whole block
+    for (int32_t i = t.index() * 4; i < args.width; i += step)
+      *reinterpret_cast<Vec<Bf16, 4>*>(out + i) = {};
+    return;
+  }
+  float* hidden = args.hidden + row * args.ld_hidden;
+  const float* delta = args.delta == nullptr ? nullptr : args.delta + row * args.ld_delta;
+  float sum = 0.0f;
+  for (int32_t i = t.index() * 4; i < args.width; i += step) {
+    auto x = *reinterpret_cast<const Float4*>(hidden + i);
+    if (delta != nullptr) {
+      const auto d = *reinterpret_cast<const Float4*>(delta + i);
+      FP_UNROLL for (int k = 0; k < 4; ++k) x.v[k] += d.v[k];
+      *reinterpret_cast<Float4*>(hidden + i) = x;
+    }
+    FP_UNROLL for (int k = 0; k < 4; ++k) sum += x.v[k] * x.v[k];
+  }
+  const float scale =
+      inverse_rms(block_sum(t, sum, t.template shared<float>()), args.width, args.eps);
+  for (int32_t i = t.index() * 4; i < args.width; i += step) {
+    const auto x = *reinterpret_cast<const Float4*>(hidden + i);  // as this thread left it
+    const auto w = *reinterpret_cast<const Float4*>(args.weight + i);
+    Vec<Bf16, 4> y;
+    FP_UNROLL for (int k = 0; k < 4; ++k) y.v[k] = to_bf16(x.v[k] * scale * w.v[k]);
+    *reinterpret_cast<Vec<Bf16, 4>*>(out + i) = y;
+  }
+}
+
+// silu(gate) * up.
+FP_HD float swiglu(float gate, float up) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+  return gate * up / (1.0f + exp2_of(-gate * kLog2E));
+}
+
+// out = silu(gate) * up; gate and up alternate in in[row]. block_y(): columns of out.
+template <typename In, class Thread>
+FP_HD void swiglu_body(const Thread& t, const SwigluArgs<In>& args) {
+  const int32_t column = first_column(t);
+  if (column >= args.width)
+    return;
+  constexpr int kWidth = 16 / sizeof(In);
+  const In* in = args.in + t.block_x() * args.ld_in + 2 * column;
+  Vec<Bf16, kColumnsPerThread> out;
+  FP_UNROLL for (int from = 0; from < 2 * kColumnsPerThread; from += kWidth) {
+    const auto pairs = *reinterpret_cast<const Vec<In, kWidth>*>(in + from);
+    FP_UNROLL for (int i = 0; i < kWidth; i += 2) out.v[(from + i) / 2] =
+        to_bf16(swiglu(widen(pairs.v[i]), widen(pairs.v[i + 1])));
+  }
+  auto* to = args.out + t.block_x() * args.ld_out + column;
+  *reinterpret_cast<Vec<Bf16, kColumnsPerThread>*>(to) = out;
+}
+
+// Index of the largest value of each row, the first one among equals; NaN never wins, and a row of
+// NaN gives 0. Rows are independent; scratch: shared, a float and an index per warp.
+template <class Thread>
+FP_HD void argmax_body(const Thread& t, const ArgmaxArgs& args) {
+  const float* row = args.values + t.block_x() * args.ld_values;
+  float best = minus_infinity();
+  int32_t index = args.width;  // none yet
+  const auto take = [&best, &index](float value, int32_t at) {
+    if (value > best || (value == best && at < index)) {
+      best = value;
+      index = at;
+    }
+  };
+  for (int32_t i = t.index(); i < args.width; i += t.count())
+    take(row[i], i);
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const float value = t.shuffle_xor(best, mask);
+    take(value, t.shuffle_xor(index, mask));
+  }
+  const int32_t warps = t.count() / 32;
+  auto* values = t.template shared<float>();
+  auto* indices = reinterpret_cast<int32_t*>(values + warps);
+  if (t.lane() == 0) {
+    values[t.warp()] = best;
+    indices[t.warp()] = index;
+  }
+  t.sync();
+  if (t.index() != 0)
+    return;
+  for (int32_t warp = 1; warp < warps; ++warp)
+    take(values[warp], indices[warp]);
+  args.out[t.block_x()] = index < args.width ? index : 0;
+}
+
+}  // namespace flowprefill

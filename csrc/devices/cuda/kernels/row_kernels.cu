@@ -1,0 +1,97 @@
+// Launches of the row kernels: one block per row, 128 to 1024 threads. Declared in kernels.h.
+#include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/kernels/rope_body.h"
+#include "devices/cuda/kernels/row_bodies.h"
+
+namespace flowprefill {
+namespace {
+
+constexpr int kColumnThreads = 128;  // of kernels that split a row's columns into blocks
+constexpr int kNormThreads = 256;
+constexpr int kArgmaxThreads = 1024;
+constexpr int kRopeWarps = 4;
+
+extern __shared__ unsigned char shared_memory[];
+
+__global__ void __launch_bounds__(kColumnThreads) embed_kernel(EmbedArgs args) {
+  embed_body(DeviceThread(nullptr), args);
+}
+__global__ void __launch_bounds__(kColumnThreads) rotary_kernel(RotaryArgs args) {
+  rotary_body(DeviceThread(nullptr), args);
+}
+__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
+  rms_norm_body(DeviceThread(shared_memory), args);
+}
+template <typename In>
+__global__ void __launch_bounds__(kRopeWarps * 32) rope_kernel(RopeArgs<In> args) {
+  rope_body(DeviceThread(nullptr), args);
+}
+template <typename In>
+__global__ void __launch_bounds__(kColumnThreads) swiglu_kernel(SwigluArgs<In> args) {
+  swiglu_body(DeviceThread(nullptr), args);
+}
+__global__ void __launch_bounds__(kArgmaxThreads) argmax_kernel(ArgmaxArgs args) {
+  argmax_body(DeviceThread(shared_memory), args);
+}
+
+// Rows lie in x, which has no limit that matters; parts of a row in y.
+dim3 grid(int32_t rows, int32_t parts) {
+  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(parts), 1);
+}
+
+int32_t column_parts(int32_t width) {
+  constexpr int32_t kColumns = kColumnThreads * kColumnsPerThread;
+  return (width + kColumns - 1) / kColumns;
+}
+
+}  // namespace
+
+cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream) {
+  check(args);
+  embed_kernel<<<grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
+  check(args);
+  rotary_kernel<<<grid(args.rows, 1), kColumnThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
+  check(args);
+  constexpr size_t kShared = sizeof(float) * kNormThreads / 32;
+  rms_norm_kernel<<<grid(args.rows, 1), kNormThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename In>
+cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
+  check(args);
+  const int32_t heads = args.heads + 2 * args.kv_heads;
+  const int32_t parts = (heads + kRopeWarps - 1) / kRopeWarps;
+  rope_kernel<In><<<grid(args.rows, parts), kRopeWarps * 32, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename In>
+cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream) {
+  check(args);
+  const dim3 blocks = grid(args.rows, column_parts(args.width));
+  swiglu_kernel<In><<<blocks, kColumnThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
+  check(args);
+  constexpr size_t kShared = (sizeof(float) + sizeof(int32_t)) * kArgmaxThreads / 32;
+  argmax_kernel<<<grid(args.rows, 1), kArgmaxThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template cudaError_t launch_rope<float>(const RopeArgs<float>&, cudaStream_t);
+template cudaError_t launch_rope<Bf16>(const RopeArgs<Bf16>&, cudaStream_t);
+template cudaError_t launch_swiglu<float>(const SwigluArgs<float>&, cudaStream_t);
+template cudaError_t launch_swiglu<Bf16>(const SwigluArgs<Bf16>&, cudaStream_t);
+
+}  // namespace flowprefill

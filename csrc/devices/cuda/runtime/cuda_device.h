@@ -1,0 +1,85 @@
+// CudaDevice: the executor's device with run-ahead: launches segments on one stream, bounds how
+// many are in flight by events, finds asynchronous errors and measures each segment. Owned by the
+// Executor.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "devices/cuda/runtime/cuda_resources.h"
+#include "devices/cuda/runtime/device_clock.h"
+#include "devices/cuda/runtime/stream_event.h"
+#include "runtime/device.h"
+
+namespace flowprefill {
+
+struct CudaDeviceOptions {
+  // Segments in flight after throttle(), 1 to 4. Blocking time is at most run_ahead + 1 segments:
+  // with 1 it is shortest, from 2 the gaps between launches are hidden.
+  int run_ahead = 2;
+  // throttle() asks for this long before it sleeps: waking up costs some 20 to 50 us.
+  double spin_s = 50e-6;
+  // Called at the end of attach(), on the executor's thread: capture ahead, make library handles.
+  std::function<void()> prepare = {};
+};
+
+// Errors: a call that fails ends the run that made it. What fails on the device is found by a later
+// call, mostly the wait for the oldest segment in flight, and is charged to that one: it was this
+// segment or one of the run_ahead beside it (run_ahead = 1 and CUDA_LAUNCH_BLOCKING=1 say which).
+// After any failure drain() waits for the whole stream, once. A device beyond use (an illegal
+// address) fails every later run and nothing else.
+class CudaDevice final : public Device {
+ public:
+  static constexpr int kMaxRunAhead = 4;
+
+  // Throws std::invalid_argument for run_ahead outside 1..4, a negative spin_s or no resources.
+  CudaDevice(std::shared_ptr<CudaResources> resources, CudaDeviceOptions options);
+
+  // Sets the thread's device and its capture mode to relaxed: the queries of this thread then never
+  // break somebody else's capture.
+  void attach() override;
+  void detach() noexcept override;
+  void launch(Program& program, size_t i) override;
+  void throttle() override;
+  void drain() override;
+
+  bool has_segment_times() const override { return true; }
+  bool take_segment_time(SegmentTime& time) override;
+
+  CudaResources& resources() { return *resources_; }
+  const CudaDeviceOptions& options() const { return options_; }
+
+ private:
+  struct Slot {
+    StreamEvent start;
+    StreamEvent end;
+    CallContext context;
+  };
+
+  Slot& slot(size_t i) { return slots_[i % slots_.size()]; }
+  void launch_into(Slot& slot, Program& program, size_t i);
+  void wait_oldest();
+  void wait_for(const StreamEvent& event, const CallContext& context) const;
+
+  const std::shared_ptr<CudaResources> resources_;
+  const CudaDeviceOptions options_;
+  cudaStreamCaptureMode previous_mode_ = cudaStreamCaptureModeGlobal;
+
+  // Launch n is in slots_[n % size]. One more than can be in flight: the clock's reference is the
+  // one completed last.
+  std::vector<Slot> slots_;
+  std::unique_ptr<DeviceClock> clock_;
+  size_t num_launched_ = 0;
+  size_t num_done_ = 0;
+  bool is_broken_ = false;  // something failed since the stream was last known to be idle
+
+  // Times nobody took yet; the executor takes them after each throttle() and drain().
+  std::array<SegmentTime, kMaxRunAhead + 2> times_;
+  size_t num_times_ = 0;
+};
+
+}  // namespace flowprefill

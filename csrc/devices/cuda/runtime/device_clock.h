@@ -1,0 +1,58 @@
+// DeviceClock: puts the times of CUDA events on the scale of runtime/clock.h. Used by CudaDevice.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "devices/cuda/runtime/stream_event.h"
+#include "runtime/clock.h"
+
+namespace flowprefill {
+
+// CUDA tells only the time between two events. So an anchor is an event whose host time is known,
+// and from there each event is timed against the one before: short distances, which a float holds
+// exactly.
+//
+// Between anchors the clocks of host and device drift apart by some microseconds a second, and an
+// idle hour would be rounded to a quarter of a millisecond: hence a new anchor after kAnchorNs.
+class DeviceClock {
+ public:
+  static constexpr int64_t kAnchorNs = 1'000'000'000;
+
+  DeviceClock() : anchor_(StreamEvent::make()) {}  // throws CudaError
+
+  bool is_stale() const { return now_ns() - anchor_ns_ > kAnchorNs; }
+
+  // Waits for a fresh event, which comes at once if the stream is idle: call it then only.
+  void anchor(cudaStream_t stream, const CallContext& context) {
+    anchor_.record(stream, context);
+    anchor_.wait(context);
+    anchor_ns_ = now_ns();
+    reference_ = &anchor_;
+    reference_ns_ = anchor_ns_;
+  }
+
+  // Makes it stale: launches were given up, so the event last advanced to may be reused any moment.
+  void forget() { anchor_ns_ = -kAnchorNs; }
+
+  // Host time of an event that is done; after anchor().
+  int64_t time_of(const StreamEvent& event, const CallContext& context) const {
+    return reference_ns_ + event.ns_since(*reference_, context);
+  }
+
+  // The same; later events are timed against this one, which must stay as it is until the next
+  // advance() or anchor().
+  int64_t advance_to(const StreamEvent& event, const CallContext& context) {
+    reference_ns_ = time_of(event, context);
+    reference_ = &event;
+    return reference_ns_;
+  }
+
+ private:
+  StreamEvent anchor_;
+  int64_t anchor_ns_ = -kAnchorNs;  // host time; stale before the first anchor()
+  const StreamEvent* reference_ = nullptr;
+  int64_t reference_ns_ = 0;
+};
+
+}  // namespace flowprefill
