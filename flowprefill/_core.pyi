@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from flowprefill.models.graph import ModelGraph
+
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
@@ -47,7 +49,7 @@ class Executor:
 class Model:
     """A model's packed weights and its KV cache."""
 
-    def __init__(self, config: dict[str, Any], dtype: str, threads: int) -> None: ...
+    def __init__(self, graph: ModelGraph, dtype: str, threads: int) -> None: ...
     def load(self, name: str, values: FloatArray) -> None: ...
     def finish(self) -> None: ...
     def allocate_cache(self, block_tokens: int, blocks: int) -> None: ...

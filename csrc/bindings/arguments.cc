@@ -58,27 +58,6 @@ TensorView tensor_from(const std::string& name, const py::handle& value) {
   return {std::move(array), values, rows, columns};
 }
 
-ModelConfig config_from(const py::dict& d) {
-  ModelConfig c;
-  c.vocab_size = get<int32_t>(d, "vocab_size");
-  c.hidden_size = get<int32_t>(d, "hidden_size");
-  c.intermediate_size = get<int32_t>(d, "intermediate_size");
-  c.num_layers = get<int32_t>(d, "num_layers");
-  c.num_heads = get<int32_t>(d, "num_heads");
-  c.num_kv_heads = get<int32_t>(d, "num_kv_heads");
-  c.head_dim = get<int32_t>(d, "head_dim");
-  c.rms_eps = get<float>(d, "rms_eps");
-  c.tie_embeddings = get<bool>(d, "tie_embeddings");
-  c.qkv_bias = get<bool>(d, "qkv_bias");
-  c.o_bias = get<bool>(d, "o_bias");
-  c.mlp_bias = get<bool>(d, "mlp_bias");
-  c.qk_norm = get<bool>(d, "qk_norm");
-  c.windows = get<std::vector<int32_t>>(d, "windows");
-  c.inverse_frequencies = get<std::vector<double>>(d, "inverse_frequencies");
-  c.rope_attention_scale = get<double>(d, "rope_attention_scale");
-  return c;
-}
-
 PlanOptions options_from(const py::dict& d) {
   PlanOptions o;
   const auto kind = get<std::string>(d, "granularity");
@@ -136,24 +115,6 @@ Batch batch_from(const py::object& tokens, const py::list& sequences) {
     batch.sequences.push_back(std::move(s));
   }
   return batch;
-}
-
-void check_cache_size(int32_t block_tokens, int32_t blocks) {
-  if (block_tokens < 2 || block_tokens % 2 != 0) {
-    throw std::invalid_argument("block_tokens: got " + std::to_string(block_tokens) +
-                                ", expected an even number");
-  }
-  if (blocks < 1)
-    throw std::invalid_argument("blocks: got " + std::to_string(blocks) + ", expected at least 1");
-}
-
-void check_blocks(const std::vector<int32_t>& blocks, int32_t num_blocks) {
-  for (const int32_t block : blocks) {
-    if (block < 0 || block >= num_blocks) {
-      throw std::invalid_argument("blocks: got " + std::to_string(block) + ", expected 0.." +
-                                  std::to_string(num_blocks - 1));
-    }
-  }
 }
 
 }  // namespace flowprefill

@@ -7,7 +7,6 @@
 
 #include "bindings/module.h"
 #include "graph/batch.h"
-#include "graph/model_config.h"
 #include "graph/planner.h"
 
 namespace flowprefill {
@@ -28,16 +27,10 @@ struct TensorView {
 
 // Takes an array of float32 with one or two dimensions.
 TensorView tensor_from(const std::string& name, const pybind11::handle& value);
-ModelConfig config_from(const pybind11::dict& values);
 // Without threads and element_bytes, which the model knows.
 PlanOptions options_from(const pybind11::dict& values);
 // tokens: array of int32. sequences: (rows, context, block table) each.
 Batch batch_from(const pybind11::object& tokens, const pybind11::list& sequences);
-
-// block_tokens is even and blocks at least 1.
-void check_cache_size(int32_t block_tokens, int32_t blocks);
-// Each in 0..num_blocks - 1.
-void check_blocks(const std::vector<int32_t>& blocks, int32_t num_blocks);
 
 // An integer, number, string or list from a dict.
 template <typename V>

@@ -24,6 +24,8 @@ class PausingProgram final : public Program {
   SegmentLabel label(size_t i) const override { return program_->label(i); }
   size_t live_bytes(size_t cursor) const override { return program_->live_bytes(cursor); }
 
+  void give_back_dead(size_t cursor) override { program_->give_back_dead(cursor); }
+
   void execute(size_t i) override {
     program_->execute(i);
     if (boundaries_.contains(i + 1))

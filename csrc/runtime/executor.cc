@@ -279,6 +279,8 @@ void Executor::leave(RunState to) {
   Run& run = *current_;
   try {
     device_->drain();
+    if (to == RunState::kSuspended)
+      run.program().give_back_dead(run.cursor());
   } catch (...) {
     fail(run.cursor() == 0 ? 0 : run.cursor() - 1, std::current_exception());
     return;

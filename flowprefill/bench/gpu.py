@@ -163,7 +163,7 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
             "cublas_lt_libraries": cublas_lt_libraries(choice.module, choice.index),
         }
         open_model = _opener(choice, checkpoint, longest, common)
-        shape = model_shape(checkpoint.config, "bf16")
+        shape = model_shape(checkpoint.graph, "bf16")
         plan = _measure_usual(report, open_model, args, shape)
         if "prefill" in args.only:
             with open_model(has_graphs=False) as model:

@@ -18,7 +18,7 @@ import numpy as np
 
 from flowprefill.engine import calibration
 from flowprefill.engine.device import DeviceChoice
-from flowprefill.engine.native import fill_model, model_shape, native_config
+from flowprefill.engine.native import fill_model, model_shape
 from flowprefill.models.checkpoint import Checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
 
@@ -56,7 +56,7 @@ class GpuModel:
         config = checkpoint.config
         self._cuda: Any = choice.module
         self._vocab_size = config.vocab_size
-        self._shape = model_shape(config, "bf16")
+        self._shape = model_shape(checkpoint.graph, "bf16")
         longest = max(longest, calibration.LONGEST_PROBE_TOKENS)
         self._blocks_of_one = -(-longest // BLOCK_TOKENS)
         sizes = {
@@ -65,7 +65,7 @@ class GpuModel:
             "max_sequences": 4,
             "max_context": config.max_position,
         }
-        self._model: Any = self._cuda.Model(native_config(config), sizes | options)
+        self._model: Any = self._cuda.Model(checkpoint.graph, sizes | options)
         fill_model(self._model, checkpoint)
         self._model.allocate_cache(BLOCK_TOKENS, 2 * self._blocks_of_one)
         self._ids = itertools.count(1)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from flowprefill.config import EngineConfig
 from flowprefill.engine.calibration import LONGEST_PROBE_TOKENS, default_cache_dir
 from flowprefill.engine.device import longest_of
-from flowprefill.engine.native import native_config
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import SchedulerSettings
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from flowprefill import _cuda
     from flowprefill.engine.device import DeviceChoice, FloatArray
-    from flowprefill.models.model_config import ModelConfig
+    from flowprefill.models.checkpoint import Checkpoint
 
 GIB = 1 << 30
 # Activations of the longest run lie in static lanes: a limit of 128k tokens, which few ask for,
@@ -56,9 +55,10 @@ class CudaDevice:
         self._index = choice.index
         self._info: dict[str, Any] = self._cuda.device_info(choice.index)
 
-    def make_model(self, config: ModelConfig) -> _cuda.Model:
+    def make_model(self, checkpoint: Checkpoint) -> _cuda.Model:
         """Take the memory of the weights; the lanes will hold the longest prompt there can be."""
         settings = self._config
+        config = checkpoint.config
         longest = longest_of(self, settings, config)
         folder = Path(settings.cache_dir or default_cache_dir())
         options = {
@@ -74,7 +74,7 @@ class CudaDevice:
             "cublas_lt_libraries": cublas_lt_libraries(self._cuda, self._index),
         }
         try:
-            model: _cuda.Model = self._cuda.Model(native_config(config), options)
+            model: _cuda.Model = self._cuda.Model(checkpoint.graph, options)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
         return model

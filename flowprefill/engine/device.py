@@ -18,7 +18,6 @@ from flowprefill import _core
 from flowprefill.config import EngineConfig
 from flowprefill.engine.native import (
     fill_model,
-    native_config,
     resolve_dtype,
     resolve_threads,
 )
@@ -112,7 +111,7 @@ class Device(Protocol):
     max_model_len: int
     chooses_tokens: bool
 
-    def make_model(self, config: ModelConfig) -> NativeModel:
+    def make_model(self, checkpoint: Checkpoint) -> NativeModel:
         """Make an empty model.
 
         Raises:
@@ -163,10 +162,10 @@ class CpuDevice:
         self.threads = resolve_threads(config.threads)
         self._background = config.background
 
-    def make_model(self, config: ModelConfig) -> _core.Model:
+    def make_model(self, checkpoint: Checkpoint) -> _core.Model:
         """Make an empty model; any number of tokens fits."""
         try:
-            return _core.Model(native_config(config), self.dtype, self.threads)
+            return _core.Model(checkpoint.graph, self.dtype, self.threads)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
@@ -304,12 +303,12 @@ def open_model(
     """
     device = open_device(config)
     try:
-        model = device.make_model(checkpoint.config)
+        model = device.make_model(checkpoint)
     except ConfigError as error:
         if config.device != "auto":
             raise
         device = CpuDevice(config, error.message)
-        model = device.make_model(checkpoint.config)
+        model = device.make_model(checkpoint)
     if config.device == "auto":
         log.info("device %s: %s", device.name, device.reason)
     fill_model(model, checkpoint, progress)

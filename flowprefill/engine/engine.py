@@ -97,7 +97,7 @@ class Engine:
         self.dtype, self.threads = self._device.dtype, self._device.threads
         self.max_model_len = longest_of(self._device, self.config, self.model_config)
         self._pool = self._allocate_cache()
-        self._cost_model = self._start_executor()
+        self._cost_model = self._start_executor(model_shape(checkpoint.graph, self.dtype))
         self._core = self._make_core(policy)
         self._plans: dict[float, dict[str, Any]] = {}
         self._seeds = itertools.count(time.time_ns())
@@ -258,9 +258,8 @@ class Engine:
             ) from None
         return BlockPool(blocks, block_tokens, self.config.prefix_cache)
 
-    def _start_executor(self) -> CostModel:
+    def _start_executor(self, shape: ModelShape) -> CostModel:
         """Start the executor, prepared for the rates kept from earlier; else measure them."""
-        shape = model_shape(self.model_config, self.dtype)
         if not self.config.calibrate:
             self._executor = self._device.start_executor(self._model, None)
             return CostModel(shape)

@@ -12,23 +12,8 @@ from flowprefill import _core
 from flowprefill.config import Granularity
 from flowprefill.errors import CheckpointError, ConfigError
 from flowprefill.models.checkpoint import Checkpoint, Progress
-from flowprefill.models.model_config import ModelConfig, rope_inverse_frequencies
+from flowprefill.models.graph import ModelGraph
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape
-
-
-def native_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the model's shape as the native side takes it; rotary scaling is already applied."""
-    frequencies, attention_scale = rope_inverse_frequencies(config)
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-        "head_dim", "rms_eps", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
-    )  # fmt: skip
-    values: dict[str, Any] = {name: getattr(config, name) for name in names}
-    values["windows"] = [config.sliding_window if on else 0 for on in config.sliding_layers]
-    values["inverse_frequencies"] = [float(f) for f in frequencies]
-    values["rope_attention_scale"] = float(attention_scale)
-    return values
-
 
 STEP_OVERHEAD_S = 5e-6  # of one step of a segment; a run's own overhead is in MachineRates
 
@@ -106,23 +91,23 @@ def load_model(
         dtype: ``bf16`` or ``f32``.
     """
     try:
-        model = _core.Model(native_config(checkpoint.config), dtype, threads)
+        model = _core.Model(checkpoint.graph, dtype, threads)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     fill_model(model, checkpoint, progress)
     return model
 
 
-def model_shape(config: ModelConfig, dtype: str) -> ModelShape:
+def model_shape(graph: ModelGraph, dtype: str) -> ModelShape:
     """Return the counts of work the cost model needs; a multiply-add is two operations."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    weights = config.num_layers * (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner)
     element_bytes = 2 if dtype == "bf16" else 4
+    elements = {True: 0, False: 0}  # of the layers, and outside of them
+    for operator, count in graph.products():
+        elements[operator.layer >= 0] += count
     return ModelShape(
-        linear_flops_per_token=2.0 * weights,
-        weight_bytes=float(weights * element_bytes),
-        attention_flops_per_pair=4.0 * q * config.num_layers,
-        head_flops_per_sequence=2.0 * hidden * config.vocab_size,
-        head_bytes=float(hidden * config.vocab_size * element_bytes),
+        linear_flops_per_token=2.0 * elements[True],
+        weight_bytes=float(elements[True] * element_bytes),
+        attention_flops_per_pair=4.0 * graph.num_heads * graph.head_dim * graph.num_layers,
+        head_flops_per_sequence=2.0 * elements[False],
+        head_bytes=float(elements[False] * element_bytes),
     )

@@ -13,9 +13,9 @@ import torch
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.chat_template import ChatTemplate
+from flowprefill.models.families import build_graph
 from flowprefill.models.model_config import ModelConfig
 from flowprefill.models.tokenizer import Tokenizer
-from flowprefill.models.weight_names import expected_shapes
 
 Progress = Callable[[int, int], None]
 
@@ -56,6 +56,7 @@ class Checkpoint:
     Attributes:
         name: the id under which the model is served.
         config: see ModelConfig.
+        graph: the model as data; its sources are the weights.
     """
 
     def __init__(self, name: str, reader: CheckpointReader) -> None:
@@ -68,7 +69,8 @@ class Checkpoint:
         self.config = reader.config
         self._reader = reader
         self._tokenizer: Tokenizer | None = None
-        self._shapes = expected_shapes(self.config)
+        self.graph = build_graph(self.config)
+        self._shapes = self.graph.sources()
         self._check_tensors()
 
     @property
@@ -89,7 +91,7 @@ class Checkpoint:
         return sum(self._stored_bytes(name) for name in self._shapes)
 
     def weights(self, progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Stream the weights in the order of ``expected_shapes``, one held at a time.
+        """Stream the weights in the order of the graph's sources, one held at a time.
 
         Args:
             progress: called after each weight was consumed with (bytes done, bytes total)

@@ -1,11 +1,9 @@
-"""Canonical weight names and shapes of a decoder, and what Hugging Face and GGUF call them.
+"""Canonical weight names of a decoder, and what Hugging Face and GGUF call them.
 
-Read by the checkpoint readers; the native model builder takes weights by their canonical names.
+Read by the checkpoint readers; families name the weights of their graphs by the canonical names.
 """
 
 from __future__ import annotations
-
-from flowprefill.models.model_config import ModelConfig
 
 # canonical name inside a layer -> (Hugging Face, GGUF), both without their layer prefix.
 LAYER_NAMES = {
@@ -33,45 +31,6 @@ MODEL_NAMES = {
     "final_norm": ("model.norm.weight", "output_norm.weight"),
     "lm_head": ("lm_head.weight", "output.weight"),
 }
-
-
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's weights in the order they are used; matrices are [out, in]."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_norm": (hidden,), "q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden),
-    }  # fmt: skip
-    if config.qkv_bias:
-        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
-    if config.qk_norm:
-        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    shapes["o"] = (hidden, q)
-    if config.o_bias:
-        shapes["o_bias"] = (hidden,)
-    shapes |= {"mlp_norm": (hidden,), "gate": (inner, hidden), "up": (inner, hidden)}
-    shapes["down"] = (hidden, inner)
-    if config.mlp_bias:
-        shapes |= {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (hidden,)}
-    return shapes
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Give every weight the model must have, by canonical name, in the order it is streamed.
-
-    Returns:
-        ``embed``, ``layers.{i}.{name}`` for the names of layer_shapes, ``final_norm`` and, unless
-        the embeddings are tied, ``lm_head``; with their shapes.
-    """
-    vocabulary = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {"embed": vocabulary}
-    of_layer = layer_shapes(config)
-    for layer in range(config.num_layers):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
-    shapes["final_norm"] = (config.hidden_size,)
-    if not config.tie_embeddings:
-        shapes["lm_head"] = vocabulary
-    return shapes
 
 
 def hf_name(canonical: str) -> str:

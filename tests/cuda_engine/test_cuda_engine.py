@@ -288,8 +288,7 @@ def test_a_closed_engine_leaves_nothing_on_the_device(
 def test_bad_options_name_themselves(
     cuda: ModuleType, checkpoint: Path, options: dict[str, Any], words: str
 ) -> None:
-    from flowprefill.engine.native import native_config
     from flowprefill.models.checkpoint import open_checkpoint
 
     with pytest.raises(ValueError, match=words):
-        cuda.Model(native_config(open_checkpoint(checkpoint).config), options)
+        cuda.Model(open_checkpoint(checkpoint).graph, options)

@@ -17,7 +17,7 @@ import transformers
 from flowprefill import _core
 from flowprefill.config import Granularity
 from flowprefill.engine.device import cuda_module
-from flowprefill.engine.native import fill_model, load_model, native_config, native_plan
+from flowprefill.engine.native import fill_model, load_model, native_plan
 from flowprefill.models.checkpoint import open_checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
 
@@ -107,7 +107,7 @@ class Runner:
         self.cuda: Any = module
         checkpoint = open_checkpoint(folder)
         sizes = {"max_tokens": 2 * LONGEST, "max_sequences": SEQUENCES, "max_context": LONGEST}
-        self.model: Any = module.Model(native_config(checkpoint.config), sizes | options)
+        self.model: Any = module.Model(checkpoint.graph, sizes | options)
         fill_model(self.model, checkpoint)
         self.model.allocate_cache(BLOCK_TOKENS, SEQUENCES * BLOCKS_OF_ONE)
         self.executor: Any = module.Executor(self.model)

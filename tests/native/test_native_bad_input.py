@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from native_models import Runner, Saved, plan, relative_error
 
 from flowprefill import _core
-from flowprefill.engine.native import native_config
 from flowprefill.models.checkpoint import open_checkpoint
+from flowprefill.models.graph import ModelGraph, WeightPart
 
 CASE = "llama-grouped"
 TABLE = np.arange(4, dtype=np.int32)
@@ -25,8 +26,8 @@ def native(runner: Callable[..., Runner]) -> Runner:
 
 
 @pytest.fixture
-def config(saved: Callable[[str], Saved]) -> dict[str, Any]:
-    return native_config(open_checkpoint(saved(CASE).folder).config)
+def graph(saved: Callable[[str], Saved]) -> ModelGraph:
+    return open_checkpoint(saved(CASE).folder).graph
 
 
 @pytest.mark.parametrize(
@@ -39,16 +40,16 @@ def config(saved: Callable[[str], Saved]) -> dict[str, Any]:
         ({"tokens": np.full(20, 200, np.int32)}, r"token id: got 200, expected 0\.\.199"),
         ({"tokens": np.full(20, -1, np.int32)}, "token id: got -1"),
         ({"tokens": IDS[:0], "sequences": []}, "tokens"),
-        ({"sequences": []}, "tokens"),
+        ({"sequences": []}, "batch: sequences: got 0"),
         ({"sequences": [(19, 0, TABLE)]}, "tokens"),
         ({"sequences": [(21, 0, TABLE)]}, r"sequence 0: got 21 rows, expected 1\.\.20"),
         ({"sequences": [(20, 0, TABLE), (0, 0, TABLE)]}, "sequence 1: got 0 rows"),
         ({"sequences": [(-1, 0, TABLE)]}, "sequence 0: got -1 rows"),
         ({"sequences": [(20, -5, TABLE)]}, "sequence 0: context: got -5"),
-        ({"sequences": [(20, 0, TABLE[:1])]}, "sequence 0: got 1 KV blocks, expected at least 2"),
-        ({"sequences": [(20, 45, TABLE)]}, "sequence 0: got 4 KV blocks, expected at least 5"),
-        ({"sequences": [(20, 0, TABLE + 95)]}, r"sequence 0: got KV block 96, expected 0\.\.95"),
-        ({"sequences": [(20, 0, TABLE - 1)]}, "sequence 0: got KV block -1"),
+        ({"sequences": [(20, 0, TABLE[:1])]}, "sequence 0: KV blocks: got 1, expected at least 2"),
+        ({"sequences": [(20, 45, TABLE)]}, "sequence 0: KV blocks: got 4, expected at least 5"),
+        ({"sequences": [(20, 0, TABLE + 95)]}, r"sequence 0: KV block: got 96, expected 0\.\.95"),
+        ({"sequences": [(20, 0, TABLE - 1)]}, "sequence 0: KV block: got -1"),
         ({"sequences": [(20, 0, TABLE / 1)]}, "sequence 0: block table: got an array of float64"),
         ({"sequences": [(20, 0)]}, "sequence 0: expected a tuple of rows, context"),
         ({"sequences": [("a", 0, TABLE)]}, "sequence 0: rows and context"),
@@ -73,37 +74,87 @@ def test_make_run_names_what_is_wrong(
     assert relative_error(native.prefill(model.ids, plan("layer")), model.expected[199]) < 1e-4
 
 
+def change(parts: list[Any], part_name: str, /, **fields: Any) -> None:
+    """Change the first part of a graph that has this name."""
+    index = next(i for i, part in enumerate(parts) if part.name == part_name)
+    parts[index] = replace(parts[index], **fields)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("hidden_size", 47, "hidden_size: got 47, expected an even number"),
-        ("hidden_size", -2, "hidden_size: got -2"),
         ("vocab_size", 0, "vocab_size: got 0"),
         ("num_layers", 0, "num_layers: got 0"),
+        ("num_layers", 4, "operators: layers: got 3, expected 4"),
         ("num_kv_heads", 3, "num_kv_heads: got 3, expected a divisor of num_heads"),
         ("num_heads", 0, "num_heads: got 0"),
+        ("num_heads", 2**40, "num_heads: got 1099511627776"),
         ("head_dim", 13, "head_dim: got 13"),
         ("head_dim", 1024, "head_dim: got 1024"),
-        ("windows", [0], "windows: got 1, expected one per layer"),
-        ("windows", "none", "windows: got 'none'"),
-        ("inverse_frequencies", [1.0], "inverse_frequencies: got 1"),
-        ("intermediate_size", 2**40, "intermediate_size: got 1099511627776"),
-        ("rms_eps", None, "rms_eps: got None"),
+        ("head_dim", None, "head_dim: got None"),
+        ("operators", [], "operators: layers: got 0, expected 3"),
     ],
 )
-def test_bad_config_is_named(config: dict[str, Any], field: str, value: object, named: str) -> None:
+def test_bad_graph_field_is_named(graph: ModelGraph, field: str, value: object, named: str) -> None:
+    setattr(graph, field, value)
     with pytest.raises(ValueError, match=named):
-        _core.Model(config | {field: value}, "f32", 1)
+        _core.Model(graph, "f32", 1)
 
 
-def test_missing_config_field_and_bad_dtype_and_threads(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "name", "fields", "named"),
+    [
+        ("tensors", "normed", {"columns": 0}, "tensor normed: columns: got 0"),
+        ("tensors", "normed", {"columns": 46}, "operator attn_norm: input hidden: columns: got 48"),
+        ("tensors", "normed", {"type": "half"}, "type: got half, expected one of float"),
+        ("tensors", "last", {"extent": "tile"}, "operator final_norm: rows are sequences: got 0"),
+        ("operators", "rope", {"kind": "spin"}, "kind: got spin, expected one of embed"),
+        ("operators", "rope", {"rotary": "cos"}, "rotary: got cos, no tensor of the graph"),
+        ("operators", "rope", {"output": ""}, "operator rope: output: got -1"),
+        ("operators", "rope", {"layer": 1}, "operator rope: layer: got 1, expected 0|layer: got 0"),
+        ("operators", "rotary", {"table": 1}, "operator rotary: table: got 1"),
+        (
+            "operators",
+            "o_proj",
+            {"weight": "layers.0.up"},
+            "weight layers.0.up: the graph has none",
+        ),
+        ("operators", "o_proj", {"weight": "layers.0.down"}, "columns: got 88, expected 48"),
+        ("operators", "o_proj", {"epilogue": "gate"}, "operator o_proj: weight"),
+        ("operators", "gate_up_proj", {"epilogue": "store"}, "operator gate_up_proj: weight"),
+        ("operators", "attention", {"softcap": "x"}, "softcap: got 'x'"),
+        ("weights", "layers.0.qkv", {"parts": ()}, "weight layers.0.qkv: parts: got none"),
+        ("weights", "layers.0.qkv", {"order": "paired"}, "weight layers.0.qkv: order: got paired"),
+        ("weights", "layers.0.qkv", {"name": "layers.0.o"}, "layers.0.qkv|named twice"),
+        ("weights", "final_norm", {"columns": 2}, "weight final_norm: columns: got 2, expected 1"),
+    ],
+)
+def test_bad_part_of_a_graph_is_named(
+    graph: ModelGraph, parts: str, name: str, fields: dict[str, Any], named: str
+) -> None:
+    change(getattr(graph, parts), name, **fields)
+    with pytest.raises(ValueError, match=named):
+        _core.Model(graph, "f32", 1)
+
+
+def test_a_tensor_named_twice_is_refused(graph: ModelGraph) -> None:
+    graph.tensors.append(graph.tensors[0])
+    with pytest.raises(ValueError, match="tensor hidden: named: got 2, expected once"):
+        _core.Model(graph, "f32", 1)
+
+
+def test_odd_depth_bad_dtype_and_threads_are_named(graph: ModelGraph) -> None:
     with pytest.raises(ValueError, match="dtype: got f16, expected bf16 or f32"):
-        _core.Model(config, "f16", 1)
+        _core.Model(graph, "f16", 1)
     with pytest.raises(ValueError, match="threads: got 0"):
-        _core.Model(config, "f32", 0)
-    del config["qk_norm"]
-    with pytest.raises(ValueError, match="qk_norm: missing"):
-        _core.Model(config, "f32", 1)
+        _core.Model(graph, "f32", 0)
+    change(graph.tensors, "gated", columns=87)
+    for layer in range(graph.num_layers):
+        gate, up = (WeightPart(f"layers.{layer}.{name}", 87) for name in ("gate", "up"))
+        change(graph.weights, f"layers.{layer}.gate_up", parts=(gate, up))
+        change(graph.weights, f"layers.{layer}.down", columns=87)
+    with pytest.raises(ValueError, match="operator down_proj of layer 0: input columns: got 87"):
+        _core.Model(graph, "f32", 1)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +168,13 @@ def test_missing_config_field_and_bad_dtype_and_threads(config: dict[str, Any]) 
         ("layers.0.k", np.zeros((25, 48), np.float32), r"expected \[24, 48\]"),
         ("embed", np.zeros((48, 200), np.float32), r"tensor embed: got shape \[48, 200\]"),
         ("final_norm", np.zeros(3, np.float32), "tensor final_norm: got shape"),
-        ("layers.3.q", np.zeros((48, 48), np.float32), r"tensor layers\.3\.q: unknown name"),
-        ("layers.-1.q", np.zeros((48, 48), np.float32), "unknown name"),
-        ("layers.0.what", np.zeros((48, 48), np.float32), "unknown name"),
-        ("layers.0.q_bias", np.zeros(48, np.float32), "the config says there is none"),
-        ("layers.0.o_bias", np.zeros(48, np.float32), "the config says there is none"),
-        ("layers.0.down_bias", np.zeros(48, np.float32), "the config says there is none"),
-        ("layers.0.q_norm", np.zeros(12, np.float32), "the config says there is none"),
+        ("layers.3.q", np.zeros((48, 48), np.float32), r"tensor layers\.3\.q: the model has no"),
+        ("layers.-1.q", np.zeros((48, 48), np.float32), "the model has no tensor of this name"),
+        ("layers.0.what", np.zeros((48, 48), np.float32), "the model has no tensor of this name"),
+        ("layers.0.q_bias", np.zeros(48, np.float32), "the model has no tensor of this name"),
+        ("layers.0.o_bias", np.zeros(48, np.float32), "the model has no tensor of this name"),
+        ("layers.0.down_bias", np.zeros(48, np.float32), "the model has no tensor of this name"),
+        ("layers.0.q_norm", np.zeros(12, np.float32), "the model has no tensor of this name"),
         ("layers.0.q", np.zeros((48, 48)), r"tensor layers\.0\.q: got an array of float64"),
         ("layers.0.q", np.zeros((48, 48), np.float16), "got an array of float16"),
         ("layers.0.q", np.zeros((1, 48, 48), np.float32), "got 3 dimensions"),
@@ -131,20 +182,18 @@ def test_missing_config_field_and_bad_dtype_and_threads(config: dict[str, Any]) 
         ("layers.0.q", [[1.0]], "tensor layers.0.q: got list"),
     ],
 )
-def test_bad_tensor_is_named(config: dict[str, Any], name: str, values: Any, named: str) -> None:
+def test_bad_tensor_is_named(graph: ModelGraph, name: str, values: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        _core.Model(config, "f32", 1).load(name, values)
+        _core.Model(graph, "f32", 1).load(name, values)
 
 
-def test_every_missing_tensor_is_named(
-    config: dict[str, Any], saved: Callable[[str], Saved]
-) -> None:
+def test_every_missing_tensor_is_named(graph: ModelGraph, saved: Callable[[str], Saved]) -> None:
     tensors = [
         (name, tensor.float().numpy())
         for name, tensor in open_checkpoint(saved(CASE).folder).weights()
     ]
     for missing, _ in tensors:
-        model = _core.Model(config, "f32", 1)
+        model = _core.Model(graph, "f32", 1)
         for name, values in tensors:
             if name != missing:
                 model.load(name, values)
@@ -152,8 +201,8 @@ def test_every_missing_tensor_is_named(
             model.finish()
 
 
-def test_calls_out_of_order(config: dict[str, Any], native: Runner) -> None:
-    model = _core.Model(config, "f32", 1)
+def test_calls_out_of_order(graph: ModelGraph, native: Runner) -> None:
+    model = _core.Model(graph, "f32", 1)
     model.allocate_cache(16, 4)
     with pytest.raises(RuntimeError, match="finish"):
         model.make_run(1, **GOOD)

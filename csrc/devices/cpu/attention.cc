@@ -45,9 +45,9 @@ class Attender {
       : args_(args),
         item_(item),
         s_(scratch),
-        dim_(args.cache->shape().head_dim),
-        block_tokens_(args.cache->shape().block_tokens),
-        group_(args.num_heads / args.cache->shape().kv_heads) {
+        dim_(args.cache->layout().head_dim),
+        block_tokens_(args.cache->layout().block_tokens),
+        group_(args.num_heads / args.cache->layout().kv_heads) {
     live_ = item.rows * group_;
     rows_ = live_ <= 4 ? live_ : (live_ + 15) / 16 * 16;
     s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_));

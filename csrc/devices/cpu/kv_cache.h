@@ -7,30 +7,23 @@
 
 #include "devices/cpu/buffer.h"
 #include "devices/cpu/row_kernels.h"
+#include "graph/kv_store.h"
 
 namespace flowprefill {
-
-struct KvShape {
-  int32_t layers = 0;
-  int32_t kv_heads = 0;
-  int32_t head_dim = 0;
-  int32_t block_tokens = 0;  // even
-  int32_t blocks = 0;
-};
 
 // [layer][block][kv head]{K, V}. K: bf16 [dim / 2][token][2], float [dim][token];
 // V: bf16 [token / 2][dim][2], float [token][dim]. Both are the right-hand operand of the attention
 // products as they lie. Written and read on the device thread's team only.
-class KvCache {
+class KvCache final : public KvStore {
  public:
-  KvCache(KvShape shape, int32_t element_bytes)
-      : shape_(shape),
+  KvCache(const KvLayout& layout, int32_t element_bytes)
+      : layout_(layout),
         element_bytes_(element_bytes),
-        memory_(bytes_per_block(shape, element_bytes) * static_cast<size_t>(shape.blocks)) {}
+        memory_(bytes_per_block(layout, element_bytes) * static_cast<size_t>(layout.blocks)) {}
 
-  const KvShape& shape() const { return shape_; }
+  const KvLayout& layout() const override { return layout_; }
   size_t bytes() const { return memory_.bytes(); }
-  static size_t bytes_per_block(const KvShape& s, int32_t element_bytes) {
+  static size_t bytes_per_block(const KvLayout& s, int32_t element_bytes) {
     return size_t{2} * static_cast<size_t>(s.layers) * static_cast<size_t>(s.kv_heads) *
            static_cast<size_t>(s.head_dim) * static_cast<size_t>(s.block_tokens) *
            static_cast<size_t>(element_bytes);
@@ -42,7 +35,7 @@ class KvCache {
   }
   template <typename T>
   T* value(int32_t layer, int32_t block, int32_t head) {
-    return key<T>(layer, block, head) + int64_t{shape_.head_dim} * shape_.block_tokens;
+    return key<T>(layer, block, head) + int64_t{layout_.head_dim} * layout_.block_tokens;
   }
 
   // Clears the values of tokens `slot` and later of a block: what its last owner left there may be
@@ -52,15 +45,21 @@ class KvCache {
 
   // Clears blocks whose content may hold NaN (after a failed run): a masked NaN still poisons a
   // product.
-  void zero(std::span<const int32_t> blocks);
+  void zero(std::span<const int32_t> blocks) override;
+
+  void read(int32_t layer, int32_t block, std::span<float> values) override;
+  void write(int32_t layer, int32_t block, std::span<const float> values) override;
 
  private:
   int64_t offset(int32_t layer, int32_t block, int32_t head) const {
-    const int64_t index = (int64_t{layer} * shape_.blocks + block) * shape_.kv_heads + head;
-    return index * 2 * shape_.head_dim * shape_.block_tokens;
+    const int64_t index = (int64_t{layer} * layout_.blocks + block) * layout_.kv_heads + head;
+    return index * 2 * layout_.head_dim * layout_.block_tokens;
   }
+  // Calls visit(element, value) for each value of a block of a layer in the order of KvStore.
+  template <typename T, typename Visit>
+  void visit(int32_t layer, int32_t block, const Visit& visit);
 
-  KvShape shape_;
+  KvLayout layout_;
   int32_t element_bytes_;
   Buffer memory_;
 };

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from flowprefill.errors import CheckpointError, InvalidRequest
 from flowprefill.models.checkpoint import Checkpoint, open_checkpoint
-from flowprefill.models.weight_names import expected_shapes, hf_name
+from flowprefill.models.weight_names import hf_name
 
 Save = Callable[..., Any]
 
@@ -40,7 +40,7 @@ def write_tokenizer(folder: Path, adds_bos: bool = False) -> None:
 def assert_equals_transformers(checkpoint: Checkpoint, model: Any) -> None:
     state = model.state_dict()
     seen = dict(checkpoint.weights())
-    assert list(seen) == list(expected_shapes(checkpoint.config))
+    assert list(seen) == list(checkpoint.graph.sources())
     for name, tensor in seen.items():
         torch.testing.assert_close(tensor, state[hf_name(name)], rtol=0, atol=0)
     used = {hf_name(name) for name in seen} | {"lm_head.weight"}

@@ -1,0 +1,132 @@
+#include "devices/cpu/cpu_backend.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "devices/cpu/cpu_program.h"
+#include "devices/cpu/cpu_weights.h"
+#include "devices/cpu/kv_cache.h"
+
+namespace flowprefill {
+namespace {
+
+// Activations kept for later runs: a long prompt's and some short ones'.
+constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
+constexpr int32_t kRowStep = 16;  // the product's row block; so few a member reach 97 % of the peak
+
+// Why the CPU does not take the operator; empty: it does.
+std::string refusal_of(const ModelGraph& graph, const Operator& op) {
+  if (op.kind == OperatorKind::kSample)
+    return "the engine samples on the CPU";
+  if (op.kind == OperatorKind::kLinear && graph.tensor(op.input).columns % 2 != 0)
+    return "input columns: got " + std::to_string(graph.tensor(op.input).columns) +
+           ", expected an even number";
+  if (op.kind == OperatorKind::kLinear && op.epilogue == Epilogue::kGate &&
+      op.activation != Activation::kSilu)
+    return "activation: expected silu";
+  if (op.kind == OperatorKind::kAttention && op.softcap != 0)
+    return "softcap: expected none";
+  if (op.kind == OperatorKind::kRope && graph.tensor(op.rotary).columns != graph.attention.head_dim)
+    return "rotary: expected all of head_dim";
+  return "";
+}
+
+void check_operators(const ModelGraph& graph) {
+  for (const Operator& op : graph.operators) {
+    if (const std::string reason = refusal_of(graph, op); !reason.empty()) {
+      throw std::invalid_argument("operator " + std::string(op.name) + " of layer " +
+                                  std::to_string(op.layer) + ": " + reason);
+    }
+  }
+}
+
+template <typename T>
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(ModelGraph graph, int threads)
+      : graph_(std::make_shared<const ModelGraph>(std::move(graph))),
+        threads_(threads),
+        cuts_(
+            cpu_cuts(threads, sizeof(T) == sizeof(float) ? CpuElement::kFloat : CpuElement::kBf16)),
+        weights_((check_operators(*graph_), std::make_shared<CpuWeights<T>>(graph_, threads))),
+        pool_(std::make_shared<BufferPool>(kKeptWorkspaceBytes)) {}
+
+  const ModelGraph& graph() const override { return *graph_; }
+
+  void load(const std::string& source, const float* values, int64_t rows,
+            int64_t columns) override {
+    weights_->load(source, values, rows, columns);
+  }
+  void finish() override {
+    weights_->finish();
+    is_finished_ = true;
+  }
+  size_t weight_bytes() const override { return weights_->bytes(); }
+
+  void allocate_cache(int32_t block_tokens, int32_t blocks) override {
+    cache_ = std::make_shared<KvCache>(layout(block_tokens, blocks), sizeof(T));
+  }
+  size_t bytes_per_block(int32_t block_tokens) const override {
+    return KvCache::bytes_per_block(layout(block_tokens, 1), sizeof(T));
+  }
+  KvStore* kv() override { return cache_.get(); }
+
+  std::unique_ptr<ModelProgram> make_program(Batch batch, const PlanOptions& options,
+                                             const ProgramOptions& program) override {
+    if (!is_finished_ || cache_ == nullptr)
+      throw std::logic_error("finish() and allocate_cache() come first");
+    check(batch, {.vocab_size = graph_->vocab_size,
+                  .block_tokens = cache_->layout().block_tokens,
+                  .blocks = cache_->layout().blocks});
+    CompiledProgram compiled(graph_, make_plan(*graph_, batch, options, cuts_));
+    return std::make_unique<CpuProgram<T>>(std::move(compiled), weights_, cache_, pool_,
+                                           std::move(batch), threads_, program.fail_at);
+  }
+
+ private:
+  KvLayout layout(int32_t block_tokens, int32_t blocks) const {
+    KvLayout wanted{.layers = graph_->num_layers,
+                    .kv_heads = graph_->attention.kv_heads,
+                    .head_dim = graph_->attention.head_dim,
+                    .block_tokens = block_tokens,
+                    .blocks = blocks};
+    check(wanted);
+    return wanted;
+  }
+
+  const std::shared_ptr<const ModelGraph> graph_;
+  const int threads_;
+  const CutRules cuts_;
+  const std::shared_ptr<CpuWeights<T>> weights_;
+  const std::shared_ptr<BufferPool> pool_;
+  std::shared_ptr<KvCache> cache_;
+  bool is_finished_ = false;
+};
+
+}  // namespace
+
+CutRules cpu_cuts(int threads, CpuElement element) {
+  return {.row_step = kRowStep,
+          .max_tile_rows = kRowsPerMember * threads,
+          .min_tile_rows = kRowStep * threads,
+          .min_product_parts = 8 * threads,
+          .slices_heads = true,
+          .embed_rows = 512,
+          .costs = {.weight_element_bytes = element == CpuElement::kFloat ? 4 : 2,
+                    .embed_row_s = 1.5e-6 / threads}};
+}
+
+std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuElement element, int threads) {
+  if (threads < 1)
+    throw std::invalid_argument("threads: got " + std::to_string(threads) +
+                                ", expected at least 1");
+  if (element == CpuElement::kFloat)
+    return std::make_unique<CpuBackend<float>>(std::move(graph), threads);
+  if (!has_bf16_gemm()) {
+    throw std::invalid_argument(
+        "dtype: got bf16, but this processor does not multiply bf16 natively; expected f32");
+  }
+  return std::make_unique<CpuBackend<Bf16>>(std::move(graph), threads);
+}
+
+}  // namespace flowprefill

@@ -1,0 +1,21 @@
+// CpuBackend: one model on the processor. Made by csrc/bindings.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "graph/backend.h"
+
+namespace flowprefill {
+
+// bf16 multiplies bf16 and keeps K and V so; the residual stream is float in both.
+enum class CpuElement : uint8_t { kFloat, kBf16 };
+
+// Where the CPU wants its cuts, for a team of so many threads.
+CutRules cpu_cuts(int threads, CpuElement element);
+
+// Throws std::invalid_argument: threads < 1, bf16 on a processor that does not multiply it, an
+// operator that the CPU does not have.
+std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuElement element, int threads);
+
+}  // namespace flowprefill

@@ -1,0 +1,290 @@
+// The operators in the order of execution.
+#include "devices/cpu/cpu_operators.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace flowprefill {
+namespace {
+
+const float* offset_or_null(const float* values, int64_t offset) {
+  return values == nullptr ? nullptr : values + offset;
+}
+
+}  // namespace
+
+template <typename T>
+void CpuOperators<T>::execute(const Operator& op, const Step& step, RowRange rows, int64_t begin,
+                              int64_t end) {
+  switch (op.kind) {
+    case OperatorKind::kEmbed:
+      return embed(op, step, rows);
+    case OperatorKind::kRotary:
+      return rotary(op, step, rows);
+    case OperatorKind::kNorm:
+      return norm(op, step, rows);
+    case OperatorKind::kLinear:
+      switch (op.epilogue) {
+        case Epilogue::kStore:
+          return store_product(op, step, rows, begin, end);
+        case Epilogue::kAdd:
+          return add_product(op, step, rows, begin, end);
+        case Epilogue::kGate:
+          return gate(op, step, rows, begin, end);
+      }
+      return;
+    case OperatorKind::kRope:
+      return rope(op, step, rows);
+    case OperatorKind::kResidual:
+      return residual(op, step, rows);
+    case OperatorKind::kAttention:  // shared out by items
+    case OperatorKind::kSample:     // the engine samples
+      return;
+  }
+}
+
+template <typename T>
+void CpuOperators<T>::embed(const Operator& op, const Step& step, RowRange rows) {
+  const int32_t width = a_.graph.output_of(op).columns;
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    float* out = a_.template at<float>(op.output, step, row);
+    const int32_t token = a_.batch.tokens[static_cast<size_t>(row)];
+    row_kernels<T>().widen(a_.weights.table_row(op.weight, token), width, out);
+    for (int32_t i = 0; op.scale != 1.0 && i < width; ++i)
+      out[i] *= static_cast<float>(op.scale);
+  }
+}
+
+template <typename T>
+void CpuOperators<T>::rotary(const Operator& op, const Step& step, RowRange rows) {
+  const RotaryTable& table = a_.graph.rotary_tables[static_cast<size_t>(op.table)];
+  const size_t half = table.inverse_frequencies.size();
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    const Sequence& s = a_.sequence_of(row);
+    const double position = s.context + (row - s.row_begin);
+    float* cos = a_.template at<float>(op.output, step, row);
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = position * table.inverse_frequencies[i];
+      cos[i] = static_cast<float>(std::cos(angle) * table.scale);
+      cos[half + i] = static_cast<float>(std::sin(angle) * table.scale);
+    }
+  }
+}
+
+template <typename T>
+void CpuOperators<T>::norm(const Operator& op, const Step& step, RowRange rows) {
+  const bool is_gather =
+      a_.graph.is_per_sequence(op) && a_.graph.tensor(op.input).extent == Extent::kPrompt;
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    const int32_t from =
+        is_gather ? a_.batch.sequences[static_cast<size_t>(row)].row_end() - 1 : row;
+    row_kernels<T>().rms_norm(a_.template at<float>(op.input, step, from),
+                              a_.weights.vector(op.weight), a_.graph.output_of(op).columns, op.eps,
+                              a_.template at<T>(op.output, step, row));
+  }
+}
+
+// ---- products
+// --------------------------------------------------------------------------------------------
+
+template <typename T>
+void CpuOperators<T>::store_product(const Operator& op, const Step& step, RowRange rows,
+                                    int64_t begin, int64_t end) {
+  const PackedLinear<T>& linear = a_.weights.matrix(op.weight);
+  const int64_t width = linear.columns();
+  linear.multiply(begin, end, rows.end - rows.begin, a_.template at<T>(op.input, step, rows.begin),
+                  linear.depth(), a_.template at<float>(op.output, step, rows.begin), width, false);
+  const float* bias = a_.weights.vector(op.bias);
+  const auto scale = static_cast<float>(op.scale);
+  if (bias == nullptr && scale == 1.0f && op.softcap == 0.0f)
+    return;
+  const int64_t first = begin * kPackColumns;
+  const int64_t last = std::min<int64_t>(end * kPackColumns, width);
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    float* out = a_.template at<float>(op.output, step, row);
+    for (int64_t i = first; i < last; ++i) {
+      const float value = out[i] * scale + (bias == nullptr ? 0.0f : bias[i]);
+      out[i] = op.softcap == 0.0f ? value : op.softcap * std::tanh(value / op.softcap);
+    }
+  }
+}
+
+// The product accumulates into the residual stream, which stays in float: rounding it to bf16 at
+// every layer costs more accuracy than everything else together.
+template <typename T>
+void CpuOperators<T>::add_product(const Operator& op, const Step& step, RowRange rows,
+                                  int64_t begin, int64_t end) {
+  const PackedLinear<T>& linear = a_.weights.matrix(op.weight);
+  if (const float* bias = a_.weights.vector(op.bias); bias != nullptr) {
+    const int64_t first = begin * kPackColumns;
+    const int64_t last = std::min<int64_t>(end * kPackColumns, linear.columns());
+    for (int32_t row = rows.begin; row < rows.end; ++row) {
+      float* out = a_.template at<float>(op.output, step, row);
+      for (int64_t i = first; i < last; ++i)
+        out[i] += bias[i];
+    }
+  }
+  linear.multiply(begin, end, rows.end - rows.begin, a_.template at<T>(op.input, step, rows.begin),
+                  linear.depth(), a_.template at<float>(op.output, step, rows.begin),
+                  linear.columns(), true);
+}
+
+template <typename T>
+void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, int64_t begin,
+                           int64_t end) {
+  const PackedLinear<T>& linear = a_.weights.matrix(op.weight);
+  const float* all_bias = a_.weights.vector(op.bias);
+  const int32_t count = rows.end - rows.begin;
+  const int32_t width_out = a_.graph.output_of(op).columns;
+  thread_local std::vector<float> product;
+  product.resize(static_cast<size_t>(count) * kPackColumns);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t width = linear.block_columns(block);
+    const float* bias = offset_or_null(all_bias, block * kPackColumns);
+    for (int32_t r = 0; bias != nullptr && r < count; ++r)
+      std::copy_n(bias, width, product.data() + r * width);
+    linear.multiply_block(block, count, a_.template at<T>(op.input, step, rows.begin),
+                          linear.depth(), product.data(), width, bias != nullptr);
+    row_kernels<T>().swiglu(product.data(), width, count, static_cast<int>(width / 2),
+                            a_.template at<T>(op.output, step, rows.begin) + block * kGateColumns,
+                            width_out);
+  }
+  brgemm_end<T>();
+}
+
+// ---- attention
+// -------------------------------------------------------------------------------------------
+
+template <typename T>
+void CpuOperators<T>::rope(const Operator& op, const Step& step, RowRange rows) {
+  const int32_t block_tokens = a_.cache.layout().block_tokens;
+  for (int32_t row = rows.begin; row < rows.end;) {
+    const Sequence& s = a_.sequence_of(row);
+    const int32_t slot = (s.context + row - s.row_begin) % block_tokens;
+    const int32_t end = std::min({rows.end, s.row_end(), row + block_tokens - slot});
+    rotate_queries(op, step, {row, end});
+    store_keys_and_values(op, step, {row, end}, s);
+    row = end;
+  }
+}
+
+template <typename T>
+void CpuOperators<T>::rotate_queries(const Operator& op, const Step& step, RowRange rows) {
+  const int32_t dim = a_.graph.attention.head_dim;
+  // Scores are powers of two: the softmax takes exp2.
+  const auto scale = static_cast<float>(std::numbers::log2e * op.scale);
+  const float* bias = a_.weights.vector(op.bias);
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    const float* cos = a_.template at<float>(op.rotary, step, row);
+    const float* in = a_.template at<float>(op.input, step, row);
+    T* q = a_.template at<T>(op.output, step, row);
+    for (int32_t h = 0; h < a_.graph.attention.heads; ++h) {
+      row_kernels<T>().rope(in + h * dim,
+                            {.bias = offset_or_null(bias, int64_t{h} * dim),
+                             .norm_weight = a_.weights.vector(op.q_norm),
+                             .norm_eps = op.eps,
+                             .scale = scale,
+                             .dim = dim},
+                            cos, cos + dim / 2, q + h * dim);
+    }
+  }
+}
+
+// Keys and values of rows that lie in one block of the cache.
+template <typename T>
+void CpuOperators<T>::store_keys_and_values(const Operator& op, const Step& step, RowRange rows,
+                                            const Sequence& s) {
+  const RowKernels<T>& kernels = row_kernels<T>();
+  const AttentionShape& shape = a_.graph.attention;
+  const int32_t dim = shape.head_dim;
+  const int32_t block_tokens = a_.cache.layout().block_tokens;
+  const int32_t position = s.context + rows.begin - s.row_begin;
+  const int32_t block = s.block_table[static_cast<size_t>(position / block_tokens)];
+  const int32_t slot = position % block_tokens;
+  const int32_t count = rows.end - rows.begin;
+  // The step that begins a block and ends in it clears the rest: attention reads whole blocks.
+  const int32_t first_row = std::max(step.row_begin, s.row_begin);
+  const bool is_last = rows.end == std::min(step.row_end, s.row_end());
+  const bool clears_rest = is_last && rows.begin - slot >= first_row && slot + count < block_tokens;
+  const float* bias = a_.weights.vector(op.bias);
+  thread_local std::vector<T> keys;
+  keys.resize(static_cast<size_t>(count) * static_cast<size_t>(dim));
+  for (int32_t h = 0; h < shape.kv_heads; ++h) {
+    const int64_t k = shape.q_columns() + int64_t{h} * dim;
+    const int64_t v = k + shape.kv_columns();
+    const RopeHead head{.bias = offset_or_null(bias, k),
+                        .norm_weight = a_.weights.vector(op.k_norm),
+                        .norm_eps = op.eps,
+                        .scale = 1.0f,
+                        .dim = dim};
+    for (int32_t r = 0; r < count; ++r) {
+      const float* cos = a_.template at<float>(op.rotary, step, rows.begin + r);
+      kernels.rope(a_.template at<float>(op.input, step, rows.begin + r) + k, head, cos,
+                   cos + dim / 2, keys.data() + r * dim);
+    }
+    kernels.store_keys(keys.data(), count, dim, a_.cache.template key<T>(op.layer, block, h), slot,
+                       block_tokens);
+    kernels.store_values(a_.template at<float>(op.input, step, rows.begin) + v, shape.qkv_columns(),
+                         offset_or_null(bias, v), count, dim,
+                         a_.cache.template value<T>(op.layer, block, h), slot);
+    if (clears_rest)
+      a_.cache.template clear_values_from<T>(op.layer, block, h, slot + count);
+  }
+}
+
+template <typename T>
+std::vector<AttentionItem> CpuOperators<T>::attention_items(const Operator& op, const Step& step,
+                                                            int threads) {
+  std::vector<AttentionItem> items;
+  const int32_t head_end = step.is_whole() ? a_.graph.parts(op) : step.part_end;
+  const int32_t item_rows = attention_item_rows(step.rows(), a_.graph.attention.heads_per_kv(),
+                                                head_end - step.part_begin, threads);
+  for (int32_t row = step.row_begin; row < step.row_end;) {
+    const Sequence& s = a_.sequence_of(row);
+    const int32_t end = std::min({step.row_end, s.row_end(), row + item_rows});
+    for (int32_t h = step.part_begin; h < head_end; ++h) {
+      items.push_back({.row = row - step.base,
+                       .rows = end - row,
+                       .position = s.context + (row - s.row_begin),
+                       .kv_head = h,
+                       .block_table = s.block_table.data()});
+    }
+    row = end;
+  }
+  return items;
+}
+
+template <typename T>
+AttentionArgs<T> CpuOperators<T>::attention_args(const Operator& op) {
+  return {.cache = &a_.cache,
+          .layer = op.layer,
+          .num_heads = a_.graph.attention.heads,
+          .window = op.window,
+          .q = a_.tensors[static_cast<size_t>(op.input)].template as<T>(),
+          .out = a_.tensors[static_cast<size_t>(op.output)].template as<T>()};
+}
+
+template <typename T>
+void CpuOperators<T>::residual(const Operator& op, const Step& step, RowRange rows) {
+  const int32_t width = a_.graph.output_of(op).columns;
+  const float* weight = a_.weights.vector(op.weight);
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    const float* in = a_.template at<float>(op.input, step, row);
+    float* out = a_.template at<float>(op.output, step, row);
+    auto scale = static_cast<float>(op.scale);
+    if (weight != nullptr) {
+      float sum = 0.0f;
+      for (int32_t i = 0; i < width; ++i)
+        sum += in[i] * in[i];
+      scale /= std::sqrt(sum / static_cast<float>(width) + op.eps);
+    }
+    for (int32_t i = 0; i < width; ++i)
+      out[i] += scale * in[i] * (weight == nullptr ? 1.0f : weight[i]);
+  }
+}
+
+template class CpuOperators<float>;
+template class CpuOperators<Bf16>;
+
+}  // namespace flowprefill

@@ -1,0 +1,79 @@
+// CpuOperators: executes single operators over some rows and parts of one run's activations. Called
+// by CpuProgram on the threads of the compute team.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "devices/cpu/attention.h"
+#include "devices/cpu/buffer.h"
+#include "devices/cpu/cpu_weights.h"
+#include "devices/cpu/kv_cache.h"
+#include "graph/batch.h"
+#include "graph/cost.h"
+#include "graph/model_graph.h"
+
+namespace flowprefill {
+
+// Rows [begin, end) of the batch, or of its sequences.
+struct RowRange {
+  int32_t begin = 0;
+  int32_t end = 0;
+};
+
+// What the operators of one run work on.
+template <typename T>
+struct CpuActivations {
+  const ModelGraph& graph;
+  const CpuWeights<T>& weights;
+  KvCache& cache;
+  const Batch& batch;
+  std::vector<int32_t> sequence_of_row;
+  std::vector<Buffer> tensors;  // by index into the graph's tensors
+
+  const Sequence& sequence_of(int32_t row) const {
+    return batch.sequences[static_cast<size_t>(sequence_of_row[static_cast<size_t>(row)])];
+  }
+  // Row `row` of the batch or of its sequences, in a tensor. E: its element type.
+  template <typename E>
+  E* at(int32_t tensor, const Step& step, int32_t row) {
+    const Tensor& t = graph.tensor(tensor);
+    const int32_t base = t.extent == Extent::kTile ? step.base : 0;
+    return tensors[static_cast<size_t>(tensor)].template as<E>() + int64_t{row - base} * t.columns;
+  }
+};
+
+// Rows of one sequence whose positions lie in one block of the cache may not be split between two
+// calls at once; everything else may be.
+template <typename T>
+class CpuOperators {
+ public:
+  // `activations` lives as long as this.
+  explicit CpuOperators(CpuActivations<T>& activations) : a_(activations) {}
+
+  // Executes all but attention. Products make column blocks [begin, end) of their output, others
+  // all.
+  void execute(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
+
+  // The pieces of attention of a step, for a team of so many threads; each is attend()ed by itself.
+  std::vector<AttentionItem> attention_items(const Operator& op, const Step& step, int threads);
+  AttentionArgs<T> attention_args(const Operator& op);
+
+ private:
+  void embed(const Operator& op, const Step& step, RowRange rows);
+  void rotary(const Operator& op, const Step& step, RowRange rows);
+  void norm(const Operator& op, const Step& step, RowRange rows);
+  void store_product(const Operator& op, const Step& step, RowRange rows, int64_t begin,
+                     int64_t end);
+  void add_product(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
+  void gate(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
+  void rope(const Operator& op, const Step& step, RowRange rows);
+  void rotate_queries(const Operator& op, const Step& step, RowRange rows);
+  void store_keys_and_values(const Operator& op, const Step& step, RowRange rows,
+                             const Sequence& sequence);
+  void residual(const Operator& op, const Step& step, RowRange rows);
+
+  CpuActivations<T>& a_;
+};
+
+}  // namespace flowprefill

@@ -1,0 +1,199 @@
+#include "devices/cpu/cpu_program.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "devices/cpu/team.h"
+
+namespace flowprefill {
+namespace {
+
+constexpr int32_t kRowChunk = 32;   // rows a member takes at once where rows are shared out
+constexpr int32_t kRowOpChunk = 4;  // the same for light operators alone
+
+std::atomic<size_t> live_workspace{0};
+
+}  // namespace
+
+size_t live_workspace_bytes() {
+  return live_workspace.load(std::memory_order_relaxed);
+}
+
+template <typename T>
+CpuProgram<T>::CpuProgram(CompiledProgram compiled, std::shared_ptr<const CpuWeights<T>> weights,
+                          std::shared_ptr<KvCache> cache, std::shared_ptr<BufferPool> pool,
+                          Batch batch, int threads, int64_t fail_at)
+    : compiled_(std::move(compiled)),
+      weights_(std::move(weights)),
+      cache_(std::move(cache)),
+      pool_(std::move(pool)),
+      batch_(std::move(batch)),
+      threads_(threads),
+      fail_at_(fail_at),
+      activations_{.graph = compiled_.graph(),
+                   .weights = *weights_,
+                   .cache = *cache_,
+                   .batch = batch_,
+                   .sequence_of_row = sequence_of_rows(batch_),
+                   .tensors = std::vector<Buffer>(compiled_.graph().tensors.size())},
+      operators_(activations_) {
+  take_missing();
+}
+
+template <typename T>
+CpuProgram<T>::~CpuProgram() {
+  for (Buffer& buffer : activations_.tensors)
+    give(buffer);
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------
+
+template <typename T>
+size_t CpuProgram<T>::tensor_bytes(int32_t tensor) const {
+  const Tensor& t = compiled_.graph().tensor(tensor);
+  const ElementBytes elements{.activation = sizeof(T), .product = sizeof(float)};
+  int32_t rows = batch_.num_sequences();
+  if (t.extent == Extent::kPrompt)
+    rows = batch_.rows();
+  else if (t.extent == Extent::kTile)
+    rows = compiled_.plan().tile_rows;
+  return static_cast<size_t>(rows) * static_cast<size_t>(t.columns) *
+         static_cast<size_t>(elements.of(t.type));
+}
+
+template <typename T>
+void CpuProgram<T>::take_missing() {
+  for (size_t i = 0; i < activations_.tensors.size(); ++i) {
+    Buffer& buffer = activations_.tensors[i];
+    if (buffer.bytes() > 0)
+      continue;
+    buffer = pool_->take(tensor_bytes(static_cast<int32_t>(i)));
+    live_workspace.fetch_add(buffer.bytes(), std::memory_order_relaxed);
+  }
+  is_missing_some_ = false;
+}
+
+template <typename T>
+void CpuProgram<T>::give(Buffer& buffer) {
+  live_workspace.fetch_sub(buffer.bytes(), std::memory_order_relaxed);
+  pool_->give(std::exchange(buffer, Buffer()));
+}
+
+template <typename T>
+void CpuProgram<T>::give_back_dead(size_t cursor) {
+  const uint64_t live = compiled_.live_tensors(cursor);
+  for (size_t i = 0; i < activations_.tensors.size(); ++i) {
+    if ((live >> i & 1) == 0)
+      give(activations_.tensors[i]);
+  }
+  is_missing_some_ = true;
+}
+
+template <typename T>
+size_t CpuProgram<T>::live_bytes(size_t cursor) const {
+  const uint64_t live = compiled_.live_tensors(cursor);
+  size_t bytes = 0;
+  for (size_t i = 0; i < activations_.tensors.size(); ++i)
+    bytes += (live >> i & 1) == 0 ? 0 : tensor_bytes(static_cast<int32_t>(i));
+  return bytes;
+}
+
+template <typename T>
+size_t CpuProgram<T>::workspace_bytes() const {
+  size_t bytes = 0;
+  for (const Buffer& buffer : activations_.tensors)
+    bytes += buffer.bytes();
+  return bytes;
+}
+
+template <typename T>
+const float* CpuProgram<T>::logits() const {
+  return activations_.tensors[static_cast<size_t>(compiled_.graph().logits())].template as<float>();
+}
+
+// ---- steps
+// -----------------------------------------------------------------------------------------------
+
+template <typename T>
+void CpuProgram<T>::execute(size_t i) {
+  if (is_missing_some_) [[unlikely]]
+    take_missing();
+  for (const Step& step : compiled_.steps(i)) {
+    if (static_cast<int64_t>(i) == fail_at_) [[unlikely]] {
+      throw std::runtime_error(std::string("injected failure in ") +
+                               compiled_.graph().op(step.first).name);
+    }
+    execute_step(step);
+  }
+}
+
+template <typename T>
+void CpuProgram<T>::execute_step(const Step& step) {
+  const ModelGraph& graph = compiled_.graph();
+  for (int32_t i = step.first; i <= step.last;) {
+    if (!is_row_wise(graph.op(i))) {
+      execute_attention(step, graph.op(i));
+      ++i;
+      continue;
+    }
+    int32_t last = i;
+    while (last < step.last && is_row_wise(graph.op(last + 1)))
+      ++last;
+    execute_chain(step, i, last);
+    i = last + 1;
+  }
+}
+
+// Row-wise operators: with rows enough for all, each member takes its rows through the whole chain
+// and no one waits in between; else all share every operator's columns, so that weights are read
+// once.
+template <typename T>
+void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last) {
+  const ModelGraph& graph = compiled_.graph();
+  const bool has_own_rows = step.rows() >= kRowsPerMember * threads_ && step.is_whole() &&
+                            !graph.is_per_sequence(graph.op(first));
+  if (!has_own_rows) {
+    for (int32_t i = first; i <= last; ++i)
+      execute_shared(step, graph.op(i));
+    return;
+  }
+  team_for(threads_, (step.rows() + kRowChunk - 1) / kRowChunk, [&](int64_t chunk) {
+    const int32_t begin = step.row_begin + static_cast<int32_t>(chunk) * kRowChunk;
+    const RowRange mine{begin, std::min(begin + kRowChunk, step.row_end)};
+    for (int32_t i = first; i <= last; ++i)
+      operators_.execute(graph.op(i), step, mine, 0, graph.parts(graph.op(i)));
+  });
+}
+
+template <typename T>
+void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
+  if (is_light(op)) {
+    const int32_t items = (step.rows() + kRowOpChunk - 1) / kRowOpChunk;
+    team_for(threads_, items, [&](int64_t item) {
+      const int32_t begin = step.row_begin + static_cast<int32_t>(item) * kRowOpChunk;
+      operators_.execute(op, step, {begin, std::min(begin + kRowOpChunk, step.row_end)}, 0, 0);
+    });
+    return;
+  }
+  const int32_t end = step.is_whole() ? compiled_.graph().parts(op) : step.part_end;
+  team_for(threads_, end - step.part_begin, [&](int64_t part) {
+    const int64_t block = step.part_begin + part;
+    operators_.execute(op, step, {step.row_begin, step.row_end}, block, block + 1);
+  });
+}
+
+template <typename T>
+void CpuProgram<T>::execute_attention(const Step& step, const Operator& op) {
+  const std::vector<AttentionItem> items = operators_.attention_items(op, step, threads_);
+  const AttentionArgs<T> args = operators_.attention_args(op);
+  team_for(threads_, static_cast<int64_t>(items.size()),
+           [&](int64_t i) { attend(args, items[static_cast<size_t>(i)]); });
+}
+
+template class CpuProgram<float>;
+template class CpuProgram<Bf16>;
+
+}  // namespace flowprefill

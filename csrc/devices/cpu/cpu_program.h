@@ -1,0 +1,65 @@
+// CpuProgram: the program of one batch on the CPU: its plan, its activations, and how the compute
+// team shares the work of a step. Made by CpuBackend, executed by the executor segment by segment.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "devices/cpu/cpu_operators.h"
+#include "graph/backend.h"
+#include "graph/compiled_program.h"
+
+namespace flowprefill {
+
+// Rows from which a team member gets rows of its own (below, members share columns): the weights
+// are then read once per this many rows and member.
+inline constexpr int32_t kRowsPerMember = 64;
+
+// Bytes of all activations alive in this process. Thread: any.
+size_t live_workspace_bytes();
+
+template <typename T>
+class CpuProgram final : public ModelProgram {
+ public:
+  // The batch has been checked. fail_at >= 0 makes that segment throw (tests).
+  CpuProgram(CompiledProgram compiled, std::shared_ptr<const CpuWeights<T>> weights,
+             std::shared_ptr<KvCache> cache, std::shared_ptr<BufferPool> pool, Batch batch,
+             int threads, int64_t fail_at);
+  ~CpuProgram() override;
+
+  size_t size() const override { return compiled_.size(); }
+  SegmentLabel label(size_t i) const override { return compiled_.label(i); }
+  void execute(size_t i) override;
+  size_t live_bytes(size_t cursor) const override;
+  void give_back_dead(size_t cursor) override;
+
+  const float* logits() const override;
+  int64_t logits_stride() const override { return vocab_size(); }
+  int32_t num_sequences() const override { return batch_.num_sequences(); }
+  int32_t vocab_size() const override { return compiled_.graph().vocab_size; }
+  size_t workspace_bytes() const override;
+
+ private:
+  void take_missing();
+  void give(Buffer& buffer);
+  size_t tensor_bytes(int32_t tensor) const;
+  void execute_step(const Step& step);
+  void execute_chain(const Step& step, int32_t first, int32_t last);
+  void execute_shared(const Step& step, const Operator& op);
+  void execute_attention(const Step& step, const Operator& op);
+
+  const CompiledProgram compiled_;
+  const std::shared_ptr<const CpuWeights<T>> weights_;
+  const std::shared_ptr<KvCache> cache_;
+  const std::shared_ptr<BufferPool> pool_;
+  const Batch batch_;
+  const int threads_;
+  const int64_t fail_at_;
+  CpuActivations<T> activations_;
+  CpuOperators<T> operators_;
+  bool is_missing_some_ =
+      true;  // tensors without memory: before the first segment, after a suspension
+};
+
+}  // namespace flowprefill

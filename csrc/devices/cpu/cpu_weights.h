@@ -1,0 +1,56 @@
+// CpuWeights: a model's weights, packed for the micro-kernel as they arrive. Filled through
+// CpuBackend at load, then read-only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <set>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "devices/cpu/packed_linear.h"
+#include "graph/model_graph.h"
+
+namespace flowprefill {
+
+// Gate and up columns alternate in runs of this many, so that one product block holds both halves
+// of a gate.
+inline constexpr int32_t kGateColumns = kPackColumns / 2;
+
+template <typename T>  // T: float or Bf16
+class CpuWeights {
+ public:
+  // Takes all memory. threads: used while packing.
+  CpuWeights(std::shared_ptr<const ModelGraph> graph, int threads);
+
+  // See Backend.
+  void load(const std::string& source, const float* values, int64_t rows, int64_t columns);
+  void finish() const;
+
+  // By index into the graph's weights.
+  const PackedLinear<T>& matrix(int32_t weight) const {
+    return std::get<PackedLinear<T>>(storage_[static_cast<size_t>(weight)]);
+  }
+  const T* table_row(int32_t weight, int32_t row) const {
+    return std::get<Buffer>(storage_[static_cast<size_t>(weight)]).template as<T>() +
+           int64_t{row} * graph_->weights.weight(weight).columns;
+  }
+  // Null for index -1.
+  const float* vector(int32_t weight) const {
+    if (weight < 0)
+      return nullptr;
+    return std::get<std::vector<float>>(storage_[static_cast<size_t>(weight)]).data();
+  }
+  size_t bytes() const;
+
+ private:
+  void put(int32_t weight, int32_t part, const float* values);
+
+  const std::shared_ptr<const ModelGraph> graph_;
+  const int threads_;
+  std::vector<std::variant<std::vector<float>, Buffer, PackedLinear<T>>> storage_;
+  std::set<std::string> arrived_;
+};
+
+}  // namespace flowprefill

@@ -1,0 +1,79 @@
+#include "graph/compiled_program.h"
+
+#include <algorithm>
+
+namespace flowprefill {
+namespace {
+
+constexpr uint64_t bit(int32_t tensor) {
+  return tensor < 0 ? 0 : uint64_t{1} << tensor;
+}
+
+uint64_t reads_of(const Operator& op) {
+  const bool reads_output = op.kind == OperatorKind::kResidual || op.epilogue == Epilogue::kAdd;
+  return bit(op.input) | bit(op.rotary) | (reads_output ? bit(op.output) : 0);
+}
+
+// Whether the step writes the first of what its tensor will hold: what was there before is dead,
+// since steps fill a tensor in ascending order before anything reads it.
+bool begins_anew(const ModelGraph& graph, const Operator& op, const Step& step) {
+  const int32_t first = graph.output_of(op).extent == Extent::kTile ? step.base : 0;
+  return step.row_begin == first && step.part_begin == 0;
+}
+
+// They hold nothing before the layers are through.
+uint64_t sequence_tensors(const ModelGraph& graph) {
+  uint64_t tensors = 0;
+  for (size_t i = 0; i < graph.tensors.size(); ++i) {
+    if (graph.tensors[i].extent == Extent::kSequence)
+      tensors |= bit(static_cast<int32_t>(i));
+  }
+  return tensors;
+}
+
+}  // namespace
+
+bool CompiledProgram::is_per_sequence(size_t segment) const {
+  return graph_->is_per_sequence(graph_->op(steps(segment).front().first));
+}
+
+SegmentLabel CompiledProgram::label(size_t segment) const {
+  const std::span<const Step> own = steps(segment);
+  const Step& first = own.front();
+  SegmentLabel label{.op = graph_->op(first.first).name, .row_begin = first.row_begin};
+  label.layer = graph_->op(first.first).layer;
+  label.last_layer = graph_->op(own.back().last).layer;
+  for (const Step& step : own) {
+    label.predicted_s += step.predicted_s;
+    if (graph_->is_per_sequence(graph_->op(step.first)) && !is_per_sequence(segment))
+      continue;  // its rows are sequences, those before it rows of the prompt
+    label.row_begin = std::min(label.row_begin, step.row_begin);
+    label.row_end = std::max(label.row_end, step.row_end);
+  }
+  return label;
+}
+
+uint64_t CompiledProgram::live_tensors(size_t cursor) const {
+  if (cursor == 0)
+    return 0;
+  if (cursor == size())
+    return bit(graph_->logits());
+  const size_t num_tensors = graph_->tensors.size();
+  const uint64_t all = num_tensors == 64 ? ~uint64_t{0} : (uint64_t{1} << num_tensors) - 1;
+  uint64_t live = 0;
+  uint64_t settled = is_per_sequence(cursor) ? 0 : sequence_tensors(*graph_);
+  for (size_t s = plan_.segments[cursor]; s < plan_.steps.size() && settled != all; ++s) {
+    const Step& step = plan_.steps[s];
+    for (int32_t i = step.first; i <= step.last; ++i) {
+      const Operator& op = graph_->op(i);
+      const uint64_t reads = reads_of(op) & ~settled;
+      live |= reads;
+      settled |= reads;
+      if (begins_anew(*graph_, op, step))
+        settled |= bit(op.output);
+    }
+  }
+  return live;
+}
+
+}  // namespace flowprefill

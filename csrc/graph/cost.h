@@ -1,0 +1,68 @@
+// Cost: predicted time of operators on a batch. Called by the planner and by whoever makes a
+// program of a plan for another batch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "graph/batch.h"
+#include "graph/model_graph.h"
+
+namespace flowprefill {
+
+// Measured speed of this machine for this model (flowprefill/scheduling/cost_model.py has the
+// formula).
+struct MachineRates {
+  double gemm_flops_per_s = 1e11;
+  double attention_flops_per_s = 5e10;
+  double weight_bytes_per_s = 1e10;
+  double step_overhead_s = 5e-6;
+};
+
+// How a device spends time that the rates do not tell.
+struct CostRules {
+  int32_t weight_element_bytes = 2;
+  double embed_row_s = 1.5e-6;  // embedding and rotary table of one row
+};
+
+// A range of operators over a range of rows. The planner makes steps, a device executes them.
+struct Step {
+  int32_t first = 0;  // operators [first, last] of the graph
+  int32_t last = 0;
+  int32_t row_begin = 0;  // of the batch; of its sequences where the operators' rows are sequences
+  int32_t row_end = 0;
+  int32_t base = 0;        // row that lies at the start of the tile tensors
+  int32_t part_begin = 0;  // parts [part_begin, part_end) of one operator (ModelGraph::parts)
+  int32_t part_end = 0;    // 0: all
+  double predicted_s = 0;
+
+  int32_t rows() const { return row_end - row_begin; }
+  bool is_whole() const { return part_end == 0; }
+};
+
+// Row-wise work rides in the measured rate of the products beside it, so only products, attention
+// and embedding have a cost of their own.
+class Cost {
+ public:
+  // All three live as long as this.
+  Cost(const ModelGraph& graph, const Batch& batch, const MachineRates& rates, CostRules rules);
+
+  // Seconds of a step, its overhead included. Rows beyond the batch are padding: products compute
+  // them, attention does not.
+  double step_s(const Step& step) const;
+  // Seconds of operators [first, last] over rows [begin, end).
+  double range_s(int32_t first, int32_t last, int32_t begin, int32_t end) const;
+  double operator_s(const Operator& op, int32_t begin, int32_t end) const;
+
+ private:
+  double linear_s(const Operator& op, int32_t rows) const;
+  double attention_s(const Operator& op, int32_t begin, int32_t end) const;
+
+  const ModelGraph& graph_;
+  const Batch& batch_;
+  const MachineRates& rates_;
+  const CostRules rules_;
+  std::vector<int64_t> keys_before_;  // [rows + 1] keys seen by all rows before this one
+};
+
+}  // namespace flowprefill

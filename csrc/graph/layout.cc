@@ -1,0 +1,237 @@
+#include "graph/layout.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace flowprefill {
+namespace {
+
+size_t rounded_up(size_t bytes, size_t alignment) {
+  return (bytes + alignment - 1) / alignment * alignment;
+}
+
+int32_t rows_of(Extent extent, const PlanSizes& sizes) {
+  switch (extent) {
+    case Extent::kPrompt:
+      return sizes.rows;
+    case Extent::kTile:
+      return sizes.tile_rows;
+    case Extent::kSequence:
+      break;
+  }
+  return sizes.sequences;
+}
+
+// Operators of a layer during which each tensor holds something: one bit an operator, from the one
+// that writes it to the last that reads that.
+std::vector<std::vector<bool>> lifetimes(const ModelGraph& graph, ModelGraph::Range layer) {
+  const auto count = static_cast<size_t>(layer.end - layer.begin);
+  std::vector<std::vector<bool>> alive(graph.tensors.size(), std::vector<bool>(count, false));
+  std::vector<int32_t> since(graph.tensors.size(), -1);
+  for (int32_t i = layer.begin; i < layer.end; ++i) {
+    const Operator& op = graph.op(i);
+    for (const int32_t read : {op.input, op.rotary}) {
+      if (read < 0 || since[static_cast<size_t>(read)] < 0)
+        continue;
+      auto& bits = alive[static_cast<size_t>(read)];
+      std::fill(bits.begin() + since[static_cast<size_t>(read)], bits.begin() + i - layer.begin + 1,
+                true);
+    }
+    since[static_cast<size_t>(op.output)] = i - layer.begin;
+    alive[static_cast<size_t>(op.output)][static_cast<size_t>(i - layer.begin)] = true;
+  }
+  return alive;
+}
+
+bool overlap(const std::vector<bool>& a, const std::vector<bool>& b) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] && b[i])
+      return true;
+  }
+  return false;
+}
+
+// conflicts[a][b]: whether in some layer both hold something at once.
+std::vector<std::vector<bool>> conflicts_of(const ModelGraph& graph) {
+  const size_t n = graph.tensors.size();
+  std::vector<std::vector<bool>> conflicts(n, std::vector<bool>(n, false));
+  for (int32_t layer = 0; layer < graph.num_layers; ++layer) {
+    const auto alive = lifetimes(graph, graph.layer(layer));
+    for (size_t a = 0; a < n; ++a) {
+      for (size_t b = 0; b < n; ++b)
+        conflicts[a][b] = conflicts[a][b] || overlap(alive[a], alive[b]);
+    }
+  }
+  return conflicts;
+}
+
+}  // namespace
+
+Layout::Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSizes& sizes)
+    : sizes_(sizes), places_(graph.tensors.size()) {
+  for (size_t i = 0; i < places_.size(); ++i) {
+    const Tensor& tensor = graph.tensors[i];
+    const bool is_logits = static_cast<int32_t>(i) == graph.logits();
+    places_[i].element_bytes = static_cast<size_t>(rules.elements.of(tensor.type));
+    places_[i].stride = is_logits && rules.logits_stride > 0 ? rules.logits_stride : tensor.columns;
+    places_[i].rows = rows_of(tensor.extent, sizes);
+  }
+  const auto place = [&](size_t i) {
+    places_[i].offset = bytes_;
+    bytes_ += rounded_up(places_[i].bytes(), rules.alignment);
+  };
+  for (size_t i = 0; i < places_.size(); ++i) {
+    const Extent extent = graph.tensors[i].extent;
+    const bool is_result = static_cast<int32_t>(i) >= graph.logits();
+    if (extent == Extent::kPrompt || (extent == Extent::kSequence && !is_result))
+      place(i);
+  }
+  place_tile_tensors(graph, rules.alignment);
+  place_result(graph);
+  bytes_ = rounded_up(bytes_, rules.alignment);
+}
+
+// Largest first, each at the lowest place where it meets none that it conflicts with.
+void Layout::place_tile_tensors(const ModelGraph& graph, size_t alignment) {
+  const auto conflicts = conflicts_of(graph);
+  std::vector<size_t> order;
+  for (size_t i = 0; i < places_.size(); ++i) {
+    if (graph.tensors[i].extent == Extent::kTile)
+      order.push_back(i);
+  }
+  std::ranges::stable_sort(order, std::greater{}, [this](size_t i) { return places_[i].bytes(); });
+  const size_t start = bytes_;
+  std::vector<size_t> placed;
+  for (const size_t i : order) {
+    Place& mine = places_[i];
+    mine.offset = start;
+    std::ranges::sort(placed, {}, [this](size_t other) { return places_[other].offset; });
+    for (const size_t other : placed) {
+      const Place& theirs = places_[other];
+      const bool meets = mine.offset < theirs.offset + theirs.bytes() &&
+                         theirs.offset < mine.offset + mine.bytes();
+      if (conflicts[i][other] && meets)
+        mine.offset = rounded_up(theirs.offset + theirs.bytes(), alignment);
+    }
+    placed.push_back(i);
+    bytes_ = std::max(bytes_, rounded_up(mine.offset + mine.bytes(), alignment));
+  }
+}
+
+void Layout::place_result(const ModelGraph& graph) {
+  result_.offset = bytes_;
+  for (auto i = static_cast<size_t>(graph.logits()); i < places_.size(); ++i) {
+    places_[i].offset = bytes_;
+    bytes_ += places_[i].bytes();
+  }
+  result_.bytes = bytes_ - result_.offset;
+}
+
+LiveRange Layout::rows(int32_t tensor, int32_t begin, int32_t end) const {
+  const Place& place = places_[static_cast<size_t>(tensor)];
+  return {place.offset + static_cast<size_t>(begin) * place.row_bytes(),
+          static_cast<size_t>(end - begin) * place.row_bytes()};
+}
+
+LiveRange Layout::all(int32_t tensor) const {
+  return rows(tensor, 0, places_[static_cast<size_t>(tensor)].rows);
+}
+
+LiveSet Layout::columns(int32_t tensor, int32_t row, int32_t row_end, int32_t begin,
+                        int32_t end) const {
+  const Place& place = places_[static_cast<size_t>(tensor)];
+  std::vector<LiveRange> ranges;
+  ranges.reserve(static_cast<size_t>(row_end - row));
+  for (; row < row_end; ++row) {
+    ranges.push_back(
+        {rows(tensor, row, row).offset + static_cast<size_t>(begin) * place.element_bytes,
+         static_cast<size_t>(end - begin) * place.element_bytes});
+  }
+  return ranges;
+}
+
+namespace {
+
+// Where the rows of a step lie in the tensors of its operators.
+class Access {
+ public:
+  Access(const ModelGraph& graph, const Layout& layout, const Step& step,
+         const std::vector<int32_t>& last_rows)
+      : g_(graph), layout_(layout), step_(step), last_rows_(last_rows) {}
+
+  SegmentAccess of(const Operator& op) const {
+    LiveSet reads;
+    if (op.input >= 0)
+      reads = is_gather(op) ? gathered(op.input) : LiveSet({rows(op.input)});
+    if (op.rotary >= 0)
+      reads = reads.united(LiveSet({rows(op.rotary)}));
+    const LiveSet writes = written(op);
+    if (op.kind == OperatorKind::kResidual || op.epilogue == Epilogue::kAdd)
+      reads = reads.united(writes);
+    return {.reads = std::move(reads), .writes = writes};
+  }
+
+ private:
+  // From rows of the prompt to rows of the sequences: the last of each.
+  bool is_gather(const Operator& op) const {
+    return g_.is_per_sequence(op) && g_.tensor(op.input).extent == Extent::kPrompt;
+  }
+
+  LiveSet gathered(int32_t tensor) const {
+    if (last_rows_.empty())
+      return LiveSet({layout_.all(tensor)});
+    std::vector<LiveRange> ranges;
+    ranges.reserve(last_rows_.size());
+    for (const int32_t row : last_rows_)
+      ranges.push_back(layout_.rows(tensor, row, row + 1));
+    return ranges;
+  }
+
+  LiveRange rows(int32_t tensor) const {
+    switch (g_.tensor(tensor).extent) {
+      case Extent::kPrompt:
+        return layout_.rows(tensor, step_.row_begin, step_.row_end);
+      case Extent::kTile:
+        return layout_.rows(tensor, step_.row_begin - step_.base, step_.row_end - step_.base);
+      case Extent::kSequence:
+        break;
+    }
+    return layout_.all(tensor);
+  }
+
+  LiveSet written(const Operator& op) const {
+    if (step_.is_whole())
+      return LiveSet({rows(op.output)});
+    const int32_t columns = g_.part_columns(op);
+    const Extent extent = g_.output_of(op).extent;
+    const int32_t base = extent == Extent::kTile ? step_.base : 0;
+    const bool is_sequence = extent == Extent::kSequence;
+    return layout_.columns(op.output, is_sequence ? 0 : step_.row_begin - base,
+                           is_sequence ? layout_.sizes().sequences : step_.row_end - base,
+                           step_.part_begin * columns,
+                           std::min(step_.part_end * columns, layout_.stride(op.output)));
+  }
+
+  const ModelGraph& g_;
+  const Layout& layout_;
+  const Step& step_;
+  const std::vector<int32_t>& last_rows_;
+};
+
+}  // namespace
+
+SegmentAccess joined(const SegmentAccess& first, const SegmentAccess& second) {
+  return {.reads = first.reads.united(second.reads.without(first.writes)),
+          .writes = first.writes.united(second.writes)};
+}
+
+SegmentAccess access_of(const ModelGraph& graph, const Layout& layout, const Step& step,
+                        const std::vector<int32_t>& last_rows) {
+  const Access access(graph, layout, step, last_rows);
+  SegmentAccess all;
+  for (int32_t i = step.first; i <= step.last; ++i)
+    all = joined(all, access.of(graph.op(i)));
+  return all;
+}
+
+}  // namespace flowprefill

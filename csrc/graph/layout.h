@@ -1,0 +1,77 @@
+// Layout: where a run's activations lie in one range of bytes, and which of these bytes an operator
+// reads and writes. Made by backends that keep activations in one piece (CUDA's lanes).
+#pragma once
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "graph/cost.h"
+#include "graph/live_set.h"
+#include "graph/model_graph.h"
+
+namespace flowprefill {
+
+// Rows that the tensors hold.
+struct PlanSizes {
+  int32_t rows = 0;       // of the batch, padding included
+  int32_t tile_rows = 0;  // of the tile that goes through a layer together
+  int32_t sequences = 0;  // padding included
+  auto operator<=>(const PlanSizes&) const = default;
+};
+
+struct LayoutRules {
+  ElementBytes elements;
+  size_t alignment = 256;     // bytes, of every tensor's start
+  int32_t logits_stride = 0;  // elements between rows of the logits; 0: the vocabulary
+};
+
+// Tensors of the tile that are never alive together lie on one another, so a device must execute a
+// layer's operators one after another for all rows of a step. The last tensors of the graph, logits
+// and what is made of them, lie side by side: the result is one range.
+class Layout {
+ public:
+  Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSizes& sizes);
+
+  const PlanSizes& sizes() const { return sizes_; }
+  size_t bytes() const { return bytes_; }
+  size_t offset(int32_t tensor) const { return places_[static_cast<size_t>(tensor)].offset; }
+  // Elements between rows.
+  int32_t stride(int32_t tensor) const { return places_[static_cast<size_t>(tensor)].stride; }
+  // Rows [begin, end) of a tensor.
+  LiveRange rows(int32_t tensor, int32_t begin, int32_t end) const;
+  LiveRange all(int32_t tensor) const;
+  // Columns [begin, end) of rows [row, row_end) of a tensor.
+  LiveSet columns(int32_t tensor, int32_t row, int32_t row_end, int32_t begin, int32_t end) const;
+  LiveRange result() const { return result_; }
+
+ private:
+  struct Place {
+    size_t offset = 0;
+    size_t element_bytes = 0;
+    int32_t stride = 0;
+    int32_t rows = 0;
+
+    size_t row_bytes() const { return static_cast<size_t>(stride) * element_bytes; }
+    size_t bytes() const { return row_bytes() * static_cast<size_t>(rows); }
+  };
+
+  void place_tile_tensors(const ModelGraph& graph, size_t alignment);
+  void place_result(const ModelGraph& graph);
+
+  const PlanSizes sizes_;
+  std::vector<Place> places_;
+  LiveRange result_;
+  size_t bytes_ = 0;
+};
+
+// What a step's operators do to the bytes. last_rows: the rows of the batch that sequences end
+// with, if the plan is for one batch; empty: any row may be one.
+SegmentAccess access_of(const ModelGraph& graph, const Layout& layout, const Step& step,
+                        const std::vector<int32_t>& last_rows);
+
+// The access of `first` and then `second`.
+SegmentAccess joined(const SegmentAccess& first, const SegmentAccess& second);
+
+}  // namespace flowprefill

@@ -1,0 +1,231 @@
+#include "graph/model_graph.h"
+
+#include <algorithm>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+namespace flowprefill {
+namespace {
+
+void require(bool holds, const std::string& field, int64_t value, const std::string& allowed) {
+  if (!holds) {
+    throw std::invalid_argument(field + ": got " + std::to_string(value) + ", expected " + allowed);
+  }
+}
+
+// Checks one operator against the tensors and weights it names.
+class OperatorCheck {
+ public:
+  OperatorCheck(const ModelGraph& graph, const Operator& op)
+      : g_(graph), op_(op), name_("operator " + std::string(op.name) + ": ") {}
+
+  void run() const {
+    require_tensor("output", op_.output);
+    switch (op_.kind) {
+      case OperatorKind::kEmbed:
+        require_weight("weight", op_.weight, g_.vocab_size, output().columns);
+        return;
+      case OperatorKind::kRotary:
+        return check_rotary();
+      case OperatorKind::kNorm:
+        require_tensor("input", op_.input);
+        require_columns("input", op_.input, output().columns);
+        return require_weight("weight", op_.weight, output().columns, 1);
+      case OperatorKind::kLinear:
+        return check_linear();
+      case OperatorKind::kRope:
+        return check_rope();
+      case OperatorKind::kAttention:
+        require_tensor("input", op_.input);
+        require_columns("input", op_.input, g_.attention.q_columns());
+        return require_columns("output", op_.output, g_.attention.q_columns());
+      case OperatorKind::kResidual:
+        require_tensor("input", op_.input);
+        require_columns("input", op_.input, output().columns);
+        if (op_.weight >= 0)
+          require_weight("weight", op_.weight, output().columns, 1);
+        return;
+      case OperatorKind::kSample:
+        return require_tensor("input", op_.input);
+    }
+  }
+
+ private:
+  const Tensor& output() const { return g_.output_of(op_); }
+
+  void require_tensor(const char* field, int32_t index) const {
+    require(index >= 0 && index < static_cast<int32_t>(g_.tensors.size()), name_ + field, index,
+            "a tensor of the graph");
+  }
+  void require_columns(const char* field, int32_t index, int32_t columns) const {
+    const Tensor& tensor = g_.tensor(index);
+    require(tensor.columns == columns, name_ + field + " " + tensor.name + ": columns",
+            tensor.columns, std::to_string(columns));
+  }
+  const Weight& weight(const char* field, int32_t index) const {
+    require(index >= 0 && index < static_cast<int32_t>(g_.weights.weights().size()), name_ + field,
+            index, "a weight of the graph");
+    return g_.weights.weight(index);
+  }
+  void require_weight(const char* field, int32_t index, int64_t rows, int64_t columns) const {
+    const Weight& w = weight(field, index);
+    require(w.rows() == rows, name_ + field + " " + w.name + ": rows", w.rows(),
+            std::to_string(rows));
+    require(w.columns == columns, name_ + field + " " + w.name + ": columns", w.columns,
+            std::to_string(columns));
+  }
+
+  void check_rotary() const {
+    require(op_.table >= 0 && op_.table < static_cast<int32_t>(g_.rotary_tables.size()),
+            name_ + "table", op_.table, "a rotary table of the graph");
+    const RotaryTable& table = g_.rotary_tables[static_cast<size_t>(op_.table)];
+    require_columns("output", op_.output,
+                    2 * static_cast<int32_t>(table.inverse_frequencies.size()));
+  }
+
+  void check_linear() const {
+    require_tensor("input", op_.input);
+    const bool is_gate = op_.epilogue == Epilogue::kGate;
+    const int64_t rows = int64_t{output().columns} * (is_gate ? 2 : 1);
+    require_weight("weight", op_.weight, rows, g_.tensor(op_.input).columns);
+    const bool is_paired = g_.weights.weight(op_.weight).order == PartOrder::kPaired;
+    require(is_gate == is_paired, name_ + "weight: paired", is_paired ? 1 : 0,
+            "gate and up rows in pairs exactly where the epilogue is gate");
+    if (op_.bias >= 0)
+      require_weight("bias", op_.bias, rows, 1);
+  }
+
+  void check_rope() const {
+    const AttentionShape& a = g_.attention;
+    require_tensor("input", op_.input);
+    require_tensor("rotary", op_.rotary);
+    require_columns("input", op_.input, a.qkv_columns());
+    require_columns("output", op_.output, a.q_columns());
+    const int32_t turning = g_.tensor(op_.rotary).columns;
+    require(turning <= a.head_dim, name_ + "rotary: columns", turning,
+            "at most head_dim = " + std::to_string(a.head_dim));
+    if (op_.bias >= 0)
+      require_weight("bias", op_.bias, a.qkv_columns(), 1);
+    require((op_.q_norm < 0) == (op_.k_norm < 0), name_ + "k_norm", op_.k_norm,
+            "one exactly where q_norm is");
+    if (op_.q_norm < 0)
+      return;
+    const bool is_by_head = weight("q_norm", op_.q_norm).rows() == a.head_dim;
+    require_weight("q_norm", op_.q_norm, is_by_head ? a.head_dim : a.q_columns(), 1);
+    require_weight("k_norm", op_.k_norm, is_by_head ? a.head_dim : a.kv_columns(), 1);
+  }
+
+  const ModelGraph& g_;
+  const Operator& op_;
+  const std::string name_;
+};
+
+void check_numbers(const ModelGraph& g) {
+  require(g.vocab_size > 0, "vocab_size", g.vocab_size, "at least 1");
+  require(g.num_layers > 0, "num_layers", g.num_layers, "at least 1");
+  const AttentionShape& a = g.attention;
+  require(a.head_dim > 0 && a.head_dim % 2 == 0 && a.head_dim <= 512, "head_dim", a.head_dim,
+          "an even number up to 512");
+  require(a.heads > 0, "num_heads", a.heads, "at least 1");
+  require(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "num_kv_heads", a.kv_heads,
+          "a divisor of num_heads");
+  require(g.tensors.size() <= kMaxTensors, "tensors", static_cast<int64_t>(g.tensors.size()),
+          "at most " + std::to_string(kMaxTensors));
+  std::set<std::string> names;
+  for (const Tensor& tensor : g.tensors) {
+    require(tensor.columns > 0, "tensor " + tensor.name + ": columns", tensor.columns,
+            "at least 1");
+    require(names.insert(tensor.name).second, "tensor " + tensor.name + ": named", 2, "once");
+  }
+}
+
+// Layers must be whole, one after another, in order.
+std::vector<int32_t> layers_of(const ModelGraph& g) {
+  std::vector<int32_t> begins;
+  int32_t layer = -1;
+  const auto size = static_cast<int32_t>(g.operators.size());
+  int32_t i = 0;
+  for (; i < size && (layer < 0 || g.op(i).layer >= 0); ++i) {
+    if (g.op(i).layer == layer)
+      continue;
+    require(g.op(i).layer == layer + 1, "operator " + std::string(g.op(i).name) + ": layer",
+            g.op(i).layer, std::to_string(layer + 1));
+    begins.push_back(i);
+    ++layer;
+  }
+  require(layer + 1 == g.num_layers, "operators: layers", layer + 1, std::to_string(g.num_layers));
+  begins.push_back(i);
+  return begins;
+}
+
+void check_extents(const ModelGraph& g, ModelGraph::Range range, bool is_per_sequence) {
+  for (int32_t i = range.begin; i < range.end; ++i) {
+    require(g.is_per_sequence(g.op(i)) == is_per_sequence,
+            "operator " + std::string(g.op(i).name) + ": rows are sequences",
+            g.is_per_sequence(g.op(i)) ? 1 : 0, is_per_sequence ? "1" : "0, before the last layer");
+  }
+}
+
+}  // namespace
+
+const char* intern(const char* name) {
+  static std::mutex mutex;
+  static std::set<std::string> names;
+  const std::lock_guard lock(mutex);
+  return names.emplace(name).first->c_str();
+}
+
+ModelGraph checked(ModelGraph g) {
+  check_numbers(g);
+  for (const Operator& op : g.operators)
+    OperatorCheck(g, op).run();
+  g.layer_begin = layers_of(g);
+  check_extents(g, {0, g.layer_begin.back()}, false);
+  check_extents(g, g.after_layers(), true);
+  const auto after = g.after_layers();
+  const bool has_head =
+      std::any_of(g.operators.begin() + after.begin, g.operators.end(), [&g](const Operator& op) {
+        return op.kind == OperatorKind::kLinear && g.output_of(op).columns == g.vocab_size;
+      });
+  require(has_head, "operators: products with vocab_size columns after the layers", 0, "1");
+  return g;
+}
+
+const Operator& ModelGraph::head() const {
+  size_t i = operators.size() - 1;
+  while (operators[i].kind != OperatorKind::kLinear)
+    --i;
+  return operators[i];
+}
+
+int32_t ModelGraph::parts(const Operator& op) const {
+  if (op.kind == OperatorKind::kAttention)
+    return attention.kv_heads;
+  if (op.kind != OperatorKind::kLinear)
+    return 1;
+  const int64_t rows = weights.weight(op.weight).rows();
+  return static_cast<int32_t>((rows + kPartColumns - 1) / kPartColumns);
+}
+
+int32_t ModelGraph::part_columns(const Operator& op) const {
+  if (op.kind == OperatorKind::kAttention)
+    return attention.heads_per_kv() * attention.head_dim;
+  if (op.kind != OperatorKind::kLinear)
+    return output_of(op).columns;
+  return op.epilogue == Epilogue::kGate ? kPartColumns / 2 : kPartColumns;
+}
+
+ModelGraph with_sampling(ModelGraph graph) {
+  const int32_t logits = graph.logits();
+  graph.tensors.push_back(
+      {.name = "sampled", .columns = 1, .type = ElementType::kToken, .extent = Extent::kSequence});
+  graph.operators.push_back({.kind = OperatorKind::kSample,
+                             .name = "sample",
+                             .input = logits,
+                             .output = static_cast<int32_t>(graph.tensors.size()) - 1});
+  return checked(std::move(graph));
+}
+
+}  // namespace flowprefill
