@@ -51,8 +51,10 @@ class Weight:
     """A weight as operators use it, made of one or more tensors of the checkpoint.
 
     Attributes:
-        kind: ``matrix`` [rows, columns], multiplied; ``table``, looked up by row; ``vector`` [rows].
-        order: parts one below the other, or ``paired``: gate and up rows alternate as the device wants.
+        kind: ``matrix`` [rows, columns], multiplied; ``table``, looked up by row; ``vector``
+            [rows].
+        order: parts one below the other, or ``paired``: gate and up rows alternate as the device
+            wants.
         offset: added to every value of a vector.
     """
 
@@ -66,7 +68,11 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """Angles of rotary positions: position * inverse_frequencies[i]; scale multiplies cos and sin."""
+    """Angles of rotary positions: position * inverse_frequencies[i].
+
+    Attributes:
+        scale: multiplies cos and sin.
+    """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -76,8 +82,11 @@ class RotaryTable:
 class Operator:
     """One step of the model; csrc/graph/operator.h says what each kind computes.
 
-    Tensors and weights are named; an empty name: none. ``table``: index of a rotary table. ``layer``
-    -1: outside the layers.
+    Tensors and weights are named; an empty name: none.
+
+    Attributes:
+        layer: -1: outside the layers.
+        table: index of a rotary table.
     """
 
     kind: OperatorKind
