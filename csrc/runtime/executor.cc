@@ -217,7 +217,6 @@ bool Executor::begin(Run& run) {
     return false;  // it has ended, or is running already
   }
   num_started_.fetch_add(1, kRelaxed);
-  is_fresh_ = true;
   return true;
 }
 
@@ -250,8 +249,8 @@ void Executor::execute_segment() {
   segment_start_ns_ = record.end_ns;
 }
 
-// The timeline shows when segments ran. A run's accounting goes by the host's clock on every
-// device.
+// The timeline shows when segments ran, by the device's own account if it has one. A run's
+// accounting goes by the host's clock on every device: see settle().
 void Executor::record_segment(const TimelineRecord& record) {
   if (!device_->has_segment_times()) {
     timeline_.append(record);
@@ -273,6 +272,20 @@ void Executor::record_completed() {
   in_flight_.erase(in_flight_.begin(), in_flight_.begin() + static_cast<ptrdiff_t>(num_completed));
 }
 
+// After a drain: accounts to the current run what the device did after its last throttle, and
+// returns the time. So a run is charged, without gaps, from the start of its first segment since a
+// dispatch until nothing of it is in flight, launching and waiting included: what it cost all
+// others. Times told by the device would leave out launches that are slower than the work, and
+// whatever a failing device never tells.
+int64_t Executor::settle() {
+  record_completed();
+  const int64_t time_ns = now_ns();
+  if (!is_fresh_)
+    current_->note_running(segment_start_ns_, time_ns);
+  is_fresh_ = true;
+  return time_ns;
+}
+
 // Takes the current run off the device, in state `to`: kSuspended, kFinished or kCancelled. A
 // cancel accepted before this decides wins over the first two; an error while draining over all.
 void Executor::leave(RunState to) {
@@ -285,21 +298,20 @@ void Executor::leave(RunState to) {
     fail(run.cursor() == 0 ? 0 : run.cursor() - 1, std::current_exception());
     return;
   }
-  record_completed();
+  const int64_t time_ns = settle();
   if (to != RunState::kSuspended) {
-    end(to);
+    end(to, time_ns);
     return;
   }
   // Everything before the transition: after it the run may belong to a cancelling thread, whose
   // event has to come after this one.
-  const int64_t time_ns = now_ns();
   run.note_suspended(time_ns);
   num_suspended_.fetch_add(1, kRelaxed);
   events_.push(current_, EventKind::kSuspended, time_ns);
   if (run.transition(RunState::kRunning, RunState::kSuspended)) {
     current_.reset();
   } else {
-    end(RunState::kCancelled);
+    end(RunState::kCancelled, time_ns);
   }
 }
 
@@ -310,7 +322,7 @@ void Executor::fail(size_t segment, const std::exception_ptr& error) {
   } catch (...) {
     drain_error = std::current_exception();
   }
-  record_completed();
+  const int64_t time_ns = settle();
   in_flight_.clear();  // what is left did not complete
   try {
     std::string message = describe(*current_, segment, error);
@@ -320,13 +332,12 @@ void Executor::fail(size_t segment, const std::exception_ptr& error) {
   } catch (...) {
     // No memory for the message: it stays empty, the failure itself is reported.
   }
-  end(RunState::kFailed);
+  end(RunState::kFailed, time_ns);
 }
 
 // The one place where the executor ends a run: exactly one transition succeeds, and its event
 // follows. The reference goes to the queue, so the executor never destroys a program.
-void Executor::end(RunState to) {
-  const int64_t time_ns = now_ns();
+void Executor::end(RunState to, int64_t time_ns) {
   current_->close_suspension(time_ns);
   if (!current_->transition(RunState::kRunning, to)) {
     to = RunState::kCancelled;  // a cancel came before; nobody else moves a running run

@@ -102,7 +102,8 @@ class Executor {
   bool begin(Run& run);
   void leave(RunState to);
   void fail(size_t segment, const std::exception_ptr& error);
-  void end(RunState to);
+  int64_t settle();
+  void end(RunState to, int64_t time_ns);
 
   const std::unique_ptr<Device> device_;
   EventQueue events_;
@@ -117,7 +118,7 @@ class Executor {
   // Only the executor's thread touches these.
   RunRef current_;
   int64_t segment_start_ns_ = 0;           // end of the segment before
-  bool is_fresh_ = false;                  // current_ has executed nothing since its last dispatch
+  bool is_fresh_ = true;                   // nothing was launched since the last drain
   std::vector<TimelineRecord> in_flight_;  // launched; the device has not told their times yet
 
   std::atomic<uint64_t> num_dispatched_{0};

@@ -141,10 +141,15 @@ void Run::note_started(int64_t time_ns) {
     max_blocking_ns_.store(blocking_ns, kRelaxed);
 }
 
-void Run::note_segment(int64_t start_ns, int64_t end_ns) {
+void Run::note_running(int64_t start_ns, int64_t end_ns) {
   constexpr auto kRelaxed = std::memory_order_relaxed;
   running_ns_.store(running_ns_.load(kRelaxed) + end_ns - start_ns, kRelaxed);
   last_end_ns_.store(end_ns, kRelaxed);
+}
+
+void Run::note_segment(int64_t start_ns, int64_t end_ns) {
+  constexpr auto kRelaxed = std::memory_order_relaxed;
+  note_running(start_ns, end_ns);
   cursor_.store(cursor_.load(kRelaxed) + 1, kRelaxed);
 }
 

@@ -33,8 +33,8 @@ struct RunAccounting {
   int64_t created_ns = 0;
   int64_t dispatched_ns = 0;     // last dispatch
   int64_t first_start_ns = 0;    // first segment started
-  int64_t last_end_ns = 0;       // last segment so far ended
-  int64_t running_ns = 0;        // sum over its segments
+  int64_t last_end_ns = 0;       // last segment so far ended; exact when nothing is in flight
+  int64_t running_ns = 0;        // it had the device: from a start until nothing was in flight
   int64_t suspended_ns = 0;      // sum over suspensions that have ended
   int64_t last_blocking_ns = 0;  // from a dispatch to its first segment starting thereafter
   int64_t max_blocking_ns = 0;
@@ -103,6 +103,7 @@ class Run {
   // publishes it (close_suspension: after a caller's cancel, before its event).
   void note_dispatched(int64_t time_ns);
   void note_started(int64_t time_ns);
+  void note_running(int64_t start_ns, int64_t end_ns);
   void note_segment(int64_t start_ns, int64_t end_ns);
   void note_suspended(int64_t time_ns);
   void close_suspension(int64_t time_ns);

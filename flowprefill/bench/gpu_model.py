@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowprefill.engine import calibration
+from flowprefill.engine.cuda_device import CudaDevice
 from flowprefill.engine.device import DeviceChoice
 from flowprefill.engine.native import fill_model, model_shape
 from flowprefill.models.checkpoint import Checkpoint
@@ -49,7 +50,8 @@ class GpuModel:
         """Load the weights and start the executor, which captures graphs and measures kernels.
 
         Args:
-            longest: tokens of the longest prompt; the cache holds two of them.
+            longest: tokens of the longest prompt; the cache holds two of them, or of the longest
+                probe.
             options: of the native model beside those that follow from the prompt.
         """
         assert choice.module is not None
@@ -57,8 +59,10 @@ class GpuModel:
         self._cuda: Any = choice.module
         self._vocab_size = config.vocab_size
         self._shape = model_shape(checkpoint.graph, "bf16")
-        longest = max(longest, calibration.LONGEST_PROBE_TOKENS)
-        self._blocks_of_one = -(-longest // BLOCK_TOKENS)
+        probes = CudaDevice.probe_sizes
+        longest = max(longest, probes.tokens)
+        self._most = max(longest, min(probes.tokens + probes.context, config.max_position))
+        self._blocks_of_one = -(-self._most // BLOCK_TOKENS)
         sizes = {
             "device": choice.index,
             "max_tokens": longest,
@@ -147,9 +151,10 @@ class GpuModel:
 
     def rates(self) -> MachineRates:
         """Measure what the planner cuts by."""
-        make_probe = calibration.probes_of(self._model, self._blocks_of_one)
-        most = self._blocks_of_one * BLOCK_TOKENS
-        return calibration.measure(self._executor, make_probe, self._shape, most)
+        make_probe = calibration.probes_of(self._model, self._blocks_of_one, self._vocab_size)
+        return calibration.measure(
+            self._executor, make_probe, self._shape, self._most, CudaDevice.probe_sizes
+        )
 
     def graph_report(self) -> dict[str, Any]:
         """Return count, bytes and seconds of the captured graphs."""

@@ -10,7 +10,7 @@ import os
 import platform
 import select
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,25 +26,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LINEAR_TOKENS = 256
-ATTENTION_TOKENS = 256
-LONGEST_PROBE_TOKENS = max(LINEAR_TOKENS, ATTENTION_TOKENS)
-ATTENTION_CONTEXT = 3072
+MEASUREMENT = 2  # raise it when rates come to mean something else: those kept are void then
 ROUNDS = 3
+MIN_CONTEXT = 256  # below it is too short to tell attention from the rest, and to matter
 OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's own is far below
 
 # Builds the run that computes so many tokens on so much context.
 MakeProbe = Callable[[int, int], "NativeRun"]
 
 
-def probes_of(model: NativeModel, num_blocks: int) -> MakeProbe:
-    """Return what makes probes on a model whose whole cache of so many blocks is free."""
+@dataclass(frozen=True, slots=True)
+class ProbeSizes:
+    """How much work tells a device's speed: with less of it, a wide device is half idle.
+
+    Attributes:
+        tokens: rows of one probe.
+        context: tokens in the cache that those rows attend to.
+        fills_context: whether the context is computed first. On a GPU zeros are faster than keys
+            and values as they come, since they switch no wires and so take less power.
+    """
+
+    tokens: int
+    context: int
+    fills_context: bool = False
+
+
+def probes_of(model: NativeModel, num_blocks: int, vocab_size: int) -> MakeProbe:
+    """Return what makes probes of random tokens on a model with a free cache of so many blocks."""
     table = np.arange(num_blocks, dtype=np.int32)
     plan = native_plan(Granularity("none"), MachineRates())
     ids = itertools.count(1)
+    noise = np.random.default_rng(0)
 
     def make_probe(tokens: int, context: int) -> NativeRun:
-        rows = np.zeros(tokens, dtype=np.int32)
+        rows = noise.integers(0, vocab_size, tokens, dtype=np.int32)
         return model.make_run(next(ids), rows, [(tokens, context, table)], plan)
 
     return make_probe
@@ -63,31 +78,38 @@ def execute(executor: NativeExecutor, run: NativeRun) -> float:
 
 
 def measure(
-    executor: NativeExecutor, make_probe: MakeProbe, shape: ModelShape, max_context: int
+    executor: NativeExecutor,
+    make_probe: MakeProbe,
+    shape: ModelShape,
+    max_context: int,
+    sizes: ProbeSizes,
 ) -> MachineRates:
     """Measure the four rates: one token, a short prompt, a short prompt on a long context.
 
     Args:
         executor: started, idle, with nobody else taking its events.
-        max_context: tokens that the KV cache and the model allow.
+        max_context: tokens that the KV cache and the model allow; probes keep to it.
     """
 
     def seconds(tokens: int, context: int) -> float:
         return min(execute(executor, make_probe(tokens, context)) for _ in range(ROUNDS))
 
-    linear_tokens = min(LINEAR_TOKENS, max_context)
+    linear_tokens = min(sizes.tokens, max_context)
     execute(executor, make_probe(linear_tokens, 0))  # the first touch of weights and kernels
     one_s = seconds(1, 0)
     weight_bytes_per_s = (shape.weight_bytes + shape.head_bytes) / one_s
     head_s = shape.head_bytes / weight_bytes_per_s
     short_s = max(seconds(linear_tokens, 0) - head_s, 1e-6)
     gemm = linear_tokens * shape.linear_flops_per_token / short_s
-    context = min(ATTENTION_CONTEXT, max_context - ATTENTION_TOKENS)
-    if context < 256:  # too short to tell attention from the rest, and too short for it to matter
+    tokens = min(sizes.tokens, max_context // 2)
+    context = min(sizes.context, max_context - tokens)
+    if context < MIN_CONTEXT:
         return MachineRates(gemm, gemm / 2, weight_bytes_per_s, OVERHEAD_S)
-    tokens = ATTENTION_TOKENS
+    alone_s = seconds(tokens, 0)
+    for start in range(0, context, tokens) if sizes.fills_context else ():
+        execute(executor, make_probe(min(tokens, context - start), start))
     pairs = attention_pairs(tokens, context) - attention_pairs(tokens, 0)
-    attention_s = max(seconds(tokens, context) - seconds(tokens, 0), 1e-6)
+    attention_s = max(seconds(tokens, context) - alone_s, 1e-6)
     attention = pairs * shape.attention_flops_per_pair / attention_s
     return MachineRates(gemm, attention, weight_bytes_per_s, OVERHEAD_S)
 
@@ -107,7 +129,8 @@ class RatesFile:
         Args:
             key: whatever the rates depend on beside processor and version.
         """
-        whole = {**key, "cpu": _processor(), "version": __version__}
+        measured = {"cpu": _processor(), "version": __version__, "measurement": MEASUREMENT}
+        whole = {**key, **measured}
         self._identity = json.dumps(whole, sort_keys=True)
         digest = hashlib.blake2b(self._identity.encode(), digest_size=12).hexdigest()
         self._path = folder / f"rates-{digest}.json"

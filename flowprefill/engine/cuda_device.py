@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.config import EngineConfig
-from flowprefill.engine.calibration import LONGEST_PROBE_TOKENS, default_cache_dir
+from flowprefill.engine.calibration import ProbeSizes, default_cache_dir
 from flowprefill.engine.device import longest_of
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import SchedulerSettings
@@ -32,6 +32,9 @@ class CudaDevice:
 
     max_model_len = USUAL_MAX_MODEL_LEN
     chooses_tokens = True
+    is_exclusive = True
+    # Enough blocks of threads for all multiprocessors, and context enough that attention counts.
+    probe_sizes = ProbeSizes(tokens=2048, context=8192, fills_context=True)
     threads = 1  # the executor's own; the GPU computes
 
     def __init__(self, config: EngineConfig, choice: DeviceChoice) -> None:
@@ -61,11 +64,12 @@ class CudaDevice:
         config = checkpoint.config
         longest = longest_of(self, settings, config)
         folder = Path(settings.cache_dir or default_cache_dir())
+        most_tokens = max(longest, settings.max_batch_tokens, settings.max_running)
+        if settings.calibrate:
+            most_tokens = max(most_tokens, self.probe_sizes.tokens)
         options = {
             "device": self._index,
-            "max_tokens": max(
-                longest, settings.max_batch_tokens, settings.max_running, LONGEST_PROBE_TOKENS
-            ),
+            "max_tokens": most_tokens,
             "max_sequences": max(settings.max_running, SchedulerSettings().max_batch_jobs),
             "max_context": config.max_position,
             "graph_bytes": GRAPH_BYTES,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from flowprefill import _core
 from flowprefill.config import EngineConfig
+from flowprefill.engine.calibration import ProbeSizes
 from flowprefill.engine.native import (
     fill_model,
     resolve_dtype,
@@ -102,6 +103,9 @@ class Device(Protocol):
             model's own.
         chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
             `sampling` and `fetch_logits`.
+        is_exclusive: whether nobody else computes on it, so that a work which takes longer than
+            predicted is slower, not disturbed.
+        probe_sizes: of calibration.
     """
 
     name: str
@@ -110,6 +114,8 @@ class Device(Protocol):
     threads: int
     max_model_len: int
     chooses_tokens: bool
+    is_exclusive: bool
+    probe_sizes: ProbeSizes
 
     def make_model(self, checkpoint: Checkpoint) -> NativeModel:
         """Make an empty model.
@@ -150,6 +156,8 @@ class CpuDevice:
     name = "cpu"
     max_model_len = 0
     chooses_tokens = False
+    is_exclusive = False
+    probe_sizes = ProbeSizes(tokens=256, context=3072)
 
     def __init__(self, config: EngineConfig, reason: str) -> None:
         """Settle element type and threads.

@@ -21,7 +21,7 @@ from flowprefill.engine.core import EngineCore
 from flowprefill.engine.device import longest_of, open_model
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
-from flowprefill.engine.native import model_shape, native_plan
+from flowprefill.engine.native import model_shape, native_plan, slowdown_of
 from flowprefill.engine.records import (
     EngineObserver,
     EngineStats,
@@ -283,8 +283,9 @@ class Engine:
     def _measure(self, shape: ModelShape) -> MachineRates:
         capacity = self._pool.num_blocks * self._pool.block_tokens
         most = min(capacity, self.model_config.max_position)
-        make_probe = calibration.probes_of(self._model, self._pool.num_blocks)
-        return calibration.measure(self._executor, make_probe, shape, most)
+        make_probe = calibration.probes_of(self._model, self._pool.num_blocks, self.vocab_size)
+        sizes = self._device.probe_sizes
+        return calibration.measure(self._executor, make_probe, shape, most, sizes)
 
     def _make_core(
         self, policy: Callable[[CostModel, SchedulerSettings], Policy] | None
@@ -378,11 +379,8 @@ class Engine:
         return self._model.make_run(run_id, rows, entries, plan)
 
     def _plan(self, kind: WorkKind) -> dict[str, Any]:
-        """Return the planner's options, by the rates measured of late where those are better.
-
-        Where they are worse others use the cores too, and shorter segments would only add to that.
-        """
-        slowdown = max(round(min(self._cost_model.correction(kind), 1.0), 1), 0.1)
+        """Return the planner's options, by the rates measured of late."""
+        slowdown = slowdown_of(self._cost_model.correction(kind), self._device.is_exclusive)
         if slowdown not in self._plans:
             self._plans[slowdown] = native_plan(self._granularity, self._cost_model.rates, slowdown)
         return self._plans[slowdown]

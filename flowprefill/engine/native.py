@@ -18,6 +18,19 @@ from flowprefill.scheduling.cost_model import MachineRates, ModelShape
 STEP_OVERHEAD_S = 5e-6  # of one step of a segment; a run's own overhead is in MachineRates
 
 
+def slowdown_of(correction: float, is_exclusive: bool) -> float:
+    """Return the slowdown to plan segments by, in steps of 0.1: few different plans are made.
+
+    Args:
+        correction: measured over predicted time of late.
+        is_exclusive: whether nobody else uses the device. Then it is as slow as it was measured to
+            be, and segments planned by its calibration would be too long. Where others use the
+            cores too, they make segments longer without the work being more, and shorter segments
+            would only add to that: no slowdown over 1.
+    """
+    return max(round(correction if is_exclusive else min(correction, 1.0), 1), 0.1)
+
+
 def native_plan(
     granularity: Granularity, rates: MachineRates, slowdown: float = 1.0
 ) -> dict[str, Any]:

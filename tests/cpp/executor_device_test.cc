@@ -2,14 +2,18 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "executor_fixture.h"
+#include "runtime/clock.h"
 
 namespace flowprefill::testing {
 namespace {
@@ -262,6 +266,143 @@ TEST_F(RunAheadTest, segment_that_did_not_complete_is_not_in_the_timeline) {
   EXPECT_EQ(snapshot.records[1].segment, 1u);
   EXPECT_EQ(snapshot.records[2].run_id, 2u);
   EXPECT_EQ(snapshot.records[2].start_ns, 300);
+}
+
+// ---- accounting
+
+// Works at the pace of the clock, one segment after the other, however early they were launched.
+class PacedDevice : public Device {
+ public:
+  static constexpr int64_t kSegmentNs = 5'000'000;
+
+  PacedDevice(size_t depth, bool has_times) : depth_(depth), has_times_(has_times) {}
+
+  void launch(Program& program, size_t i) override {
+    program.execute(i);
+    const int64_t start_ns = std::max(now_ns(), end_ns_);
+    end_ns_ = start_ns + kSegmentNs;
+    in_flight_.push_back({.start_ns = start_ns, .end_ns = end_ns_});
+  }
+  void throttle() override { wait(depth_); }
+  void drain() override { wait(0); }
+  bool has_segment_times() const override { return has_times_; }
+  bool take_segment_time(SegmentTime& time) override {
+    if (done_.empty()) {
+      return false;
+    }
+    time = done_.front();
+    done_.pop_front();
+    return true;
+  }
+
+ private:
+  void wait(size_t num_left) {
+    while (in_flight_.size() > num_left) {
+      std::this_thread::sleep_for(std::chrono::nanoseconds(in_flight_.front().end_ns - now_ns()));
+      done_.push_back(in_flight_.front());
+      in_flight_.pop_front();
+    }
+  }
+
+  const size_t depth_;
+  const bool has_times_;
+  int64_t end_ns_ = 0;
+  std::deque<SegmentTime> in_flight_;
+  std::deque<SegmentTime> done_;
+};
+
+class AccountingTest : public ExecutorTest, public ::testing::WithParamInterface<bool> {
+ protected:
+  void start_paced() { start(std::make_unique<PacedDevice>(2, GetParam())); }
+
+  // The run had the device for `num_segments` of them, and for nothing outside of its own time.
+  static void expect_charged(const RunRef& run, int64_t num_segments) {
+    const RunAccounting times = run->accounting();
+    EXPECT_GE(times.running_ns, num_segments * PacedDevice::kSegmentNs);
+    EXPECT_LE(times.running_ns, times.last_end_ns - times.first_start_ns - times.suspended_ns);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(, AccountingTest, ::testing::Bool(), [](const auto& info) {
+  return info.param ? std::string("device_tells_times") : std::string("device_tells_nothing");
+});
+
+TEST_P(AccountingTest, finished_run_is_charged_what_was_in_flight_at_its_end) {
+  start_paced();
+  std::vector<RunRef> runs;
+  for (const size_t size : {1, 2, 3, 7}) {
+    runs.push_back(make(size, size));
+    executor_->dispatch(runs.back());
+    wait_for(runs.size());
+    expect_charged(runs.back(), static_cast<int64_t>(size));
+  }
+  for (size_t i = 1; i < runs.size(); ++i) {
+    EXPECT_GE(runs[i]->accounting().first_start_ns, runs[i - 1]->accounting().last_end_ns);
+  }
+}
+
+TEST_P(AccountingTest, suspended_run_is_charged_its_own_in_flight_and_the_next_one_is_not) {
+  start_paced();
+  const RunRef urgent = make(2, 2);
+  const RunRef run = make(1, 5, [&](size_t i) {
+    if (i == 1) {
+      executor_->dispatch(urgent);
+    }
+  });
+  executor_->dispatch(run);
+  wait_for(1);
+  EXPECT_EQ(run->state(), kSuspended);
+  EXPECT_EQ(run->cursor(), 2u);
+  const RunAccounting suspended = run->accounting();
+  EXPECT_GE(suspended.running_ns, 2 * PacedDevice::kSegmentNs);
+  EXPECT_EQ(suspended.running_ns, suspended.last_end_ns - suspended.first_start_ns);
+  expect_charged(urgent, 2);
+  EXPECT_GE(urgent->accounting().first_start_ns, suspended.last_end_ns);
+  EXPECT_EQ(urgent->accounting().last_blocking_ns,
+            urgent->accounting().first_start_ns - urgent->accounting().dispatched_ns);
+  EXPECT_GE(urgent->accounting().last_blocking_ns, PacedDevice::kSegmentNs);
+  EXPECT_EQ(executor_->stats().max_blocking_ns, urgent->accounting().last_blocking_ns);
+  executor_->dispatch(run);
+  wait_for(2);
+  expect_charged(run, 5);
+  EXPECT_GE(run->accounting().suspended_ns, 2 * PacedDevice::kSegmentNs);
+}
+
+TEST_P(AccountingTest, failed_and_cancelled_runs_are_charged_what_was_in_flight) {
+  start_paced();
+  const RunRef failed = make(1, 5, [](size_t i) {
+    if (i == 2) {
+      throw std::runtime_error("no");
+    }
+  });
+  executor_->dispatch(failed);
+  wait_for(1);
+  EXPECT_EQ(failed->state(), kFailed);
+  expect_charged(failed, 2);
+  flowprefill::Run* self = nullptr;
+  const RunRef cancelled = make(2, 5, [&](size_t i) {
+    if (i == 1) {
+      executor_->cancel(*self);
+    }
+  });
+  self = cancelled.get();
+  executor_->dispatch(cancelled);
+  wait_for(2);
+  EXPECT_EQ(cancelled->state(), kCancelled);
+  expect_charged(cancelled, 2);
+}
+
+// It leaves the device without having had it: the time of the run before is not its own.
+TEST_P(AccountingTest, run_that_executed_nothing_is_charged_nothing) {
+  start_paced();
+  executor_->dispatch(make(1, 2));
+  wait_for(1);
+  const RunRef empty = make(2, 0);
+  executor_->dispatch(empty);
+  wait_for(2);
+  EXPECT_EQ(empty->state(), kFinished);
+  EXPECT_EQ(empty->accounting().running_ns, 0);
+  EXPECT_EQ(empty->accounting().last_end_ns, 0);
 }
 
 class BrokenDevice : public Device {

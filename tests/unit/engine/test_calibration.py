@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from engine_models import WAIT_S, greedy, prompt_of
 
 from flowprefill import Engine, Request, _core
 from flowprefill.engine import calibration
-from flowprefill.engine.calibration import RatesFile
-from flowprefill.scheduling import MachineRates
+from flowprefill.engine.calibration import ProbeSizes, RatesFile
+from flowprefill.engine.cuda_device import CudaDevice
+from flowprefill.engine.device import CpuDevice
+from flowprefill.engine.native import slowdown_of
+from flowprefill.scheduling import MachineRates, ModelShape
+from flowprefill.scheduling.cost_model import attention_pairs
 
 RATES = MachineRates(1e11, 5e10, 1e10, 1e-3)
-
-
 OTHER = MachineRates(2e11, 5e10, 1e10, 1e-3)
 
 
@@ -71,6 +77,100 @@ def test_a_failing_probe_is_told(capfd: pytest.CaptureFixture[str]) -> None:
         calibration.execute(executor, _core.spin_run(1, 3, 0.0, fail_at=1))
     assert calibration.execute(executor, _core.spin_run(2, 3, 1e-4)) >= 3e-4
     executor.stop()
+
+
+class Machine:
+    """Probes that take as long as on a machine of RATES; `asked` are their sizes."""
+
+    def __init__(self) -> None:
+        self.shape = ModelShape(1e6, 2e7, 1e2, 1e6, 1e4)
+        self.asked: list[tuple[int, int]] = []
+
+    def make_probe(self, tokens: int, context: int) -> Any:
+        self.asked.append((tokens, context))
+        linear_s = max(tokens * 1e6 / RATES.gemm_flops_per_s, 2e7 / RATES.weight_bytes_per_s)
+        pairs = attention_pairs(tokens, context)
+        return linear_s + pairs * 1e2 / RATES.attention_flops_per_s
+
+    def measure(self, sizes: ProbeSizes, max_context: int) -> MachineRates:
+        nobody: Any = None
+        return calibration.measure(nobody, self.make_probe, self.shape, max_context, sizes)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine whose probes are not executed: they are the seconds they would take."""
+    monkeypatch.setattr(calibration, "execute", lambda executor, seconds: seconds)
+    return Machine()
+
+
+@pytest.mark.parametrize("fills_context", [False, True])
+def test_probes_have_the_devices_sizes_and_tell_its_rates(
+    machine: Machine, fills_context: bool
+) -> None:
+    rates = machine.measure(ProbeSizes(500, 1300, fills_context), 10_000)
+    assert rates.weight_bytes_per_s == pytest.approx(1e10, rel=0.1)
+    assert rates.gemm_flops_per_s == pytest.approx(1e11, rel=0.1)
+    assert rates.attention_flops_per_s == pytest.approx(5e10, rel=0.1)
+    fills = [(500, 0), (500, 500), (300, 1000)] if fills_context else []
+    *before, last = (size for size, _ in itertools.groupby(machine.asked))
+    assert last == (500, 1300)
+    assert before == [(500, 0), (1, 0), (500, 0), *fills[1:]]
+    assert machine.asked.count((500, 0)) == 7 + len(fills[:1])
+
+
+@pytest.mark.parametrize(
+    ("max_context", "longest", "with_context"),
+    [(10_000, 400, (400, 1200)), (1000, 400, (400, 600)), (600, 400, (300, 300)), (450, 400, None)],
+)
+def test_probes_keep_to_what_the_cache_holds(
+    machine: Machine, max_context: int, longest: int, with_context: tuple[int, int] | None
+) -> None:
+    machine.measure(ProbeSizes(400, 1200), max_context)
+    assert max(tokens for tokens, _ in machine.asked) == longest
+    assert max(sum(size) for size in machine.asked) <= max_context
+    assert {size for size in machine.asked if size[1] > 0} == ({with_context} - {None})
+
+
+def test_a_gpu_is_measured_with_more_than_a_processor() -> None:
+    assert CpuDevice.probe_sizes == ProbeSizes(256, 3072)
+    gpu = CudaDevice.probe_sizes
+    assert gpu.tokens >= 2048
+    assert gpu.context >= 8192
+    assert gpu.fills_context
+
+
+def test_probes_compute_noise_and_the_same_each_time() -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.rows: list[npt.NDArray[np.int32]] = []
+
+        def make_run(self, run_id: int, rows: Any, entries: Any, plan: Any) -> None:
+            self.rows.append(rows)
+
+    models: list[Any] = [Model(), Model()]
+    for model in models:
+        make_probe = calibration.probes_of(model, 8, 1000)
+        make_probe(200, 0)
+        make_probe(200, 64)
+    first, second = models[0].rows
+    assert first.dtype == np.int32
+    assert 0 <= first.min() < first.max() < 1000
+    assert len(set(first.tolist())) > 100
+    assert (first != second).any()
+    for mine, others in zip(models[0].rows, models[1].rows, strict=True):
+        assert (mine == others).all()
+
+
+def test_only_a_device_of_our_own_is_planned_slower_than_calibrated() -> None:
+    assert CudaDevice.is_exclusive
+    assert not CpuDevice.is_exclusive
+    for is_exclusive in (True, False):
+        assert slowdown_of(1.0, is_exclusive) == 1.0
+        assert slowdown_of(0.52, is_exclusive) == 0.5, "faster: longer segments"
+        assert slowdown_of(0.01, is_exclusive) == 0.1
+    assert slowdown_of(2.64, is_exclusive=True) == 2.6
+    assert slowdown_of(2.64, is_exclusive=False) == 1.0, "others use the cores"
 
 
 @pytest.mark.parametrize("settings", [{}, {"kv_cache_gib": 0.001}, {"max_model_len": 20}])

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fake_cuda
 import pytest
@@ -189,3 +190,21 @@ def test_calibration_is_kept_for_each_gpu(
     options = fake_cuda.Model.made[0]
     assert options["measures_gemms"]
     assert options["gemm_cache_path"] == str(tmp_path / "gemm-choices")
+
+
+def test_a_gpu_that_has_become_slower_gets_shorter_segments(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    class Model(fake_cuda.Model):
+        def make_run(self, *arguments: Any, **options: Any) -> Any:
+            rates.append(arguments[3]["gemm_flops_per_s"])
+            return super().make_run(*arguments, **options)
+
+    fake_cuda.install(monkeypatch, [fake_cuda.USABLE], model=Model)
+    engine = open_engine(device="cuda", dtype="auto")
+    for _ in range(100):
+        engine._cost_model.observe("prefill", 1.0, 2.0)
+    ids_of(engine, prompt_of(40), 1)
+    assert rates[0] < engine.rates.gemm_flops_per_s / 2
