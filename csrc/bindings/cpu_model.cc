@@ -71,14 +71,12 @@ class Model {
     cache_->zero(blocks);
   }
 
-  RunRef make(uint64_t id, const py::object& tokens, const py::list& sequences,
-              const py::dict& plan, int64_t fail_at, const std::unordered_set<size_t>& pause_at) {
+  RunRef make(uint64_t id, Batch batch, PlanOptions options, int64_t fail_at,
+              const std::unordered_set<size_t>& pause_at) {
     if (!is_finished_ || cache_ == nullptr)
       throw std::logic_error("finish() and allocate_cache() come first");
-    PlanOptions options = options_from(plan);
     options.threads = threads_;
     options.element_bytes = element_bytes();
-    Batch batch = batch_from(tokens, sequences);
     py::gil_scoped_release release;
     std::unique_ptr<LogitsProgram> program = std::visit(
         [&]<typename T>(const std::shared_ptr<Weights<T>>& w) -> std::unique_ptr<LogitsProgram> {
@@ -125,8 +123,8 @@ void bind_cpu_model(py::module_& m) {
       .def("allocate_cache", &Model::allocate_cache, py::arg("block_tokens"), py::arg("blocks"))
       .def("bytes_per_block", &Model::bytes_per_block, py::arg("block_tokens"))
       .def("zero_blocks", &Model::zero_blocks, py::arg("blocks"))
-      .def("make_run", &Model::make, py::arg("id"), py::arg("tokens"), py::arg("sequences"),
-           py::arg("plan"), py::arg("fail_at") = -1,
+      .def("make_run", &Model::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
+           py::kw_only(), py::arg("fail_at") = -1,
            py::arg("pause_at") = std::unordered_set<size_t>())
       .def_property_readonly("weight_bytes", &Model::weight_bytes);
   m.def("logits", &logits, py::arg("run"));
