@@ -35,10 +35,10 @@ from flowprefill.scheduling import (
     Arrival,
     Cancelled,
     Decision,
-    Event,
     Failed,
     Finished,
     Scheduler,
+    SchedulerEvent,
     Threshold,
     TimerFired,
     Work,
@@ -77,7 +77,7 @@ class EngineCore:
         self._live: dict[str, LiveRequest] = {}
         self._memory = MemoryQueue(pool)
         self._runs: dict[int, LiveRun] = {}
-        self._news: deque[Event] = deque()
+        self._news: deque[SchedulerEvent] = deque()
         self._outbox = Outbox()
         self._threshold: tuple[Threshold, RunHandle] | None = None  # of the current run
         self._refusal = ""  # why new requests are refused; empty: they are not

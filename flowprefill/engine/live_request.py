@@ -144,13 +144,13 @@ class LiveRequest:
             piece = side.decoder.push(sampled.token_id)
             if reason == "length":
                 piece += side.decoder.flush()
-        verdict = side.stop.push(sampled.token_id, piece)
+        released = side.stop.push(sampled.token_id, piece)
         token = Token(
             token_id=sampled.token_id,
-            text=verdict.text,
+            text=released.text,
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
-            finish_reason=verdict.finish_reason,
+            finish_reason=released.finish_reason,
         )
         self.ids.append(sampled.token_id)
         self.tokens.append(token)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from flowprefill.engine.worker import TimelineRecord
     from flowprefill.request import SLO, FinishReason, Timings
-    from flowprefill.scheduling import Decision, Event
+    from flowprefill.scheduling import Decision, SchedulerEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class EngineObserver(Protocol):
         """The scheduler decided once, in so many seconds."""
 
 
-def decision_entry(event: Event, decision: Decision, now: float) -> dict[str, Any]:
+def decision_entry(event: SchedulerEvent, decision: Decision, now: float) -> dict[str, Any]:
     """Return one entry of the decision log, ready for JSON."""
     work, old = decision.dispatch, decision.preempted
     return {

@@ -1,4 +1,4 @@
-"""Jobs, events, work and decisions: what the engine and the simulator say to the scheduler and get.
+"""Jobs, events and decisions: what the engine and the simulator say to the scheduler and get.
 
 All times are seconds as floats on one monotonic clock, given by the caller with each event. The
 rules both sides keep:
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from flowprefill.request import OnMiss
+    from flowprefill.scheduling.work import Work
 
 WorkKind = Literal["prefill", "decode"]
 
@@ -104,48 +105,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """A better account of a work than the scheduler's own; optional, at any time.
-
-    Attributes:
-        remaining_s: predicted time of the segments that are left.
-    """
-
-    work_id: int
-    remaining_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class TimerFired:
     """The time of `Decision.wake_at` has come."""
 
 
-Event = Arrival | Finished | Cancelled | Failed | Progress | TimerFired
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """What one run executes: the prefill of one or more jobs, or one decode step of sequences.
-
-    The scheduler makes and changes it, the caller reads it. Compared by identity.
-
-    Attributes:
-        id: unique for the life of the scheduler, counting up from 1.
-        job_ids: the live jobs, in the order in which they were packed. Shrinks when one ends
-            early; the run keeps the rows it was built with.
-        deadline_s: the earliest deadline among the live jobs; inf is best effort.
-        predicted_s: predicted time of the whole work, running undisturbed.
-        suspensions: how many times it was preempted.
-        suspended_s: how long it was suspended in all, up to its last resume.
-    """
-
-    id: int
-    kind: WorkKind
-    job_ids: tuple[str, ...]
-    deadline_s: float
-    predicted_s: float
-    suspensions: int = 0
-    suspended_s: float = 0.0
+SchedulerEvent = Arrival | Finished | Cancelled | Failed | TimerFired
 
 
 @dataclass(frozen=True, slots=True)
