@@ -1,10 +1,10 @@
 """EngineCore: carries out the scheduler's decisions and turns the executor's events into tokens.
 
-One lock guards scheduler, KV blocks and requests. Whoever brings news (a submitting thread, a
-cancelling one, the event thread) takes it, tells the scheduler and dispatches what it decides: an
-urgent request stops a running one from the submitting thread itself. The event thread sleeps in
-poll() until the executor has ended a run or the scheduler's timer is due. Tokens and results are
-handed over without the lock. Long because all that the lock guards is here, to be read as one.
+One lock guards scheduler, KV blocks and requests. Any thread with an event (one that submits or
+cancels, the event thread) takes the lock, calls the scheduler and carries out its decision: an
+urgent request stops a running one from the submitting thread itself. The event thread waits in
+`Worker.poll` until a run has ended or the scheduler's timer is due. Tokens and results are handed
+over without the lock. Long because all that the lock guards is here, to be read as one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class EngineCore:
         self._runs: dict[int, LiveRun] = {}
         self._news: deque[SchedulerEvent] = deque()
         self._outbox = Outbox()
-        self._threshold: tuple[Threshold, RunHandle] | None = None  # of the current run
+        # Of the current run. Written under the lock, read without: replaced whole, never changed.
+        self._threshold: tuple[Threshold, RunHandle] | None = None
         self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
         self._events = EventThread(
@@ -105,7 +106,8 @@ class EngineCore:
         """Suspend the current run if it is known that a request to come will.
 
         Deciding takes a few tenths of a millisecond; by then the run is at its boundary. Takes no
-        lock, so what it looks at may be a moment old: `let_go_on` must follow, come what may.
+        lock: reads one constant value, published under the lock, which may be out of date by now.
+        The caller must always call `let_go_on` afterwards.
 
         Args:
             tokens: of its prompt. deadline_s: when its first token is due.
@@ -117,8 +119,8 @@ class EngineCore:
         if known is None:
             return None
         threshold, run = known
-        prefill_s = self._scheduler.cost_model.prefill_s(tokens)
-        if not threshold.is_passed(prefill_s, deadline_s, self._worker.now_s()):
+        formula_s = self._scheduler.cost_model.formula_s(tokens)
+        if not threshold.is_passed(formula_s, deadline_s, self._worker.now_s()):
             return None
         return run if self._worker.suspend(run, yield_core=True) else None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -118,12 +117,10 @@ class Engine:
         arrival_s = self._worker.now_s()
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
-        due_s = math.inf if slo.ttft is None else arrival_s + slo.ttft
-        stopped = self._core.stop_early(len(ids), due_s)
+        stopped = self._core.stop_early(len(ids), slo.deadline_s(arrival_s))
         try:
             room = self._room_for(ids, request)
-            live = self._make_live(request, slo, ids, room)
-            live.arrival_s = arrival_s
+            live = self._make_live(request, slo, ids, room, arrival_s)
             self._core.submit(live)
         finally:
             if stopped is not None:
@@ -286,7 +283,9 @@ class Engine:
             )
         return room if wanted is None else min(room, wanted)
 
-    def _make_live(self, request: Request, slo: SLO, ids: list[int], room: int) -> LiveRequest:
+    def _make_live(
+        self, request: Request, slo: SLO, ids: list[int], room: int, arrival_s: float
+    ) -> LiveRequest:
         eos = self.tokenizer.eos_ids
         params, num_prompt, seed = request.sampling, len(ids), next(self._seeds)
         live = LiveRequest(
@@ -298,9 +297,8 @@ class Engine:
                 StopChecker(params, eos, room),
                 self.tokenizer.incremental_decoder(keeps_space=True),
             ),
-            arrival_s=0.0,
+            arrival_s=arrival_s,
             ids=ids,
             num_prompt=num_prompt,
-            extra_tokens=1,
         )
         return live

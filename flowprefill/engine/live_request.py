@@ -61,7 +61,6 @@ class LiveRequest:
     arrival_s: float
     ids: list[int]
     num_prompt: int
-    extra_tokens: int
     token_side: TokenSide | None = None
     computed: int = 0
     reservation: Reservation | None = None
@@ -89,7 +88,7 @@ class LiveRequest:
     @property
     def deadline_s(self) -> float:
         """When the first token is due; inf without an objective."""
-        return math.inf if self.slo.ttft is None else self.arrival_s + self.slo.ttft
+        return self.slo.deadline_s(self.arrival_s)
 
     def job(self) -> Job:
         """Return the scheduler's view; the KV blocks must be reserved."""

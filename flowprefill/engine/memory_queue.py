@@ -61,7 +61,7 @@ class MemoryQueue:
         self._is_dirty = False
         misses = 0
         for request in tuple(self._waiting):
-            reservation = self._pool.reserve(request.ids, request.extra_tokens)
+            reservation = self._pool.reserve(request.ids, extra_tokens=1)
             if reservation is None:
                 misses += 1
                 if now - request.arrival_s > PATIENCE_S or misses >= MAX_MISSES:

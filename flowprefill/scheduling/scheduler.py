@@ -99,9 +99,9 @@ class Scheduler:
         return self._current
 
     def threshold(self) -> Threshold | None:
-        """Return what lets a job suspend the current work by arriving; None: not to be said.
+        """Return the rule by which a job suspends the current work by arriving.
 
-        Holds from the last event to the next.
+        Holds from the last event to the next. None if it cannot be stated in advance.
         """
         current = self._current
         if current is None or current.is_decode:

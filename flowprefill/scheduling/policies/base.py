@@ -45,7 +45,8 @@ class Policy(Protocol):
         ...
 
     def threshold(self, current: Work, first: Work | None, now: float) -> Threshold | None:
-        """Return what lets a job suspend the current prefill by arriving; None: not to be said.
+        """Return the rule by which a job suspends the current prefill by arriving, or None if it
+        cannot be stated in advance.
 
         Args:
             first: the first that waits.

@@ -110,6 +110,7 @@ class SlackEdf(BasePolicy):
             ends_s=now + current.remaining_s,
             slack_share=SLACK_TO_SPEND,
             margin_s=self.settings.max_blocking_s,
+            correction=self.cost_model.correction("prefill"),
         )
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
