@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowprefill import Engine, Request, SamplingParams
-from flowprefill.scheduling.entry import Entry, Rank, Verdict
 from flowprefill.scheduling.policies.base import BasePolicy
+from flowprefill.scheduling.work import Rank, Verdict, Work
 
 
 class FewestTokensFirst(BasePolicy):
@@ -19,11 +19,11 @@ class FewestTokensFirst(BasePolicy):
 
     name = "fewest_tokens_first"
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Return the key to sort by."""
-        return Rank((entry.prompt_tokens,))
+        return Rank((work.prompt_tokens,))
 
-    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+    def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Preempt for a prompt of less than half the length."""
         first = waiting[0]
         return Verdict(2 * first.prompt_tokens < current.prompt_tokens, "shorter", by=first)

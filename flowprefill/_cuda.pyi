@@ -11,10 +11,20 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+# The module has its own classes of these names; they are the same plain values.
+from flowprefill._core import Batch as Batch
+from flowprefill._core import BatchSequence as BatchSequence
+from flowprefill._core import ExecutorStats as ExecutorStats
+from flowprefill._core import MachineRates as MachineRates
+from flowprefill._core import PlanOptions as PlanOptions
+from flowprefill._core import RunAccounting as RunAccounting
+from flowprefill._core import RunEventKind, RunState
+from flowprefill._core import SegmentLabel as SegmentLabel
+from flowprefill._core import TimelineRecord as TimelineRecord
+from flowprefill._core import TimelineSnapshot as TimelineSnapshot
+
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-# temperature (0: the most likely token), top_k (0: all), top_p, min_p, random number in [0, 1)
-Sampling: TypeAlias = tuple[float, int, float, float, float]
 # rows, columns, depth, output and epilogue, the kernel chosen, {kernel: microseconds or why not}
 GemmReport: TypeAlias = tuple[int, int, int, str, str, dict[str, float | str]]
 
@@ -35,7 +45,7 @@ class Run:
     @property
     def id(self) -> int: ...
     @property
-    def state(self) -> str: ...  # ready, running, suspended, finished, cancelled, failed
+    def state(self) -> RunState: ...
     @property
     def cursor(self) -> int: ...
     @property
@@ -46,23 +56,48 @@ class Run:
     def remaining_s(self) -> float: ...
     @property
     def live_bytes(self) -> int: ...
-    def accounting(self) -> dict[str, Any]: ...
-    def labels(self) -> list[tuple[str, int, int, int, int, float]]: ...
+    def accounting(self) -> RunAccounting: ...
+    def labels(self) -> list[SegmentLabel]: ...
+
+class RunEvent:
+    """What happened to a run, and at which of its segments."""
+
+    @property
+    def kind(self) -> RunEventKind: ...
+    @property
+    def run(self) -> Run: ...
+    @property
+    def cursor(self) -> int: ...
+    @property
+    def time_s(self) -> float: ...
+
+class DeviceSampling:
+    """How the device chooses the next token of one sequence."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,  # 0: the most likely token, whatever the rest says
+        top_k: int,  # 0: all
+        top_p: float,
+        min_p: float,
+        uniform: float,  # the random number, in [0, 1)
+    ) -> None: ...
 
 class Executor:
     """The thread that launches on the device. dispatch, cancel and suspend never wait."""
 
     # Once per model; allocate_cache() comes first. plan: graphs of runs with these options are
     # captured by start(), which also measures kernels if the model's options say so.
-    def __init__(self, model: Model, plan: dict[str, Any] | None = None) -> None: ...
+    def __init__(self, model: Model, plan: PlanOptions | None = None) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def dispatch(self, run: Run | None) -> Run | None: ...
     def cancel(self, run: Run) -> bool: ...
-    def suspend(self, run: Run, yields: bool = False) -> bool: ...
-    def pop_events(self) -> list[tuple[str, Run, float]]: ...
-    def timeline(self, since: int = 0) -> tuple[list[tuple[Any, ...]], int, int]: ...
-    def stats(self) -> dict[str, Any]: ...
+    def suspend(self, run: Run, *, yield_core: bool = False) -> bool: ...
+    def pop_events(self) -> list[RunEvent]: ...
+    def timeline(self, since: int = 0) -> TimelineSnapshot: ...
+    def stats(self) -> ExecutorStats: ...
     @property
     def event_fd(self) -> int: ...
 
@@ -80,12 +115,12 @@ class Model:
     def make_run(
         self,
         id: int,
-        tokens: Int32Array,
-        sequences: list[tuple[int, int, Int32Array]],
-        plan: dict[str, Any],
+        batch: Batch,
+        plan: PlanOptions,
+        *,
         fail_at: int = -1,  # tests: this segment throws
         pause_at: AbstractSet[int] = ...,  # tests: suspended before these segments
-        sampling: list[Sampling] | None = None,  # None: the most likely tokens
+        sampling: list[DeviceSampling] = ...,  # empty: the most likely tokens
         fetch_logits: bool = True,
     ) -> Run: ...
     def graph_report(self) -> dict[str, Any]: ...

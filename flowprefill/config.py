@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from flowprefill.errors import ConfigError, InvalidRequest
 from flowprefill.request import SLO
 
+GIB = 1 << 30  # bytes
 POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
 DEVICES = "auto, cpu, cuda or cuda:N"
@@ -166,19 +166,6 @@ class EngineConfig:
             if key not in known:
                 raise _bad("setting", key, "one of " + ", ".join(sorted(known)))
         return cls(**values)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> EngineConfig:
-        """Read a JSON file of settings."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"config file {path}: {error.strerror}", param="config") from None
-        except ValueError as error:
-            raise ConfigError(f"config file {path}: not JSON ({error})", param="config") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"config file {path}: expected a JSON object", param="config")
-        return cls.from_mapping(values)
 
 
 def settings_table() -> str:

@@ -62,6 +62,10 @@ class SLO:
         if self.on_miss not in ("demote", "drop"):
             raise InvalidRequest.field("slo.on_miss", self.on_miss, "'demote' or 'drop'")
 
+    def deadline_s(self, arrival_s: float) -> float:
+        """Return when the first token is due, on the arrival's clock; inf without an objective."""
+        return math.inf if self.ttft is None else arrival_s + self.ttft
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

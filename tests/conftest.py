@@ -17,7 +17,7 @@ GPUS_NEEDED = {"gpu": 1, "multigpu": 2}  # by marker
 @cache
 def _missing_gpus(needed: int) -> str:
     """Return why there are fewer GPUs than this that the engine can use; "" if there are enough."""
-    from flowprefill.engine.device import cuda_module  # only where a GPU test was collected
+    from flowprefill.engine.device_choice import cuda_module  # only where a GPU test was collected
 
     module, reason = cuda_module()
     if module is None:

@@ -1,13 +1,11 @@
-// Checks and converts what Python gives to models and runs: arrays, shapes, plans, batches. Called
-// by cpu_model.cc and cuda_model.cc; knows neither device.
+// Checks and converts what Python gives to models and runs: arrays, shapes, numbers. Called by
+// run_arguments.cc, cpu_model.cc and cuda_model.cc; knows neither device.
 #pragma once
 
 #include <string>
 #include <vector>
 
 #include "bindings/module.h"
-#include "graph/batch.h"
-#include "graph/planner.h"
 
 namespace flowprefill {
 
@@ -27,23 +25,26 @@ struct TensorView {
 
 // Takes an array of float32 with one or two dimensions.
 TensorView tensor_from(const std::string& name, const pybind11::handle& value);
-// Without threads and element_bytes, which the model knows.
-PlanOptions options_from(const pybind11::dict& values);
-// tokens: array of int32. sequences: (rows, context, block table) each.
-Batch batch_from(const pybind11::object& tokens, const pybind11::list& sequences);
+// Takes an array of int32 with one dimension.
+std::vector<int32_t> ids_from(const std::string& name, const pybind11::handle& value);
 
-// An integer, number, string or list from a dict.
+// An integer, number, string or list.
+template <typename V>
+V value_from(const std::string& name, const pybind11::handle& value) {
+  try {
+    return value.cast<V>();
+  } catch (const pybind11::cast_error&) {
+    throw std::invalid_argument(name + ": got " + std::string(pybind11::repr(value)) +
+                                ", which has the wrong type or range");
+  }
+}
+
+// The same from a dict.
 template <typename V>
 V get(const pybind11::dict& values, const char* key) {
   if (!values.contains(key))
     throw std::invalid_argument(std::string(key) + ": missing");
-  const pybind11::object value = values[key];
-  try {
-    return value.cast<V>();
-  } catch (const pybind11::cast_error&) {
-    throw std::invalid_argument(std::string(key) + ": got " + std::string(pybind11::repr(value)) +
-                                ", which has the wrong type or range");
-  }
+  return value_from<V>(key, values[key]);
 }
 
 }  // namespace flowprefill

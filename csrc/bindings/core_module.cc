@@ -19,5 +19,6 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "FlowPrefill's native executor, models and operators.";
   flowprefill::bind_runtime(m).def(py::init(&flowprefill::make_executor), py::arg("threads"),
                                    py::arg("background") = false);
+  flowprefill::bind_run_arguments(m);
   flowprefill::bind_cpu_model(m);
 }

@@ -41,10 +41,8 @@ class Model {
       backend_->kv()->zero(blocks);
   }
 
-  RunRef make(uint64_t id, const py::object& tokens, const py::list& sequences,
-              const py::dict& plan, int64_t fail_at, const std::unordered_set<size_t>& pause_at) {
-    const PlanOptions options = options_from(plan);
-    Batch batch = batch_from(tokens, sequences);
+  RunRef make(uint64_t id, Batch batch, const PlanOptions& options, int64_t fail_at,
+              const std::unordered_set<size_t>& pause_at) {
     py::gil_scoped_release release;
     auto program = backend_->make_program(std::move(batch), options, {.fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
@@ -85,8 +83,8 @@ void bind_cpu_model(py::module_& m) {
           },
           py::arg("block_tokens"))
       .def("zero_blocks", &Model::zero_blocks, py::arg("blocks"))
-      .def("make_run", &Model::make, py::arg("id"), py::arg("tokens"), py::arg("sequences"),
-           py::arg("plan"), py::arg("fail_at") = -1,
+      .def("make_run", &Model::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
+           py::kw_only(), py::arg("fail_at") = -1,
            py::arg("pause_at") = std::unordered_set<size_t>())
       .def_property_readonly("weight_bytes",
                              [](Model& model) { return model.get().weight_bytes(); });

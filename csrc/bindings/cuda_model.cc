@@ -53,26 +53,22 @@ CudaModelOptions model_options_from(const py::dict& values) {
   return o;
 }
 
-// (temperature, top_k, top_p, min_p, uniform) for each sequence; none: the most likely tokens.
-std::vector<SamplingParams> sampling_from(const py::object& object, size_t num_sequences) {
-  if (object.is_none())
-    return {};
-  std::vector<SamplingParams> out;
-  using Entry = std::tuple<float, int32_t, float, float, float>;
-  try {
-    for (const auto& [temperature, top_k, top_p, min_p, uniform] :
-         object.cast<std::vector<Entry>>())
-      out.push_back({temperature, top_k, top_p, min_p, uniform});
-  } catch (const py::cast_error&) {
-    throw std::invalid_argument(
-        "sampling: expected a list of (temperature, top_k, top_p, min_p, uniform)");
-  }
-  if (out.size() != num_sequences) {
-    throw std::invalid_argument("sampling: got " + std::to_string(out.size()) +
+SamplingParams make_sampling(const py::object& temperature, const py::object& top_k,
+                             const py::object& top_p, const py::object& min_p,
+                             const py::object& uniform) {
+  return {.temperature = value_from<float>("temperature", temperature),
+          .top_k = value_from<int32_t>("top_k", top_k),
+          .top_p = value_from<float>("top_p", top_p),
+          .min_p = value_from<float>("min_p", min_p),
+          .uniform = value_from<float>("uniform", uniform)};
+}
+
+void check_sampling(const std::vector<SamplingParams>& sampling, size_t num_sequences) {
+  if (!sampling.empty() && sampling.size() != num_sequences) {
+    throw std::invalid_argument("sampling: got " + std::to_string(sampling.size()) +
                                 " entries, expected " + std::to_string(num_sequences) +
                                 ", one for each sequence");
   }
-  return out;
 }
 
 // What stays the same for a user of either module: see CPU's Model.
@@ -106,14 +102,13 @@ class GpuModel {
     model_->zero_blocks(blocks);
   }
 
-  RunRef make(uint64_t id, const py::object& tokens, const py::list& sequences,
-              const py::dict& plan, int64_t fail_at, const std::unordered_set<size_t>& pause_at,
-              const py::object& sampling, bool fetch_logits) {
-    const PlanOptions options = options_from(plan);
-    Batch batch = batch_from(tokens, sequences);
-    const std::vector<SamplingParams> params = sampling_from(sampling, batch.sequences.size());
+  // sampling: one for each sequence; none at all: the most likely tokens.
+  RunRef make(uint64_t id, Batch batch, const PlanOptions& options, int64_t fail_at,
+              const std::unordered_set<size_t>& pause_at,
+              const std::vector<SamplingParams>& sampling, bool fetch_logits) {
+    check_sampling(sampling, batch.sequences.size());
     py::gil_scoped_release release;
-    auto program = model_->make_program(std::move(batch), options, params,
+    auto program = model_->make_program(std::move(batch), options, sampling,
                                         {.fetch_logits = fetch_logits, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
@@ -127,11 +122,8 @@ class GpuModel {
 };
 
 // plan: the options of the runs whose graphs are captured at the start; none: as runs come.
-std::unique_ptr<Executor> make_executor(GpuModel& model, const std::optional<py::dict>& plan) {
-  std::optional<PlanOptions> warm;
-  if (plan.has_value())
-    warm = options_from(*plan);
-  return std::make_unique<Executor>(model.get().make_device(warm));
+std::unique_ptr<Executor> make_executor(GpuModel& model, const std::optional<PlanOptions>& plan) {
+  return std::make_unique<Executor>(model.get().make_device(plan));
 }
 
 // A view of the run's logits that keeps the run alive.
@@ -209,6 +201,9 @@ py::list gemm_report(const GpuModel& model) {
 }  // namespace
 
 void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
+  py::class_<SamplingParams>(m, "DeviceSampling", py::module_local())
+      .def(py::init(&make_sampling), py::kw_only(), py::arg("temperature"), py::arg("top_k"),
+           py::arg("top_p"), py::arg("min_p"), py::arg("uniform"));
   py::class_<GpuModel>(m, "Model", py::module_local())
       .def(py::init<const py::dict&, const py::dict&>(), py::arg("config"),
            py::arg("options") = py::dict())
@@ -230,10 +225,10 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
           },
           py::arg("block_tokens"))
       .def("zero_blocks", &GpuModel::zero_blocks, py::arg("blocks"))
-      .def("make_run", &GpuModel::make, py::arg("id"), py::arg("tokens"), py::arg("sequences"),
-           py::arg("plan"), py::arg("fail_at") = -1,
-           py::arg("pause_at") = std::unordered_set<size_t>(), py::arg("sampling") = py::none(),
-           py::arg("fetch_logits") = true)
+      .def("make_run", &GpuModel::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
+           py::kw_only(), py::arg("fail_at") = -1,
+           py::arg("pause_at") = std::unordered_set<size_t>(),
+           py::arg("sampling") = std::vector<SamplingParams>(), py::arg("fetch_logits") = true)
       .def("graph_report", &graph_report)
       .def("lane_report", &lane_report)
       .def("gemm_report", &gemm_report)

@@ -5,5 +5,6 @@
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "FlowPrefill's native executor and models on NVIDIA GPUs.";
   flowprefill::bind_cuda_devices(m);
+  flowprefill::bind_run_arguments(m);
   flowprefill::bind_cuda_model(m, flowprefill::bind_runtime(m));
 }

@@ -20,9 +20,11 @@ PYBIND11_DECLARE_HOLDER_TYPE(T, flowprefill::Ref<T>, true)
 
 namespace flowprefill {
 
-// Binds Run, Executor, spin_run and now_s. The caller adds the Executor's constructor, which knows
-// the device.
+// Binds Run, Executor, what they tell of themselves, spin_run and now_s. The caller adds the
+// Executor's constructor, which knows the device.
 pybind11::class_<Executor> bind_runtime(pybind11::module_& m);
+// Binds the values that runs are made of.
+void bind_run_arguments(pybind11::module_& m);
 void bind_cpu_model(pybind11::module_& m);
 // Adds the constructor of `executor` too.
 void bind_cuda_model(pybind11::module_& m, pybind11::class_<Executor> executor);

@@ -32,54 +32,65 @@ class SpinProgram final : public Program {
   int64_t fail_at_;
 };
 
-py::dict accounting(const Run& run) {
-  const RunAccounting a = run.accounting();
-  py::dict d;
-  d["created_s"] = to_seconds(a.created_ns);
-  d["dispatched_s"] = to_seconds(a.dispatched_ns);
-  d["first_start_s"] = to_seconds(a.first_start_ns);
-  d["last_end_s"] = to_seconds(a.last_end_ns);
-  d["running_s"] = to_seconds(a.running_ns);
-  d["suspended_s"] = to_seconds(a.suspended_ns);
-  d["last_blocking_s"] = to_seconds(a.last_blocking_ns);
-  d["max_blocking_s"] = to_seconds(a.max_blocking_ns);
-  d["num_preemptions"] = a.num_preemptions;
-  return d;
+// A property in seconds of a field in nanoseconds.
+template <typename C>
+auto seconds(int64_t C::*field) {
+  return [field](const C& record) { return to_seconds(record.*field); };
 }
 
-py::dict stats(const Executor& executor) {
-  const ExecutorStats s = executor.stats();
-  py::dict d;
-  d["num_segments"] = s.num_segments;
-  d["num_dispatched"] = s.num_dispatched;
-  d["num_started"] = s.num_started;
-  d["num_suspended"] = s.num_suspended;
-  d["num_finished"] = s.num_finished;
-  d["num_cancelled"] = s.num_cancelled;
-  d["num_failed"] = s.num_failed;
-  d["max_blocking_s"] = to_seconds(s.max_blocking_ns);
-  return d;
-}
-
-py::list pop_events(Executor& executor) {
+std::vector<Event> pop_events(Executor& executor) {
   std::vector<Event> events;
   executor.events().pop_all(events);
-  py::list out;
-  for (Event& e : events) {
-    out.append(py::make_tuple(to_string(e.kind), std::move(e.run), to_seconds(e.time_ns)));
-  }
-  return out;
+  return events;
 }
 
-py::tuple timeline(const Executor& executor, uint64_t since) {
-  const TimelineSnapshot snapshot = executor.timeline().snapshot(since);
-  py::list records;
-  for (const TimelineRecord& r : snapshot.records) {
-    records.append(py::make_tuple(
-        r.run_id, r.segment, r.label.op, r.label.layer, r.label.last_layer, r.label.row_begin,
-        r.label.row_end, r.label.predicted_s, to_seconds(r.start_ns), to_seconds(r.end_ns)));
-  }
-  return py::make_tuple(records, snapshot.next, snapshot.num_lost);
+// What runs and the executor tell of themselves: values, read only.
+void bind_records(py::module_& m) {
+  using Accounting = RunAccounting;
+  py::class_<Accounting>(m, "RunAccounting", py::module_local())
+      .def_property_readonly("created_s", seconds(&Accounting::created_ns))
+      .def_property_readonly("dispatched_s", seconds(&Accounting::dispatched_ns))
+      .def_property_readonly("first_start_s", seconds(&Accounting::first_start_ns))
+      .def_property_readonly("last_end_s", seconds(&Accounting::last_end_ns))
+      .def_property_readonly("running_s", seconds(&Accounting::running_ns))
+      .def_property_readonly("suspended_s", seconds(&Accounting::suspended_ns))
+      .def_property_readonly("last_blocking_s", seconds(&Accounting::last_blocking_ns))
+      .def_property_readonly("max_blocking_s", seconds(&Accounting::max_blocking_ns))
+      .def_readonly("num_preemptions", &Accounting::num_preemptions);
+  py::class_<ExecutorStats>(m, "ExecutorStats", py::module_local())
+      .def_readonly("num_segments", &ExecutorStats::num_segments)
+      .def_readonly("num_dispatched", &ExecutorStats::num_dispatched)
+      .def_readonly("num_started", &ExecutorStats::num_started)
+      .def_readonly("num_suspended", &ExecutorStats::num_suspended)
+      .def_readonly("num_finished", &ExecutorStats::num_finished)
+      .def_readonly("num_cancelled", &ExecutorStats::num_cancelled)
+      .def_readonly("num_failed", &ExecutorStats::num_failed)
+      .def_property_readonly("max_blocking_s", seconds(&ExecutorStats::max_blocking_ns));
+  py::class_<SegmentLabel>(m, "SegmentLabel", py::module_local())
+      .def_readonly("op", &SegmentLabel::op)
+      .def_readonly("layer", &SegmentLabel::layer)
+      .def_readonly("last_layer", &SegmentLabel::last_layer)
+      .def_readonly("row_begin", &SegmentLabel::row_begin)
+      .def_readonly("row_end", &SegmentLabel::row_end)
+      .def_readonly("predicted_s", &SegmentLabel::predicted_s);
+  py::class_<TimelineRecord>(m, "TimelineRecord", py::module_local())
+      .def_readonly("run_id", &TimelineRecord::run_id)
+      .def_readonly("segment", &TimelineRecord::segment)
+      .def_readonly("label", &TimelineRecord::label)
+      .def_property_readonly("start_s", seconds(&TimelineRecord::start_ns))
+      .def_property_readonly("end_s", seconds(&TimelineRecord::end_ns));
+  py::class_<TimelineSnapshot>(m, "TimelineSnapshot", py::module_local())
+      .def_readonly("records", &TimelineSnapshot::records)
+      .def_readonly("next", &TimelineSnapshot::next)
+      .def_readonly("num_lost", &TimelineSnapshot::num_lost);
+}
+
+void bind_event(py::module_& m) {
+  py::class_<Event>(m, "RunEvent", py::module_local())
+      .def_property_readonly("kind", [](const Event& e) { return to_string(e.kind); })
+      .def_readonly("run", &Event::run)
+      .def_readonly("cursor", &Event::cursor)
+      .def_property_readonly("time_s", seconds(&Event::time_ns));
 }
 
 void bind_run(py::module_& m) {
@@ -92,14 +103,11 @@ void bind_run(py::module_& m) {
       .def_property_readonly("remaining_s", &Run::remaining_predicted_s)
       .def_property_readonly("live_bytes",
                              [](const Run& r) { return r.program().live_bytes(r.cursor()); })
-      .def("accounting", &accounting)
+      .def("accounting", &Run::accounting)
       .def("labels", [](const Run& run) {
-        py::list out;
-        for (size_t i = 0; i < run.num_segments(); ++i) {
-          const SegmentLabel l = run.program().label(i);
-          out.append(
-              py::make_tuple(l.op, l.layer, l.last_layer, l.row_begin, l.row_end, l.predicted_s));
-        }
+        std::vector<SegmentLabel> out;
+        for (size_t i = 0; i < run.num_segments(); ++i)
+          out.push_back(run.program().label(i));
         return out;
       });
   m.def(
@@ -131,7 +139,9 @@ const Program& program_of(const Run& run) {
 }
 
 py::class_<Executor> bind_runtime(py::module_& m) {
+  bind_records(m);
   bind_run(m);
+  bind_event(m);
   m.def("now_s", [] { return to_seconds(now_ns()); });
   // Everything that may wait for a segment gives up the GIL; dispatch and cancel never wait.
   py::class_<Executor> executor(m, "Executor", py::module_local());
@@ -148,9 +158,9 @@ py::class_<Executor> bind_runtime(py::module_& m) {
           py::arg("run"))
       .def(
           "suspend",
-          [](Executor& e, const py::object& run, bool yields) {
+          [](Executor& e, const py::object& run, bool yield_core) {
             const bool is_asked = e.suspend(own_run(run));
-            if (is_asked && yields) {
+            if (is_asked && yield_core) {
               // Where all cores compute, the caller runs in place of a compute worker, and without
               // that one the segment does not end.
               const py::gil_scoped_release release;
@@ -158,10 +168,13 @@ py::class_<Executor> bind_runtime(py::module_& m) {
             }
             return is_asked;
           },
-          py::arg("run"), py::arg("yields") = false)
+          py::arg("run"), py::kw_only(), py::arg("yield_core") = false)
       .def("pop_events", &pop_events)
-      .def("timeline", &timeline, py::arg("since") = 0)
-      .def("stats", &stats)
+      .def(
+          "timeline",
+          [](const Executor& e, uint64_t since) { return e.timeline().snapshot(since); },
+          py::arg("since") = 0)
+      .def("stats", &Executor::stats)
       .def_property_readonly("event_fd", [](Executor& e) { return e.events().fd(); });
   return executor;
 }

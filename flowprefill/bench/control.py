@@ -23,8 +23,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from flowprefill.bench.beside import last_segments
-from flowprefill.bench.preparation import (
+from flowprefill.bench.common import (
     FIRST_TOKEN_ONLY,
     add_common_arguments,
     check_common,
@@ -35,6 +34,7 @@ from flowprefill.bench.preparation import (
     random_ids,
     say,
 )
+from flowprefill.bench.mixed_round import last_segments
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import Granularity

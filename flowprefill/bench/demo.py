@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flowprefill.bench.beside import Round, Workload, measure_round
 from flowprefill.bench.hol import prepare
+from flowprefill.bench.mixed_round import Round, Workload, measure_round
 from flowprefill.bench.picture import draw
 from flowprefill.bench.report import Row, print_table
 from flowprefill.bench.statistics import median

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flowprefill.engine.device import choose_device, cuda_module
+from flowprefill.engine.device_choice import choose_device, cuda_module
 from flowprefill.errors import CheckpointError
 from flowprefill.version import __version__
 

@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from flowprefill.bench import hol
-from flowprefill.bench.gpu_model import GpuModel, Segment
-from flowprefill.bench.prefill import flops_of
-from flowprefill.bench.preparation import (
+from flowprefill.bench.common import (
     add_common_arguments,
     check_common,
     check_least,
@@ -33,12 +31,14 @@ from flowprefill.bench.preparation import (
     load_engine,
     say,
 )
+from flowprefill.bench.gpu_model import GpuModel, Segment
+from flowprefill.bench.prefill import flops_of
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine.cuda_device import cublas_lt_libraries
-from flowprefill.engine.device import DeviceChoice, choose_device
-from flowprefill.engine.native import model_shape, native_plan
+from flowprefill.engine.device_choice import DeviceChoice, choose_device
+from flowprefill.engine.loading import model_shape, plan_options
 from flowprefill.errors import CheckpointError, ConfigError
 from flowprefill.models.checkpoint import Checkpoint, open_checkpoint
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape
@@ -197,7 +197,7 @@ def _opener(
 
 def _measure_usual(
     report: Report, open_model: OpenModel, args: argparse.Namespace, shape: ModelShape
-) -> dict[str, Any]:
+) -> Any:
     """Measure what needs the model as the engine has it; returns the plan for the other tables."""
     with open_model(run_ahead=USUAL_DEPTH) as model:
         if "gemm" in args.only:
@@ -205,7 +205,7 @@ def _measure_usual(
             rates_found = [row["tflops_per_s"] for row in report.rows if row["us"] is not None]
             report.extra["peak_gemm_flops_per_s"] = max(rates_found, default=0.0) * 1e12
         rates: MachineRates = model.rates()
-        plan = native_plan(Granularity.parse(args.granularity), rates)
+        plan = plan_options(model.cuda, Granularity.parse(args.granularity), rates)
         report.extra["planner_rates"] = {
             "gemm_flops_per_s": rates.gemm_flops_per_s,
             "attention_flops_per_s": rates.attention_flops_per_s,
@@ -250,7 +250,7 @@ def gemm_rows(model: GpuModel) -> list[Row]:
 def prefill_rows(
     launch: str,
     model: GpuModel,
-    plan: dict[str, Any],
+    plan: Any,
     args: argparse.Namespace,
     shape: ModelShape,
 ) -> list[Row]:
@@ -276,9 +276,7 @@ def prefill_rows(
     return out
 
 
-def run_ahead_row(
-    depth: int, model: GpuModel, plan: dict[str, Any], args: argparse.Namespace
-) -> Row:
+def run_ahead_row(depth: int, model: GpuModel, plan: Any, args: argparse.Namespace) -> Row:
     """Measure gaps between the segments of a long prompt, and how long it blocks short ones."""
     long_tokens = args.tokens[-1]
     for _ in range(3):
@@ -317,9 +315,7 @@ def gaps_of(segments: Sequence[Segment]) -> list[float]:
     ]
 
 
-def blocking_s(
-    model: GpuModel, plan: dict[str, Any], tokens: tuple[int, int], delay_s: float
-) -> float | None:
+def blocking_s(model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float) -> float | None:
     """Dispatch a long prompt and, some time later, a short one.
 
     Returns:
@@ -334,7 +330,7 @@ def blocking_s(
         model.finish(short)
         was_blocked = long.state == "suspended"
         model.cancel(long)
-    dispatched_s = float(short.accounting()["dispatched_s"])
+    dispatched_s = short.accounting().dispatched_s
     started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
     return started_s[0] - dispatched_s if was_blocked and started_s else None
 

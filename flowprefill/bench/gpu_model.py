@@ -18,8 +18,8 @@ import numpy as np
 
 from flowprefill.engine import calibration
 from flowprefill.engine.cuda_device import CudaDevice
-from flowprefill.engine.device import DeviceChoice
-from flowprefill.engine.native import fill_model, model_shape
+from flowprefill.engine.device_choice import DeviceChoice
+from flowprefill.engine.loading import fill_model, model_shape
 from flowprefill.models.checkpoint import Checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
 
@@ -56,7 +56,7 @@ class GpuModel:
         """
         assert choice.module is not None
         config = checkpoint.config
-        self._cuda: Any = choice.module
+        self.cuda: Any = choice.module
         self._vocab_size = config.vocab_size
         self._shape = model_shape(checkpoint.graph, "bf16")
         probes = CudaDevice.probe_sizes
@@ -69,12 +69,12 @@ class GpuModel:
             "max_sequences": 4,
             "max_context": config.max_position,
         }
-        self._model: Any = self._cuda.Model(checkpoint.graph, sizes | options)
+        self._model: Any = self.cuda.Model(checkpoint.graph, sizes | options)
         fill_model(self._model, checkpoint)
         self._model.allocate_cache(BLOCK_TOKENS, 2 * self._blocks_of_one)
         self._ids = itertools.count(1)
         self._ended_s: dict[int, float] = {}
-        self._executor: Any = self._cuda.Executor(self._model)
+        self._executor: Any = self.cuda.Executor(self._model)
         self._executor.start()
 
     def close(self) -> None:
@@ -86,14 +86,15 @@ class GpuModel:
 
     # ---- runs ----------------------------------------------------------------------------------
 
-    def make(self, tokens: int, plan: dict[str, Any], slot: int = 0, seed: int = 0) -> Any:
+    def make(self, tokens: int, plan: Any, slot: int = 0, seed: int = 0) -> Any:
         """Make the run that prefills a random prompt.
 
         Args:
             slot: 0 or 1: whose blocks; two runs that are alive at once need one each.
         """
         ids = np.random.default_rng(seed).integers(0, self._vocab_size, tokens, dtype=np.int32)
-        return self._model.make_run(next(self._ids), ids, [(tokens, 0, self._table(slot))], plan)
+        sequence = self.cuda.BatchSequence(rows=tokens, context=0, block_table=self._table(slot))
+        return self._model.make_run(next(self._ids), self.cuda.Batch(ids, [sequence]), plan)
 
     def _table(self, slot: int) -> Any:
         first = slot * self._blocks_of_one
@@ -115,9 +116,9 @@ class GpuModel:
             if time.monotonic() > deadline_s:
                 raise RuntimeError(f"run {run.id} is {run.state} after {PATIENCE_S:g} s")
             select.select([self._executor.event_fd], [], [], 0.1)
-            for kind, ended, time_s in self._executor.pop_events():
-                if kind in ENDED:
-                    self._ended_s[ended.id] = time_s
+            for event in self._executor.pop_events():
+                if event.kind in ENDED:
+                    self._ended_s[event.run.id] = event.time_s
         return self._ended_s[run.id]
 
     def finish(self, run: Any) -> float:
@@ -131,27 +132,29 @@ class GpuModel:
             raise RuntimeError(f"run {run.id} is {run.state}: {run.error}")
         return ended_s
 
-    def prefill_s(self, tokens: int, plan: dict[str, Any]) -> float:
+    def prefill_s(self, tokens: int, plan: Any) -> float:
         """Prefill one prompt on the idle GPU; seconds from its dispatch to its result."""
         run = self.make(tokens, plan)
         self.dispatch(run)
         ended_s = self.finish(run)
-        return ended_s - float(run.accounting()["dispatched_s"])
+        return ended_s - float(run.accounting().dispatched_s)
 
     @contextmanager
     def recorded(self) -> Iterator[list[Segment]]:
         """Fill the list, on leaving, with the segments executed meanwhile, oldest first."""
         segments: list[Segment] = []
-        since = self._executor.timeline()[1]
+        since = self._executor.timeline().next
         yield segments
-        records = self._executor.timeline(since)[0]
-        segments += [Segment(record[0], record[1], record[8], record[9]) for record in records]
+        records = self._executor.timeline(since).records
+        segments += [Segment(r.run_id, r.segment, r.start_s, r.end_s) for r in records]
 
     # ---- reports -------------------------------------------------------------------------------
 
     def rates(self) -> MachineRates:
         """Measure what the planner cuts by."""
-        make_probe = calibration.probes_of(self._model, self._blocks_of_one, self._vocab_size)
+        make_probe = calibration.probes_of(
+            self.cuda, self._model, self._blocks_of_one, self._vocab_size
+        )
         return calibration.measure(
             self._executor, make_probe, self._shape, self._most, CudaDevice.probe_sizes
         )

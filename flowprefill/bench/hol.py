@@ -1,8 +1,8 @@
 """`flowprefill bench hol`: head-of-line blocking, short prompts beside a long one by granularity.
 
-In every round each granularity gets the same random prompts and arrival times (see `beside`), in an
-order that changes from round to round; the rows hold medians over rounds and percentiles over all
-short prompts.
+In every round each granularity gets the same random prompts and arrival times (mixed_round.py), in
+an order that changes from round to round; the rows hold medians over rounds and percentiles over
+all short prompts.
 
 `prefill_tokens_per_s`: all prompt tokens, long and short, over the time from the long prompt's
 submit to the last first token of all. The device has work all that time, and the same work for each
@@ -16,8 +16,7 @@ import argparse
 import random
 from collections.abc import Sequence
 
-from flowprefill.bench.beside import Round, Workload, measure_round
-from flowprefill.bench.preparation import (
+from flowprefill.bench.common import (
     add_common_arguments,
     check_common,
     check_least,
@@ -27,6 +26,7 @@ from flowprefill.bench.preparation import (
     random_ids,
     say,
 )
+from flowprefill.bench.mixed_round import Round, Workload, measure_round
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, percentile, quantiles
 from flowprefill.config import Granularity

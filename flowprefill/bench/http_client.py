@@ -20,7 +20,7 @@ from typing import IO, Any
 import aiohttp
 
 from flowprefill.bench.arrivals import Planned
-from flowprefill.bench.preparation import random_ids
+from flowprefill.bench.common import random_ids
 from flowprefill.errors import FlowPrefillError
 
 READY = re.compile(r"^serving .* at (http://\S+)$")

@@ -24,8 +24,8 @@ from flowprefill.bench.arrivals import (
     random_mix,
     read_trace,
 )
+from flowprefill.bench.common import check_least, say
 from flowprefill.bench.http_client import Outcome, running_server, send_all
-from flowprefill.bench.preparation import check_least, say
 from flowprefill.bench.report import Report, Row, json_path, print_table
 from flowprefill.bench.statistics import quantiles
 from flowprefill.config import POLICIES, EngineConfig, Granularity

@@ -1,4 +1,4 @@
-"""Draws rounds of `beside` as timelines: who waited, who ran, and how long; used by the demo."""
+"""Draws mixed rounds as timelines: who waited, who ran, and how long; used by the demo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowprefill.bench.beside import LONG_RUN, Answer, Round
+from flowprefill.bench.mixed_round import LONG_RUN, Answer, Round
 from flowprefill.bench.statistics import median
 
 # Okabe and Ito's colours: told apart also by those who see fewer of them.

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 
-from flowprefill.bench.preparation import (
+from flowprefill.bench.common import (
     add_common_arguments,
     check_common,
     check_lengths,
@@ -26,7 +26,7 @@ from flowprefill.bench.preparation import (
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median
 from flowprefill.engine import Engine
-from flowprefill.engine.native import model_shape
+from flowprefill.engine.loading import model_shape
 from flowprefill.models.families import build_graph
 from flowprefill.scheduling.cost_model import ModelShape, attention_pairs
 

@@ -23,7 +23,7 @@ from flowprefill.scheduling import (
 )
 
 if TYPE_CHECKING:
-    from flowprefill.scheduling import Event
+    from flowprefill.scheduling import SchedulerEvent
 
 SIZES = (10, 100, 1_000, 10_000)
 
@@ -47,7 +47,7 @@ def _measure(policy: str, waiting: int, events: int) -> dict[str, Any]:
     for _ in range(events):
         current = scheduler.current
         ended = len(current.job_ids) if current is not None else 0
-        events_now: list[Event] = []
+        events_now: list[SchedulerEvent] = []
         for _ in range(ended):
             number += 1
             events_now.append(Arrival(_job(number, now, rng)))

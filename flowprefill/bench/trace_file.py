@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowprefill.bench.beside import LONG_RUN, Answer, Round
+from flowprefill.bench.mixed_round import LONG_RUN, Answer, Round
 
 Event = dict[str, Any]
 LONG_ROW, PACKED_ROW = 0, 1000  # rows are shown in this order; short prompts lie between

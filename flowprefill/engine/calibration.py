@@ -12,17 +12,18 @@ import select
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowprefill.config import Granularity
-from flowprefill.engine.native import native_plan
+from flowprefill.engine.loading import plan_options
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape, attention_pairs
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
-    from flowprefill.engine.device import NativeExecutor, NativeModel, NativeRun
+    from flowprefill.engine.device import NativeExecutor, NativeModel
+    from flowprefill.engine.worker import RunHandle
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ MIN_CONTEXT = 256  # below it is too short to tell attention from the rest, and 
 OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's own is far below
 
 # Builds the run that computes so many tokens on so much context.
-MakeProbe = Callable[[int, int], "NativeRun"]
+MakeProbe = Callable[[int, int], "RunHandle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +52,26 @@ class ProbeSizes:
     fills_context: bool = False
 
 
-def probes_of(model: NativeModel, num_blocks: int, vocab_size: int) -> MakeProbe:
-    """Return what makes probes of random tokens on a model with a free cache of so many blocks."""
+def probes_of(native: Any, model: NativeModel, num_blocks: int, vocab_size: int) -> MakeProbe:
+    """Return what makes probes of random tokens on a model with a free cache of so many blocks.
+
+    Args:
+        native: the module the model is of.
+    """
     table = np.arange(num_blocks, dtype=np.int32)
-    plan = native_plan(Granularity("none"), MachineRates())
+    plan = plan_options(native, Granularity("none"), MachineRates())
     ids = itertools.count(1)
     noise = np.random.default_rng(0)
 
-    def make_probe(tokens: int, context: int) -> NativeRun:
+    def make_probe(tokens: int, context: int) -> RunHandle:
         rows = noise.integers(0, vocab_size, tokens, dtype=np.int32)
-        return model.make_run(next(ids), rows, [(tokens, context, table)], plan)
+        sequence = native.BatchSequence(rows=tokens, context=context, block_table=table)
+        return model.make_run(next(ids), native.Batch(rows, [sequence]), plan)
 
     return make_probe
 
 
-def execute(executor: NativeExecutor, run: NativeRun) -> float:
+def execute(executor: NativeExecutor, run: RunHandle) -> float:
     """Execute one run on an executor that nobody else uses; returns its running time, seconds."""
     executor.dispatch(run)
     while run.state not in ("finished", "cancelled", "failed"):
@@ -74,7 +80,7 @@ def execute(executor: NativeExecutor, run: NativeRun) -> float:
     executor.pop_events()
     if run.state != "finished":
         raise RuntimeError(f"calibration: {run.error}")
-    return float(run.accounting()["running_s"])
+    return run.accounting().running_s
 
 
 def measure(

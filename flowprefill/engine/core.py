@@ -1,10 +1,10 @@
 """EngineCore: carries out the scheduler's decisions and turns the executor's events into tokens.
 
-One lock guards scheduler, KV blocks and sequences. Whoever brings news (a submitting thread, a
-cancelling one, the event thread) takes it, tells the scheduler and dispatches what it decides: an
-urgent request stops a running one from the submitting thread itself. The event thread sleeps in
-poll() until the executor has ended a run or the scheduler's timer is due. Tokens and results are
-handed over without the lock. Long because all that the lock guards is here, to be read as one.
+One lock guards scheduler, KV blocks and requests. Any thread with an event (one that submits or
+cancels, the event thread) takes the lock, calls the scheduler and carries out its decision: an
+urgent request stops a running one from the submitting thread itself. The event thread waits in
+`Worker.poll` until a run has ended or the scheduler's timer is due. Tokens and results are handed
+over without the lock. Long because all that the lock guards is here, to be read as one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from flowprefill.engine.active_run import ActiveRun, RunMaker
 from flowprefill.engine.event_thread import EventThread
+from flowprefill.engine.live_run import LiveRun
 from flowprefill.engine.memory_queue import MemoryQueue
 from flowprefill.engine.outbox import Outbox
 from flowprefill.engine.records import EngineObserver, decision_entry
+from flowprefill.engine.worker import Batch
 from flowprefill.errors import (
     DeadlinePassed,
     FlowPrefillError,
@@ -35,20 +35,21 @@ from flowprefill.scheduling import (
     Arrival,
     Cancelled,
     Decision,
-    Event,
     Failed,
     Finished,
     Scheduler,
+    SchedulerEvent,
     Threshold,
     TimerFired,
     Work,
+    WorkKind,
 )
 from flowprefill.scheduling.admission import AdmissionLimits, refusal_of
 
 if TYPE_CHECKING:
-    from flowprefill.engine.device import NativeExecutor, NativeRun
     from flowprefill.engine.kv_blocks import BlockPool
-    from flowprefill.engine.sequence import Sequence
+    from flowprefill.engine.live_request import LiveRequest
+    from flowprefill.engine.worker import RunEvent, RunHandle, Worker
     from flowprefill.request import FinishReason
 
 log = logging.getLogger(__name__)
@@ -58,33 +59,32 @@ KEPT_RUN_NAMES = 8192
 
 
 class EngineCore:
-    """The engine behind the public class: no tokenizer, no checkpoint, only runs and sequences."""
+    """The engine behind the public class: no tokenizer, no checkpoint, only runs and requests."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        executor: NativeExecutor,
+        worker: Worker,
         pool: BlockPool,
-        model: RunMaker,
         limits: AdmissionLimits,
     ) -> None:
         """Join the parts; `start` begins."""
         self._scheduler = scheduler
-        self._executor = executor
+        self._worker = worker
         self._pool = pool
-        self._model = model
         self._limits = limits
         self._lock = threading.Lock()
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._memory = MemoryQueue(pool)
-        self._runs: dict[int, ActiveRun] = {}
-        self._news: deque[Event] = deque()
+        self._runs: dict[int, LiveRun] = {}
+        self._news: deque[SchedulerEvent] = deque()
         self._outbox = Outbox()
-        self._threshold: tuple[Threshold, NativeRun] | None = None  # of the current run
+        # Of the current run. Written under the lock, read without: replaced whole, never changed.
+        self._threshold: tuple[Threshold, RunHandle] | None = None
         self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
         self._events = EventThread(
-            executor.event_fd, self._handle_events, self._handle_timer, self._handle_failure
+            worker, self._handle_event, self._handle_timer, self._handle_failure
         )
         self._is_stopped = False
         self._closing = threading.Lock()
@@ -95,14 +95,19 @@ class EngineCore:
     # ---- called from any thread ----------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the event thread; the executor runs already."""
+        """Start the event thread; the worker has been started."""
         self._events.start()
 
-    def stop_early(self, tokens: int, deadline_s: float) -> NativeRun | None:
+    def step(self) -> None:
+        """Wait for events or the timer and handle them; simulators call it instead of `start`."""
+        self._events.step()
+
+    def stop_early(self, tokens: int, deadline_s: float) -> RunHandle | None:
         """Suspend the current run if it is known that a request to come will.
 
         Deciding takes a few tenths of a millisecond; by then the run is at its boundary. Takes no
-        lock, so what it looks at may be a moment old: `let_go_on` must follow, come what may.
+        lock: reads one constant value, published under the lock, which may be out of date by now.
+        The caller must always call `let_go_on` afterwards.
 
         Args:
             tokens: of its prompt. deadline_s: when its first token is due.
@@ -114,21 +119,20 @@ class EngineCore:
         if known is None:
             return None
         threshold, run = known
-        prefill_s = self._scheduler.cost_model.prefill_s(tokens)
-        if not threshold.is_passed(prefill_s, deadline_s, time.monotonic()):
+        formula_s = self._scheduler.cost_model.formula_s(tokens)
+        if not threshold.is_passed(formula_s, deadline_s, self._worker.now_s()):
             return None
-        return run if self._executor.suspend(run, yields=True) else None
+        return run if self._worker.suspend(run, yield_core=True) else None
 
-    def let_go_on(self, run: NativeRun) -> None:
+    def let_go_on(self, run: RunHandle) -> None:
         """Resume a run that was stopped early unless the scheduler has decided so too."""
         with self._lock:
             current = self._scheduler.current
             active = self._runs.get(current.id) if current is not None else None
             if active is not None and active.run is run:
-                with suppress(ValueError):  # it has ended in this moment; its event is on the way
-                    self._executor.dispatch(run)
+                self._worker.dispatch(run)
 
-    def submit(self, sequence: Sequence) -> None:
+    def submit(self, request: LiveRequest) -> None:
         """Admit a request and let the scheduler decide, in this thread.
 
         Raises:
@@ -138,23 +142,23 @@ class EngineCore:
         with self._lock:
             if self._refusal:
                 raise NotReady(self._refusal)
-            self._check_load(sequence)
-            self._live[sequence.id] = sequence
-            self._memory.push(sequence)
+            self._check_load(request)
+            self._live[request.id] = request
+            self._memory.push(request)
             self._settle()
-            if not sequence.is_ended:  # after the dispatch: nobody waits for a prediction
-                now = time.monotonic()
-                left_s = self._scheduler.predicted_ttft_s(sequence.job(), now)
-                sequence.handle.predicted_ttft = now - sequence.arrival_s + left_s
+            if not request.is_ended:  # after the dispatch: nobody waits for a prediction
+                now = self._worker.now_s()
+                left_s = self._scheduler.predicted_ttft_s(request.job(), now)
+                request.handle.predicted_ttft = now - request.arrival_s + left_s
         self._deliver()
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, request: LiveRequest) -> None:
         """End a request early: at the next boundary if its run is executing."""
         with self._lock:
-            if not sequence.is_ended and sequence.error is None and sequence.id in self._live:
-                sequence.cancelled_at_s = time.monotonic()
-                error = RequestCancelled(f"request {sequence.id} was cancelled")
-                self._end_early(sequence, error, "cancelled")
+            if not request.is_ended and request.error is None and request.id in self._live:
+                request.cancelled_at_s = self._worker.now_s()
+                error = RequestCancelled(f"request {request.id} was cancelled")
+                self._end_early(request, error, "cancelled")
                 self._settle()
         self._deliver()
 
@@ -169,15 +173,15 @@ class EngineCore:
                     break
                 self._idle.wait(left)
             rest = list(self._live.values())
-        for sequence in rest:
-            self.cancel(sequence)
+        for request in rest:
+            self.cancel(request)
         self._wait_until_idle()
         with self._closing:  # one thread closes, others wait for it
             if self._is_stopped:
                 return
             self._is_stopped = True
             self._events.stop()
-            self._executor.stop()
+            self._worker.stop()
 
     def counts(self) -> tuple[int, int, int]:
         """Return how many requests run or decode, wait, and are suspended."""
@@ -186,7 +190,7 @@ class EngineCore:
             # The scheduler of an engine that has failed may still count what is gone.
             waiting = min(load.waiting_jobs + len(self._memory), len(self._live))
             suspended = sum(
-                len(active.sequences)
+                len(active.requests)
                 for active in self._runs.values()
                 if active.work.kind == "prefill" and active.work is not self._scheduler.current
             )
@@ -205,14 +209,14 @@ class EngineCore:
 
     # ---- admission -----------------------------------------------------------------------------
 
-    def _check_load(self, sequence: Sequence) -> None:
-        if sequence.id in self._live:
-            raise InvalidRequest.field("id", sequence.id, "an id that no live request has")
+    def _check_load(self, request: LiveRequest) -> None:
+        if request.id in self._live:
+            raise InvalidRequest.field("id", request.id, "an id that no live request has")
         limits = self._limits
         counts_only = not limits.max_waiting_tokens and limits.max_backlog_s == math.inf
         if counts_only and not limits.refuse_late and len(self._live) < limits.max_waiting:
             return  # what waits is less than what lives
-        now, job = time.monotonic(), sequence.job()
+        now, job = self._worker.now_s(), request.job()
         predicted_s = self._scheduler.predicted_ttft_s(job, now) if limits.refuse_late else 0.0
         load = self._scheduler.load()
         load.waiting_jobs += len(self._memory)
@@ -222,11 +226,11 @@ class EngineCore:
             raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
 
     def _admit(self) -> None:
-        for sequence in self._memory.admit(time.monotonic()):
-            if not sequence.tokens:
-                sequence.cached_tokens = sequence.handle.cached_tokens = sequence.computed
-            sequence.is_scheduled = True
-            self._news.append(Arrival(sequence.job()))
+        for request in self._memory.admit(self._worker.now_s()):
+            if not request.tokens:
+                request.cached_tokens = request.handle.cached_tokens = request.computed
+            request.is_scheduled = True
+            self._news.append(Arrival(request.job()))
 
     # ---- decisions -----------------------------------------------------------------------------
 
@@ -242,7 +246,7 @@ class EngineCore:
         if not self._live:
             self._idle.notify_all()
 
-    def _known_threshold(self) -> tuple[Threshold, NativeRun] | None:
+    def _known_threshold(self) -> tuple[Threshold, RunHandle] | None:
         current = self._scheduler.current
         active = self._runs.get(current.id) if current is not None else None
         threshold = self._scheduler.threshold() if active is not None else None
@@ -252,9 +256,9 @@ class EngineCore:
         self._admit()
         while self._news:
             event = self._news.popleft()
-            start = time.monotonic()
+            start = self._worker.now_s()
             decision = self._scheduler.on_event(event, start)
-            self._outbox.decisions_s.append(time.monotonic() - start)
+            self._outbox.decisions_s.append(self._worker.now_s() - start)
             self._carry_out(decision)
             self.decisions.append(decision_entry(event, decision, start))
             if not self._news:
@@ -263,13 +267,13 @@ class EngineCore:
     def _carry_out(self, decision: Decision) -> None:
         for work in decision.cancel:
             if work.id in self._runs:
-                self._executor.cancel(self._runs[work.id].run)
+                self._worker.cancel(self._runs[work.id].run)
         for job_id, reason in decision.dropped:
-            sequence = self._live.get(job_id)
-            if sequence is None:
+            request = self._live.get(job_id)
+            if request is None:
                 continue  # it has failed in this moment
-            sequence.is_scheduled = False  # the scheduler has ended its job by itself
-            self._end_early(sequence, DeadlinePassed(f"request {job_id}: {reason}"), "expired")
+            request.is_scheduled = False  # the scheduler has ended its job by itself
+            self._end_early(request, DeadlinePassed(f"request {job_id}: {reason}"), "expired")
         if decision.dispatch is not None:
             self._dispatch(decision, decision.dispatch)
         self._events.set_timer(math.inf if decision.wake_at is None else decision.wake_at)
@@ -279,84 +283,94 @@ class EngineCore:
         if active is None:
             if victim is not None and victim.id in self._runs:
                 # It stops while the newcomer's run is built: a boundary missed costs a segment.
-                self._executor.suspend(self._runs[victim.id].run)
+                self._worker.suspend(self._runs[victim.id].run)
             active = self._start_run(work)
         if active is None:
             return
         if victim is not None:
             active.is_preempting, active.reason = True, decision.reason
-        try:
-            self._executor.dispatch(active.run)
-        except ValueError:
-            return  # it has ended in this moment; its event is on the way
+        self._worker.dispatch(active.run)  # it may have ended in this moment: its event will tell
 
-    def _start_run(self, work: Work) -> ActiveRun | None:
+    def _start_run(self, work: Work) -> LiveRun | None:
         """Build the run of a work that starts; None if that failed and its requests with it."""
-        sequences = [self._live[job_id] for job_id in work.job_ids if job_id in self._live]
+        requests = [self._live[job_id] for job_id in work.job_ids if job_id in self._live]
         if work.kind == "decode":
-            sequences = self._with_blocks(sequences)
+            requests = self._with_blocks(requests)
         try:
-            run = self._model.make_run(work.id, sequences)
+            run = self._worker.make_run(self._batch_of(work.id, requests))
         except Exception as error:  # whatever it is: these requests fail, the engine goes on
-            for sequence in sequences:
-                self._fail(sequence, RequestFailed(f"request {sequence.id}: {error}"))
+            for request in requests:
+                self._fail(request, RequestFailed(f"request {request.id}: {error}"))
             self._news.append(Failed(work.id))
             return None
-        for sequence in sequences:
-            sequence.work_id = work.id
-        active = self._runs[work.id] = ActiveRun(work, run, sequences)
+        for request in requests:
+            request.work_id = work.id
+        active = self._runs[work.id] = LiveRun(work, run, requests)
         self.run_names[work.id] = active.name
         while len(self.run_names) > KEPT_RUN_NAMES:
             self.run_names.popitem(last=False)
         return active
 
-    def _with_blocks(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Give each decoding sequence room for its next token; returns those that got it."""
-        kept, evicted = self._memory.make_room(sequences, self._live.values())
-        for sequence in evicted:
-            sequence.is_scheduled = False
-            self._news.append(Cancelled(sequence.id))
+    def _batch_of(self, run_id: int, requests: list[LiveRequest]) -> Batch:
+        """Return what a run over the requests computes."""
+        is_decode = all(len(request.ids) - request.computed == 1 for request in requests)
+        chooses = is_decode and self._worker.limits.chooses_tokens
+        kind: WorkKind = "decode" if is_decode else "prefill"
+        return Batch(
+            run_id=run_id,
+            sequences=[request.next_piece(chooses_token=chooses) for request in requests],
+            slowdown=self._scheduler.cost_model.correction(kind),
+        )
+
+    def _with_blocks(self, requests: list[LiveRequest]) -> list[LiveRequest]:
+        """Give each decoding request room for its next token; returns those that got it."""
+        kept, evicted = self._memory.make_room(requests, self._live.values())
+        for request in evicted:
+            request.is_scheduled = False
+            self._news.append(Cancelled(request.id))
         return kept
 
     # ---- ends ----------------------------------------------------------------------------------
 
-    def _end_early(self, sequence: Sequence, error: FlowPrefillError, reason: FinishReason) -> None:
+    def _end_early(
+        self, request: LiveRequest, error: FlowPrefillError, reason: FinishReason
+    ) -> None:
         """End a request before its time; its blocks stay until the run that uses them has ended."""
-        sequence.error = error
-        sequence.finish_reason = reason
-        if sequence.is_scheduled:
-            sequence.is_scheduled = False
-            self._news.append(Cancelled(sequence.id))
-        if sequence.work_id is None:
-            self._free(sequence)
+        request.error = error
+        request.finish_reason = reason
+        if request.is_scheduled:
+            request.is_scheduled = False
+            self._news.append(Cancelled(request.id))
+        if request.work_id is None:
+            self._free(request)
 
-    def _fail(self, sequence: Sequence, error: FlowPrefillError) -> None:
+    def _fail(self, request: LiveRequest, error: FlowPrefillError) -> None:
         """End a request whose run is over. The scheduler learns it with the run's end."""
-        if sequence.error is None:
-            sequence.error, sequence.finish_reason = error, "failed"
-        sequence.work_id = None
-        self._free(sequence)
+        if request.error is None:
+            request.error, request.finish_reason = error, "failed"
+        request.work_id = None
+        self._free(request)
 
-    def _free(self, sequence: Sequence) -> None:
+    def _free(self, request: LiveRequest) -> None:
         """The one place where a request ends: blocks freed, forgotten, result to be delivered."""
-        assert not sequence.is_ended
-        sequence.is_ended = True
-        if sequence.reservation is None:
-            self._memory.remove(sequence)
+        assert not request.is_ended
+        request.is_ended = True
+        if request.reservation is None:
+            self._memory.remove(request)
         else:
-            self._pool.release(sequence.reservation)
-            sequence.reservation = None
+            self._pool.release(request.reservation)
+            request.reservation = None
             self._memory.blocks_freed()
-        if sequence.cancelled_at_s is not None:
-            sequence.cancel_to_free_s = time.monotonic() - sequence.cancelled_at_s
-        del self._live[sequence.id]
-        self._outbox.ended.append(sequence)
+        if request.cancelled_at_s is not None:
+            request.cancel_to_free_s = self._worker.now_s() - request.cancelled_at_s
+        del self._live[request.id]
+        self._outbox.ended.append(request)
 
     def _deliver(self) -> None:
         """Hand over what has ended and tell the observers. No lock held."""
         with self._lock:
             outbox, self._outbox = self._outbox, Outbox()
-        outbox.deliver(self.observers)
+        outbox.deliver(self.observers, self._worker.now_s())
 
     def _wait_until_idle(self) -> None:
         with self._lock:
@@ -365,16 +379,16 @@ class EngineCore:
 
     # ---- the event thread ----------------------------------------------------------------------
 
-    def _handle_events(self) -> None:
-        for kind, run, _ in self._executor.pop_events():
-            if kind == "suspended":
-                continue
-            try:
-                self._handle_end_of_run(run.id, kind)
-            except Exception as error:  # a bug of ours; its event will not come again
-                log.exception("the end of run %d could not be handled", run.id)
-                self._runs.pop(run.id, None)
-                self._handle_failure(error)
+    def _handle_event(self, event: RunEvent) -> None:
+        if event.kind == "suspended":
+            return
+        run_id = event.run.id
+        try:
+            self._handle_end_of_run(run_id, event.kind)
+        except Exception as error:  # a bug of ours; its event will not come again
+            log.exception("the end of run %d could not be handled", run_id)
+            self._runs.pop(run_id, None)
+            self._handle_failure(error)
 
     def _handle_timer(self) -> None:
         with self._lock:
@@ -393,20 +407,20 @@ class EngineCore:
         active = self._runs[run_id]
         failures: dict[str, FlowPrefillError] = {}
         if kind == "finished":
-            failures = active.sample(self._model.outcomes(active.run))
+            failures = active.sample(self._worker.outcomes(active.run), self._worker.now_s())
         with self._lock:
             del self._runs[run_id]
             active.account()
             if active.is_preempting:
                 self._outbox.preemptions.append((active.reason, active.blocking_s))
             if kind == "failed":
-                for sequence in active.sequences:
-                    message = f"request {sequence.id}: {active.run.error}"
-                    self._fail(sequence, RequestFailed(message))
+                for request in active.requests:
+                    message = f"request {request.id}: {active.run.error}"
+                    self._fail(request, RequestFailed(message))
                 self._news.append(Failed(run_id))
             else:
-                ends = self._release_sequences(active, failures, is_finished=kind == "finished")
-                executed_s = active.run.accounting()["running_s"]
+                ends = self._release_requests(active, failures, is_finished=kind == "finished")
+                executed_s = active.run.accounting().running_s
                 if kind == "finished":
                     self._news.append(Finished(run_id, ends, executed_s))
             self._settle()
@@ -417,34 +431,34 @@ class EngineCore:
         self._refusal = f"the engine has failed: {error}"
         self._news.clear()
         for active in self._runs.values():
-            self._executor.cancel(active.run)
-        for sequence in tuple(self._live.values()):
-            sequence.is_scheduled = False
-            if sequence.error is None:
-                message = f"request {sequence.id}: internal error: {error}"
-                sequence.error, sequence.finish_reason = RequestFailed(message), "failed"
-            if sequence.work_id not in self._runs:
-                self._free(sequence)
+            self._worker.cancel(active.run)
+        for request in tuple(self._live.values()):
+            request.is_scheduled = False
+            if request.error is None:
+                message = f"request {request.id}: internal error: {error}"
+                request.error, request.finish_reason = RequestFailed(message), "failed"
+            if request.work_id not in self._runs:
+                self._free(request)
 
-    def _release_sequences(
-        self, active: ActiveRun, failures: dict[str, FlowPrefillError], *, is_finished: bool
+    def _release_requests(
+        self, active: LiveRun, failures: dict[str, FlowPrefillError], *, is_finished: bool
     ) -> frozenset[str]:
-        """Give a run's sequences back; returns the ids of those that have ended with it."""
+        """Give a run's requests back; returns the ids of those that have ended with it."""
         ends: set[str] = set()
-        for sequence, computed in zip(active.sequences, active.computed, strict=True):
-            assert sequence.reservation is not None
-            sequence.work_id = None
-            if sequence.id in failures:
-                blocks = sequence.reservation.block_ids[sequence.reservation.committed_blocks :]
-                self._model.zero_blocks(blocks)
-                if sequence.error is None:
-                    sequence.error, sequence.finish_reason = failures[sequence.id], "failed"
+        for request, computed in zip(active.requests, active.computed, strict=True):
+            assert request.reservation is not None
+            request.work_id = None
+            if request.id in failures:
+                blocks = request.reservation.block_ids[request.reservation.committed_blocks :]
+                self._worker.zero_blocks(blocks)
+                if request.error is None:
+                    request.error, request.finish_reason = failures[request.id], "failed"
             elif is_finished:
-                sequence.computed = computed
-                self._pool.commit(sequence.reservation, sequence.ids[:computed])
-                sequence.end_with_last_token()
-            if sequence.finish_reason is not None:
-                if sequence.is_scheduled:
-                    ends.add(sequence.id)
-                self._free(sequence)
+                request.computed = computed
+                self._pool.commit(request.reservation, request.ids[:computed])
+                request.end_with_last_token()
+            if request.finish_reason is not None:
+                if request.is_scheduled:
+                    ends.add(request.id)
+                self._free(request)
         return frozenset(ends)

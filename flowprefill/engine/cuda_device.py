@@ -1,4 +1,4 @@
-"""CudaDevice: a GPU as the engine sees it; made by `device.open_device`. Needs the module _cuda."""
+"""CudaDevice: a GPU as the engine sees it, by the module _cuda; made by `open_device`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowprefill.config import EngineConfig
+from flowprefill.config import GIB, EngineConfig
 from flowprefill.engine.calibration import ProbeSizes, default_cache_dir
 from flowprefill.engine.device import longest_of
 from flowprefill.errors import ConfigError
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flowprefill import _cuda
-    from flowprefill.engine.device import DeviceChoice, FloatArray
+    from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
 
-GIB = 1 << 30
 # Activations of the longest run lie in static lanes: a limit of 128k tokens, which few ask for,
 # would take many GiB from the KV cache.
 USUAL_MAX_MODEL_LEN = 32_768
@@ -37,32 +36,34 @@ class CudaDevice:
     probe_sizes = ProbeSizes(tokens=2048, context=8192, fills_context=True)
     threads = 1  # the executor's own; the GPU computes
 
-    def __init__(self, config: EngineConfig, choice: DeviceChoice) -> None:
+    def __init__(self, config: EngineConfig, module: Any, index: int, reason: str) -> None:
         """Settle the element type.
+
+        Args:
+            module: ``flowprefill._cuda``. index: of the GPU. reason: why this device, in words.
 
         Raises:
             ConfigError: f32 is asked for.
         """
+        self.name = f"cuda:{index}"
         if config.dtype == "f32":
             raise ConfigError(
-                f"dtype: got 'f32', expected 'bf16' or 'auto' on {choice.name}: GPUs compute bf16 "
+                f"dtype: got 'f32', expected 'bf16' or 'auto' on {self.name}: GPUs compute bf16 "
                 "only; device 'cpu' computes f32",
                 param="dtype",
             )
-        assert choice.module is not None
-        self.name = choice.name
-        self.reason = choice.reason
+        self.reason = reason
         self.dtype = "bf16"
         self._config = config
-        self._cuda: Any = choice.module
-        self._index = choice.index
-        self._info: dict[str, Any] = self._cuda.device_info(choice.index)
+        self.native: Any = module
+        self._index = index
+        self._info: dict[str, Any] = self.native.device_info(index)
 
     def make_model(self, checkpoint: Checkpoint) -> _cuda.Model:
         """Take the memory of the weights; the lanes will hold the longest prompt there can be."""
         settings = self._config
         config = checkpoint.config
-        longest = longest_of(self, settings, config)
+        longest = longest_of(self.max_model_len, settings, config)
         folder = Path(settings.cache_dir or default_cache_dir())
         most_tokens = max(longest, settings.max_batch_tokens, settings.max_running)
         if settings.calibrate:
@@ -75,10 +76,10 @@ class CudaDevice:
             "graph_bytes": GRAPH_BYTES,
             "measures_gemms": settings.calibrate,
             "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
-            "cublas_lt_libraries": cublas_lt_libraries(self._cuda, self._index),
+            "cublas_lt_libraries": cublas_lt_libraries(self.native, self._index),
         }
         try:
-            model: _cuda.Model = self._cuda.Model(checkpoint.graph, options)
+            model: _cuda.Model = self.native.Model(checkpoint.graph, options)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
         return model
@@ -89,7 +90,7 @@ class CudaDevice:
         Raises:
             ConfigError: nothing is.
         """
-        free: int = self._cuda.device_info(self._index)["free_bytes"]
+        free: int = self.native.device_info(self._index)["free_bytes"]
         lanes = model.lane_bytes(self._config.block_tokens)
         left = free - lanes - GRAPH_BYTES
         if left <= 0:
@@ -102,13 +103,13 @@ class CudaDevice:
             )
         return int(left * CACHE_SHARE)
 
-    def start_executor(self, model: _cuda.Model, plan: dict[str, Any] | None) -> _cuda.Executor:
+    def start_executor(self, model: _cuda.Model, plan: _cuda.PlanOptions | None) -> _cuda.Executor:
         """Start the executor, which measures kernels first and captures the graphs of short runs.
 
         Without a plan (no rates are known yet) graphs are captured as runs come.
         """
         try:
-            executor: _cuda.Executor = self._cuda.Executor(model, plan)
+            executor: _cuda.Executor = self.native.Executor(model, plan)
             executor.start()
         except RuntimeError as error:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
@@ -116,10 +117,10 @@ class CudaDevice:
 
     def outcomes(self, run: _cuda.Run) -> FloatArray | list[int]:
         """Return the run's logits, a view of pinned memory; its tokens if they were not fetched."""
-        if self._cuda.has_logits(run):
-            values: FloatArray = self._cuda.logits(run)
+        if self.native.has_logits(run):
+            values: FloatArray = self.native.logits(run)
             return values
-        tokens: list[int] = self._cuda.sampled(run).tolist()
+        tokens: list[int] = self.native.sampled(run).tolist()
         return tokens
 
     def workspace_bytes(self, model: _cuda.Model) -> int:

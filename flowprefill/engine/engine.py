@@ -1,4 +1,4 @@
-"""Engine: what users make and submit to. Joins model, KV cache, tokenizer, scheduler and executor.
+"""Engine: what users make and submit to. Joins tokenizer, KV blocks, scheduler and worker.
 
 Every method may be called from any thread and from asyncio; none blocks on the device but `close`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from flowprefill.config import EngineConfig, Granularity
-from flowprefill.engine import calibration
 from flowprefill.engine.core import EngineCore
-from flowprefill.engine.device import longest_of, open_model
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
-from flowprefill.engine.native import model_shape, native_plan, slowdown_of
+from flowprefill.engine.live_request import LiveRequest, TokenSide
+from flowprefill.engine.local_worker import LocalWorker
 from flowprefill.engine.records import (
     EngineObserver,
     EngineStats,
@@ -29,31 +27,26 @@ from flowprefill.engine.records import (
     timeline_entry,
 )
 from flowprefill.engine.sampler import Sampler
-from flowprefill.engine.sequence import Sequence, TokenSide
 from flowprefill.engine.stop import StopChecker
-from flowprefill.errors import ConfigError, InvalidRequest, PromptTooLong
+from flowprefill.errors import InvalidRequest, PromptTooLong
 from flowprefill.models.checkpoint import Progress, open_checkpoint
 from flowprefill.request import SLO, Request
 from flowprefill.scheduling import (
     CostModel,
     MachineRates,
-    ModelShape,
     Scheduler,
     SchedulerSettings,
-    WorkKind,
 )
 from flowprefill.scheduling.admission import AdmissionLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from flowprefill.engine.device import FloatArray, NativeRun
     from flowprefill.models.tokenizer import Tokenizer
     from flowprefill.scheduling.policies import Policy
 
 log = logging.getLogger(__name__)
 
-GIB = 1 << 30
 COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
 
 
@@ -92,14 +85,12 @@ class Engine:
         self.model_config = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self._chat_template = checkpoint.chat_template
-        self._granularity = Granularity.parse(self.config.granularity)
-        self._device, self._model = open_model(self.config, checkpoint, progress)
-        self.dtype, self.threads = self._device.dtype, self._device.threads
-        self.max_model_len = longest_of(self._device, self.config, self.model_config)
-        self._pool = self._allocate_cache()
-        self._cost_model = self._start_executor(model_shape(checkpoint.graph, self.dtype))
+        self._worker = LocalWorker(self.config, checkpoint, progress)
+        self._worker.start()
+        limits = self._worker.limits
+        self.max_model_len = limits.max_model_len
+        self._pool = BlockPool(limits.num_blocks, limits.block_tokens, self.config.prefix_cache)
         self._core = self._make_core(policy)
-        self._plans: dict[float, dict[str, Any]] = {}
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
         self.is_ready = True
@@ -123,20 +114,18 @@ class Engine:
             NotReady: the engine is closing.
             In each case nothing else is disturbed.
         """
-        arrival_s = time.monotonic()
+        arrival_s = self._worker.now_s()
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
-        due_s = math.inf if slo.ttft is None else arrival_s + slo.ttft
-        stopped = self._core.stop_early(len(ids), due_s)
+        stopped = self._core.stop_early(len(ids), slo.deadline_s(arrival_s))
         try:
             room = self._room_for(ids, request)
-            sequence = self._make_sequence(request, slo, ids, room)
-            sequence.arrival_s = arrival_s
-            self._core.submit(sequence)
+            live = self._make_live(request, slo, ids, room, arrival_s)
+            self._core.submit(live)
         finally:
             if stopped is not None:
                 self._core.let_go_on(stopped)
-        return sequence.handle
+        return live.handle
 
     def render_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
         """Turn chat messages into prompt text by the model's template.
@@ -158,8 +147,7 @@ class Engine:
         """
         granularity = Granularity.parse(text)
         self._core.set_max_blocking(granularity.budget_s or COARSE_BLOCKING_S)
-        self._granularity = granularity
-        self._plans.clear()
+        self._worker.set_granularity(granularity)
 
     def close(self, timeout: float | None = None) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
@@ -193,7 +181,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return a snapshot of gauges and counters."""
         running, waiting, suspended = self._core.counts()
-        blocks, native = self._pool.stats, self._executor.stats()
+        blocks, worker = self._pool.stats, self._worker.stats()
         return EngineStats(
             running=running,
             waiting=waiting,
@@ -203,10 +191,10 @@ class Engine:
             kv_blocks_total=blocks.total,
             prefix_cache_queries=blocks.queried_tokens,
             prefix_cache_hits=blocks.hit_tokens,
-            preemptions=native["num_suspended"],
-            segments=native["num_segments"],
-            workspace_bytes=self._device.workspace_bytes(self._model),
-            max_blocking_s=native["max_blocking_s"],
+            preemptions=worker.preemptions,
+            segments=worker.segments,
+            workspace_bytes=worker.workspace_bytes,
+            max_blocking_s=worker.max_blocking_s,
         )
 
     def subscribe(self, observer: EngineObserver) -> None:
@@ -216,7 +204,7 @@ class Engine:
     def timeline(self) -> list[TimelineEntry]:
         """Return the segments executed last, oldest first."""
         names = dict(self._core.run_names)
-        return [timeline_entry(record, names) for record in self._executor.timeline()[0]]
+        return [timeline_entry(record, names) for record in self._worker.timeline()]
 
     def decisions(self) -> list[dict[str, Any]]:
         """Return the scheduler's latest decisions with their reasons, oldest first."""
@@ -224,81 +212,40 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """Return device, element type and why, in words."""
-        return {
-            **self._device.describe(),
-            "granularity": str(self._granularity),
-            "policy": self.config.policy,
-        }
+        return {**self._worker.describe(), "policy": self.config.policy}
+
+    @property
+    def dtype(self) -> str:
+        """What the device computes in: ``bf16`` or ``f32``."""
+        return self._worker.dtype
+
+    @property
+    def threads(self) -> int:
+        """Compute threads of the executor."""
+        return self._worker.threads
 
     @property
     def rates(self) -> MachineRates:
-        """What calibration measured."""
-        return self._cost_model.rates
+        """What calibration measured, or what is assumed without."""
+        return self._worker.rates or MachineRates()
 
     # ---- making --------------------------------------------------------------------------------
-
-    def _allocate_cache(self) -> BlockPool:
-        block_tokens = self.config.block_tokens
-        block_bytes = self._model.bytes_per_block(block_tokens)
-        wanted = int(self.config.kv_cache_gib * GIB) or self._device.cache_bytes(self._model)
-        blocks = wanted // block_bytes
-        if blocks < 1:
-            raise ConfigError(
-                f"kv_cache_gib: got {self.config.kv_cache_gib}, expected at least "
-                f"{block_bytes / GIB:.4f} (one block of {block_tokens} tokens)",
-                param="kv_cache_gib",
-            )
-        try:
-            self._model.allocate_cache(block_tokens, blocks)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"kv_cache_gib: {blocks * block_bytes / GIB:.2f} GiB beside the activations of "
-                f"{self.max_model_len} tokens (max_model_len): {error}",
-                param="kv_cache_gib",
-            ) from None
-        return BlockPool(blocks, block_tokens, self.config.prefix_cache)
-
-    def _start_executor(self, shape: ModelShape) -> CostModel:
-        """Start the executor, prepared for the rates kept from earlier; else measure them."""
-        if not self.config.calibrate:
-            self._executor = self._device.start_executor(self._model, None)
-            return CostModel(shape)
-        folder = Path(self.config.cache_dir or calibration.default_cache_dir())
-        key = {
-            "model": self.model_id,
-            "dtype": self.dtype,
-            "flops": shape.linear_flops_per_token,
-            "block_tokens": self._pool.block_tokens,
-            **self._device.identity(),
-        }
-        file = calibration.RatesFile(folder, key)
-        rates = file.read()
-        plan = native_plan(self._granularity, rates) if rates is not None else None
-        self._executor = self._device.start_executor(self._model, plan)
-        if rates is None:
-            rates = self._measure(shape)
-            file.write(rates)
-        return CostModel(shape, rates, is_calibrated=True)
-
-    def _measure(self, shape: ModelShape) -> MachineRates:
-        capacity = self._pool.num_blocks * self._pool.block_tokens
-        most = min(capacity, self.model_config.max_position)
-        make_probe = calibration.probes_of(self._model, self._pool.num_blocks, self.vocab_size)
-        sizes = self._device.probe_sizes
-        return calibration.measure(self._executor, make_probe, shape, most, sizes)
 
     def _make_core(
         self, policy: Callable[[CostModel, SchedulerSettings], Policy] | None
     ) -> EngineCore:
+        granularity = Granularity.parse(self.config.granularity)
         settings = SchedulerSettings(
             max_batch_tokens=self.config.max_batch_tokens,
             max_running=self.config.max_running,
-            max_blocking_s=self._granularity.budget_s or COARSE_BLOCKING_S,
+            max_blocking_s=granularity.budget_s or COARSE_BLOCKING_S,
         )
-        own = policy(self._cost_model, settings) if policy is not None else None
-        scheduler = Scheduler(own or self.config.policy, self._cost_model, settings)
+        worker = self._worker
+        cost_model = CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)
+        own = policy(cost_model, settings) if policy is not None else self.config.policy
+        scheduler = Scheduler(own, cost_model, settings)
         limits = AdmissionLimits(self.config.max_waiting, self.config.max_waiting_tokens)
-        return EngineCore(scheduler, self._executor, self._pool, self, limits)
+        return EngineCore(scheduler, worker, self._pool, limits)
 
     def _token_ids(self, request: Request) -> list[int]:
         if isinstance(request.prompt, str):
@@ -336,59 +283,22 @@ class Engine:
             )
         return room if wanted is None else min(room, wanted)
 
-    def _make_sequence(self, request: Request, slo: SLO, ids: list[int], room: int) -> Sequence:
+    def _make_live(
+        self, request: Request, slo: SLO, ids: list[int], room: int, arrival_s: float
+    ) -> LiveRequest:
         eos = self.tokenizer.eos_ids
         params, num_prompt, seed = request.sampling, len(ids), next(self._seeds)
-        sequence = Sequence(
+        live = LiveRequest(
             request=request,
             slo=slo,
-            handle=Handle(request.id, len(ids), lambda: self._core.cancel(sequence)),
+            handle=Handle(request.id, len(ids), lambda: self._core.cancel(live)),
             make_token_side=lambda: TokenSide(
                 Sampler(params, self.vocab_size, ids[:num_prompt], seed, eos),
                 StopChecker(params, eos, room),
                 self.tokenizer.incremental_decoder(keeps_space=True),
             ),
-            arrival_s=0.0,
+            arrival_s=arrival_s,
             ids=ids,
             num_prompt=num_prompt,
-            extra_tokens=1,
         )
-        return sequence
-
-    # ---- what the core calls -------------------------------------------------------------------
-
-    def make_run(self, run_id: int, sequences: list[Sequence]) -> NativeRun:
-        """Build the run over the not yet computed tokens of the sequences; for the core."""
-        tokens = [sequence.new_tokens() for sequence in sequences]
-        entries = []
-        for new, sequence in zip(tokens, sequences, strict=True):
-            assert sequence.reservation is not None
-            table = np.array(sequence.reservation.block_ids, dtype=np.int32)
-            entries.append((len(new), sequence.computed, table))
-        rows = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
-        is_decode = len(rows) == len(tokens)
-        plan = self._plan("decode" if is_decode else "prefill")
-        if is_decode and self._device.chooses_tokens:
-            sampling = [sequence.device_sampling() for sequence in sequences]
-            if None not in sampling:  # then no logits have to come to the host
-                model: Any = self._model
-                run: NativeRun = model.make_run(
-                    run_id, rows, entries, plan, sampling=sampling, fetch_logits=False
-                )
-                return run
-        return self._model.make_run(run_id, rows, entries, plan)
-
-    def _plan(self, kind: WorkKind) -> dict[str, Any]:
-        """Return the planner's options, by the rates measured of late."""
-        slowdown = slowdown_of(self._cost_model.correction(kind), self._device.is_exclusive)
-        if slowdown not in self._plans:
-            self._plans[slowdown] = native_plan(self._granularity, self._cost_model.rates, slowdown)
-        return self._plans[slowdown]
-
-    def outcomes(self, run: NativeRun) -> FloatArray | list[int]:
-        """Return a finished run's logits, [sequences, vocab], or its tokens; for the core."""
-        return self._device.outcomes(run)
-
-    def zero_blocks(self, blocks: list[int]) -> None:
-        """Clear KV blocks that may hold NaN; for the core."""
-        self._model.zero_blocks(blocks)
+        return live

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from flowprefill.engine.kv_blocks import BlockPool
-    from flowprefill.engine.sequence import Sequence
+    from flowprefill.engine.live_request import LiveRequest
 
 PATIENCE_S = 5.0
 LATEST_S = 60.0  # a request counts as due this long after its arrival at the latest
@@ -26,7 +26,7 @@ class MemoryQueue:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._waiting: list[Sequence] = []
+        self._waiting: list[LiveRequest] = []
         self._tokens = 0
         self._is_dirty = False
 
@@ -38,59 +38,59 @@ class MemoryQueue:
         """The tokens that wait to be computed."""
         return self._tokens
 
-    def push(self, sequence: Sequence) -> None:
-        """Queue a sequence; PromptTooLong must have been ruled out."""
-        bisect.insort(self._waiting, sequence, key=_urgency)
-        self._tokens += len(sequence.ids)
+    def push(self, request: LiveRequest) -> None:
+        """Queue a request; PromptTooLong must have been ruled out."""
+        bisect.insort(self._waiting, request, key=_urgency)
+        self._tokens += len(request.ids)
         self._is_dirty = True
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out wherever it is; no effect if it is not here."""
-        if sequence in self._waiting:
-            self._take(sequence)
+    def remove(self, request: LiveRequest) -> None:
+        """Take a request out wherever it is; no effect if it is not here."""
+        if request in self._waiting:
+            self._take(request)
             self._is_dirty = True
 
     def blocks_freed(self) -> None:
         """Note that trying again may succeed."""
         self._is_dirty = True
 
-    def admit(self, now: float) -> Iterator[Sequence]:
+    def admit(self, now: float) -> Iterator[LiveRequest]:
         """Reserve blocks for as many as fit, most urgent first; yields each that got them."""
         if not self._is_dirty:
             return
         self._is_dirty = False
         misses = 0
-        for sequence in tuple(self._waiting):
-            reservation = self._pool.reserve(sequence.ids, sequence.extra_tokens)
+        for request in tuple(self._waiting):
+            reservation = self._pool.reserve(request.ids, extra_tokens=1)
             if reservation is None:
                 misses += 1
-                if now - sequence.arrival_s > PATIENCE_S or misses >= MAX_MISSES:
+                if now - request.arrival_s > PATIENCE_S or misses >= MAX_MISSES:
                     return
                 continue
-            sequence.reservation = reservation
-            sequence.computed = reservation.cached_tokens
-            self._take(sequence)
-            yield sequence
+            request.reservation = reservation
+            request.computed = reservation.cached_tokens
+            self._take(request)
+            yield request
 
     def make_room(
-        self, decoding: list[Sequence], live: Iterable[Sequence]
-    ) -> tuple[list[Sequence], list[Sequence]]:
-        """Give each decoding sequence a block for its next token, taken from others if need be.
+        self, decoding: list[LiveRequest], live: Iterable[LiveRequest]
+    ) -> tuple[list[LiveRequest], list[LiveRequest]]:
+        """Give each decoding request a block for its next token, taken from others if need be.
 
         The least urgent give theirs up: first requests that hold blocks but have not started, then
         decoding ones. They wait here again and compute their tokens anew.
 
         Returns:
-            The sequences that have room now, and those that lost their blocks.
+            The requests that have room now, and those that lost their blocks.
         """
         kept = sorted(decoding, key=lambda s: (s.slo.tpot or math.inf, s.arrival_s))
-        evicted: list[Sequence] = []
-        idle: list[Sequence] | None = None
+        evicted: list[LiveRequest] = []
+        idle: list[LiveRequest] | None = None
         index = 0
         while index < len(kept):
-            sequence = kept[index]
-            assert sequence.reservation is not None
-            if self._pool.grow(sequence.reservation, len(sequence.ids)):
+            request = kept[index]
+            assert request.reservation is not None
+            if self._pool.grow(request.reservation, len(request.ids)):
                 index += 1
                 continue
             if idle is None:
@@ -103,16 +103,16 @@ class MemoryQueue:
             evicted.append(victim)
         return kept, evicted
 
-    def _take(self, sequence: Sequence) -> None:
-        self._waiting.remove(sequence)
-        self._tokens -= len(sequence.ids)
+    def _take(self, request: LiveRequest) -> None:
+        self._waiting.remove(request)
+        self._tokens -= len(request.ids)
 
 
-def _is_idle(sequence: Sequence) -> bool:
+def _is_idle(request: LiveRequest) -> bool:
     """Whether it holds blocks though its prefill has not started."""
-    has_blocks = sequence.reservation is not None and sequence.is_scheduled
-    return has_blocks and sequence.work_id is None and not sequence.tokens
+    has_blocks = request.reservation is not None and request.is_scheduled
+    return has_blocks and request.work_id is None and not request.tokens
 
 
-def _urgency(sequence: Sequence) -> tuple[float, float]:
-    return min(sequence.deadline_s, sequence.arrival_s + LATEST_S), sequence.arrival_s
+def _urgency(request: LiveRequest) -> tuple[float, float]:
+    return min(request.deadline_s, request.arrival_s + LATEST_S), request.arrival_s

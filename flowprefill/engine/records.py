@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from flowprefill.engine.worker import TimelineRecord
     from flowprefill.request import SLO, FinishReason, Timings
-    from flowprefill.scheduling import Decision, Event
+    from flowprefill.scheduling import Decision, SchedulerEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class EngineObserver(Protocol):
         """The scheduler decided once, in so many seconds."""
 
 
-def decision_entry(event: Event, decision: Decision, now: float) -> dict[str, Any]:
+def decision_entry(event: SchedulerEvent, decision: Decision, now: float) -> dict[str, Any]:
     """Return one entry of the decision log, ready for JSON."""
     work, old = decision.dispatch, decision.preempted
     return {
@@ -108,16 +109,17 @@ def decision_entry(event: Event, decision: Decision, now: float) -> dict[str, An
     }
 
 
-def timeline_entry(record: tuple[Any, ...], names: dict[int, str]) -> TimelineEntry:
-    """Return a record of the executor's timeline as users see it; names: of runs by id."""
-    run_id, _, op, layer, last_layer, row, last_row, predicted_s, start_s, end_s = record
-    layers = f"{layer}" if last_layer in (layer, -1) else f"{layer}-{last_layer}"
-    where = f" L{layers}" if layer >= 0 else ""
+def timeline_entry(record: TimelineRecord, names: dict[int, str]) -> TimelineEntry:
+    """Return a record of the worker's timeline as users see it; names: of runs by id."""
+    label = record.label
+    is_one_layer = label.last_layer in (label.layer, -1)
+    layers = f"{label.layer}" if is_one_layer else f"{label.layer}-{label.last_layer}"
+    where = f" L{layers}" if label.layer >= 0 else ""
     return TimelineEntry(
-        run=names.get(run_id, f"run {run_id}"),
-        run_id=run_id,
-        segment=f"{op}{where} [{row}, {last_row})",
-        start_s=start_s,
-        end_s=end_s,
-        predicted_s=predicted_s,
+        run=names.get(record.run_id, f"run {record.run_id}"),
+        run_id=record.run_id,
+        segment=f"{label.op}{where} [{label.row_begin}, {label.row_end})",
+        start_s=record.start_s,
+        end_s=record.end_s,
+        predicted_s=label.predicted_s,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,28 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.intp]
-# temperature (0: greedy), top_k (0: all), top_p, min_p, the random number in [0, 1)
-DeviceSampling = tuple[float, int, float, float, float]
 
 # Temperatures below are greedy: dividing by them says nothing more than which logit is largest.
 GREEDY_BELOW = 1e-5
-GREEDY: DeviceSampling = (0.0, 0, 1.0, 0.0, 0.0)
 _CHUNK = 64  # values summed up or compared at a time, where all at once would be slow
 # Penalised logits stay within this, so that differences of two cannot overflow float32.
 _MAX_LOGIT = float(np.finfo(np.float32).max) / 4
+
+
+class DeviceSampling(NamedTuple):
+    """How a device chooses the next token of one sequence.
+
+    Attributes:
+        temperature: 0: the most likely token, whatever the rest says.
+        top_k: 0: all.
+        uniform: the random number, in [0, 1).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    uniform: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +114,8 @@ class Sampler:
         if self._seen is not None or params.logprobs is not None or self._masks():
             return None
         if self._uniform is None:
-            return GREEDY
-        return (
+            return DeviceSampling()
+        return DeviceSampling(
             params.temperature, params.top_k, params.top_p, params.min_p, self._next_uniform()
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ReleasedText:
     """What follows from one token.
 
     Attributes:
@@ -127,7 +127,7 @@ class StopChecker:
             return "length"
         return None
 
-    def push(self, token_id: int, piece: str) -> Verdict:
+    def push(self, token_id: int, piece: str) -> ReleasedText:
         """Take the next token and the text that became final with it.
 
         Raises:
@@ -139,16 +139,16 @@ class StopChecker:
         cut = self._find_stop(piece) if self._strings else None
         if cut is not None:
             self._is_finished = True
-            return Verdict(cut, "stop")
+            return ReleasedText(cut, "stop")
         text = self._held + piece
         if reason is not None:
             self._is_finished = True
             self._held = ""
-            return Verdict(text, reason)
+            return ReleasedText(text, reason)
         keep = self._hold_back()
         split = len(text) - keep
         self._held = text[split:]
-        return Verdict(text[:split], None)
+        return ReleasedText(text[:split], None)
 
     def flush(self) -> str:
         """Return the text held back, for a request that ends early (cancelled, expired, failed)."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from flowprefill.scheduling.interface import WorkKind
 
@@ -47,7 +47,7 @@ class MachineRates:
     gemm_flops_per_s: float = 2e10
     attention_flops_per_s: float = 1e10
     weight_bytes_per_s: float = 5e9
-    step_overhead_s: float = 2e-3
+    run_overhead_s: float = 2e-3
 
     def __post_init__(self) -> None:
         _check_positive(self, (field.name for field in fields(self)))
@@ -91,6 +91,10 @@ class CostModel:
         self.is_calibrated = is_calibrated
         self._correction: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
         self._ratios: dict[WorkKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
+
+    def formula_s(self, tokens: int) -> float:
+        """Return the formula's time to prefill one prompt, not corrected; any thread: constant."""
+        return self._raw_s(tokens, attention_pairs(tokens, 0), 1)
 
     def prefill_s(self, tokens: int, context: int = 0) -> float:
         """Return the predicted time to prefill one prompt on its cached context, seconds."""
@@ -145,33 +149,6 @@ class CostModel:
             return predicted_s * min(1.0, self.error_quantile("prefill", 0.05))
         return predicted_s * (0.8 if self.is_calibrated else 0.25)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what a cache on disk needs to restore this model."""
-        return {
-            "rates": asdict(self.rates),
-            "shape": asdict(self.shape),
-            "correction": dict(self._correction),
-            "is_calibrated": self.is_calibrated,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CostModel:
-        """Rebuild a model from `to_dict`; ValueError names what is missing or wrong."""
-        try:
-            model = cls(
-                ModelShape(**values["shape"]),
-                MachineRates(**values["rates"]),
-                is_calibrated=bool(values["is_calibrated"]),
-            )
-            for kind in KINDS:
-                factor = float(values["correction"][kind])
-                if not 1 / MAX_CORRECTION <= factor <= MAX_CORRECTION:
-                    raise ValueError(f"correction.{kind}: got {factor}, expected 1/8 to 8")
-                model._correction[kind] = factor
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"cost model: missing or wrong entry {error}") from None
-        return model
-
     def _raw_s(self, tokens: int, pairs: float, sequences: int) -> float:
         rates, shape = self.rates, self.shape
         linear = max(
@@ -183,4 +160,4 @@ class CostModel:
             sequences * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
         )
         attention = pairs * shape.attention_flops_per_pair / rates.attention_flops_per_s
-        return rates.step_overhead_s + linear + head + attention
+        return rates.run_overhead_s + linear + head + attention

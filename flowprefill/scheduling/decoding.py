@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
-from flowprefill.scheduling.entry import Entry, Verdict
+from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
     from flowprefill.scheduling.cost_model import CostModel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class DecodingJob:
     """A job that decodes.
 
     Attributes:
@@ -55,14 +55,14 @@ class Decoding:
     def __init__(self, cost_model: CostModel, settings: SchedulerSettings) -> None:
         self._cost_model = cost_model
         self._settings = settings
-        self._sequences: dict[str, Sequence] = {}
-        self._idle: list[tuple[float, int, Sequence]] = []
+        self._sequences: dict[str, DecodingJob] = {}
+        self._idle: list[tuple[float, int, DecodingJob]] = []
         self._idle_count = 0
         self._idle_context = 0
         self._idle_best_effort = 0
         self._versions = count()
         self._last_step_end_s = -math.inf
-        self.step: Entry | None = None
+        self.step: Work | None = None
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -77,7 +77,7 @@ class Decoding:
 
     def add(self, job: Job, context_tokens: int, now: float) -> None:
         """Begin to decode a job whose prefill has ended now."""
-        sequence = Sequence(job, context_tokens, now)
+        sequence = DecodingJob(job, context_tokens, now)
         self._sequences[job.id] = sequence
         self._wait(sequence)
 
@@ -87,16 +87,16 @@ class Decoding:
         if sequence.version >= 0:
             self._leave_idle(sequence)
 
-    def take_step(self, serial: int) -> Entry:
+    def take_step(self, serial: int) -> Work:
         """Make a step of the sequences that are due first; they stay in it until it ends."""
-        taken: list[Sequence] = []
+        taken: list[DecodingJob] = []
         while len(taken) < self._settings.max_running and self._peek() is not None:
             _, _, sequence = heapq.heappop(self._idle)
             self._leave_idle(sequence)
             taken.append(sequence)
         context = sum(sequence.context_tokens for sequence in taken)
         seconds = self._cost_model.decode_s(len(taken), context)
-        self.step = Entry([sequence.job for sequence in taken], serial, seconds)
+        self.step = Work([sequence.job for sequence in taken], serial, seconds, "decode")
         self.step.deadline_s = min(sequence.due_s for sequence in taken)
         return self.step
 
@@ -120,7 +120,7 @@ class Decoding:
         self.step = None
         self._last_step_end_s = now
 
-    def goes_first(self, prefill: Entry | None, now: float) -> Verdict:
+    def goes_first(self, prefill: Work | None, now: float) -> Verdict:
         """Return whether a step should run now rather than the prefill that runs or is next."""
         if not self.is_ready:
             return Verdict(False, "nothing decodes")
@@ -155,12 +155,12 @@ class Decoding:
         context = self._idle_context * rows // self._idle_count
         return self._cost_model.decode_s(rows, context), top.due_s
 
-    def _peek(self) -> Sequence | None:
+    def _peek(self) -> DecodingJob | None:
         while self._idle and self._idle[0][1] != self._idle[0][2].version:
             heapq.heappop(self._idle)
         return self._idle[0][2] if self._idle else None
 
-    def _wait(self, sequence: Sequence) -> None:
+    def _wait(self, sequence: DecodingJob) -> None:
         wanted = sequence.job.tpot_s
         is_best_effort = math.isinf(wanted)
         sequence.due_s = sequence.last_token_s + (
@@ -172,7 +172,7 @@ class Decoding:
         self._idle_context += sequence.context_tokens
         self._idle_best_effort += is_best_effort
 
-    def _leave_idle(self, sequence: Sequence) -> None:
+    def _leave_idle(self, sequence: DecodingJob) -> None:
         sequence.version = -1
         self._idle_count -= 1
         self._idle_context -= sequence.context_tokens

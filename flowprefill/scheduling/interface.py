@@ -1,4 +1,4 @@
-"""Jobs, events, work and decisions: what the engine and the simulator say to the scheduler and get.
+"""Jobs, events and decisions: what the engine and the simulator say to the scheduler and get.
 
 All times are seconds as floats on one monotonic clock, given by the caller with each event. The
 rules both sides keep:
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from flowprefill.request import OnMiss
+    from flowprefill.scheduling.work import Work
 
 WorkKind = Literal["prefill", "decode"]
 
@@ -104,48 +105,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """A better account of a work than the scheduler's own; optional, at any time.
-
-    Attributes:
-        remaining_s: predicted time of the segments that are left.
-    """
-
-    work_id: int
-    remaining_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class TimerFired:
     """The time of `Decision.wake_at` has come."""
 
 
-Event = Arrival | Finished | Cancelled | Failed | Progress | TimerFired
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """What one run executes: the prefill of one or more jobs, or one decode step of sequences.
-
-    The scheduler makes and changes it, the caller reads it. Compared by identity.
-
-    Attributes:
-        id: unique for the life of the scheduler, counting up from 1.
-        job_ids: the live jobs, in the order in which they were packed. Shrinks when one ends
-            early; the run keeps the rows it was built with.
-        deadline_s: the earliest deadline among the live jobs; inf is best effort.
-        predicted_s: predicted time of the whole work, running undisturbed.
-        suspensions: how many times it was preempted.
-        suspended_s: how long it was suspended in all, up to its last resume.
-    """
-
-    id: int
-    kind: WorkKind
-    job_ids: tuple[str, ...]
-    deadline_s: float
-    predicted_s: float
-    suspensions: int = 0
-    suspended_s: float = 0.0
+SchedulerEvent = Arrival | Finished | Cancelled | Failed | TimerFired
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +140,8 @@ class Decision:
 class Threshold:
     """What a job must be to suspend the current work by its arrival alone; known before it comes.
 
-    It lets the engine stop the current run at once and work out the decision meanwhile. Jobs that
+    A value that never changes, so that any thread may look at it while the scheduler decides. It
+    lets the engine stop the current run at once and work out the decision meanwhile. Jobs that
     do not pass may suspend it as well; the decision counts.
 
     Attributes:
@@ -184,15 +149,22 @@ class Threshold:
         ends_s: predicted end of the current work; the job must take less than what is left of it.
         slack_share: waiting until then must cost more than this share of the job's slack.
         margin_s: slack it must have at least, to meet its deadline.
+        correction: what the formula of the cost model is multiplied by to predict a prefill.
     """
 
     before_s: float
     ends_s: float
     slack_share: float
     margin_s: float
+    correction: float
 
-    def is_passed(self, prefill_s: float, deadline_s: float, now: float) -> bool:
-        """Return whether a job that takes so long and is due then suspends the current work."""
+    def is_passed(self, formula_s: float, deadline_s: float, now: float) -> bool:
+        """Return whether a job suspends the current work.
+
+        Args:
+            formula_s: `CostModel.formula_s` of its prefill. deadline_s: when it is due.
+        """
+        prefill_s = self.correction * formula_s
         left_s, slack_s = self.ends_s - now, deadline_s - now - prefill_s
         return (
             deadline_s < self.before_s

@@ -13,7 +13,6 @@ from itertools import count, islice
 from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.decoding import Decoding
-from flowprefill.scheduling.entry import Entry, Verdict
 from flowprefill.scheduling.interface import (
     Arrival,
     Cancelled,
@@ -21,16 +20,15 @@ from flowprefill.scheduling.interface import (
     Failed,
     Finished,
     Load,
-    Progress,
     SchedulerSettings,
-    Work,
 )
 from flowprefill.scheduling.policies import make_policy
 from flowprefill.scheduling.ready_queue import ReadyQueue
+from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
     from flowprefill.scheduling.cost_model import CostModel
-    from flowprefill.scheduling.interface import Event, Job, Threshold, WorkKind
+    from flowprefill.scheduling.interface import Job, SchedulerEvent, Threshold
     from flowprefill.scheduling.policies import Policy
 
 LOOKAHEAD = 16  # waiting entries a policy weighs when it picks or preempts
@@ -61,10 +59,10 @@ class Scheduler:
         )
         self._queue = ReadyQueue(self.policy)
         self._decoding = Decoding(cost_model, self.settings)
-        self._current: Entry | None = None
+        self._current: Work | None = None
         self._jobs: dict[str, Job] = {}
-        self._prefills: dict[str, Entry] = {}  # job id -> where its prefill waits, runs, stands
-        self._works: dict[int, Entry] = {}
+        self._prefills: dict[str, Work] = {}  # job id -> where its prefill waits, runs, stands
+        self._works: dict[int, Work] = {}
         self._hopeless: list[tuple[float, int, Job]] = []  # on_miss="drop": when to look again
         self._serials = count()
         self._work_ids = count(1)
@@ -74,7 +72,7 @@ class Scheduler:
         self._cancelled_works: list[Work] = []
         self._dropped: list[tuple[str, str]] = []
 
-    def on_event(self, event: Event, now: float) -> Decision:
+    def on_event(self, event: SchedulerEvent, now: float) -> Decision:
         """Take note of an event and decide.
 
         Args:
@@ -98,12 +96,12 @@ class Scheduler:
     @property
     def current(self) -> Work | None:
         """The work that runs, as far as the scheduler knows."""
-        return self._current.work if self._current is not None else None
+        return self._current
 
     def threshold(self) -> Threshold | None:
-        """Return what lets a job suspend the current work by arriving; None: not to be said.
+        """Return the rule by which a job suspends the current work by arriving.
 
-        Holds from the last event to the next.
+        Holds from the last event to the next. None if it cannot be stated in advance.
         """
         current = self._current
         if current is None or current.is_decode:
@@ -132,10 +130,10 @@ class Scheduler:
         own, current = self._prefills.get(job.id), self._current
         if own is not None and own is current:
             return max(own.remaining_s - max(now - own.since_s, 0.0), 0.0)
-        entry = self._new_entry(job, -1)
-        entry.rank = self.policy.rank(entry, now)
-        self.policy.left(entry)
-        mine = (entry.rank.key, entry.priority)
+        work = self._new_work(job, -1)
+        work.rank = self.policy.rank(work, now)
+        self.policy.left(work)
+        mine = (work.rank.key, work.priority)
         ahead_s = 0.0
         for other in islice(self._queue.in_order(), TTFT_SCAN):
             if mine < (other.rank.key, other.priority):
@@ -143,28 +141,26 @@ class Scheduler:
             if other is own:
                 continue
             ahead_s += other.remaining_s
-        if current is not None and not self.policy.should_preempt(current, [entry], now).preempt:
+        if current is not None and not self.policy.should_preempt(current, [work], now).preempt:
             ahead_s += max(current.remaining_s - max(now - current.since_s, 0.0), 0.0)
-        return ahead_s + entry.remaining_s
+        return ahead_s + work.remaining_s
 
     # -- events ------------------------------------------------------------------------------
 
-    def _apply(self, event: Event, now: float) -> None:
+    def _apply(self, event: SchedulerEvent, now: float) -> None:
         match event:
             case Arrival(job):
                 self._arrive(job, now)
             case Finished(work_id, ends, executed_s):
                 self._finish(work_id, ends, executed_s, now)
             case Failed(work_id):
-                entry = self._works.get(work_id)
-                if entry is not None:
-                    for job in tuple(entry.jobs):
+                work = self._works.get(work_id)
+                if work is not None:
+                    for job in tuple(work.jobs):
                         self._end_job(job.id, now)
                     self._cancelled_works.clear()  # it has ended, there is nothing to stop
             case Cancelled(job_id):
                 self._end_job(job_id, now)
-            case Progress(work_id, remaining_s):
-                self._correct(work_id, max(remaining_s, 0.0), now)
             case _:
                 pass  # TimerFired: time has passed, that is all
 
@@ -173,29 +169,29 @@ class Scheduler:
         if job.prompt_tokens == 0:
             self._decoding.add(job, job.context_tokens, now)
             return
-        entry = self._new_entry(job, next(self._serials))
-        self._prefills[job.id] = entry
-        self._count_waiting(entry, 1)
-        self._queue.push(entry, now)
+        work = self._new_work(job, next(self._serials))
+        self._prefills[job.id] = work
+        self._count_waiting(work, 1)
+        self._queue.push(work, now)
         if job.on_miss == "drop" and job.ttft_deadline_s < math.inf:
-            self._watch(job, self._hopeless_at(job, entry))
+            self._watch(job, self._hopeless_at(job, work))
 
     def _finish(
         self, work_id: int, ends: frozenset[str], executed_s: float | None, now: float
     ) -> None:
-        entry = self._works.get(work_id)
-        if entry is None or entry.work is None:
+        work = self._works.get(work_id)
+        if work is None:
             return
-        if executed_s is None and entry.work.suspensions == 0:
-            executed_s = entry.executed_s
+        if executed_s is None and work.suspensions == 0:
+            executed_s = work.executed_s
         if executed_s is not None:
-            self.cost_model.observe(entry.work.kind, entry.work.predicted_s, executed_s)
-        self._release(entry)
-        if entry.is_decode:
+            self.cost_model.observe(work.kind, work.predicted_s, executed_s)
+        self._release(work)
+        if work.is_decode:
             for job in self._decoding.end_step(now, ends):
                 del self._jobs[job.id]
             return
-        for job in entry.jobs:
+        for job in work.jobs:
             del self._prefills[job.id]
             if job.id in ends:
                 del self._jobs[job.id]
@@ -207,40 +203,28 @@ class Scheduler:
         job = self._jobs.pop(job_id, None)
         if job is None:
             return
-        entry = self._prefills.pop(job_id, None)
-        if entry is None:
+        work = self._prefills.pop(job_id, None)
+        if work is None:
             step = self._decoding.step
             self._decoding.discard(job)
             if step is None or job not in step.jobs:
                 return
-            entry = step
-        if not entry.is_started:
-            entry.has_ended = True
-            self._queue.remove(entry)
-            self._count_waiting(entry, -1)
+            work = step
+        if not work.is_started:
+            work.has_ended = True
+            self._queue.remove(work)
+            self._count_waiting(work, -1)
             return
-        entry.discard(job)
-        if entry.jobs:
-            if entry in self._queue:  # its deadline may be another now
-                self._queue.remove(entry)
-                self._queue.push(entry, now)
+        work.discard(job)
+        if work.jobs:
+            if work in self._queue:  # its deadline may be another now
+                self._queue.remove(work)
+                self._queue.push(work, now)
             return
-        assert entry.work is not None
-        self._cancelled_works.append(entry.work)
-        self._release(entry)
-        if entry.is_decode:
+        self._cancelled_works.append(work)
+        self._release(work)
+        if work.is_decode:
             self._decoding.drop_step(now)
-
-    def _correct(self, work_id: int, remaining_s: float, now: float) -> None:
-        entry = self._works.get(work_id)
-        if entry is None:
-            return
-        is_queued = entry in self._queue
-        if is_queued:
-            self._queue.remove(entry)
-        entry.remaining_s = remaining_s
-        if is_queued:
-            self._queue.push(entry, now)
 
     def _drop_hopeless(self, now: float) -> None:
         while self._next_hopeless_s() <= now:
@@ -264,13 +248,13 @@ class Scheduler:
                 return self._decision(verdict.reason, verdict.again_at)
         if not verdict.preempt:
             return self._decision("nothing to run", math.inf)
-        entry = self._take(verdict.by, now)
+        work = self._take(verdict.by, now)
         if current is not None:
-            self._suspend(current, now, yields=verdict.by is not None)
-        is_resume = self._dispatch(entry, now)
-        after = self._challenge(entry, now)
+            self._suspend(current, now, for_prefill=verdict.by is not None)
+        is_resume = self._dispatch(work, now)
+        after = self._challenge(work, now)
         again_at = now + MIN_WAKE_S if after.preempt else after.again_at
-        return self._decision(verdict.reason, again_at, entry.work, is_resume, current)
+        return self._decision(verdict.reason, again_at, work, is_resume, current)
 
     def _choose(self, now: float) -> Verdict:
         """Decide for an idle device: `by` is the prefill to run, None a decode step."""
@@ -281,7 +265,7 @@ class Scheduler:
             return decode
         return Verdict(True, "the device is free", by=prefill)
 
-    def _challenge(self, current: Entry, now: float) -> Verdict:
+    def _challenge(self, current: Work, now: float) -> Verdict:
         """Decide whether the current work is suspended, and for what."""
         again_at = math.inf
         if not current.is_decode and self.policy.decode_preempts:
@@ -296,13 +280,13 @@ class Scheduler:
         by = verdict.by if verdict.by is not None else waiting[0]
         return Verdict(verdict.preempt, verdict.reason, min(verdict.again_at, again_at), by)
 
-    def _take(self, prefill: Entry | None, now: float) -> Entry:
+    def _take(self, prefill: Work | None, now: float) -> Work:
         """Take what is to run out of the queue, packed with others, or the decode step."""
         if prefill is None:
             step = self._decoding.step
             if step is None:
                 step = self._decoding.take_step(next(self._serials))
-                self._new_work(step, "decode")
+                self._start(step)
             return step
         if prefill.is_started:
             self._queue.remove(prefill)
@@ -311,16 +295,16 @@ class Scheduler:
         for member in members:
             self._queue.remove(member)
             self._count_waiting(member, -1)
-        entry = prefill if len(members) == 1 else self._merge(prefill, members)
-        self._new_work(entry, "prefill")
-        return entry
+        work = prefill if len(members) == 1 else self._merge(prefill, members)
+        self._start(work)
+        return work
 
-    def _merge(self, head: Entry, members: list[Entry]) -> Entry:
+    def _merge(self, head: Work, members: list[Work]) -> Work:
         jobs = [member.jobs[0] for member in members]
         seconds = self.cost_model.batch_prefill_s(
             (job.prompt_tokens, job.context_tokens) for job in jobs
         )
-        merged = Entry(jobs, head.serial, seconds)
+        merged = Work(jobs, head.serial, seconds)
         since = [member.late_since_s for member in members if member.late_since_s is not None]
         merged.late_since_s = min(since, default=None)
         for member in members:
@@ -328,24 +312,22 @@ class Scheduler:
         self._prefills.update((job.id, merged) for job in jobs)
         return merged
 
-    def _suspend(self, entry: Entry, now: float, *, yields: bool) -> None:
-        assert entry.work is not None
-        entry.work.suspensions += 1
-        entry.yields += yields
-        entry.is_suspended = True
-        entry.since_s = now
-        if not entry.is_decode:
-            self._queue.push(entry, now)
+    def _suspend(self, work: Work, now: float, *, for_prefill: bool) -> None:
+        work.suspensions += 1
+        work.prefill_suspensions += for_prefill
+        work.is_suspended = True
+        work.since_s = now
+        if not work.is_decode:
+            self._queue.push(work, now)
 
-    def _dispatch(self, entry: Entry, now: float) -> bool:
-        """Make an entry current; returns whether it was suspended."""
-        assert entry.work is not None
-        is_resume = entry.is_suspended
+    def _dispatch(self, work: Work, now: float) -> bool:
+        """Make an work current; returns whether it was suspended."""
+        is_resume = work.is_suspended
         if is_resume:
-            entry.work.suspended_s += now - entry.since_s
-        entry.is_suspended = False
-        entry.since_s = now
-        self._current = entry
+            work.suspended_s += now - work.since_s
+        work.is_suspended = False
+        work.since_s = now
+        self._current = work
         return is_resume
 
     def _decision(
@@ -354,7 +336,7 @@ class Scheduler:
         again_at: float,
         dispatch: Work | None = None,
         is_resume: bool = False,
-        preempted: Entry | None = None,
+        preempted: Work | None = None,
     ) -> Decision:
         wake_at = min(again_at, self._next_hopeless_s())
         return Decision(
@@ -362,38 +344,35 @@ class Scheduler:
             dropped=tuple(self._dropped),
             dispatch=dispatch,
             is_resume=is_resume,
-            preempted=preempted.work if preempted is not None else None,
+            preempted=preempted,
             wake_at=wake_at if wake_at < math.inf else None,
             reason=reason,
         )
 
     # -- bookkeeping -------------------------------------------------------------------------
 
-    def _new_entry(self, job: Job, serial: int) -> Entry:
+    def _new_work(self, job: Job, serial: int) -> Work:
         seconds = self.cost_model.prefill_s(job.prompt_tokens, job.context_tokens)
-        return Entry([job], serial, seconds)
+        return Work([job], serial, seconds)
 
-    def _new_work(self, entry: Entry, kind: WorkKind) -> None:
-        ids = tuple(job.id for job in entry.jobs)
-        work = Work(next(self._work_ids), kind, ids, entry.deadline_s, entry.total_s)
-        entry.work = work
-        self._works[work.id] = entry
+    def _start(self, work: Work) -> None:
+        work.id = next(self._work_ids)
+        self._works[work.id] = work
 
-    def _release(self, entry: Entry) -> None:
+    def _release(self, work: Work) -> None:
         """Forget a work that has ended, running or suspended."""
-        assert entry.work is not None
-        entry.has_ended = True
-        del self._works[entry.work.id]
-        if entry is self._current:
+        work.has_ended = True
+        del self._works[work.id]
+        if work is self._current:
             self._current = None
-        if entry in self._queue:
-            self._queue.remove(entry)
+        if work in self._queue:
+            self._queue.remove(work)
         else:
-            self.policy.left(entry)
+            self.policy.left(work)
 
-    def _count_waiting(self, entry: Entry, sign: int) -> None:
+    def _count_waiting(self, work: Work, sign: int) -> None:
         self._waiting_jobs += sign
-        self._waiting_tokens += sign * entry.prompt_tokens
+        self._waiting_tokens += sign * work.prompt_tokens
 
     def _watch(self, job: Job, at: float) -> None:
         later = max(at, math.nextafter(self._now, math.inf))
@@ -408,8 +387,8 @@ class Scheduler:
             heapq.heappop(self._hopeless)
         return math.inf
 
-    def _hopeless_at(self, job: Job, entry: Entry) -> float:
+    def _hopeless_at(self, job: Job, work: Work) -> float:
         """Return from when on the deadline is out of reach: by the most optimistic prediction."""
-        if entry is self._current:
+        if work is self._current:
             return job.ttft_deadline_s
-        return job.ttft_deadline_s - self.cost_model.optimistic_prefill_s(entry.remaining_s)
+        return job.ttft_deadline_s - self.cost_model.optimistic_prefill_s(work.remaining_s)

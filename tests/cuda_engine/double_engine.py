@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,10 @@ class KeptLogits:
 
     def __init__(self, engine: Engine) -> None:
         self.rows: list[Logits] = []
-        device: Any = engine._device
-        self._outcomes = device.outcomes
-        device.outcomes = self._keep
-        device.chooses_tokens = False
+        worker: Any = engine._worker
+        self._outcomes = worker.outcomes
+        worker.outcomes = self._keep
+        worker.limits = replace(worker.limits, chooses_tokens=False)
 
     def _keep(self, run: Any) -> Logits:
         logits: Logits = self._outcomes(run)

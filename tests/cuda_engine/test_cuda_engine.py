@@ -25,7 +25,6 @@ from double_engine import (
 )
 
 from flowprefill import SLO, ConfigError, Engine, EngineConfig, Request, RequestFailed, _core
-from flowprefill.engine.sequence import Sequence
 
 OpenEngine = Callable[..., Engine]
 pytestmark = pytest.mark.usefixtures("cuda")
@@ -151,7 +150,7 @@ def test_urgent_request_overtakes_and_both_are_right(
     long_done = long.result(WAIT_S)
     assert (long_done.token_ids, short_done.token_ids) == expected
     assert long_done.timings.preemptions >= 1
-    report = engine._model.lane_report()  # type: ignore[attr-defined]
+    report = engine._worker._model.lane_report()  # type: ignore[attr-defined]
     assert (report["num_spills"] > 0) == (lanes == 1), "one lane: its activations make room"
     assert report["num_restores"] == report["num_spills"]
     assert_all_free(engine)
@@ -173,17 +172,14 @@ def test_a_failing_segment_ends_one_request_and_names_the_operator(
 ) -> None:
     engine = open_engine(device="cuda")
     expected = ids_of(engine, prompt_of(40, 2), 3)
-    make_run = engine._model.make_run
+    model: Any = engine._worker._model
 
-    def failing(run_id: int, sequences: list[Sequence]) -> Any:
-        tokens = sequences[0].new_tokens()
-        assert sequences[0].reservation is not None
-        table = np.array(sequences[0].reservation.block_ids, dtype=np.int32)
-        entries = [(len(tokens), sequences[0].computed, table)]
-        return make_run(run_id, tokens, entries, engine._plan("prefill"), fail_at=3)  # type: ignore[call-arg]
+    class Failing:
+        def make_run(self, *arguments: Any, **options: Any) -> Any:
+            return model.make_run(*arguments, **options, fail_at=3)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "make_run", failing)
+        patch.setattr(engine._worker, "_model", Failing())
         failed = engine.submit(Request(prompt_of(50, 4), greedy(2), id="bad"))
         with pytest.raises(RequestFailed, match=r"request bad: .*operator '\w+'.*injected failure"):
             failed.result(WAIT_S)
@@ -226,7 +222,7 @@ def test_calibration_probes_run_on_the_device(
 def test_decode_steps_replay_graphs(open_engine: OpenEngine) -> None:
     engine = open_engine(device="cuda", granularity="budget:2")
     ids_of(engine, prompt_of(20), 20)
-    report = engine._model.graph_report()  # type: ignore[attr-defined]
+    report = engine._worker._model.graph_report()  # type: ignore[attr-defined]
     assert report["num_failed"] == 0, report["last_failure"]
     assert report["num_replayed"] > 0
 
@@ -239,7 +235,7 @@ def test_the_second_start_captures_graphs_ahead(
     expected = ids_of(first, prompt_of(20), 8)
     first.close()
     second = open_engine(device="cuda", calibrate=True, granularity="budget:2")
-    report = second._model.graph_report()  # type: ignore[attr-defined]
+    report = second._worker._model.graph_report()  # type: ignore[attr-defined]
     assert second.stats().segments == 0, "the rates are known: no probe has run"
     assert report["num_failed"] == 0, report["last_failure"]
     assert report["num_captured"] > 0

@@ -27,13 +27,13 @@ def test_device_and_host_choose_the_same_tokens(
 ) -> None:
     engine = open_engine(device="cuda")
     fetched: list[bool] = []
-    outcomes = engine.outcomes
+    outcomes = engine._worker.outcomes
 
     def note(run: Any) -> Any:
         fetched.append(cuda.has_logits(run))
         return outcomes(run)
 
-    monkeypatch.setattr(engine, "outcomes", note)
+    monkeypatch.setattr(engine._worker, "outcomes", note)
     params = replace(SAMPLED[name], max_tokens=6, ignore_eos=True)
     on_device = engine.submit(Request(prompt_of(40, 1), params)).result(WAIT_S).token_ids
     assert fetched == [True, False, False, False, False, False], "the prefill's logits only"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import select
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import transformers
 
 from flowprefill import _core
 from flowprefill.config import Granularity
-from flowprefill.engine.device import cuda_module
-from flowprefill.engine.native import fill_model, load_model, native_plan
+from flowprefill.engine.device_choice import cuda_module
+from flowprefill.engine.loading import fill_model, load_model, plan_options
 from flowprefill.models.checkpoint import open_checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
 
@@ -74,10 +73,10 @@ def prompt_of(tokens: int, seed: int = 0) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(3, VOCAB, tokens)]
 
 
-def plan(granularity: str) -> dict[str, Any]:
-    """The planner's options; `budget:…` cuts as finely as it can."""
+def plan(granularity: str, native: Any = None) -> Any:
+    """The planner's options for the GPU's module; `budget:…` cuts as finely as it can."""
     rates = SLOW if granularity.startswith("budget") else MachineRates()
-    return native_plan(Granularity.parse(granularity), rates)
+    return plan_options(native or cuda_module()[0], Granularity.parse(granularity), rates)
 
 
 def cpu_logits(folder: Path, ids: list[int]) -> Logits:
@@ -89,7 +88,8 @@ def cpu_logits(folder: Path, ids: list[int]) -> Logits:
     executor.start()
     table = np.arange(blocks, dtype=np.int32)
     tokens = np.array(ids, dtype=np.int32)
-    run = model.make_run(1, tokens, [(len(ids), 0, table)], plan("none"))
+    sequence = _core.BatchSequence(rows=len(ids), context=0, block_table=table)
+    run = model.make_run(1, _core.Batch(tokens, [sequence]), plan("none", _core))
     executor.dispatch(run)
     while run.state != "finished":
         select.select([executor.event_fd], [], [], 0.01)
@@ -120,13 +120,14 @@ class Runner:
         self.executor.stop()
         self.executor.pop_events()
 
-    def make(self, ids: list[int], sequence: int, options: dict[str, Any], **hooks: Any) -> Any:
+    def make(self, ids: list[int], sequence: int, options: Any, **hooks: Any) -> Any:
         """Make the run that prefills a prompt into its sequence's blocks, which lie scattered."""
         order = np.random.default_rng(1).permutation(SEQUENCES * BLOCKS_OF_ONE).astype(np.int32)
         table = order[sequence * BLOCKS_OF_ONE : (sequence + 1) * BLOCKS_OF_ONE]
         tokens = np.array(ids, dtype=np.int32)
-        entries = [(len(ids), 0, table)]
-        return self.model.make_run(next(self._ids), tokens, entries, options, **hooks)
+        sequence = self.cuda.BatchSequence(rows=len(ids), context=0, block_table=table)
+        batch = self.cuda.Batch(tokens, [sequence])
+        return self.model.make_run(next(self._ids), batch, options, **hooks)
 
     def wait(self, run: Any, *states: str) -> None:
         """Wait until the run is in one of the states, and its terminal event has been taken."""
@@ -135,7 +136,7 @@ class Runner:
             assert time.monotonic() < deadline_s, f"run is {run.state}, waited for {states}"
             select.select([self.executor.event_fd], [], [], 0.002)
             events = self.executor.pop_events()
-            self._ended.update(ended.id for kind, ended, _ in events if kind != "suspended")
+            self._ended.update(event.run.id for event in events if event.kind != "suspended")
 
     def advance(self, run: Any, boundary: int) -> None:
         """Dispatch a run that pauses at this boundary, and wait until it stands there."""
@@ -157,8 +158,3 @@ class Runner:
     def logits(self, ids: list[int], sequence: int = 0, granularity: str = "operator") -> Logits:
         """Logits after a prompt that nobody disturbs."""
         return self.finish(self.make(ids, sequence, plan(granularity)))
-
-    def segments(self, since: int = 0) -> Sequence[tuple[Any, ...]]:
-        """The timeline's records."""
-        records: Sequence[tuple[Any, ...]] = self.executor.timeline(since)[0]
-        return records

@@ -49,9 +49,9 @@ class Margins:
 
     def __init__(self, engine: Engine) -> None:
         self.found: list[float] = []
-        device: Any = engine._device
-        self._outcomes = device.outcomes
-        device.outcomes = self._keep
+        worker: Any = engine._worker
+        self._outcomes = worker.outcomes
+        worker.outcomes = self._keep
 
     def _keep(self, run: Any) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = self._outcomes(run)

@@ -10,7 +10,7 @@ import pytest
 from gpu_models import LONGEST, Runner, plan, prompt_of
 
 from flowprefill.bench.gpu_model import GpuModel
-from flowprefill.engine.device import find_gpu
+from flowprefill.engine.device_choice import find_gpu
 from flowprefill.models.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ def test_a_dispatch_waits_for_no_more_segments_than_the_host_is_ahead(depth: int
             model.finish(short)
             num_blocked += long.state == "suspended"
             model.cancel(long)
-        dispatched_s = short.accounting()["dispatched_s"]
+        dispatched_s = short.accounting().dispatched_s
         late = [s for s in segments if s.run_id == long.id and s.end_s > dispatched_s + CLOCKS_S]
         assert len(late) <= depth + 1
     model.close()

@@ -16,7 +16,7 @@ import transformers
 
 from flowprefill import _core
 from flowprefill.config import Granularity
-from flowprefill.engine.native import load_model, native_plan
+from flowprefill.engine.loading import load_model, plan_options
 from flowprefill.models.checkpoint import open_checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
 
@@ -96,10 +96,13 @@ def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) ->
     return logits
 
 
-def plan(granularity: str, rates: MachineRates | None = None) -> dict[str, Any]:
+def plan(granularity: str, rates: MachineRates | None = None) -> _core.PlanOptions:
     """The planner's options; `budget:…` cuts as finely as it can unless rates are given."""
     default = SLOW if granularity.startswith("budget") else MachineRates()
-    return native_plan(Granularity.parse(granularity), rates or default)
+    options: _core.PlanOptions = plan_options(
+        _core, Granularity.parse(granularity), rates or default
+    )
+    return options
 
 
 class Runner:
@@ -137,11 +140,15 @@ class Runner:
         assert start <= self.blocks, "the test asks for more blocks than there are"
         return tables
 
-    def make(self, pieces: Sequence[Piece], options: dict[str, Any], **hooks: Any) -> _core.Run:
+    def make(self, pieces: Sequence[Piece], options: _core.PlanOptions, **hooks: Any) -> _core.Run:
         """Build the run that computes the pieces, packed."""
         tokens = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _, _ in pieces])
-        sequences = [(len(ids), context, table) for ids, context, table in pieces]
-        return self.model.make_run(next(self._ids), tokens, sequences, options, **hooks)
+        sequences = [
+            _core.BatchSequence(rows=len(ids), context=context, block_table=table)
+            for ids, context, table in pieces
+        ]
+        batch = _core.Batch(tokens, sequences)
+        return self.model.make_run(next(self._ids), batch, options, **hooks)
 
     def wait(self, run: _core.Run, *states: str) -> None:
         """Sleep until the run is in one of the states."""
@@ -154,7 +161,7 @@ class Runner:
     def _is_event_taken(self, run: _core.Run) -> bool:
         """Take events; an event that nobody takes would keep its run, and that its workspace."""
         self._ended.update(
-            ended.id for kind, ended, _ in self.executor.pop_events() if kind != "suspended"
+            event.run.id for event in self.executor.pop_events() if event.kind != "suspended"
         )
         return run.state in ("ready", "running", "suspended") or run.id in self._ended
 
@@ -174,11 +181,11 @@ class Runner:
         assert run.state == "finished", run.error
         return _core.logits(run).copy()
 
-    def logits(self, pieces: Sequence[Piece], options: dict[str, Any]) -> Logits:
+    def logits(self, pieces: Sequence[Piece], options: _core.PlanOptions) -> Logits:
         """Compute the pieces packed in one run; one row of logits per piece."""
         return self.execute(self.make(pieces, options))
 
-    def prefill(self, ids: list[int], options: dict[str, Any], seed: int = 0) -> Logits:
+    def prefill(self, ids: list[int], options: _core.PlanOptions, seed: int = 0) -> Logits:
         """Logits after one whole prompt, in blocks of its own."""
         row: Logits = self.logits([(ids, 0, self.tables([len(ids)], seed)[0])], options)[0]
         return row

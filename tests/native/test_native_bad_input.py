@@ -17,7 +17,26 @@ from flowprefill.models.graph import ModelGraph, WeightPart
 CASE = "llama-grouped"
 TABLE = np.arange(4, dtype=np.int32)
 IDS = np.arange(20, dtype=np.int32)
-GOOD: dict[str, Any] = {"tokens": IDS, "sequences": [(20, 0, TABLE)], "plan": plan("layer")}
+ONE = {"rows": 20, "context": 0, "block_table": TABLE}
+RATES = {"gemm_flops_per_s": 1e11, "attention_flops_per_s": 5e10, "weight_bytes_per_s": 1e10}
+OPTIONS = {"granularity": "layer", "budget_s": 2e-3, "chunk_tokens": 512}
+
+
+def make_run(
+    model: _core.Model,
+    tokens: Any = IDS,
+    sequences: tuple[dict[str, Any], ...] = (ONE,),
+    rates: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+) -> _core.Run:
+    """Make a run of something that is right but for what a test changes."""
+    batch = _core.Batch(tokens, [_core.BatchSequence(**each) for each in sequences])
+    speeds = _core.MachineRates(**(RATES | (rates or {})))
+    return model.make_run(1, batch, _core.PlanOptions(rates=speeds, **(OPTIONS | (options or {}))))
+
+
+def table(blocks: Any) -> dict[str, Any]:
+    return ONE | {"block_table": blocks}
 
 
 @pytest.fixture
@@ -39,28 +58,28 @@ def graph(saved: Callable[[str], Saved]) -> ModelGraph:
         ({"tokens": list(IDS)}, "tokens: got list, expected an array of int32"),
         ({"tokens": np.full(20, 200, np.int32)}, r"token id: got 200, expected 0\.\.199"),
         ({"tokens": np.full(20, -1, np.int32)}, "token id: got -1"),
-        ({"tokens": IDS[:0], "sequences": []}, "tokens"),
-        ({"sequences": []}, "batch: sequences: got 0"),
-        ({"sequences": [(19, 0, TABLE)]}, "tokens"),
-        ({"sequences": [(21, 0, TABLE)]}, r"sequence 0: got 21 rows, expected 1\.\.20"),
-        ({"sequences": [(20, 0, TABLE), (0, 0, TABLE)]}, "sequence 1: got 0 rows"),
-        ({"sequences": [(-1, 0, TABLE)]}, "sequence 0: got -1 rows"),
-        ({"sequences": [(20, -5, TABLE)]}, "sequence 0: context: got -5"),
-        ({"sequences": [(20, 0, TABLE[:1])]}, "sequence 0: KV blocks: got 1, expected at least 2"),
-        ({"sequences": [(20, 45, TABLE)]}, "sequence 0: KV blocks: got 4, expected at least 5"),
-        ({"sequences": [(20, 0, TABLE + 95)]}, r"sequence 0: KV block: got 96, expected 0\.\.95"),
-        ({"sequences": [(20, 0, TABLE - 1)]}, "sequence 0: KV block: got -1"),
-        ({"sequences": [(20, 0, TABLE / 1)]}, "sequence 0: block table: got an array of float64"),
-        ({"sequences": [(20, 0)]}, "sequence 0: expected a tuple of rows, context"),
-        ({"sequences": [("a", 0, TABLE)]}, "sequence 0: rows and context"),
-        ({"plan": {}}, "granularity: missing"),
-        ({"plan": GOOD["plan"] | {"granularity": "atom"}}, "granularity: got atom"),
-        ({"plan": GOOD["plan"] | {"granularity": 3}}, "granularity: got 3"),
-        ({"plan": GOOD["plan"] | {"budget_s": 0.0}}, "budget_s: got 0"),
-        ({"plan": GOOD["plan"] | {"budget_s": float("nan")}}, "budget_s: got nan"),
-        ({"plan": GOOD["plan"] | {"chunk_tokens": 0}}, "chunk_tokens: got 0"),
-        ({"plan": GOOD["plan"] | {"gemm_flops_per_s": -1.0}}, "gemm_flops_per_s: got -1"),
-        ({"plan": GOOD["plan"] | {"weight_bytes_per_s": "x"}}, "weight_bytes_per_s: got 'x'"),
+        ({"tokens": IDS[:0], "sequences": ()}, "tokens"),
+        ({"sequences": ()}, "batch: sequences: got 0"),
+        ({"sequences": (ONE | {"rows": 19},)}, "tokens"),
+        ({"sequences": (ONE | {"rows": 21},)}, r"sequence 0: got 21 rows, expected 1\.\.20"),
+        ({"sequences": (ONE, ONE | {"rows": 0})}, "sequence 1: got 0 rows"),
+        ({"sequences": (ONE | {"rows": -1},)}, "sequence 0: got -1 rows"),
+        ({"sequences": (ONE | {"rows": "a"},)}, "rows: got 'a'"),
+        ({"sequences": (ONE | {"context": 2.5},)}, "context: got 2.5"),
+        ({"sequences": (ONE | {"context": -5},)}, "sequence 0: context: got -5"),
+        ({"sequences": (ONE | {"context": 45},)}, "sequence 0: KV blocks: got 4, expected"),
+        ({"sequences": (table(TABLE[:1]),)}, "sequence 0: KV blocks: got 1, expected at least 2"),
+        ({"sequences": (table(TABLE + 95),)}, r"sequence 0: KV block: got 96, expected 0\.\.95"),
+        ({"sequences": (table(TABLE - 1),)}, "sequence 0: KV block: got -1"),
+        ({"sequences": (table(TABLE / 1),)}, "block_table: got an array of float64"),
+        ({"options": {"granularity": "atom"}}, "granularity: got atom, expected none, layer"),
+        ({"options": {"granularity": 3}}, "granularity: got 3"),
+        ({"options": {"budget_s": 0.0}}, "budget_s: got 0"),
+        ({"options": {"budget_s": float("nan")}}, "budget_s: got nan"),
+        ({"options": {"chunk_tokens": 0}}, "chunk_tokens: got 0"),
+        ({"rates": {"gemm_flops_per_s": -1.0}}, "gemm_flops_per_s: got -1"),
+        ({"rates": {"step_overhead_s": 0.0}}, "step_overhead_s: got 0"),
+        ({"rates": {"weight_bytes_per_s": "x"}}, "weight_bytes_per_s: got 'x'"),
     ],
 )  # fmt: skip
 def test_make_run_names_what_is_wrong(
@@ -68,7 +87,7 @@ def test_make_run_names_what_is_wrong(
 ) -> None:
     before = _core.live_workspace_bytes()
     with pytest.raises(ValueError, match=named):
-        native.model.make_run(1, **(GOOD | change))
+        make_run(native.model, **change)
     assert _core.live_workspace_bytes() == before
     model = saved(CASE)
     assert relative_error(native.prefill(model.ids, plan("layer")), model.expected[199]) < 1e-4
@@ -205,7 +224,7 @@ def test_calls_out_of_order(graph: ModelGraph, native: Runner) -> None:
     model = _core.Model(graph, "f32", 1)
     model.allocate_cache(16, 4)
     with pytest.raises(RuntimeError, match="finish"):
-        model.make_run(1, **GOOD)
+        make_run(model)
     wrong = ((0, 4, "block_tokens: got 0"), (15, 4, "15"), (16, 0, "blocks: got 0"), (16, -1, "-1"))
     for block_tokens, blocks, named in wrong:
         with pytest.raises(ValueError, match=named):
@@ -231,7 +250,7 @@ def test_a_failing_segment_names_its_operator_and_the_executor_lives_on(
         run = native.make([piece], plan(granularity), fail_at=index)
         native.executor.dispatch(run)
         native.wait(run, "failed")
-        assert f"operator '{labels[index][0]}' of layer {labels[index][1]}" in run.error
+        assert f"operator '{labels[index].op}' of layer {labels[index].layer}" in run.error
         assert f"segment {index} of {len(labels)}" in run.error
         assert "injected failure" in run.error
         with pytest.raises(ValueError, match="run: is failed"):

@@ -45,9 +45,9 @@ def test_every_granularity(
 def test_finest_cut_really_is_fine(case: str, runner: GetRunner, saved: GetSaved) -> None:
     native, model = runner(case), saved(case)
     run = native.make([(model.ids, 0, native.tables([200])[0])], plan("budget:0.1"))
-    operators = {label[0] for label in run.labels()}
+    operators = {label.op for label in run.labels()}
     assert {"attn_norm", "qkv_proj", "rope", "attention", "o_proj", "final_norm"} <= operators
-    attention = [label for label in run.labels() if label[0] == "attention" and label[1] == 0]
+    attention = [label for label in run.labels() if label.op == "attention" and label.layer == 0]
     assert len(attention) >= 200 // 16, "attention is sliced by rows"
     assert relative_error(native.execute(run)[0], model.expected[199]) < TOLERANCE
 

@@ -58,7 +58,7 @@ def test_preempted_at_every_boundary_is_bit_equal(
     every = range(1, native.make([(ids, 0, mine)], plan(granularity)).num_segments)
     run = native.make([(ids, 0, mine)], plan(granularity), pause_at=set(every))
     assert np.array_equal(execute_with_others(native, run, every, bystander), undisturbed)
-    assert bystander.count == len(every) == run.accounting()["num_preemptions"]
+    assert bystander.count == len(every) == run.accounting().num_preemptions
     if granularity == "budget:0.1":
         assert len(every) > 150
 
@@ -69,8 +69,8 @@ def test_attention_sliced_by_heads_leaves_none_out(runner: GetRunner, saved: Get
     ids = saved("llama-grouped").ids
     (mine,) = native.tables([200])
     fine = native.make([(ids, 0, mine)], plan("budget:0.1"))
-    attention = [label for label in fine.labels() if label[0] == "attention"]
-    rows = [(layer, begin, end) for _, layer, _, begin, end, _ in attention]
+    attention = [label for label in fine.labels() if label.op == "attention"]
+    rows = [(label.layer, label.row_begin, label.row_end) for label in attention]
     assert len(rows) > len(set(rows)), "no slice by heads"
     assert rows == sorted(rows), "all slices of some rows before those of others"
     logits = native.execute(fine)
@@ -154,7 +154,7 @@ def test_no_segment_starts_after_a_dispatch_but_the_newcomers(
     for _ in range(20):
         long = native.make([(long_ids, 0, long_table)], plan(granularity))
         short = native.make([(ids[:20], 0, short_table)], plan(granularity))
-        seen = native.executor.timeline()[1]
+        seen = native.executor.timeline().next
         native.executor.dispatch(long)
         target = chance.randrange(long.num_segments)
         while long.cursor < target:
@@ -162,8 +162,8 @@ def test_no_segment_starts_after_a_dispatch_but_the_newcomers(
         native.executor.dispatch(short)
         dispatched_s = _core.now_s()
         native.wait(short, "finished")
-        records = native.executor.timeline(seen)[0]
-        started_late = [r for r in records if r[0] == long.id and r[8] > dispatched_s]
+        records = native.executor.timeline(seen).records
+        started_late = [r for r in records if r.run_id == long.id and r.start_s > dispatched_s]
         assert not started_late
         if long.state != "finished":  # suspended, or displaced before it began
             native.execute(long)

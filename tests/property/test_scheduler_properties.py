@@ -131,8 +131,8 @@ def test_scheduler_slack_edf_whoever_passes_the_threshold_suspends_the_current_w
     current, threshold = scheduler.current, scheduler.threshold()
     assert current is not None
     newcomer = Job("new", after_s, comes[0], 0, after_s + comes[1])
-    prefill_s = scheduler.cost_model.prefill_s(newcomer.prompt_tokens)
-    if threshold is not None and threshold.is_passed(prefill_s, newcomer.ttft_deadline_s, after_s):
+    formula_s = scheduler.cost_model.formula_s(newcomer.prompt_tokens)
+    if threshold is not None and threshold.is_passed(formula_s, newcomer.ttft_deadline_s, after_s):
         event("passed")
         assert scheduler.on_event(Arrival(newcomer), after_s).preempted is current
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +75,6 @@ def test_default_objectives_apply_to_requests_that_name_none() -> None:
     assert EngineConfig().default_slo().ttft is None
     with_class = EngineConfig(classes={"default": {"ttft_ms": 100}}, default_ttft_ms=500)
     assert with_class.default_slo().ttft == 0.1
-
-
-def test_file_is_read_and_its_errors_name_it(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"policy": "edf", "threads": 1}))
-    assert EngineConfig.from_file(path).policy == "edf"
-    path.write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        EngineConfig.from_file(path)
-    path.write_text("[]")
-    with pytest.raises(ConfigError, match="JSON object"):
-        EngineConfig.from_file(path)
-    with pytest.raises(ConfigError, match=r"absent\.json"):
-        EngineConfig.from_file(tmp_path / "absent.json")
 
 
 def test_every_setting_has_a_help_text() -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from flowprefill.scheduling.cost_model import attention_pairs
-from flowprefill.scheduling.entry import Verdict
+from flowprefill.scheduling.work import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from flowprefill.scheduling.cost_model import CostModel
-    from flowprefill.scheduling.entry import Entry, Rank
     from flowprefill.scheduling.interface import SchedulerSettings, Threshold
+    from flowprefill.scheduling.work import Rank, Work
 
 
 class Policy(Protocol):
@@ -28,32 +28,33 @@ class Policy(Protocol):
     name: str
     decode_preempts: bool
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Return where a prefill stands, and until when that holds."""
         ...
 
-    def left(self, entry: Entry) -> None:
-        """Hear that an entry no longer waits: it runs now, or has ended."""
+    def left(self, work: Work) -> None:
+        """Hear that an work no longer waits: it runs now, or has ended."""
         ...
 
-    def pick(self, waiting: Sequence[Entry], now: float) -> Entry:
-        """Return which of the first waiting entries (at least one, in order) goes next."""
+    def pick(self, waiting: Sequence[Work], now: float) -> Work:
+        """Return which of the first waiting works (at least one, in order) goes next."""
         ...
 
-    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
-        """Return whether one of the first waiting entries should suspend the current work."""
+    def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
+        """Return whether one of the first waiting works should suspend the current work."""
         ...
 
-    def threshold(self, current: Entry, first: Entry | None, now: float) -> Threshold | None:
-        """Return what lets a job suspend the current prefill by arriving; None: not to be said.
+    def threshold(self, current: Work, first: Work | None, now: float) -> Threshold | None:
+        """Return the rule by which a job suspends the current prefill by arriving, or None if it
+        cannot be stated in advance.
 
         Args:
             first: the first that waits.
         """
         ...
 
-    def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
-        """Return the entries to prefill together: `head`, then others of `waiting` (in order).
+    def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
+        """Return the works to prefill together: `head`, then others of `waiting` (in order).
 
         Works that have been started cannot be packed.
         """
@@ -63,12 +64,12 @@ class Policy(Protocol):
 class Packing:
     """Sums of a prefill that is being packed; within the bounds on tokens and jobs."""
 
-    def __init__(self, head: Entry, cost_model: CostModel, settings: SchedulerSettings) -> None:
+    def __init__(self, head: Work, cost_model: CostModel, settings: SchedulerSettings) -> None:
         self._cost_model = cost_model
         self._settings = settings
         self._tokens = 0
         self._pairs = 0.0
-        self.members: list[Entry] = []
+        self.members: list[Work] = []
         self.seconds = 0.0  # predicted time of what is packed
         self.add(head)
 
@@ -80,24 +81,24 @@ class Packing:
             or len(self.members) >= self._settings.max_batch_jobs
         )
 
-    def fits(self, entry: Entry) -> bool:
-        """Return whether the entry can be packed within the token bound."""
+    def fits(self, work: Work) -> bool:
+        """Return whether the work can be packed within the token bound."""
         room = self._settings.max_batch_tokens - self._tokens
-        return not entry.is_started and entry.jobs[0].prompt_tokens <= room
+        return not work.is_started and work.jobs[0].prompt_tokens <= room
 
-    def seconds_with(self, entry: Entry) -> float:
-        """Return the predicted time of the prefill if the entry is added."""
-        job = entry.jobs[0]
+    def seconds_with(self, work: Work) -> float:
+        """Return the predicted time of the prefill if the work is added."""
+        job = work.jobs[0]
         return self._cost_model.packed_prefill_s(
             self._tokens + job.prompt_tokens,
             self._pairs + attention_pairs(job.prompt_tokens, job.context_tokens),
             len(self.members) + 1,
         )
 
-    def add(self, entry: Entry) -> None:
-        """Pack the entry."""
-        self.members.append(entry)
-        for job in entry.jobs:
+    def add(self, work: Work) -> None:
+        """Pack the work."""
+        self.members.append(work)
+        for job in work.jobs:
             self._tokens += job.prompt_tokens
             self._pairs += attention_pairs(job.prompt_tokens, job.context_tokens)
         self.seconds = self._cost_model.packed_prefill_s(
@@ -115,18 +116,18 @@ class BasePolicy:
         self.cost_model = cost_model
         self.settings = settings
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Return where a prefill stands, and until when that holds."""
         raise NotImplementedError(f"policy {self.name!r} has no order")
 
-    def left(self, entry: Entry) -> None:
+    def left(self, work: Work) -> None:
         """Keep no state."""
 
-    def pick(self, waiting: Sequence[Entry], now: float) -> Entry:
+    def pick(self, waiting: Sequence[Work], now: float) -> Work:
         """Return the first."""
         return waiting[0]
 
-    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+    def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Preempt a prefill for whatever is strictly before it; a decode step never."""
         if current.is_decode:
             return Verdict(False, "a decode step is running")
@@ -135,19 +136,19 @@ class BasePolicy:
             return Verdict(True, "is before the running prefill", by=waiting[0])
         return Verdict(False, "nothing waiting is before the running prefill")
 
-    def threshold(self, current: Entry, first: Entry | None, now: float) -> Threshold | None:
+    def threshold(self, current: Work, first: Work | None, now: float) -> Threshold | None:
         """Say nothing in advance."""
         return None
 
-    def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
+    def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack in order until one does not fit."""
         packing = Packing(head, self.cost_model, self.settings)
-        for entry in waiting:
+        for work in waiting:
             if packing.is_full:
                 break
-            if entry is head or entry.is_started:
+            if work is head or work.is_started:
                 continue
-            if not packing.fits(entry):
+            if not packing.fits(work):
                 break
-            packing.add(entry)
+            packing.add(work)
         return packing.members

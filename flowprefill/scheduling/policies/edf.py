@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from flowprefill.scheduling.entry import Entry, Rank
 from flowprefill.scheduling.policies.base import BasePolicy
+from flowprefill.scheduling.work import Rank, Work
 
 
 class EarliestDeadlineFirst(BasePolicy):
@@ -17,6 +17,6 @@ class EarliestDeadlineFirst(BasePolicy):
 
     name = "edf"
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Order by deadline."""
-        return Rank((entry.deadline_s,))
+        return Rank((work.deadline_s,))

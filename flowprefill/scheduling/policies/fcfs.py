@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowprefill.scheduling.entry import Entry, Rank, Verdict
 from flowprefill.scheduling.policies.base import BasePolicy
+from flowprefill.scheduling.work import Rank, Verdict, Work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,10 +22,10 @@ class FirstComeFirstServed(BasePolicy):
     name = "fcfs"
     decode_preempts = False
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Order by arrival."""
-        return Rank((entry.arrival_s,))
+        return Rank((work.arrival_s,))
 
-    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+    def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Never."""
         return Verdict(False, "first come, first served")

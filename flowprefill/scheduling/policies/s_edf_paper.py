@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from flowprefill.scheduling.entry import Entry, Rank
 from flowprefill.scheduling.policies.base import BasePolicy, Packing
+from flowprefill.scheduling.work import Rank, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,26 +26,26 @@ class PublishedSlackEdf(BasePolicy):
 
     name = "s_edf_paper"
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Order by the published priority; it changes when slack runs out."""
-        zero_at = entry.deadline_s - entry.remaining_s
+        zero_at = work.deadline_s - work.remaining_s
         if now < zero_at:
-            return Rank((-1.0 / entry.deadline_s,), zero_at)
+            return Rank((-1.0 / work.deadline_s,), zero_at)
         if now == zero_at:
             return Rank((0.0,), math.nextafter(now, math.inf))
-        return Rank((1.0 / entry.deadline_s,))
+        return Rank((1.0 / work.deadline_s,))
 
-    def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
+    def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack in order while the head keeps a tenth of its objective as margin."""
         packing = Packing(head, self.cost_model, self.settings)
         margin = SLO_MARGIN * (head.deadline_s - head.arrival_s)
-        for entry in waiting:
+        for work in waiting:
             if packing.is_full:
                 break
-            if entry is head or entry.is_started:
+            if work is head or work.is_started:
                 continue
-            too_late = now + packing.seconds_with(entry) > head.deadline_s - margin
-            if not packing.fits(entry) or too_late:
+            too_late = now + packing.seconds_with(work) > head.deadline_s - margin
+            if not packing.fits(work) or too_late:
                 break
-            packing.add(entry)
+            packing.add(work)
         return packing.members

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from flowprefill.scheduling.entry import Entry, Rank
 from flowprefill.scheduling.policies.base import BasePolicy
+from flowprefill.scheduling.work import Rank, Work
 
 
 class ShortestFirst(BasePolicy):
@@ -16,6 +16,6 @@ class ShortestFirst(BasePolicy):
 
     name = "shortest_first"
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Order by what is left."""
-        return Rank((entry.remaining_s,))
+        return Rank((work.remaining_s,))

@@ -7,9 +7,9 @@ import math
 from itertools import count
 from typing import TYPE_CHECKING
 
-from flowprefill.scheduling.entry import Entry, Rank, Verdict
 from flowprefill.scheduling.interface import Threshold
 from flowprefill.scheduling.policies.base import BasePolicy, Packing
+from flowprefill.scheduling.work import Rank, Verdict, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,9 +29,9 @@ class SlackEdf(BasePolicy):
     *On time* is who can still meet its deadline by prediction if it ran now. Among those, when
     not all can be kept, the choice that keeps most of them (Moore-Hodgson on the first waiting).
 
-    No starvation. Late and best-effort entries that have waited for late_patience_s also form a
+    No starvation. Late and best-effort works that have waited for late_patience_s also form a
     line, in the order in which they turned late (best effort: arrived). However busy the device
-    is with entries on time, the first in line is granted a slice of late_slice_s in every
+    is with works on time, the first in line is granted a slice of late_slice_s in every
     late_slice_s / late_share; in it no prefill preempts it. A grant that must wait for the
     running work is made up for afterwards. So, decode steps aside, who turns late at t has
     finished by
@@ -39,7 +39,7 @@ class SlackEdf(BasePolicy):
         t + late_patience_s + (predicted time of all in line up to itself) / late_share
           + one slice for each of those + the longest work that is granted no slice
 
-    Preemption. Only for entries strictly before the running one; for one that is on time only if
+    Preemption. Only for works strictly before the running one; for one that is on time only if
     waiting for the running work to end would take more than a quarter of its slack (those before it
     counted; a quarter, as predictions err and others arrive) and it meets its deadline if not, and
     only if more are saved so than victims lost (or as many, by less work than what the running one
@@ -54,28 +54,28 @@ class SlackEdf(BasePolicy):
 
     def __init__(self, cost_model: CostModel, settings: SchedulerSettings) -> None:
         super().__init__(cost_model, settings)
-        self._line: list[tuple[float, int, Entry]] = []  # heap of (late since, number, entry)
+        self._line: list[tuple[float, int, Work]] = []  # heap of (late since, number, work)
         self._records = count()
         self._compact_at = 64
         self._next_grant_s = -math.inf
-        self._granted = -1  # serial of the entry whose slice has come
+        self._granted = -1  # serial of the work whose slice has come
         self._slice_left_from_s: float | None = None  # its executed_s at which the slice ends
 
-    def rank(self, entry: Entry, now: float) -> Rank:
+    def rank(self, work: Work, now: float) -> Rank:
         """Order by band, then deadline or remaining time."""
-        if self._is_on_time(entry, now):
-            latest = entry.latest_start_s(self.settings.max_blocking_s)
-            return Rank((ON_TIME, entry.deadline_s), latest)
-        if not entry.is_in_line and entry.serial >= 0:
-            entry.is_in_line = True
-            if entry.late_since_s is None:
-                entry.late_since_s = now
-            heapq.heappush(self._line, (entry.late_since_s, next(self._records), entry))
+        if self._is_on_time(work, now):
+            latest = work.latest_start_s(self.settings.max_blocking_s)
+            return Rank((ON_TIME, work.deadline_s), latest)
+        if not work.is_in_line and work.serial >= 0:
+            work.is_in_line = True
+            if work.late_since_s is None:
+                work.late_since_s = now
+            heapq.heappush(self._line, (work.late_since_s, next(self._records), work))
             self._compact_line()
-        band = LATE if entry.deadline_s < math.inf else BEST_EFFORT
-        return Rank((band, entry.remaining_s))
+        band = LATE if work.deadline_s < math.inf else BEST_EFFORT
+        return Rank((band, work.remaining_s))
 
-    def pick(self, waiting: Sequence[Entry], now: float) -> Entry:
+    def pick(self, waiting: Sequence[Work], now: float) -> Work:
         """Return who is granted a slice, or the first of those that can be kept on time."""
         first = self._first_in_line()
         if first is not None and self._grant_at(first) <= now and first.version >= 0:
@@ -84,7 +84,7 @@ class SlackEdf(BasePolicy):
         kept = self._keepable(waiting, now)
         return kept[0] if kept else waiting[0]
 
-    def should_preempt(self, current: Entry, waiting: Sequence[Entry], now: float) -> Verdict:
+    def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Weigh what waiting costs against what preempting costs."""
         if self._is_settled(current):
             return Verdict(False, "the running work was suspended as often or long as it may be")
@@ -96,7 +96,7 @@ class SlackEdf(BasePolicy):
         verdict = self._weigh_all(current, ahead, mine, now)
         return self._weigh_grant(current, verdict, now)
 
-    def threshold(self, current: Entry, first: Entry | None, now: float) -> Threshold | None:
+    def threshold(self, current: Work, first: Work | None, now: float) -> Threshold | None:
         """Say when one job alone would outweigh the running one: `_weigh` for a group of one."""
         if len(current.jobs) > 1 or current.serial == self._granted or self._is_settled(current):
             return None
@@ -110,36 +110,37 @@ class SlackEdf(BasePolicy):
             ends_s=now + current.remaining_s,
             slack_share=SLACK_TO_SPEND,
             margin_s=self.settings.max_blocking_s,
+            correction=self.cost_model.correction("prefill"),
         )
 
-    def batch(self, head: Entry, waiting: Iterable[Entry], now: float) -> list[Entry]:
+    def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack while all members meet their deadlines and it saves time; the late apart."""
         packing = Packing(head, self.cost_model, self.settings)
         on_time = self._is_on_time(head, now)
         end_by = head.deadline_s if on_time else math.inf
-        for entry in waiting:
+        for work in waiting:
             if packing.is_full:
                 break
-            if entry.rank.key[0] > head.rank.key[0]:
+            if work.rank.key[0] > head.rank.key[0]:
                 break
-            if entry is head or self._is_on_time(entry, now) != on_time:
+            if work is head or self._is_on_time(work, now) != on_time:
                 continue
-            if packing.fits(entry):
-                seconds = packing.seconds_with(entry)
-                gain = packing.seconds + entry.remaining_s - seconds
-                deadline = min(end_by, entry.deadline_s) if on_time else math.inf
+            if packing.fits(work):
+                seconds = packing.seconds_with(work)
+                gain = packing.seconds + work.remaining_s - seconds
+                deadline = min(end_by, work.deadline_s) if on_time else math.inf
                 in_time = now + seconds + self.settings.max_blocking_s <= deadline
-                if in_time and gain >= PACKING_GAIN * entry.remaining_s:
+                if in_time and gain >= PACKING_GAIN * work.remaining_s:
                     end_by = deadline
-                    packing.add(entry)
+                    packing.add(work)
                     continue
-            latest = entry.deadline_s - entry.remaining_s
+            latest = work.deadline_s - work.remaining_s
             if on_time and now + packing.seconds <= latest:
                 end_by = min(end_by, latest)  # it goes after this prefill: don't make it miss
         return packing.members
 
     def _weigh_all(
-        self, current: Entry, ahead: Sequence[Entry], mine: tuple[float, ...], now: float
+        self, current: Work, ahead: Sequence[Work], mine: tuple[float, ...], now: float
     ) -> Verdict:
         if not ahead:
             return Verdict(False, "nothing waiting is more urgent")
@@ -150,7 +151,7 @@ class SlackEdf(BasePolicy):
             return Verdict(False, "no deadline is at stake")
         return Verdict(True, "is much shorter", by=ahead[0])
 
-    def _weigh_grant(self, current: Entry, verdict: Verdict, now: float) -> Verdict:
+    def _weigh_grant(self, current: Work, verdict: Verdict, now: float) -> Verdict:
         """Give way to the first in line when its slice has come; else look again when it has."""
         first = self._first_in_line()
         if first is None or first.version < 0:  # nobody in line, or it is the one that runs
@@ -164,7 +165,7 @@ class SlackEdf(BasePolicy):
             return Verdict(True, "is granted a slice, late for long", by=first)
         return verdict
 
-    def _slice_end(self, current: Entry, now: float) -> float:
+    def _slice_end(self, current: Work, now: float) -> float:
         """Return when the running work's slice ends; -inf if it has none. Starts it if need be."""
         if current.serial != self._granted or current.is_decode:
             return -math.inf
@@ -174,7 +175,7 @@ class SlackEdf(BasePolicy):
             self._next_grant_s += slice_s / self.settings.late_share
         return now + self._slice_left_from_s - current.executed_s
 
-    def _first_in_line(self) -> Entry | None:
+    def _first_in_line(self) -> Work | None:
         while self._line and self._line[0][2].has_ended:
             heapq.heappop(self._line)
         if not self._line:
@@ -188,26 +189,26 @@ class SlackEdf(BasePolicy):
             heapq.heapify(self._line)
             self._compact_at = 2 * len(self._line) + 64
 
-    def _grant_at(self, first: Entry) -> float:
+    def _grant_at(self, first: Work) -> float:
         assert first.late_since_s is not None
         eligible = first.late_since_s + self.settings.late_patience_s
         if self._next_grant_s == -math.inf:
             self._next_grant_s = eligible
         return max(self._next_grant_s, eligible)
 
-    def _weigh(self, current: Entry, group: Sequence[Entry], now: float) -> Verdict:
+    def _weigh(self, current: Work, group: Sequence[Work], now: float) -> Verdict:
         """Preempt if more of the group are saved than jobs of the running work are lost."""
         at = now
         saved = 0
         blocking = max(self.settings.max_blocking_s, 1e-3)
         again_at = math.inf
-        for entry in group:
-            at += entry.remaining_s
-            slack = entry.deadline_s - at
+        for work in group:
+            at += work.remaining_s
+            slack = work.deadline_s - at
             misses = current.remaining_s > SLACK_TO_SPEND * slack
             saved += misses and slack >= 0.0
             # The running work may take longer than predicted: look again in time.
-            again_at = min(again_at, entry.deadline_s - (at - now) - 3 * blocking)
+            again_at = min(again_at, work.deadline_s - (at - now) - 3 * blocking)
         again_at = max(again_at, now + blocking)
         if not saved:
             return Verdict(False, "the running work ends before anyone's slack runs out", again_at)
@@ -217,11 +218,10 @@ class SlackEdf(BasePolicy):
             return Verdict(False, f"would save {saved} and make {lost} late", again_at)
         return Verdict(True, f"saves {saved} deadlines, costs {lost}", by=group[0])
 
-    def _lost(self, current: Entry, resumed_at: float, now: float) -> int:
+    def _lost(self, current: Work, resumed_at: float, now: float) -> int:
         """Return how many jobs of the running work miss if it is resumed only then."""
         if current.is_decode:
-            assert current.work is not None
-            deadline = current.work.deadline_s
+            deadline = current.deadline_s
             dated = sum(job.tpot_s < math.inf for job in current.jobs)
             ends_late = now + current.remaining_s <= deadline < resumed_at + current.remaining_s
             return dated if ends_late else 0
@@ -229,40 +229,37 @@ class SlackEdf(BasePolicy):
         then = resumed_at + current.remaining_s
         return sum(ends <= job.ttft_deadline_s < then for job in current.jobs)
 
-    def _keepable(self, waiting: Sequence[Entry], now: float) -> list[Entry]:
-        """Return the largest subset of the leading on-time entries that can all be kept.
+    def _keepable(self, waiting: Sequence[Work], now: float) -> list[Work]:
+        """Return the largest subset of the leading on-time works that can all be kept.
 
         Moore-Hodgson: go by deadline; when one ends late, give up the longest so far.
         """
-        kept: list[Entry] = []
+        kept: list[Work] = []
         longest: list[tuple[float, int]] = []
         given_up: set[int] = set()
         at = now
-        for entry in waiting:
-            if not self._is_on_time(entry, now):
+        for work in waiting:
+            if not self._is_on_time(work, now):
                 break
-            kept.append(entry)
-            heapq.heappush(longest, (-entry.remaining_s, entry.serial))
-            at += entry.remaining_s
-            if at > entry.deadline_s:
+            kept.append(work)
+            heapq.heappush(longest, (-work.remaining_s, work.serial))
+            at += work.remaining_s
+            if at > work.deadline_s:
                 seconds, serial = heapq.heappop(longest)
                 at += seconds
                 given_up.add(serial)
-        return [entry for entry in kept if entry.serial not in given_up]
+        return [work for work in kept if work.serial not in given_up]
 
-    def _is_on_time(self, entry: Entry, now: float) -> bool:
-        return now < entry.latest_start_s(self.settings.max_blocking_s) < math.inf
+    def _is_on_time(self, work: Work, now: float) -> bool:
+        return now < work.latest_start_s(self.settings.max_blocking_s) < math.inf
 
-    def _is_settled(self, current: Entry) -> bool:
-        work = current.work
-        assert work is not None
+    def _is_settled(self, current: Work) -> bool:
         return (
-            current.yields >= self.settings.max_suspensions
-            or work.suspended_s >= self.settings.max_suspended_s
+            current.prefill_suspensions >= self.settings.max_suspensions
+            or current.suspended_s >= self.settings.max_suspended_s
         )
 
-    def _current_key(self, current: Entry, now: float) -> tuple[float, ...]:
+    def _current_key(self, current: Work, now: float) -> tuple[float, ...]:
         if current.is_decode:
-            assert current.work is not None
-            return (ON_TIME, current.work.deadline_s)
+            return (ON_TIME, current.deadline_s)
         return self.rank(current, now).key

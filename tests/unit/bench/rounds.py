@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowprefill.bench.beside import LONG_RUN, Answer, Round
+from flowprefill.bench.mixed_round import LONG_RUN, Answer, Round
 from flowprefill.engine.records import TimelineEntry
 
 

@@ -74,6 +74,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, st
     module.Executor = lambda model, plan=None: _core.Executor(1)
     module.logits = _core.logits
     module.has_logits = lambda run: True
+    for name in ("Batch", "BatchSequence", "MachineRates", "PlanOptions"):
+        setattr(module, name, getattr(_core, name))
     monkeypatch.setattr(Model, "made", [])
     monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from flowprefill.bench.common import random_ids
 from flowprefill.bench.prefill import flops_of, rows_of
-from flowprefill.bench.preparation import random_ids
 from flowprefill.scheduling.cost_model import ModelShape
 
 SHAPE = ModelShape(2e8, 2e8, 7e4, 5e7, 5e7)

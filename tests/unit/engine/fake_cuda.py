@@ -30,7 +30,7 @@ class Model:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def make_run(self, *arguments: Any, sampling: object = None, fetch_logits: bool = True) -> Any:
+    def make_run(self, *arguments: Any, sampling: object = (), fetch_logits: bool = True) -> Any:
         return self.inner.make_run(*arguments)
 
     def lane_bytes(self, block_tokens: int) -> int:
@@ -79,6 +79,9 @@ def install(
     module.Executor = lambda model, plan: _core.Executor(1)
     module.has_logits = lambda run: True
     module.logits = _core.logits
+    for name in ("Batch", "BatchSequence", "MachineRates", "PlanOptions"):
+        setattr(module, name, getattr(_core, name))
+    module.DeviceSampling = dict
     monkeypatch.setattr(model, "made", [])
     monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from engine_models import WAIT_S, greedy, prompt_of
 from flowprefill import Engine, Request, _core
 from flowprefill.engine import calibration
 from flowprefill.engine.calibration import ProbeSizes, RatesFile
+from flowprefill.engine.cpu_device import CpuDevice
 from flowprefill.engine.cuda_device import CudaDevice
-from flowprefill.engine.device import CpuDevice
-from flowprefill.engine.native import slowdown_of
+from flowprefill.engine.loading import slowdown_of
 from flowprefill.scheduling import MachineRates, ModelShape
 from flowprefill.scheduling.cost_model import attention_pairs
 
@@ -145,12 +146,19 @@ def test_probes_compute_noise_and_the_same_each_time() -> None:
         def __init__(self) -> None:
             self.rows: list[npt.NDArray[np.int32]] = []
 
-        def make_run(self, run_id: int, rows: Any, entries: Any, plan: Any) -> None:
-            self.rows.append(rows)
+        def make_run(self, run_id: int, batch: Any, plan: Any) -> None:
+            self.rows.append(batch)
+
+    native: Any = SimpleNamespace(
+        Batch=lambda rows, sequences: rows,
+        BatchSequence=dict,
+        PlanOptions=dict,
+        MachineRates=dict,
+    )
 
     models: list[Any] = [Model(), Model()]
     for model in models:
-        make_probe = calibration.probes_of(model, 8, 1000)
+        make_probe = calibration.probes_of(native, model, 8, 1000)
         make_probe(200, 0)
         make_probe(200, 64)
     first, second = models[0].rows

@@ -14,7 +14,7 @@ import pytest
 from engine_models import ids_of, prompt_of
 
 from flowprefill import ConfigError, Engine, EngineConfig
-from flowprefill.engine.device import choose_device
+from flowprefill.engine.device_choice import choose_device
 
 TOO_OLD = (False, "Old GPU has compute capability 7.5, 8.0 or higher is needed")
 
@@ -96,7 +96,7 @@ def test_float32_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def log_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "flowprefill.engine.device"]
+    return [r.getMessage() for r in caplog.records if r.name == "flowprefill.engine.device_choice"]
 
 
 @pytest.mark.parametrize("is_built", [True, False])
@@ -156,10 +156,10 @@ def test_the_cache_takes_a_share_of_what_is_free(
     gib = fake_cuda.GIB  # 2 are for lanes, 1 for graphs
     fake_cuda.install(monkeypatch, [fake_cuda.USABLE], free_bytes=3 * gib + gib // 8)
     engine = open_engine(device="cuda", dtype="auto", max_model_len=500, kv_cache_gib=0.0)
-    total = engine.stats().kv_blocks_total * engine._model.bytes_per_block(64)
+    total = engine.stats().kv_blocks_total * engine._worker._model.bytes_per_block(64)
     assert 0.89 * gib / 8 < total <= 0.9 * gib / 8
     engine = open_engine(device="cuda", dtype="auto", max_model_len=500, kv_cache_gib=0.01)
-    total = engine.stats().kv_blocks_total * engine._model.bytes_per_block(64)
+    total = engine.stats().kv_blocks_total * engine._worker._model.bytes_per_block(64)
     assert 0.009 * gib < total <= 0.01 * gib, "the setting wins"
     fake_cuda.install(monkeypatch, [fake_cuda.USABLE], free_bytes=2 * gib)
     with pytest.raises(ConfigError, match=r"no memory .* is left on cuda:0"):

@@ -22,6 +22,7 @@ from engine_models import (
 from flowprefill import SLO, Engine, Request, SamplingParams, _core
 from flowprefill.engine import core, outbox
 from flowprefill.engine.handle import Handle
+from flowprefill.engine.worker import Batch
 from flowprefill.errors import DeadlinePassed, NotReady, RequestCancelled, RequestFailed
 
 OpenEngine = Callable[..., Engine]
@@ -31,14 +32,15 @@ class Spinning:
     """Lets an engine's runs of chosen lengths spin until cancelled, so that states can be held."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, from_tokens: int) -> None:
-        original = engine.make_run
+        original = engine._worker.make_run
 
-        def make_run(run_id: int, sequences: list[Any]) -> _core.Run:
-            if len(sequences[0].ids) >= from_tokens:
-                return _core.spin_run(run_id, 1_000_000, 2e-4)
-            return original(run_id, sequences)
+        def make_run(batch: Batch) -> Any:
+            first = batch.sequences[0]
+            if first.context + len(first.tokens) >= from_tokens:
+                return _core.spin_run(batch.run_id, 1_000_000, 2e-4)
+            return original(batch)
 
-        monkeypatch.setattr(engine, "make_run", make_run)
+        monkeypatch.setattr(engine._worker, "make_run", make_run)
 
 
 def assert_cancelled(handle: Handle) -> None:
@@ -141,11 +143,9 @@ def test_cancel_while_a_token_is_sampled(
 # ---- failures ------------------------------------------------------------------------------------
 
 
-def failing_at(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, request_id: str, segment: int
-) -> None:
-    """Let one request's runs throw in a segment."""
-    model = engine._model
+def failing_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, tokens: int, segment: int) -> None:
+    """Let the prefill of a prompt of so many tokens throw in a segment."""
+    model = engine._worker._model
 
     class Failing:
         failing = False
@@ -158,14 +158,14 @@ def failing_at(
             return make(*arguments, fail_at=segment if self.failing else -1)
 
     stand_in = Failing()
-    original = engine.make_run
+    original = engine._worker.make_run
 
-    def make_run(run_id: int, sequences: list[Any]) -> _core.Run:
-        stand_in.failing = any(sequence.id == request_id for sequence in sequences)
-        return original(run_id, sequences)
+    def make_run(batch: Batch) -> Any:
+        stand_in.failing = any(len(sequence.tokens) == tokens for sequence in batch.sequences)
+        return original(batch)
 
-    monkeypatch.setattr(engine, "_model", stand_in)
-    monkeypatch.setattr(engine, "make_run", make_run)
+    monkeypatch.setattr(engine._worker, "_model", stand_in)
+    monkeypatch.setattr(engine._worker, "make_run", make_run)
 
 
 @pytest.mark.parametrize("segment", [0, 3, 10])
@@ -175,7 +175,7 @@ def test_a_failing_segment_ends_its_request_and_no_other(
     engine = open_engine(granularity="operator", max_batch_tokens=1)
     prompts = [prompt_of(50, n) for n in range(4)]
     expected = [ids_of(engine, prompt, 6) for prompt in prompts]
-    failing_at(engine, monkeypatch, "bad", segment)
+    failing_at(engine, monkeypatch, 70, segment)
     before = [engine.submit(Request(prompt, greedy(6))) for prompt in prompts[:2]]
     bad = engine.submit(Request(prompt_of(70, 9), greedy(6), id="bad"))
     after = [engine.submit(Request(prompt, greedy(6))) for prompt in prompts[2:]]
@@ -192,14 +192,14 @@ def test_a_run_that_cannot_be_built_fails_its_requests(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine()
-    original = engine.make_run
+    original = engine._worker.make_run
 
-    def make_run(run_id: int, sequences: list[Any]) -> _core.Run:
-        if any(sequence.id == "bad" for sequence in sequences):
+    def make_run(batch: Batch) -> Any:
+        if any(len(sequence.tokens) == 600 for sequence in batch.sequences):
             raise MemoryError("no memory for the workspace")
-        return original(run_id, sequences)
+        return original(batch)
 
-    monkeypatch.setattr(engine, "make_run", make_run)
+    monkeypatch.setattr(engine._worker, "make_run", make_run)
     blocker = engine.submit(Request(prompt_of(3000), greedy(1)))
     bad = engine.submit(Request(prompt_of(600, 1), greedy(1), id="bad"))
     good = engine.submit(Request(prompt_of(700, 2), greedy(3)))

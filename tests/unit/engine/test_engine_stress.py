@@ -114,7 +114,7 @@ def test_failures_among_the_rest(
 ) -> None:
     engine = open_engine(kv_cache_gib=0.0015, block_tokens=16)
     chance = random.Random(8)
-    original: Any = engine._model.make_run
+    original: Any = engine._worker._model.make_run
 
     class Failing:
         def __getattr__(self, name: str) -> Any:
@@ -123,8 +123,8 @@ def test_failures_among_the_rest(
         def make_run(self, *arguments: Any) -> Any:
             return original(*arguments, fail_at=chance.choice((-1, -1, -1, 0, 2)))
 
-    model = engine._model
-    monkeypatch.setattr(engine, "_model", Failing())
+    model = engine._worker._model
+    monkeypatch.setattr(engine._worker, "_model", Failing())
     ends = Ends()
     engine.subscribe(ends)
     outcomes = one_round(engine, random.Random(9), itertools.count())

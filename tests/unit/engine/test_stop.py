@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowprefill.engine.stop import StopChecker, Verdict
+from flowprefill.engine.stop import ReleasedText, StopChecker
 from flowprefill.request import SamplingParams
 
 EOS = 2
@@ -26,14 +26,14 @@ def run(params: SamplingParams, pieces: list[str]) -> tuple[str, str | None, int
 
 def test_push_without_stops_releases_at_once() -> None:
     checker = StopChecker(SamplingParams())
-    assert checker.push(5, "hello") == Verdict("hello", None)
+    assert checker.push(5, "hello") == ReleasedText("hello", None)
 
 
 def test_push_holds_back_start_of_stop_and_releases_when_it_cannot_be() -> None:
     checker = StopChecker(SamplingParams(stop=("END",)))
-    assert checker.push(5, "the E") == Verdict("the ", None)
-    assert checker.push(5, "N") == Verdict("", None)
-    assert checker.push(5, "T") == Verdict("ENT", None)
+    assert checker.push(5, "the E") == ReleasedText("the ", None)
+    assert checker.push(5, "N") == ReleasedText("", None)
+    assert checker.push(5, "T") == ReleasedText("ENT", None)
 
 
 def test_push_stop_string_across_pieces_is_removed() -> None:
@@ -43,8 +43,8 @@ def test_push_stop_string_across_pieces_is_removed() -> None:
 def test_push_stop_string_included_when_asked_for_and_nothing_held_back() -> None:
     params = SamplingParams(stop=("END",), include_stop_str_in_output=True)
     checker = StopChecker(params)
-    assert checker.push(5, "a E") == Verdict("a E", None)
-    assert checker.push(5, "ND tail") == Verdict("ND", "stop")
+    assert checker.push(5, "a E") == ReleasedText("a E", None)
+    assert checker.push(5, "ND tail") == ReleasedText("ND", "stop")
 
 
 def test_push_first_completed_of_several_wins() -> None:
@@ -62,13 +62,13 @@ def test_push_stop_token_ends_and_releases_held_text(token_id: int) -> None:
     checker = StopChecker(SamplingParams(stop=("END",), stop_token_ids=(7,)), [EOS])
     checker.push(5, "EN")
     assert checker.reason_of(token_id) == "stop"
-    assert checker.push(token_id, "") == Verdict("EN", "stop")
+    assert checker.push(token_id, "") == ReleasedText("EN", "stop")
 
 
 def test_push_ignore_eos_goes_on_but_stop_token_ids_count() -> None:
     checker = StopChecker(SamplingParams(ignore_eos=True, stop_token_ids=(7,)), [EOS])
-    assert checker.push(EOS, "") == Verdict("", None)
-    assert checker.push(7, "") == Verdict("", "stop")
+    assert checker.push(EOS, "") == ReleasedText("", None)
+    assert checker.push(7, "") == ReleasedText("", "stop")
 
 
 @pytest.mark.parametrize(("asked", "room"), [(2, None), (None, 2), (2, 9), (9, 2)])
@@ -77,22 +77,22 @@ def test_push_limit_ends_with_length_and_releases_held_text(
 ) -> None:
     checker = StopChecker(SamplingParams(max_tokens=asked, stop=("END",)), [EOS], room)
     assert checker.reason_of(5) is None
-    assert checker.push(5, "a") == Verdict("a", None)
+    assert checker.push(5, "a") == ReleasedText("a", None)
     assert checker.reason_of(5) == "length"
-    assert checker.push(5, "EN") == Verdict("EN", "length")
+    assert checker.push(5, "EN") == ReleasedText("EN", "length")
 
 
 def test_push_stop_at_the_limit_is_stop() -> None:
     params = SamplingParams(max_tokens=1, stop=("END",))
-    assert StopChecker(params, [EOS]).push(5, "xEND") == Verdict("x", "stop")
-    assert StopChecker(params, [EOS]).push(EOS, "") == Verdict("", "stop")
+    assert StopChecker(params, [EOS]).push(5, "xEND") == ReleasedText("x", "stop")
+    assert StopChecker(params, [EOS]).push(EOS, "") == ReleasedText("", "stop")
 
 
 def test_push_min_tokens_ignores_earlier_stops() -> None:
     checker = StopChecker(SamplingParams(min_tokens=3, stop=("END",)), [EOS])
-    assert checker.push(EOS, "aEND") == Verdict("aEND", None)
-    assert checker.push(5, "xEN") == Verdict("x", None)
-    assert checker.push(5, "Dy") == Verdict("", "stop")
+    assert checker.push(EOS, "aEND") == ReleasedText("aEND", None)
+    assert checker.push(5, "xEN") == ReleasedText("x", None)
+    assert checker.push(5, "Dy") == ReleasedText("", "stop")
 
 
 def test_push_min_tokens_occurrence_overlapping_an_ignored_one() -> None:
@@ -109,8 +109,8 @@ def test_push_after_the_end_raises() -> None:
 
 def test_push_huge_stop_strings_hold_back_only_what_matches() -> None:
     checker = StopChecker(SamplingParams(stop=("a" * 1_000_000, "ab" * 500_000)))
-    assert checker.push(5, "xaaa") == Verdict("x", None)
-    assert checker.push(5, "bab") == Verdict("aa", None)
+    assert checker.push(5, "xaaa") == ReleasedText("x", None)
+    assert checker.push(5, "bab") == ReleasedText("aa", None)
     assert checker.flush() == "abab"
 
 

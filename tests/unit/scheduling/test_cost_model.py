@@ -70,19 +70,3 @@ def test_error_quantile_after_works_is_of_their_ratios() -> None:
 def test_optimistic_before_calibration_is_far_below_the_prediction() -> None:
     assert CostModel(SHAPE).optimistic_prefill_s(1.0) == 0.25
     assert CostModel(SHAPE, is_calibrated=True).optimistic_prefill_s(1.0) == 0.8
-
-
-def test_to_dict_from_dict_predicts_the_same() -> None:
-    model = CostModel(SHAPE, RATES, is_calibrated=True)
-    model.observe("prefill", 1.0, 2.0)
-    again = CostModel.from_dict(model.to_dict())
-    assert again.prefill_s(77, 5) == model.prefill_s(77, 5)
-    assert again.is_calibrated
-
-
-def test_from_dict_wrong_entry_names_it() -> None:
-    values = CostModel(SHAPE, RATES).to_dict()
-    with pytest.raises(ValueError, match="gemm_flops_per_s: got -1"):
-        CostModel.from_dict({**values, "rates": {**values["rates"], "gemm_flops_per_s": -1}})
-    with pytest.raises(ValueError, match="shape"):
-        CostModel.from_dict({"rates": values["rates"]})

@@ -18,7 +18,6 @@ from flowprefill.scheduling import (
     Job,
     MachineRates,
     ModelShape,
-    Progress,
     Scheduler,
     SchedulerSettings,
     TimerFired,
@@ -227,13 +226,6 @@ def test_on_miss_drop_waiting_dropped_when_out_of_reach_and_timer_asked_for() ->
     later = scheduler.on_event(TimerFired(), decision.wake_at)
     assert [name for name, _ in later.dropped] == ["drop"]
     assert scheduler.on_event(Cancelled("drop"), 0.3).dropped == ()
-
-
-def test_progress_corrects_what_is_left() -> None:
-    scheduler = make()
-    work = dispatched(arrive(scheduler, "a", 10_000, 60.0))
-    scheduler.on_event(Progress(work.id, 7.0), 0.5)
-    assert scheduler.load().backlog_s == pytest.approx(7.0)
 
 
 def test_decode_step_over_all_sequences_has_earliest_token_deadline() -> None:

@@ -1,4 +1,4 @@
-"""Sequence: everything the engine keeps about one live request, from submit to its terminal event.
+"""LiveRequest: everything the engine keeps about one request, from submit to its terminal event.
 
 Changed by the engine's core under its lock; the token side (sampler, decoder, stop checker) only
 by the event thread.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowprefill.engine.worker import BatchSequence
 from flowprefill.request import Completion, Timings, Token
 from flowprefill.scheduling import Job
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from flowprefill.engine.handle import Handle
     from flowprefill.engine.kv_blocks import Reservation
-    from flowprefill.engine.sampler import DeviceSampling, Sampler
+    from flowprefill.engine.sampler import Sampler
     from flowprefill.engine.stop import StopChecker
     from flowprefill.errors import FlowPrefillError
     from flowprefill.models.tokenizer import IncrementalDecoder
@@ -41,8 +42,8 @@ class TokenSide:
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """One live request.
+class LiveRequest:
+    """One request that has not ended.
 
     Attributes:
         ids: prompt and generated tokens.
@@ -60,7 +61,6 @@ class Sequence:
     arrival_s: float
     ids: list[int]
     num_prompt: int
-    extra_tokens: int
     token_side: TokenSide | None = None
     computed: int = 0
     reservation: Reservation | None = None
@@ -88,7 +88,7 @@ class Sequence:
     @property
     def deadline_s(self) -> float:
         """When the first token is due; inf without an objective."""
-        return math.inf if self.slo.ttft is None else self.arrival_s + self.slo.ttft
+        return self.slo.deadline_s(self.arrival_s)
 
     def job(self) -> Job:
         """Return the scheduler's view; the KV blocks must be reserved."""
@@ -107,13 +107,19 @@ class Sequence:
     def _next_token_due_s(self) -> float:
         return math.inf if self.slo.tpot is None else self.token_times_s[-1] + self.slo.tpot
 
-    def new_tokens(self) -> NDArray[np.int32]:
-        """Return the tokens the next run computes."""
-        return np.array(self.ids[self.computed :], dtype=np.int32)
+    def next_piece(self, *, chooses_token: bool) -> BatchSequence:
+        """Return what the next run computes of it; the KV blocks must be reserved.
 
-    def device_sampling(self) -> DeviceSampling | None:
-        """Return what a device needs to choose the next token itself; None: it needs the logits."""
-        return self._side().sampler.on_device()
+        Args:
+            chooses_token: the worker may choose the next token, if its sampler lets it.
+        """
+        assert self.reservation is not None
+        return BatchSequence(
+            tokens=np.array(self.ids[self.computed :], dtype=np.int32),
+            context=self.computed,
+            blocks=self.reservation.block_ids,
+            sampling=self._side().sampler.on_device() if chooses_token else None,
+        )
 
     def advance(self, outcome: Outcome, now: float) -> Token:
         """Sample the next token and decide whether generation ends with it.
@@ -137,13 +143,13 @@ class Sequence:
             piece = side.decoder.push(sampled.token_id)
             if reason == "length":
                 piece += side.decoder.flush()
-        verdict = side.stop.push(sampled.token_id, piece)
+        released = side.stop.push(sampled.token_id, piece)
         token = Token(
             token_id=sampled.token_id,
-            text=verdict.text,
+            text=released.text,
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
-            finish_reason=verdict.finish_reason,
+            finish_reason=released.finish_reason,
         )
         self.ids.append(sampled.token_id)
         self.tokens.append(token)

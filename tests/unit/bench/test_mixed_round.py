@@ -8,8 +8,8 @@ import random
 import pytest
 from rounds import make_round, segment
 
-from flowprefill.bench.beside import JITTER, LONG_RUN, arrival_offsets, blocking_times
 from flowprefill.bench.hol import row_of
+from flowprefill.bench.mixed_round import JITTER, LONG_RUN, arrival_offsets, blocking_times
 
 TIMELINE = [
     segment(LONG_RUN, 0.0, 2.0),

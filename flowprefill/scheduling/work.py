@@ -1,4 +1,4 @@
-"""Entry: a waiting job or a work, as scheduler and policies see it; Rank and Verdict on it."""
+"""Work: what waits for the device or is on it, and what policies say of it: Rank and Verdict."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from flowprefill.scheduling.interface import Job, Work
+    from flowprefill.scheduling.interface import Job, WorkKind
 
 OVERRUN = 0.05  # a work past its prediction is taken to need this share of its time so far
 
 
 class Rank(NamedTuple):
-    """Where an entry stands.
+    """Where a work stands.
 
     Attributes:
         key: the smaller goes first; equal keys are equally urgent. One policy's keys have one form.
-        until: the entry is ranked anew at this time; always later than now. inf: never.
+        until: the work is ranked anew at this time; always later than now. inf: never.
     """
 
     key: tuple[float, ...]
@@ -32,30 +32,37 @@ class Verdict(NamedTuple):
 
     Attributes:
         again_at: ask again at this time even if no event comes; inf: no need. Later than now.
-        by: which entry is to run instead; None: a decode step, or nothing.
+        by: which work is to run instead; None: a decode step, or nothing.
     """
 
     preempt: bool
     reason: str
     again_at: float = math.inf
-    by: Entry | None = None
+    by: Work | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
-    """A waiting job, or a work that runs or is suspended. Owned by the scheduler.
+class Work:
+    """One or more jobs to prefill together, or one decode step; waiting, running or suspended.
+
+    Made and changed by the scheduler; policies and the scheduler's caller read it. Compared by
+    identity.
 
     Attributes:
-        jobs: live jobs; one while waiting.
+        jobs: live jobs, in the order in which they were packed; one while waiting. Shrinks when
+            one ends early; the run keeps the rows it was built with.
         serial: order of arrival; breaks the last ties, so that decisions are deterministic.
-        arrival_s, deadline_s, priority: the smallest among the jobs.
-        total_s: predicted time of the whole, undisturbed.
+        predicted_s: predicted time of the whole, undisturbed.
+        id: unique for the life of the scheduler, from 1 on; 0 before it was dispatched.
+        arrival_s, deadline_s, priority: the smallest among the jobs; inf is best effort. A decode
+            step's deadline is that of its first token due.
         remaining_s: predicted time that is left.
         executed_s: time it has been executing.
-        work: set once it was dispatched.
         since_s: when it was last dispatched, suspended or accounted for.
         is_suspended: whether its run stands still.
-        yields: how many times it was suspended for another prefill.
+        suspensions: how many times it was suspended.
+        prefill_suspensions: how many of these for another prefill.
+        suspended_s: how long it was suspended in all, up to its last resume.
         late_since_s: since when it is known to miss its deadline, or has none (slack_edf).
         is_in_line: whether slack_edf has noted that.
         has_ended: it is done with, or went into a packed prefill.
@@ -65,16 +72,19 @@ class Entry:
 
     jobs: list[Job]
     serial: int
-    total_s: float
+    predicted_s: float
+    kind: WorkKind = "prefill"
+    id: int = 0
     arrival_s: float = field(init=False)
     deadline_s: float = field(init=False)
     priority: int = field(init=False)
     remaining_s: float = field(init=False)
     executed_s: float = 0.0
-    work: Work | None = None
     since_s: float = 0.0
     is_suspended: bool = False
-    yields: int = 0
+    suspensions: int = 0
+    prefill_suspensions: int = 0
+    suspended_s: float = 0.0
     late_since_s: float | None = None
     is_in_line: bool = False
     has_ended: bool = False
@@ -82,7 +92,7 @@ class Entry:
     version: int = -1
 
     def __post_init__(self) -> None:
-        self.remaining_s = self.total_s
+        self.remaining_s = self.predicted_s
         self.arrival_s = min(job.arrival_s for job in self.jobs)
         self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
         self.priority = min(job.priority for job in self.jobs)
@@ -90,12 +100,17 @@ class Entry:
     @property
     def is_decode(self) -> bool:
         """Whether this is a decode step; it is never in the queue."""
-        return self.work is not None and self.work.kind == "decode"
+        return self.kind == "decode"
 
     @property
     def is_started(self) -> bool:
         """Whether a run exists for it, so that it can be resumed but not packed with others."""
-        return self.work is not None
+        return self.id > 0
+
+    @property
+    def job_ids(self) -> tuple[str, ...]:
+        """The live jobs' ids."""
+        return tuple(job.id for job in self.jobs)
 
     @property
     def prompt_tokens(self) -> int:
@@ -116,9 +131,5 @@ class Entry:
     def discard(self, job: Job) -> None:
         """Take a job out that ended early; the run keeps its rows, so its time stays."""
         self.jobs.remove(job)
-        if self.work is not None:
-            self.work.job_ids = tuple(name for name in self.work.job_ids if name != job.id)
         if self.jobs and not self.is_decode:
             self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
-            if self.work is not None:
-                self.work.deadline_s = self.deadline_s

@@ -1,8 +1,7 @@
-"""Joins checkpoints and settings to the native modules: loading, plans; used by the engine."""
+"""From checkpoints and settings to native models and plans; used by devices and LocalWorker."""
 
 from __future__ import annotations
 
-import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,12 +9,10 @@ import numpy.typing as npt
 
 from flowprefill import _core
 from flowprefill.config import Granularity
-from flowprefill.errors import CheckpointError, ConfigError
+from flowprefill.errors import CheckpointError
 from flowprefill.models.checkpoint import Checkpoint, Progress
 from flowprefill.models.graph import ModelGraph
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape
-
-STEP_OVERHEAD_S = 5e-6  # of one step of a segment; a run's own overhead is in MachineRates
 
 
 def slowdown_of(correction: float, is_exclusive: bool) -> float:
@@ -31,41 +28,25 @@ def slowdown_of(correction: float, is_exclusive: bool) -> float:
     return max(round(correction if is_exclusive else min(correction, 1.0), 1), 0.1)
 
 
-def native_plan(
-    granularity: Granularity, rates: MachineRates, slowdown: float = 1.0
-) -> dict[str, Any]:
-    """Return what the planner needs: how to cut, and how fast this machine is.
+def plan_options(
+    native: Any, granularity: Granularity, rates: MachineRates, slowdown: float = 1.0
+) -> Any:
+    """Return the planner's options: how to cut, and how fast this machine is.
 
     Args:
+        native: the module whose runs they are for.
         slowdown: measured over predicted time of late; segments are planned by it.
     """
-    return {
-        "granularity": granularity.kind,
-        "budget_s": granularity.budget_s or 2e-3,
-        "chunk_tokens": granularity.chunk_tokens or 512,
-        "gemm_flops_per_s": rates.gemm_flops_per_s / slowdown,
-        "attention_flops_per_s": rates.attention_flops_per_s / slowdown,
-        "weight_bytes_per_s": rates.weight_bytes_per_s / slowdown,
-        "step_overhead_s": STEP_OVERHEAD_S,
-    }
-
-
-def resolve_dtype(dtype: str) -> str:
-    """Return ``bf16`` or ``f32``; ``auto`` is bf16 where the processor multiplies it natively."""
-    has_bf16 = _core.has_bf16_gemm()
-    if dtype == "auto":
-        return "bf16" if has_bf16 else "f32"
-    if dtype == "bf16" and not has_bf16:
-        raise ConfigError(
-            "dtype: got 'bf16', but this processor does not multiply bf16 natively, expected 'f32'",
-            param="dtype",
-        )
-    return dtype
-
-
-def resolve_threads(threads: int) -> int:
-    """Return the compute threads: those asked for, or one per core this process may use."""
-    return threads or len(os.sched_getaffinity(0))
+    return native.PlanOptions(
+        granularity=granularity.kind,
+        budget_s=granularity.budget_s or 2e-3,
+        chunk_tokens=granularity.chunk_tokens or 512,
+        rates=native.MachineRates(
+            gemm_flops_per_s=rates.gemm_flops_per_s / slowdown,
+            attention_flops_per_s=rates.attention_flops_per_s / slowdown,
+            weight_bytes_per_s=rates.weight_bytes_per_s / slowdown,
+        ),
+    )
 
 
 class Loadable(Protocol):

@@ -1,4 +1,4 @@
-"""Beside: short prompts that arrive while a long one is prefilled; measured by `hol` and the demo.
+"""Short prompts that arrive while a long one is prefilled; measured by `hol` and the demo.
 
 One *round* is the same for every granularity: the same random prompts at the same times. Arrivals
 are open loop: the waits between them are uniformly distributed and do not depend on the answers,
@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from flowprefill.bench.preparation import FIRST_TOKEN_ONLY, first_token_s, random_ids
+from flowprefill.bench.common import FIRST_TOKEN_ONLY, first_token_s, random_ids
 from flowprefill.engine import Engine
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.records import TimelineEntry

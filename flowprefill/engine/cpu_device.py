@@ -1,0 +1,105 @@
+"""CpuDevice: the processor as the engine sees it; made by `device_choice.open_device`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from flowprefill import _core
+from flowprefill.config import GIB, EngineConfig
+from flowprefill.engine.calibration import ProbeSizes
+from flowprefill.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flowprefill.engine.device import FloatArray
+    from flowprefill.models.checkpoint import Checkpoint
+
+DEFAULT_CACHE_GIB = 1.0  # of the KV cache, where the settings name none
+
+
+class CpuDevice:
+    """The processor: compute threads of this process; see Device."""
+
+    native: Any = _core
+    name = "cpu"
+    max_model_len = 0
+    chooses_tokens = False
+    is_exclusive = False
+    probe_sizes = ProbeSizes(tokens=256, context=3072)
+
+    def __init__(self, config: EngineConfig, reason: str) -> None:
+        """Settle element type and threads.
+
+        Raises:
+            ConfigError: bf16 on a processor that does not multiply it.
+        """
+        self.reason = reason
+        self.dtype = resolve_dtype(config.dtype)
+        self.threads = resolve_threads(config.threads)
+        self._background = config.background
+
+    def make_model(self, checkpoint: Checkpoint) -> _core.Model:
+        """Make an empty model; any number of tokens fits."""
+        try:
+            return _core.Model(checkpoint.graph, self.dtype, self.threads)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+
+    def cache_bytes(self, model: _core.Model) -> int:
+        """Return a fixed size: what else wants the machine's memory cannot be known."""
+        del model
+        return int(DEFAULT_CACHE_GIB * GIB)
+
+    def start_executor(self, model: _core.Model, plan: _core.PlanOptions | None) -> _core.Executor:
+        """Start an executor; it runs any model's runs, and has nothing to prepare."""
+        del model, plan
+        executor = _core.Executor(self.threads, self._background)
+        executor.start()
+        return executor
+
+    def outcomes(self, run: _core.Run) -> FloatArray:
+        """Return a view of the run's logits."""
+        return _core.logits(run)
+
+    def workspace_bytes(self, model: _core.Model) -> int:
+        """Return the workspaces of this process."""
+        del model
+        return _core.live_workspace_bytes()
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return threads, instruction set and cores."""
+        return {
+            "threads": self.threads,
+            "isa": _core.row_kernel_isa(),
+            "cores": len(os.sched_getaffinity(0)),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return device, reason, threads and instruction set."""
+        return {
+            "device": self.name,
+            "reason": self.reason,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "isa": _core.row_kernel_isa(),
+        }
+
+
+def resolve_dtype(dtype: str) -> str:
+    """Return ``bf16`` or ``f32``; ``auto`` is bf16 where the processor multiplies it natively."""
+    has_bf16 = _core.has_bf16_gemm()
+    if dtype == "auto":
+        return "bf16" if has_bf16 else "f32"
+    if dtype == "bf16" and not has_bf16:
+        raise ConfigError(
+            "dtype: got 'bf16', but this processor does not multiply bf16 natively, expected 'f32'",
+            param="dtype",
+        )
+    return dtype
+
+
+def resolve_threads(threads: int) -> int:
+    """Return the compute threads: those asked for, or one per core this process may use."""
+    return threads or len(os.sched_getaffinity(0))

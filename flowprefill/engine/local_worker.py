@@ -1,0 +1,235 @@
+"""LocalWorker: a model on a device of this machine, with its KV cache and native executor.
+
+Made by Engine, used by Engine and EngineCore as a Worker; the only part of the engine that calls
+the native modules.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowprefill.config import GIB, EngineConfig, Granularity
+from flowprefill.engine import calibration
+from flowprefill.engine.device import longest_of
+from flowprefill.engine.device_choice import open_model
+from flowprefill.engine.loading import model_shape, plan_options, slowdown_of
+from flowprefill.engine.worker import WorkerLimits, WorkerStats
+from flowprefill.errors import ConfigError
+from flowprefill.scheduling import MachineRates
+
+if TYPE_CHECKING:
+    from flowprefill.engine.device import FloatArray
+    from flowprefill.engine.worker import Batch, RunHandle
+    from flowprefill.models.checkpoint import Checkpoint, Progress
+
+
+class LocalWorker:
+    """See Worker.
+
+    Attributes:
+        dtype: what the device computes in.
+        threads: compute threads of the executor.
+    """
+
+    def __init__(
+        self, config: EngineConfig, checkpoint: Checkpoint, progress: Progress | None = None
+    ) -> None:
+        """Load the model and take the memory of its KV cache.
+
+        Args:
+            progress: called while loading with bytes done and bytes in all.
+
+        Raises:
+            CheckpointError, ConfigError: what is wrong with the files or the settings.
+        """
+        self._config = config
+        self._model_name = checkpoint.name
+        self._granularity = Granularity.parse(config.granularity)
+        self._device, self._model = open_model(config, checkpoint, progress)
+        self.dtype, self.threads = self._device.dtype, self._device.threads
+        self.shape = model_shape(checkpoint.graph, self.dtype)
+        self.rates: MachineRates | None = None
+        self._max_position = checkpoint.config.max_position
+        self._vocab_size = checkpoint.config.vocab_size
+        longest = longest_of(self._device.max_model_len, config, checkpoint.config)
+        blocks = self._allocate_cache(longest)
+        self.limits = WorkerLimits(
+            longest, config.block_tokens, blocks, self._device.chooses_tokens
+        )
+        self._plans: dict[float, Any] = {}
+
+    def start(self) -> None:
+        """Start the executor, prepared for the rates kept from earlier; else measure them."""
+        kept, rates = None, None
+        if self._config.calibrate:
+            kept = self._kept_rates()
+            rates = kept.read()
+        plan = None
+        if rates is not None:
+            plan = plan_options(self._device.native, self._granularity, rates)
+        self._executor = self._device.start_executor(self._model, plan)
+        if kept is not None and rates is None:
+            rates = self._measure()
+            kept.write(rates)
+        self.rates = rates
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._sleep = select.poll()
+        self._sleep.register(self._executor.event_fd, select.POLLIN)
+        self._sleep.register(self._wake_fd, select.POLLIN)
+
+    def stop(self) -> None:
+        """Stop the executor; after the thread that polls has ended."""
+        self._executor.stop()
+        os.close(self._wake_fd)
+
+    def now_s(self) -> float:
+        """Return the monotonic clock, which the executor reads too."""
+        return time.monotonic()
+
+    # ---- runs ----------------------------------------------------------------------------------
+
+    def make_run(self, batch: Batch) -> RunHandle:
+        """Build the run over the new tokens of the sequences; they choose tokens if all can."""
+        native = self._device.native
+        tokens = [sequence.tokens for sequence in batch.sequences]
+        packed = native.Batch(
+            tokens[0] if len(tokens) == 1 else np.concatenate(tokens),
+            [
+                native.BatchSequence(
+                    rows=len(s.tokens), context=s.context, block_table=np.array(s.blocks, np.int32)
+                )
+                for s in batch.sequences
+            ],
+        )
+        plan = self._plan(batch.slowdown)
+        chosen = [s.sampling._asdict() for s in batch.sequences if s.sampling is not None]
+        if len(chosen) < len(tokens):
+            return self._model.make_run(batch.run_id, packed, plan)
+        sampling = [native.DeviceSampling(**each) for each in chosen]
+        model: Any = self._model  # no logits have to come to the host
+        run: RunHandle = model.make_run(
+            batch.run_id, packed, plan, sampling=sampling, fetch_logits=False
+        )
+        return run
+
+    def dispatch(self, run: Any) -> bool:
+        """Exchange the executor's mailbox; False: the run has ended."""
+        try:
+            self._executor.dispatch(run)
+        except ValueError:
+            return False
+        return True
+
+    def suspend(self, run: Any, *, yield_core: bool = False) -> bool:
+        """Raise the run's own flag."""
+        return self._executor.suspend(run, yield_core=yield_core)
+
+    def cancel(self, run: Any) -> bool:
+        """End the run now or at its next boundary."""
+        return self._executor.cancel(run)
+
+    def poll(self, until_s: float) -> list[Any]:
+        """Sleep until the executor has posted an event, `wake` was called or the time has come."""
+        wait_s = max(until_s - time.monotonic(), 0.0)
+        ready = self._sleep.poll(None if wait_s == math.inf else math.ceil(wait_s * 1e3))
+        if any(fd == self._wake_fd for fd, _ in ready):
+            os.eventfd_read(self._wake_fd)
+        return self._executor.pop_events() if ready else []
+
+    def wake(self) -> None:
+        """Have `poll` return."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def outcomes(self, run: Any) -> FloatArray | list[int]:
+        """Return a finished run's logits, a view of native memory, or its tokens."""
+        return self._device.outcomes(run)
+
+    def zero_blocks(self, blocks: list[int]) -> None:
+        """Clear KV blocks that may hold NaN."""
+        self._model.zero_blocks(blocks)
+
+    # ---- what it tells about itself ------------------------------------------------------------
+
+    def set_granularity(self, granularity: Granularity) -> None:
+        """Cut the runs made from now on so."""
+        self._granularity = granularity
+        self._plans.clear()
+
+    def stats(self) -> WorkerStats:
+        """Return the executor's counts and the size of the workspaces."""
+        native = self._executor.stats()
+        return WorkerStats(
+            preemptions=native.num_suspended,
+            segments=native.num_segments,
+            workspace_bytes=self._device.workspace_bytes(self._model),
+            max_blocking_s=native.max_blocking_s,
+        )
+
+    def timeline(self) -> list[Any]:
+        """Return what the executor's ring holds."""
+        return self._executor.timeline().records
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the device says of itself, and the granularity."""
+        return {**self._device.describe(), "granularity": str(self._granularity)}
+
+    # ---- making --------------------------------------------------------------------------------
+
+    def _allocate_cache(self, longest: int) -> int:
+        """Take the memory the settings name, or what the device gives; returns the blocks."""
+        block_tokens = self._config.block_tokens
+        block_bytes = self._model.bytes_per_block(block_tokens)
+        wanted = int(self._config.kv_cache_gib * GIB) or self._device.cache_bytes(self._model)
+        blocks = wanted // block_bytes
+        if blocks < 1:
+            raise ConfigError(
+                f"kv_cache_gib: got {self._config.kv_cache_gib}, expected at least "
+                f"{block_bytes / GIB:.4f} (one block of {block_tokens} tokens)",
+                param="kv_cache_gib",
+            )
+        try:
+            self._model.allocate_cache(block_tokens, blocks)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"kv_cache_gib: {blocks * block_bytes / GIB:.2f} GiB beside the activations of "
+                f"{longest} tokens (max_model_len): {error}",
+                param="kv_cache_gib",
+            ) from None
+        return blocks
+
+    def _kept_rates(self) -> calibration.RatesFile:
+        folder = Path(self._config.cache_dir or calibration.default_cache_dir())
+        key = {
+            "model": self._model_name,
+            "dtype": self.dtype,
+            "flops": self.shape.linear_flops_per_token,
+            "block_tokens": self.limits.block_tokens,
+            **self._device.identity(),
+        }
+        return calibration.RatesFile(folder, key)
+
+    def _measure(self) -> MachineRates:
+        capacity = self.limits.num_blocks * self.limits.block_tokens
+        most = min(capacity, self._max_position)
+        make_probe = calibration.probes_of(
+            self._device.native, self._model, self.limits.num_blocks, self._vocab_size
+        )
+        sizes = self._device.probe_sizes
+        return calibration.measure(self._executor, make_probe, self.shape, most, sizes)
+
+    def _plan(self, slowdown: float) -> Any:
+        """Return the planner's options, by the rates measured of late."""
+        rounded = slowdown_of(slowdown, self._device.is_exclusive)
+        if rounded not in self._plans:
+            rates = self.rates or MachineRates()
+            self._plans[rounded] = plan_options(
+                self._device.native, self._granularity, rates, rounded
+            )
+        return self._plans[rounded]
