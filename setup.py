@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,12 +24,20 @@ ARCHITECTURES = "80-real;90-real;100"  # as cmake/CudaToolkit.cmake; 100 brings 
 CUDA_CHOICES = {"": "AUTO", "auto": "AUTO", "1": "ON", "on": "ON", "0": "OFF", "off": "OFF"}
 
 
+def build_requirements() -> list[str]:
+    """Return what pyproject.toml says that a build needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    requirements: list[str] = project["build-system"]["requires"]
+    return requirements
+
+
 def find_tool(name: str) -> str:
     """Return the path of a build tool, the environment's own before the system's."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which(name, path=search)
     if found is None:
-        sys.exit(f"flowprefill needs {name} to build: pip install {name}")
+        wanted = next(text for text in build_requirements() if text.startswith(name))
+        sys.exit(f"flowprefill needs {name} to build: pip install '{wanted}'")
     return found
 
 

@@ -54,6 +54,26 @@ def test_another_word_stops_the_build(
         setup_script["cuda_settings"]()
 
 
+def test_a_tool_that_is_missing_is_named_with_its_version(
+    setup_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
+    for name, wanted in (("cmake", "cmake>=3.26"), ("ninja", "ninja")):
+        with pytest.raises(SystemExit, match=f"needs {name} to build: pip install '{wanted}'"):
+            setup_script["find_tool"](name)
+
+
+@pytest.mark.parametrize("project", [".", "tests/gpu/cpp"])
+def test_cmake_files_that_compile_cuda_want_the_version_that_pip_installs(
+    setup_script: dict[str, Any], project: str
+) -> None:
+    (wanted,) = (r for r in setup_script["build_requirements"]() if r.startswith("cmake"))
+    oldest = wanted.removeprefix("cmake>=")
+    assert tuple(map(int, oldest.split("."))) >= (3, 26), "the first that knows C++20 of nvcc"
+    text = (ROOT / project / "CMakeLists.txt").read_text()
+    assert f"cmake_minimum_required(VERSION {oldest}..." in text
+
+
 def configure(folder: Path, *settings: str, **environment: str) -> tuple[int, str]:
     """Configure a build as setup.py does; returns the status and what it said, on one line."""
     command = [

@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr size_t kWorkspaceBytes = 1024;  // what each algorithm here wants
+
 struct Layout {
   cudaDataType type;
   uint64_t rows, columns;
@@ -48,10 +50,11 @@ void write(void* memory, const Layout& layout, int64_t row, int64_t column, floa
 
 }  // namespace
 
-// How many descriptors exist, and how often an algorithm was asked for.
+// How many descriptors exist, how often an algorithm was asked for, and for how many rows last.
 extern "C" {
 int fake_cublas_lt_live = 0;
 int fake_cublas_lt_asked = 0;
+int fake_cublas_lt_rows = 0;
 }
 
 size_t cublasLtGetVersion() {
@@ -115,6 +118,14 @@ cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
   delete &as<Layout>(layout);
   return CUBLAS_STATUS_SUCCESS;
 }
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
+                                                cublasLtMatrixLayoutAttribute_t attribute,
+                                                const void* value, size_t bytes) {
+  if (attribute != CUBLASLT_MATRIX_LAYOUT_COLS || bytes != sizeof(uint64_t))
+    return CUBLAS_STATUS_INVALID_VALUE;
+  std::memcpy(&as<Layout>(layout).columns, value, bytes);
+  return CUBLAS_STATUS_SUCCESS;
+}
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* out) {
   ++fake_cublas_lt_live;
   *out = reinterpret_cast<cublasLtMatmulPreference_t>(
@@ -138,11 +149,12 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t,
-                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatmulPreference_t preference, int,
                                               cublasLtMatmulHeuristicResult_t* result, int* count) {
   ++fake_cublas_lt_asked;
+  fake_cublas_lt_rows = static_cast<int>(as<Layout>(b).columns);
   auto& wants = as<std::map<cublasLtMatmulPreferenceAttributes_t, uint64_t>>(preference);
   const bool is_as_documented =
       wants.at(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) == CUBLASLT_REDUCTION_SCHEME_NONE &&
@@ -150,7 +162,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
       wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES) == 16;
   // Nothing for a depth of 8: what a library may say of any product.
   *count = is_as_documented && as<Layout>(a).rows != 8 ? 1 : 0;
-  result->workspaceSize = 1024;
+  result->workspaceSize = kWorkspaceBytes;
   result->state = CUBLAS_STATUS_SUCCESS;
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -163,10 +175,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
   const auto& how = as<Product>(product);
   const auto &la = as<Layout>(of_a), &lb = as<Layout>(of_b), &ld = as<Layout>(of_d);
   if (how.transa != CUBLAS_OP_T || la.rows != lb.rows || ld.rows != la.columns ||
-      ld.columns != lb.columns || workspace_bytes != 1024) {
+      ld.columns != lb.columns || workspace_bytes < kWorkspaceBytes ||
+      reinterpret_cast<uintptr_t>(workspace) % 256 != 0) {
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
-  std::memset(workspace, 0xff, workspace_bytes);
+  std::memset(workspace, 0xff, kWorkspaceBytes);
   for (uint64_t row = 0; row < ld.rows; ++row) {
     for (uint64_t column = 0; column < ld.columns; ++column) {
       float sum = 0;

@@ -1,12 +1,18 @@
-// The double itself: order in a stream, capture modes, errors, counting; and check() over it.
+// The double itself: order in a stream, capture modes, errors, counting; and over it check(),
+// pinned memory, noise and the clock.
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "devices/cuda/kernels/portable.h"
+#include "devices/cuda/runtime/device_clock.h"
 #include "devices/cuda/runtime/graph.h"
 #include "devices/cuda/runtime/memory.h"
 #include "devices/cuda/runtime/stream.h"
@@ -220,6 +226,63 @@ TEST_F(FakeCudart, pinned_blocks_are_used_again_by_size) {
   small = pool.take(8192);
   EXPECT_EQ(fake_cudart::live().pinned_blocks, 3);
   EXPECT_EQ(pool.bytes(), 2u * 8192 + 4096);
+}
+
+TEST_F(FakeCudart, noise_fills_memory_with_finite_numbers_the_same_each_time) {
+  const Stream stream = Stream::make();
+  constexpr size_t kPiece = size_t{2} << 20;  // what comes from the host
+  for (const size_t bytes : {size_t{0}, size_t{6}, 3 * kPiece + 10}) {
+    const DeviceBuffer first(bytes);
+    const DeviceBuffer second(bytes);
+    fill_with_noise({first.get(), bytes}, stream.get());
+    fill_with_noise({second.get(), bytes}, stream.get());
+    if (bytes == 0)
+      continue;
+    EXPECT_EQ(std::memcmp(first.get(), second.get(), bytes), 0);
+    std::vector<Bf16> numbers(bytes / sizeof(Bf16));
+    std::memcpy(numbers.data(), first.get(), bytes);
+    float sum = 0;
+    for (const Bf16 number : numbers) {
+      ASSERT_LE(std::abs(widen(number)), 1.0f);
+      sum += std::abs(widen(number));
+    }
+    EXPECT_GT(sum / static_cast<float>(numbers.size()), 0.1f) << "no zeros";
+  }
+}
+
+// The event comes while the stream is idle, between the two readings around the call.
+TEST_F(FakeCudart, clock_is_anchored_without_sleeping) {
+  const Stream stream = Stream::make();
+  const StreamEvent event = StreamEvent::make();
+  DeviceClock clock;
+  for (const int64_t spin_ns : {int64_t{0}, int64_t{10'000'000'000}}) {
+    fake_cudart::reset();
+    clock.forget();
+    EXPECT_TRUE(clock.is_stale());
+    const int64_t before_ns = now_ns();
+    clock.anchor(stream.get(), {}, spin_ns);
+    const int64_t after_ns = now_ns();
+    EXPECT_FALSE(clock.is_stale());
+    EXPECT_EQ(fake_cudart::count("cudaEventSynchronize"), spin_ns == 0 ? 1u : 0u);
+    event.record(stream.get());
+    event.wait();
+    EXPECT_GE(clock.time_of(event, {}), before_ns);
+    EXPECT_LE(clock.time_of(event, {}), after_ns);
+  }
+}
+
+// A stream that is busy for some time: its event is not put at the end of the wait for it.
+TEST_F(FakeCudart, clock_takes_the_middle_of_what_is_not_known) {
+  const Stream stream = Stream::make();
+  const StreamEvent event = StreamEvent::make();
+  DeviceClock clock;
+  kernel(stream.get(), [] { std::this_thread::sleep_for(std::chrono::milliseconds(20)); });
+  const int64_t before_ns = now_ns();
+  clock.anchor(stream.get(), {}, 0);
+  const int64_t after_ns = now_ns();
+  event.record(stream.get());
+  event.wait();
+  EXPECT_LE(clock.time_of(event, {}), before_ns + (after_ns - before_ns) / 2);
 }
 
 }  // namespace

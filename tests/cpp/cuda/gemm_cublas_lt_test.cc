@@ -5,8 +5,10 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -62,6 +64,7 @@ class CublasLtTest : public testing::Test {
                         .columns = kColumns,
                         .depth = kDepth};
     ASSERT_TRUE(CublasLt::takes(args));
+    library->prepare(args);
     ASSERT_EQ(library->launch(args, workspace, nullptr), cudaSuccess);
     for (int row = 0; row < kRows; ++row) {
       for (int column = 0; column < kLdd; ++column) {
@@ -80,8 +83,29 @@ class CublasLtTest : public testing::Test {
     }
   }
 
+  static GemmArgs product(int32_t rows, int32_t columns = 64, int32_t depth = 64) {
+    alignas(16) static Bf16 zeros[64 * 64] = {};
+    alignas(16) static float d[64 * 64];
+    return {.a = zeros,
+            .lda = 64,
+            .b = zeros,
+            .ldb = 64,
+            .d = d,
+            .ldd = std::max(columns, 64),
+            .row_end = rows,
+            .columns = columns,
+            .depth = depth};
+  }
+
   std::string reason;
-  std::vector<std::byte> workspace{CublasLt::kWorkspaceBytes};
+  std::vector<std::byte> memory =
+      std::vector<std::byte>(CublasLt::kWorkspaceBytes + CublasLt::kWorkspaceAlignment);
+  const std::span<std::byte> workspace = [this] {
+    void* begin = memory.data();
+    size_t space = memory.size();
+    std::align(CublasLt::kWorkspaceAlignment, CublasLt::kWorkspaceBytes, begin, space);
+    return std::span(static_cast<std::byte*>(begin), CublasLt::kWorkspaceBytes);
+  }();
 };
 
 TEST_F(CublasLtTest, MultipliesASliceAsLaunchGemmDoes) {
@@ -91,33 +115,53 @@ TEST_F(CublasLtTest, MultipliesASliceAsLaunchGemmDoes) {
   test<Bf16>(false, true);
 }
 
-TEST_F(CublasLtTest, AsksOncePerProductAndLeavesNothing) {
+TEST_F(CublasLtTest, AsksOncePerProductAndPowerOfTwoOfRowsBeforeTheLaunch) {
   const int asked = counted("fake_cublas_lt_asked");
   {
     const auto library = load();
     ASSERT_NE(library, nullptr);
-    alignas(16) static Bf16 zeros[64 * 64] = {};
-    alignas(16) static float d[64 * 64];
-    GemmArgs args{.a = zeros,
-                  .lda = 64,
-                  .b = zeros,
-                  .ldb = 64,
-                  .d = d,
-                  .ldd = 64,
-                  .row_end = 5,
-                  .columns = 64,
-                  .depth = 64};
-    for (int i = 0; i < 3; ++i)
-      library->launch(args, workspace, nullptr);
-    args.row_end = 6;
-    library->launch(args, workspace, nullptr);
-    EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 2);
-    args.depth = 8;
-    EXPECT_THROW(library->launch(args, workspace, nullptr), std::runtime_error);
-    args.depth = 64;
-    EXPECT_THROW(library->launch(args, {}, nullptr), std::invalid_argument);
-    args.is_gated = true;
-    EXPECT_FALSE(CublasLt::takes(args));
+    EXPECT_THROW(library->launch(product(5), workspace, nullptr), std::runtime_error)
+        << "was not prepared";
+    EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 0) << "a launch never asks";
+    for (const int32_t rows : {5, 8, 6, 5})
+      library->prepare(product(rows));
+    EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 1);
+    EXPECT_EQ(counted("fake_cublas_lt_rows"), 8);
+    for (const int32_t rows : {5, 8, 6, 5})
+      EXPECT_EQ(library->launch(product(rows), workspace, nullptr), cudaSuccess);
+    EXPECT_THROW(library->launch(product(4), workspace, nullptr), std::runtime_error);
+    EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 1);
+    EXPECT_THROW(library->prepare(product(5, 64, 8)), std::runtime_error)
+        << "nothing for a depth of 8";
+  }
+  EXPECT_EQ(counted("fake_cublas_lt_live"), 0);
+}
+
+TEST_F(CublasLtTest, RefusesWhatItCannotTake) {
+  const auto library = load();
+  ASSERT_NE(library, nullptr);
+  library->prepare(product(5));
+  EXPECT_THROW(library->launch(product(5), {}, nullptr), std::invalid_argument);
+  const std::span<std::byte> shifted(workspace.data() - 16, workspace.size());
+  EXPECT_THROW(library->launch(product(5), shifted, nullptr), std::invalid_argument);
+  GemmArgs gated = product(5);
+  gated.is_gated = true;
+  EXPECT_FALSE(CublasLt::takes(gated));
+  EXPECT_THROW(library->prepare(gated), std::invalid_argument);
+}
+
+TEST_F(CublasLtTest, KeepsABoundedNumberOfProducts) {
+  {
+    const auto library = load();
+    ASSERT_NE(library, nullptr);
+    for (size_t i = 1; i <= CublasLt::kMaxProducts; ++i)
+      library->prepare(product(1, static_cast<int32_t>(4 * i)));
+    const int live = counted("fake_cublas_lt_live");
+    const auto one_more = static_cast<int32_t>(4 * CublasLt::kMaxProducts + 4);
+    EXPECT_THROW(library->prepare(product(1, one_more)), std::runtime_error);
+    EXPECT_EQ(counted("fake_cublas_lt_live"), live);
+    library->prepare(product(1, 4));
+    EXPECT_EQ(library->launch(product(1, 4), workspace, nullptr), cudaSuccess);
   }
   EXPECT_EQ(counted("fake_cublas_lt_live"), 0);
 }

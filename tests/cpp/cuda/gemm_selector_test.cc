@@ -243,6 +243,73 @@ TEST_F(GemmSelection, ALaunchThatFailsNamesOperatorAndLayer) {
   }
 }
 
+// A library that has no kernel for the product, or a kernel that the device cannot launch.
+TEST_F(GemmSelection, AGuessThatIsRefusedFallsToTheNextNowAndLater) {
+  GemmCandidate picky = timed("picky", 1);
+  int num_asked = 0;
+  picky.launch = [&num_asked](const GemmArgs&, std::span<std::byte>, cudaStream_t) -> cudaError_t {
+    ++num_asked;
+    throw std::runtime_error("nothing for this product");
+  };
+  const GemmSelector of = selector({picky, refused("b"), timed("c", 30), timed("d", 20)});
+  for (int i = 0; i < 3; ++i)
+    EXPECT_EQ(launched(of, product()), "c");
+  EXPECT_EQ(num_asked, 1);
+  EXPECT_EQ(launched(of, product(500)), "c") << "each shape asks for itself";
+  EXPECT_EQ(num_asked, 2);
+}
+
+TEST_F(GemmSelection, AMeasuredChoiceThatIsRefusedFallsToTheGuess) {
+  write_gemm_choices(path, device, {{shape_of(product()), "c"}});
+  EXPECT_EQ(launched(selector({timed("a", 50), timed("b", 20), refused("c")}), product()), "a");
+}
+
+TEST_F(GemmSelection, AFailureOfTheDeviceOrOfTheCallerIsNoRefusal) {
+  GemmCandidate broken = timed("broken", 1);
+  broken.launch = [](const GemmArgs&, std::span<std::byte>, cudaStream_t on) {
+    fake_cudart::fail_call_of("cudaLaunchKernel", 1, cudaErrorIllegalAddress);
+    return fake_cudart::launch_kernel(on, [] {});
+  };
+  EXPECT_THROW(selector({broken, timed("b", 1)}).launch(product(), {}, stream.get()), CudaError);
+  GemmCandidate strict = timed("strict", 1);
+  strict.launch = [](const GemmArgs&, std::span<std::byte>, cudaStream_t) -> cudaError_t {
+    throw std::invalid_argument("lda: got 3");
+  };
+  EXPECT_THROW(selector({strict, timed("b", 1)}).launch(product(), {}, stream.get()),
+               std::invalid_argument);
+  EXPECT_TRUE(ran.empty());
+}
+
+TEST_F(GemmSelection, PreparingAsksTheChoiceOncePerShapeAndFindsWhatItRefuses) {
+  std::vector<std::pair<std::string, int32_t>> asked;
+  const auto prepared = [&](const std::string& name, int32_t most) {
+    GemmCandidate out = timed(name, 1);
+    out.prepare = [&asked, name, most](const GemmArgs& args) {
+      asked.emplace_back(name, args.rows());
+      if (args.rows() > most)
+        throw std::runtime_error("too many rows");
+    };
+    return out;
+  };
+  GemmSelector of = selector({prepared("few", 100), prepared("many", 1000), prepared("c", 1000)});
+  const std::vector<GemmArgs> products = {product(100), product(90), product(500)};
+  for (int i = 0; i < 2; ++i)
+    of.prepare(products);
+  const std::vector<std::pair<std::string, int32_t>> once = {
+      {"few", 100}, {"few", 500}, {"many", 500}};
+  EXPECT_EQ(asked, once);
+  EXPECT_EQ(launched(of, product(100)), "few");
+  EXPECT_EQ(launched(of, product(500)), "many");
+  of.prepare({&(asked.clear(), products.front()), 1});
+  EXPECT_TRUE(asked.empty());
+  of.prepare(std::vector<GemmArgs>{product(5000)});
+  EXPECT_EQ(asked.size(), 3u) << "all refuse: nothing is thrown";
+  // Who is measured is prepared before.
+  asked.clear();
+  EXPECT_EQ(measure(of, {product(500)})[0].timings[0].failure, "too many rows");
+  EXPECT_EQ(asked.size(), 3u);
+}
+
 TEST_F(GemmSelection, WithoutCandidatesSaysWhichDevice) {
   const GemmSelector of = selector({}, {.compute_capability = 75, .name = "old"});
   EXPECT_EQ(of.scratch_bytes(product()), 0u);
@@ -487,6 +554,10 @@ TEST_F(RealCandidates, GateAndUpOfManyRowsPassThroughScratchInParts) {
   auto of = real(90);
   const size_t bytes = of->scratch_bytes(args);
   EXPECT_EQ(bytes, size_t{256} << 20);
+  GemmArgs odd = args;
+  odd.columns = 48;
+  odd.row_end = odd.row_begin + 5;
+  EXPECT_EQ(of->scratch_bytes(odd), 512u) << "5 rows of 96 bytes, and what follows is aligned";
   auto* memory = reinterpret_cast<std::byte*>(uintptr_t{1} << 40);
   of->launch(args, {memory, bytes}, stream.get());
   ASSERT_EQ(launches.gemms.size(), 3u);

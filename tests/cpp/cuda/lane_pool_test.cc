@@ -1,6 +1,7 @@
 // LanePool by itself: who gets which lane, what is copied, where spills go, what happens on errors.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -170,6 +171,44 @@ TEST_F(LanePoolTest, spill_goes_to_pinned_memory_if_the_device_has_none_left) {
   const LaneView& lane = enter(a);
   drain();
   expect_bytes(lane, live_, 3);
+}
+
+TEST_F(LanePoolTest, prepared_pool_has_the_memory_of_a_first_spill) {
+  for (const size_t budget : {size_t{0}, size_t{100}, size_t{1000}}) {
+    fake_cudart::reset();
+    options_.device_spill_bytes = budget;
+    make();
+    pool_->prepare(stream_->get());
+    std::vector<size_t> taken;
+    for (const fake_cudart::Call& call : fake_cudart::calls()) {
+      if (call.name == "cudaMallocFromPoolAsync")
+        taken.push_back(call.bytes);
+    }
+    const size_t wanted = std::min(budget, kLane);
+    EXPECT_EQ(taken, budget == 0 ? std::vector<size_t>{} : std::vector<size_t>{wanted});
+    EXPECT_EQ(fake_cudart::count("cudaFreeAsync"), taken.size());
+    EXPECT_EQ(pool_->report().device_spill_bytes, 0u);
+    EXPECT_EQ(pool_->report().pinned_spill_bytes, 0u);
+    pool_.reset();
+  }
+}
+
+TEST_F(LanePoolTest, prepared_pool_pins_memory_where_the_device_has_none) {
+  make();
+  fake_cudart::fail_call_of("cudaMallocFromPoolAsync", 1, cudaErrorMemoryAllocation);
+  const size_t before = pinned_->bytes();
+  pool_->prepare(stream_->get());
+  EXPECT_GE(pinned_->bytes(), before + kLane);
+  Tenant a(*pool_, {});
+  Tenant b(*pool_, {});
+  fill(enter_and_drain(a), 3);
+  a.keep(&live_);
+  const size_t pins = fake_cudart::count("cudaHostAlloc");
+  fake_cudart::fail_call_of("cudaMallocFromPoolAsync", 1, cudaErrorMemoryAllocation);
+  enter(b);
+  EXPECT_EQ(pool_->report().pinned_spill_bytes, live_.bytes());
+  EXPECT_EQ(fake_cudart::count("cudaHostAlloc"), pins) << "nothing is pinned in a preemption";
+  drain();
 }
 
 TEST_F(LanePoolTest, failed_spill_leaves_the_victim_where_it_is) {

@@ -166,8 +166,16 @@ TEST(RopeArgs, SayWhichFieldIsWrong) {
                              .head_dim = 64};
   using Args = RopeArgs<float>;
   EXPECT_EQ(refusal(good), "accepted");
-  EXPECT_EQ(refusal(good, [](Args& a) { a.head_dim = 258; }),
-            "head_dim: got 258, expected an even number, 2..256");
+  for (const int32_t head_dim : {0, 62, 260})
+    EXPECT_EQ(
+        refusal(good, [head_dim](Args& a) { a.head_dim = head_dim; }),
+        "head_dim: got " + std::to_string(head_dim) + ", expected a multiple of 4, at most 256");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.ld_qkv = 257; }),
+            "ld_qkv: got 257, expected an even number");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.cache.token_stride = 65; }),
+            "stride of the cache: got 65, expected an even number");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.qkv = reinterpret_cast<const float*>(uintptr_t{4}); }),
+            "qkv: got 4, expected an address with remainder 0 by 8");
   EXPECT_EQ(refusal(good, [](Args& a) { a.kv_heads = 3; }),
             "kv_heads: got 3, expected at least 1, at most heads");
   EXPECT_EQ(refusal(good, [](Args& a) { a.ld_qkv = 255; }),

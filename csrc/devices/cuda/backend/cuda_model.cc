@@ -127,6 +127,7 @@ struct CudaModel::State {
 
   // On the executor's thread, before its first run.
   void prepare(const std::optional<PlanOptions>& warm) {
+    resources->lanes().prepare(resources->stream());
     if (options.measures_gemms)
       measure_gemms();
     if (!warm.has_value() || !options.has_graphs)
@@ -147,8 +148,11 @@ struct CudaModel::State {
     const PlanShape shape(config, weights.padded_vocab(), largest(cache->block_tokens()), {});
     const LaneView lane = resources->lanes().views().front();
     const std::vector<GemmArgs> products = products_to_measure(shape, weights, lane.activations);
+    fill_with_noise({lane.activations, resources->lanes().options().lane_bytes},
+                    resources->stream());
     auto reports = gemms->measure_all(
         products, {lane.scratch, resources->lanes().options().scratch_bytes}, resources->stream());
+    gemms->prepare(products);
     const std::lock_guard lock(mutex);
     gemm_reports = std::move(reports);
   }

@@ -13,7 +13,7 @@ namespace {
 
 // Raise it when a kernel of csrc/devices/cuda/kernels changes its speed: older measurements are
 // void then.
-constexpr const char* kKernels = "kernels 1";
+constexpr const char* kKernels = "kernels 2";
 
 // Gate and up lie in scratch between GEMM and SwiGLU, at most so much of them at once.
 constexpr int64_t kMaxGateUpBytes = int64_t{256} << 20;
@@ -24,8 +24,11 @@ int32_t rows_at_once(const GemmArgs& args) {
       args.rows(), std::max<int64_t>(kMaxGateUpBytes / row_bytes / 256 * 256, 256)));
 }
 
+// Rounded up, so that what follows in scratch is aligned as libraries want their workspace.
 size_t gate_up_bytes(const GemmArgs& args) {
-  return static_cast<size_t>(rows_at_once(args)) * static_cast<size_t>(args.columns) * 2;
+  const size_t bytes =
+      static_cast<size_t>(rows_at_once(args)) * static_cast<size_t>(args.columns) * 2;
+  return (bytes + 255) / 256 * 256;
 }
 
 GemmArgs without_gate(GemmArgs args) {
@@ -74,22 +77,38 @@ GemmCandidate of_tile(GemmTile tile) {
           }};
 }
 
+// The parts of any slice of this shape have one of these row counts, rounded up.
+void prepare_parts(const std::function<void(const GemmArgs&)>& prepare, const GemmArgs& args) {
+  GemmArgs part = without_gate(args);
+  part.row_begin = 0;
+  for (part.row_end = rows_at_once(args); part.row_end > 1; part.row_end = (part.row_end + 1) / 2)
+    prepare(part);
+  prepare(part);
+}
+
 GemmCandidate in_two(GemmCandidate gemm, const GemmArgs& args) {
-  return {.name = gemm.name + " + swiglu",
-          .scratch_bytes = gemm.scratch_bytes + gate_up_bytes(args),
-          .launch = [launch = std::move(gemm.launch)](
-                        const GemmArgs& gated, std::span<std::byte> scratch, cudaStream_t stream) {
-            return launch_in_two(launch, gated, scratch, stream);
-          }};
+  GemmCandidate both = {
+      .name = gemm.name + " + swiglu",
+      .scratch_bytes = gemm.scratch_bytes + gate_up_bytes(args),
+      .launch = [launch = std::move(gemm.launch)](
+                    const GemmArgs& gated, std::span<std::byte> scratch, cudaStream_t stream) {
+        return launch_in_two(launch, gated, scratch, stream);
+      }};
+  if (gemm.prepare) {
+    both.prepare = [prepare = std::move(gemm.prepare)](const GemmArgs& gated) {
+      prepare_parts(prepare, gated);
+    };
+  }
+  return both;
 }
 
 GemmCandidate of_library(const std::shared_ptr<const CublasLt>& library) {
   return {
       .name = "cublaslt",
       .scratch_bytes = CublasLt::kWorkspaceBytes,
-      .launch = [library](const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream) {
-        return library->launch(args, scratch, stream);
-      }};
+      .launch = [library](const GemmArgs& args, std::span<std::byte> scratch,
+                          cudaStream_t stream) { return library->launch(args, scratch, stream); },
+      .prepare = [library](const GemmArgs& args) { library->prepare(args); }};
 }
 
 class Candidates {

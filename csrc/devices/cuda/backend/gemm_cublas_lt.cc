@@ -11,6 +11,8 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <bit>
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -29,6 +31,7 @@ struct Functions {
   decltype(&cublasLtMatmulDescSetAttribute) product_set = nullptr;
   decltype(&cublasLtMatrixLayoutCreate) layout_create = nullptr;
   decltype(&cublasLtMatrixLayoutDestroy) layout_destroy = nullptr;
+  decltype(&cublasLtMatrixLayoutSetAttribute) layout_set = nullptr;
   decltype(&cublasLtMatmulPreferenceCreate) preference_create = nullptr;
   decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
   decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
@@ -52,6 +55,7 @@ struct Functions {
     take(&product_set, "cublasLtMatmulDescSetAttribute");
     take(&layout_create, "cublasLtMatrixLayoutCreate");
     take(&layout_destroy, "cublasLtMatrixLayoutDestroy");
+    take(&layout_set, "cublasLtMatrixLayoutSetAttribute");
     take(&preference_create, "cublasLtMatmulPreferenceCreate");
     take(&preference_destroy, "cublasLtMatmulPreferenceDestroy");
     take(&preference_set, "cublasLtMatmulPreferenceSetAttribute");
@@ -66,7 +70,12 @@ struct Functions {
   }
 };
 
-// Descriptors of one product and the algorithm the library suggests for it. cuBLASLt's matrices are
+int32_t rounded_rows(const GemmArgs& args) {
+  return static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(args.rows())));
+}
+
+// Descriptors of one product and the algorithm the library suggests for it; the number of rows is
+// set anew for each launch. cuBLASLt's matrices are
 // column-major, so it is told d^T = b * a^T: its A is our b, its B our a.
 class Product {
  public:
@@ -90,9 +99,10 @@ class Product {
                                                 : static_cast<void*>(args.first_d<Bf16>());
     if (args.bias != nullptr)
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
+    set_rows(args.rows());
     lt_.check(lt_.matmul(handle, product_, &alpha, args.b, weights_, args.first_a(), rows_, &beta,
                          d, result_, d, result_, &found_.algo, workspace.data(),
-                         found_.workspaceSize, stream),
+                         CublasLt::kWorkspaceBytes, stream),
               "cublasLtMatmul");
   }
 
@@ -101,6 +111,13 @@ class Product {
   void set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
     lt_.check(lt_.product_set(product_, attribute, &value, sizeof value),
               "cublasLtMatmulDescSetAttribute");
+  }
+  void set_rows(int32_t rows) {
+    const auto count = static_cast<uint64_t>(rows);
+    for (const cublasLtMatrixLayout_t of : {rows_, result_}) {
+      lt_.check(lt_.layout_set(of, CUBLASLT_MATRIX_LAYOUT_COLS, &count, sizeof count),
+                "cublasLtMatrixLayoutSetAttribute");
+    }
   }
   template <typename T>
   void prefer(cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
@@ -123,9 +140,9 @@ class Product {
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
     }
     layout(&weights_, CUDA_R_16BF, args.depth, args.columns, args.ldb);
-    layout(&rows_, CUDA_R_16BF, args.depth, args.rows(), args.lda);
+    layout(&rows_, CUDA_R_16BF, args.depth, rounded_rows(args), args.lda);
     layout(&result_, args.output == GemmOutput::kFloat ? CUDA_R_32F : CUDA_R_16BF, args.columns,
-           args.rows(), args.ldd);
+           rounded_rows(args), args.ldd);
     lt_.check(lt_.preference_create(&preference_), "cublasLtMatmulPreferenceCreate");
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CublasLt::kWorkspaceBytes);
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
@@ -167,7 +184,7 @@ class Product {
 using ProductKey = std::array<int64_t, 9>;
 
 ProductKey key_of(const GemmArgs& args) {
-  return {args.rows(),
+  return {rounded_rows(args),
           args.columns,
           args.depth,
           args.lda,
@@ -183,8 +200,8 @@ ProductKey key_of(const GemmArgs& args) {
 struct CublasLt::Library {
   Functions functions;
   cublasLtHandle_t handle = nullptr;
-  std::mutex mutex;  // guards products: a bias is set in the descriptor that is launched
-  std::map<ProductKey, Product> products;
+  std::mutex mutex;  // guards products: rows and bias are set in the descriptors that are launched
+  std::map<ProductKey, std::unique_ptr<Product>> products;
 
   ~Library() {
     products.clear();
@@ -233,16 +250,44 @@ bool CublasLt::takes(const GemmArgs& args) {
   return !args.is_gated && (args.bias == nullptr || args.output == GemmOutput::kFloat);
 }
 
+namespace {
+
+void check_taken(const GemmArgs& args) {
+  check(args);
+  expect(CublasLt::takes(args), "bias", 1, "none where the output is bf16, and no gate");
+}
+
+}  // namespace
+
+void CublasLt::prepare(const GemmArgs& args) const {
+  check_taken(args);
+  {
+    const std::lock_guard lock(library_->mutex);
+    if (library_->products.contains(key_of(args)))
+      return;
+    if (library_->products.size() == kMaxProducts) {
+      throw std::runtime_error("cuBLASLt: " + std::to_string(kMaxProducts) +
+                               " products are prepared, no more are kept");
+    }
+  }
+  auto product = std::make_unique<Product>(library_->functions, library_->handle, args);
+  const std::lock_guard lock(library_->mutex);
+  library_->products.try_emplace(key_of(args), std::move(product));
+}
+
 cudaError_t CublasLt::launch(const GemmArgs& args, std::span<std::byte> workspace,
                              cudaStream_t stream) const {
-  check(args);
-  expect(takes(args), "bias", 1, "none where the output is bf16, and no gate");
+  check_taken(args);
   expect(workspace.size() >= kWorkspaceBytes, "workspace", static_cast<int64_t>(workspace.size()),
          "at least 32 MiB");
+  const auto address = reinterpret_cast<uintptr_t>(workspace.data());
+  expect(address % kWorkspaceAlignment == 0, "workspace's address", static_cast<int64_t>(address),
+         "a multiple of 256");
   const std::lock_guard lock(library_->mutex);
-  const auto [found, is_new] =
-      library_->products.try_emplace(key_of(args), library_->functions, library_->handle, args);
-  found->second.launch(library_->handle, args, workspace, stream);
+  const auto found = library_->products.find(key_of(args));
+  if (found == library_->products.end())
+    throw std::runtime_error("cuBLASLt: this product was not prepared");
+  found->second->launch(library_->handle, args, workspace, stream);
   return cudaSuccess;
 }
 
@@ -263,6 +308,10 @@ std::shared_ptr<const CublasLt> CublasLt::load(std::span<const std::string>, std
 
 bool CublasLt::takes(const GemmArgs&) {
   return false;
+}
+
+void CublasLt::prepare(const GemmArgs&) const {
+  throw std::logic_error("CublasLt: compiled without cublasLt.h");
 }
 
 cudaError_t CublasLt::launch(const GemmArgs&, std::span<std::byte>, cudaStream_t) const {

@@ -16,8 +16,12 @@ namespace flowprefill {
 
 class CublasLt {
  public:
-  // Device memory that launch() may write; what NVIDIA recommends for compute capability 9.0.
+  // Device memory that launch() may write; what NVIDIA recommends for compute capability 9.0. Its
+  // address is a multiple of kWorkspaceAlignment, as the library demands.
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+  static constexpr size_t kWorkspaceAlignment = 256;
+  // Products prepared at most: each keeps descriptors and an algorithm.
+  static constexpr size_t kMaxProducts = 1024;
 
   // Loads the first of `libraries` (paths, or names for the dynamic linker) that can be used on the
   // current device. Null, and why in *reason, if there is none. Once loaded it stays loaded.
@@ -33,10 +37,16 @@ class CublasLt {
   // No gate; a bias only where d is float, because it has d's type there.
   static bool takes(const GemmArgs& args);
 
-  // As launch_gemm(). Splits of the depth are ruled out: a product gives the same bits each time.
-  // Which of its kernels runs is the library's choice, by the exact number of rows. Throws
-  // std::invalid_argument as check(), and std::runtime_error naming call and status where the
-  // library refuses. Thread: any, one at a time inside.
+  // Asks the library for an algorithm for these arguments with their rows rounded up to a power of
+  // two, unless it is known: up to 200 us. launch() takes any number of rows that rounds up to the
+  // same. Throws as launch(), and std::runtime_error beyond kMaxProducts. Thread: any; no launch()
+  // waits for the library's answer.
+  void prepare(const GemmArgs& args) const;
+
+  // As launch_gemm(). Splits of the depth are ruled out: a product gives the same bits each time,
+  // and so do its slices of rows by one algorithm. Throws std::invalid_argument as check(), and
+  // std::runtime_error naming call and status where the library refuses, or if it was not prepared.
+  // Thread: any, one at a time inside.
   cudaError_t launch(const GemmArgs& args, std::span<std::byte> workspace,
                      cudaStream_t stream) const;
 

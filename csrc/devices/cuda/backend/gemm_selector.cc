@@ -23,6 +23,49 @@ GemmArgs in_whole_bucket(GemmArgs args) {
   return args;
 }
 
+// Whether the candidate alone is at fault: a library that has no kernel for this product, a launch
+// that is not possible. Anything else is the device's failure, and the run's.
+bool is_refusal(const std::runtime_error& error) {
+  const auto* of_cuda = dynamic_cast<const CudaError*>(&error);
+  if (of_cuda == nullptr)
+    return true;
+  switch (of_cuda->code()) {
+    case cudaErrorInvalidValue:
+    case cudaErrorInvalidConfiguration:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorNotSupported:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Calls `use` with one candidate after the other, from *first on, until one does not refuse, and
+// leaves *first there. If all refuse it throws what the first said, and *first stays.
+template <typename Use>
+void use_first_that_can(const std::vector<GemmCandidate>& candidates, std::atomic<size_t>* first,
+                        const Use& use) {
+  std::exception_ptr refusal;
+  const size_t begin = first->load();
+  for (size_t i = begin; i < candidates.size(); ++i) {
+    try {
+      use(candidates[i]);
+      if (i != begin)
+        first->store(i);
+      return;
+    } catch (const std::runtime_error& error) {
+      if (!is_refusal(error))
+        throw;
+      if (refusal == nullptr)
+        refusal = std::current_exception();
+    }
+  }
+  std::rethrow_exception(refusal);
+}
+
 // A candidate while it is measured.
 struct Contestant {
   GemmCandidate candidate;
@@ -42,7 +85,17 @@ class Measurement {
   Measurement(std::span<const GemmArgs> products, std::span<std::byte> scratch, cudaStream_t stream)
       : products_(products), scratch_(scratch), stream_(stream) {}
 
-  // Nanoseconds between two events around `contestant.launches` launches, per launch, in us;
+  // Has the contestant get ready; its failure is set if it refuses.
+  void prepare(Contestant* contestant) const {
+    try {
+      if (contestant->candidate.prepare)
+        contestant->candidate.prepare(products_.front());
+    } catch (const std::exception& error) {
+      contestant->failure = error.what();
+    }
+  }
+
+  // Time between two events around `contestant.launches` launches, per launch, in us;
   // negative and contestant.failure set if one was refused. Throws CudaError where the device
   // fails.
   double time_us(Contestant* contestant) {
@@ -82,6 +135,7 @@ class Measurement {
 // all of them alike.
 void measure_contestants(std::vector<Contestant>* contestants, Measurement* measurement) {
   for (Contestant& contestant : *contestants) {
+    measurement->prepare(&contestant);
     measurement->time_us(&contestant);  // loads the kernel
     const double us = contestant.failure.empty() ? measurement->time_us(&contestant) : 0;
     contestant.launches =
@@ -110,16 +164,35 @@ size_t GemmSelector::scratch_bytes(const GemmArgs& args) const {
   return bytes;
 }
 
-void GemmSelector::launch(const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream,
-                          const CallContext& context) const {
-  const std::shared_ptr<const GemmCandidate> candidate = chosen(args);
-  check(candidate->launch(args, scratch, stream), candidate->name.c_str(), context);
+void GemmSelector::prepare(std::span<const GemmArgs> products) const {
+  for (const GemmArgs& args : products) {
+    const std::shared_ptr<Ranking> ranking = ranking_of(args);
+    if (ranking->is_prepared)
+      continue;
+    try {
+      use_first_that_can(ranking->candidates, &ranking->first, [&args](const GemmCandidate& c) {
+        if (c.prepare)
+          c.prepare(args);
+      });
+    } catch (const std::runtime_error&) {
+      // All refuse: the launch says so, and of which operator.
+    }
+    ranking->is_prepared = true;
+  }
 }
 
-std::shared_ptr<const GemmCandidate> GemmSelector::chosen(const GemmArgs& args) const {
+void GemmSelector::launch(const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream,
+                          const CallContext& context) const {
+  const std::shared_ptr<Ranking> ranking = ranking_of(args);
+  use_first_that_can(ranking->candidates, &ranking->first, [&](const GemmCandidate& candidate) {
+    check(candidate.launch(args, scratch, stream), candidate.name.c_str(), context);
+  });
+}
+
+std::shared_ptr<GemmSelector::Ranking> GemmSelector::ranking_of(const GemmArgs& args) const {
   const GemmShape shape = shape_of(args);
   const std::lock_guard lock(mutex_);
-  std::shared_ptr<const GemmCandidate>& known = chosen_[shape];
+  std::shared_ptr<Ranking>& known = rankings_[shape];
   if (known != nullptr)
     return known;
   std::vector<GemmCandidate> candidates = candidates_(in_whole_bucket(args));
@@ -128,15 +201,14 @@ std::shared_ptr<const GemmCandidate> GemmSelector::chosen(const GemmArgs& args) 
                                 std::to_string(device_.compute_capability) +
                                 ", expected 80 or more");
   }
-  const auto measured = choices_.find(shape);
-  auto pick = candidates.begin();
-  if (measured != choices_.end()) {
-    pick = std::find_if(candidates.begin(), candidates.end(),
-                        [&measured](const GemmCandidate& c) { return c.name == measured->second; });
-    if (pick == candidates.end())  // a file may name what this build does not have
-      pick = candidates.begin();
+  if (const auto measured = choices_.find(shape); measured != choices_.end()) {
+    // A file may name what this build does not have: the guess stays first then.
+    const auto pick = std::ranges::find(candidates, measured->second, &GemmCandidate::name);
+    if (pick != candidates.end())
+      std::rotate(candidates.begin(), pick, pick + 1);
   }
-  known = std::make_shared<const GemmCandidate>(std::move(*pick));
+  known = std::make_shared<Ranking>();
+  known->candidates = std::move(candidates);
   return known;
 }
 
@@ -181,7 +253,7 @@ std::vector<GemmReport> GemmSelector::measure_all(std::span<const GemmArgs> prod
       continue;
     const std::lock_guard lock(mutex_);
     choices_[shape] = reports.back().chosen;
-    chosen_.erase(shape);
+    rankings_.erase(shape);
     is_new = true;
   }
   cache_failure_.clear();

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
 #include <functional>
 #include <map>
@@ -22,9 +23,13 @@ namespace flowprefill {
 struct GemmCandidate {
   std::string name = {};     // in the cache and in reports, e.g. "hopper_128x256 + swiglu"
   size_t scratch_bytes = 0;  // of device memory that launch() may write
-  // Capturable; returns what the launch returned, may throw std::invalid_argument.
+  // Capturable; returns what the launch returned. Throws std::invalid_argument for arguments that
+  // no candidate takes, std::runtime_error for those that this one refuses: nothing was launched.
   std::function<cudaError_t(const GemmArgs&, std::span<std::byte> scratch, cudaStream_t)> launch =
       {};
+  // What launch() of this shape needs, and what takes too long between two segments. Throws as
+  // launch(); empty: it needs nothing.
+  std::function<void(const GemmArgs&)> prepare = {};
 };
 
 // The candidates for these arguments, best guess first. Depends on everything but the pointers.
@@ -52,9 +57,14 @@ class GemmSelector {
   // Enough for any candidate, so that measuring later changes nothing about it.
   size_t scratch_bytes(const GemmArgs& args) const;
 
-  // Launches the measured choice for the shape of `args`, or the best guess. Capturable: waits for
-  // nothing and allocates nothing on the device. Which kernel runs for a shape changes in
-  // measure_all() only. Throws CudaError, std::invalid_argument. Thread: any.
+  // Gets the choices for these products ready to launch. What a candidate may say late it says
+  // here. May take 200 us for a shape that is new, nothing for one that is not. Thread: any.
+  void prepare(std::span<const GemmArgs> products) const;
+
+  // Launches the measured choice for the shape of `args`, or the best guess; if that refuses them,
+  // the next candidate, now and later. Capturable: waits for nothing and allocates nothing on the
+  // device. Which kernel runs for a shape changes with a refusal and in measure_all() only. Throws
+  // CudaError, std::invalid_argument; what the first candidate said if all refuse. Thread: any.
   void launch(const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream,
               const CallContext& context = {}) const;
 
@@ -71,7 +81,14 @@ class GemmSelector {
   const std::string& cache_failure() const { return cache_failure_; }
 
  private:
-  std::shared_ptr<const GemmCandidate> chosen(const GemmArgs& args) const;
+  // The candidates for one shape: the choice first, then the others by guess.
+  struct Ranking {
+    std::vector<GemmCandidate> candidates = {};
+    std::atomic<size_t> first = 0;  // not refused yet
+    std::atomic<bool> is_prepared = false;
+  };
+
+  std::shared_ptr<Ranking> ranking_of(const GemmArgs& args) const;
   GemmReport measure(const GemmShape& shape, std::span<const GemmArgs> products,
                      std::span<std::byte> scratch, cudaStream_t stream);
 
@@ -79,9 +96,9 @@ class GemmSelector {
   const std::string cache_path_;
   const GemmCandidates candidates_;
   std::string cache_failure_;
-  mutable std::mutex mutex_;  // guards choices_ and chosen_
+  mutable std::mutex mutex_;  // guards choices_ and rankings_
   GemmChoices choices_;       // measured, here or by whoever wrote the cache
-  mutable std::map<GemmShape, std::shared_ptr<const GemmCandidate>> chosen_;  // asked for so far
+  mutable std::map<GemmShape, std::shared_ptr<Ranking>> rankings_;  // asked for so far
 };
 
 }  // namespace flowprefill

@@ -8,7 +8,19 @@
 #include "devices/cuda/runtime/cuda_error.h"
 
 namespace flowprefill {
-namespace {}  // namespace
+namespace {
+
+// What is asked by shape alone never reads or writes there.
+std::byte* nowhere() {
+  return reinterpret_cast<std::byte*>(uintptr_t{1} << 30);
+}
+
+bool is_product(Op op) {
+  return op == Op::kQkv || op == Op::kOutput || op == Op::kGateUp || op == Op::kDown ||
+         op == Op::kHead;
+}
+
+}  // namespace
 
 // One step of one run: where its rows are.
 struct LayerKernels::Call {
@@ -68,6 +80,15 @@ void LayerKernels::launch(const PlanShape& shape, const Step& step, const Launch
   }
   if (chooses_tokens(c_, step))
     choose_tokens(call);
+}
+
+void LayerKernels::prepare(const PlanShape& shape, const Step& step) const {
+  for (auto op = static_cast<uint8_t>(step.first); op <= static_cast<uint8_t>(step.last); ++op) {
+    if (!is_product(static_cast<Op>(op)))
+      continue;
+    const GemmArgs args = product(shape, weights_, static_cast<Op>(op), step, nowhere());
+    gemms_.prepare({&args, 1});
+  }
 }
 
 void LayerKernels::launch(const Call& call, Op op) const {

@@ -25,6 +25,10 @@ class LayerKernels {
   // and eager launches give the same kernels and arguments.
   void launch(const PlanShape& shape, const Step& step, const LaunchArgs& args) const;
 
+  // Gets the step's products ready, so that launch() asks no library. May take 200 us for a shape
+  // of product that is new. Thread: any.
+  void prepare(const PlanShape& shape, const Step& step) const;
+
   // Kernels that launch() makes of the step.
   static size_t num_kernels(const ModelConfig& config, const Step& step);
 

@@ -235,6 +235,7 @@ std::shared_ptr<const TransformerPlan> PlanBuilder::build(const PlanSizes& sizes
     for (const Step& step : own) {
       segment.access = joined(segment.access, access_of(*built->shape, step, last_rows));
       num_kernels += LayerKernels::num_kernels(config_, step);
+      kernels_.prepare(*built->shape, step);
     }
     segment.is_capturable =
         bucket > 0 && is_worth_graph(num_kernels, built->planned_s[i], options_.policy);

@@ -9,9 +9,11 @@
 namespace flowprefill {
 
 constexpr int32_t kMaxRopeDim = 256;
-constexpr int kRopePairs = kMaxRopeDim / 64;  // pairs (i, i + head_dim / 2) of one lane
+constexpr int kRopeSteps = kMaxRopeDim / 128;  // of a warp along half a head
 
-// One head of one row, on one warp: lane l holds pairs l, l + 32, ...
+// One head of one row, on one warp: lane l holds the pairs (i, i + head_dim / 2) of i = 2 l, 2 l +
+// 1, then those 64 further on. So a warp moves whole lines of memory, and each lane two elements at
+// once.
 template <typename In, class Thread>
 class RopeHeadBody {
  public:
@@ -47,7 +49,13 @@ class RopeHeadBody {
   }
 
  private:
-  FP_HD int32_t pair(int p) const { return t_.lane() + 32 * p; }
+  template <typename T>
+  FP_HD static Vec<T, 2> two(const T* from) {
+    return *reinterpret_cast<const Vec<T, 2>*>(from);
+  }
+
+  // The first i of a step.
+  FP_HD int32_t at(int step) const { return 2 * (t_.lane() + 32 * step); }
   FP_HD Bf16* query() const {
     return args_.q + row_ * args_.ld_q + static_cast<int64_t>(head_) * args_.head_dim;
   }
@@ -55,15 +63,26 @@ class RopeHeadBody {
   FP_HD void load() {
     const int64_t column = static_cast<int64_t>(head_) * args_.head_dim;
     const In* in = args_.qkv + row_ * args_.ld_qkv + column;
-    FP_UNROLL for (int p = 0; p < kRopePairs; ++p) {
-      if (pair(p) >= half_)
+    FP_UNROLL for (int p = 0; p < kRopeSteps; ++p) {
+      if (at(p) >= half_)
         continue;
-      low_[p] = widen(in[pair(p)]);
-      high_[p] = widen(in[half_ + pair(p)]);
-      if (args_.bias != nullptr) {
-        low_[p] += args_.bias[column + pair(p)];
-        high_[p] += args_.bias[column + half_ + pair(p)];
+      const auto low = two(in + at(p));
+      const auto high = two(in + half_ + at(p));
+      FP_UNROLL for (int j = 0; j < 2; ++j) {
+        low_[p][j] = widen(low.v[j]);
+        high_[p][j] = widen(high.v[j]);
       }
+      if (args_.bias != nullptr)
+        add(args_.bias + column + at(p), p);
+    }
+  }
+
+  FP_HD void add(const float* bias, int p) {
+    const auto low = two(bias);
+    const auto high = two(bias + half_);
+    FP_UNROLL for (int j = 0; j < 2; ++j) {
+      low_[p][j] += low.v[j];
+      high_[p][j] += high.v[j];
     }
   }
 
@@ -72,36 +91,49 @@ class RopeHeadBody {
     if (weight == nullptr)
       return;
     float sum = 0.0f;
-    FP_UNROLL for (int p = 0; p < kRopePairs; ++p) sum += low_[p] * low_[p] + high_[p] * high_[p];
+    FP_UNROLL for (int p = 0; p < kRopeSteps; ++p) {
+      FP_UNROLL for (int j = 0; j < 2; ++j) sum +=
+          low_[p][j] * low_[p][j] + high_[p][j] * high_[p][j];
+    }
     const float scale = inverse_rms(warp_sum(t_, sum), args_.head_dim, args_.eps);
-    FP_UNROLL for (int p = 0; p < kRopePairs; ++p) {
-      if (pair(p) >= half_)
+    FP_UNROLL for (int p = 0; p < kRopeSteps; ++p) {
+      if (at(p) >= half_)
         continue;
-      low_[p] *= scale * weight[pair(p)];
-      high_[p] *= scale * weight[half_ + pair(p)];
+      const auto low = two(weight + at(p));
+      const auto high = two(weight + half_ + at(p));
+      FP_UNROLL for (int j = 0; j < 2; ++j) {
+        low_[p][j] *= scale * low.v[j];
+        high_[p][j] *= scale * high.v[j];
+      }
     }
   }
 
   FP_HD void rotate(float scale) {
-    const float* cos = args_.rotary + static_cast<int64_t>(row_) * args_.head_dim;
-    const float* sin = cos + half_;
-    FP_UNROLL for (int p = 0; p < kRopePairs; ++p) {
-      if (pair(p) >= half_)
+    const float* rotary = args_.rotary + static_cast<int64_t>(row_) * args_.head_dim;
+    FP_UNROLL for (int p = 0; p < kRopeSteps; ++p) {
+      if (at(p) >= half_)
         continue;
-      const float a = low_[p];
-      const float b = high_[p];
-      low_[p] = (a * cos[pair(p)] - b * sin[pair(p)]) * scale;
-      high_[p] = (b * cos[pair(p)] + a * sin[pair(p)]) * scale;
+      const auto cos = two(rotary + at(p));
+      const auto sin = two(rotary + half_ + at(p));
+      FP_UNROLL for (int j = 0; j < 2; ++j) {
+        const float a = low_[p][j];
+        const float b = high_[p][j];
+        low_[p][j] = (a * cos.v[j] - b * sin.v[j]) * scale;
+        high_[p][j] = (b * cos.v[j] + a * sin.v[j]) * scale;
+      }
     }
   }
 
   FP_HD void store_pairs(Bf16* out) const {
-    FP_UNROLL for (int p = 0; p < kRopePairs; ++p) {
-      if (pair(p) >= half_)
+    FP_UNROLL for (int p = 0; p < kRopeSteps; ++p) {
+      if (at(p) >= half_)
         continue;
-      out[pair(p)] = to_bf16(low_[p]);
-      out[half_ + pair(p)] = to_bf16(high_[p]);
+      store_two(low_[p], out + at(p));
+      store_two(high_[p], out + half_ + at(p));
     }
+  }
+  FP_HD static void store_two(const float* values, Bf16* out) {
+    *reinterpret_cast<Vec<Bf16, 2>*>(out) = {to_bf16(values[0]), to_bf16(values[1])};
   }
 
   const Thread& t_;
@@ -109,8 +141,8 @@ class RopeHeadBody {
   const int32_t row_;
   const int32_t head_;
   const int32_t half_;
-  float low_[kRopePairs] = {};
-  float high_[kRopePairs] = {};
+  float low_[kRopeSteps][2] = {};
+  float high_[kRopeSteps][2] = {};
 };
 
 // block_x(): row; block_y(): a group of heads, one per warp, queries first, then keys, then values.

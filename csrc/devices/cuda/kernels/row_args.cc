@@ -55,7 +55,8 @@ void check(const RmsNormArgs& args) {
 template <typename In>
 void check(const RopeArgs<In>& args) {
   expect_rows(args.rows);
-  expect_head_dim(args.head_dim);
+  expect(args.head_dim >= 4 && args.head_dim <= 256 && args.head_dim % 4 == 0, "head_dim",
+         args.head_dim, "a multiple of 4, at most 256");
   expect(args.heads >= 1, "heads", args.heads, "at least 1");
   expect(args.kv_heads >= 1 && args.kv_heads <= args.heads, "kv_heads", args.kv_heads,
          "at least 1, at most heads");
@@ -63,6 +64,19 @@ void check(const RopeArgs<In>& args) {
   expect(args.ld_qkv >= columns, "ld_qkv", args.ld_qkv, "at least (heads + 2 kv_heads) head_dim");
   expect(args.ld_q >= int64_t{args.heads} * args.head_dim, "ld_q", args.ld_q,
          "at least heads times head_dim");
+  expect(args.ld_qkv % 2 == 0, "ld_qkv", args.ld_qkv, "an even number");
+  expect(args.ld_q % 2 == 0, "ld_q", args.ld_q, "an even number");
+  for (const int64_t stride :
+       {args.cache.block_stride, args.cache.token_stride, args.cache.head_stride})
+    expect(stride % 2 == 0, "stride of the cache", stride, "an even number");
+  expect_aligned("qkv", args.qkv, 8);
+  expect_aligned("bias", args.bias, 8);
+  expect_aligned("q_norm", args.q_norm, 8);
+  expect_aligned("k_norm", args.k_norm, 8);
+  expect_aligned("rotary", args.rotary, 8);
+  expect_aligned("q", args.q, 8);
+  expect_aligned("keys", args.cache.keys, 8);
+  expect_aligned("values", args.cache.values, 8);
   expect(args.cache.block_shift >= 0 && args.cache.block_shift < 31, "block_shift",
          args.cache.block_shift, "0..30");
 }

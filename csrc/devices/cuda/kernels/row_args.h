@@ -39,6 +39,7 @@ struct RmsNormArgs {
   float eps = 0;
 };
 
+// Pointers are multiples of 8 bytes, strides of 2 elements: a lane moves two at once.
 template <typename In>  // float or Bf16: what the qkv product was rounded to
 struct RopeArgs {
   BatchView batch = {};     // sequences, positions, block_tables
@@ -56,7 +57,7 @@ struct RopeArgs {
   int32_t rows = 0;
   int32_t heads = 0;
   int32_t kv_heads = 0;
-  int32_t head_dim = 0;  // even, at most 256
+  int32_t head_dim = 0;  // a multiple of 4, at most 256
 };
 
 template <typename In>  // float or Bf16

@@ -80,7 +80,7 @@ void CudaDevice::launch(Program& program, size_t i) {
 
 void CudaDevice::launch_into(Slot& slot, Program& program, size_t i) {
   if (num_launched_ == num_done_ && clock_->is_stale())
-    clock_->anchor(resources_->stream(), slot.context);
+    clock_->anchor(resources_->stream(), slot.context, spin_ns());
   slot.start.record(resources_->stream(), slot.context);
   program.execute(i);
   slot.end.record(resources_->stream(), slot.context);
@@ -119,7 +119,7 @@ void CudaDevice::wait_oldest() {
 
 void CudaDevice::wait_for(const StreamEvent& event, const CallContext& context) const {
   if (options_.spin_s > 0) {
-    const int64_t until_ns = now_ns() + static_cast<int64_t>(options_.spin_s * 1e9);
+    const int64_t until_ns = now_ns() + spin_ns();
     do {
       if (event.is_done(context))
         return;

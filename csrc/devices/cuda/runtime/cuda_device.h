@@ -61,6 +61,7 @@ class CudaDevice final : public Device {
   };
 
   Slot& slot(size_t i) { return slots_[i % slots_.size()]; }
+  int64_t spin_ns() const { return static_cast<int64_t>(options_.spin_s * 1e9); }
   void launch_into(Slot& slot, Program& program, size_t i);
   void wait_oldest();
   void wait_for(const StreamEvent& event, const CallContext& context) const;

@@ -78,6 +78,16 @@ LanePool::~LanePool() {
     ignore(cudaStreamSynchronize(stream_));
 }
 
+void LanePool::prepare(cudaStream_t stream) {
+  const std::lock_guard lock(mutex_);
+  stream_ = stream;
+  const LiveSet most({{0, std::min(options_.lane_bytes, options_.device_spill_bytes)}});
+  if (most.bytes() == 0)
+    return;
+  garbage_.push_back(take_storage(most, stream, {}));
+  empty_garbage(stream);
+}
+
 const LaneView& LanePool::enter(Tenant& tenant, cudaStream_t stream, const CallContext& context) {
   if (tenant.has_lane()) [[likely]]
     return lanes_[static_cast<size_t>(tenant.lane_)].view;

@@ -91,6 +91,11 @@ class LanePool {
   LanePool(const LanePool&) = delete;
   LanePool& operator=(const LanePool&) = delete;
 
+  // Takes and gives back the memory of one spill, so that the first one, in the midst of a
+  // preemption, finds it in its pool: of the device up to device_spill_bytes, pinned where the
+  // device has none. Before the first enter(). Throws CudaError.
+  void prepare(cudaStream_t stream);
+
   // The tenant's lane, taken now if it has none. If it throws the tenant has no lane, and everybody
   // else's state is as it was or properly spilled. Cost when it has one: nothing.
   const LaneView& enter(Tenant& tenant, cudaStream_t stream, const CallContext& context);
