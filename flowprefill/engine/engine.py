@@ -87,6 +87,7 @@ class Engine:
         self._chat_template = checkpoint.chat_template
         self._worker = LocalWorker(self.config, checkpoint, progress)
         self._worker.start()
+        self.dtype, self.threads = self._worker.dtype, self._worker.threads
         limits = self._worker.limits
         self.max_model_len = limits.max_model_len
         self._pool = BlockPool(limits.num_blocks, limits.block_tokens, self.config.prefix_cache)
@@ -213,16 +214,6 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """Return device, element type and why, in words."""
         return {**self._worker.describe(), "policy": self.config.policy}
-
-    @property
-    def dtype(self) -> str:
-        """What the device computes in: ``bf16`` or ``f32``."""
-        return self._worker.dtype
-
-    @property
-    def threads(self) -> int:
-        """Compute threads of the executor."""
-        return self._worker.threads
 
     @property
     def rates(self) -> MachineRates:

@@ -1,9 +1,10 @@
 """Handle: what Engine.submit returns; the engine feeds it, users read it from threads or asyncio.
 
-One producer (whoever holds the request in the engine), any number of consumers. Tokens are kept in
-a list and every iterator has its own position, so each consumer sees all of them. A consumer that
-has to wait leaves a *waker* (a thread's event or an asyncio future's resolver); the producer takes
-the wakers under the lock and calls them outside of it. With nobody waiting, a push is an append.
+One producer (the engine's event thread, or the thread that ends the request), any number of
+consumers. Tokens are kept in a list and every iterator has its own position, so each consumer sees
+all of them. A consumer that has to wait leaves a *waker* (a thread's event or an asyncio future's
+resolver); the producer takes the wakers under the lock and calls them outside of it. If no one is
+waiting, push only appends.
 """
 
 from __future__ import annotations

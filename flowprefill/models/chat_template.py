@@ -152,11 +152,16 @@ def _normalized(index: int, message: Any) -> dict[str, Any]:
     if content is None and message.get("tool_calls"):
         plain["content"] = None
     else:
-        plain["content"] = _text_of(f"{where}.content", content)
+        plain["content"] = content_text(f"{where}.content", content)
     return plain
 
 
-def _text_of(where: str, content: Any) -> str:
+def content_text(where: str, content: Any) -> str:
+    """Return the text of a message: a string, or parts that are all text, joined.
+
+    Args:
+        where: the field, for errors.
+    """
     if isinstance(content, str):
         return _checked(where, content)
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):

@@ -11,9 +11,9 @@ A decode step is one short work over the sequences that wait for a token. Agains
 - While prefills wait, a step starts (1 / decode_share - 1) step times after the last one's end at
   the earliest: prefills keep at least 1 - decode_share of the time.
 
-So a sequence of the next step never waits longer for it to start than the latest of its due time,
-that pause, and one boundary; and one prefill's deadline never makes another sequence wait past its
-own due time. Sequences over max_running take turns, the earliest due first.
+Bound: a decode step starts no later than max(due time, that pause) + one boundary; and one
+prefill's deadline never makes another sequence wait past its own due time. Sequences over
+max_running take turns, the earliest due first.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from flowprefill.errors import InvalidRequest
+from flowprefill.models.chat_template import content_text
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.body import Body, check_text
 from flowprefill.server.endpoint import Endpoint, Plan
@@ -20,24 +21,6 @@ MAX_MESSAGES = 100_000
 ROLES = ("system", "developer", "user", "assistant")
 # Of the template's variables, those the server fills in itself.
 OWN_TEMPLATE_VARIABLES = ("messages", "tools", "documents", "tokenize", "chat_template")
-
-
-def _content_text(param: str, content: Any) -> str:
-    """Return the text of a message: a string, or typed parts that are all text, joined."""
-    if isinstance(content, str):
-        return check_text(param, content)
-    if not isinstance(content, list):
-        raise InvalidRequest.field(param, content, "a string or a list of text parts")
-    texts = []
-    for index, part in enumerate(content):
-        name = f"{param}[{index}]"
-        if not isinstance(part, dict):
-            raise InvalidRequest.field(name, part, "an object {type: 'text', text: ...}")
-        if part.get("type") != "text":
-            allowed = "'text': other kinds of content are not supported"
-            raise InvalidRequest.field(f"{name}.type", part.get("type"), allowed)
-        texts.append(check_text(f"{name}.text", part.get("text")))
-    return "".join(texts)
 
 
 def read_messages(body: Body) -> list[dict[str, Any]]:
@@ -63,7 +46,7 @@ def _read_message(param: str, message: Any) -> dict[str, Any]:
             raise InvalidRequest.field(f"{param}.{name}", message[name], allowed)
     checked = {
         "role": "system" if role == "developer" else role,
-        "content": _content_text(f"{param}.content", message.get("content")),
+        "content": content_text(f"{param}.content", message.get("content")),
     }
     if message.get("name") is not None:
         checked["name"] = check_text(f"{param}.name", message["name"])
@@ -116,12 +99,9 @@ def plan_chat(body: Body, context: SchemaContext, max_choices: int) -> Plan:
     # Templates write the special tokens themselves.
     add_special_tokens = body.boolean("add_special_tokens", False)
 
-    def requests(engine: ServedEngine) -> list[Request]:
+    def requests(engine: ServedEngine, reply_id: str) -> list[Request]:
         prompt = engine.render_chat(messages, **variables)
-        return [
-            spec.request(prompt, choice, special_tokens=add_special_tokens)
-            for choice in range(spec.n)
-        ]
+        return spec.requests([prompt], reply_id, special_tokens=add_special_tokens)
 
     chars = sum(len(message["content"]) for message in messages)
     return Plan(spec, requests, choices=spec.n, prompt_chars=chars * spec.n, echo=())

@@ -68,12 +68,8 @@ def plan_completions(body: Body, context: SchemaContext, max_choices: int) -> Pl
         body.refuse("echo", True, "false with logprobs: those of the prompt are not available")
     add_special_tokens = body.boolean("add_special_tokens", True)
 
-    def requests(_engine: ServedEngine) -> list[Request]:
-        return [
-            spec.request(prompt, choice, special_tokens=add_special_tokens)
-            for prompt in prompts
-            for choice in range(spec.n)
-        ]
+    def requests(_engine: ServedEngine, reply_id: str) -> list[Request]:
+        return spec.requests(prompts, reply_id, special_tokens=add_special_tokens)
 
     return Plan(
         spec=spec,

@@ -9,8 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
+from flowprefill.engine.records import TimelineEntry
 from flowprefill.server.context import SERVER
-from flowprefill.server.engine_protocol import TimelineEntry
 
 EXECUTOR_PROCESS = 1
 

@@ -23,15 +23,15 @@ class Plan:
 
     Attributes:
         spec: the fields both endpoints share.
-        requests: makes the engine's requests, prompt by prompt, ``spec.n`` choices each; may
-            tokenise or run a chat template, so it may take long for long prompts.
+        requests: makes the engine's requests, given the reply's id, prompt by prompt, ``spec.n``
+            choices each; may tokenise or run a chat template, so it may take long for long prompts.
         choices: how many requests that makes.
         prompt_chars: characters or token ids in all of them together.
         echo: prompts to repeat before the generated text; empty for none.
     """
 
     spec: GenerationSpec
-    requests: Callable[[ServedEngine], list[Request]]
+    requests: Callable[[ServedEngine, str], list[Request]]
     choices: int
     prompt_chars: int
     echo: tuple[str | list[int], ...]

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Generator, Iterable, Mapping, Sequenc
 from typing import Any, Protocol
 
 from flowprefill.config import EngineConfig
-from flowprefill.request import SLO, Completion, FinishReason, Request, Timings, Token
+from flowprefill.engine.records import EngineObserver, EngineStats, TimelineEntry
+from flowprefill.request import SLO, Completion, Request, Timings, Token
 
 
 class ServedTokenizer(Protocol):
@@ -24,7 +25,8 @@ class ServedTokenizer(Protocol):
 class ServedHandle(Protocol):
     """One submitted request; used from the server's event loop.
 
-    Iterating or awaiting raises the FlowPrefillError that ended the request, if one did.
+    Iterating or awaiting raises the FlowPrefillError that ended the request, if one did. A wait for
+    a token may be cancelled and tried again: none is lost.
     """
 
     @property
@@ -45,110 +47,6 @@ class ServedHandle(Protocol):
     def cancel(self) -> None:
         """End the request at the next boundary; nothing happens if it has ended already."""
         ...
-
-
-class EngineStatsView(Protocol):
-    """A snapshot of the engine's gauges and counters, taken at every scrape."""
-
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def suspended(self) -> int: ...
-    @property
-    def kv_blocks_used(self) -> int: ...
-    @property
-    def kv_blocks_total(self) -> int: ...
-    @property
-    def kv_blocks_cached(self) -> int:
-        """Blocks held by no request and reusable by their content."""
-        ...
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Activations of all live runs."""
-        ...
-
-    @property
-    def segments(self) -> int:
-        """Segments executed since the start."""
-        ...
-
-    @property
-    def max_blocking_s(self) -> float:
-        """Longest time from a dispatch to its first segment since the start."""
-        ...
-
-    @property
-    def prefix_cache_queries(self) -> int:
-        """Prompt tokens looked up in the prefix cache since the start."""
-        ...
-
-    @property
-    def prefix_cache_hits(self) -> int:
-        """Prompt tokens found in the prefix cache since the start."""
-        ...
-
-
-class RequestRecord(Protocol):
-    """What an observer is told about one request at its terminal event."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def slo(self) -> SLO: ...
-    @property
-    def timings(self) -> Timings: ...
-    @property
-    def finish_reason(self) -> FinishReason: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def token_gaps_s(self) -> Sequence[float]:
-        """Seconds between consecutive output tokens; one less than ``output_tokens``, or empty."""
-        ...
-
-    @property
-    def cancel_to_free_s(self) -> float | None:
-        """From the call of ``cancel`` to its KV blocks being free; None unless cancelled."""
-        ...
-
-
-class EngineObserver(Protocol):
-    """Called by the engine on its own thread; must be quick and must not raise."""
-
-    def on_end(self, record: RequestRecord) -> None:
-        """Exactly once per admitted request, after its blocks were freed."""
-        ...
-
-    def on_preemption(self, reason: str, ack_s: float) -> None:
-        """A prefill was suspended; ``ack_s``: dispatch to the newcomer's first segment, seconds."""
-        ...
-
-    def on_decision(self, seconds: float) -> None:
-        """The scheduler decided once; how long that took."""
-        ...
-
-
-class TimelineEntry(Protocol):
-    """One executed segment."""
-
-    @property
-    def run(self) -> str:
-        """``prefill REQUEST``, ``prefill of N`` or ``decode of N``."""
-        ...
-
-    @property
-    def segment(self) -> str: ...
-    @property
-    def start_s(self) -> float: ...
-    @property
-    def end_s(self) -> float: ...
-    @property
-    def predicted_s(self) -> float: ...
 
 
 class ServedEngine(Protocol):
@@ -187,7 +85,7 @@ class ServedEngine(Protocol):
         """
         ...
 
-    def stats(self) -> EngineStatsView: ...
+    def stats(self) -> EngineStats: ...
 
     def subscribe(self, observer: EngineObserver) -> None: ...
 

@@ -6,7 +6,6 @@ The handlers of both endpoints call respond().
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -55,11 +54,8 @@ def _submit(endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Enve
     """Submit every choice, or none: what was admitted before an error is cancelled."""
     handles: list[ServedHandle] = []
     try:
-        requests = plan.requests(engine)
-        for index, request in enumerate(requests):
-            name = envelope.id if len(requests) == 1 else f"{envelope.id}-{index}"
-            named = dataclasses.replace(request, id=name)
-            handles.append(engine.submit(named, plan.spec.slo))
+        for request in plan.requests(engine, envelope.id):
+            handles.append(engine.submit(request, plan.spec.slo))
         echo = tuple(
             prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
             for prompt in plan.echo

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flowprefill.server.engine_protocol import EngineStatsView, RequestRecord, ServedEngine
+from flowprefill.engine.records import EngineStats, RequestRecord
+from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.metric_table import METRICS, PREFIX, VLLM_PREFIX, MetricSpec
 
 _SUCCESS = ("stop", "length")
@@ -129,7 +130,7 @@ class ServerMetrics:
         return metric
 
 
-_STATS: dict[str, Callable[[EngineStatsView], float]] = {
+_STATS: dict[str, Callable[[EngineStats], float]] = {
     "num_requests_running": lambda stats: stats.running,
     "num_requests_waiting": lambda stats: stats.waiting,
     "num_requests_suspended": lambda stats: stats.suspended,

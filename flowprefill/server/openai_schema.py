@@ -86,14 +86,21 @@ class GenerationSpec:
     service_tier: str | None
     priority: int
 
-    def request(self, prompt: str | list[int], choice: int, *, special_tokens: bool) -> Request:
-        """Return what to submit for one choice of a prompt."""
-        return Request(
-            prompt,
-            self.sampling_of(choice),
-            add_special_tokens=special_tokens,
-            priority=self.priority,
-        )
+    def requests(
+        self, prompts: Sequence[str | list[int]], reply_id: str, *, special_tokens: bool
+    ) -> list[Request]:
+        """Return what to submit, prompt by prompt, named after the reply."""
+        choices = [(prompt, choice) for prompt in prompts for choice in range(self.n)]
+        return [
+            Request(
+                prompt,
+                self.sampling_of(choice),
+                id=reply_id if len(choices) == 1 else f"{reply_id}-{index}",
+                add_special_tokens=special_tokens,
+                priority=self.priority,
+            )
+            for index, (prompt, choice) in enumerate(choices)
+        ]
 
     def sampling_of(self, choice: int) -> SamplingParams:
         """Return the sampling of one choice: with a seed, each choice gets its own stream."""
@@ -169,23 +176,26 @@ def refuse_unsupported(body: Body) -> None:
 def sampling_params(
     body: Body, vocab_size: int, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    """Read the sampling fields; -1 and 0 both switch ``top_k`` off."""
+    """Read the sampling fields; -1 and 0 both switch ``top_k`` off.
+
+    SamplingParams checks those that have its names and ranges.
+    """
     top_k = body.integer("top_k", 0, -1, MAX_INT)
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=body.integer("min_tokens", 0, 0, MAX_INT),
-        temperature=body.number("temperature", 1.0, 0.0, 2.0, open_low=False),
-        top_p=body.number("top_p", 1.0, 0.0, 1.0, open_low=True),
+        min_tokens=body.raw("min_tokens", 0),
+        temperature=body.raw("temperature", 1.0),
+        top_p=body.raw("top_p", 1.0),
         top_k=max(top_k, 0),
-        min_p=body.number("min_p", 0.0, 0.0, 1.0, open_low=False),
-        seed=body.integer("seed", None, -(2**63), 2**64 - 1),
+        min_p=body.raw("min_p", 0.0),
+        seed=body.raw("seed"),
         stop=_stop_strings(body),
         stop_token_ids=_stop_token_ids(body, vocab_size),
         ignore_eos=body.boolean("ignore_eos"),
         logprobs=logprobs,
-        presence_penalty=body.number("presence_penalty", 0.0, -2.0, 2.0, open_low=False),
-        frequency_penalty=body.number("frequency_penalty", 0.0, -2.0, 2.0, open_low=False),
-        repetition_penalty=body.number("repetition_penalty", 1.0, 0.0, 10.0, open_low=True),
+        presence_penalty=body.raw("presence_penalty", 0.0),
+        frequency_penalty=body.raw("frequency_penalty", 0.0),
+        repetition_penalty=body.raw("repetition_penalty", 1.0),
         include_stop_str_in_output=body.boolean("include_stop_str_in_output"),
     )
 

@@ -99,8 +99,6 @@ def slo_of(
     if field is not None:
         on_miss = field.text("on_miss")
         if on_miss is not None:
-            if on_miss not in ("demote", "drop"):
-                field.refuse("on_miss", on_miss, "'demote' or 'drop'")
             changes["on_miss"] = on_miss
         field.refuse_unknown(SLO_FIELDS)
     return dataclasses.replace(slo, **changes)  # type: ignore[arg-type]

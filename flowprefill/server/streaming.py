@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +26,10 @@ from flowprefill.server.sse import EventStream
 
 logger = logging.getLogger(__name__)
 
-# What a choice's task puts into the queue: a token, the error that ended it, or None at its end.
+# A choice's number and its next token, the error that ended it, or None at its end.
 _Item = tuple[int, Token | Exception | None]
+# Waits for the next item of any choice; a wait that is cancelled loses none.
+_NextItem = Callable[[], Awaitable[_Item]]
 
 
 @dataclass(slots=True)
@@ -53,12 +55,20 @@ async def _pump(index: int, handle: ServedHandle, queue: asyncio.Queue[_Item]) -
 
 
 @asynccontextmanager
-async def _pumped(handles: list[ServedHandle]) -> AsyncIterator[asyncio.Queue[_Item]]:
-    """Give a queue that is fed from every handle until the block is left."""
+async def _items_of(handles: list[ServedHandle]) -> AsyncIterator[_NextItem]:
+    """Give what waits for the choices' items: one handle itself, or a queue that all feed."""
+    if len(handles) == 1:
+        tokens = aiter(handles[0])
+
+        async def next_token() -> _Item:
+            return 0, await anext(tokens, None)
+
+        yield next_token
+        return
     queue: asyncio.Queue[_Item] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(i, handle, queue)) for i, handle in enumerate(handles)]
     try:
-        yield queue
+        yield queue.get
     finally:
         for task in tasks:
             task.cancel()
@@ -73,8 +83,9 @@ async def stream_reply(request: web.Request, generation: Generation) -> web.Stre
     """
     stream = EventStream(request)
     try:
-        async with _pumped(generation.handles) as queue:
-            await _send_tokens(generation, stream, queue, request.app[SERVER].options.keep_alive_s)
+        async with _items_of(generation.handles) as next_item:
+            keep_alive_s = request.app[SERVER].options.keep_alive_s
+            await _send_tokens(generation, stream, next_item, keep_alive_s)
     except ConnectionResetError:
         logger.info("request %s: client gone", request[REQUEST_ID])
     except Exception as error:
@@ -91,7 +102,7 @@ async def stream_reply(request: web.Request, generation: Generation) -> web.Stre
 async def _send_tokens(
     generation: Generation,
     stream: EventStream,
-    queue: asyncio.Queue[_Item],
+    next_item: _NextItem,
     keep_alive_s: float,
 ) -> None:
     choices = [
@@ -101,7 +112,7 @@ async def _send_tokens(
     while open_choices:
         try:
             async with asyncio.timeout(keep_alive_s):
-                index, item = await queue.get()
+                index, item = await next_item()
         except TimeoutError:
             await stream.keep_alive()
             continue

@@ -190,23 +190,25 @@ class FakeHandle:
             self.tokens.append(Token(token_id, text, logprob, top, finish))
         self._wake()
 
-    async def __aiter__(self) -> AsyncIterator[Token]:
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return FakeTokens(self)
+
+    async def token_at(self, position: int) -> Token | None:
+        """The token, or None at the end; a wait that is cancelled changes nothing."""
         event = asyncio.Event()
         entry = (asyncio.get_running_loop(), event)
         with self._lock:
             self._waiters.append(entry)
-        sent = 0
         try:
             while True:
                 event.clear()
                 has_ended = self.ended.is_set()
-                while sent < len(self.tokens):
-                    sent += 1
-                    yield self.tokens[sent - 1]
+                if position < len(self.tokens):
+                    return self.tokens[position]
                 if has_ended:
                     if self.error is not None:
                         raise self.error
-                    return
+                    return None
                 await event.wait()
         finally:
             with self._lock:
@@ -240,6 +242,23 @@ class FakeHandle:
         if self.error is not None:
             raise self.error
         return self._whole()
+
+
+class FakeTokens:
+    """One reader's position among a handle's tokens."""
+
+    def __init__(self, handle: FakeHandle) -> None:
+        self._handle, self._position = handle, 0
+
+    def __aiter__(self) -> FakeTokens:
+        return self
+
+    async def __anext__(self) -> Token:
+        token = await self._handle.token_at(self._position)
+        if token is None:
+            raise StopAsyncIteration
+        self._position += 1
+        return token
 
 
 class FakeEngine:

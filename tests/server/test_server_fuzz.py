@@ -58,7 +58,7 @@ class Renders:
 
 def check(plan: Plan) -> None:
     """What a plan promises: requests that the engine's own checks accept."""
-    requests = plan.requests(Renders())  # type: ignore[arg-type]
+    requests = plan.requests(Renders(), "reply")  # type: ignore[arg-type]
     assert len(requests) == plan.choices
     assert all(isinstance(request, Request) for request in requests)
 
