@@ -32,13 +32,12 @@ def find_tool(name: str) -> str:
     return found
 
 
-def build_folder() -> Path:
-    """Return one folder for this environment's torch, another for pip's isolated builds."""
+def is_isolated() -> bool:
+    """Tell whether torch is that of an environment which pip deletes after the build."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("flowprefill needs torch to build: pip install torch==2.13.0")
-    is_own = Path(spec.origin).is_relative_to(sysconfig.get_path("platlib"))
-    return ROOT / "build" / ("cmake" if is_own else "cmake-isolated")
+    return not Path(spec.origin).is_relative_to(sysconfig.get_path("platlib"))
 
 
 def run_tool(*command: str) -> None:
@@ -70,10 +69,12 @@ class CMakeBuild(build_ext):
     """Hand the extensions to CMake, then place the files where setuptools expects them."""
 
     def run(self) -> None:
-        cmake, folder = find_tool("cmake"), build_folder()
+        cmake, isolated = find_tool("cmake"), is_isolated()
+        folder = ROOT / "build" / ("cmake-isolated" if isolated else "cmake")
         settings = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
+            "FP_IN_PLACE": "ON" if self.inplace and not isolated else "OFF",
             "FP_WERROR": "ON" if os.environ.get("CI") == "true" else "OFF",
             **cuda_settings(),
         }

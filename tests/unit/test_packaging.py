@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -65,6 +66,40 @@ def test_torch_version_is_the_same_everywhere() -> None:
     pinned = next(r for r in requires if r.startswith("torch=="))
     for name in ("Makefile", "setup.py", "cmake/FindTorchWheel.cmake"):
         assert set(re.findall(r"torch==[\d.]+\d", (ROOT / name).read_text())) == {pinned}, name
+
+
+def native_modules() -> list[Path]:
+    return sorted((ROOT / "flowprefill").glob("_c*.so"))
+
+
+def readelf(*arguments: str) -> str:
+    return subprocess.run(
+        ["readelf", "--wide", *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("module", native_modules(), ids=lambda path: path.name.split(".")[0])
+def test_module_loads_libraries_from_full_paths_only(module: Path) -> None:
+    # An empty element of the run path means the current folder: whoever can write there would
+    # choose the libraries.
+    for line in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", readelf("--dynamic", str(module))):
+        assert all(part.startswith(("/", "$ORIGIN/")) for part in line.split(":")), line
+
+
+@pytest.mark.parametrize("module", native_modules(), ids=lambda path: path.name.split(".")[0])
+def test_module_is_hardened(module: Path) -> None:
+    assert "BIND_NOW" in readelf("--dynamic", str(module))
+    assert "GNU_RELRO" in readelf("--program-headers", str(module))
+    assert "__stack_chk_fail" in readelf("--dyn-syms", str(module))
+
+
+COMPILE_COMMANDS = ROOT / "build" / "cmake" / "compile_commands.json"
+
+
+@pytest.mark.skipif(not COMPILE_COMMANDS.exists(), reason="no in-place build")
+def test_every_cpp_file_is_compiled_with_fortified_functions() -> None:
+    commands = [entry["command"] for entry in json.loads(COMPILE_COMMANDS.read_text())]
+    assert [command for command in commands if "-D_FORTIFY_SOURCE=" not in command] == []
 
 
 def isa_objects() -> list[Path]:
