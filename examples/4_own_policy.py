@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowprefill import Engine, Request, SamplingParams
-from flowprefill.scheduling.entry import Entry, Rank, Verdict
-from flowprefill.scheduling.policies.base import BasePolicy
+from flowprefill.policies import BasePolicy, Entry, Rank, Verdict
 
 
 class FewestTokensFirst(BasePolicy):

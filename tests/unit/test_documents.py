@@ -23,7 +23,7 @@ import pytest
 from flowprefill import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 LIMIT_S = 100  # of one process on a busy machine; on a quiet one each takes seconds
 

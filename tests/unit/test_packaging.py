@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import flowprefill
+import flowprefill.policies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,23 @@ def test_public_names_all_resolve() -> None:
 def test_public_name_unknown_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Enigne'"):
         _ = flowprefill.Enigne  # type: ignore[attr-defined]
+
+
+def test_own_policy_needs_nothing_but_the_public_modules() -> None:
+    source = (ROOT / "examples" / "4_own_policy.py").read_text()
+    ours = {line.split()[1] for line in source.splitlines() if line.startswith("from flowprefill")}
+    assert ours == {"flowprefill", "flowprefill.policies"}
+
+
+def test_names_for_policies_load_no_torch() -> None:
+    code = "import sys; from flowprefill.policies import *; print(BasePolicy, *sys.modules)"
+    assert {"torch", "numpy", "flowprefill._core"}.isdisjoint(run_python(code).split())
+
+
+def test_python_page_lists_every_public_name() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    public = [*flowprefill.__all__, *flowprefill.policies.__all__]
+    assert [name for name in public if f"`{name}`" not in page and f"`{name}(" not in page] == []
 
 
 def test_every_folder_with_modules_is_a_package() -> None:
