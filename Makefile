@@ -161,6 +161,10 @@ CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/devices/cuda' ':!csrc/bindings/cuda_*')
 
+# Where tests/not_plain.txt is kept to: words that hide who does what, each with what to write instead.
+PROSE := '*.md' Makefile '*.cmake' '*CMakeLists.txt' .ci setup.py pyproject.toml examples csrc/runtime \
+  flowprefill/scheduling flowprefill/models
+
 .PHONY: lint
 lint: lint-packages build tidy  ## format, style, types, spelling and clang-tidy, without changing anything
 	ruff check .
@@ -168,6 +172,7 @@ lint: lint-packages build tidy  ## format, style, types, spelling and clang-tidy
 	mypy
 	clang-format --dry-run --Werror $(CPP_FILES)
 	codespell $$(git ls-files)
+	! git grep -nwiE -f <(cut -d: -f1 tests/not_plain.txt) -- $(PROSE)
 
 # omp.h is gcc's; clang brings the other compiler headers itself.
 .PHONY: tidy
@@ -184,7 +189,7 @@ format: $(TOOLS) | lint-packages  ## rewrite the sources in the common format
 # ---- what it does
 
 .PHONY: demo
-demo: build  ## short prompts beside a long one, preemption off and on: table, picture, trace (2 minutes)
+demo: build  ## short prompts while a long one is prefilled, preemption off and on: table, picture, trace (2 minutes)
 	$(BIN)/python -m flowprefill.bench.demo
 
 .PHONY: bench

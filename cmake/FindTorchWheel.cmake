@@ -58,7 +58,7 @@ if(TorchWheel_FOUND AND NOT TARGET torch::cpu)
     torch::c10 INTERFACE "${_torch_dir}/include" "${_torch_dir}/include/torch/csrc/api/include")
   target_compile_definitions(torch::c10 INTERFACE _GLIBCXX_USE_CXX11_ABI=1)
   target_link_libraries(torch::cpu INTERFACE torch::c10)
-  # Not torch's whole folder of headers: who wants pybind11 shall not see ATen.
+  # Not torch's whole folder of headers: a target that wants pybind11 must not see ATen.
   file(MAKE_DIRECTORY "${PROJECT_BINARY_DIR}/pybind11-headers")
   file(CREATE_LINK "${_torch_dir}/include/pybind11" "${PROJECT_BINARY_DIR}/pybind11-headers/pybind11" SYMBOLIC)
   add_library(torch::pybind11 INTERFACE IMPORTED GLOBAL)

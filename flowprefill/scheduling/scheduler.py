@@ -101,7 +101,7 @@ class Scheduler:
         return self._current.work if self._current is not None else None
 
     def threshold(self) -> Threshold | None:
-        """Return what lets a job suspend the current work by arriving; None: not to be said.
+        """Return the rule by which arriving jobs preempt; None if it cannot be stated yet.
 
         Holds from the last event to the next.
         """

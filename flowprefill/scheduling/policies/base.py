@@ -45,7 +45,7 @@ class Policy(Protocol):
         ...
 
     def threshold(self, current: Entry, first: Entry | None, now: float) -> Threshold | None:
-        """Return what lets a job suspend the current prefill by arriving; None: not to be said.
+        """Return the rule by which arriving jobs preempt; None if it cannot be stated yet.
 
         Args:
             first: the first that waits.

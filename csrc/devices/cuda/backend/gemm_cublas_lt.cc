@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "devices/cuda/kernels/expect.h"
+#include "runtime/thread_annotations.h"
 
 #if __has_include(<cublasLt.h>)
 
@@ -12,7 +13,6 @@
 
 #include <array>
 #include <map>
-#include <mutex>
 #include <tuple>
 
 namespace flowprefill {
@@ -183,8 +183,9 @@ ProductKey key_of(const GemmArgs& args) {
 struct CublasLt::Library {
   Functions functions;
   cublasLtHandle_t handle = nullptr;
-  std::mutex mutex;  // guards products: a bias is set in the descriptor that is launched
-  std::map<ProductKey, Product> products;
+  Mutex mutex;
+  // A bias is set in the descriptor that is launched.
+  std::map<ProductKey, Product> products FP_GUARDED_BY(mutex);
 
   ~Library() {
     products.clear();
@@ -239,7 +240,7 @@ cudaError_t CublasLt::launch(const GemmArgs& args, std::span<std::byte> workspac
   expect(takes(args), "bias", 1, "none where the output is bf16, and no gate");
   expect(workspace.size() >= kWorkspaceBytes, "workspace", static_cast<int64_t>(workspace.size()),
          "at least 32 MiB");
-  const std::lock_guard lock(library_->mutex);
+  const MutexLock lock(library_->mutex);
   const auto [found, is_new] =
       library_->products.try_emplace(key_of(args), library_->functions, library_->handle, args);
   found->second.launch(library_->handle, args, workspace, stream);

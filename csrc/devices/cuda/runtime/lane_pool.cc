@@ -81,7 +81,7 @@ LanePool::~LanePool() {
 const LaneView& LanePool::enter(Tenant& tenant, cudaStream_t stream, const CallContext& context) {
   if (tenant.has_lane()) [[likely]]
     return lanes_[static_cast<size_t>(tenant.lane_)].view;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   stream_ = stream;
   empty_garbage(stream);
   Lane& lane = free_lane(stream, context);
@@ -172,7 +172,7 @@ void LanePool::leave(Tenant& tenant) noexcept {
 }
 
 void LanePool::forget(Tenant& tenant) noexcept {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (tenant.lane_ >= 0) {
     lanes_[static_cast<size_t>(tenant.lane_)].tenant = nullptr;
     tenant.lane_ = -1;
@@ -189,7 +189,7 @@ std::vector<LaneView> LanePool::views() const {
 }
 
 LaneReport LanePool::report() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return report_;
 }
 
