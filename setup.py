@@ -41,13 +41,12 @@ def find_tool(name: str) -> str:
     return found
 
 
-def build_folder() -> Path:
-    """Return one folder for this environment's torch, another for pip's isolated builds."""
+def is_isolated() -> bool:
+    """Tell whether torch is that of an environment which pip deletes after the build."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("flowprefill needs torch to build: pip install torch==2.13.0")
-    is_own = Path(spec.origin).is_relative_to(sysconfig.get_path("platlib"))
-    return ROOT / "build" / ("cmake" if is_own else "cmake-isolated")
+    return not Path(spec.origin).is_relative_to(sysconfig.get_path("platlib"))
 
 
 def run_tool(*command: str) -> None:
@@ -79,10 +78,12 @@ class CMakeBuild(build_ext):
     """Hand the extensions to CMake, then place the files where setuptools expects them."""
 
     def run(self) -> None:
-        cmake, folder = find_tool("cmake"), build_folder()
+        cmake, isolated = find_tool("cmake"), is_isolated()
+        folder = ROOT / "build" / ("cmake-isolated" if isolated else "cmake")
         settings = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
+            "FP_IN_PLACE": "ON" if self.inplace and not isolated else "OFF",
             "FP_WERROR": "ON" if os.environ.get("CI") == "true" else "OFF",
             **cuda_settings(),
         }
@@ -93,7 +94,7 @@ class CMakeBuild(build_ext):
         self._place(cmake, folder)
 
     def _place(self, cmake: str, folder: Path) -> None:
-        """Copy next to the sources (finds this torch) or install for a wheel (any beside it)."""
+        """Copy next to the sources (finds this torch) or install for a wheel (any torch next to it)."""
         if not self.inplace:
             prefix = ["--prefix", str(Path(self.build_lib).resolve())]
             run_tool(cmake, "--install", str(folder), *prefix, "--component", "python", "--strip")

@@ -1,7 +1,7 @@
 # Decides whether _cuda is built, and finds what that needs. Included by the top CMakeLists.txt after Python is found.
 #
 #   FP_CUDA=AUTO   built if everything it needs is found *and* this machine has a use for it: an NVIDIA driver, or a
-#                  torch with CUDA. Else not: a compiler that happens to lie in PATH shall not cost a CPU build minutes.
+#                  torch with CUDA. Else not: a compiler that happens to lie in PATH must not cost a CPU build minutes.
 #   FP_CUDA=ON     built; what is missing stops the configuration, all of it named at once.
 #   FP_CUDA=OFF    never built.
 #

@@ -9,8 +9,9 @@
 #                   would put two runtimes and two thread pools into the process, fighting for the same cores.
 #
 # Needs Python_EXECUTABLE. Sets TorchWheel_VERSION, TorchWheel_CUDA (CUDA's version, empty: none),
-# TorchWheel_LIBRARY_DIR and TorchWheel_INSTALL_RPATH, the run path by which a module in site-packages/flowprefill/
-# finds these libraries. Nothing is cached, so a build folder follows its environment.
+# TorchWheel_LIBRARY_DIR and TorchWheel_RPATH, the run path by which a module finds these libraries: in this
+# environment if FP_IN_PLACE, else in that of the folder site-packages/flowprefill/ it is installed to. Nothing is cached,
+# so a build folder follows its environment.
 
 # Importing torch takes seconds; its place and version.py say the same.
 set(_torch_query [=[
@@ -57,7 +58,7 @@ if(TorchWheel_FOUND AND NOT TARGET torch::cpu)
     torch::c10 INTERFACE "${_torch_dir}/include" "${_torch_dir}/include/torch/csrc/api/include")
   target_compile_definitions(torch::c10 INTERFACE _GLIBCXX_USE_CXX11_ABI=1)
   target_link_libraries(torch::cpu INTERFACE torch::c10)
-  # Not torch's whole folder of headers: who wants pybind11 shall not see ATen.
+  # Not torch's whole folder of headers: a target that wants pybind11 must not see ATen.
   file(MAKE_DIRECTORY "${PROJECT_BINARY_DIR}/pybind11-headers")
   file(CREATE_LINK "${_torch_dir}/include/pybind11" "${PROJECT_BINARY_DIR}/pybind11-headers/pybind11" SYMBOLIC)
   add_library(torch::pybind11 INTERFACE IMPORTED GLOBAL)
@@ -79,5 +80,10 @@ if(TorchWheel_FOUND AND NOT TARGET torch::cpu)
   add_library(torch::openmp SHARED IMPORTED GLOBAL)
   set_target_properties(torch::openmp PROPERTIES IMPORTED_LOCATION "${_torch_gomp}")
   target_compile_options(torch::openmp INTERFACE -fopenmp)
-  set(TorchWheel_INSTALL_RPATH "$ORIGIN/../torch/lib" "$ORIGIN/../torch.libs")
+  cmake_path(GET _torch_gomp PARENT_PATH _torch_gomp_dir)
+  set(TorchWheel_RPATH "${TorchWheel_LIBRARY_DIR}" "${_torch_gomp_dir}")
+  list(REMOVE_DUPLICATES TorchWheel_RPATH)
+  if(NOT FP_IN_PLACE)
+    set(TorchWheel_RPATH "$ORIGIN/../torch/lib" "$ORIGIN/../torch.libs")
+  endif()
 endif()

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowprefill import Engine, Request, SamplingParams
-from flowprefill.scheduling.policies.base import BasePolicy
-from flowprefill.scheduling.work import Rank, Verdict, Work
+from flowprefill.policies import BasePolicy, Rank, Verdict, Work
 
 
 class FewestTokensFirst(BasePolicy):

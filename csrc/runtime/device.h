@@ -21,8 +21,8 @@ struct SegmentTime {
 // A device with run-ahead returns from launch() early, bounds the segments in flight in throttle(),
 // and waits for them in drain(). The executor drains before a run leaves the device in any way
 // (suspended, finished, cancelled, failed): so a run that is not running has nothing in flight, an
-// asynchronous error is charged to the run that caused it, and whoever sees the run's event may
-// free or reuse its memory. The price is one launch gap per preemption.
+// asynchronous error is charged to the run that caused it, and the thread that takes
+// the run's event may free or reuse its memory. The price is one launch gap per preemption.
 class Device {
  public:
   virtual ~Device() = default;

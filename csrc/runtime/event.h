@@ -23,7 +23,7 @@ struct Event {
   uint32_t cursor = 0;  // the run's next segment when it happened
   uint64_t run_id = 0;
   int64_t time_ns = 0;
-  RunRef run;  // keeps the run, its error and accounting alive for whoever handles the event
+  RunRef run;  // keeps the run, its error and accounting alive while the event is handled
 };
 
 // A link of the event queue. Each run carries its own two (one for its only terminal event, one for

@@ -15,7 +15,7 @@ namespace flowprefill {
 // It is a list whose links live in the runs themselves: pushing is one compare-exchange, taking all
 // is one exchange. So it needs no capacity setting and cannot overflow: it holds at most one
 // terminal event and one suspension per live run. A suspension of a run whose previous one has not
-// been taken yet is dropped and counted; nobody acts on a suspension alone. Unlike a ring whose
+// been taken yet is dropped and counted; no caller acts on a suspension alone. Unlike a ring whose
 // slots are claimed first and published later, a push becomes visible at once, so a producer that
 // loses its CPU half-way cannot hide events behind it.
 //

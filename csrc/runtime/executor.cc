@@ -340,7 +340,7 @@ void Executor::fail(size_t segment, const std::exception_ptr& error) {
 void Executor::end(RunState to, int64_t time_ns) {
   current_->close_suspension(time_ns);
   if (!current_->transition(RunState::kRunning, to)) {
-    to = RunState::kCancelled;  // a cancel came before; nobody else moves a running run
+    to = RunState::kCancelled;  // a cancel came before; no other thread moves a running run
     current_->transition(RunState::kRunning, to);
   }
   std::atomic<uint64_t>& count = to == RunState::kFinished ? num_finished_

@@ -30,7 +30,7 @@ struct ExecutorOptions {
   size_t timeline_capacity = Timeline::kDefaultCapacity;  // records, a power of two
 };
 
-// Counts since start; each right by itself.
+// Counts since start; each is exact, together they may be of different moments.
 struct ExecutorStats {
   uint64_t num_segments = 0;
   uint64_t num_dispatched = 0;
@@ -46,8 +46,8 @@ struct ExecutorStats {
 // nothing else happens there: no lock, no system call, one clock reading per segment. It sleeps
 // when it has no run. There is no mutex; every shared member is atomic or constant after start().
 //
-// Every run that ends posts exactly one terminal event, by whoever made the transition. No event of
-// a run follows its terminal one.
+// Every run that ends posts exactly one terminal event, by the thread that made the transition. No
+// event of a run follows its terminal one.
 class Executor {
  public:
   // Throws std::invalid_argument without a device or for a bad option.

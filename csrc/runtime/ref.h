@@ -37,7 +37,7 @@ class Ref {
     ref.pointer_ = pointer;
     return ref;
   }
-  // Gives the reference out as a raw pointer; somebody must adopt() it.
+  // Gives the reference out as a raw pointer; the caller must adopt() it.
   T* detach() noexcept { return std::exchange(pointer_, nullptr); }
 
   T* get() const noexcept { return pointer_; }

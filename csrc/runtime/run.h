@@ -28,7 +28,7 @@ inline constexpr bool is_terminal(RunState state) {
 bool is_legal(RunState from, RunState to);
 
 // Where a run's time went, nanoseconds on the clock of clock.h; 0: has not happened.
-// Exact once the run's terminal event was taken; before, each figure is right by itself.
+// Exact once the run's terminal event was taken; before, figures may be of different moments.
 struct RunAccounting {
   int64_t created_ns = 0;
   int64_t dispatched_ns = 0;     // last dispatch
@@ -99,8 +99,8 @@ class Run {
   ~Run() = default;  // by release()
   bool request(uint32_t bit);
 
-  // Accounting; each called by whoever owns the run at that moment, before the state change that
-  // publishes it (close_suspension: after a caller's cancel, before its event).
+  // Accounting; each called by the thread that owns the run at that moment, before the state change
+  // that publishes it (close_suspension: after a caller's cancel, before its event).
   void note_dispatched(int64_t time_ns);
   void note_started(int64_t time_ns);
   void note_running(int64_t start_ns, int64_t end_ns);

@@ -130,7 +130,7 @@ class ChatTemplate:
 
 
 def normalized_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copy messages with every content a string (or None beside tool calls).
+    """Copy messages with every content a string (or None next to tool calls).
 
     Raises:
         InvalidRequest: names ``messages[i].role``, ``.content`` or ``.content[j].type``.

@@ -71,7 +71,7 @@ def refusal_of(
     if load.waiting_jobs >= limits.max_waiting:
         text = f"{load.waiting_jobs} requests are waiting, at most {limits.max_waiting} may"
         return Refusal("waiting", text, _retry_s(load.backlog_s / max(load.waiting_jobs, 1)))
-    # Whoever comes to an empty queue is let in, however long: it would never get in otherwise.
+    # A request that finds the queue empty is let in, however long: it would never get in otherwise.
     if limits.max_waiting_tokens and load.waiting_jobs and tokens > limits.max_waiting_tokens:
         text = (
             f"{load.waiting_tokens} prompt tokens are waiting; with {job.prompt_tokens} more they "

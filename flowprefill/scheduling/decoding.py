@@ -1,4 +1,4 @@
-"""The decoding sequences and when their next step is due; the scheduler asks it beside the queue.
+"""The decoding sequences and when their next step is due; the scheduler asks it and the queue.
 
 A decode step is one short work over the sequences that wait for a token. Against prefills:
 
@@ -116,7 +116,7 @@ class Decoding:
         return ended
 
     def drop_step(self, now: float) -> None:
-        """Forget the step: it has ended, or nobody lives in it."""
+        """Forget the step: it has ended, or no sequence in it is live."""
         self.step = None
         self._last_step_end_s = now
 

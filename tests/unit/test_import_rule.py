@@ -37,6 +37,7 @@ def _layer(own: str = "", libraries: str = "") -> Layer:
 PYTHON_LAYERS = {
     **{name: _layer() for name in COMMON},
     "scheduling": _layer("scheduling"),
+    "policies": _layer("scheduling"),
     "models": _layer("models", "torch numpy safetensors tokenizers jinja2 gguf"),
     "engine": _layer("engine scheduling models _core _cuda", "torch numpy"),
     "server": _layer("server engine models", "aiohttp prometheus_client"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import flowprefill
+import flowprefill.policies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +49,23 @@ def test_public_name_unknown_raises_attribute_error() -> None:
         _ = flowprefill.Enigne  # type: ignore[attr-defined]
 
 
+def test_own_policy_needs_nothing_but_the_public_modules() -> None:
+    source = (ROOT / "examples" / "4_own_policy.py").read_text()
+    ours = {line.split()[1] for line in source.splitlines() if line.startswith("from flowprefill")}
+    assert ours == {"flowprefill", "flowprefill.policies"}
+
+
+def test_names_for_policies_load_no_torch() -> None:
+    code = "import sys; from flowprefill.policies import *; print(BasePolicy, *sys.modules)"
+    assert {"torch", "numpy", "flowprefill._core"}.isdisjoint(run_python(code).split())
+
+
+def test_python_page_lists_every_public_name() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    public = [*flowprefill.__all__, *flowprefill.policies.__all__]
+    assert [name for name in public if f"`{name}`" not in page and f"`{name}(" not in page] == []
+
+
 def test_every_folder_with_modules_is_a_package() -> None:
     # setuptools leaves a folder without __init__.py out of the wheel, and nothing says so.
     folders = {path.parent for path in (ROOT / "flowprefill").rglob("*.py")}
@@ -65,6 +84,40 @@ def test_torch_version_is_the_same_everywhere() -> None:
     pinned = next(r for r in requires if r.startswith("torch=="))
     for name in ("Makefile", "setup.py", "cmake/FindTorchWheel.cmake"):
         assert set(re.findall(r"torch==[\d.]+\d", (ROOT / name).read_text())) == {pinned}, name
+
+
+def native_modules() -> list[Path]:
+    return sorted((ROOT / "flowprefill").glob("_c*.so"))
+
+
+def readelf(*arguments: str) -> str:
+    return subprocess.run(
+        ["readelf", "--wide", *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("module", native_modules(), ids=lambda path: path.name.split(".")[0])
+def test_module_loads_libraries_from_full_paths_only(module: Path) -> None:
+    # An empty element of the run path means the current folder: whoever can write there would
+    # choose the libraries.
+    for line in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", readelf("--dynamic", str(module))):
+        assert all(part.startswith(("/", "$ORIGIN/")) for part in line.split(":")), line
+
+
+@pytest.mark.parametrize("module", native_modules(), ids=lambda path: path.name.split(".")[0])
+def test_module_is_hardened(module: Path) -> None:
+    assert "BIND_NOW" in readelf("--dynamic", str(module))
+    assert "GNU_RELRO" in readelf("--program-headers", str(module))
+    assert "__stack_chk_fail" in readelf("--dyn-syms", str(module))
+
+
+COMPILE_COMMANDS = ROOT / "build" / "cmake" / "compile_commands.json"
+
+
+@pytest.mark.skipif(not COMPILE_COMMANDS.exists(), reason="no in-place build")
+def test_every_cpp_file_is_compiled_with_fortified_functions() -> None:
+    commands = [entry["command"] for entry in json.loads(COMPILE_COMMANDS.read_text())]
+    assert [command for command in commands if "-D_FORTIFY_SOURCE=" not in command] == []
 
 
 def isa_objects() -> list[Path]:

@@ -38,7 +38,7 @@ size_t size_class(size_t bytes) {
 Buffer BufferPool::take(size_t bytes) {
   const size_t size = size_class(bytes);
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const auto found = kept_.find(size);
     if (found != kept_.end() && !found->second.empty()) {
       Buffer buffer = std::move(found->second.back());
@@ -53,7 +53,7 @@ Buffer BufferPool::take(size_t bytes) {
 void BufferPool::give(Buffer buffer) {
   if (buffer.bytes() == 0)
     return;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (kept_bytes_ + buffer.bytes() > limit_)
     return;  // unmapped by the destructor
   kept_bytes_ += buffer.bytes();

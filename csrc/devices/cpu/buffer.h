@@ -4,9 +4,10 @@
 
 #include <cstddef>
 #include <map>
-#include <mutex>
 #include <utility>
 #include <vector>
+
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 
@@ -56,10 +57,10 @@ class BufferPool {
   void give(Buffer buffer);
 
  private:
-  std::mutex mutex_;
-  std::map<size_t, std::vector<Buffer>> kept_;  // by size
-  size_t kept_bytes_ = 0;
-  size_t limit_;
+  const size_t limit_;
+  Mutex mutex_;
+  std::map<size_t, std::vector<Buffer>> kept_ FP_GUARDED_BY(mutex_);  // by size
+  size_t kept_bytes_ FP_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace flowprefill

@@ -33,7 +33,7 @@ class Policy(Protocol):
         ...
 
     def left(self, work: Work) -> None:
-        """Hear that an work no longer waits: it runs now, or has ended."""
+        """Hear that a work no longer waits: it runs now, or has ended."""
         ...
 
     def pick(self, waiting: Sequence[Work], now: float) -> Work:

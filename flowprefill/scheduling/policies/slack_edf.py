@@ -154,7 +154,7 @@ class SlackEdf(BasePolicy):
     def _weigh_grant(self, current: Work, verdict: Verdict, now: float) -> Verdict:
         """Give way to the first in line when its slice has come; else look again when it has."""
         first = self._first_in_line()
-        if first is None or first.version < 0:  # nobody in line, or it is the one that runs
+        if first is None or first.version < 0:  # none in line, or it is the one that runs
             return verdict
         grant_at = self._grant_at(first)
         if grant_at > now:

@@ -2,7 +2,6 @@
 #include "devices/cuda/backend/cuda_model.h"
 
 #include <algorithm>
-#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -15,6 +14,7 @@
 #include "devices/cuda/backend/plan_builder.h"
 #include "devices/cuda/runtime/cuda_device.h"
 #include "devices/cuda/runtime/cuda_resources.h"
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 namespace {
@@ -153,7 +153,7 @@ struct CudaModel::State {
     auto reports = gemms->measure_all(
         products, {lane.scratch, resources->lanes().options().scratch_bytes}, resources->stream());
     gemms->prepare(products);
-    const std::lock_guard lock(mutex);
+    const MutexLock lock(mutex);
     gemm_reports = std::move(reports);
   }
 
@@ -175,8 +175,8 @@ struct CudaModel::State {
   std::shared_ptr<CudaResources> resources;
   std::unique_ptr<LayerKernels> kernels;
   std::unique_ptr<PlanBuilder> builder;
-  std::mutex mutex;  // guards gemm_reports
-  std::vector<GemmReport> gemm_reports;
+  Mutex mutex;
+  std::vector<GemmReport> gemm_reports FP_GUARDED_BY(mutex);
 };
 
 // ---- programs
@@ -354,7 +354,7 @@ LaneReport CudaModel::lane_report() const {
 }
 
 std::vector<GemmReport> CudaModel::gemm_report() const {
-  const std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   return state_->gemm_reports;
 }
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "devices/cuda/kernels/expect.h"
+#include "runtime/thread_annotations.h"
 
 #if __has_include(<cublasLt.h>)
 
@@ -14,7 +15,6 @@
 #include <bit>
 #include <cstdint>
 #include <map>
-#include <mutex>
 #include <tuple>
 
 namespace flowprefill {
@@ -200,8 +200,9 @@ ProductKey key_of(const GemmArgs& args) {
 struct CublasLt::Library {
   Functions functions;
   cublasLtHandle_t handle = nullptr;
-  std::mutex mutex;  // guards products: rows and bias are set in the descriptors that are launched
-  std::map<ProductKey, std::unique_ptr<Product>> products;
+  Mutex mutex;
+  // Rows and bias are set in the descriptors that are launched.
+  std::map<ProductKey, std::unique_ptr<Product>> products FP_GUARDED_BY(mutex);
 
   ~Library() {
     products.clear();
@@ -262,7 +263,7 @@ void check_taken(const GemmArgs& args) {
 void CublasLt::prepare(const GemmArgs& args) const {
   check_taken(args);
   {
-    const std::lock_guard lock(library_->mutex);
+    const MutexLock lock(library_->mutex);
     if (library_->products.contains(key_of(args)))
       return;
     if (library_->products.size() == kMaxProducts) {
@@ -271,7 +272,7 @@ void CublasLt::prepare(const GemmArgs& args) const {
     }
   }
   auto product = std::make_unique<Product>(library_->functions, library_->handle, args);
-  const std::lock_guard lock(library_->mutex);
+  const MutexLock lock(library_->mutex);
   library_->products.try_emplace(key_of(args), std::move(product));
 }
 
@@ -283,7 +284,7 @@ cudaError_t CublasLt::launch(const GemmArgs& args, std::span<std::byte> workspac
   const auto address = reinterpret_cast<uintptr_t>(workspace.data());
   expect(address % kWorkspaceAlignment == 0, "workspace's address", static_cast<int64_t>(address),
          "a multiple of 256");
-  const std::lock_guard lock(library_->mutex);
+  const MutexLock lock(library_->mutex);
   const auto found = library_->products.find(key_of(args));
   if (found == library_->products.end())
     throw std::runtime_error("cuBLASLt: this product was not prepared");

@@ -191,7 +191,7 @@ void GemmSelector::launch(const GemmArgs& args, std::span<std::byte> scratch, cu
 
 std::shared_ptr<GemmSelector::Ranking> GemmSelector::ranking_of(const GemmArgs& args) const {
   const GemmShape shape = shape_of(args);
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   std::shared_ptr<Ranking>& known = rankings_[shape];
   if (known != nullptr)
     return known;
@@ -244,22 +244,27 @@ std::vector<GemmReport> GemmSelector::measure_all(std::span<const GemmArgs> prod
   std::vector<GemmReport> reports;
   bool is_new = false;
   for (const auto& [shape, of_shape] : by_shape) {
-    if (const auto known = choices_.find(shape); known != choices_.end()) {
-      reports.push_back({.shape = shape, .chosen = known->second, .is_from_cache = true});
-      continue;
+    {
+      const MutexLock lock(mutex_);
+      if (const auto known = choices_.find(shape); known != choices_.end()) {
+        reports.push_back({.shape = shape, .chosen = known->second, .is_from_cache = true});
+        continue;
+      }
     }
     reports.push_back(measure(shape, of_shape, scratch, stream));
     if (reports.back().chosen.empty())
       continue;
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     choices_[shape] = reports.back().chosen;
     rankings_.erase(shape);
     is_new = true;
   }
   cache_failure_.clear();
   try {
-    if (is_new && !cache_path_.empty())
+    if (is_new && !cache_path_.empty()) {
+      const MutexLock lock(mutex_);
       write_gemm_choices(cache_path_, device_, choices_);
+    }
   } catch (const std::runtime_error& error) {
     cache_failure_ = error.what();
   }

@@ -9,13 +9,13 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "devices/cuda/backend/gemm_choices.h"
 #include "devices/cuda/runtime/cuda_error.h"
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 
@@ -96,9 +96,10 @@ class GemmSelector {
   const std::string cache_path_;
   const GemmCandidates candidates_;
   std::string cache_failure_;
-  mutable std::mutex mutex_;  // guards choices_ and rankings_
-  GemmChoices choices_;       // measured, here or by whoever wrote the cache
-  mutable std::map<GemmShape, std::shared_ptr<Ranking>> rankings_;  // asked for so far
+  mutable Mutex mutex_;
+  GemmChoices choices_ FP_GUARDED_BY(mutex_);  // measured, by this process or the cache's writer
+  // Asked for so far.
+  mutable std::map<GemmShape, std::shared_ptr<Ranking>> rankings_ FP_GUARDED_BY(mutex_);
 };
 
 }  // namespace flowprefill

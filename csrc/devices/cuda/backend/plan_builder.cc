@@ -186,7 +186,7 @@ std::shared_ptr<const TransformerPlan> PlanBuilder::bucket_plan(const Assumed& a
                       OptionsKey(options.granularity, options.budget_s, options.chunk_tokens,
                                  rates.gemm_flops_per_s, rates.attention_flops_per_s,
                                  rates.weight_bytes_per_s, rates.step_overhead_s));
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (const auto known = plans_.find(key); known != plans_.end())
     return known->second;
   Plan steps =
@@ -205,6 +205,7 @@ std::shared_ptr<const TransformerPlan> PlanBuilder::exact_plan(const Batch& batc
                         .tile_rows = steps.buffer_rows,
                         .sequences = static_cast<int32_t>(batch.sequences.size()),
                         .table_stride = longest_table(batch, options_.block_tokens)};
+  const MutexLock lock(mutex_);
   return build(sizes, std::move(steps), 0, last_rows_of(batch));
 }
 

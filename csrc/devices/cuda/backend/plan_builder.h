@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <tuple>
 #include <vector>
 
@@ -15,6 +14,7 @@
 #include "devices/cuda/runtime/cuda_plan.h"
 #include "graph/batch.h"
 #include "graph/planner.h"
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 
@@ -88,16 +88,19 @@ class PlanBuilder {
                                                      const PlanOptions& options);
   std::shared_ptr<const TransformerPlan> exact_plan(const Batch& batch, Plan steps);
   std::shared_ptr<const TransformerPlan> build(const PlanSizes& sizes, Plan steps, int32_t bucket,
-                                               const std::vector<int32_t>& last_rows);
-  int32_t variant_of(const PlanShape& shape, int32_t bucket);
+                                               const std::vector<int32_t>& last_rows)
+      FP_REQUIRES(mutex_);
+  int32_t variant_of(const PlanShape& shape, int32_t bucket) FP_REQUIRES(mutex_);
 
   const ModelConfig& config_;
   const int32_t padded_vocab_;
   const LayerKernels& kernels_;
   const PlanBuilderOptions options_;
-  std::mutex mutex_;  // guards what follows
-  std::map<std::pair<Assumed, OptionsKey>, std::shared_ptr<const TransformerPlan>> plans_;
-  std::map<std::pair<PlanSizes, std::vector<AttentionRows>>, int32_t> variants_;
+  Mutex mutex_;
+  std::map<std::pair<Assumed, OptionsKey>, std::shared_ptr<const TransformerPlan>> plans_
+      FP_GUARDED_BY(mutex_);
+  std::map<std::pair<PlanSizes, std::vector<AttentionRows>>, int32_t> variants_
+      FP_GUARDED_BY(mutex_);
 };
 
 }  // namespace flowprefill

@@ -60,7 +60,7 @@ const GraphExec* GraphCache::get(const GraphKey& key, const Record& record,
     if (!entry.exec)
       return nullptr;
   }
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   ++report_.num_replayed;
   return &entry.exec;
 }
@@ -73,7 +73,7 @@ bool GraphCache::make_room(size_t bytes, uint64_t previous_request) {
       victims.push_back(&entry);
   }
   std::ranges::sort(victims, {}, &Entry::last_request);
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   size_t num_left = report_.num_executables;
   size_t bytes_left = report_.bytes;
   size_t num_evicted = 0;
@@ -114,7 +114,7 @@ void GraphCache::capture_into(Entry& entry, const Record& record, const CallCont
     entry.bytes = std::max(least, before - std::min(before, after));
     if (make_room(entry.bytes, previous_request)) {
       entry.exec = std::move(exec);
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       ++report_.num_executables;
       ++report_.num_captured;
       report_.bytes += entry.bytes;
@@ -128,13 +128,13 @@ void GraphCache::capture_into(Entry& entry, const Record& record, const CallCont
     if (options_.on_failure == CaptureFailure::kThrow)
       throw;
   }
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   report_.capture_s += stopwatch.seconds();
 }
 
 void GraphCache::note_failure(Entry& entry, const std::string& message) {
   entry.is_refused = true;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   ++report_.num_failed;
   report_.last_failure = message;
 }
@@ -157,7 +157,7 @@ GraphReport GraphCache::warm(std::vector<Request> requests) {
 }
 
 GraphReport GraphCache::report() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return report_;
 }
 

@@ -7,13 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "devices/cuda/runtime/graph.h"
 #include "devices/cuda/runtime/stream.h"
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 
@@ -116,8 +116,8 @@ class GraphCache {
   const Stream stream_;  // for captures alone: nothing else is ever launched there by anybody
   std::unordered_map<GraphKey, Entry, GraphKeyHash> entries_;
   uint64_t tick_ = 0;
-  mutable std::mutex mutex_;
-  GraphReport report_;  // under mutex_
+  mutable Mutex mutex_;
+  GraphReport report_ FP_GUARDED_BY(mutex_);
 };
 
 }  // namespace flowprefill

@@ -79,7 +79,7 @@ LanePool::~LanePool() {
 }
 
 void LanePool::prepare(cudaStream_t stream) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   stream_ = stream;
   const LiveSet most({{0, std::min(options_.lane_bytes, options_.device_spill_bytes)}});
   if (most.bytes() == 0)
@@ -91,7 +91,7 @@ void LanePool::prepare(cudaStream_t stream) {
 const LaneView& LanePool::enter(Tenant& tenant, cudaStream_t stream, const CallContext& context) {
   if (tenant.has_lane()) [[likely]]
     return lanes_[static_cast<size_t>(tenant.lane_)].view;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   stream_ = stream;
   empty_garbage(stream);
   Lane& lane = free_lane(stream, context);
@@ -182,7 +182,7 @@ void LanePool::leave(Tenant& tenant) noexcept {
 }
 
 void LanePool::forget(Tenant& tenant) noexcept {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (tenant.lane_ >= 0) {
     lanes_[static_cast<size_t>(tenant.lane_)].tenant = nullptr;
     tenant.lane_ = -1;
@@ -199,7 +199,7 @@ std::vector<LaneView> LanePool::views() const {
 }
 
 LaneReport LanePool::report() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return report_;
 }
 

@@ -5,12 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <list>
-#include <mutex>
 #include <span>
 #include <vector>
 
 #include "devices/cuda/runtime/memory.h"
 #include "graph/live_set.h"
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 
@@ -118,11 +118,13 @@ class LanePool {
     uint64_t entered = 0;  // tick_ then
   };
 
-  Lane& free_lane(cudaStream_t stream, const CallContext& context);
-  void spill(Lane& lane, cudaStream_t stream, const CallContext& context);
-  void restore(Tenant& tenant, Lane& lane, cudaStream_t stream, const CallContext& context);
-  Spill take_storage(const LiveSet& live, cudaStream_t stream, const CallContext& context);
-  void empty_garbage(cudaStream_t stream);
+  Lane& free_lane(cudaStream_t stream, const CallContext& context) FP_REQUIRES(mutex_);
+  void spill(Lane& lane, cudaStream_t stream, const CallContext& context) FP_REQUIRES(mutex_);
+  void restore(Tenant& tenant, Lane& lane, cudaStream_t stream, const CallContext& context)
+      FP_REQUIRES(mutex_);
+  Spill take_storage(const LiveSet& live, cudaStream_t stream, const CallContext& context)
+      FP_REQUIRES(mutex_);
+  void empty_garbage(cudaStream_t stream) FP_REQUIRES(mutex_);
   void forget(Tenant& tenant) noexcept;
 
   const LaneOptions options_;
@@ -130,12 +132,13 @@ class LanePool {
   SpillPool spill_pool_;
   DeviceBuffer scratch_;
   std::vector<Lane> lanes_;
-  uint64_t tick_ = 0;
-  cudaStream_t stream_ = nullptr;  // of the last enter()
 
-  mutable std::mutex mutex_;  // held for a few launches at most
-  std::list<Spill> garbage_;  // of tenants that ended while spilled, or after their restore
-  LaneReport report_;
+  mutable Mutex mutex_;  // held for a few launches at most
+  uint64_t tick_ FP_GUARDED_BY(mutex_) = 0;
+  cudaStream_t stream_ FP_GUARDED_BY(mutex_) = nullptr;  // of the last enter()
+  // Of tenants that ended while spilled, or after their restore.
+  std::list<Spill> garbage_ FP_GUARDED_BY(mutex_);
+  LaneReport report_ FP_GUARDED_BY(mutex_);
 };
 
 }  // namespace flowprefill

@@ -67,7 +67,7 @@ PinnedBlock PinnedPool::take(size_t bytes, const CallContext& context) {
   if (bytes == 0)
     return {};
   const size_t size = std::bit_ceil(std::max(bytes, kMinPinnedBytes));
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   std::vector<std::byte*>& free = free_[size];
   if (free.empty()) {
     // Before the memory is there: after that nothing may throw, give_back() neither.
@@ -86,12 +86,12 @@ PinnedBlock PinnedPool::take(size_t bytes, const CallContext& context) {
 }
 
 void PinnedPool::give_back(std::span<std::byte> memory) noexcept {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   free_[memory.size()].push_back(memory.data());
 }
 
 size_t PinnedPool::bytes() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return bytes_;
 }
 

@@ -7,11 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <mutex>
 #include <span>
 #include <vector>
 
 #include "devices/cuda/runtime/handle.h"
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 
@@ -75,10 +75,11 @@ class PinnedPool {
   void give_back(std::span<std::byte> memory) noexcept;
 
   const int device_;
-  mutable std::mutex mutex_;
-  size_t bytes_ = 0;
-  std::vector<void*> all_;
-  std::map<size_t, std::vector<std::byte*>> free_;  // by size; room for all is reserved at take()
+  mutable Mutex mutex_;
+  size_t bytes_ FP_GUARDED_BY(mutex_) = 0;
+  std::vector<void*> all_ FP_GUARDED_BY(mutex_);
+  // By size; room for all is reserved at take().
+  std::map<size_t, std::vector<std::byte*>> free_ FP_GUARDED_BY(mutex_);
 };
 
 // Stream-ordered device memory for spilled activations, in a pool of its own: taking and giving
