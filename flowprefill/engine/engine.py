@@ -1,6 +1,7 @@
 """Engine: what users make and submit to. Joins model, KV cache, tokenizer, scheduler and executor.
 
 Every method may be called from any thread and from asyncio; none blocks on the device but `close`.
+Long because what users call, what the engine tells and how it is made are one class.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Engine:
         self._plans: dict[float, dict[str, Any]] = {}
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
-        self.is_ready = True
+        self._is_open = True
         self._core.start()
 
     # ---- what users call -----------------------------------------------------------------------
@@ -164,7 +165,7 @@ class Engine:
     def close(self, timeout: float | None = None) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
         live ones, cancel the rest, and stop. Idempotent."""
-        self.is_ready = False
+        self._is_open = False
         self._core.close(timeout)
 
     @staticmethod
@@ -184,6 +185,16 @@ class Engine:
         self.close(0.0)
 
     # ---- what it tells about itself ------------------------------------------------------------
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended every request and takes no more; the log says why."""
+        return self._core.has_failed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        return self._is_open and not self._core.has_failed
 
     @property
     def vocab_size(self) -> int:
@@ -302,6 +313,7 @@ class Engine:
 
     def _token_ids(self, request: Request) -> list[int]:
         if isinstance(request.prompt, str):
+            self.tokenizer.check_fits(request.prompt, self.max_model_len)
             ids = self.tokenizer.encode(request.prompt, request.add_special_tokens)
             if not ids:
                 raise InvalidRequest.field("prompt", request.prompt, "at least one token")

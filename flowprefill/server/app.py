@@ -44,7 +44,7 @@ def create_app(
     handlers that their client has gone, and prompts of nobody would be computed.
     """
     options = options or ServerOptions()
-    app = web.Application(middlewares=[error_middleware], client_max_size=options.max_body_bytes)
+    app = web.Application(middlewares=[error_middleware])
     metrics = ServerMetrics(vllm_names=options.vllm_metrics)
     app[SERVER] = ServerContext(engine, options, metrics)
     app.add_routes(
@@ -79,6 +79,7 @@ class Server:
             handler_cancellation=True,
             shutdown_timeout=HANDLER_END_S,
             access_log=None,
+            auto_decompress=False,  # compressed bodies are refused: see incoming.py
         )
 
     async def start(self, host: str, port: int) -> int:
@@ -119,6 +120,7 @@ class Server:
             await asyncio.to_thread(engine.close, 0.0)
         await context.wait_idle(HANDLER_END_S)
         await self._runner.cleanup()
+        context.end_threads()
 
 
 async def _until_set(event: asyncio.Event) -> bool:

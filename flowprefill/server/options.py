@@ -25,7 +25,10 @@ class ServerOptions:
     served_model_names: tuple[str, ...] = _option(
         (), "names the model answers to, first one reported; empty is the engine's own"
     )
-    max_body_mib: float = _option(16.0, "largest request body, MiB; larger ones are answered 413")
+    max_body_mib: float = _option(
+        0.0, "largest request body, MiB (413 above); 0 is 4, or 32 bytes a token of max_model_len"
+    )
+    body_timeout_s: float = _option(60.0, "seconds in which a request body must come (408 after)")
     max_choices: int = _option(1024, "most choices (prompts times n) of one request")
     keep_alive_s: float = _option(10.0, "seconds between keep-alive comments in a silent stream")
     shutdown_grace_s: float = _option(30.0, "seconds running requests may go on after SIGTERM")
@@ -37,7 +40,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            "max_body_mib": (0.001, 4096), "max_choices": (1, 100_000),
+            "max_body_mib": (0, 4096), "body_timeout_s": (0.01, 86_400),
+            "max_choices": (1, 100_000),
             "keep_alive_s": (0.01, 3600), "shutdown_grace_s": (0, 86_400),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
@@ -67,11 +71,6 @@ class ServerOptions:
             if name != "default" and name not in config.classes:
                 known = ", ".join(sorted({*config.classes, "default"}))
                 self._refuse(f"service_tiers.{tier}", name, f"a configured class: {known}")
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Largest request body, bytes."""
-        return int(self.max_body_mib * 2**20)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ServerOptions:

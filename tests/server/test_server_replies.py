@@ -119,7 +119,7 @@ def test_completion_several_choices_count_each_prompt_once(
     engine.script = Script(cached_tokens=1)
     reply = complete(server, prompt=["a", "bcd"], n=2, seed=7)
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
-    assert [h.request.prompt for h in engine.submitted] == ["a", "a", "bcd", "bcd"]
+    assert [h.request.prompt for h in engine.submitted] == [[256, *b"a"]] * 2 + [[256, *b"bcd"]] * 2
     assert [h.request.sampling.seed for h in engine.submitted] == [7, 8, 7, 8]
     assert len({h.request_id for h in engine.submitted}) == 4
     assert reply["usage"]["prompt_tokens"] == 2 + 4
