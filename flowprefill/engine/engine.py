@@ -139,11 +139,11 @@ class Engine:
                 self._core.let_go_on(stopped)
         return sequence.handle
 
-    def render_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
-        """Turn chat messages into prompt text by the model's template.
+    def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
+        """Turn chat messages into prompt text by the model's template, in another process.
 
         Raises:
-            InvalidRequest: the messages do not fit the template, or there is none.
+            InvalidRequest: the messages do not fit the template, or its limits; or there is none.
         """
         return self._chat_template.render(messages, **template_kwargs)
 

@@ -184,7 +184,7 @@ class ServedEngine(Protocol):
         """What it runs on and why: device, dtype, threads, reason, in words for ``/ready``."""
         ...
 
-    def render_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
         """Messages to prompt text; raises InvalidRequest if the template refuses them."""
         ...
 

@@ -278,7 +278,7 @@ class FakeEngine:
     def describe(self) -> dict[str, Any]:
         return {"device": "cpu", "reason": "no GPU in this build", "dtype": "f32", "threads": 1}
 
-    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         if variables.get("refuse"):
             raise InvalidRequest("messages: the chat template refuses them", param="messages")
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)

@@ -55,7 +55,7 @@ class Renders:
     tokenizer = ByteTokenizer()
     max_model_len = 1000
 
-    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         return "".join(str(message["content"]) for message in messages) or "empty"
 
 
