@@ -192,7 +192,9 @@ def run_serve(args: argparse.Namespace) -> int:
         sys.stderr.flush()
 
     def load() -> ServedEngine:
-        return load_engine(args.model, config)
+        engine = load_engine(args.model, config)
+        engine.warm_chat()
+        return engine
 
     asyncio.run(serve(load, args.host, args.port, options, announce))
     return 0

@@ -147,6 +147,10 @@ class Engine:
         """
         return self._chat_template.render(messages, **template_kwargs)
 
+    def warm_chat(self) -> None:
+        """Start what renders chats, so that the first one does not wait for it."""
+        self._chat_template.warm()
+
     def set_granularity(self, text: str) -> None:
         """Cut prefills otherwise from now on, e.g. to compare granularities on one loaded model.
 

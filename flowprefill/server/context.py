@@ -17,6 +17,7 @@ from flowprefill.server.options import ServerOptions
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
+    from flowprefill.server.connections import ConnectionTable
     from flowprefill.server.metrics import ServerMetrics
 
 
@@ -33,9 +34,14 @@ class ServerContext:
     """
 
     def __init__(
-        self, engine: ServedEngine | None, options: ServerOptions, metrics: ServerMetrics
+        self,
+        engine: ServedEngine | None,
+        options: ServerOptions,
+        metrics: ServerMetrics,
+        connections: ConnectionTable,
     ) -> None:
         self.options = options
+        self.connections = connections
         self.metrics = metrics
         self.unknown_fields = UnknownFields()
         self.is_closing = False

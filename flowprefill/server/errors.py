@@ -138,9 +138,15 @@ def request_id_of(request: web.Request) -> str:
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every exception into an OpenAI error response and echo the request id."""
+    """Turn every exception into an OpenAI error response and echo the request id.
+
+    A whole reply is written only after this, when the connection counts as idle already. At the cap
+    a client that is slow to read it may so lose its place to a new one.
+    """
     request_id = request_id_of(request)
     request[REQUEST_ID] = request_id
+    connections = request.app[SERVER].connections
+    connections.begin_request(request.protocol)
     try:
         response = await handler(request)
     except web.HTTPException as error:
@@ -149,6 +155,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
         response = error_response(shown_error(error, request.app[SERVER], request_id))
+    finally:
+        connections.end_request(request.protocol)
     if not response.prepared:
         response.headers[REQUEST_ID_HEADER] = request_id
     return response

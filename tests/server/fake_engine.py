@@ -284,6 +284,9 @@ class FakeEngine:
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return text + ("<assistant>" if variables.get("add_generation_prompt") else "")
 
+    def warm_chat(self) -> None:
+        """Nothing renders here that would have to be started."""
+
     def submit(self, request: Request, slo: SLO | None = None) -> FakeHandle:
         if self.submit_gate is not None:
             self.submit_gate.wait(WAIT_S)
