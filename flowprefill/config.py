@@ -174,7 +174,7 @@ class EngineConfig:
             values = json.loads(Path(path).read_text())
         except OSError as error:
             raise ConfigError(f"config file {path}: {error.strerror}", param="config") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config file {path}: not JSON ({error})", param="config") from None
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path}: expected a JSON object", param="config")

@@ -237,3 +237,26 @@ def test_panic_of_a_library_is_an_answered_500(
     assert (reply.status, reply.error["code"]) == (500, "internal_error")
     engine.submit_error, engine.script = None, Script()
     assert server.post(COMPLETIONS, {"prompt": prompt}).status == 200
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"self": 1}, {"cls": [], "args": {}}, {"deep": [[[[]]]]}, {"n": 10**300}, {"name": "\ud800"}],
+)
+def test_template_variables_of_any_name_and_value_are_no_500(
+    server: RunningServer, kwargs: dict[str, Any]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": kwargs}
+    assert server.post(CHAT, body).status == 200
+
+
+@pytest.mark.parametrize(
+    "field", ["temperature", "seed", "max_tokens", "n", "priority", "logprobs"]
+)
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_number_of_hundreds_of_digits_is_a_400(
+    server: RunningServer, field: str, digits: int
+) -> None:
+    raw = b'{"prompt": "a", "%s": %s}' % (field.encode(), b"9" * digits)
+    reply = server.post(COMPLETIONS, raw)
+    assert (reply.status, reply.error["param"]) == (400, field if digits <= 400 else "body")
