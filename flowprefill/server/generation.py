@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 LONG_BODY_BYTES = 16 * 1024
 LONG_PROMPT_CHARS = 8_000
 MANY_CHOICES = 16
+LONG_REPLY_TOKENS = 2_000
 
 
 def _submit(endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope) -> Generation:
@@ -121,7 +123,7 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
         handles = generation.handles
         if plan.spec.stream is not None:
             return await stream_reply(request, generation)
-        return await _whole_reply(generation)
+        return await _whole_reply(context, generation)
     finally:
         cancel_all(handles)
         context.end_generation()
@@ -136,11 +138,22 @@ def _is_quick(plan: Plan) -> bool:
     )
 
 
-async def _whole_reply(generation: Generation) -> web.Response:
+async def _whole_reply(context: ServerContext, generation: Generation) -> web.Response:
     """Wait for every choice and send one JSON object."""
     completions: list[Completion] = []
     for handle in generation.handles:
         completions.append(await handle)
+    if sum(len(completion.tokens) for completion in completions) <= LONG_REPLY_TOKENS:
+        return web.json_response(_whole_payload(generation, completions))
+
+    def encode() -> str:
+        # iterencode() is Python, dumps() is C and would hold the GIL to the end.
+        return "".join(json.JSONEncoder().iterencode(_whole_payload(generation, completions)))
+
+    return web.json_response(text=await context.in_thread(encode))
+
+
+def _whole_payload(generation: Generation, completions: list[Completion]) -> dict[str, Any]:
     spec = generation.plan.spec
     choices = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
     payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
@@ -148,7 +161,7 @@ async def _whole_reply(generation: Generation) -> web.Response:
     payload["usage"] = usage_object(generation.handles, spec.n, output_tokens)
     if spec.return_metrics:
         payload |= generation.metrics([len(completion.tokens) for completion in completions])
-    return web.json_response(payload)
+    return payload
 
 
 def _whole_choice(generation: Generation, index: int, completion: Completion) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fake_engine import FakeEngine, Script
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import InvalidRequest, NotReady, shortened
+from flowprefill.models.chat_template import ChatTemplate
 from flowprefill.server import json_text
 
 COMPLETIONS = "/v1/completions"
@@ -260,3 +261,25 @@ def test_number_of_hundreds_of_digits_is_a_400(
     raw = b'{"prompt": "a", "%s": %s}' % (field.encode(), b"9" * digits)
     reply = server.post(COMPLETIONS, raw)
     assert (reply.status, reply.error["param"]) == (400, field if digits <= 400 else "body")
+
+
+def test_chat_template_without_end_holds_nobody_up(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    engine.render_chat = ChatTemplate(loops).render  # type: ignore[method-assign]
+    replies: list[Any] = []
+
+    def chat() -> None:
+        replies.append(server.post(CHAT, {"messages": [{"role": "user", "content": "Hi"}]}))
+
+    client = threading.Thread(target=chat)
+    client.start()
+    answered = 0
+    while client.is_alive():
+        assert server.get("/health").status == 200
+        answered += 1
+    client.join()
+    assert (replies[0].status, replies[0].error["param"]) == (400, "messages")
+    assert "computed longer than" in replies[0].error["message"]
+    assert answered > 50

@@ -297,3 +297,11 @@ def test_service_tier_is_reported_where_it_chose_the_class(start_server: Any) ->
     assert complete(server, service_tier="flex")["service_tier"] == "flex"
     assert "service_tier" not in complete(server, service_tier="auto")
     assert engine.submitted[0].slo.service_class == "batch"
+
+
+def test_long_whole_reply_equals_its_short_ones(server: RunningServer, engine: FakeEngine) -> None:
+    engine.script = Script(text="caf\u00e9 " * 100, finish="length")
+    long = complete(server, prompt="x", n=8, logprobs=1, max_tokens=10_000, return_token_ids=True)
+    short = complete(server, prompt="x", n=1, logprobs=1, max_tokens=10_000, return_token_ids=True)
+    assert long["usage"]["completion_tokens"] == 8 * short["usage"]["completion_tokens"] > 2_000
+    assert [{**choice, "index": 0} for choice in long["choices"]] == short["choices"] * 8
