@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object")
@@ -123,7 +123,7 @@ def _read_config(path: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}", param="config") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path}: not JSON ({error})", param="config") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path}: expected a JSON object", param="config")
@@ -192,7 +192,9 @@ def run_serve(args: argparse.Namespace) -> int:
         sys.stderr.flush()
 
     def load() -> ServedEngine:
-        return load_engine(args.model, config)
+        engine = load_engine(args.model, config)
+        engine.warm_chat()
+        return engine
 
     asyncio.run(serve(load, args.host, args.port, options, announce))
     return 0

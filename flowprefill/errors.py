@@ -5,7 +5,46 @@ Raised by every layer; the server turns them into responses, the CLI into one li
 
 from __future__ import annotations
 
+import reprlib
+from itertools import islice
 from typing import Any, ClassVar
+
+SHOWN_CHARS = 80
+# An integer of more digits than this is not written out: Python refuses at 4300, and it is slow.
+SHOWN_BITS = 256
+
+
+class _Shortened(reprlib.Repr):
+    """A repr of bounded cost: values may be lists of millions, or numbers of as many digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 10
+        self.maxlevel, self.maxstring, self.maxother = 3, SHOWN_CHARS, SHOWN_CHARS
+
+    def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002
+        bits = value.bit_length()
+        return repr(value) if bits <= SHOWN_BITS else f"an integer of {bits} bits"
+
+    def repr_dict(self, value: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        # The base class sorts all keys first.
+        shown = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(item, level - 1)}"
+            for key, item in islice(value.items(), self.maxdict)
+        ]
+        more = ["..."] if len(value) > self.maxdict else []
+        return "{" + ", ".join(shown + more) + "}"
+
+
+def shortened(value: Any) -> str:
+    """Return a repr of at most 80 characters, at a cost that does not grow with the value."""
+    shown = _Shortened().repr(value)
+    if len(shown) > SHOWN_CHARS:
+        shown = shown[: SHOWN_CHARS - 3] + "..."
+    is_many = isinstance(value, (list, tuple, dict)) and len(value) > 10
+    return f"{shown} ({len(value)} items)" if is_many else shown
 
 
 class FlowPrefillError(Exception):
@@ -37,10 +76,7 @@ class InvalidRequest(FlowPrefillError):
             value: what was given; shown shortened.
             allowed: what is allowed, e.g. ``"a number in [0, 2]"``.
         """
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        return cls(f"{param}: got {shown}, expected {allowed}", param=param)
+        return cls(f"{param}: got {shortened(value)}, expected {allowed}", param=param)
 
 
 class PromptTooLong(InvalidRequest):

@@ -142,11 +142,14 @@ class RatesFile:
         self._path = folder / f"rates-{digest}.json"
 
     def read(self) -> MachineRates | None:
-        """Return the rates kept; None if there are none, or something else wrote the file."""
+        """Return the rates kept; None if there are none, or the file is damaged."""
         try:
             kept = json.loads(self._path.read_text())["rates"]
             return MachineRates(**{field.name: kept[field.name] for field in fields(MachineRates)})
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            log.warning("%s is damaged, measuring again: %s", self._path, error)
             return None
 
     def write(self, rates: MachineRates) -> None:

@@ -81,6 +81,7 @@ class EngineCore:
         self._outbox = Outbox()
         # Of the current run. Written under the lock, read without: replaced whole, never changed.
         self._threshold: tuple[Threshold, RunHandle] | None = None
+        self.has_failed = False  # for good: see _fail_all
         self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
         self._events = EventThread(
@@ -428,6 +429,7 @@ class EngineCore:
 
     def _fail_all(self, error: Exception) -> None:
         """End every request and refuse new ones: what scheduler and engine know may not agree."""
+        self.has_failed = True
         self._refusal = f"the engine has failed: {error}"
         self._news.clear()
         for active in self._runs.values():

@@ -1,6 +1,7 @@
 """Engine: what users make and submit to. Joins tokenizer, KV blocks, scheduler and worker.
 
 Every method may be called from any thread and from asyncio; none blocks on the device but `close`.
+Long because what users call, what the engine tells and how it is made are one class.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Engine:
         self._core = self._make_core(policy)
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
-        self.is_ready = True
+        self._is_open = True
         self._core.start()
 
     # ---- what users call -----------------------------------------------------------------------
@@ -128,13 +129,17 @@ class Engine:
                 self._core.let_go_on(stopped)
         return live.handle
 
-    def render_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
-        """Turn chat messages into prompt text by the model's template.
+    def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
+        """Turn chat messages into prompt text by the model's template, in another process.
 
         Raises:
-            InvalidRequest: the messages do not fit the template, or there is none.
+            InvalidRequest: the messages do not fit the template, or its limits; or there is none.
         """
         return self._chat_template.render(messages, **template_kwargs)
+
+    def warm_chat(self) -> None:
+        """Start what renders chats, so that the first one does not wait for it."""
+        self._chat_template.warm()
 
     def set_granularity(self, text: str) -> None:
         """Cut prefills otherwise from now on, e.g. to compare granularities on one loaded model.
@@ -153,7 +158,7 @@ class Engine:
     def close(self, timeout: float | None = None) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
         live ones, cancel the rest, and stop. Idempotent."""
-        self.is_ready = False
+        self._is_open = False
         self._core.close(timeout)
 
     @staticmethod
@@ -173,6 +178,16 @@ class Engine:
         self.close(0.0)
 
     # ---- what it tells about itself ------------------------------------------------------------
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended every request and takes no more; the log says why."""
+        return self._core.has_failed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        return self._is_open and not self._core.has_failed
 
     @property
     def vocab_size(self) -> int:
@@ -240,6 +255,7 @@ class Engine:
 
     def _token_ids(self, request: Request) -> list[int]:
         if isinstance(request.prompt, str):
+            self.tokenizer.check_fits(request.prompt, self.max_model_len)
             ids = self.tokenizer.encode(request.prompt, request.add_special_tokens)
             if not ids:
                 raise InvalidRequest.field("prompt", request.prompt, "at least one token")

@@ -1,66 +1,27 @@
-"""ChatTemplate: turns chat messages into a prompt with the checkpoint's jinja2 template, sandboxed.
+"""ChatTemplate: turns chat messages into a prompt with the checkpoint's jinja2 template.
 
-Called by the server and the engine; templates come with a checkpoint and are not trusted.
+Called by the server and the engine. Templates come with a checkpoint and are not trusted: they run
+in a sandbox, in another process, with limits (see template_process.py).
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from flowprefill.errors import InvalidRequest
+from flowprefill.models.template_process import PROCESSES
 
-
-class _GenerationTag(Extension):
-    """``{% generation %}`` blocks mark assistant text for training; here they are plain."""
-
-    tags = {"generation"}  # noqa: RUF012 - declared so by the base class
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class TemplateRefused(jinja2.TemplateError):
-    """The template itself refused the messages (``raise_exception``)."""
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateRefused(message)
-
-
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    # jinja2's own filter escapes for HTML, which would change what the model reads.
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
-
-
-def _strftime_now(pattern: str) -> str:
-    return dt.datetime.now().strftime(pattern)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+# Templates put some words around each message, and write tools as indented JSON.
+LEAST_OUTPUT_CHARS = 1 << 20
+OUTPUT_PER_INPUT_CHAR = 8
 
 
 class ChatTemplate:
-    """A compiled template; rendering keeps no state, so any thread may call it."""
+    """A template; rendering keeps no state, so any thread may call it."""
 
     def __init__(self, text: str | None, special_tokens: Mapping[str, str] | None = None) -> None:
-        """Keep the template; it is compiled on first use.
+        """Keep the template; it is compiled where it is rendered.
 
         Args:
             text: jinja2 source; None if the checkpoint has none.
@@ -68,11 +29,11 @@ class ChatTemplate:
         """
         self.text = text
         self._special_tokens = dict(special_tokens or {})
-        self._compiled: jinja2.Template | None = None
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
@@ -84,49 +45,35 @@ class ChatTemplate:
                 ``{"type": "text", "text": …}``, which are joined.
             tools: function descriptions, passed to the template.
             add_generation_prompt: end with the header of the assistant's turn.
-            variables: further names for the template, e.g. ``enable_thinking``.
+            variables: further names for the template, e.g. ``enable_thinking``; of JSON's types.
 
         Raises:
             InvalidRequest: names the field of ``messages`` that is wrong; or the template is
-                missing, broken, or refuses the messages.
+                missing, broken, refuses the messages, or goes beyond its limits on them.
+
+        Cost: about 0.05 ms for a short chat. Waits for another process, up to some seconds.
         """
         plain = normalized_messages(messages)
-        template = self._template()
-        try:
-            return template.render(
-                {
-                    **self._special_tokens,
-                    **variables,
-                    "messages": plain,
-                    "tools": list(tools) if tools else None,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(
-                f"messages: the chat template says: {error}", param="messages"
-            ) from None
-        except Exception as error:  # a template can raise anything Python can
-            kind = type(error).__name__
-            raise InvalidRequest(
-                f"messages: the chat template failed with {kind}: {error}", param="messages"
-            ) from None
-
-    def _template(self) -> jinja2.Template:
         if self.text is None:
             raise InvalidRequest(
                 "messages: this model has no chat template; send a prompt to /v1/completions",
                 param="messages",
             )
-        if self._compiled is None:
-            try:
-                self._compiled = _environment().from_string(self.text)
-            except jinja2.TemplateSyntaxError as error:
-                raise InvalidRequest(
-                    f"messages: the model's chat template is broken: line {error.lineno}: {error}",
-                    param="messages",
-                ) from None
-        return self._compiled
+        names = {
+            **self._special_tokens,
+            **variables,
+            "messages": plain,
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        written = sum(len(message["content"] or "") for message in plain)
+        most = LEAST_OUTPUT_CHARS + OUTPUT_PER_INPUT_CHAR * written
+        return PROCESSES.render(self.text, names, most)
+
+    def warm(self) -> None:
+        """Start what renders, so that the first chat does not wait for it."""
+        if self.text is not None:
+            PROCESSES.warm()
 
 
 def normalized_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -156,6 +103,9 @@ def _normalized(index: int, message: Any) -> dict[str, Any]:
     return plain
 
 
+MAX_PARTS = 10_000  # of one message
+
+
 def content_text(where: str, content: Any) -> str:
     """Return the text of a message: a string, or parts that are all text, joined.
 
@@ -166,6 +116,8 @@ def content_text(where: str, content: Any) -> str:
         return _checked(where, content)
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
         raise InvalidRequest.field(where, content, "text or a list of text parts")
+    if len(content) > MAX_PARTS:
+        raise InvalidRequest.field(where, content, f"at most {MAX_PARTS} text parts")
     texts: list[str] = []
     for index, part in enumerate(content):
         inside = f"{where}[{index}]"

@@ -29,6 +29,9 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Finding what a token is merged from costs the square of its length.
+MAX_TOKEN_CHARS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class _Splitting:
@@ -104,6 +107,9 @@ def _vocabulary(metadata: GgufMetadata) -> _Vocabulary:
         raise _bad("tokenizer.ggml.token_type", f"{len(types)} entries", f"{len(tokens)}")
     ids: dict[str, int] = {}
     for token_id, token in enumerate(tokens):
+        if len(token) > MAX_TOKEN_CHARS:
+            allowed = f"at most {MAX_TOKEN_CHARS} characters"
+            raise _bad(f"tokenizer.ggml.tokens[{token_id}]", f"{len(token)} characters", allowed)
         ids.setdefault(token, token_id)
     return _Vocabulary(tokens, types, ids)
 

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.model_config import ModelConfig, bad_field, first_or_none, token_ids
-from flowprefill.models.tokenizer import Tokenizer
+from flowprefill.models.tokenizer import Tokenizer, is_library_error
+from flowprefill.models.tokenizer_file import check_token_numbers
 from flowprefill.models.weight_names import hf_name
 
 _INDEX = "model.safetensors.index.json"
@@ -89,11 +90,13 @@ class HfFolder:
                 f"{path}: missing, expected the tokenizer", param="tokenizer.json"
             )
         try:
+            check_token_numbers(path)
             inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(
-                f"{path}: not a tokenizer ({error})", param="tokenizer.json"
-            ) from None
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            message = f"{path}: not a tokenizer ({error})"
+            raise CheckpointError(message, param="tokenizer.json") from None
         bos, eos = (self.special_tokens.get(name) for name in ("bos_token", "eos_token"))
         bos_id = inner.token_to_id(bos) if bos is not None else self.config.bos_token_id
         eos_id = inner.token_to_id(eos) if eos is not None else None
@@ -111,7 +114,7 @@ class HfFolder:
             return {}
         try:
             values = json.loads(path.read_bytes())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})", param=name) from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: expected a JSON object", param=name)
@@ -122,7 +125,7 @@ class HfFolder:
         value = self._tokenizer_config.get(name)
         if isinstance(value, Mapping):
             value = value.get("content")
-        if value is not None and not isinstance(value, str):
+        if value is not None and not _is_text(value):
             raise bad_field(f"tokenizer_config.json: {name}", value, "text")
         return value
 
@@ -135,9 +138,12 @@ class HfFolder:
                 raise CheckpointError(f"{path}: {error}", param=path.name) from None
         value = self._tokenizer_config.get("chat_template")
         if isinstance(value, list):
-            named = {entry.get("name"): entry.get("template") for entry in value}
-            value = named.get("default")
-        if value is not None and not isinstance(value, str):
+            if not all(isinstance(entry, dict) for entry in value):
+                allowed = "text, or a list of objects {name, template}"
+                raise bad_field("tokenizer_config.json: chat_template", value, allowed)
+            named = (entry.get("template") for entry in value if entry.get("name") == "default")
+            value = next(named, None)
+        if value is not None and not _is_text(value):
             raise bad_field("tokenizer_config.json: chat_template", value, "text")
         return value
 
@@ -186,3 +192,10 @@ class HfFolder:
         for extent in shape:
             size *= extent
         self._shapes[name], self._bytes[name] = shape, size
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text, without lone surrogates, which UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        return False
+    return value.isascii() or value.encode(errors="ignore").decode() == value

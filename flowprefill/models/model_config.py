@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flowprefill.errors import CheckpointError
-from flowprefill.models.rope import RopeScaling, inverse_frequencies
+from flowprefill.errors import CheckpointError, shortened
+from flowprefill.models.rope import RopeScaling, as_float, inverse_frequencies
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = {
@@ -37,10 +37,8 @@ def checked_layers(name: str, value: int) -> int:
 
 def bad_field(name: str, value: Any, allowed: str) -> CheckpointError:
     """Build the error for one field of a model's configuration."""
-    shown = repr(value)
-    if len(shown) > 80:
-        shown = shown[:77] + "..."
-    return CheckpointError(f"model config: {name}: got {shown}, expected {allowed}", param=name)
+    message = f"model config: {name}: got {shortened(value)}, expected {allowed}"
+    return CheckpointError(message, param=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +102,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value <= 0:
                 raise bad_field(name, value, "a number > 0")
+        if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise bad_field("rope_theta", self.rope_theta, "a number > 1 with yarn")
         if self.num_heads % self.num_kv_heads:
             raise bad_field("num_kv_heads", self.num_kv_heads, f"a divisor of {self.num_heads}")
         if self.head_dim % 2:
@@ -196,8 +196,10 @@ def _family(values: Mapping[str, Any]) -> str:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise bad_field("model_type", family, "one of " + ", ".join(FAMILIES))
-    architectures = values.get("architectures")
-    if architectures and ARCHITECTURES[family] not in architectures:
+    architectures = values.get("architectures") or []
+    if not isinstance(architectures, list) or (
+        architectures and ARCHITECTURES[family] not in architectures
+    ):
         raise bad_field("architectures", architectures, ARCHITECTURES[family])
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -259,9 +261,10 @@ def _number(values: Mapping[str, Any], name: str, default: float) -> float:
     value = values.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = as_float(value)
+    if number is None:
         raise bad_field(name, value, "a number")
-    return float(value)
+    return number
 
 
 def _flag(values: Mapping[str, Any], name: str) -> bool:

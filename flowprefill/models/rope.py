@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flowprefill.errors import CheckpointError
+from flowprefill.errors import CheckpointError, shortened
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
@@ -114,16 +114,28 @@ class RopeScaling:
 
 
 def _bad(name: str, value: Any, allowed: str) -> CheckpointError:
-    return CheckpointError(f"rope_scaling.{name}: got {value!r}, expected {allowed}", param=name)
+    message = f"rope_scaling.{name}: got {shortened(value)}, expected {allowed}"
+    return CheckpointError(message, param=name)
+
+
+def as_float(value: Any) -> float | None:
+    """Return a number of a JSON file as a float; None if it is none, or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _optional_number(values: Mapping[str, Any], name: str) -> float | None:
     value = values.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = as_float(value)
+    if number is None or not math.isfinite(number):
         raise _bad(name, value, "a number")
-    return float(value)
+    return number
 
 
 def _number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
@@ -172,6 +184,8 @@ def inverse_frequencies(
         attention = yarn_attention_factor(scaling)
     if len(freq_factors):
         inverse = inverse / torch.tensor(list(freq_factors), dtype=torch.float32)
+    if not (torch.isfinite(inverse).all() and math.isfinite(attention)):
+        raise _bad("factor", scaling.factor, "one that leaves every rotary frequency finite")
     return inverse.numpy(), attention
 
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
+from typing import Any
 
 import tokenizers
 
-from flowprefill.errors import CheckpointError, InvalidRequest
+from flowprefill.errors import CheckpointError, InvalidRequest, PromptTooLong
+from flowprefill.models.prompt_bound import prompt_bound
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+# Texts up to this length are encoded on the caller's thread, in about a millisecond at most; longer
+# ones without the GIL, by a thread of the tokenizers library, which costs a change of threads.
+_SHORT_CHARS = 2000
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
 
 
@@ -43,7 +48,7 @@ class Tokenizer:
         bos_id: beginning-of-sequence token, or None.
         eos_ids: every token that ends a text.
 
-    Thread: any; encoding releases the GIL.
+    Thread: any; encoding a long text releases the GIL.
     """
 
     def __init__(
@@ -68,12 +73,14 @@ class Tokenizer:
         """
         inner.no_truncation()
         inner.no_padding()
+        description: dict[str, Any] = json.loads(inner.to_str())
         self._inner = inner
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self._add_bos = add_bos if bos_id is not None else None
-        self._pieces, self._strips_space = _pieces_of(inner)
+        self._pieces, self._strips_space = _pieces_of(description)
         self._bytes_table = byte_of_character()
+        self._bound = prompt_bound(description, self._bytes_table)
         self._cache: dict[int, bytes] = {}
         added = inner.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -91,17 +98,13 @@ class Tokenizer:
             add_special_tokens: add what the model expects around a plain prompt (BOS).
 
         Raises:
-            InvalidRequest: the text has lone surrogates (broken UTF-8 of the caller); names
-                ``prompt``.
+            InvalidRequest: the text has lone surrogates (broken UTF-8 of the caller), or the
+                tokenizer cannot encode it; names ``prompt``.
 
-        Cost: O(len(text)), about a microsecond per token.
+        Cost: O(len(text)), about a microsecond per token; see check_fits to refuse what is too
+        long before paying it.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            allowed = "valid Unicode without lone surrogates"
-            raise InvalidRequest.field("prompt", text, allowed) from None
-        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self._encode(text, add_special_tokens)
         if add_special_tokens and self._add_bos is not None:
             starts = bool(ids) and ids[0] == self.bos_id
             if self._add_bos and not starts and self.bos_id is not None:
@@ -109,6 +112,42 @@ class Tokenizer:
             elif not self._add_bos and starts and not self._writes_bos(text):
                 del ids[0]
         return ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                allowed = "valid Unicode without lone surrogates"
+                raise InvalidRequest.field("prompt", text, allowed) from None
+        try:
+            if len(text) <= _SHORT_CHARS:
+                short = self._inner.encode(text, add_special_tokens=add_special_tokens)
+                return list(short.ids)
+            # encode() holds the GIL for the whole text; of the library's ways this one does not,
+            # and it leaves out the offsets, which nobody here reads.
+            batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(batch[0].ids)
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            message = f"prompt: the tokenizer fails on it ({error})"
+            raise InvalidRequest(message, param="prompt") from None
+
+    def check_fits(self, text: str, max_tokens: int) -> None:
+        """Refuse a prompt by its size, before any time goes into tokenising it.
+
+        Raises:
+            PromptTooLong: however it is tokenised, it has ``max_tokens`` tokens or more, and one
+                more is to be generated.
+        """
+        fewest = 0 if self._bound is None else self._bound.fewest_tokens(text)
+        if fewest >= max_tokens:
+            raise PromptTooLong(
+                f"prompt: got {len(text)} characters, at least {fewest} tokens, expected at most "
+                f"{max_tokens - 1} tokens (max_model_len is {max_tokens}, one is to generate)",
+                param="prompt",
+            )
 
     def _writes_bos(self, text: str) -> bool:
         bos = self._inner.id_to_token(self.bos_id) if self.bos_id is not None else None
@@ -207,9 +246,17 @@ class IncrementalDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _pieces_of(inner: tokenizers.Tokenizer) -> tuple[Pieces, bool]:
+def is_library_error(error: BaseException) -> bool:
+    """Whether the tokenizers library raised it: plain Exception, or a panic of its Rust code.
+
+    A panic is a BaseException, which ``except Exception`` lets through.
+    """
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def _pieces_of(description: Mapping[str, Any]) -> tuple[Pieces, bool]:
     """Read from the decoder how tokens are spelled, and whether the first word's space goes."""
-    decoder = json.loads(inner.to_str()).get("decoder")
+    decoder = description.get("decoder")
     if decoder is None:
         return Pieces.WORDS, False
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]

@@ -13,6 +13,12 @@ from aiohttp import web
 from flowprefill.server import debug_routes, models_routes, tokens_routes
 from flowprefill.server.chat import chat_completions
 from flowprefill.server.completions import completions
+from flowprefill.server.connections import (
+    CLOSING_WRITE_S,
+    ConnectionTable,
+    connection_factory,
+    raise_file_limit,
+)
 from flowprefill.server.context import SERVER, ServerContext
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.errors import error_middleware
@@ -24,6 +30,7 @@ logger = logging.getLogger(__name__)
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # After every request has ended or is cancelled, handlers need this long at most to say so.
 HANDLER_END_S = 5.0
+BACKLOG = 1024  # connections that the system keeps until we accept them
 
 
 async def _metrics(request: web.Request) -> web.Response:
@@ -44,9 +51,9 @@ def create_app(
     handlers that their client has gone, and prompts of nobody would be computed.
     """
     options = options or ServerOptions()
-    app = web.Application(middlewares=[error_middleware], client_max_size=options.max_body_bytes)
+    app = web.Application(middlewares=[error_middleware])
     metrics = ServerMetrics(vllm_names=options.vllm_metrics)
-    app[SERVER] = ServerContext(engine, options, metrics)
+    app[SERVER] = ServerContext(engine, options, metrics, ConnectionTable(options))
     app.add_routes(
         [
             web.post("/v1/completions", completions),
@@ -74,12 +81,11 @@ class Server:
     def __init__(self, engine: ServedEngine | None, options: ServerOptions | None = None) -> None:
         self.app = create_app(engine, options)
         self.context = self.app[SERVER]
+        # What still runs when it is cleaned up waits for a body or a thread, for nobody's good.
         self._runner = web.AppRunner(
-            self.app,
-            handler_cancellation=True,
-            shutdown_timeout=HANDLER_END_S,
-            access_log=None,
+            self.app, handler_cancellation=True, shutdown_timeout=CLOSING_WRITE_S
         )
+        self._listening: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port, which the system chooses for port 0.
@@ -88,9 +94,16 @@ class Server:
             OSError: the address is taken or not ours.
         """
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port)
-        await site.start()
-        return int(self._runner.addresses[0][1])
+        assert self._runner.server is not None
+        context, loop = self.context, asyncio.get_running_loop()
+        make = connection_factory(context.connections, self._runner.server, context.options)
+        try:
+            self._listening = await loop.create_server(make, host, port, backlog=BACKLOG)
+        except OSError:
+            await self._runner.cleanup()
+            raise
+        loop.set_exception_handler(context.connections.on_loop_error)
+        return int(self._listening.sockets[0].getsockname()[1])
 
     async def stop(
         self, grace_s: float | None = None, *, hurry: asyncio.Event | None = None
@@ -105,6 +118,7 @@ class Server:
         """
         context = self.context
         context.is_closing = True
+        context.connections.close()
         grace_s = context.options.shutdown_grace_s if grace_s is None else grace_s
         waits = [asyncio.create_task(context.wait_idle(grace_s))]
         if hurry is not None:
@@ -118,7 +132,10 @@ class Server:
             # Ends what is left with RequestCancelled, which handlers turn into their last event.
             await asyncio.to_thread(engine.close, 0.0)
         await context.wait_idle(HANDLER_END_S)
+        if self._listening is not None:
+            self._listening.close()
         await self._runner.cleanup()
+        context.end_threads()
 
 
 async def _until_set(event: asyncio.Event) -> bool:
@@ -161,6 +178,7 @@ async def serve(
         OSError: cannot listen.
         FlowPrefillError: the engine did not start.
     """
+    raise_file_limit()
     server = Server(None, options)
     stop, hurry = asyncio.Event(), asyncio.Event()
 

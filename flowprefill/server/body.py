@@ -6,25 +6,28 @@ import json
 import logging
 import math
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any, NoReturn
 
 from flowprefill.errors import InvalidRequest
+from flowprefill.server.json_text import MAX_NUMBERS, parse_json
 
 logger = logging.getLogger(__name__)
 
 MAX_REMEMBERED_FIELDS = 1000
+MAX_LOGGED_FIELDS = 20
 _MISSING: Any = object()
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidRequest(f"body: {name} is not JSON; numbers must be finite", param="body")
-
-
-def parse_json_object(raw: bytes) -> dict[str, Any]:
+def parse_json_object(raw: bytes, max_model_len: int = 0) -> dict[str, Any]:
     """Parse a request body.
 
+    Args:
+        raw: the body.
+        max_model_len: a prompt of so many token ids is let through, however long.
+
     Raises:
-        InvalidRequest: not UTF-8, not JSON, too deeply nested, or not an object.
+        InvalidRequest: not UTF-8, not JSON, nested too deeply, of too many values, or no object.
     """
     try:
         text = raw.decode("utf-8")
@@ -36,7 +39,7 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
     if not text.strip():
         raise InvalidRequest("body: empty, expected a JSON object", param="body")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = parse_json(raw, text, max(MAX_NUMBERS, 2 * max_model_len))
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"body: not JSON at line {error.lineno}, column {error.colno} ({error.msg})",
@@ -123,6 +126,19 @@ class Body:
             self.refuse(name, value, allowed)
         return value
 
+    def listed(self, name: str, most: int, of: str) -> list[Any]:
+        """Read a list, empty by default; its length is checked before anybody looks at its items.
+
+        Args:
+            name: the field.
+            most: items it may have.
+            of: what they are, for the error, e.g. ``"token ids"``.
+        """
+        value = self.raw(name, [])
+        if not isinstance(value, list) or len(value) > most:
+            self.refuse(name, value, f"a list of at most {most} {of}")
+        return value
+
     def object(self, name: str) -> Body | None:
         """Read a nested object; its errors are named ``name.field``."""
         value = self.raw(name)
@@ -150,9 +166,10 @@ class UnknownFields:
 
     def warn(self, endpoint: str, body: Body) -> None:
         """Log every field of ``body`` that nobody read and that was not logged before."""
-        for name in body.unknown():
-            # Names come from the network: the memory of them is bounded.
-            if name in self._seen or len(self._seen) >= MAX_REMEMBERED_FIELDS:
-                continue
+        fresh = (name for name in body.unknown() if name not in self._seen)
+        # Names come from the network: what is logged for one body and remembered is bounded.
+        for name in islice(fresh, MAX_LOGGED_FIELDS):
+            if len(self._seen) >= MAX_REMEMBERED_FIELDS:
+                return
             self._seen.add(name)
             logger.warning("%s: ignoring unknown field %.80r", endpoint, name)

@@ -11,13 +11,13 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.models.chat_template import content_text
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.body import Body, check_text
-from flowprefill.server.endpoint import Endpoint, Plan
+from flowprefill.server.endpoint import Endpoint, Plan, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import chat_entry
 from flowprefill.server.openai_schema import MAX_INT, SchemaContext, generation_spec
 
-MAX_MESSAGES = 100_000
+MAX_MESSAGES = 10_000
 ROLES = ("system", "developer", "user", "assistant")
 # Of the template's variables, those the server fills in itself.
 OWN_TEMPLATE_VARIABLES = ("messages", "tools", "documents", "tokenize", "chat_template")
@@ -100,11 +100,12 @@ def plan_chat(body: Body, context: SchemaContext, max_choices: int) -> Plan:
     add_special_tokens = body.boolean("add_special_tokens", False)
 
     def requests(engine: ServedEngine, reply_id: str) -> list[Request]:
-        prompt = engine.render_chat(messages, **variables)
+        text = engine.render_chat(messages, **variables)
+        prompt = shared_prompt(engine, text, spec.n, special_tokens=add_special_tokens)
         return spec.requests([prompt], reply_id, special_tokens=add_special_tokens)
 
     chars = sum(len(message["content"]) for message in messages)
-    return Plan(spec, requests, choices=spec.n, prompt_chars=chars * spec.n, echo=())
+    return Plan(spec, requests, choices=spec.n, prompt_chars=chars, is_rendered=True, echo=())
 
 
 class ChatEndpoint(Endpoint):

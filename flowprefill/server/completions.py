@@ -10,7 +10,7 @@ from aiohttp import web
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.body import Body, check_text
-from flowprefill.server.endpoint import Endpoint, Plan
+from flowprefill.server.endpoint import Endpoint, Plan, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import token_label, top_labels
@@ -25,17 +25,19 @@ DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
 
 
-def read_prompts(body: Body, vocab_size: int) -> list[Prompt]:
-    """Read ``prompt``: a string, token ids, or a list of either."""
+def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
+    """Read ``prompt``: a string, token ids, or a list of at most ``max_prompts`` of either."""
     allowed = "a string, a list of strings, a list of token ids or a list of such lists"
     value = body.raw("prompt")
     if isinstance(value, str):
         value = [value]
-    elif isinstance(value, list) and value and all(type(item) is int for item in value):
+    elif isinstance(value, list) and set(map(type, value)) == {int}:
         check_token_ids("prompt", value, vocab_size)
         return [value]
     if not isinstance(value, list) or not value:
         body.refuse("prompt", value, allowed)
+    if len(value) > max_prompts and type(value[0]) is not int:
+        body.refuse("prompt", value, f"at most {max_prompts} prompts")
     is_single = len(value) == 1 and not isinstance(body.raw("prompt"), list)
     kind = type(value[0])
     for index, prompt in enumerate(value):
@@ -53,7 +55,7 @@ def read_prompts(body: Body, vocab_size: int) -> list[Prompt]:
 
 def plan_completions(body: Body, context: SchemaContext, max_choices: int) -> Plan:
     """Check the whole body and return what to submit; touches no engine."""
-    prompts = read_prompts(body, context.vocab_size)
+    prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, MAX_INT)
     spec = generation_spec(body, context, max_tokens=max_tokens, logprobs=logprobs)
@@ -68,14 +70,19 @@ def plan_completions(body: Body, context: SchemaContext, max_choices: int) -> Pl
         body.refuse("echo", True, "false with logprobs: those of the prompt are not available")
     add_special_tokens = body.boolean("add_special_tokens", True)
 
-    def requests(_engine: ServedEngine, reply_id: str) -> list[Request]:
-        return spec.requests(prompts, reply_id, special_tokens=add_special_tokens)
+    def requests(engine: ServedEngine, reply_id: str) -> list[Request]:
+        shared = [
+            shared_prompt(engine, prompt, spec.n, special_tokens=add_special_tokens)
+            for prompt in prompts
+        ]
+        return spec.requests(shared, reply_id, special_tokens=add_special_tokens)
 
     return Plan(
         spec=spec,
         requests=requests,
         choices=len(prompts) * spec.n,
-        prompt_chars=sum(len(prompt) for prompt in prompts) * spec.n,
+        prompt_chars=sum(len(prompt) for prompt in prompts),
+        is_rendered=False,
         echo=tuple(prompts) if echo else (),
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
@@ -15,7 +17,14 @@ from flowprefill.server.options import ServerOptions
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
+    from flowprefill.server.connections import ConnectionTable
     from flowprefill.server.metrics import ServerMetrics
+
+
+T = TypeVar("T")
+
+# Threads for what would hold the event loop. Few: such work is short, and mostly holds the GIL.
+WORKERS = 4
 
 
 class ServerContext:
@@ -25,13 +34,19 @@ class ServerContext:
     """
 
     def __init__(
-        self, engine: ServedEngine | None, options: ServerOptions, metrics: ServerMetrics
+        self,
+        engine: ServedEngine | None,
+        options: ServerOptions,
+        metrics: ServerMetrics,
+        connections: ConnectionTable,
     ) -> None:
         self.options = options
+        self.connections = connections
         self.metrics = metrics
         self.unknown_fields = UnknownFields()
         self.is_closing = False
         self.generating = 0
+        self._workers = ThreadPoolExecutor(WORKERS, "fp-http")
         self._idle = asyncio.Event()
         self._idle.set()
         self._engine: ServedEngine | None = None
@@ -51,6 +66,11 @@ class ServerContext:
     def attached_engine(self) -> ServedEngine | None:
         """The engine, or None while the model is loading."""
         return self._engine
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether there is an engine that takes no requests any more, ever."""
+        return self._engine is not None and self._engine.has_failed
 
     @property
     def engine(self) -> ServedEngine:
@@ -77,6 +97,19 @@ class ServerContext:
                 param="model",
             )
         return name
+
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Do work off the event loop, on one of a few threads of the server's own.
+
+        Not asyncio's own pool: requests that keep it busy would hold up the shutdown, which needs
+        a thread too.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, work, *args)
+
+    def end_threads(self) -> None:
+        """Take no more work off the event loop; what runs ends by itself."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def begin_generation(self) -> None:
         """Count one generating HTTP request in."""

@@ -27,6 +27,7 @@ class Plan:
             choices each; may tokenise or run a chat template, so it may take long for long prompts.
         choices: how many requests that makes.
         prompt_chars: characters or token ids in all of them together.
+        is_rendered: whether the chat template makes the prompt, which waits for another process.
         echo: prompts to repeat before the generated text; empty for none.
     """
 
@@ -34,7 +35,18 @@ class Plan:
     requests: Callable[[ServedEngine, str], list[Request]]
     choices: int
     prompt_chars: int
+    is_rendered: bool
     echo: tuple[str | list[int], ...]
+
+
+def shared_prompt(
+    engine: ServedEngine, prompt: str | list[int], choices: int, *, special_tokens: bool
+) -> str | list[int]:
+    """Return what several choices of one prompt submit: its ids, so that it is tokenised once."""
+    if choices == 1 or not isinstance(prompt, str):
+        return prompt
+    engine.tokenizer.check_fits(prompt, engine.max_model_len)
+    return engine.tokenizer.encode(prompt, special_tokens)
 
 
 class Endpoint(ABC):

@@ -15,6 +15,10 @@ class ServedTokenizer(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
+    def check_fits(self, text: str, max_tokens: int) -> None:
+        """Raise PromptTooLong if the text's size alone tells that it has too many tokens."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -69,12 +73,16 @@ class ServedEngine(Protocol):
     def tokenizer(self) -> ServedTokenizer: ...
     @property
     def is_ready(self) -> bool: ...
+    @property
+    def has_failed(self) -> bool:
+        """Whether it can take no requests any more, ever."""
+        ...
 
     def describe(self) -> Mapping[str, Any]:
         """What it runs on and why: device, dtype, threads, reason, in words for ``/ready``."""
         ...
 
-    def render_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
         """Messages to prompt text; raises InvalidRequest if the template refuses them."""
         ...
 

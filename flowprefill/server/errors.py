@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -27,15 +28,9 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 NOT_READY_RETRY_S = 5
+ENGINE_FAILED = "the engine has failed and has to be restarted; its log says why"
 _SAFE_REQUEST_ID = re.compile(r"[!-~]{1,200}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class BodyTooLarge(InvalidRequest):
-    """The request body is larger than the server reads."""
-
-    status = 413
-    code = "body_too_large"
 
 
 class UnknownRoute(InvalidRequest):
@@ -46,10 +41,14 @@ class UnknownRoute(InvalidRequest):
 
 
 class WrongMethod(InvalidRequest):
-    """The path exists, the method does not."""
+    """The path exists, the method does not; ``allowed`` goes into the header ``Allow``."""
 
     status = 405
     code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allowed: str, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.allowed = allowed
 
 
 class InternalError(FlowPrefillError):
@@ -78,6 +77,8 @@ def error_headers(error: FlowPrefillError) -> dict[str, str]:
         }
     if isinstance(error, NotReady):
         return {"Retry-After": str(NOT_READY_RETRY_S)}
+    if isinstance(error, WrongMethod):
+        return {"Allow": error.allowed}
     if isinstance(error, DeadlinePassed):
         # The openai client would send the lost request twice more.
         return {"x-should-retry": "false"}
@@ -99,28 +100,28 @@ def _of_http(error: web.HTTPException, request: web.Request) -> FlowPrefillError
         return UnknownRoute(f"{request.method} {request.path}: no such path", param="url")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        return WrongMethod(
-            f"{request.path}: got {request.method}, expected {allowed}", param="method"
-        )
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        limit = request.app[SERVER].options.max_body_mib
-        return BodyTooLarge(f"body: larger than {limit:g} MiB", param="body")
+        message = f"{request.path}: got {request.method}, expected {allowed}"
+        return WrongMethod(message, allowed=allowed, param="method")
     return InvalidRequest(f"{request.method} {request.path}: {error.reason}")
 
 
-def as_flowprefill_error(error: Exception, request_id: str) -> FlowPrefillError:
-    """Return the error to show; anything not raised on purpose is logged and hidden."""
+def as_flowprefill_error(error: BaseException, request_id: str) -> FlowPrefillError:
+    """Return the error to show; what speaks of the inside is logged and hidden."""
+    if isinstance(error, RequestFailed):
+        logger.error("request %s: %s", request_id, error)
+        return RequestFailed(f"the request failed; the log has it under request id {request_id}")
     if isinstance(error, FlowPrefillError):
-        if isinstance(error, RequestFailed):
-            logger.error("request %s: %s", request_id, error)
         return error
     logger.error("request %s: unexpected %s", request_id, type(error).__name__, exc_info=error)
     return InternalError(f"internal error; the server's log has it under request id {request_id}")
 
 
-def shown_error(error: Exception, context: ServerContext, request_id: str) -> FlowPrefillError:
+def shown_error(error: BaseException, context: ServerContext, request_id: str) -> FlowPrefillError:
     """Return the error as the client sees it, and count it if it sheds load."""
     shown = as_flowprefill_error(error, request_id)
+    if isinstance(shown, NotReady) and context.has_failed:
+        logger.error("request %s: %s", request_id, shown)
+        shown = NotReady(f"{ENGINE_FAILED}; this is request id {request_id}")
     if isinstance(shown, RequestCancelled) and context.is_closing:
         # The client is still there: it was the server that gave up.
         shown = NotReady("the server is shutting down")
@@ -137,15 +138,25 @@ def request_id_of(request: web.Request) -> str:
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every exception into an OpenAI error response and echo the request id."""
+    """Turn every exception into an OpenAI error response and echo the request id.
+
+    A whole reply is written only after this, when the connection counts as idle already. At the cap
+    a client that is slow to read it may so lose its place to a new one.
+    """
     request_id = request_id_of(request)
     request[REQUEST_ID] = request_id
+    connections = request.app[SERVER].connections
+    connections.begin_request(request.protocol)
     try:
         response = await handler(request)
     except web.HTTPException as error:
         response = error_response(_of_http(error, request))
-    except Exception as error:
+    except (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         response = error_response(shown_error(error, request.app[SERVER], request_id))
+    finally:
+        connections.end_request(request.protocol)
     if not response.prepared:
         response.headers[REQUEST_ID_HEADER] = request_id
     return response

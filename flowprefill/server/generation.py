@@ -6,48 +6,31 @@ The handlers of both endpoints call respond().
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
 
-from flowprefill.errors import InvalidRequest
 from flowprefill.request import Completion
 from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.endpoint import Endpoint, Generation, Plan
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
+from flowprefill.server.incoming import read_json
 from flowprefill.server.openai_schema import SchemaContext
 from flowprefill.server.replies import Envelope, new_reply_id, usage_object
 from flowprefill.server.streaming import stream_reply
 
 logger = logging.getLogger(__name__)
 
-# Above these, work that would hold the event loop for milliseconds goes to a thread.
-LONG_BODY_BYTES = 256 * 1024
-LONG_PROMPT_CHARS = 50_000
+# Above these, work that would hold the event loop for more than a millisecond or two goes to a
+# thread: parsing and checking a body, tokenising prompts, submitting choices.
+LONG_BODY_BYTES = 16 * 1024
+LONG_PROMPT_CHARS = 8_000
 MANY_CHOICES = 16
-
-
-async def read_json(request: web.Request) -> bytes:
-    """Read the body after checking what it claims to be.
-
-    Raises:
-        InvalidRequest: the content type is not JSON.
-        web.HTTPRequestEntityTooLarge: larger than the application's ``client_max_size``.
-    """
-    if "Content-Type" in request.headers:
-        kind = request.content_type
-        if kind != "application/json" and not kind.endswith("+json"):
-            raise InvalidRequest.field("content-type", kind, "application/json")
-        charset = (request.charset or "utf-8").lower()
-        if charset not in ("utf-8", "utf8", "us-ascii"):
-            raise InvalidRequest.field("content-type", f"charset={charset}", "charset=utf-8")
-    limit = request.app[SERVER].options.max_body_bytes
-    if request.content_length is not None and request.content_length > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
-    return await request.read()
+LONG_REPLY_TOKENS = 2_000
 
 
 def _submit(endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope) -> Generation:
@@ -79,10 +62,11 @@ def _cancel_submitted(task: asyncio.Task[Generation]) -> None:
 
 
 async def _submit_off_loop(
-    endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope
+    context: ServerContext, endpoint: Endpoint, plan: Plan, envelope: Envelope
 ) -> Generation:
     """Submit in a thread; if the client goes meanwhile, what was submitted is cancelled."""
-    task = asyncio.create_task(asyncio.to_thread(_submit, endpoint, plan, engine, envelope))
+    work = context.in_thread(_submit, endpoint, plan, context.engine, envelope)
+    task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -102,10 +86,10 @@ async def _plan(request: web.Request, endpoint: Endpoint, context: ServerContext
     raw = await read_json(request)
 
     def check() -> tuple[Plan, Body]:
-        body = Body(parse_json_object(raw))
+        body = Body(parse_json_object(raw, engine.max_model_len))
         return endpoint.plan(body, schema, context.options.max_choices), body
 
-    plan, body = check() if len(raw) <= LONG_BODY_BYTES else await asyncio.to_thread(check)
+    plan, body = check() if len(raw) <= LONG_BODY_BYTES else await context.in_thread(check)
     context.unknown_fields.warn(endpoint.path, body)
     return plan
 
@@ -124,34 +108,48 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
         system_fingerprint=context.fingerprint,
         service_tier=plan.spec.service_tier,
     )
-    engine = context.engine
     logger.debug("%s: %s %s", request[REQUEST_ID], endpoint.path, envelope.id)
-    is_long = plan.prompt_chars > LONG_PROMPT_CHARS or plan.choices > MANY_CHOICES
     handles: list[ServedHandle] = []
     context.begin_generation()
     try:
-        submit = _submit_off_loop if is_long else _submit_on_loop
-        generation = await submit(endpoint, plan, engine, envelope)
+        if _is_quick(plan):
+            generation = _submit(endpoint, plan, context.engine, envelope)
+        else:
+            generation = await _submit_off_loop(context, endpoint, plan, envelope)
         handles = generation.handles
         if plan.spec.stream is not None:
             return await stream_reply(request, generation)
-        return await _whole_reply(generation)
+        return await _whole_reply(context, generation)
     finally:
         cancel_all(handles)
         context.end_generation()
 
 
-async def _submit_on_loop(
-    endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope
-) -> Generation:
-    return _submit(endpoint, plan, engine, envelope)
+def _is_quick(plan: Plan) -> bool:
+    """Whether submitting may hold the event loop: a thread would cost a short prompt more."""
+    return (
+        not plan.is_rendered
+        and plan.prompt_chars <= LONG_PROMPT_CHARS
+        and plan.choices <= MANY_CHOICES
+    )
 
 
-async def _whole_reply(generation: Generation) -> web.Response:
+async def _whole_reply(context: ServerContext, generation: Generation) -> web.Response:
     """Wait for every choice and send one JSON object."""
     completions: list[Completion] = []
     for handle in generation.handles:
         completions.append(await handle)
+    if sum(len(completion.tokens) for completion in completions) <= LONG_REPLY_TOKENS:
+        return web.json_response(_whole_payload(generation, completions))
+
+    def encode() -> str:
+        # iterencode() is Python, dumps() is C and would hold the GIL to the end.
+        return "".join(json.JSONEncoder().iterencode(_whole_payload(generation, completions)))
+
+    return web.json_response(text=await context.in_thread(encode))
+
+
+def _whole_payload(generation: Generation, completions: list[Completion]) -> dict[str, Any]:
     spec = generation.plan.spec
     choices = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
     payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
@@ -159,7 +157,7 @@ async def _whole_reply(generation: Generation) -> web.Response:
     payload["usage"] = usage_object(generation.handles, spec.n, output_tokens)
     if spec.return_metrics:
         payload |= generation.metrics([len(completion.tokens) for completion in completions])
-    return web.json_response(payload)
+    return payload
 
 
 def _whole_choice(generation: Generation, index: int, completion: Completion) -> dict[str, Any]:

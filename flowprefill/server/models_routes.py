@@ -8,7 +8,7 @@ from aiohttp import web
 
 from flowprefill.errors import NotReady
 from flowprefill.server.context import SERVER, ServerContext
-from flowprefill.server.errors import error_headers
+from flowprefill.server.errors import ENGINE_FAILED, error_headers
 from flowprefill.version import __version__
 
 
@@ -38,8 +38,13 @@ async def get_model(request: web.Request) -> web.Response:
     return web.json_response(_model_object(context, name))
 
 
-async def health(_request: web.Request) -> web.Response:
-    """Handle GET /health: the process is alive; says nothing about the model."""
+async def health(request: web.Request) -> web.Response:
+    """Handle GET /health: 503 once the engine has failed, so that a supervisor restarts us.
+
+    While a model loads or a server shuts down there is nothing to restart.
+    """
+    if request.app[SERVER].has_failed:
+        return web.json_response({"status": "failed", "reason": ENGINE_FAILED}, status=503)
     return web.json_response({"status": "ok"})
 
 
@@ -51,6 +56,8 @@ async def ready(request: web.Request) -> web.Response:
         status, reason = "closing", "the server is shutting down"
     elif engine is None:
         status, reason = "loading", "the model is still loading"
+    elif engine.has_failed:
+        status, reason = "failed", ENGINE_FAILED
     elif not engine.is_ready:
         status, reason = "not ready", "the engine takes no requests"
     else:

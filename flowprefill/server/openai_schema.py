@@ -18,6 +18,8 @@ from flowprefill.server.slo import slo_of
 
 MAX_N = 128
 MAX_INT = 2**31 - 1
+MAX_STOP_TOKEN_IDS = 1024
+MAX_METADATA = 64
 METRICS_HEADER = "x-return-metrics"
 
 # Fields that would change the output if they did anything. Ignoring them silently would be wrong,
@@ -48,7 +50,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 
 # OpenAI and vLLM fields that say something about the caller or the transport, not about the text.
 IGNORED = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
     "reasoning_effort", "request_id", "safety_identifier", "spaces_between_special_tokens", "store",
     "user", "verbosity",
 )  # fmt: skip
@@ -169,6 +171,9 @@ def refuse_unsupported(body: Body) -> None:
     modalities = body.raw("modalities")
     if modalities is not None and modalities != ["text"]:
         body.refuse("modalities", modalities, "['text']: other kinds are not supported")
+    metadata = body.raw("metadata", {})
+    if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
+        body.refuse("metadata", metadata, f"an object of at most {MAX_METADATA} entries")
     for name in IGNORED:
         body.raw(name)
 
@@ -213,9 +218,7 @@ def _stop_strings(body: Body) -> tuple[str, ...]:
 
 
 def _stop_token_ids(body: Body, vocab_size: int) -> tuple[int, ...]:
-    ids = body.raw("stop_token_ids", [])
-    if not isinstance(ids, list):
-        body.refuse("stop_token_ids", ids, "a list of token ids")
+    ids = body.listed("stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids")
     check_token_ids("stop_token_ids", ids, vocab_size)
     return tuple(ids)
 

@@ -9,6 +9,8 @@ from typing import Any
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError
 
+MAX_CONNECTIONS = 1 << 20
+
 
 def _option(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
@@ -25,7 +27,16 @@ class ServerOptions:
     served_model_names: tuple[str, ...] = _option(
         (), "names the model answers to, first one reported; empty is the engine's own"
     )
-    max_body_mib: float = _option(16.0, "largest request body, MiB; larger ones are answered 413")
+    max_body_mib: float = _option(
+        0.0, "largest request body, MiB (413 above); 0 is 4, or 32 bytes a token of max_model_len"
+    )
+    body_timeout_s: float = _option(60.0, "seconds in which a request body must come (408 after)")
+    max_connections: int = _option(
+        0, "most connections; 0 is 16384, or what the limit of open files leaves room for"
+    )
+    header_timeout_s: float = _option(20.0, "seconds in which a connection must send a request")
+    idle_timeout_s: float = _option(75.0, "seconds for which a connection may be idle")
+    write_timeout_s: float = _option(30.0, "seconds for which a client may read nothing")
     max_choices: int = _option(1024, "most choices (prompts times n) of one request")
     keep_alive_s: float = _option(10.0, "seconds between keep-alive comments in a silent stream")
     shutdown_grace_s: float = _option(30.0, "seconds running requests may go on after SIGTERM")
@@ -37,12 +48,15 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            "max_body_mib": (0.001, 4096), "max_choices": (1, 100_000),
+            "max_body_mib": (0, 4096), "body_timeout_s": (0.01, 86_400),
+            "max_connections": (0, MAX_CONNECTIONS), "header_timeout_s": (0.01, 86_400),
+            "idle_timeout_s": (0.01, 86_400), "write_timeout_s": (0.01, 86_400),
+            "max_choices": (1, 100_000),
             "keep_alive_s": (0.01, 3600), "shutdown_grace_s": (0, 86_400),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            whole = name == "max_choices"
+            whole = name in ("max_choices", "max_connections")
             kinds = (int,) if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "an integer" if whole else "a number"
@@ -67,11 +81,6 @@ class ServerOptions:
             if name != "default" and name not in config.classes:
                 known = ", ".join(sorted({*config.classes, "default"}))
                 self._refuse(f"service_tiers.{tier}", name, f"a configured class: {known}")
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Largest request body, bytes."""
-        return int(self.max_body_mib * 2**20)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ServerOptions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 from typing import Any
 
 from aiohttp import web
@@ -11,7 +11,7 @@ from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.chat import read_messages, read_template_variables
 from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
-from flowprefill.server.generation import LONG_BODY_BYTES, read_json
+from flowprefill.server.incoming import read_json
 from flowprefill.server.logprobs import token_label
 from flowprefill.server.openai_schema import check_token_ids
 
@@ -22,12 +22,14 @@ def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
         if body.raw("prompt") is not None:
             body.refuse("prompt", body.raw("prompt"), "null beside messages")
         text = engine.render_chat(read_messages(body), **read_template_variables(body))
-        ids = engine.tokenizer.encode(text, body.boolean("add_special_tokens", False))
+        special_tokens = body.boolean("add_special_tokens", False)
     else:
         prompt = body.text("prompt")
         if prompt is None:
             body.refuse("prompt", None, "a string, or messages instead")
-        ids = engine.tokenizer.encode(prompt, body.boolean("add_special_tokens", True))
+        text, special_tokens = prompt, body.boolean("add_special_tokens", True)
+    engine.tokenizer.check_fits(text, engine.max_model_len)
+    ids = engine.tokenizer.encode(text, special_tokens)
     reply: dict[str, Any] = {"count": len(ids), "max_model_len": engine.max_model_len}
     reply["tokens"] = ids
     if body.boolean("return_token_strs"):
@@ -49,16 +51,16 @@ async def _answer(request: web.Request, work: Any) -> web.Response:
     engine = context.engine
     raw = await read_json(request)
 
-    def run() -> tuple[dict[str, Any], Body]:
-        body = Body(parse_json_object(raw))
+    def run() -> tuple[str, Body]:
+        body = Body(parse_json_object(raw, engine.max_model_len))
         context.check_model(body.text("model"))
-        return work(engine, body), body
+        return json.dumps(work(engine, body)), body
 
-    # Encoding is slower than parsing, so the border lies lower than for generation.
-    is_long = len(raw) > LONG_BODY_BYTES // 8
-    reply, body = await asyncio.to_thread(run) if is_long else run()
+    # Always in a thread: a chat template waits for another process, encoding is slower than
+    # parsing, and nobody waits for this with a stopwatch.
+    reply, body = await context.in_thread(run)
     context.unknown_fields.warn(request.path, body)
-    return web.json_response(reply)
+    return web.json_response(text=reply)
 
 
 async def tokenize(request: web.Request) -> web.Response:

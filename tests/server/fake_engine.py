@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowprefill.config import EngineConfig
-from flowprefill.errors import FlowPrefillError, InvalidRequest, NotReady, RequestCancelled
+from flowprefill.errors import (
+    FlowPrefillError,
+    InvalidRequest,
+    NotReady,
+    PromptTooLong,
+    RequestCancelled,
+)
 from flowprefill.request import (
     SLO,
     Completion,
@@ -34,6 +40,10 @@ class ByteTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return ([BOS] if add_special_tokens else []) + list(text.encode())
+
+    def check_fits(self, text: str, max_tokens: int) -> None:
+        if len(text) >= max_tokens:
+            raise PromptTooLong(f"prompt: got {len(text)} characters", param="prompt")
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
@@ -272,6 +282,7 @@ class FakeEngine:
         self.created = 1_700_000_000
         self.tokenizer = ByteTokenizer()
         self.is_ready = True
+        self.has_failed = False
         self.script = Script()
         self.submit_error: Exception | None = None
         self.submit_gate: threading.Event | None = None
@@ -286,11 +297,14 @@ class FakeEngine:
     def describe(self) -> dict[str, Any]:
         return {"device": "cpu", "reason": "no GPU in this build", "dtype": "f32", "threads": 1}
 
-    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         if variables.get("refuse"):
             raise InvalidRequest("messages: the chat template refuses them", param="messages")
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return text + ("<assistant>" if variables.get("add_generation_prompt") else "")
+
+    def warm_chat(self) -> None:
+        """Nothing renders here that would have to be started."""
 
     def submit(self, request: Request, slo: SLO | None = None) -> FakeHandle:
         if self.submit_gate is not None:

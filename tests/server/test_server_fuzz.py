@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from fake_engine import VOCAB
+from fake_engine import VOCAB, ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,9 +50,12 @@ def context(headers: dict[str, str]) -> SchemaContext:
 
 
 class Renders:
-    """Stands in for the engine: only its chat template is used."""
+    """Stands in for the engine: only its chat template and tokenizer are used."""
 
-    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    tokenizer = ByteTokenizer()
+    max_model_len = 1000
+
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         return "".join(str(message["content"]) for message in messages) or "empty"
 
 

@@ -119,7 +119,7 @@ def test_completion_several_choices_count_each_prompt_once(
     engine.script = Script(cached_tokens=1)
     reply = complete(server, prompt=["a", "bcd"], n=2, seed=7)
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
-    assert [h.request.prompt for h in engine.submitted] == ["a", "a", "bcd", "bcd"]
+    assert [h.request.prompt for h in engine.submitted] == [[256, *b"a"]] * 2 + [[256, *b"bcd"]] * 2
     assert [h.request.sampling.seed for h in engine.submitted] == [7, 8, 7, 8]
     assert len({h.request_id for h in engine.submitted}) == 4
     assert reply["usage"]["prompt_tokens"] == 2 + 4
@@ -297,3 +297,11 @@ def test_service_tier_is_reported_where_it_chose_the_class(start_server: Any) ->
     assert complete(server, service_tier="flex")["service_tier"] == "flex"
     assert "service_tier" not in complete(server, service_tier="auto")
     assert engine.submitted[0].slo.service_class == "batch"
+
+
+def test_long_whole_reply_equals_its_short_ones(server: RunningServer, engine: FakeEngine) -> None:
+    engine.script = Script(text="caf\u00e9 " * 100, finish="length")
+    long = complete(server, prompt="x", n=8, logprobs=1, max_tokens=10_000, return_token_ids=True)
+    short = complete(server, prompt="x", n=1, logprobs=1, max_tokens=10_000, return_token_ids=True)
+    assert long["usage"]["completion_tokens"] == 8 * short["usage"]["completion_tokens"] > 2_000
+    assert [{**choice, "index": 0} for choice in long["choices"]] == short["choices"] * 8

@@ -285,7 +285,7 @@ def test_metrics_document_has_the_table_of_the_code() -> None:
 @pytest.mark.parametrize(
     ("values", "param"),
     [
-        ({"max_body_mib": 0}, "max_body_mib"),
+        ({"max_body_mib": -1}, "max_body_mib"),
         ({"max_choices": 1.5}, "max_choices"),
         ({"keep_alive_s": "often"}, "keep_alive_s"),
         ({"shutdown_grace_s": -1}, "shutdown_grace_s"),

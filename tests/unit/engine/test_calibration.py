@@ -25,6 +25,10 @@ from flowprefill.scheduling.cost_model import attention_pairs
 
 RATES = MachineRates(1e11, 5e10, 1e10, 1e-3)
 OTHER = MachineRates(2e11, 5e10, 1e10, 1e-3)
+RATES_TEXT = (
+    '{"rates": {"gemm_flops_per_s": 1e11, "attention_flops_per_s": 5e10, '
+    '"weight_bytes_per_s": 1e10, "step_overhead_s": %s}}'
+)
 
 
 def test_rates_are_kept_by_their_key(tmp_path: Path) -> None:
@@ -40,8 +44,14 @@ def test_rates_are_kept_by_their_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"rates": {}}', '{"rates": {"gemm_flops_per_s": -1}}', '{"rates": 3}'],
-)
+    [
+        "", "{", "[]", "null", '{"rates": {}}', '{"rates": {"gemm_flops_per_s": -1}}',
+        '{"rates": 3}',
+        RATES_TEXT % '"fast"', RATES_TEXT % "1e999", RATES_TEXT % ("9" * 400), RATES_TEXT % "[]",
+        "[" * 100_000,
+    ],
+    ids=range(12),
+)  # fmt: skip
 def test_a_damaged_file_is_none_and_is_replaced(tmp_path: Path, content: str) -> None:
     file = RatesFile(tmp_path, {})
     file.write(RATES)

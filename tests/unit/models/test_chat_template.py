@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import signal
+import threading
+import time
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from flowprefill.errors import InvalidRequest
+from flowprefill.models import template_process
 from flowprefill.models.chat_template import ChatTemplate
 
 CHATML = """{% for message in messages %}
@@ -117,3 +123,131 @@ def test_sandbox_refuses_to_leave_the_template(text: str) -> None:
 def test_message_text_is_never_a_template() -> None:
     message = {"role": "user", "content": "{{ 1 + 1 }}"}
     assert ChatTemplate("{{ messages[0].content }}").render([message]) == "{{ 1 + 1 }}"
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def render_and_tick(text: str) -> tuple[str, int]:
+    """Render in this thread while another counts; returns the error and the count."""
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.005):
+            ticks += 1
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        with pytest.raises(InvalidRequest) as caught:
+            ChatTemplate(text).render([USER])
+    finally:
+        done.set()
+        ticker.join()
+    assert caught.value.param == "messages"
+    return caught.value.message, ticks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LOOPS,
+        "{% set n = 9 ** (9 ** 9) %}{{ n }}",  # worked out while it is compiled
+        "{% set n = messages | length + 8 %}{{ n ** (n ** n) }}",  # one operation in C
+    ],
+    ids=["loops", "constant", "power"],
+)
+def test_template_that_computes_too_long_is_stopped_and_holds_nobody(text: str) -> None:
+    message, ticks = render_and_tick(text)
+    assert "computed longer than 2 s" in message
+    assert ticks > 20
+    assert ChatTemplate(CHATML).render([USER]) == "<user>hi\n<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{{ messages[0].content * 10000000000 }}", "MemoryError"),
+        (
+            "{% for a in range(9999) %}{{ '%999d' % a }}{% endfor %}",
+            "writes more than 1048592 char",
+        ),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "template is broken: RecursionError"),
+        ("{% if a %}" * 150 + "{% endif %}" * 150, "template is broken: (Syntax|Indentation)Error"),
+        ("{{ messages[0].content.zfill(99999999999) }}", "MemoryError"),
+    ],
+    ids=["memory", "output", "recursion", "parentheses", "blocks", "fill"],
+)
+def test_limits_of_a_template_are_invalid_requests(text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as caught:
+        ChatTemplate(text).render([USER])
+    assert len(caught.value.message) < 500
+
+
+def test_variables_may_have_any_name() -> None:
+    template = ChatTemplate("{{ tools is none }}{{ messages[0].content }}{{ context }}")
+    assert template.render([USER], self=1, cls=2, context=3, text=4) == "Truehi3"
+
+
+def test_variables_are_what_json_can_carry() -> None:
+    template = ChatTemplate("{{ a.b }}{{ c | join }}{{ d is none }}{{ e }}")
+    values = {"a": MappingProxyType({"b": 1}), "c": (2, 3), "d": None, "e": 0.5}
+    assert template.render([USER], **values) == "123True0.5"
+    with pytest.raises(InvalidRequest, match="got object, expected text, numbers"):
+        template.render([USER], a=object())
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="not what JSON can carry"):
+        template.render([USER], a=deep)
+
+
+def test_process_that_died_while_idle_is_replaced() -> None:
+    template = ChatTemplate(CHATML)
+    template.render([USER])
+    for process in template_process.PROCESSES._idle:
+        os.kill(process._process.pid, signal.SIGKILL)
+        process._process.wait()
+    assert template.render([USER]).startswith("<user>")
+
+
+def test_forked_child_has_its_own_processes() -> None:
+    template = ChatTemplate(CHATML)
+    template.render([USER])
+    child = os.fork()
+    if child == 0:
+        try:
+            is_right = template.render([USER]) == "<user>hi\n<assistant>"
+            template_process.PROCESSES.close()
+        finally:
+            os._exit(0 if is_right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert template.render([USER]) == "<user>hi\n<assistant>"
+
+
+def test_many_threads_share_a_few_processes() -> None:
+    template, results = ChatTemplate(CHATML), []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            message = {"role": "user", "content": f"{number} " * 1000}
+            results.append(template.render([message]) == f"<user>{message['content']}\n<assistant>")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 80
+    assert len(template_process.PROCESSES._idle) <= template_process.MOST_PROCESSES
+
+
+def test_process_ends_with_its_last_connection() -> None:
+    process = template_process._Process()
+    process._socket.close()
+    deadline = time.monotonic() + 20
+    while process.is_alive:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

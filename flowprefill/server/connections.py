@@ -1,0 +1,236 @@
+"""Connections: how many there may be, and how long a client may say nothing or read nothing.
+
+app.py listens with connection_factory(); the middleware in errors.py tells when requests begin and
+end. aiohttp closes idle connections by itself (keepalive_timeout); this adds what it lacks: a cap,
+a time for the first request, a time for a client that does not read, and quiet bad requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.errors import InvalidRequest, NotReady
+from flowprefill.server.errors import error_body
+from flowprefill.server.options import ServerOptions
+
+logger = logging.getLogger(__name__)
+
+# File descriptors for everything that is no connection: files of the model, pipes, the executor.
+RESERVED_FILES = 256
+MOST_CONNECTIONS = 16_384
+MOST_FILES = 1 << 20
+# Once the server stops, nobody waits longer for a client that does not read.
+CLOSING_WRITE_S = 1.0
+# Errors of which there is one for each connection are logged once in this time.
+QUIET_S = 60.0
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+)
+
+
+def raise_file_limit() -> int:
+    """Raise the process's limit of open files as far as it may; returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
+
+
+def default_limit(files: int) -> int:
+    """Return how many connections fit below a limit of open files."""
+    return min(MOST_CONNECTIONS, max(files - RESERVED_FILES, files // 2))
+
+
+class ConnectionTable:
+    """All connections of one server, on its event loop."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = options.max_connections or default_limit(files)
+        self._open: set[Connection] = set()
+        # Those without a request in progress; who has been so the longest comes first.
+        self._idle: dict[web.RequestHandler, Connection] = {}
+        self._is_closing = False
+        self._last_logged: dict[str, float] = {}
+
+    @property
+    def first_request_s(self) -> float:
+        """Seconds from the connection to the end of its first request's headers."""
+        return self._options.header_timeout_s
+
+    @property
+    def write_s(self) -> float:
+        """Seconds for which a client may read nothing of what waits for it."""
+        most = self._options.write_timeout_s
+        return min(most, CLOSING_WRITE_S) if self._is_closing else most
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def opened(self, connection: Connection) -> None:
+        """Count a connection in; at the limit, the one idle the longest gives way to it."""
+        self._open.add(connection)
+        self._idle[connection] = connection
+        if len(self._open) > self._limit:
+            self.log_seldom("full", "%d connections: the idle ones give way", self._limit)
+            oldest = next(iter(self._idle.values()))
+            self.closed(oldest)  # asyncio says so only later, when more may have come
+            oldest.give_way()
+
+    def closed(self, connection: Connection) -> None:
+        """Count it out."""
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+
+    def begin_request(self, handler: web.RequestHandler) -> None:
+        """A connection is not idle any more."""
+        connection = self._idle.pop(handler, None)
+        if connection is not None:
+            connection.has_asked = True
+
+    def end_request(self, handler: web.RequestHandler) -> None:
+        """A connection is idle again."""
+        if isinstance(handler, Connection) and handler in self._open:
+            self._idle[handler] = handler
+
+    def close(self) -> None:
+        """Be impatient from now on: the server stops."""
+        self._is_closing = True
+        for connection in self._open:
+            connection.hurry()
+
+    def log_seldom(self, kind: str, message: str, *values: object) -> None:
+        """Log what happens to each of thousands of connections once a minute."""
+        now = time.monotonic()
+        if now - self._last_logged.get(kind, -QUIET_S) >= QUIET_S:
+            self._last_logged[kind] = now
+            logger.warning(message, *values)
+
+    def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handle what asyncio reports; it tries to accept, and fails, many times a second."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            self.log_seldom("files", "no new connections for now: %s", error)
+            return
+        loop.default_exception_handler(context)
+
+
+class Connection(web.RequestHandler):
+    """One connection: aiohttp's, with deadlines."""
+
+    def __init__(self, table: ConnectionTable, server: web.Server, **settings: Any) -> None:
+        super().__init__(server, **settings)
+        self._table = table
+        self._socket: asyncio.Transport | None = None  # `transport` is None once it closes
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._first_timer: asyncio.TimerHandle | None = None
+        self.has_asked = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        self._socket = transport
+        # pause_writing() then comes with the first byte that the client's socket does not take.
+        transport.set_write_buffer_limits(high=0)
+        loop = asyncio.get_running_loop()
+        self._first_timer = loop.call_later(self._table.first_request_s, self._end_if_silent)
+        self._table.opened(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """It is closed, by whichever side."""
+        for timer in (self._first_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self._table.closed(self)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Something waits for the client to read."""
+        super().pause_writing()
+        self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        """The client has read all of it."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def hurry(self) -> None:
+        """Shorten the time that the client has for reading."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._start_write_timer()
+
+    def give_way(self) -> None:
+        """Close, so that another connection may be kept."""
+        assert self._socket is not None
+        body = json.dumps(error_body(NotReady("the server has too many connections"))).encode()
+        if not self.has_asked:
+            self._socket.write(FULL % (len(body), body))
+        self.force_close()
+
+    def _start_write_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._write_timer = loop.call_later(self._table.write_s, self._abort)
+
+    def _end_if_silent(self) -> None:
+        if not self.has_asked:
+            self._abort()
+
+    def _abort(self) -> None:
+        # Not close(): that would wait until the client has read.
+        if self._socket is not None:
+            self._socket.abort()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP; aiohttp would log each with its traceback and answer in text."""
+        if status >= 500:
+            return super().handle_error(request, status, exc, message)
+        self._table.log_seldom("bad", "a request that is no HTTP: %.200s", message or exc)
+        said = " ".join((message or "bad request").split())[:200]
+        body = error_body(InvalidRequest(f"request: {said}", param="request"))
+        response = web.Response(
+            status=status, text=json.dumps(body), content_type="application/json"
+        )
+        response.force_close()
+        return response
+
+
+def connection_factory(
+    table: ConnectionTable, server: web.Server, options: ServerOptions
+) -> Callable[[], Connection]:
+    """Return what asyncio calls for each new connection."""
+    loop = asyncio.get_running_loop()
+
+    def make() -> Connection:
+        return Connection(
+            table,
+            server,
+            loop=loop,
+            access_log=None,
+            auto_decompress=False,  # compressed bodies are refused: see incoming.py
+            keepalive_timeout=options.idle_timeout_s,
+            lingering_time=2.0,  # for the rest of a body that was refused
+        )
+
+    return make

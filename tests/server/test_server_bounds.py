@@ -1,0 +1,285 @@
+"""What one request may cost: large, compressed, slow and crowded bodies are refused early."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, Script
+from running_server import RunningServer, StartServer
+
+from flowprefill.errors import InvalidRequest, NotReady, shortened
+from flowprefill.models.chat_template import ChatTemplate
+from flowprefill.server import json_text
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+CALM_S = 5.0  # a client on the same GIL and a busy machine included
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x-own", "gzip, identity"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+def test_compressed_body_is_a_415(server: RunningServer, path: str, coding: str) -> None:
+    body = gzip.compress(b" " * 100_000)
+    reply = server.post(path, body, {"Content-Encoding": coding})
+    assert (reply.status, reply.error["code"]) == (415, "unsupported_content_encoding")
+    assert reply.error["param"] == "content-encoding"
+    assert server.get("/health").status == 200
+
+
+def test_identity_is_no_compression(server: RunningServer) -> None:
+    body = json.dumps({"prompt": "Hi"}).encode()
+    assert server.post(COMPLETIONS, body, {"Content-Encoding": "Identity"}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", COMPLETIONS, "POST"),
+        ("PUT", "/tokenize", "POST"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+    ],
+)
+def test_405_says_what_is_allowed(
+    server: RunningServer, method: str, path: str, allowed: str
+) -> None:
+    reply = server.request(method, path)
+    assert (reply.status, reply.headers["Allow"]) == (405, allowed)
+    assert reply.error["code"] == "method_not_allowed"
+
+
+def test_body_limit_comes_from_the_models_length(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    engine.max_model_len = 200_000
+    server = start_server(engine)
+    limit = 200_000 * 32
+    body = json.dumps({"prompt": "Hi"}).encode()
+    assert server.post(COMPLETIONS, body.ljust(limit)).status == 200
+    reply = server.post(COMPLETIONS, body.ljust(limit + 1))
+    assert (reply.status, reply.error["code"]) == (413, "body_too_large")
+    engine.max_model_len = 512
+    assert server.post(COMPLETIONS, body.ljust(4 << 20)).status == 200
+    assert server.post(COMPLETIONS, body.ljust((4 << 20) + 1)).status == 413
+
+
+def test_prompt_too_long_by_its_size_is_not_tokenised(
+    server: RunningServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.max_model_len = 1000
+
+    def encode(*_: Any) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", encode)
+    for path, body in (
+        (COMPLETIONS, {"prompt": "x" * 1001, "n": 2}),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 1001}], "n": 2}),
+        ("/tokenize", {"prompt": "x" * 1001}),
+    ):
+        reply = server.post(path, body)
+        assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+
+
+def test_choices_of_one_prompt_are_tokenised_once(
+    server: RunningServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, texts = engine.tokenizer.encode, []
+
+    def counted(text: str, add_special_tokens: bool = True) -> list[int]:
+        texts.append(text)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(engine.tokenizer, "encode", counted)
+    assert server.post(COMPLETIONS, {"prompt": ["a", "b"], "n": 5}).status == 200
+    assert texts == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (COMPLETIONS, {"stop_token_ids": [1] * 60_000, "n": 16}, "stop_token_ids"),
+        (COMPLETIONS, {"stop": ["a"] * 40_000}, "stop"),
+        (COMPLETIONS, {"metadata": {str(i): "" for i in range(30_000)}}, "metadata"),
+        (COMPLETIONS, {"metadata": [[]] * 90_000}, "metadata"),
+        (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(30_000)}}, "logit_bias"),
+        (COMPLETIONS, {"prompt": ["a"] * 40_000, "n": 4}, "prompt"),
+        (COMPLETIONS, {"prompt": [[1]] * 40_000}, "prompt"),
+        (CHAT, {"messages": [{}] * 90_000}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 90_000}]}, "messages[0].content"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_list_too_long_is_refused_by_its_length(
+    server: RunningServer, engine: FakeEngine, path: str, fields: dict[str, Any], param: str
+) -> None:
+    base = {"prompt": "Hi"} if path == COMPLETIONS else {}
+    reply = server.post(path, {**base, **fields})
+    assert (reply.status, reply.error["param"]) == (400, param)
+    assert "expected" in reply.error["message"]
+    assert len(reply.error["message"]) < 300
+    assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"metadata": [' + b"[]," * 300_000 + b"[]]}", "objects, lists and texts"),
+        (b'{"metadata": [' + b"{}," * 300_000 + b"{}]}", "objects, lists and texts"),
+        (b'{"stop": [' + b'"ab",' * 200_000 + b'"ab"]}', "objects, lists and texts"),
+        (
+            b"{" + b",".join(b'"%d":1' % i for i in range(150_000)) + b"}",
+            "objects, lists and texts",
+        ),
+        (b'{"stop_token_ids": [' + b"1," * 400_000 + b"1]}", "numbers"),
+        (b'{"prompt": [' + b",".join([b"9" * 4000] * 700) + b"]}", "a number is too long"),
+    ],
+    ids=["lists", "objects", "texts", "keys", "numbers", "digits"],
+)
+def test_crowded_body_is_refused_and_nobody_waits_for_it(
+    server: RunningServer, engine: FakeEngine, raw: bytes, words: str
+) -> None:
+    engine.max_model_len = 4096
+    worst, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal worst
+        while not done.is_set():
+            start = time.monotonic()
+            assert server.get("/health").status == 200
+            worst = max(worst, time.monotonic() - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    reply = server.post(COMPLETIONS, raw)
+    done.set()
+    watcher.join()
+    assert (reply.status, reply.error["param"]) == (400, "body")
+    assert words in reply.error["message"]
+    assert worst < CALM_S
+
+
+def test_both_parsers_agree_on_good_bodies() -> None:
+    few = json.dumps({"a": [1, -2.5e3, True, None, "x\u20ac"], "b": {"c": {}}})
+    many = json.dumps([{"k": [i, "t"]} for i in range(json_text.FEW_PARTS)])
+    ids = json.dumps({"prompt": list(range(json_text.FEW_VALUES + 1_000))})
+    for text in (few, many, ids):
+        assert json_text.parse_json(text.encode(), text) == json.loads(text)
+
+
+def test_text_full_of_brackets_and_digits_is_one_text(server: RunningServer) -> None:
+    prompt = json.dumps([{"id": "1" * 50, "of": [[]]}] * 20_000)
+    assert server.post(COMPLETIONS, {"prompt": prompt}).status == 200
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [0] * 10**6,
+        lambda: dict.fromkeys(range(10**6), 0),
+        lambda: 10**5000,
+        lambda: "x" * 10**7,
+        lambda: [[["deep"] * 10**6] * 10**6],
+    ],
+    ids=["list", "object", "number", "text", "nested"],
+)
+def test_huge_value_is_shown_short_and_at_once(make: Callable[[], Any]) -> None:
+    value = make()
+    start = time.monotonic()
+    message = InvalidRequest.field("f", value, "less").message
+    assert len(message) < 150
+    assert time.monotonic() - start < 0.1
+
+
+@pytest.mark.parametrize("value", [5, -1.5, "half \ud800", [1, "a"], {"b": None, "a": [1]}, None])
+def test_small_value_is_shown_whole(value: Any) -> None:
+    assert shortened(value) == repr(value)
+
+
+def test_slow_body_is_a_408(start_server: StartServer, engine: FakeEngine) -> None:
+    server = start_server(engine, body_timeout_s=0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head)
+        reply = connection.recv(4096)
+    assert reply.startswith(b"HTTP/1.1 408")
+    assert b'"code": "body_timeout"' in reply
+
+
+def test_failed_engine_says_so(server: RunningServer, engine: FakeEngine) -> None:
+    engine.has_failed = True
+    engine.submit_error = NotReady("the engine has failed: KeyError('secret')")
+    for path in ("/health", "/ready", "/health/ready"):
+        reply = server.get(path)
+        assert (reply.status, reply.json()["status"]) == (503, "failed")
+    reply = server.post(COMPLETIONS, {"prompt": "x"}, {"x-request-id": "mine-18"})
+    assert (reply.status, reply.error["code"]) == (503, "not_ready")
+    assert "mine-18" in reply.error["message"]
+    assert "secret" not in reply.error["message"]
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it: no Exception."""
+
+
+@pytest.mark.parametrize("prompt", ["short", "long " * 5000], ids=["loop", "thread"])
+def test_panic_of_a_library_is_an_answered_500(
+    server: RunningServer, engine: FakeEngine, prompt: str
+) -> None:
+    engine.submit_error = PanicException("index out of bounds")  # type: ignore[assignment]
+    reply = server.post(COMPLETIONS, {"prompt": prompt})
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
+    engine.submit_error, engine.script = None, Script()
+    assert server.post(COMPLETIONS, {"prompt": prompt}).status == 200
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"self": 1}, {"cls": [], "args": {}}, {"deep": [[[[]]]]}, {"n": 10**300}, {"name": "\ud800"}],
+)
+def test_template_variables_of_any_name_and_value_are_no_500(
+    server: RunningServer, kwargs: dict[str, Any]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": kwargs}
+    assert server.post(CHAT, body).status == 200
+
+
+@pytest.mark.parametrize(
+    "field", ["temperature", "seed", "max_tokens", "n", "priority", "logprobs"]
+)
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_number_of_hundreds_of_digits_is_a_400(
+    server: RunningServer, field: str, digits: int
+) -> None:
+    raw = b'{"prompt": "a", "%s": %s}' % (field.encode(), b"9" * digits)
+    reply = server.post(COMPLETIONS, raw)
+    assert (reply.status, reply.error["param"]) == (400, field if digits <= 400 else "body")
+
+
+def test_chat_template_without_end_holds_nobody_up(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    engine.render_chat = ChatTemplate(loops).render  # type: ignore[method-assign]
+    replies: list[Any] = []
+
+    def chat() -> None:
+        replies.append(server.post(CHAT, {"messages": [{"role": "user", "content": "Hi"}]}))
+
+    client = threading.Thread(target=chat)
+    client.start()
+    answered = 0
+    while client.is_alive():
+        assert server.get("/health").status == 200
+        answered += 1
+    client.join()
+    assert (replies[0].status, replies[0].error["param"]) == (400, "messages")
+    assert "computed longer than" in replies[0].error["message"]
+    assert answered > 50

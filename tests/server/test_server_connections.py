@@ -1,0 +1,231 @@
+"""Connections that say nothing, read nothing or are too many: others do not notice them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import resource
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+from fake_engine import WAIT_S, FakeEngine, Script
+from running_server import RunningServer, StartServer
+
+from flowprefill.server.connections import ConnectionTable, default_limit, raise_file_limit
+from flowprefill.server.options import ServerOptions
+
+COMPLETIONS = "/v1/completions"
+GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LONG_TEXT = "a long answer " * 3_000
+
+
+def connect(server: RunningServer, sent: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
+    connection.sendall(sent)
+    return connection
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """Read until the server closes; a reset counts."""
+    seen = b""
+    try:
+        while part := connection.recv(65_536):
+            seen += part
+    except ConnectionResetError:
+        pass
+    return seen
+
+
+def never_reading(server: RunningServer) -> socket.socket:
+    """Ask for a long stream with a small receive buffer and do not read it."""
+    body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 10**6}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(WAIT_S)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(head + body)
+    return connection
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", GET_HEALTH[:-2]])
+def test_connection_without_a_whole_request_is_closed(
+    start_server: StartServer, engine: FakeEngine, sent: bytes
+) -> None:
+    server = start_server(engine, header_timeout_s=0.2)
+    with connect(server, sent) as connection:
+        assert read_to_end(connection) == b""
+    assert server.get("/health").status == 200
+
+
+def test_idle_connection_is_closed_and_a_waiting_one_is_not(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, header_timeout_s=0.2, idle_timeout_s=0.3)
+    engine.script = Script(gate=threading.Event())
+    body = {"prompt": "x", "stream": True}
+    with server.raw_socket(COMPLETIONS, body) as waiting, connect(server, GET_HEALTH) as idle:
+        assert read_to_end(idle).endswith(b'{"status": "ok"}')
+        time.sleep(0.5)
+        assert engine.script.gate is not None
+        engine.script.gate.set()
+        seen = b""
+        while b"[DONE]" not in seen:
+            seen += waiting.recv(65_536)
+
+
+def test_client_that_never_reads_is_dropped_and_its_request_cancelled(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, write_timeout_s=0.3)
+    engine.script = Script(text=LONG_TEXT, gates={len(LONG_TEXT) - 1: threading.Event()})
+    stalled = [never_reading(server) for _ in range(3)]
+    assert [record.finish_reason for record in engine.wait_ended(3)] == ["cancelled"] * 3
+    wait_until(lambda: server.server.context.generating == 0)
+    wait_until(lambda: len(server.server.context.connections) == 0)
+    engine.script = Script()
+    assert server.post(COMPLETIONS, {"prompt": "x"}).status == 200
+    for connection in stalled:
+        connection.close()
+
+
+def test_whole_reply_that_is_never_read_is_dropped_too(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, write_timeout_s=0.3, header_timeout_s=WAIT_S)
+    with never_reading(server) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(GET_HEALTH * 200_000)  # unread answers pile up
+        wait_until(lambda: len(server.server.context.connections) == 0)
+
+
+def test_client_that_reads_slowly_is_kept(start_server: StartServer, engine: FakeEngine) -> None:
+    server = start_server(engine, write_timeout_s=2.0)
+    engine.script = Script(text=LONG_TEXT[:2000])
+    with never_reading(server) as connection:
+        seen = b""
+        while b"[DONE]" not in seen:
+            part = connection.recv(8192)
+            assert part
+            seen += part
+            time.sleep(0.002)
+    assert seen.count(b"data: ") == 2000 + 2  # the end of text, and the mark
+
+
+def test_idle_connections_give_way_to_new_ones(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, max_connections=10)
+    engine.script = Script(text="ab", gates={1: threading.Event()})
+    with server.raw_socket(COMPLETIONS, {"prompt": "x", "stream": True}) as running:
+        engine.wait_submitted(1)
+        idle = [connect(server, sent) for sent in (b"", b"GET /", GET_HEALTH) * 20]
+        for _ in range(5):
+            assert server.get("/health").status == 200
+        assert len(server.server.context.connections) <= 10
+        assert b"too many connections" in read_to_end(idle[0])
+        engine.script.gates[1].set()
+        seen = b""
+        while b"[DONE]" not in seen:
+            seen += running.recv(65_536)
+    for connection in idle:
+        connection.close()
+
+
+def test_new_connection_is_refused_if_all_others_are_at_work(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, max_connections=3)
+    engine.script = Script(gate=threading.Event())
+    busy = [server.raw_socket(COMPLETIONS, {"prompt": "x"}) for _ in range(3)]
+    engine.wait_submitted(3)
+    with connect(server) as connection:
+        reply = read_to_end(connection)
+    assert reply.startswith(b"HTTP/1.1 503")
+    error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    assert (error["code"], error["type"]) == ("not_ready", "server_error")
+    for connection in busy:
+        connection.close()
+    engine.wait_ended(3)
+
+
+def test_stalled_streams_and_half_bodies_do_not_hold_up_the_shutdown(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine)
+    engine.script = Script(text=LONG_TEXT)
+    stalled = [never_reading(server) for _ in range(3)]
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    half = connect(server, head)
+    wait_until(lambda: sum(c.writing_paused for c in server.server.context.connections._open) == 3)
+    start = time.monotonic()
+    server.stop(grace_s=15.0)
+    assert time.monotonic() - start < 12.0
+    for connection in (*stalled, half):
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nbad header\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nContent-Length: many\r\n\r\n",
+        b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n",
+    ],
+    ids=["tls", "version", "header", "length", "line"],
+)
+def test_what_is_no_http_gets_an_error_object(server: RunningServer, sent: bytes) -> None:
+    with connect(server, sent) as connection:
+        reply = read_to_end(connection)
+    assert reply.startswith(b"HTTP/1.0 400")
+    error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    assert (error["param"], error["code"]) == ("request", "invalid_value")
+
+
+def test_thousands_of_errors_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    table = ConnectionTable(ServerOptions())
+    loop = asyncio.new_event_loop()
+    full = OSError(errno.EMFILE, "Too many open files")
+    for _ in range(5000):
+        table.on_loop_error(loop, {"message": "socket.accept()", "exception": full})
+    loop.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "no new connections for now: [Errno 24] Too many open files"
+    ]
+
+
+def test_bad_requests_are_logged_once(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(50):
+        with connect(server, b"nonsense\r\n\r\n") as connection:
+            read_to_end(connection)
+    assert len(caplog.records) == 1
+
+
+def test_file_limit_is_raised_and_leaves_room() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower = min(512, soft)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))
+        limit = raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limit >= soft
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [default_limit(n) for n in (100, 1024, 10**6)] == [50, 768, 16_384]
