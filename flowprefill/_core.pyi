@@ -43,6 +43,8 @@ class Executor:
     def stats(self) -> dict[str, Any]: ...
     @property
     def event_fd(self) -> int: ...
+    @property
+    def num_regions(self) -> int: ...  # loops that its threads have shared out
 
 class Model:
     """A model's packed weights and its KV cache."""

@@ -24,8 +24,8 @@ class PausingProgram final : public Program {
   SegmentLabel label(size_t i) const override { return program_->label(i); }
   size_t live_bytes(size_t cursor) const override { return program_->live_bytes(cursor); }
 
-  void execute(size_t i) override {
-    program_->execute(i);
+  void execute(size_t i, const ExecutionContext& context) override {
+    program_->execute(i, context);
     if (boundaries_.contains(i + 1))
       run_->request_suspend();
   }

@@ -162,7 +162,10 @@ SegmentLabel TransformerProgram<T>::label(size_t i) const {
 }
 
 template <typename T>
-void TransformerProgram<T>::execute(size_t i) {
+void TransformerProgram<T>::execute(size_t i, const ExecutionContext& context) {
+  if (context.team == nullptr)
+    throw std::logic_error("a program of the CPU on a device without a team");
+  team_ = context.team;
   for (size_t s = plan_.segments[i]; s < segment_end(i); ++s) {
     const Step& step = plan_.steps[s];
     if (static_cast<int64_t>(i) == fail_at_) {
@@ -200,7 +203,7 @@ void TransformerProgram<T>::execute_chain(const Step& step, Op first, Op last) {
     }
     return;
   }
-  team_for(threads_, (rows + kRowChunk - 1) / kRowChunk, [&](int64_t chunk) {
+  team_->for_each((rows + kRowChunk - 1) / kRowChunk, [&](int64_t chunk) {
     const int32_t begin = step.row_begin + static_cast<int32_t>(chunk) * kRowChunk;
     const Rows mine{begin, std::min(begin + kRowChunk, step.row_end)};
     for (auto op = static_cast<uint8_t>(first); op <= static_cast<uint8_t>(last); ++op) {
@@ -213,21 +216,22 @@ void TransformerProgram<T>::execute_chain(const Step& step, Op first, Op last) {
 template <typename T>
 void TransformerProgram<T>::execute_shared(const Step& step, Op op) {
   if (op == Op::kHead) {
-    team_for(threads_, step.row_end - step.row_begin,
-             [&](int64_t block) { head(step.row_begin + block, step.row_begin + block + 1); });
+    team_->for_each(step.row_end - step.row_begin, [&](int64_t block) {
+      head(step.row_begin + block, step.row_begin + block + 1);
+    });
     return;
   }
   const Rows rows{step.row_begin, step.row_end};
   if (is_row_op(op)) {
     const int32_t items = (rows.end - rows.begin + kRowOpChunk - 1) / kRowOpChunk;
-    team_for(threads_, items, [&](int64_t item) {
+    team_->for_each(items, [&](int64_t item) {
       const int32_t begin = rows.begin + static_cast<int32_t>(item) * kRowOpChunk;
       execute_op(step, op, {begin, std::min(begin + kRowOpChunk, rows.end)}, 0, 0);
     });
     return;
   }
-  team_for(threads_, column_blocks(op, step.layer),
-           [&](int64_t block) { execute_op(step, op, rows, block, block + 1); });
+  team_->for_each(column_blocks(op, step.layer),
+                  [&](int64_t block) { execute_op(step, op, rows, block, block + 1); });
 }
 
 template <typename T>
@@ -451,8 +455,8 @@ void TransformerProgram<T>::attention(const Step& step) {
                               .window = c_.windows[static_cast<size_t>(step.layer)],
                               .q = q_.as<T>(),
                               .out = context_.as<T>()};
-  team_for(threads_, static_cast<int64_t>(items.size()),
-           [&](int64_t i) { attend(args, items[static_cast<size_t>(i)]); });
+  team_->for_each(static_cast<int64_t>(items.size()),
+                  [&](int64_t i) { attend(args, items[static_cast<size_t>(i)]); });
 }
 
 template <typename T>

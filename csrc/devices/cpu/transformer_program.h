@@ -43,7 +43,7 @@ class TransformerProgram final : public LogitsProgram {
 
   size_t size() const override { return plan_.segments.size(); }
   SegmentLabel label(size_t i) const override;
-  void execute(size_t i) override;
+  void execute(size_t i, const ExecutionContext& context) override;
   size_t live_bytes(size_t cursor) const override;
 
   const float* logits() const override { return logits_.as<float>(); }
@@ -98,6 +98,7 @@ class TransformerProgram final : public LogitsProgram {
   const Plan plan_;
   const int32_t threads_;
   const int64_t fail_at_;
+  Team* team_ = nullptr;  // while a segment executes
   std::vector<int32_t> sequence_of_row_;
 
   // The workspace. The residual stream stays in float: rounding it to bf16 at every layer costs

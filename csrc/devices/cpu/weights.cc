@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "devices/cpu/team.h"
-
 namespace flowprefill {
 namespace {
 
@@ -38,7 +36,7 @@ std::vector<std::string> layer_names(const ModelConfig& c) {
 
 template <typename T>
 Weights<T>::Weights(ModelConfig config, int threads)
-    : config_(std::move(config)), threads_(threads) {
+    : config_(std::move(config)), team_(std::make_unique<Team>(threads)) {
   check(config_);
   const ModelConfig& c = config_;
   embed_ =
@@ -73,12 +71,14 @@ int64_t Weights<T>::gate_up_column(int64_t index, bool is_up) const {
 template <typename T>
 void Weights<T>::load(const std::string& name, const float* values, int64_t rows, int64_t columns) {
   const ModelConfig& c = config_;
+  if (team_ == nullptr)
+    throw std::logic_error("tensor " + name + ": loaded after finish()");
   if (name == "embed") {
     expect(name, rows, columns, c.vocab_size, c.hidden_size);
     load_embedding(values);
   } else if (name == "lm_head") {
     expect(name, rows, columns, c.vocab_size, c.hidden_size);
-    head_.pack(values, rows, threads_, [](int64_t row) { return row; });
+    head_.pack(values, rows, *team_, [](int64_t row) { return row; });
   } else if (name == "final_norm") {
     expect(name, rows, columns, c.hidden_size, 1);
     final_norm_.assign(values, values + rows);
@@ -96,11 +96,11 @@ void Weights<T>::load(const std::string& name, const float* values, int64_t rows
 template <typename T>
 void Weights<T>::load_embedding(const float* values) {
   const int32_t width = config_.hidden_size;
-  team_for(threads_, config_.vocab_size, [&](int64_t row) {
+  team_->for_each(config_.vocab_size, [&](int64_t row) {
     row_kernels<T>().narrow(values + row * width, width, embed_.as<T>() + row * width);
   });
   if (config_.tie_embeddings) {
-    head_.pack(values, config_.vocab_size, threads_, [](int64_t row) { return row; });
+    head_.pack(values, config_.vocab_size, *team_, [](int64_t row) { return row; });
   }
 }
 
@@ -150,7 +150,7 @@ void Weights<T>::load_layer(LayerWeights<T>& layer, const std::string& name, con
   const Place& place = found->second;
   if (place.matrix != nullptr) {
     expect(name, rows, columns, place.rows, place.matrix->depth());
-    place.matrix->pack(values, rows, threads_, place.order);
+    place.matrix->pack(values, rows, *team_, place.order);
     return;
   }
   expect(name, rows, columns, place.rows, 1);
@@ -176,6 +176,7 @@ void Weights<T>::finish() {
       require("layers." + std::to_string(i) + "." + part);
     }
   }
+  team_.reset();
 }
 
 template <typename T>

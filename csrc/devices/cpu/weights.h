@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "devices/cpu/packed_linear.h"
+#include "devices/cpu/team.h"
 #include "graph/model_config.h"
 
 namespace flowprefill {
@@ -28,6 +30,7 @@ struct LayerWeights {
 template <typename T>  // T: float or Bf16
 class Weights {
  public:
+  // threads: that load together, until finish().
   Weights(ModelConfig config, int threads);
 
   // Takes one tensor by its canonical name ("layers.3.q", "embed", ...): float, row-major, rows *
@@ -63,7 +66,7 @@ class Weights {
   int64_t gate_up_column(int64_t index, bool is_up) const;
 
   ModelConfig config_;
-  int threads_;
+  std::unique_ptr<Team> team_;  // until finish()
   Buffer embed_;
   std::vector<LayerWeights<T>> layers_;
   std::vector<float> final_norm_;
