@@ -174,11 +174,10 @@ lint: lint-packages build tidy  ## format, style, types, spelling and clang-tidy
 	codespell $$(git ls-files)
 	! git grep -nwiE -f <(cut -d: -f1 tests/not_plain.txt) -- $(PROSE)
 
-# omp.h is gcc's; clang brings the other compiler headers itself.
 .PHONY: tidy
 tidy: lint-packages build $(TOOLS)
 	printf '%s\n' $(TIDY_FILES) | xargs -P "$$(nproc)" -n 1 clang-tidy --quiet -p build/cmake \
-	  --extra-arg=-idirafter"$$(g++ -print-file-name=include)" 2> >(grep -vE ' warnings? (generated|and)' >&2)
+	  2> >(grep -vE ' warnings? (generated|and)' >&2)
 
 .PHONY: format
 format: $(TOOLS) | lint-packages  ## rewrite the sources in the common format

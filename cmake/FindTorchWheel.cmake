@@ -1,12 +1,10 @@
 # Locates torch as pip installed it and makes imported targets for it. Included by the top CMakeLists.txt.
 #
 # torch's own TorchConfig.cmake is not used: it looks for the whole CUDA toolkit whenever the wheel was built with
-# CUDA, even for code that only needs the CPU half. Three libraries and two folders of headers are all we need.
+# CUDA, even for code that only needs the CPU half. Two libraries and two folders of headers are all we need.
 #
 #   torch::cpu      libtorch_cpu, libc10 and the headers; among them the pybind11 that the wheel was built with
 #   torch::pybind11 the headers of pybind11 alone; links nothing
-#   torch::openmp   -fopenmp for compiling, and for linking *the wheel's own* OpenMP runtime. Linking the system's
-#                   would put two runtimes and two thread pools into the process, fighting for the same cores.
 #
 # Needs Python_EXECUTABLE. Sets TorchWheel_VERSION, TorchWheel_CUDA (CUDA's version, empty: none),
 # TorchWheel_LIBRARY_DIR and TorchWheel_RPATH, the run path by which a module finds these libraries: in this
@@ -64,26 +62,8 @@ if(TorchWheel_FOUND AND NOT TARGET torch::cpu)
   add_library(torch::pybind11 INTERFACE IMPORTED GLOBAL)
   target_include_directories(torch::pybind11 INTERFACE "${PROJECT_BINARY_DIR}/pybind11-headers")
 
-  # Wheels have carried it in torch/lib, or, after auditwheel, as torch.libs/libgomp-<hash>.so.1.
-  file(GLOB _torch_gomp "${TorchWheel_LIBRARY_DIR}/libgomp*.so*" "${_torch_dir}/../torch.libs/libgomp*.so*")
-  if(_torch_gomp)
-    list(GET _torch_gomp 0 _torch_gomp)
-  else()
-    message(WARNING "torch ${TorchWheel_VERSION} brings no libgomp: linking the system's")
-    execute_process(
-      COMMAND "${CMAKE_CXX_COMPILER}" -print-file-name=libgomp.so.1
-      OUTPUT_VARIABLE _torch_gomp
-      OUTPUT_STRIP_TRAILING_WHITESPACE)
-  endif()
-  message(STATUS "OpenMP runtime: ${_torch_gomp}")
-  # Not -fopenmp at link time: the compiler driver would add its own -lgomp.
-  add_library(torch::openmp SHARED IMPORTED GLOBAL)
-  set_target_properties(torch::openmp PROPERTIES IMPORTED_LOCATION "${_torch_gomp}")
-  target_compile_options(torch::openmp INTERFACE -fopenmp)
-  cmake_path(GET _torch_gomp PARENT_PATH _torch_gomp_dir)
-  set(TorchWheel_RPATH "${TorchWheel_LIBRARY_DIR}" "${_torch_gomp_dir}")
-  list(REMOVE_DUPLICATES TorchWheel_RPATH)
+  set(TorchWheel_RPATH "${TorchWheel_LIBRARY_DIR}")
   if(NOT FP_IN_PLACE)
-    set(TorchWheel_RPATH "$ORIGIN/../torch/lib" "$ORIGIN/../torch.libs")
+    set(TorchWheel_RPATH "$ORIGIN/../torch/lib")
   endif()
 endif()

@@ -189,6 +189,8 @@ class Executor:
     def stats(self) -> ExecutorStats: ...
     @property
     def event_fd(self) -> int: ...
+    @property
+    def num_regions(self) -> int: ...  # loops that its threads have shared out
 
 class Model:
     """A model's packed weights and its KV cache."""

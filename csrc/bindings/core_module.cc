@@ -12,13 +12,19 @@ std::unique_ptr<Executor> make_executor(int threads, bool background) {
       std::make_unique<CpuDevice>(CpuDeviceOptions{threads, background}));
 }
 
+// Every executor of this module has a CpuDevice.
+uint64_t num_regions(const Executor& executor) {
+  return static_cast<const CpuDevice&>(executor.device()).num_regions();
+}
+
 }  // namespace
 }  // namespace flowprefill
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "FlowPrefill's native executor, models and operators.";
-  flowprefill::bind_runtime(m).def(py::init(&flowprefill::make_executor), py::arg("threads"),
-                                   py::arg("background") = false);
+  flowprefill::bind_runtime(m)
+      .def(py::init(&flowprefill::make_executor), py::arg("threads"), py::arg("background") = false)
+      .def_property_readonly("num_regions", &flowprefill::num_regions);
   flowprefill::bind_run_arguments(m);
   flowprefill::bind_cpu_model(m);
 }

@@ -26,8 +26,8 @@ class PausingProgram final : public Program {
 
   void give_back_dead(size_t cursor) override { program_->give_back_dead(cursor); }
 
-  void execute(size_t i) override {
-    program_->execute(i);
+  void execute(size_t i, const ExecutionContext& context) override {
+    program_->execute(i, context);
     if (boundaries_.contains(i + 1))
       run_->request_suspend();
   }

@@ -18,7 +18,7 @@ class SpinProgram final : public Program {
       : segments_(segments), segment_s_(segment_s), fail_at_(fail_at) {}
   size_t size() const override { return segments_; }
   SegmentLabel label(size_t) const override { return {.op = "spin", .predicted_s = segment_s_}; }
-  void execute(size_t i) override {
+  void execute(size_t i, const ExecutionContext&) override {
     if (static_cast<int64_t>(i) == fail_at_)
       throw std::runtime_error("injected failure in spin");
     const int64_t end = now_ns() + static_cast<int64_t>(segment_s_ * 1e9);

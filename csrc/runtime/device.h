@@ -16,7 +16,7 @@ struct SegmentTime {
 };
 
 // The base class is the synchronous device: a segment is done when launch() returns.
-// csrc/devices/cpu derives from it to set up the compute team in attach().
+// csrc/devices/cpu derives from it to lend its team to the segments.
 //
 // A device with run-ahead returns from launch() early, bounds the segments in flight in throttle(),
 // and waits for them in drain(). The executor drains before a run leaves the device in any way
@@ -34,7 +34,7 @@ class Device {
   virtual void detach() noexcept {}
 
   // Starts segment i of the program. May throw.
-  virtual void launch(Program& program, size_t i) { program.execute(i); }
+  virtual void launch(Program& program, size_t i) { program.execute(i, {}); }
 
   // Returns when at most the device's run-ahead many segments are in flight. May throw an error of
   // an earlier launch.

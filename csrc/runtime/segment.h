@@ -7,6 +7,13 @@
 
 namespace flowprefill {
 
+class Team;  // csrc/devices/cpu/team.h
+
+// What the device lends to a segment for as long as that executes.
+struct ExecutionContext {
+  Team* team = nullptr;  // the CPU device's threads; no other device has any
+};
+
 // What one segment covers, for the timeline, error messages and predictions.
 struct SegmentLabel {
   const char* op = "";  // first operator's name; static lifetime, the timeline keeps the pointer
@@ -35,7 +42,7 @@ class Program {
   // Does segment i (CPU), or launches it (CUDA). The executor calls i = 0, 1, 2, ... each exactly
   // once, with other runs' segments in between at any place. Throws on failure: the run ends as
   // failed and nothing of it is called again but the destructor.
-  virtual void execute(size_t i) = 0;
+  virtual void execute(size_t i, const ExecutionContext& context) = 0;
 
   // Bytes of activations that must outlive boundary `cursor` (before segment `cursor`) if the
   // run is suspended there. 0: nothing, or not known.

@@ -20,7 +20,7 @@ class SpinProgram : public Program {
   SpinProgram(size_t size, int64_t busy_ns) : size_(size), busy_ns_(busy_ns) {}
   size_t size() const override { return size_; }
   SegmentLabel label(size_t) const override { return {.op = "spin"}; }
-  void execute(size_t) override {
+  void execute(size_t, const ExecutionContext&) override {
     if (busy_ns_ == 0) {
       return;
     }

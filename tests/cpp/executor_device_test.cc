@@ -57,7 +57,7 @@ class RunAheadDevice : public Device {
     const auto [program, i] = in_flight_.front();
     in_flight_.pop_front();
     counts_.num_in_flight = in_flight_.size();
-    program->execute(i);
+    program->execute(i, {});
   }
 
   const size_t depth_;
@@ -211,7 +211,7 @@ TEST_F(RunAheadTest, cancel_accepted_while_suspending_ends_the_run) {
 class MeasuringDevice : public Device {
  public:
   void launch(Program& program, size_t i) override {
-    program.execute(i);
+    program.execute(i, {});
     num_done_ = num_launched_++;
   }
   void drain() override { num_done_ = num_launched_; }

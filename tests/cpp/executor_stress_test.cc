@@ -44,7 +44,7 @@ class CheckedProgram : public Program {
   SegmentLabel label(size_t i) const override {
     return {.op = "op", .layer = static_cast<int32_t>(i), .predicted_s = 1e-6};
   }
-  void execute(size_t i) override {
+  void execute(size_t i, const ExecutionContext&) override {
     const uint64_t started = ++witness_.num_starts;
     if (i == 0) {
       first_start_ = started;

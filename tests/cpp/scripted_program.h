@@ -39,7 +39,7 @@ class ScriptedProgram : public Program {
             .row_end = row + 16,
             .predicted_s = 0.5};
   }
-  void execute(size_t i) override {
+  void execute(size_t i, const ExecutionContext&) override {
     if (script_) {
       script_(i);
     }

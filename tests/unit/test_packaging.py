@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
@@ -77,6 +78,17 @@ def test_process_has_one_openmp_runtime(order: str) -> None:
     code = f"import {order}; print(open('/proc/self/maps').read())"
     runtimes = set(re.findall(r"\S*lib[gi]?omp\d?[-.\w]*\.so\S*", run_python(code)))
     assert len(runtimes) == 1, runtimes
+
+
+def test_native_module_needs_no_openmp_runtime() -> None:
+    # Our threads are our own; a runtime that we called would count torch's threads with them.
+    module = importlib.util.find_spec("flowprefill._core")
+    assert module is not None
+    assert module.origin is not None
+    command = ["readelf", "--wide", "--dynamic", "--dyn-syms", module.origin]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu.so" in listing
+    assert re.findall(r"\S*lib[gi]?omp\d?[-.\w]*\.so|GOMP_\w+|\bomp_\w+", listing) == []
 
 
 def test_torch_version_is_the_same_everywhere() -> None:

@@ -1,8 +1,5 @@
 #include "devices/cpu/cpu_device.h"
 
-#include <omp.h>
-#include <sched.h>
-
 #include <stdexcept>
 #include <string>
 
@@ -16,14 +13,18 @@ CpuDevice::CpuDevice(CpuDeviceOptions options) : options_(options) {
 }
 
 void CpuDevice::attach() {
-  omp_set_num_threads(options_.threads);
-#pragma omp parallel num_threads(options_.threads)
-  {
-    if (options_.is_background) {
-      const sched_param parameters{};
-      sched_setscheduler(0, SCHED_IDLE, &parameters);  // refused at worst: then as without
-    }
-  }
+  team_ = std::make_unique<Team>(options_.threads, options_.is_background);
+  if (options_.is_background)
+    enter_background();
+}
+
+void CpuDevice::detach() noexcept {
+  team_.reset();
+}
+
+void CpuDevice::launch(Program& program, size_t i) {
+  program.execute(i, {.team = team_.get()});
+  num_regions_.store(team_->num_regions(), std::memory_order_relaxed);
 }
 
 }  // namespace flowprefill

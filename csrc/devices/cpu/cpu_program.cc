@@ -118,7 +118,10 @@ const float* CpuProgram<T>::logits() const {
 // -----------------------------------------------------------------------------------------------
 
 template <typename T>
-void CpuProgram<T>::execute(size_t i) {
+void CpuProgram<T>::execute(size_t i, const ExecutionContext& context) {
+  if (context.team == nullptr)
+    throw std::logic_error("a program of the CPU on a device without a team");
+  team_ = context.team;
   if (is_missing_some_) [[unlikely]]
     take_missing();
   for (const Step& step : compiled_.steps(i)) {
@@ -160,7 +163,7 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
       execute_shared(step, graph.op(i));
     return;
   }
-  team_for(threads_, (step.rows() + kRowChunk - 1) / kRowChunk, [&](int64_t chunk) {
+  team_->for_each((step.rows() + kRowChunk - 1) / kRowChunk, [&](int64_t chunk) {
     const int32_t begin = step.row_begin + static_cast<int32_t>(chunk) * kRowChunk;
     const RowRange mine{begin, std::min(begin + kRowChunk, step.row_end)};
     for (int32_t i = first; i <= last; ++i)
@@ -172,14 +175,14 @@ template <typename T>
 void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
   if (is_light(op)) {
     const int32_t items = (step.rows() + kRowOpChunk - 1) / kRowOpChunk;
-    team_for(threads_, items, [&](int64_t item) {
+    team_->for_each(items, [&](int64_t item) {
       const int32_t begin = step.row_begin + static_cast<int32_t>(item) * kRowOpChunk;
       operators_.execute(op, step, {begin, std::min(begin + kRowOpChunk, step.row_end)}, 0, 0);
     });
     return;
   }
   const int32_t end = step.is_whole() ? compiled_.graph().parts(op) : step.part_end;
-  team_for(threads_, end - step.part_begin, [&](int64_t part) {
+  team_->for_each(end - step.part_begin, [&](int64_t part) {
     const int64_t block = step.part_begin + part;
     operators_.execute(op, step, {step.row_begin, step.row_end}, block, block + 1);
   });
@@ -189,8 +192,8 @@ template <typename T>
 void CpuProgram<T>::execute_attention(const Step& step, const Operator& op) {
   const std::vector<AttentionItem> items = operators_.attention_items(op, step, threads_);
   const AttentionArgs<T> args = operators_.attention_args(op);
-  team_for(threads_, static_cast<int64_t>(items.size()),
-           [&](int64_t i) { attend(args, items[static_cast<size_t>(i)]); });
+  team_->for_each(static_cast<int64_t>(items.size()),
+                  [&](int64_t i) { attend(args, items[static_cast<size_t>(i)]); });
 }
 
 template class CpuProgram<float>;

@@ -30,7 +30,7 @@ class CpuProgram final : public ModelProgram {
 
   size_t size() const override { return compiled_.size(); }
   SegmentLabel label(size_t i) const override { return compiled_.label(i); }
-  void execute(size_t i) override;
+  void execute(size_t i, const ExecutionContext& context) override;
   size_t live_bytes(size_t cursor) const override;
   void give_back_dead(size_t cursor) override;
 
@@ -56,6 +56,7 @@ class CpuProgram final : public ModelProgram {
   const Batch batch_;
   const int threads_;
   const int64_t fail_at_;
+  Team* team_ = nullptr;  // while a segment executes
   CpuActivations<T> activations_;
   CpuOperators<T> operators_;
   bool is_missing_some_ =

@@ -2,8 +2,7 @@
 
 #include <algorithm>
 #include <functional>
-
-#include "devices/cpu/team.h"
+#include <stdexcept>
 
 namespace flowprefill {
 namespace {
@@ -28,7 +27,7 @@ std::function<int64_t(int64_t)> places(const Weight& weight, int32_t part) {
 
 template <typename T>
 CpuWeights<T>::CpuWeights(std::shared_ptr<const ModelGraph> graph, int threads)
-    : graph_(std::move(graph)), threads_(threads) {
+    : graph_(std::move(graph)), team_(std::make_unique<Team>(threads)) {
   for (const Weight& weight : graph_->weights.weights()) {
     switch (weight.kind) {
       case WeightKind::kMatrix:
@@ -48,6 +47,8 @@ CpuWeights<T>::CpuWeights(std::shared_ptr<const ModelGraph> graph, int threads)
 template <typename T>
 void CpuWeights<T>::load(const std::string& source, const float* values, int64_t rows,
                          int64_t columns) {
+  if (team_ == nullptr)
+    throw std::logic_error("tensor " + source + ": loaded after finish()");
   graph_->weights.deal(source, values, rows, columns,
                        [this](int32_t weight, int32_t part, const float* part_values) {
                          put(weight, part, part_values);
@@ -56,8 +57,9 @@ void CpuWeights<T>::load(const std::string& source, const float* values, int64_t
 }
 
 template <typename T>
-void CpuWeights<T>::finish() const {
+void CpuWeights<T>::finish() {
   graph_->weights.require_all(arrived_);
+  team_.reset();
 }
 
 template <typename T>
@@ -67,10 +69,10 @@ void CpuWeights<T>::put(int32_t index, int32_t part, const float* values) {
   const auto place = places(weight, part);
   auto& storage = storage_[static_cast<size_t>(index)];
   if (auto* matrix = std::get_if<PackedLinear<T>>(&storage)) {
-    matrix->pack(values, rows, threads_, place);
+    matrix->pack(values, rows, *team_, place);
   } else if (auto* table = std::get_if<Buffer>(&storage)) {
     const auto width = static_cast<int>(weight.columns);
-    team_for(threads_, rows, [&](int64_t row) {
+    team_->for_each(rows, [&](int64_t row) {
       row_kernels<T>().narrow(values + row * width, width,
                               table->template as<T>() + place(row) * width);
     });

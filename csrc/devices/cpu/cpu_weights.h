@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "devices/cpu/packed_linear.h"
+#include "devices/cpu/team.h"
 #include "graph/model_graph.h"
 
 namespace flowprefill {
@@ -21,12 +22,12 @@ inline constexpr int32_t kGateColumns = kPackColumns / 2;
 template <typename T>  // T: float or Bf16
 class CpuWeights {
  public:
-  // Takes all memory. threads: used while packing.
+  // Takes all memory. threads: that load together, until finish().
   CpuWeights(std::shared_ptr<const ModelGraph> graph, int threads);
 
   // See Backend.
   void load(const std::string& source, const float* values, int64_t rows, int64_t columns);
-  void finish() const;
+  void finish();
 
   // By index into the graph's weights.
   const PackedLinear<T>& matrix(int32_t weight) const {
@@ -48,7 +49,7 @@ class CpuWeights {
   void put(int32_t weight, int32_t part, const float* values);
 
   const std::shared_ptr<const ModelGraph> graph_;
-  const int threads_;
+  std::unique_ptr<Team> team_;  // until finish()
   std::vector<std::variant<std::vector<float>, Buffer, PackedLinear<T>>> storage_;
   std::set<std::string> arrived_;
 };

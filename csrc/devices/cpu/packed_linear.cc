@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "devices/cpu/team.h"
-
 namespace flowprefill {
 
 template <typename T>
@@ -22,10 +20,10 @@ const T* PackedLinear<T>::block_data(int64_t block) const {
 }
 
 template <typename T>
-void PackedLinear<T>::pack(const float* weight, int64_t rows, int threads,
+void PackedLinear<T>::pack(const float* weight, int64_t rows, Team& team,
                            const std::function<int64_t(int64_t)>& place) {
   const auto& kernels = row_kernels<T>();
-  team_for(threads, rows, [&](int64_t row) {
+  team.for_each(rows, [&](int64_t row) {
     thread_local std::vector<T> narrow;
     narrow.resize(static_cast<size_t>(depth_));
     kernels.narrow(weight + row * depth_, static_cast<int>(depth_), narrow.data());

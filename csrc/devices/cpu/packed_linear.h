@@ -7,6 +7,7 @@
 
 #include "devices/cpu/buffer.h"
 #include "devices/cpu/gemm.h"
+#include "devices/cpu/team.h"
 
 namespace flowprefill {
 
@@ -26,8 +27,8 @@ class PackedLinear {
   int64_t block_columns(int64_t block) const;
 
   // Packs rows [0, rows) of `weight` (float, row-major [rows, depth]) as columns place(row).
-  // Not thread-safe; at load only. Uses `threads` threads.
-  void pack(const float* weight, int64_t rows, int threads,
+  // Not thread-safe; at load only. Shares the rows out to the team.
+  void pack(const float* weight, int64_t rows, Team& team,
             const std::function<int64_t(int64_t)>& place);
 
   // c[rows, columns of block] (+)= a[rows, depth] * W; c points at the block's first column.

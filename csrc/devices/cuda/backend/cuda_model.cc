@@ -211,10 +211,10 @@ class ModelProgram final : public CudaModelProgram {
     return label;
   }
 
-  void execute(size_t i) override {
+  void execute(size_t i, const ExecutionContext& context) override {
     if (static_cast<int64_t>(i) == options_.fail_at)
       throw std::runtime_error(std::string("injected failure in ") + program_.label(i).op);
-    program_.execute(i);
+    program_.execute(i, context);
   }
 
   const float* logits() const override {

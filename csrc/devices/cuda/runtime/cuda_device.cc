@@ -82,7 +82,7 @@ void CudaDevice::launch_into(Slot& slot, Program& program, size_t i) {
   if (num_launched_ == num_done_ && clock_->is_stale())
     clock_->anchor(resources_->stream(), slot.context, spin_ns());
   slot.start.record(resources_->stream(), slot.context);
-  program.execute(i);
+  program.execute(i, {});
   slot.end.record(resources_->stream(), slot.context);
 }
 

@@ -85,7 +85,7 @@ CudaProgram::CudaProgram(std::shared_ptr<CudaResources> resources,
       result_(resources_->pinned().take(result_bytes_)),
       tenant_(resources_->lanes(), inputs_) {}
 
-void CudaProgram::execute(size_t i) {
+void CudaProgram::execute(size_t i, const ExecutionContext&) {
   const CallContext context = context_of(plan_->segment(i));
   const LaneView& lane = resources_->lanes().enter(tenant_, resources_->stream(), context);
   try {

@@ -26,7 +26,7 @@ class CudaProgram final : public Program {
   size_t size() const override { return plan_->size(); }
   SegmentLabel label(size_t i) const override { return plan_->segment(i).label; }
   // Launches segment i on the stream of the resources; does not wait for it.
-  void execute(size_t i) override;
+  void execute(size_t i, const ExecutionContext& context) override;
   size_t live_bytes(size_t cursor) const override { return plan_->live(cursor).bytes(); }
 
   // The fetched ranges one after another, once the run has finished; undefined before.
