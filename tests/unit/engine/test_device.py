@@ -199,12 +199,12 @@ def test_a_gpu_that_has_become_slower_gets_shorter_segments(
 
     class Model(fake_cuda.Model):
         def make_run(self, *arguments: Any, **options: Any) -> Any:
-            rates.append(arguments[3]["gemm_flops_per_s"])
+            rates.append(arguments[2].rates.gemm_flops_per_s)
             return super().make_run(*arguments, **options)
 
     fake_cuda.install(monkeypatch, [fake_cuda.USABLE], model=Model)
     engine = open_engine(device="cuda", dtype="auto")
     for _ in range(100):
-        engine._cost_model.observe("prefill", 1.0, 2.0)
+        engine._core._scheduler.cost_model.observe("prefill", 1.0, 2.0)
     ids_of(engine, prompt_of(40), 1)
     assert rates[0] < engine.rates.gemm_flops_per_s / 2
