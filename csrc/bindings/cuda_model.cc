@@ -110,10 +110,10 @@ class GpuModel {
               const py::dict& plan, int64_t fail_at, const std::unordered_set<size_t>& pause_at,
               const py::object& sampling, bool fetch_logits) {
     const PlanOptions options = options_from(plan);
-    Batch batch = batch_from(tokens, sequences);
+    const Batch batch = batch_from(tokens, sequences);
     const std::vector<SamplingParams> params = sampling_from(sampling, batch.sequences.size());
     py::gil_scoped_release release;
-    auto program = model_->make_program(std::move(batch), options, params,
+    auto program = model_->make_program(batch, options, params,
                                         {.fetch_logits = fetch_logits, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
