@@ -50,7 +50,8 @@ UNRESTRICTED = {"bench", "cli", "__init__", "__main__"}
 IMPURE = {"time", "datetime", "asyncio", "threading", "socket", "select", "subprocess", "io", "os"}
 IMPURE_CALLS = {"open", "print", "input"}
 
-# A folder of csrc -> the folders it may include besides itself. The order of csrc/devices/cuda is part of the rule.
+# A folder of csrc -> the folders it may include besides itself. The order of csrc/devices/cuda is
+# part of the rule.
 CPP_LAYERS = {
     "runtime": set(),
     "graph": {"runtime"},

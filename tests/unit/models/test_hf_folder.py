@@ -73,9 +73,7 @@ def test_tied_model_has_no_lm_head(save_tiny: Save) -> None:
     assert_equals_transformers(open_checkpoint(folder), model)
     assert "lm_head" not in dict(open_checkpoint(folder).weights())
     path = folder / "model.safetensors"
-    tensors = {
-        key: value.clone() for key, value in load_file(path).items()
-    }  # not its map
+    tensors = {key: value.clone() for key, value in load_file(path).items()}  # not its map
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
     assert "lm_head" not in dict(open_checkpoint(folder).weights())
 
@@ -178,9 +176,7 @@ def test_missing_or_odd_shard_is_named(save_tiny: Save) -> None:
 def test_missing_extra_and_wrong_tensors_are_named(save_tiny: Save) -> None:
     _, folder = save_tiny("llama")
     path = folder / "model.safetensors"
-    tensors = {
-        key: value.clone() for key, value in load_file(path).items()
-    }  # not its map
+    tensors = {key: value.clone() for key, value in load_file(path).items()}  # not its map
     name = "model.layers.1.mlp.up_proj.weight"
 
     def message(changed: dict[str, torch.Tensor]) -> str:
