@@ -94,7 +94,7 @@ class CMakeBuild(build_ext):
         self._place(cmake, folder)
 
     def _place(self, cmake: str, folder: Path) -> None:
-        """Copy next to the sources (finds this torch) or install for a wheel (any torch next to it)."""
+        """Copy next to the sources (finds this torch) or install for a wheel (finds any)."""
         if not self.inplace:
             prefix = ["--prefix", str(Path(self.build_lib).resolve())]
             run_tool(cmake, "--install", str(folder), *prefix, "--component", "python", "--strip")

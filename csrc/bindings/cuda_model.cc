@@ -103,12 +103,12 @@ class GpuModel {
   }
 
   // sampling: one for each sequence; none at all: the most likely tokens.
-  RunRef make(uint64_t id, Batch batch, const PlanOptions& options, int64_t fail_at,
+  RunRef make(uint64_t id, const Batch& batch, const PlanOptions& options, int64_t fail_at,
               const std::unordered_set<size_t>& pause_at,
               const std::vector<SamplingParams>& sampling, bool fetch_logits) {
     check_sampling(sampling, batch.sequences.size());
     py::gil_scoped_release release;
-    auto program = model_->make_program(std::move(batch), options, sampling,
+    auto program = model_->make_program(batch, options, sampling,
                                         {.fetch_logits = fetch_logits, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
