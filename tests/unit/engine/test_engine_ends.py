@@ -287,6 +287,8 @@ def test_a_policy_that_raises_leaves_nobody_waiting(
     with pytest.raises(NotReady, match="the engine has failed: a bug in the policy"):
         engine.submit(Request(prompt_of(5), greedy(1)))
     assert logged == ["the engine has failed"]
+    assert engine.has_failed
+    assert not engine.is_ready
     assert_all_free(engine)
 
 
