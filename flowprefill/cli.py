@@ -14,13 +14,14 @@ import importlib.util
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowprefill.config import EngineConfig
-from flowprefill.errors import ConfigError, FlowPrefillError, InvalidRequest
+from flowprefill.errors import ConfigError, FlowPrefillError, InvalidRequest, NotReady
 from flowprefill.request import SLO, Request, SamplingParams, Token
 from flowprefill.version import __version__
 
@@ -146,11 +147,19 @@ def loading_bar(model: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def load_engine(model: str, config: EngineConfig) -> Engine:
-    """Load a model under a progress bar."""
+def load_engine(
+    model: str, config: EngineConfig, is_wanted: Callable[[], bool] = lambda: True
+) -> Engine:
+    """Load a model under a progress bar; raises NotReady soon after it is not wanted any more."""
     from flowprefill.engine import Engine
 
-    with loading_bar(model) as progress:
+    with loading_bar(model) as show:
+
+        def progress(done: int, total: int) -> None:
+            if not is_wanted():
+                raise NotReady("stopped while the model was loading")
+            show(done, total)
+
         engine = Engine(model, config, progress=progress)
     engine.freeze_garbage()
     return engine
@@ -192,12 +201,14 @@ def run_serve(args: argparse.Namespace) -> int:
         sys.stderr.write(f"serving {args.model} at {url}\n")
         sys.stderr.flush()
 
+    is_stopped = threading.Event()
+
     def load() -> ServedEngine:
-        engine = load_engine(args.model, config)
+        engine = load_engine(args.model, config, lambda: not is_stopped.is_set())
         engine.warm_chat()
         return engine
 
-    asyncio.run(serve(load, args.host, args.port, options, announce))
+    asyncio.run(serve(load, args.host, args.port, options, announce, is_stopped.set))
     return 0
 
 

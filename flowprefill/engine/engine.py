@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -29,7 +30,7 @@ from flowprefill.engine.records import (
 )
 from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.stop import StopChecker
-from flowprefill.errors import InvalidRequest, PromptTooLong
+from flowprefill.errors import InvalidRequest, NotReady, PromptTooLong
 from flowprefill.models.checkpoint import Progress, open_checkpoint
 from flowprefill.request import SLO, Request
 from flowprefill.scheduling import (
@@ -95,7 +96,7 @@ class Engine:
         self._core = self._make_core(policy)
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
-        self._is_open = True
+        self._is_open, self._process = True, os.getpid()
         self._core.start()
 
     # ---- what users call -----------------------------------------------------------------------
@@ -113,10 +114,12 @@ class Engine:
         Raises:
             InvalidRequest, PromptTooLong: what is wrong with the request.
             Overloaded: too much waits; says when to come back.
-            NotReady: the engine is closing.
+            NotReady: the engine is closing, has failed, or is that of the process we are a fork of.
             In each case nothing else is disturbed.
         """
         arrival_s = self._worker.now_s()
+        if os.getpid() != self._process:
+            raise NotReady("this process was forked from the engine's: its threads are not here")
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
         stopped = self._core.stop_early(len(ids), slo.deadline_s(arrival_s))
@@ -159,7 +162,8 @@ class Engine:
         """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
         live ones, cancel the rest, and stop. Idempotent."""
         self._is_open = False
-        self._core.close(timeout)
+        if os.getpid() == self._process:  # a forked child has none of the threads to stop
+            self._core.close(timeout)
 
     @staticmethod
     def freeze_garbage() -> None:
@@ -187,7 +191,8 @@ class Engine:
     @property
     def is_ready(self) -> bool:
         """Whether it takes requests."""
-        return self._is_open and not self._core.has_failed
+        is_here = os.getpid() == self._process
+        return self._is_open and is_here and not self._core.has_failed
 
     @property
     def vocab_size(self) -> int:

@@ -161,6 +161,7 @@ async def serve(
     port: int,
     options: ServerOptions | None = None,
     on_ready: Callable[[str], None] | None = None,
+    on_stop: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; a second one skips the grace.
 
@@ -173,6 +174,7 @@ async def serve(
         port: 0 lets the system choose.
         options: settings of the server.
         on_ready: called with the URL once requests are taken.
+        on_stop: called with the first signal; ``load`` may then raise, nobody waits for its engine.
 
     Raises:
         OSError: cannot listen.
@@ -183,6 +185,8 @@ async def serve(
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
+        if on_stop is not None and not stop.is_set():
+            on_stop()
         (hurry if stop.is_set() else stop).set()
 
     port = await server.start(host, port)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +9,7 @@ from aiohttp import web
 
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.server.context import SERVER
+from flowprefill.server.replies import long_json
 
 EXECUTOR_PROCESS = 1
 
@@ -52,9 +51,10 @@ def _row_name(run: str) -> str:
 
 async def timeline(request: web.Request) -> web.Response:
     """Handle GET /debug/timeline."""
-    engine = request.app[SERVER].engine
+    context = request.app[SERVER]
+    engine = context.engine
     # Tens of thousands of segments: not on the event loop.
-    text = await asyncio.to_thread(lambda: json.dumps(chrome_trace(engine.timeline())))
+    text = await context.in_thread(lambda: long_json(chrome_trace(engine.timeline())))
     return web.json_response(text=text)
 
 

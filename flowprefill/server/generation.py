@@ -6,7 +6,6 @@ The handlers of both endpoints call respond().
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from flowprefill.server.endpoint import Endpoint, Generation, Plan
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.incoming import read_json
 from flowprefill.server.openai_schema import SchemaContext
-from flowprefill.server.replies import Envelope, new_reply_id, usage_object
+from flowprefill.server.replies import Envelope, long_json, new_reply_id, usage_object
 from flowprefill.server.streaming import stream_reply
 
 logger = logging.getLogger(__name__)
@@ -143,8 +142,7 @@ async def _whole_reply(context: ServerContext, generation: Generation) -> web.Re
         return web.json_response(_whole_payload(generation, completions))
 
     def encode() -> str:
-        # iterencode() is Python, dumps() is C and would hold the GIL to the end.
-        return "".join(json.JSONEncoder().iterencode(_whole_payload(generation, completions)))
+        return long_json(_whole_payload(generation, completions))
 
     return web.json_response(text=await context.in_thread(encode))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from aiohttp import web
@@ -14,6 +13,7 @@ from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.incoming import read_json
 from flowprefill.server.logprobs import token_label
 from flowprefill.server.openai_schema import check_token_ids
+from flowprefill.server.replies import long_json
 
 
 def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
@@ -54,7 +54,7 @@ async def _answer(request: web.Request, work: Any) -> web.Response:
     def run() -> tuple[str, Body]:
         body = Body(parse_json_object(raw, engine.max_model_len))
         context.check_model(body.text("model"))
-        return json.dumps(work(engine, body)), body
+        return long_json(work(engine, body)), body
 
     # Always in a thread: a chat template waits for another process, encoding is slower than
     # parsing, and nobody waits for this with a stopwatch.

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
     engine = FakeEngine()
 
-    def load(model: str, config: EngineConfig) -> FakeEngine:
+    def load(model: str, config: EngineConfig, *_: Any) -> FakeEngine:
         engine.model_id, engine.config = model, config
         return engine
 
@@ -169,7 +170,7 @@ def test_taken_port_is_one_line(capsys: pytest.CaptureFixture[str], engine: Fake
 def test_model_that_does_not_load_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(model: str, config: EngineConfig) -> FakeEngine:
+    def load(model: str, config: EngineConfig, *_: Any) -> FakeEngine:
         raise CheckpointError(f"{model}: truncated\nat byte 5")
 
     monkeypatch.setattr(cli, "load_engine", load)
@@ -191,6 +192,22 @@ def test_serve_runs_until_a_signal(
     assert "serving some-model at http://127.0.0.1:" in capsys.readouterr().err
     assert engine.config.threads == 2
     assert not engine.is_ready
+
+
+def test_signal_ends_the_loading_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 0
+
+    class Loading:
+        def __init__(self, *_: Any, progress: Callable[[int, int], None]) -> None:
+            nonlocal weights
+            os.kill(os.getpid(), signal.SIGTERM)
+            for weights in range(10_000):
+                progress(weights, 10_000)
+                time.sleep(0.005)
+
+    monkeypatch.setattr("flowprefill.engine.Engine", Loading)
+    assert cli.main(["serve", "some-model", "--port", "0"]) == 0
+    assert weights < 9_000
 
 
 def test_generate_streams_the_text(capsys: pytest.CaptureFixture[str], engine: FakeEngine) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -287,6 +289,8 @@ def test_a_policy_that_raises_leaves_nobody_waiting(
     with pytest.raises(NotReady, match="the engine has failed: a bug in the policy"):
         engine.submit(Request(prompt_of(5), greedy(1)))
     assert logged == ["the engine has failed"]
+    assert engine.has_failed
+    assert not engine.is_ready
     assert_all_free(engine)
 
 
@@ -391,3 +395,21 @@ def test_closed_while_many_threads_submit(open_engine: OpenEngine) -> None:
         thread.join(WAIT_S)
         assert not thread.is_alive()
     assert outcomes.count("refused") == 8
+
+
+def test_a_forked_child_is_told_that_the_engine_is_not_there(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(20)
+            engine.submit(Request(prompt_of(5), greedy(1)))
+        except NotReady:
+            engine.close()
+            status = 3 if engine.is_ready else 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert engine.is_ready
+    assert len(engine.submit(Request(prompt_of(5), greedy(1))).result(WAIT_S).token_ids) == 1
