@@ -1,10 +1,11 @@
 #include "graph/model_graph.h"
 
 #include <algorithm>
-#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
+
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 namespace {
@@ -171,9 +172,9 @@ void check_extents(const ModelGraph& g, ModelGraph::Range range, bool is_per_seq
 }  // namespace
 
 const char* intern(const char* name) {
-  static std::mutex mutex;
-  static std::set<std::string> names;
-  const std::lock_guard lock(mutex);
+  static Mutex mutex;
+  static std::set<std::string> names FP_GUARDED_BY(mutex);
+  const MutexLock lock(mutex);
   return names.emplace(name).first->c_str();
 }
 

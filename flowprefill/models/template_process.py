@@ -28,7 +28,7 @@ from flowprefill.models import template_worker
 from flowprefill.models.template_worker import CPU_LIMIT_S, LENGTH_BYTES
 
 MOST_PROCESSES = 2
-# Beside the CPU time that the process itself is limited to: for a machine that gives it none.
+# In addition to the limit on the process's CPU time: for a machine that gives it none.
 WALL_LIMIT_S = 30.0
 
 

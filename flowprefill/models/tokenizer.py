@@ -125,7 +125,7 @@ class Tokenizer:
                 short = self._inner.encode(text, add_special_tokens=add_special_tokens)
                 return list(short.ids)
             # encode() holds the GIL for the whole text; of the library's ways this one does not,
-            # and it leaves out the offsets, which nobody here reads.
+            # and it leaves out the offsets, which no caller reads.
             batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(batch[0].ids)
         except BaseException as error:
