@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from flowprefill.errors import CheckpointError
+from flowprefill.models.families import read_config
 from flowprefill.models.model_config import ModelConfig, rope_inverse_frequencies
 from flowprefill.models.rope import RopeScaling, inverse_frequencies
 
@@ -40,7 +41,7 @@ def theirs_and_ours(
         rope_theta=theta,
         rope_scaling=scaling,
     )
-    return config, ModelConfig.from_hf(config.to_dict())
+    return config, read_config(config.to_dict())
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
@@ -87,7 +88,8 @@ def test_yarn_factor_defaults_to_the_ratio_of_contexts() -> None:
         ("llama3", {"original_max_position": 0}, "original_max_position_embeddings"),
         ("yarn", {"beta_fast": 1.0, "beta_slow": 1.0}, "beta_fast"),
         ("yarn", {"factor": float("nan")}, "factor"),
-        ("longrope", {}, "rope_type"),
+        ("longrope", {}, "long_factor"),
+        ("dynamic", {}, "rope_type"),
     ],
 )
 def test_bad_scaling_names_the_field(kind: str, values: dict[str, Any], name: str) -> None:
