@@ -5,6 +5,7 @@ Families (models/families) read their configuration with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +46,17 @@ class HfConfig:
         value = self.values.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             raise bad_field(name, value, "a number")
         return float(value)
+
+    def positive(self, name: str, default: float) -> float:
+        """Read a number above 0."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise bad_field(name, value, "a number > 0")
+        return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Read a truth value."""
@@ -129,7 +138,8 @@ def read_decoder(
     Args:
         head_dim: None: hidden_size / num_attention_heads.
         kv_heads: None: one per head, which an explicit null always means.
-        rotary_part: part of a head's dimensions that turn; None: all, and a file that says otherwise is refused.
+        rotary_part: part of a head's dimensions that turn; None: all, and a file that
+            says otherwise is refused.
         fields: more fields of ModelConfig, as they are; they win.
     """
     num_heads = values.integer("num_attention_heads")

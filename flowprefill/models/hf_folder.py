@@ -156,7 +156,7 @@ class HfFolder:
         return value
 
     def _has_own_head(self) -> bool:
-        """Whether an output projection is stored that is not the embedding, whatever config says."""
+        """Whether an output projection is stored that is not the embedding."""
         embed = hf_name("embed")
         if _HEAD not in self._shapes or embed not in self._shapes:
             return _HEAD in self._shapes

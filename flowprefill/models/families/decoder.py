@@ -10,8 +10,12 @@ from flowprefill.models.model_config import ModelConfig, rope_inverse_frequencie
 from flowprefill.models.rope import RopeScaling, inverse_frequencies
 
 
-def build_decoder(config: ModelConfig) -> ModelGraph:
-    """Return the graph; weights have the canonical names of weight_names.py."""
+def build_decoder(config: ModelConfig, layer_class: type[DecoderLayer] | None = None) -> ModelGraph:
+    """Return the graph; weights have the canonical names of weight_names.py.
+
+    Args:
+        layer_class: adds the layers; None: DecoderLayer.
+    """
     g = ModelGraph(
         vocab_size=config.vocab_size,
         num_layers=config.num_layers,
@@ -28,7 +32,7 @@ def build_decoder(config: ModelConfig) -> ModelGraph:
     for table in range(len(g.rotary_tables)):
         g.add("rotary", "rotary", output=_rotary(table), table=table)
     for layer in range(config.num_layers):
-        _Layer(g, config, layer).add()
+        (layer_class or DecoderLayer)(g, config, layer).add()
     norm = g.vector("final_norm", WeightPart("final_norm", hidden), offset=config.norm_offset)
     g.add("norm", "final_norm", input="hidden", output="last", eps=config.rms_eps, weight=norm)
     head = embed if config.tie_embeddings else WeightPart("lm_head", vocab)
@@ -75,37 +79,74 @@ def _has_branch(config: ModelConfig) -> bool:
     return config.post_norms or config.residual_scale != 1.0
 
 
-class _Layer:
-    """Adds one layer's operators and weights."""
+class DecoderLayer:
+    """Adds one layer's operators and weights; a subclass may order them otherwise."""
 
     def __init__(self, g: ModelGraph, config: ModelConfig, layer: int) -> None:
         self.g, self.config, self.layer = g, config, layer
 
     def add(self) -> None:
-        """Add attention and MLP."""
-        config, g, layer = self.config, self.g, self.layer
-        inner, q = config.intermediate_size, config.num_heads * config.head_dim
+        """Add attention, then the MLP, each with the norms around it."""
+        post_norm = "post_norm" if self.config.post_norms else ""
+        self.norm_before("attn_norm")
+        self.attention()
+        self.add_attention(post_norm and f"attn_{post_norm}")
+        self.norm_before("mlp_norm")
+        self.gate_and_up()
+        self.add_mlp(post_norm and f"mlp_{post_norm}")
+
+    def norm_before(self, name: str) -> None:
+        """Bring the residual stream into ``normed``, where the next products read it."""
+        where = {"layer": self.layer, "input": "hidden", "output": "normed"}
+        if not self.config.pre_norms:
+            self.g.add("round", name.replace("norm", "round"), **where)
+            return
+        weight = self._norm_weight(name, self.config.hidden_size)
+        self.g.add("norm", name, eps=self.config.rms_eps, weight=weight, **where)
+
+    def attention(self) -> None:
+        """From ``normed`` to ``context``: projections, rotation, attention."""
+        config, layer = self.config, self.layer
         is_sliding = config.sliding_layers[layer]
-        self._norm_before("attn_norm")
-        g.add(
+        self.g.add(
             "linear", "qkv_proj", layer=layer, input="normed", output="qkv",
             weight=self._matrix("qkv", config.hidden_size, *self._qkv("")),
         )  # fmt: skip
-        self._rope(is_sliding)
-        g.add(
+        self.g.add(
+            "rope", "rope", layer=layer, input="qkv", output="q",
+            rotary=_rotary(1 if is_sliding and config.local_rope_theta else 0),
+            eps=config.rms_eps, scale=config.attention_scale,
+            bias=self._vector("qkv_bias", *self._qkv("_bias")) if config.qkv_bias else "",
+            **self._qk_norms(),
+        )  # fmt: skip
+        self.g.add(
             "attention", "attention", layer=layer, input="q", output="context",
             window=config.sliding_window if is_sliding else 0, softcap=config.score_softcap,
         )  # fmt: skip
-        self._add_product("o", q, "context", "attn_post_norm", config.o_bias)
-        self._norm_before("mlp_norm")
-        g.add(
-            "linear", "gate_up_proj", layer=layer, input="normed", output="gated",
-            epilogue="gate", activation=config.activation,
+
+    def gate_and_up(self) -> None:
+        """From ``normed`` to ``gated``: the MLP's first products and the gate."""
+        config = self.config
+        bias = (
+            self._vector("gate_up_bias", *self._gate_up("_bias"), paired=True)
+            if config.mlp_bias
+            else ""
+        )
+        self.g.add(
+            "linear", "gate_up_proj", layer=self.layer, input="normed", output="gated",
+            epilogue="gate", activation=config.activation, bias=bias,
             weight=self._matrix("gate_up", config.hidden_size, *self._gate_up(""), paired=True),
-            bias=self._vector("gate_up_bias", *self._gate_up("_bias"), paired=True)
-            if config.mlp_bias else "",
         )  # fmt: skip
-        self._add_product("down", inner, "gated", "mlp_post_norm", config.mlp_bias)
+
+    def add_attention(self, post_norm: str) -> None:
+        """From ``context`` to the residual stream, through a norm if one is named."""
+        columns = self.config.num_heads * self.config.head_dim
+        self._add_product("o", columns, "context", post_norm, self.config.o_bias)
+
+    def add_mlp(self, post_norm: str) -> None:
+        """From ``gated`` to the residual stream, through a norm if one is named."""
+        columns = self.config.intermediate_size
+        self._add_product("down", columns, "gated", post_norm, self.config.mlp_bias)
 
     def _part(self, name: str, rows: int, first_row: int = 0) -> WeightPart:
         return WeightPart(f"layers.{self.layer}.{name}", rows, first_row)
@@ -136,50 +177,32 @@ class _Layer:
             return [self._part("gate_up" + suffix, inner, first) for first in (0, inner)]
         return [self._part(name + suffix, inner) for name in ("gate", "up")]
 
-    def _norm_before(self, name: str) -> None:
-        """Bring the residual stream into ``normed``, where products read it."""
-        where = {"layer": self.layer, "input": "hidden", "output": "normed"}
-        if not self.config.pre_norms:
-            self.g.add("round", name.replace("norm", "round"), **where)
-            return
-        weight = self._norm_weight(name, self.config.hidden_size)
-        self.g.add("norm", name, eps=self.config.rms_eps, weight=weight, **where)
-
-    def _rope(self, is_sliding: bool) -> None:
+    def _qk_norms(self) -> dict[str, str]:
         config = self.config
-        rows = {"q_norm": config.num_heads, "k_norm": config.num_kv_heads}
-        norms = {
+        if not config.qk_norm:
+            return {}
+        heads = {"q_norm": config.num_heads, "k_norm": config.num_kv_heads}
+        return {
             name: self._norm_weight(
-                name, config.head_dim * (heads if config.qk_norm_over_heads else 1)
+                name, config.head_dim * (count if config.qk_norm_over_heads else 1)
             )
-            for name, heads in rows.items()
-            if config.qk_norm
+            for name, count in heads.items()
         }
-        self.g.add(
-            "rope", "rope", layer=self.layer, input="qkv", output="q",
-            rotary=_rotary(1 if is_sliding and config.local_rope_theta else 0),
-            eps=config.rms_eps, scale=config.attention_scale,
-            bias=self._vector("qkv_bias", *self._qkv("_bias")) if config.qkv_bias else "",
-            **norms,
-        )  # fmt: skip
 
     def _add_product(
         self, name: str, columns: int, input: str, post_norm: str, has_bias: bool
     ) -> None:
         """Add a product to the residual stream, by way of the norm and the scale behind it."""
         config, hidden = self.config, self.config.hidden_size
-        through_branch = _has_branch(config)
+        weight = self._matrix(name, columns, self._part(name, hidden))
+        bias = self._vector(f"{name}_bias", self._part(f"{name}_bias", hidden)) if has_bias else ""
+        product = {"layer": self.layer, "input": input, "weight": weight, "bias": bias}
+        if not post_norm and config.residual_scale == 1.0:
+            self.g.add("linear", f"{name}_proj", output="hidden", epilogue="add", **product)
+            return
+        self.g.add("linear", f"{name}_proj", output="branch", **product)
         self.g.add(
-            "linear", f"{name}_proj", layer=self.layer, input=input,
-            output="branch" if through_branch else "hidden",
-            epilogue="store" if through_branch else "add",
-            weight=self._matrix(name, columns, self._part(name, hidden)),
-            bias=self._vector(f"{name}_bias", self._part(f"{name}_bias", hidden))
-            if has_bias else "",
+            "residual", f"{name}_residual", layer=self.layer, input="branch", output="hidden",
+            eps=config.rms_eps, scale=config.residual_scale,
+            weight=self._norm_weight(post_norm, hidden) if post_norm else "",
         )  # fmt: skip
-        if through_branch:
-            self.g.add(
-                "residual", post_norm.replace("post_norm", "residual"), layer=self.layer,
-                input="branch", output="hidden", eps=config.rms_eps, scale=config.residual_scale,
-                weight=self._norm_weight(post_norm, hidden) if config.post_norms else "",
-            )  # fmt: skip

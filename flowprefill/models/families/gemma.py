@@ -34,8 +34,8 @@ def _read(values: HfConfig, pattern: int, **fields: Any) -> ModelConfig:
         "activation": values.activation("hidden_activation", "gelu_pytorch_tanh"),
         "post_norms": True,
         "norm_offset": 1.0,
-        "embed_scale": values.integer("hidden_size") ** 0.5,
-        "attention_scale": values.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        "embed_scale": max(values.integer("hidden_size"), 1) ** 0.5,
+        "attention_scale": values.positive("query_pre_attn_scalar", 256.0) ** -0.5,
     }
     sliding = values.sliding(4096, lambda layer: (layer + 1) % pattern != 0)
     return read_decoder(values, **(common | sliding | fields))
@@ -54,18 +54,21 @@ def read_gemma2(values: HfConfig) -> ModelConfig:
 
 def read_gemma3(values: HfConfig) -> ModelConfig:
     """Read a config.json of a Gemma 3 text model, with rotary parameters in the old or new form."""
-    by_kind = values.mapping("rope_parameters")
-    local = by_kind.get("sliding_attention") or {}
+    pattern = values.integer("sliding_window_pattern", 6)
+    if pattern < 1:
+        raise bad_field("sliding_window_pattern", pattern, "an integer >= 1")
+    by_kind = HfConfig(values.mapping("rope_parameters"))
+    local = by_kind.mapping("sliding_attention")
     if local.get("rope_type", "default") != "default":
         raise bad_field("rope_parameters.sliding_attention", local, "rope_type 'default'")
-    full = (by_kind.get("full_attention") or {}) | values.mapping("rope_scaling")
+    full = by_kind.mapping("full_attention") | values.mapping("rope_scaling")
     flat = dict(values.values) | {"rope_parameters": full, "rope_scaling": None}
     local_theta = HfConfig(local).number(
         "rope_theta", values.number("rope_local_base_freq", 10_000.0)
     )
     config = _read(
         HfConfig(flat),
-        pattern=values.integer("sliding_window_pattern", 6),
+        pattern=pattern,
         max_position=131_072,
         theta=1e6,
         qk_norm=True,
