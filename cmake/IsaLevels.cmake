@@ -1,4 +1,5 @@
-# fp_add_isa_sources(target file...): compiles each file once per instruction set into `target`. Used by csrc/devices/cpu.
+# fp_add_isa_sources(target file...): compiles each file once per instruction set into `target`. Used by csrc/devices/cpu
+# and by the test of its row kernels.
 #
 # One build has to run on every x86-64 machine and still use what the machine at hand offers. A file `x.isa.cc`
 # puts its functions into namespace FP_ISA_NAMESPACE (isa_baseline, isa_avx2, isa_avx512, isa_avx512bf16)
@@ -39,7 +40,9 @@ function(fp_add_isa_sources target)
     add_library(${objects} OBJECT ${ARGN})
     target_compile_definitions(${objects} PRIVATE FP_ISA_NAMESPACE=isa_${isa} FP_ISA_LEVELS=${FP_ISA_COUNT})
     target_compile_options(${objects} PRIVATE ${FP_ISA_FLAGS} ${FP_ISA_FLAGS_${isa}})
-    target_link_libraries(${objects} PRIVATE torch::cpu)
+    if(TARGET torch::cpu) # not in the C++ tests, whose files need no torch
+      target_link_libraries(${objects} PRIVATE torch::cpu)
+    endif()
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
   endforeach()
 endfunction()

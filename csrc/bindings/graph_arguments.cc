@@ -105,7 +105,8 @@ OperatorKind kind_of(const py::handle& object) {
                               {"linear", OperatorKind::kLinear},
                               {"rope", OperatorKind::kRope},
                               {"attention", OperatorKind::kAttention},
-                              {"residual", OperatorKind::kResidual}});
+                              {"residual", OperatorKind::kResidual},
+                              {"round", OperatorKind::kRound}});
 }
 
 Operator operator_of(const py::handle& object, const Names& names) {

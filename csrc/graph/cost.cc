@@ -42,6 +42,7 @@ double Cost::operator_s(const Operator& op, int32_t begin, int32_t end) const {
     case OperatorKind::kNorm:
     case OperatorKind::kRope:
     case OperatorKind::kResidual:
+    case OperatorKind::kRound:
     case OperatorKind::kSample:
       break;
   }

@@ -48,6 +48,9 @@ class OperatorCheck {
         if (op_.weight >= 0)
           require_weight("weight", op_.weight, output().columns, 1);
         return;
+      case OperatorKind::kRound:
+        require_tensor("input", op_.input);
+        return require_columns("input", op_.input, output().columns);
       case OperatorKind::kSample:
         return require_tensor("input", op_.input);
     }

@@ -14,6 +14,7 @@ enum class OperatorKind : uint8_t {
   kRope,       // queries, keys and values: bias, norm, rotation; queries to output, the rest cached
   kAttention,  // output = softmax(input * keys) * values, causal
   kResidual,   // output += scale * input, or scale * rms_norm(input) * weight
+  kRound,      // output = input, in the output's type: where a product's input has no norm
   kSample,     // output = the chosen tokens of logits
 };
 

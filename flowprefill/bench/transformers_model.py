@@ -36,7 +36,7 @@ class TransformersModel:
             threads: what torch computes with.
 
         Raises:
-            ConfigError: this comparison does not know the model's rope scaling.
+            ConfigError: this comparison does not know the model's family or rope scaling.
         """
         self._threads = threads
         checkpoint = open_checkpoint(source)
@@ -83,6 +83,9 @@ def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Any:
     if config.rope_scaling.kind != "default" or config.rope_freq_factors:
         kind = config.rope_scaling.kind
         raise ConfigError(f"rope_scaling: got {kind!r}, expected 'default' for this comparison")
+    if config.family not in CLASSES:
+        known = ", ".join(CLASSES)
+        raise ConfigError(f"model: got a {config.family}, expected one of {known} to compare with")
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[config.family])
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,

@@ -82,7 +82,7 @@ class Engine:
             CheckpointError, ConfigError: what is wrong with the files or the settings.
         """
         self.config = config or EngineConfig()
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, self.config.max_model_len)
         self.model_id = checkpoint.name
         self.model_config = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer

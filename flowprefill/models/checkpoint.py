@@ -6,6 +6,7 @@ The engine calls open_checkpoint; the format readers (hf_folder, gguf_file) supp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -59,14 +60,19 @@ class Checkpoint:
         graph: the model as data; its sources are the weights.
     """
 
-    def __init__(self, name: str, reader: CheckpointReader) -> None:
+    def __init__(self, name: str, reader: CheckpointReader, max_context: int = 0) -> None:
         """Check the stored tensors against the configuration.
+
+        Args:
+            max_context: requests will have at most so many tokens; 0: as many as the model takes.
 
         Raises:
             CheckpointError: a tensor is missing, has the wrong shape, or is not known.
         """
         self.name = name
-        self.config = reader.config
+        config = reader.config
+        served = min(max_context or config.max_position, config.max_position)
+        self.config = replace(config, rope_scaling=config.rope_scaling.served_up_to(served))
         self._reader = reader
         self._tokenizer: Tokenizer | None = None
         self.graph = build_graph(self.config)
@@ -139,11 +145,12 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, max_context: int = 0) -> Checkpoint:
     """Open a model by name or path.
 
     Args:
         source: ``smollm2-135m`` (the embedded default), a Hugging Face folder, or a ``.gguf`` file.
+        max_context: see Checkpoint.
 
     Raises:
         CheckpointError: nothing there, a part missing or damaged, or a kind that is not supported.
@@ -154,4 +161,4 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
     found = resolve_model(source)
     reader: CheckpointReader = HfFolder(found.path) if found.path.is_dir() else GgufFile(found.path)
-    return Checkpoint(found.model_id, reader)
+    return Checkpoint(found.model_id, reader, max_context)

@@ -13,8 +13,8 @@ import torch
 from flowprefill.errors import CheckpointError
 from flowprefill.models.gguf_metadata import GgufMetadata, has_values
 from flowprefill.models.gguf_tokenizer import build_tokenizer
-from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers, first_or_none
-from flowprefill.models.rope import RopeScaling
+from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers
+from flowprefill.models.rope import RopeScaling, rotate_half_rows
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import gguf_name
 
@@ -58,7 +58,8 @@ class GgufFile:
 
     def load(self, canonical: str) -> torch.Tensor:
         """Dequantise one weight to float32; q and k of llama files get their rows back in order."""
-        values = _dequantised(self._metadata, gguf_name(canonical))
+        dequantised = _dequantised(self._metadata, gguf_name(canonical))
+        values = torch.from_numpy(np.require(dequantised, np.float32, ["C", "W"]))
         # Only llama's converter interleaves the rows; qwen files keep the rotate-half order.
         if self._metadata.values["general.architecture"] == "llama":
             name = canonical.rpartition(".")[2]
@@ -66,7 +67,7 @@ class GgufFile:
                 values = rotate_half_rows(values, self.config.num_heads)
             elif name in ("k", "k_bias"):
                 values = rotate_half_rows(values, self.config.num_kv_heads)
-        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+        return values
 
     def read_tokenizer(self) -> Tokenizer:
         """Build the tokenizer from the ``tokenizer.ggml`` keys."""
@@ -91,20 +92,6 @@ class GgufFile:
                     "package can dequantise, e.g. F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K",
                     param=name,
                 ) from None
-
-
-def rotate_half_rows(values: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the row order of llama GGUF files.
-
-    Their converter stores a head's rows as pairs (0, d/2), (1, d/2 + 1), … for a rotary embedding
-    of neighbours; the models and this engine turn rows i and i + d/2 together.
-
-    Args:
-        values: q or k, [heads * d, in], or its bias, [heads * d].
-        heads: heads of that projection.
-    """
-    paired = values.reshape(heads, -1, 2, *values.shape[1:])
-    return paired.swapaxes(1, 2).reshape(values.shape)
 
 
 def _dequantised(metadata: GgufMetadata, name: str) -> np.ndarray:
@@ -134,6 +121,7 @@ def _model_config(metadata: GgufMetadata) -> ModelConfig:
     num_layers = checked_layers(f"{architecture}.block_count", integer("block_count"))
     tensors = metadata.tensors
     window = _sliding_window(metadata, architecture)
+    scaling = _rope_scaling(metadata, architecture)
     return ModelConfig(
         family=architecture,
         vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 1,
@@ -145,9 +133,9 @@ def _model_config(metadata: GgufMetadata) -> ModelConfig:
         head_dim=head_dim,
         rms_eps=metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
         rope_theta=metadata.get(f"{architecture}.rope.freq_base", float, 10_000.0),
-        rope_scaling=_rope_scaling(metadata, architecture),
+        rope_scaling=scaling,
         rope_freq_factors=_rope_factors(metadata),
-        max_position=integer("context_length"),
+        max_position=scaling.longest_context(integer("context_length")),
         tie_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,
@@ -155,7 +143,7 @@ def _model_config(metadata: GgufMetadata) -> ModelConfig:
         qk_norm=architecture == "qwen3",
         sliding_window=window,
         sliding_layers=(window > 0,) * num_layers,
-        bos_token_id=first_or_none(_token_ids(metadata, "bos")),
+        bos_token_id=next(iter(_token_ids(metadata, "bos")), None),
         eos_token_ids=_token_ids(metadata, "eos", "eot", "eom"),
         chat_template=metadata.get("tokenizer.chat_template", str, "") or None,
     )

@@ -14,7 +14,9 @@ ElementType = Literal["float", "activation", "product", "token"]
 Extent = Literal["prompt", "tile", "sequence"]
 WeightKind = Literal["matrix", "table", "vector"]
 PartOrder = Literal["stacked", "paired"]
-OperatorKind = Literal["embed", "rotary", "norm", "linear", "rope", "attention", "residual"]
+OperatorKind = Literal[
+    "embed", "rotary", "norm", "linear", "rope", "attention", "residual", "round"
+]
 Epilogue = Literal["store", "add", "gate"]
 Activation = Literal["silu", "gelu_tanh"]
 

@@ -13,13 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flowprefill.errors import CheckpointError
-from flowprefill.models.model_config import ModelConfig, bad_field, first_or_none, token_ids
+from flowprefill.models.families import family_of, read_config
+from flowprefill.models.hf_config import HfConfig
+from flowprefill.models.model_config import bad_field
 from flowprefill.models.tokenizer import Tokenizer, is_library_error
 from flowprefill.models.tokenizer_file import check_token_numbers
 from flowprefill.models.weight_names import hf_name
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_HEAD = hf_name("lm_head")
 _ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -40,21 +43,23 @@ class HfFolder:
             for name in ("bos_token", "eos_token")
             if (text := self._special_token(name)) is not None
         }
-        self._config = ModelConfig.from_hf(values)
-        generation = self._read_json("generation_config.json", required=False)
-        eos = self._config.eos_token_ids + token_ids(generation, "eos_token_id")
-        bos = first_or_none(token_ids(generation, "bos_token_id"))
-        self.config = replace(
-            self._config,
-            bos_token_id=self._config.bos_token_id if bos is None else bos,
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-            chat_template=self._chat_template(),
-        )
+        config = read_config(values)
+        self._family = family_of(config)
+        generation = HfConfig(self._read_json("generation_config.json", required=False))
+        eos = config.eos_token_ids + generation.token_ids("eos_token_id")
+        bos = generation.token_ids("bos_token_id")
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._bytes: dict[str, int] = {}
         for name in self._weight_files():
             self._open_weights(name)
+        self.config = replace(
+            config,
+            bos_token_id=bos[0] if bos else config.bos_token_id,
+            eos_token_ids=tuple(dict.fromkeys(eos)),
+            chat_template=self._chat_template(),
+            tie_embeddings=config.tie_embeddings and not self._has_own_head(),
+        )
 
     def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor in all files."""
@@ -62,11 +67,11 @@ class HfFolder:
 
     def stored_name(self, canonical: str) -> str:
         """Hugging Face's name of a canonical weight."""
-        return hf_name(canonical)
+        return hf_name(canonical, self._family.hf_names)
 
     def is_ignored(self, stored: str) -> bool:
         """Tied output projections are sometimes stored again; old files keep rotary tables."""
-        tied_head = stored == "lm_head.weight" and self.config.tie_embeddings
+        tied_head = stored == _HEAD and self.config.tie_embeddings
         return tied_head or stored.endswith("rotary_emb.inv_freq")
 
     def stored_bytes(self, stored: str) -> int:
@@ -74,8 +79,11 @@ class HfFolder:
         return self._bytes[stored]
 
     def load(self, canonical: str) -> torch.Tensor:
-        """Read one weight in its stored dtype; shares memory with the mapped file."""
-        name = hf_name(canonical)
+        """Read one weight in its stored dtype; may share memory with the mapped file."""
+        tensor = self._read(self.stored_name(canonical))
+        return self._family.arrange(self.config, canonical, tensor)
+
+    def _read(self, name: str) -> torch.Tensor:
         try:
             tensor: torch.Tensor = self._files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -146,6 +154,13 @@ class HfFolder:
         if value is not None and not _is_text(value):
             raise bad_field("tokenizer_config.json: chat_template", value, "text")
         return value
+
+    def _has_own_head(self) -> bool:
+        """Whether an output projection is stored that is not the embedding."""
+        embed = hf_name("embed")
+        if _HEAD not in self._shapes or embed not in self._shapes:
+            return _HEAD in self._shapes
+        return not torch.equal(self._read(_HEAD), self._read(embed))
 
     def _weight_files(self) -> list[str]:
         if not (self._path / _INDEX).is_file():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from flowprefill.errors import CheckpointError, shortened
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +25,23 @@ class RopeScaling:
 
     Attributes:
         kind: one of ROPE_KINDS; fields that a kind does not use keep their default.
-        factor: context extension, > 0 (linear, llama3, yarn).
+        factor: context extension, > 0 (linear, llama3, yarn, longrope).
         low_freq_factor: llama3; wavelengths above original_max_position / this get
             divided by factor.
         high_freq_factor: llama3; wavelengths below original_max_position / this stay.
-        original_max_position: positions of pre-training, tokens (llama3, yarn).
+        original_max_position: positions of pre-training, tokens (llama3, yarn, longrope).
         beta_fast: yarn; dimensions turning more often than this over the original context stay.
         beta_slow: yarn; dimensions turning less often than this are divided by factor.
-        attention_factor: yarn; multiplies cos and sin; None derives it from factor and the mscales.
+        attention_factor: yarn, longrope; multiplies cos and sin; None derives it from factor (and
+            the mscales).
         mscale: yarn; numerator's weight when attention_factor is derived; None is unset.
         mscale_all_dim: yarn; denominator's weight; None is unset.
         truncate: yarn; round the border dimensions to integers.
+        short_factors: longrope; divisors of the inverse frequencies in models served up to
+            original_max_position, [rotary_dim / 2].
+        long_factors: longrope; those in models served beyond it.
+        is_long: longrope; which of both hold. One choice for all requests: keys in the cache
+            keep the angles they were stored with.
     """
 
     kind: str = "default"
@@ -49,13 +55,16 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    is_long: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise _bad("rope_type", self.kind, "one of " + ", ".join(ROPE_KINDS))
         if self.kind != "default" and not self.factor > 0:
             raise _bad("factor", self.factor, "a number > 0")
-        if self.kind in ("llama3", "yarn") and self.original_max_position < 1:
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_max_position < 1:
             raise _bad(
                 "original_max_position_embeddings", self.original_max_position, "an integer >= 1"
             )
@@ -67,6 +76,29 @@ class RopeScaling:
             )
         if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
             raise _bad("beta_fast", self.beta_fast, f"more than beta_slow = {self.beta_slow} > 0")
+        if self.kind == "longrope" and not (self.short_factors and self.long_factors):
+            raise _bad("long_factor", self.long_factors, "a list of numbers, as short_factor")
+
+    def factor_lists(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the lists of one divisor per pair of dimensions; empty where there are none."""
+        return self.short_factors, self.long_factors
+
+    def longest_context(self, max_position: int) -> int:
+        """Return the tokens that the scaled model reaches.
+
+        Args:
+            max_position: what the file names. Under linear the context before scaling; under yarn
+                and longrope that in some files, the one that is reached in others.
+        """
+        if self.kind == "linear":
+            return round(max_position * max(self.factor, 1.0))
+        if self.kind in ("yarn", "longrope"):
+            return max(max_position, round(self.original_max_position * self.factor))
+        return max_position
+
+    def served_up_to(self, tokens: int) -> RopeScaling:
+        """Return the scaling of a model whose requests have at most so many tokens."""
+        return replace(self, is_long=tokens > self.original_max_position)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], max_position: int) -> RopeScaling:
@@ -81,6 +113,8 @@ class RopeScaling:
             CheckpointError: unknown kind, or a field that is missing or of the wrong type.
         """
         kind = values.get("rope_type", values.get("type", "default"))
+        if kind == "su" or (kind == "yarn" and "long_factor" in values):  # in old files of Phi-3
+            kind = "longrope"
         if kind not in ROPE_KINDS:
             raise _bad("rope_type", kind, "one of " + ", ".join(ROPE_KINDS))
         if kind == "default":
@@ -88,8 +122,11 @@ class RopeScaling:
         original = int(
             _number(values, "original_max_position_embeddings", default=float(max_position))
         )
+        reached = max_position / max(original, 1)
+        if kind == "longrope":
+            return cls._longrope(values, _number(values, "factor", default=reached), original)
         if kind == "yarn" and values.get("factor") is None:
-            return cls._yarn(values, max_position / max(original, 1), original)
+            return cls._yarn(values, reached, original)
         factor = _number(values, "factor")
         if kind == "linear":
             return cls(kind, factor)
@@ -97,6 +134,17 @@ class RopeScaling:
             return cls._yarn(values, factor, original)
         low, high = _number(values, "low_freq_factor"), _number(values, "high_freq_factor")
         return cls(kind, factor, low, high, original)
+
+    @classmethod
+    def _longrope(cls, values: Mapping[str, Any], factor: float, original: int) -> RopeScaling:
+        return cls(
+            "longrope",
+            factor,
+            original_max_position=original,
+            attention_factor=_optional_number(values, "attention_factor"),
+            short_factors=_numbers(values, "short_factor"),
+            long_factors=_numbers(values, "long_factor"),
+        )
 
     @classmethod
     def _yarn(cls, values: Mapping[str, Any], factor: float, original: int) -> RopeScaling:
@@ -147,6 +195,15 @@ def _number(values: Mapping[str, Any], name: str, default: float | None = None) 
     return default
 
 
+def _numbers(values: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    given = values.get(name)
+    if not isinstance(given, list) or not all(
+        isinstance(one, (int, float)) and not isinstance(one, bool) and one > 0 for one in given
+    ):
+        raise _bad(name, given, "a list of numbers > 0")
+    return tuple(map(float, given))
+
+
 def inverse_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling, freq_factors: Sequence[float] = ()
 ) -> tuple[npt.NDArray[np.float32], float]:
@@ -156,7 +213,7 @@ def inverse_frequencies(
     published with, and at 100k positions an angle of double precision would differ by 0.01 rad.
 
     Args:
-        head_dim: dimensions of a head, even.
+        head_dim: dimensions of a head that turn, even.
         theta: base of the geometric series, > 0.
         scaling: the model's scaling.
         freq_factors: divisors per pair (GGUF tensor ``rope_freqs.weight``), [head_dim / 2],
@@ -164,12 +221,13 @@ def inverse_frequencies(
 
     Returns:
         float32 array [head_dim / 2] in radians per position, and the factor that multiplies both
-        cos and sin (1.0 but for yarn).
+        cos and sin (1.0 but for yarn and longrope).
 
     Source:
         default: Su et al. 2021 (RoFormer), eq. 15. linear: Chen et al. 2023 (position
         interpolation), eq. 4. llama3: Llama 3.1's published reference. yarn: Peng et al. 2023,
-        section 3.2 "NTK-by-parts", and eq. 22 for the attention factor.
+        section 3.2 "NTK-by-parts", and eq. 22 for the attention factor. longrope: Ding et al. 2024,
+        with the attention factor of Phi-3's published configuration.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     periods = torch.pow(theta, exponents)
@@ -182,6 +240,10 @@ def inverse_frequencies(
     elif scaling.kind == "yarn":
         inverse = _yarn_blend(periods, head_dim, theta, scaling)
         attention = yarn_attention_factor(scaling)
+    elif scaling.kind == "longrope":
+        factors = scaling.long_factors if scaling.is_long else scaling.short_factors
+        inverse = 1.0 / (torch.tensor(factors, dtype=torch.float32) * periods)
+        attention = _longrope_attention_factor(scaling)
     if len(freq_factors):
         inverse = inverse / torch.tensor(list(freq_factors), dtype=torch.float32)
     if not (torch.isfinite(inverse).all() and math.isfinite(attention)):
@@ -227,3 +289,28 @@ def yarn_attention_factor(scaling: RopeScaling) -> float:
     if scaling.mscale and scaling.mscale_all_dim:
         return temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
     return temperature(1.0)
+
+
+def _longrope_attention_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1.0:
+        return 1.0
+    return math.sqrt(1.0 + math.log(scaling.factor) / math.log(scaling.original_max_position))
+
+
+def rotate_half_rows(values: torch.Tensor, heads: int, turning: int = 0) -> torch.Tensor:
+    """Reorder a projection's rows for a rotary embedding that turns rows i and i + d/2 together.
+
+    Llama GGUF files and GLM checkpoints store a head's rows for one that turns neighbours.
+
+    Args:
+        values: q or k, [heads * rows, in], or its bias, [heads * rows].
+        heads: heads of that projection.
+        turning: only the first so many rows of a head turn, d; 0: all.
+    """
+    by_head = values.reshape(heads, -1, *values.shape[1:])
+    turning = turning or by_head.shape[1]
+    pairs = by_head[:, :turning].reshape(heads, -1, 2, *values.shape[1:])
+    turned = pairs.swapaxes(1, 2).reshape(heads, turning, *values.shape[1:])
+    return torch.cat([turned, by_head[:, turning:]], dim=1).reshape(values.shape)

@@ -1,9 +1,13 @@
 """Canonical weight names of a decoder, and what Hugging Face and GGUF call them.
 
-Read by the checkpoint readers; families name the weights of their graphs by the canonical names.
+Read by the checkpoint readers; families name the weights of their graphs by the canonical
+names, and say where Hugging Face calls theirs otherwise.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 # canonical name inside a layer -> (Hugging Face, GGUF), both without their layer prefix.
 LAYER_NAMES = {
@@ -33,12 +37,13 @@ MODEL_NAMES = {
 }
 
 
-def hf_name(canonical: str) -> str:
-    """Name of a canonical weight in a Hugging Face checkpoint."""
+def hf_name(canonical: str, names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Name of a canonical weight in a Hugging Face checkpoint; ``names``: Family.hf_names."""
     if canonical in MODEL_NAMES:
         return MODEL_NAMES[canonical][0]
     _, layer, name = canonical.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[name][0]}"
+    inside = names[name] if name in names else LAYER_NAMES[name][0]
+    return f"model.layers.{layer}.{inside}"
 
 
 def gguf_name(canonical: str) -> str:

@@ -28,6 +28,13 @@ CONFIGS: dict[str, type[transformers.PretrainedConfig]] = {
     "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
+    "phi3": transformers.Phi3Config,
+    "glm": transformers.GlmConfig,
+    "glm4": transformers.Glm4Config,
+    "olmo2": transformers.Olmo2Config,
+    "granite": transformers.GraniteConfig,
 }
 # Sizes that are no multiple of the kernels' blocks (16 rows, 32 and 64 columns).
 TINY = {
@@ -50,6 +57,35 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+GEMMA2 = {  # caps so low that they matter
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 40,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 4.0,
+}
+GEMMA3 = {
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+LONGROPE = {
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+    },
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 4.0,
+}
 # name -> (family, what differs from TINY)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-grouped": ("llama", {}),
@@ -69,13 +105,51 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {}),
     "qwen3-biases-tied": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA2),
+    "gemma2-uncapped-biases": (
+        "gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "sliding_window": 40,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3-global-scaled": (
+        "gemma3_text",
+        GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "head_dim": 16},
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-window-partial": ("phi3", {"sliding_window": 40, "partial_rotary_factor": 0.5}),
+    "phi3-longrope": ("phi3", LONGROPE),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "glm4-no-biases-quarter": (
+        "glm4",
+        {"attention_bias": False, "partial_rotary_factor": 0.25, "head_dim": 24},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-biases-one-kv-head": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+    "granite": ("granite", GRANITE),
+    "granite-biases": ("granite", GRANITE | {"attention_bias": True, "mlp_bias": True}),
 }
+# One case of each family whose layers are not those of a Llama.
+NEWER = (
+    "gemma2",
+    "gemma3",
+    "phi3-window-partial",
+    "glm4",
+    "olmo2-biases-one-kv-head",
+    "granite-biases",
+)
 # Rates at which this machine would be so slow that every budget cuts everything up.
 SLOW = MachineRates(2e6, 1e6, 1e6, 1e-4)
 
 
 def tiny_model(case: str) -> transformers.PreTrainedModel:
-    """Random weights, biases and norms included, float32; deterministic."""
+    """Random weights, biases and norms (around 1) included, float32; deterministic."""
     family, settings = CASES[case]
     config = CONFIGS[family](**(TINY | settings))
     config._attn_implementation = "eager"
@@ -84,7 +158,8 @@ def tiny_model(case: str) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if is_norm else 0.12) + is_norm)
+            mean = is_norm and not family.startswith("gemma")  # which stores a norm's weight less 1
+            parameter.copy_(torch.randn(parameter.shape) * (0.3 if is_norm else 0.12) + mean)
     evaluated: transformers.PreTrainedModel = model.eval()
     return evaluated
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
-from native_models import Logits, Piece, Runner, Saved, plan
+from native_models import NEWER, Logits, Piece, Runner, Saved, plan
 
 from flowprefill import _core
 
@@ -50,8 +50,21 @@ def test_preempted_at_every_boundary_is_bit_equal(
     granularity: str, dtype: str, threads: int, runner: GetRunner, saved: GetSaved
 ) -> None:
     """Invariant 1, all boundaries of one run, one after another."""
-    native = runner("llama-grouped", dtype, threads)
-    ids = saved("llama-grouped").ids
+    stop_everywhere(
+        runner("llama-grouped", dtype, threads), saved("llama-grouped").ids, granularity
+    )
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("case", NEWER)
+def test_families_preempted_at_the_finest_boundaries_are_bit_equal(
+    case: str, dtype: str, runner: GetRunner, saved: GetSaved
+) -> None:
+    stop_everywhere(runner(case, dtype, 2), saved(case).ids, "budget:0.1")
+
+
+def stop_everywhere(native: Runner, ids: list[int], granularity: str) -> None:
+    """Check that a prompt which stops for another at each boundary keeps its bits, and so that."""
     mine, others = native.tables([200, 150])
     undisturbed = native.logits([(ids, 0, mine)], plan(granularity))
     bystander = Bystander(native, (ids[50:], 0, others), "operator")
@@ -79,7 +92,7 @@ def test_attention_sliced_by_heads_leaves_none_out(runner: GetRunner, saved: Get
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("granularity", ["layer", "operator", "chunk:32", "budget:2"])
-@pytest.mark.parametrize("case", ["mistral-window", "qwen2-some-windows", "qwen3"])
+@pytest.mark.parametrize("case", ["mistral-window", "qwen2-some-windows", "qwen3", *NEWER])
 def test_preempted_once_at_each_boundary_is_bit_equal(
     case: str, granularity: str, dtype: str, runner: GetRunner, saved: GetSaved
 ) -> None:

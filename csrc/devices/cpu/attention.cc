@@ -106,7 +106,8 @@ class Attender {
                               .row_max = s_.row_max.data(),
                               .row_sum = s_.row_sum.data(),
                               .output = s_.output.data(),
-                              .dim = dim_},
+                              .dim = dim_,
+                              .softcap = args_.softcap},
                              s_.probabilities.data());
     const Block<T> values{
         .n = dim_, .k = block_tokens_, .lda = keys, .ldb = dim_, .ldc = dim_, .add = true};

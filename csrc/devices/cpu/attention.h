@@ -23,6 +23,7 @@ struct AttentionArgs {
   int32_t layer;
   int32_t num_heads;
   int32_t window;  // keys a row may look back on, itself included; 0: all
+  float softcap;   // of the scores, which are powers of two; 0: none
   const T* q;      // [rows, num_heads * head_dim], rotated, scaled by log2(e) / sqrt(head_dim)
   T* out;          // same shape
 };

@@ -21,13 +21,6 @@ std::string refusal_of(const ModelGraph& graph, const Operator& op) {
   if (op.kind == OperatorKind::kLinear && graph.tensor(op.input).columns % 2 != 0)
     return "input columns: got " + std::to_string(graph.tensor(op.input).columns) +
            ", expected an even number";
-  if (op.kind == OperatorKind::kLinear && op.epilogue == Epilogue::kGate &&
-      op.activation != Activation::kSilu)
-    return "activation: expected silu";
-  if (op.kind == OperatorKind::kAttention && op.softcap != 0)
-    return "softcap: expected none";
-  if (op.kind == OperatorKind::kRope && graph.tensor(op.rotary).columns != graph.attention.head_dim)
-    return "rotary: expected all of head_dim";
   return "";
 }
 

@@ -12,6 +12,17 @@ const float* offset_or_null(const float* values, int64_t offset) {
   return values == nullptr ? nullptr : values + offset;
 }
 
+// Head h of several; inverse_rms: of the row they are in, 0: the norm is of each head by itself.
+RopeHead head_of(const RopeHead& heads, int64_t h, float inverse_rms) {
+  RopeHead head = heads;
+  head.bias = offset_or_null(heads.bias, h * heads.dim);
+  if (inverse_rms != 0.0f) {
+    head.norm_weight = heads.norm_weight + h * heads.dim;
+    head.inverse_rms = inverse_rms;
+  }
+  return head;
+}
+
 }  // namespace
 
 template <typename T>
@@ -38,6 +49,8 @@ void CpuOperators<T>::execute(const Operator& op, const Step& step, RowRange row
       return rope(op, step, rows);
     case OperatorKind::kResidual:
       return residual(op, step, rows);
+    case OperatorKind::kRound:
+      return round(op, step, rows);
     case OperatorKind::kAttention:  // shared out by items
     case OperatorKind::kSample:     // the engine samples
       return;
@@ -103,10 +116,10 @@ void CpuOperators<T>::store_product(const Operator& op, const Step& step, RowRan
   const int64_t last = std::min<int64_t>(end * kPackColumns, width);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     float* out = a_.template at<float>(op.output, step, row);
-    for (int64_t i = first; i < last; ++i) {
-      const float value = out[i] * scale + (bias == nullptr ? 0.0f : bias[i]);
-      out[i] = op.softcap == 0.0f ? value : op.softcap * std::tanh(value / op.softcap);
-    }
+    for (int64_t i = first; i < last; ++i)
+      out[i] = out[i] * scale + (bias == nullptr ? 0.0f : bias[i]);
+    if (op.softcap != 0.0f)
+      row_kernels<T>().soft_cap(out + first, static_cast<int>(last - first), op.softcap);
   }
 }
 
@@ -137,6 +150,8 @@ void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, 
   const float* all_bias = a_.weights.vector(op.bias);
   const int32_t count = rows.end - rows.begin;
   const int32_t width_out = a_.graph.output_of(op).columns;
+  const auto activate =
+      op.activation == Activation::kSilu ? row_kernels<T>().swiglu : row_kernels<T>().geglu;
   thread_local std::vector<float> product;
   product.resize(static_cast<size_t>(count) * kPackColumns);
   for (int64_t block = begin; block < end; ++block) {
@@ -146,9 +161,8 @@ void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, 
       std::copy_n(bias, width, product.data() + r * width);
     linear.multiply_block(block, count, a_.template at<T>(op.input, step, rows.begin),
                           linear.depth(), product.data(), width, bias != nullptr);
-    row_kernels<T>().swiglu(product.data(), width, count, static_cast<int>(width / 2),
-                            a_.template at<T>(op.output, step, rows.begin) + block * kGateColumns,
-                            width_out);
+    activate(product.data(), width, count, static_cast<int>(width / 2),
+             a_.template at<T>(op.output, step, rows.begin) + block * kGateColumns, width_out);
   }
   brgemm_end<T>();
 }
@@ -170,23 +184,40 @@ void CpuOperators<T>::rope(const Operator& op, const Step& step, RowRange rows) 
 }
 
 template <typename T>
+RopeHead CpuOperators<T>::rope_heads(const Operator& op, int32_t norm, double scale,
+                                     int64_t first) const {
+  return {.bias = offset_or_null(a_.weights.vector(op.bias), first),
+          .norm_weight = a_.weights.vector(norm),
+          .norm_eps = op.eps,
+          .inverse_rms = 0.0f,
+          .scale = static_cast<float>(scale),
+          .dim = a_.graph.attention.head_dim,
+          .turning = a_.graph.tensor(op.rotary).columns};
+}
+
+template <typename T>
+float CpuOperators<T>::inverse_rms(const Operator& op, int32_t norm, const float* row,
+                                   int64_t first) const {
+  if (norm < 0 || a_.graph.weights.weight(norm).rows() == a_.graph.attention.head_dim)
+    return 0.0f;
+  return row_kernels<T>().inverse_rms(
+      row + first, offset_or_null(a_.weights.vector(op.bias), first),
+      static_cast<int>(a_.graph.weights.weight(norm).rows()), op.eps);
+}
+
+template <typename T>
 void CpuOperators<T>::rotate_queries(const Operator& op, const Step& step, RowRange rows) {
   const int32_t dim = a_.graph.attention.head_dim;
   // Scores are powers of two: the softmax takes exp2.
-  const auto scale = static_cast<float>(std::numbers::log2e * op.scale);
-  const float* bias = a_.weights.vector(op.bias);
+  const RopeHead heads = rope_heads(op, op.q_norm, std::numbers::log2e * op.scale, 0);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     const float* cos = a_.template at<float>(op.rotary, step, row);
     const float* in = a_.template at<float>(op.input, step, row);
     T* q = a_.template at<T>(op.output, step, row);
+    const float row_inverse_rms = inverse_rms(op, op.q_norm, in, 0);
     for (int32_t h = 0; h < a_.graph.attention.heads; ++h) {
-      row_kernels<T>().rope(in + h * dim,
-                            {.bias = offset_or_null(bias, int64_t{h} * dim),
-                             .norm_weight = a_.weights.vector(op.q_norm),
-                             .norm_eps = op.eps,
-                             .scale = scale,
-                             .dim = dim},
-                            cos, cos + dim / 2, q + h * dim);
+      row_kernels<T>().rope(in + h * dim, head_of(heads, h, row_inverse_rms), cos,
+                            cos + heads.turning / 2, q + h * dim);
     }
   }
 }
@@ -208,20 +239,24 @@ void CpuOperators<T>::store_keys_and_values(const Operator& op, const Step& step
   const bool is_last = rows.end == std::min(step.row_end, s.row_end());
   const bool clears_rest = is_last && rows.begin - slot >= first_row && slot + count < block_tokens;
   const float* bias = a_.weights.vector(op.bias);
+  const int64_t first_key = shape.q_columns();
+  const RopeHead heads = rope_heads(op, op.k_norm, 1.0, first_key);
   thread_local std::vector<T> keys;
   keys.resize(static_cast<size_t>(count) * static_cast<size_t>(dim));
+  thread_local std::vector<float> inverse_rms_of_rows;
+  inverse_rms_of_rows.resize(static_cast<size_t>(count));
+  for (int32_t r = 0; r < count; ++r) {
+    inverse_rms_of_rows[static_cast<size_t>(r)] = inverse_rms(
+        op, op.k_norm, a_.template at<float>(op.input, step, rows.begin + r), first_key);
+  }
   for (int32_t h = 0; h < shape.kv_heads; ++h) {
-    const int64_t k = shape.q_columns() + int64_t{h} * dim;
+    const int64_t k = first_key + int64_t{h} * dim;
     const int64_t v = k + shape.kv_columns();
-    const RopeHead head{.bias = offset_or_null(bias, k),
-                        .norm_weight = a_.weights.vector(op.k_norm),
-                        .norm_eps = op.eps,
-                        .scale = 1.0f,
-                        .dim = dim};
     for (int32_t r = 0; r < count; ++r) {
       const float* cos = a_.template at<float>(op.rotary, step, rows.begin + r);
-      kernels.rope(a_.template at<float>(op.input, step, rows.begin + r) + k, head, cos,
-                   cos + dim / 2, keys.data() + r * dim);
+      kernels.rope(a_.template at<float>(op.input, step, rows.begin + r) + k,
+                   head_of(heads, h, inverse_rms_of_rows[static_cast<size_t>(r)]), cos,
+                   cos + heads.turning / 2, keys.data() + r * dim);
     }
     kernels.store_keys(keys.data(), count, dim, a_.cache.template key<T>(op.layer, block, h), slot,
                        block_tokens);
@@ -261,26 +296,27 @@ AttentionArgs<T> CpuOperators<T>::attention_args(const Operator& op) {
           .layer = op.layer,
           .num_heads = a_.graph.attention.heads,
           .window = op.window,
+          .softcap = static_cast<float>(op.softcap * std::numbers::log2e),
           .q = a_.tensors[static_cast<size_t>(op.input)].template as<T>(),
           .out = a_.tensors[static_cast<size_t>(op.output)].template as<T>()};
 }
 
 template <typename T>
 void CpuOperators<T>::residual(const Operator& op, const Step& step, RowRange rows) {
-  const int32_t width = a_.graph.output_of(op).columns;
-  const float* weight = a_.weights.vector(op.weight);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
-    const float* in = a_.template at<float>(op.input, step, row);
-    float* out = a_.template at<float>(op.output, step, row);
-    auto scale = static_cast<float>(op.scale);
-    if (weight != nullptr) {
-      float sum = 0.0f;
-      for (int32_t i = 0; i < width; ++i)
-        sum += in[i] * in[i];
-      scale /= std::sqrt(sum / static_cast<float>(width) + op.eps);
-    }
-    for (int32_t i = 0; i < width; ++i)
-      out[i] += scale * in[i] * (weight == nullptr ? 1.0f : weight[i]);
+    row_kernels<T>().add_scaled(a_.template at<float>(op.input, step, row),
+                                a_.weights.vector(op.weight), a_.graph.output_of(op).columns,
+                                op.eps, static_cast<float>(op.scale),
+                                a_.template at<float>(op.output, step, row));
+  }
+}
+
+template <typename T>
+void CpuOperators<T>::round(const Operator& op, const Step& step, RowRange rows) {
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    row_kernels<T>().narrow(a_.template at<float>(op.input, step, row),
+                            a_.graph.output_of(op).columns,
+                            a_.template at<T>(op.output, step, row));
   }
 }
 

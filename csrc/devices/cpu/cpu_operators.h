@@ -71,7 +71,12 @@ class CpuOperators {
   void rotate_queries(const Operator& op, const Step& step, RowRange rows);
   void store_keys_and_values(const Operator& op, const Step& step, RowRange rows,
                              const Sequence& sequence);
+  // What all heads of the queries, or of the keys, have in common; `first`: their first column.
+  RopeHead rope_heads(const Operator& op, int32_t norm, double scale, int64_t first) const;
+  // Of the queries or keys of a row of them all; 0 where each head has a norm of its own, or none.
+  float inverse_rms(const Operator& op, int32_t norm, const float* row, int64_t first) const;
   void residual(const Operator& op, const Step& step, RowRange rows);
+  void round(const Operator& op, const Step& step, RowRange rows);
 
   CpuActivations<T>& a_;
 };

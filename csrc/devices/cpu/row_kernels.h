@@ -1,4 +1,4 @@
-// Row kernels: norm, rope, SwiGLU, softmax, embedding on raw rows; one build per instruction set,
+// Row kernels: norm, rope, gates, softmax, embedding on raw rows; one build per instruction set,
 // chosen once. Called by the operators in this folder. Every kernel is single-threaded and touches
 // only the rows it is given.
 #pragma once
@@ -16,8 +16,10 @@ struct RopeHead {
   const float* bias;         // [dim] added first
   const float* norm_weight;  // [dim] RMS norm over the head (Qwen3)
   float norm_eps;
-  float scale;  // multiplied in at the end (softmax scale folded into q)
+  float inverse_rms;  // of the row that the head is part of (OLMo 2); 0: the head's own
+  float scale;        // multiplied in at the end (softmax scale folded into q)
   int dim;
+  int turning;  // the first so many dimensions turn, the others stay
 };
 
 // Where one tile of the running softmax lives. S, P are [rows, ld]; O is [rows, dim].
@@ -32,15 +34,25 @@ struct SoftmaxTile {
   float* row_sum;       // [rows] running sum
   float* output;        // [rows, dim] rescaled when the maximum moves
   int dim;
+  float softcap;  // of the scores as they come in, see soft_cap; 0: none
 };
 
 template <typename T>  // T: float or Bf16, the element type of activations and KV cache
 struct RowKernels {
   // out[i] = x[i] / rms(x) * weight[i]; n elements.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, T* out);
+  // 1 / rms(x + bias); no bias: null.
+  float (*inverse_rms)(const float* x, const float* bias, int n, float eps);
+  // out[i] += scale * x[i], or scale * x[i] / rms(x) * weight[i] if there is a weight.
+  void (*add_scaled)(const float* x, const float* weight, int n, float eps, float scale,
+                     float* out);
   // tile is [rows, 2 * cols] = gate | up (+ bias): out = silu(gate) * up.
   void (*swiglu)(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t ld_out);
-  // Rotates one head (halves convention) by cos/sin [dim / 2]; out is [dim].
+  // The same with gelu(gate), by the formula with tanh.
+  void (*geglu)(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t ld_out);
+  // x[i] = cap * tanh(x[i] / cap).
+  void (*soft_cap)(float* x, int n, float cap);
+  // Rotates one head (halves convention) by cos/sin [turning / 2]; out is [dim].
   void (*rope)(const float* in, const RopeHead& head, const float* cos, const float* sin, T* out);
   // Stores `rows` rotated keys [rows, dim] as columns slot, slot + 1, ... of a key block
   // (kv_cache.h).

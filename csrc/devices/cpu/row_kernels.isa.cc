@@ -1,107 +1,17 @@
 // The row kernels, written as plain loops for the vectoriser; compiled once per instruction set.
 // Nothing with external linkage may be instantiated here but the tables at the end: a shared inline
 // function compiled for AVX-512 could be picked by the linker for every processor.
-#ifdef __AVX512F__
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, in its own header (bug 105593)
-#endif
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 #include <cstring>
 
+#include "devices/cpu/isa_math.h"
 #include "devices/cpu/row_kernels.h"
 
 namespace flowprefill {
 namespace FP_ISA_NAMESPACE {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr int kMaxHeadDim = 512;
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline void store(float value, float* out) {
-  *out = value;
-}
-// Round to nearest even.
-inline void store(float value, Bf16* out) {
-  const uint32_t bits = bits_of(value);
-  *out = static_cast<Bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-inline float load(float value) {
-  return value;
-}
-inline float load(Bf16 value) {
-  return float_of(static_cast<uint32_t>(value) << 16);
-}
-
-// 2^f on [-0.5, 0.5], minimax in relative error: 7.5e-8 (own fit).
-constexpr float kExp2[6] = {1.000000072f,    6.931469671e-1f, 2.402211972e-1f,
-                            5.550713275e-2f, 9.675541331e-3f, 1.327647152e-3f};
-
-// 2^x for x clamped to [-126, 126]: the integer part is added to the exponent's bits. The
-// truncation of a positive number rounds.
-inline float exp2_clamped(float x) {
-  x = x < -126.0f ? -126.0f : x;
-  x = x > 126.0f ? 126.0f : x;
-  const int32_t whole = static_cast<int32_t>(x + 127.5f) - 127;
-  const float f = x - static_cast<float>(whole);
-  float p = kExp2[5];
-  for (int i = 4; i >= 0; --i)
-    p = p * f + kExp2[i];
-  return float_of(bits_of(p) + (static_cast<uint32_t>(whole) << 23));
-}
-
-#ifdef __AVX512F__
-// The same for 16 numbers by instructions that no compiler finds by itself; under- and overflow are
-// right.
-inline __m512 exp2_of(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(kExp2[5]);
-  for (int i = 4; i >= 0; --i)
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[i]));
-  return _mm512_scalef_ps(p, whole);
-}
-inline __mmask16 lanes(int n) {
-  return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1);
-}
-inline void store(__m512 value, __mmask16 mask, float* out) {
-  _mm512_mask_storeu_ps(out, mask, value);
-}
-// Narrowing in a register first: a narrowing store with a mask is slow on some processors.
-inline void store(__m512 value, __mmask16 mask, Bf16* out) {
-#ifdef __AVX512BF16__
-  const auto narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-#else
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-#endif
-  if (mask == 0xffff) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow);
-  } else {
-    _mm256_mask_storeu_epi16(out, mask, narrow);
-  }
-}
-#endif
-
-inline float inverse_sqrt(float x) {
-  return 1.0f / __builtin_sqrtf(x);
-}
 
 template <typename T>
 void rms_norm(const float* x, const float* weight, int n, float eps, T* out) {
@@ -113,26 +23,83 @@ void rms_norm(const float* x, const float* weight, int n, float eps, T* out) {
     store(x[i] * scale * weight[i], out + i);
 }
 
-template <typename T>
-void swiglu_row(const float* gate, const float* up, int n, T* out) {
+inline float inverse_rms(const float* x, const float* bias, int n, float eps) {
+  float sum = 0.0f;
+  for (int i = 0; i < n; ++i) {
+    const float value = bias == nullptr ? x[i] : x[i] + bias[i];
+    sum += value * value;
+  }
+  return inverse_sqrt(sum / static_cast<float>(n) + eps);
+}
+
+void add_scaled(const float* __restrict x, const float* __restrict weight, int n, float eps,
+                float scale, float* __restrict out) {
+  if (weight == nullptr) {
+    for (int i = 0; i < n; ++i)
+      out[i] += scale * x[i];
+    return;
+  }
+  scale *= inverse_rms(x, nullptr, n, eps);
+  for (int i = 0; i < n; ++i)
+    out[i] += scale * x[i] * weight[i];
+}
+
+void soft_cap(float* x, int n, float cap) {
+  const float inverse = 1.0f / cap;
+  int i = 0;
+#ifdef __AVX512F__
+  for (; i < n; i += 16) {
+    const __mmask16 mask = lanes(n - i);
+    const __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(inverse));
+    _mm512_mask_storeu_ps(x + i, mask, _mm512_mul_ps(tanh_of(y), _mm512_set1_ps(cap)));
+  }
+#endif
+  for (; i < n; ++i)
+    x[i] = cap * tanh_of(x[i] * inverse);
+}
+
+enum class Gate { kSilu, kGelu };
+
+// gelu(x) = x / (1 + 2^(x * (kGelu[0] + kGelu[1] * x^2))): the formula with tanh, in base 2.
+constexpr float kGelu[2] = {-2.0f * kLog2E * 0.797884560802865f,
+                            -2.0f * kLog2E * 0.797884560802865f * 0.044715f};
+
+// log2 of what is added to 1 in the denominator of an activation.
+template <Gate kGate>
+inline float gate_exponent(float g) {
+  return kGate == Gate::kSilu ? -g * kLog2E : g * (kGelu[0] + kGelu[1] * (g * g));
+}
+#ifdef __AVX512F__
+template <Gate kGate>
+inline __m512 gate_exponent(__m512 g) {
+  if constexpr (kGate == Gate::kSilu)
+    return _mm512_mul_ps(g, _mm512_set1_ps(-kLog2E));
+  const __m512 square = _mm512_mul_ps(g, g);
+  return _mm512_mul_ps(g,
+                       _mm512_fmadd_ps(square, _mm512_set1_ps(kGelu[1]), _mm512_set1_ps(kGelu[0])));
+}
+#endif
+
+template <Gate kGate, typename T>
+void gate_row(const float* gate, const float* up, int n, T* out) {
   int i = 0;
 #ifdef __AVX512F__
   for (; i < n; i += 16) {
     const __mmask16 mask = lanes(n - i);
     const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
-    const __m512 e = exp2_of(_mm512_mul_ps(g, _mm512_set1_ps(-kLog2E)));
+    const __m512 e = exp2_of(gate_exponent<kGate>(g));
     const __m512 product = _mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i));
     store(_mm512_div_ps(product, _mm512_add_ps(e, _mm512_set1_ps(1.0f))), mask, out + i);
   }
 #endif
   for (; i < n; ++i)
-    store(gate[i] * up[i] / (1.0f + exp2_clamped(-gate[i] * kLog2E)), out + i);
+    store(gate[i] * up[i] / (1.0f + exp2_clamped(gate_exponent<kGate>(gate[i]))), out + i);
 }
 
-template <typename T>
-void swiglu(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t ld_out) {
+template <Gate kGate, typename T>
+void gate_rows(const float* tile, int64_t ld, int rows, int cols, T* out, int64_t ld_out) {
   for (int r = 0; r < rows; ++r) {
-    swiglu_row(tile + r * ld, tile + r * ld + cols, cols, out + r * ld_out);
+    gate_row<kGate>(tile + r * ld, tile + r * ld + cols, cols, out + r * ld_out);
   }
 }
 
@@ -143,10 +110,9 @@ inline const float* prepared(const float* in, const RopeHead& head, float* scrat
   for (int i = 0; i < head.dim; ++i)
     scratch[i] = in[i] + (head.bias == nullptr ? 0.0f : head.bias[i]);
   if (head.norm_weight != nullptr) {
-    float sum = 0.0f;
-    for (int i = 0; i < head.dim; ++i)
-      sum += scratch[i] * scratch[i];
-    const float scale = inverse_sqrt(sum / static_cast<float>(head.dim) + head.norm_eps);
+    const float scale = head.inverse_rms != 0.0f
+                            ? head.inverse_rms
+                            : inverse_rms(scratch, nullptr, head.dim, head.norm_eps);
     for (int i = 0; i < head.dim; ++i)
       scratch[i] *= scale * head.norm_weight[i];
   }
@@ -157,7 +123,7 @@ template <typename T>
 void rope(const float* in, const RopeHead& head, const float* __restrict cos,
           const float* __restrict sin, T* __restrict out) {
   float scratch[kMaxHeadDim];
-  const int half = head.dim / 2;
+  const int half = head.turning / 2;
   const float scale = head.scale;
   const float* __restrict a = prepared(in, head, scratch);
   const float* __restrict b = a + half;
@@ -165,6 +131,8 @@ void rope(const float* in, const RopeHead& head, const float* __restrict cos,
     store((a[i] * cos[i] - b[i] * sin[i]) * scale, out + i);
     store((b[i] * cos[i] + a[i] * sin[i]) * scale, out + half + i);
   }
+  for (int i = head.turning; i < head.dim; ++i)
+    store(a[i] * scale, out + i);
 }
 
 // Key block: bf16 as [dim / 2][token][2] (the pairs a dot-product instruction takes), float as
@@ -289,6 +257,8 @@ void softmax(const SoftmaxTile& tile, T* probabilities) {
       zero(p, 0, tile.cols);
       continue;
     }
+    if (tile.softcap != 0.0f)
+      soft_cap(s + lo, hi - lo, tile.softcap);
     const float peak = maximum(s + lo, hi - lo, tile.row_max[r]);
     const float sum = exponentials(s + lo, hi - lo, peak, p + lo);
     zero(p, 0, lo);
@@ -329,8 +299,19 @@ void narrow(const float* row, int n, T* out) {
 
 template <typename T>
 constexpr RowKernels<T> make_table() {
-  return {rms_norm<T>, swiglu<T>,    rope<T>,  store_keys, store_values,
-          softmax<T>,  normalise<T>, widen<T>, narrow<T>};
+  return {.rms_norm = rms_norm<T>,
+          .inverse_rms = inverse_rms,
+          .add_scaled = add_scaled,
+          .swiglu = gate_rows<Gate::kSilu, T>,
+          .geglu = gate_rows<Gate::kGelu, T>,
+          .soft_cap = soft_cap,
+          .rope = rope<T>,
+          .store_keys = store_keys,
+          .store_values = store_values,
+          .softmax = softmax<T>,
+          .normalise = normalise<T>,
+          .widen = widen<T>,
+          .narrow = narrow<T>};
 }
 
 }  // namespace

@@ -2,99 +2,56 @@
 
 from __future__ import annotations
 
-from flowprefill.models.graph import ModelGraph, RotaryTable, WeightPart
-from flowprefill.models.model_config import ModelConfig, rope_inverse_frequencies
+from typing import Any
+
+from flowprefill.models.families.family import Family
+from flowprefill.models.hf_config import HfConfig, read_decoder
+from flowprefill.models.model_config import ModelConfig, bad_field
 
 
-def build(config: ModelConfig) -> ModelGraph:
-    """Return the graph; weights have the canonical names of weight_names.py."""
-    frequencies, attention_factor = rope_inverse_frequencies(config)
-    g = ModelGraph(
-        vocab_size=config.vocab_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rotary_tables=[RotaryTable(tuple(map(float, frequencies)), float(attention_factor))],
-    )
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    g.tensor("hidden", hidden, extent="prompt")
-    g.tensor("rotary", config.head_dim, extent="prompt")
-    g.tensor("normed", hidden, "activation")
-    g.tensor("qkv", q + 2 * kv, "product")
-    g.tensor("q", q, "activation")
-    g.tensor("context", q, "activation")
-    g.tensor("gated", inner, "activation")
-    g.tensor("last", hidden, "activation", extent="sequence")
-    g.tensor("logits", config.vocab_size, extent="sequence")
-
-    embed = WeightPart("embed", config.vocab_size)
-    g.table("embed", hidden, embed)
-    g.add("embed", "embed", output="hidden", weight="embed")
-    g.add("rotary", "rotary", output="rotary", table=0)
-    for layer in range(config.num_layers):
-        _add_layer(g, config, layer)
-    g.add(
-        "norm", "final_norm", input="hidden", output="last", eps=config.rms_eps,
-        weight=g.vector("final_norm", WeightPart("final_norm", hidden)),
+def read_llama(values: HfConfig) -> ModelConfig:
+    """Read a config.json of a Llama."""
+    has_bias = values.flag("attention_bias")
+    return read_decoder(
+        values, max_position=2048, qkv_bias=has_bias, o_bias=has_bias,
+        mlp_bias=values.flag("mlp_bias"),
     )  # fmt: skip
-    head = embed if config.tie_embeddings else WeightPart("lm_head", config.vocab_size)
-    g.add(
-        "linear", "lm_head", input="last", output="logits",
-        weight=g.matrix("lm_head", hidden, head),
-    )  # fmt: skip
-    return g
 
 
-def _add_layer(g: ModelGraph, config: ModelConfig, layer: int) -> None:
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * dim, config.num_kv_heads * dim
-    eps, prefix = config.rms_eps, f"layers.{layer}."
+def read_mistral(values: HfConfig) -> ModelConfig:
+    """Read a config.json of a Mistral; its window holds in every layer."""
+    sliding = values.sliding(4096)
+    if not all(sliding.get("sliding_layers", ())):
+        kinds = values.values["layer_types"]
+        raise bad_field("layer_types", kinds, "sliding_attention in every layer of a mistral")
+    return read_decoder(values, max_position=131_072, kv_heads=8, **sliding)
 
-    def part(name: str, rows: int) -> WeightPart:
-        return WeightPart(prefix + name, rows)
 
-    def vector(name: str, *parts: WeightPart, wanted: bool = True, paired: bool = False) -> str:
-        return g.vector(prefix + name, *parts, paired=paired) if wanted else ""
+def _qwen_sliding(values: HfConfig) -> dict[str, Any]:
+    if not values.flag("use_sliding_window"):
+        return {}
+    first = values.integer("max_window_layers", 28)
+    return values.sliding(4096, lambda layer: layer >= first)
 
-    g.add(
-        "norm", "attn_norm", layer=layer, input="hidden", output="normed", eps=eps,
-        weight=vector("attn_norm", part("attn_norm", hidden)),
+
+def read_qwen2(values: HfConfig) -> ModelConfig:
+    """Read a config.json of a Qwen2 or Qwen2.5."""
+    sliding = _qwen_sliding(values)
+    return read_decoder(values, max_position=32_768, kv_heads=32, qkv_bias=True, **sliding)
+
+
+def read_qwen3(values: HfConfig) -> ModelConfig:
+    """Read a config.json of a Qwen3."""
+    has_bias = values.flag("attention_bias")
+    return read_decoder(
+        values, max_position=32_768, kv_heads=32, head_dim=128, qk_norm=True,
+        qkv_bias=has_bias, o_bias=has_bias, **_qwen_sliding(values),
     )  # fmt: skip
-    qkv = part("q", q), part("k", kv), part("v", kv)
-    g.add(
-        "linear", "qkv_proj", layer=layer, input="normed", output="qkv",
-        weight=g.matrix(prefix + "qkv", hidden, *qkv),
-    )  # fmt: skip
-    biases = part("q_bias", q), part("k_bias", kv), part("v_bias", kv)
-    g.add(
-        "rope", "rope", layer=layer, input="qkv", output="q", rotary="rotary", eps=eps,
-        scale=dim**-0.5,
-        bias=vector("qkv_bias", *biases, wanted=config.qkv_bias),
-        q_norm=vector("q_norm", part("q_norm", dim), wanted=config.qk_norm),
-        k_norm=vector("k_norm", part("k_norm", dim), wanted=config.qk_norm),
-    )  # fmt: skip
-    window = config.sliding_window if config.sliding_layers[layer] else 0
-    g.add("attention", "attention", layer=layer, input="q", output="context", window=window)
-    g.add(
-        "linear", "o_proj", layer=layer, input="context", output="hidden", epilogue="add",
-        weight=g.matrix(prefix + "o", q, part("o", hidden)),
-        bias=vector("o_bias", part("o_bias", hidden), wanted=config.o_bias),
-    )  # fmt: skip
-    g.add(
-        "norm", "mlp_norm", layer=layer, input="hidden", output="normed", eps=eps,
-        weight=vector("mlp_norm", part("mlp_norm", hidden)),
-    )  # fmt: skip
-    gate_up = part("gate", inner), part("up", inner)
-    gate_up_bias = part("gate_bias", inner), part("up_bias", inner)
-    g.add(
-        "linear", "gate_up_proj", layer=layer, input="normed", output="gated", epilogue="gate",
-        weight=g.matrix(prefix + "gate_up", hidden, *gate_up, paired=True),
-        bias=vector("gate_up_bias", *gate_up_bias, wanted=config.mlp_bias, paired=True),
-    )  # fmt: skip
-    g.add(
-        "linear", "down_proj", layer=layer, input="gated", output="hidden", epilogue="add",
-        weight=g.matrix(prefix + "down", inner, part("down", hidden)),
-        bias=vector("down_bias", part("down_bias", hidden), wanted=config.mlp_bias),
-    )  # fmt: skip
+
+
+FAMILIES = (
+    Family(model_type="llama", architecture="LlamaForCausalLM", read=read_llama),
+    Family(model_type="mistral", architecture="MistralForCausalLM", read=read_mistral),
+    Family(model_type="qwen2", architecture="Qwen2ForCausalLM", read=read_qwen2),
+    Family(model_type="qwen3", architecture="Qwen3ForCausalLM", read=read_qwen3),
+)

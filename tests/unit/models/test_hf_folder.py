@@ -78,6 +78,21 @@ def test_tied_model_has_no_lm_head(save_tiny: Save) -> None:
     assert "lm_head" not in dict(open_checkpoint(folder).weights())
 
 
+def test_a_stored_head_that_is_not_the_embedding_wins(save_tiny: Save) -> None:
+    """As in transformers 5: config.json says tied, and the file has a head of its own."""
+    _, folder = save_tiny("llama", tie_word_embeddings=True)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"] + 1.0
+    save_file(tensors | {"lm_head.weight": head}, path)
+    checkpoint = open_checkpoint(folder)
+    assert not checkpoint.config.tie_embeddings
+    torch.testing.assert_close(dict(checkpoint.weights())["lm_head"], head, rtol=0, atol=0)
+    save_file(tensors | {"lm_head.weight": head[:-1].contiguous()}, path)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: got shape"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_keep_their_dtype(save_tiny: Save, dtype: torch.dtype) -> None:
     _, folder = save_tiny("llama")

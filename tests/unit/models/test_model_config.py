@@ -1,4 +1,4 @@
-"""ModelConfig.from_hf against transformers' own configurations, and what it refuses."""
+"""read_config against transformers' own configurations, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import pytest
 from tiny_models import CONFIGS, TINY
 
 from flowprefill.errors import CheckpointError
-from flowprefill.models.model_config import ModelConfig, token_ids
+from flowprefill.models.families import read_config
+from flowprefill.models.hf_config import HfConfig
+from flowprefill.models.model_config import ModelConfig
 
 
 def parsed(family: str, **settings: Any) -> ModelConfig:
     """Parse what transformers would save."""
-    return ModelConfig.from_hf(CONFIGS[family](**(TINY | settings)).to_dict())
+    return read_config(CONFIGS[family](**(TINY | settings)).to_dict())
 
 
 def old_style(**changes: Any) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def test_sizes_of_every_family_equal_transformers(family: str) -> None:
 def test_absent_keys_get_the_defaults_of_the_family(family: str) -> None:
     theirs = CONFIGS[family]()
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    ours = ModelConfig.from_hf(
+    ours = read_config(
         {name: getattr(theirs, name) for name in needed}
         | {"model_type": family, "num_attention_heads": theirs.num_attention_heads}
     )
@@ -67,7 +69,7 @@ def test_absent_keys_get_the_defaults_of_the_family(family: str) -> None:
 
 def test_null_kv_heads_mean_one_per_head() -> None:
     config = CONFIGS["qwen2"](**TINY).to_dict() | {"num_key_value_heads": None}
-    assert ModelConfig.from_hf(config).num_kv_heads == 4
+    assert read_config(config).num_kv_heads == 4
 
 
 def test_biases_and_norms_follow_the_family() -> None:
@@ -83,13 +85,13 @@ def test_biases_and_norms_follow_the_family() -> None:
 def test_sliding_layers_equal_transformers(family: str) -> None:
     settings = {"num_hidden_layers": 4, "sliding_window": 16, "max_window_layers": 1}
     theirs = CONFIGS[family](**(TINY | settings), use_sliding_window=True)
-    ours = ModelConfig.from_hf(theirs.to_dict())
+    ours = read_config(theirs.to_dict())
     assert ours.sliding_window == 16
     assert ours.sliding_layers == tuple(kind == "sliding_attention" for kind in theirs.layer_types)
     assert ours.sliding_layers == (False, True, True, True)
     unlisted = theirs.to_dict()
     del unlisted["layer_types"]
-    assert ModelConfig.from_hf(unlisted).sliding_layers == ours.sliding_layers
+    assert read_config(unlisted).sliding_layers == ours.sliding_layers
 
 
 def test_sliding_window_switched_off_is_none() -> None:
@@ -104,7 +106,7 @@ def test_mistral_slides_in_every_layer() -> None:
 
 
 def test_old_style_config_is_read() -> None:
-    config = ModelConfig.from_hf(old_style(rope_scaling={"type": "linear", "factor": 2.0}))
+    config = read_config(old_style(rope_scaling={"type": "linear", "factor": 2.0}))
     assert config.rope_theta == 500000.0
     assert (config.rope_scaling.kind, config.rope_scaling.factor) == ("linear", 2.0)
     assert (config.num_kv_heads, config.head_dim) == (4, 8)
@@ -112,16 +114,17 @@ def test_old_style_config_is_read() -> None:
 
 
 def test_token_ids_accepts_one_many_or_none() -> None:
-    assert token_ids({"eos_token_id": [1, 2]}, "eos_token_id") == (1, 2)
-    assert token_ids({"eos_token_id": 3}, "eos_token_id") == (3,)
-    assert token_ids({"eos_token_id": None}, "eos_token_id") == ()
+    assert HfConfig({"eos_token_id": [1, 2]}).token_ids("eos_token_id") == (1, 2)
+    assert HfConfig({"eos_token_id": 3}).token_ids("eos_token_id") == (3,)
+    assert HfConfig({"eos_token_id": None}).token_ids("eos_token_id") == ()
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"model_type": "gemma2"}, ["model_type", "gemma2", "llama, mistral"]),
+        ({"model_type": "mamba"}, ["model_type", "mamba", "llama, mistral"]),
         ({"architectures": ["LlamaModel"]}, ["architectures", "LlamaModel", "LlamaForCausalLM"]),
+        ({"architectures": 7}, ["architectures", "7", "LlamaForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits", "bf16"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
@@ -146,7 +149,7 @@ def test_unsupported_config_names_field_value_and_allowed(
     changes: dict[str, Any], names: list[str]
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
-        ModelConfig.from_hf(old_style(**changes))
+        read_config(old_style(**changes))
     for name in names:
         assert name in caught.value.message
 
@@ -155,4 +158,4 @@ def test_mixed_layers_of_a_mistral_are_refused() -> None:
     config = CONFIGS["mistral"](**TINY).to_dict()
     config["layer_types"] = ["sliding_attention", "full_attention"]
     with pytest.raises(CheckpointError, match="layer_types"):
-        ModelConfig.from_hf(config)
+        read_config(config)

@@ -1,0 +1,43 @@
+"""Family: what makes one kind of decoder; the registry in this folder's __init__ holds them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from flowprefill.models.families.decoder import build_decoder
+from flowprefill.models.graph import ModelGraph
+from flowprefill.models.hf_config import HfConfig
+from flowprefill.models.model_config import ModelConfig
+
+Arrange = Callable[[ModelConfig, str, torch.Tensor], torch.Tensor]
+
+
+def as_stored(_config: ModelConfig, _name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Leave a tensor as its file has it."""
+    return tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One kind of decoder.
+
+    Attributes:
+        model_type: what config.json calls it; ``ModelConfig.family`` of its models.
+        architecture: the class in config.json's ``architectures``.
+        read: makes the configuration from config.json; raises CheckpointError.
+        build: makes the graph; its weights are parts of tensors by canonical names.
+        hf_names: Hugging Face's names where they are not those of weight_names.py: canonical name
+            inside a layer -> name without the layer's prefix.
+        arrange: changes a tensor that was read, e.g. the order of its rows: given the
+            configuration, the canonical name and the tensor. Hugging Face folders only.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[HfConfig], ModelConfig]
+    build: Callable[[ModelConfig], ModelGraph] = build_decoder
+    hf_names: Mapping[str, str] = field(default_factory=dict)
+    arrange: Arrange = as_stored

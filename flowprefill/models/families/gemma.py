@@ -1,0 +1,91 @@
+"""Gemma 2 and the text models of Gemma 3: norms before and after, GeGLU, scaled embeddings.
+
+Gemma 2 caps scores and logits; Gemma 3 has norms of q and k, and another rotary base in layers with
+a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flowprefill.models.families.family import Family
+from flowprefill.models.hf_config import HfConfig, read_decoder
+from flowprefill.models.model_config import ModelConfig, bad_field
+
+_NAMES = {
+    "attn_post_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
+
+
+def _read(values: HfConfig, pattern: int, **fields: Any) -> ModelConfig:
+    """Read what both have; ``pattern``: every so many layers one sees all tokens."""
+    if values.flag("use_bidirectional_attention"):
+        raise bad_field("use_bidirectional_attention", True, "false: a model that writes text")
+    has_bias = values.flag("attention_bias")
+    common: dict[str, Any] = {
+        "head_dim": 256,
+        "kv_heads": 4,
+        "tied": True,
+        "qkv_bias": has_bias,
+        "o_bias": has_bias,
+        "activation": values.activation("hidden_activation", "gelu_pytorch_tanh"),
+        "post_norms": True,
+        "norm_offset": 1.0,
+        "embed_scale": max(values.integer("hidden_size"), 1) ** 0.5,
+        "attention_scale": values.positive("query_pre_attn_scalar", 256.0) ** -0.5,
+    }
+    sliding = values.sliding(4096, lambda layer: (layer + 1) % pattern != 0)
+    return read_decoder(values, **(common | sliding | fields))
+
+
+def read_gemma2(values: HfConfig) -> ModelConfig:
+    """Read a config.json of a Gemma 2; a null softcap is none."""
+    caps = {"score_softcap": ("attn_logit_softcapping", 50.0),
+            "logit_softcap": ("final_logit_softcapping", 30.0)}  # fmt: skip
+    fields = {
+        field: values.number(name, 0.0 if name in values.values else default)
+        for field, (name, default) in caps.items()
+    }
+    return _read(values, pattern=2, max_position=8192, **fields)
+
+
+def read_gemma3(values: HfConfig) -> ModelConfig:
+    """Read a config.json of a Gemma 3 text model, with rotary parameters in the old or new form."""
+    pattern = values.integer("sliding_window_pattern", 6)
+    if pattern < 1:
+        raise bad_field("sliding_window_pattern", pattern, "an integer >= 1")
+    by_kind = HfConfig(values.mapping("rope_parameters"))
+    local = by_kind.mapping("sliding_attention")
+    if local.get("rope_type", "default") != "default":
+        raise bad_field("rope_parameters.sliding_attention", local, "rope_type 'default'")
+    full = by_kind.mapping("full_attention") | values.mapping("rope_scaling")
+    flat = dict(values.values) | {"rope_parameters": full, "rope_scaling": None}
+    local_theta = HfConfig(local).number(
+        "rope_theta", values.number("rope_local_base_freq", 10_000.0)
+    )
+    config = _read(
+        HfConfig(flat),
+        pattern=pattern,
+        max_position=131_072,
+        theta=1e6,
+        qk_norm=True,
+        local_rope_theta=local_theta,
+        score_softcap=values.number("attn_logit_softcapping", 0.0),
+        logit_softcap=values.number("final_logit_softcapping", 0.0),
+    )
+    # Its files name the context that the scaling reaches.
+    return replace(config, max_position=values.integer("max_position_embeddings", 131_072))
+
+
+FAMILIES = (
+    Family(
+        model_type="gemma2", architecture="Gemma2ForCausalLM", read=read_gemma2, hf_names=_NAMES
+    ),
+    Family(
+        model_type="gemma3_text", architecture="Gemma3ForCausalLM", read=read_gemma3,
+        hf_names=_NAMES,
+    ),
+)  # fmt: skip

@@ -1,0 +1,238 @@
+// Tests of csrc/devices/cpu/row_kernels: every instruction set's kernels against double precision.
+#include "devices/cpu/row_kernels.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace flowprefill {
+#define FP_DECLARE_ISA(isa)                      \
+  namespace isa {                                \
+  extern const RowKernels<float> kRowKernelsF32; \
+  }
+FP_DECLARE_ISA(isa_baseline)
+#if FP_ISA_LEVELS > 1
+FP_DECLARE_ISA(isa_avx2)
+FP_DECLARE_ISA(isa_avx512)
+FP_DECLARE_ISA(isa_avx512bf16)
+#endif
+#undef FP_DECLARE_ISA
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const RowKernels<float>* kernels;
+};
+
+std::vector<Isa> isas() {
+  std::vector<Isa> found{{"baseline", &isa_baseline::kRowKernelsF32}};
+#if FP_ISA_LEVELS > 1
+  const std::string best = row_kernel_isa();
+  if (best != "baseline")
+    found.push_back({"avx2", &isa_avx2::kRowKernelsF32});
+  if (best == "avx512" || best == "avx512bf16")
+    found.push_back({"avx512", &isa_avx512::kRowKernelsF32});
+  if (best == "avx512bf16")
+    found.push_back({"avx512bf16", &isa_avx512bf16::kRowKernelsF32});
+#endif
+  return found;
+}
+
+class RowKernelsTest : public testing::TestWithParam<Isa> {
+ protected:
+  const RowKernels<float>& kernels() const { return *GetParam().kernels; }
+};
+
+std::vector<float> random_row(int n, float spread, unsigned seed = 1) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.0f, spread);
+  std::vector<float> row(static_cast<size_t>(n));
+  for (float& x : row)
+    x = normal(random);
+  return row;
+}
+
+// From -limit to limit, small numbers and zero included; 1009: no multiple of any vector's width.
+std::vector<float> ramp(float limit) {
+  std::vector<float> row;
+  for (int i = -504; i <= 504; ++i) {
+    const float x = static_cast<float>(i) / 504.0f;
+    row.push_back(limit * x * std::fabs(x));
+  }
+  return row;
+}
+
+double gelu(double x) {
+  return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+
+double inverse_rms(const std::vector<float>& x, double eps) {
+  double sum = 0;
+  for (const float value : x)
+    sum += static_cast<double>(value) * value;
+  return 1.0 / std::sqrt(sum / static_cast<double>(x.size()) + eps);
+}
+
+TEST_P(RowKernelsTest, GatesAreWithinFloatRounding) {
+  const std::vector<float> gates = ramp(20.0f);
+  const auto cols = static_cast<int>(gates.size());
+  std::vector<float> tile = gates;
+  tile.insert(tile.end(), gates.size(), 1.5f);
+  std::vector<float> silu(gates.size());
+  std::vector<float> geglu(gates.size());
+  kernels().swiglu(tile.data(), 2 * cols, 1, cols, silu.data(), cols);
+  kernels().geglu(tile.data(), 2 * cols, 1, cols, geglu.data(), cols);
+  for (size_t i = 0; i < gates.size(); ++i) {
+    const double x = gates[i];
+    // An exponent's rounding grows with it; below -5 gelu is next to nothing.
+    const double tolerance = 1e-6 * std::fabs(x) + 1e-9;
+    EXPECT_NEAR(silu[i], 1.5 * x / (1.0 + std::exp(-x)), tolerance) << x;
+    EXPECT_NEAR(geglu[i], 1.5 * gelu(x), tolerance) << x;
+  }
+}
+
+TEST_P(RowKernelsTest, GatesOfInfinitiesAreTheirLimits) {
+  const float huge = 1e30f;
+  const std::vector<float> tile{-huge, huge, -200.0f, 200.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+  std::vector<float> out(4);
+  kernels().geglu(tile.data(), 8, 1, 4, out.data(), 4);
+  EXPECT_NEAR(out[0], 0.0f, 1e-6f);
+  EXPECT_EQ(out[1], huge);
+  EXPECT_NEAR(out[2], 0.0f, 1e-6f);
+  EXPECT_EQ(out[3], 200.0f);
+}
+
+TEST_P(RowKernelsTest, SoftCapIsWithinFloatRoundingAndNeverBeyondTheCap) {
+  for (const float cap : {0.5f, 30.0f, 72.13f}) {
+    const std::vector<float> in = ramp(20.0f * cap);
+    std::vector<float> out = in;
+    kernels().soft_cap(out.data(), static_cast<int>(out.size()), cap);
+    for (size_t i = 0; i < in.size(); ++i) {
+      const double wanted = cap * std::tanh(static_cast<double>(in[i]) / cap);
+      EXPECT_NEAR(out[i], wanted, 5e-7 * std::fabs(wanted)) << in[i];
+      EXPECT_LE(std::fabs(out[i]), cap);
+    }
+  }
+}
+
+TEST_P(RowKernelsTest, SoftmaxCapsWhatIsValidFirst) {
+  const int cols = 45;
+  const float cap = 3.0f;
+  std::vector<float> scores = random_row(cols, 8.0f);
+  const std::vector<float> given = scores;
+  const int lo = 3;
+  const int hi = 41;
+  float peak = -INFINITY;
+  float sum = 0.0f;
+  std::vector<float> output(8, 0.0f);
+  std::vector<float> probabilities(cols, -1.0f);
+  kernels().softmax({.scores = scores.data(),
+                     .ld = cols,
+                     .rows = 1,
+                     .cols = cols,
+                     .valid_lo = &lo,
+                     .valid_hi = &hi,
+                     .row_max = &peak,
+                     .row_sum = &sum,
+                     .output = output.data(),
+                     .dim = 8,
+                     .softcap = cap},
+                    probabilities.data());
+  double total = 0;
+  std::vector<double> wanted(cols, 0.0);
+  for (int i = lo; i < hi; ++i) {
+    wanted[static_cast<size_t>(i)] =
+        std::exp2(cap * std::tanh(static_cast<double>(given[static_cast<size_t>(i)]) / cap));
+    total += wanted[static_cast<size_t>(i)];
+  }
+  for (size_t i = 0; i < wanted.size(); ++i)
+    EXPECT_NEAR(probabilities[i] / sum, wanted[i] / total, 1e-6);
+}
+
+TEST_P(RowKernelsTest, RopeTurnsTheFirstDimensionsAndLeavesTheOthers) {
+  const int dim = 22;
+  const int turning = 8;
+  const std::vector<float> in = random_row(dim, 1.0f);
+  const std::vector<float> angles = random_row(turning / 2, 2.0f, 2);
+  std::vector<float> cos;
+  std::vector<float> sin;
+  for (const float angle : angles) {
+    cos.push_back(std::cos(angle));
+    sin.push_back(std::sin(angle));
+  }
+  std::vector<float> out(in.size());
+  const RopeHead head{.bias = nullptr,
+                      .norm_weight = nullptr,
+                      .norm_eps = 0.0f,
+                      .inverse_rms = 0.0f,
+                      .scale = 0.5f,
+                      .dim = dim,
+                      .turning = turning};
+  kernels().rope(in.data(), head, cos.data(), sin.data(), out.data());
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_NEAR(out[i], 0.5f * (in[i] * cos[i] - in[i + 4] * sin[i]), 1e-6f);
+    EXPECT_NEAR(out[i + 4], 0.5f * (in[i + 4] * cos[i] + in[i] * sin[i]), 1e-6f);
+  }
+  for (size_t i = turning; i < in.size(); ++i)
+    EXPECT_EQ(out[i], 0.5f * in[i]);
+}
+
+TEST_P(RowKernelsTest, RopeTakesTheInverseRmsOfItsRowOrMakesThatOfTheHead) {
+  const int dim = 12;
+  const std::vector<float> in = random_row(dim, 1.0f);
+  const std::vector<float> weight = random_row(dim, 1.0f, 3);
+  const std::vector<float> one(6, 1.0f);
+  const std::vector<float> zero(6, 0.0f);
+  std::vector<float> out(in.size());
+  RopeHead head{.bias = nullptr,
+                .norm_weight = weight.data(),
+                .norm_eps = 1e-5f,
+                .inverse_rms = 0.25f,
+                .scale = 1.0f,
+                .dim = dim,
+                .turning = dim};
+  kernels().rope(in.data(), head, one.data(), zero.data(), out.data());
+  for (size_t i = 0; i < in.size(); ++i)
+    EXPECT_NEAR(out[i], 0.25f * in[i] * weight[i], 1e-6f);
+  head.inverse_rms = 0.0f;
+  kernels().rope(in.data(), head, one.data(), zero.data(), out.data());
+  for (size_t i = 0; i < in.size(); ++i)
+    EXPECT_NEAR(out[i], inverse_rms(in, 1e-5) * in[i] * weight[i], 2e-6f);
+}
+
+TEST_P(RowKernelsTest, AddScaledAddsWithAndWithoutANorm) {
+  const int n = 133;
+  const std::vector<float> x = random_row(n, 3.0f);
+  const std::vector<float> weight = random_row(n, 1.0f, 4);
+  const std::vector<float> before = random_row(n, 1.0f, 5);
+  std::vector<float> out = before;
+  kernels().add_scaled(x.data(), nullptr, n, 1e-5f, 0.22f, out.data());
+  for (size_t i = 0; i < x.size(); ++i)
+    EXPECT_NEAR(out[i], before[i] + 0.22f * x[i], 1e-6f);
+  out = before;
+  kernels().add_scaled(x.data(), weight.data(), n, 1e-5f, 0.22f, out.data());
+  for (size_t i = 0; i < x.size(); ++i)
+    EXPECT_NEAR(out[i], before[i] + 0.22 * inverse_rms(x, 1e-5) * x[i] * weight[i], 2e-6);
+}
+
+TEST_P(RowKernelsTest, InverseRmsIsThatOfTheSumWithTheBias) {
+  const std::vector<float> x = random_row(77, 1.0f);
+  const std::vector<float> bias = random_row(77, 1.0f, 6);
+  std::vector<float> sum = x;
+  for (size_t i = 0; i < sum.size(); ++i)
+    sum[i] += bias[i];
+  EXPECT_NEAR(kernels().inverse_rms(x.data(), nullptr, 77, 1e-5f), inverse_rms(x, 1e-5), 1e-6);
+  EXPECT_NEAR(kernels().inverse_rms(x.data(), bias.data(), 77, 1e-5f), inverse_rms(sum, 1e-5),
+              1e-6);
+}
+
+INSTANTIATE_TEST_SUITE_P(EveryIsa, RowKernelsTest, testing::ValuesIn(isas()),
+                         [](const auto& isa) { return std::string(isa.param.name); });
+
+}  // namespace
+}  // namespace flowprefill
