@@ -5,7 +5,7 @@ Families (models/families) read their configuration with it.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +37,8 @@ class HfConfig:
         value = self.values.get(name)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise bad_field(name, value, "an integer")
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
+            raise bad_field(name, value, "an integer below 2^31")
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -47,7 +47,7 @@ class HfConfig:
         if value is None:
             return default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) <= sys.float_info.max:
             raise bad_field(name, value, "a number")
         return float(value)
 

@@ -36,10 +36,10 @@ def count_threads() -> Counter[str]:
     return Counter(status["Name"] for status in thread_statuses())
 
 
-def voluntary_switches() -> int:
-    """Return how often the threads of all executors have gone to sleep."""
+def switches(kind: str) -> int:
+    """Return how often executors' threads went to sleep, or (``nonvoluntary``) lost their core."""
     return sum(
-        int(status["voluntary_ctxt_switches"])
+        int(status[f"{kind}_ctxt_switches"])
         for status in thread_statuses()
         if status["Name"] in ("fp-executor", "fp-compute")
     )
@@ -47,7 +47,7 @@ def voluntary_switches() -> int:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads need two cores")
 def test_team_does_not_sleep_between_regions(runner: GetRunner, saved: GetSaved) -> None:
-    """Beside torch's own team. The best prefill counts: others may want the cores meanwhile."""
+    """With torch's own team alive. The best prefill counts, of those that kept their cores."""
     torch.set_num_threads(max(2, torch.get_num_threads()))
     square = torch.ones(512, 512)
     assert (square @ square)[0, 0] == 512
@@ -55,13 +55,17 @@ def test_team_does_not_sleep_between_regions(runner: GetRunner, saved: GetSaved)
     ids, options = saved("llama-grouped").ids, plan(MANY_REGIONS)
     shares = []
     for _ in range(TRIES):
-        switches, regions = voluntary_switches(), native.executor.num_regions
+        slept, lost = switches("voluntary"), switches("nonvoluntary")
+        regions = native.executor.num_regions
         native.prefill(ids, options)
         regions = native.executor.num_regions - regions
         assert regions > 100
-        shares.append((voluntary_switches() - switches) / regions)
-        if min(shares) < 0.05:
-            return
+        if switches("nonvoluntary") - lost <= 2:
+            shares.append((switches("voluntary") - slept) / regions)
+            if shares[-1] < 0.05:
+                return
+    if len(shares) < TRIES // 10:
+        pytest.skip(f"others took the cores in all but {len(shares)} of {TRIES} prefills")
     pytest.fail(f"the team slept in {min(shares):.0%} of its regions")
 
 
