@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "devices/cuda/backend/noise.h"
 #include "devices/cuda/kernels/portable.h"
 #include "devices/cuda/runtime/device_clock.h"
 #include "devices/cuda/runtime/graph.h"

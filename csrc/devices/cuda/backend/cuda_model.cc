@@ -11,6 +11,7 @@
 #include "devices/cuda/backend/gemm_candidates.h"
 #include "devices/cuda/backend/gemm_products.h"
 #include "devices/cuda/backend/layer_kernels.h"
+#include "devices/cuda/backend/noise.h"
 #include "devices/cuda/backend/plan_builder.h"
 #include "devices/cuda/runtime/cuda_device.h"
 #include "devices/cuda/runtime/cuda_resources.h"

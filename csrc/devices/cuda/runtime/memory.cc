@@ -3,17 +3,13 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
-#include <random>
 #include <utility>
-
-#include "cuda/kernels/portable.h"
 
 namespace flowprefill {
 
 namespace {
 
 constexpr size_t kMinPinnedBytes = 4096;
-constexpr size_t kNoiseNumbers = size_t{1} << 20;
 
 }  // namespace
 
@@ -25,23 +21,6 @@ DeviceBuffer::DeviceBuffer(size_t bytes) : bytes_(bytes) {
   memory_ = Handle<void*, cudaFree>(memory);
   FP_CUDA(cudaMemset(memory, 0, bytes));
   FP_CUDA(cudaDeviceSynchronize());  // it ran in the default stream, which others do not wait for
-}
-
-// A piece comes from the host and is doubled on the device.
-void fill_with_noise(std::span<std::byte> memory, cudaStream_t stream) {
-  std::minstd_rand random(1);
-  std::uniform_real_distribution<float> number(-1.0f, 1.0f);
-  std::vector<Bf16> piece(std::min(memory.size() / sizeof(Bf16), kNoiseNumbers));
-  std::ranges::generate(piece, [&] { return to_bf16(number(random)); });
-  size_t filled = piece.size() * sizeof(Bf16);
-  FP_CUDA(cudaMemcpyAsync(memory.data(), piece.data(), filled, cudaMemcpyHostToDevice, stream));
-  while (filled > 0 && filled < memory.size()) {
-    const size_t bytes = std::min(filled, memory.size() - filled);
-    FP_CUDA(cudaMemcpyAsync(memory.data() + filled, memory.data(), bytes, cudaMemcpyDeviceToDevice,
-                            stream));
-    filled += bytes;
-  }
-  FP_CUDA(cudaStreamSynchronize(stream));
 }
 
 PinnedBlock::PinnedBlock(PinnedBlock&& other) noexcept

@@ -1,5 +1,5 @@
 // Owners of device and pinned memory: DeviceBuffer, PinnedPool, SpillPool. Used by LanePool and
-// CudaProgram. fill_with_noise(): for measurements.
+// CudaProgram.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,11 +29,6 @@ class DeviceBuffer {
   Handle<void*, cudaFree> memory_;
   size_t bytes_;
 };
-
-// Fills device memory with bf16 numbers in (-1, 1), the same each time; read as floats they are
-// finite too. What is measured on zeros is faster than what comes: they switch no wires. Waits for
-// `stream`. Throws CudaError.
-void fill_with_noise(std::span<std::byte> memory, cudaStream_t stream);
 
 class PinnedPool;
 
