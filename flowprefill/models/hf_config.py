@@ -5,14 +5,14 @@ Families (models/families) read their configuration with it.
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flowprefill.models.graph import Activation
 from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers
-from flowprefill.models.rope import RopeScaling
+from flowprefill.models.rope import RopeScaling, as_float
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -46,10 +46,10 @@ class HfConfig:
         value = self.values.get(name)
         if value is None:
             return default
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= sys.float_info.max:
+        number = as_float(value)
+        if number is None or not math.isfinite(number):
             raise bad_field(name, value, "a number")
-        return float(value)
+        return number
 
     def positive(self, name: str, default: float) -> float:
         """Read a number above 0."""
@@ -177,4 +177,6 @@ def _rotary_dim(rope: HfConfig, head_dim: int, rotary_part: float | None) -> int
     part = rope.number("partial_rotary_factor", rotary_part or 1.0)
     if rotary_part is None and part != 1.0:
         raise bad_field("partial_rotary_factor", part, "1.0: all of head_dim is rotated")
+    if not 0 < part <= 1 or head_dim * part < 2:
+        raise bad_field("partial_rotary_factor", part, f"part of {head_dim} dimensions, 2 or more")
     return int(head_dim * part)

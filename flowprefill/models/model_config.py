@@ -54,7 +54,7 @@ class ModelConfig:
         activation: of the gate.
         pre_norms: an RMS norm before attention and before the MLP.
         post_norms: an RMS norm after each, before it is added to the residual stream.
-        qk_norm: RMS norm of q and k before the rotary embedding, each head by itself.
+        qk_norm: RMS norm of q and k before the rotary embedding, one for each head.
         qk_norm_over_heads: that norm is one over all heads of a row.
         norm_offset: added to the stored weights of all norms.
         embed_scale: factor on the embeddings.

@@ -76,6 +76,8 @@ class RopeScaling:
             )
         if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
             raise _bad("beta_fast", self.beta_fast, f"more than beta_slow = {self.beta_slow} > 0")
+        if self.kind == "longrope" and self.factor > 1 and self.original_max_position < 2:
+            raise _bad("original_max_position_embeddings", self.original_max_position, "2 or more")
         if self.kind == "longrope" and not (self.short_factors and self.long_factors):
             raise _bad("long_factor", self.long_factors, "a list of numbers, as short_factor")
 
@@ -90,11 +92,12 @@ class RopeScaling:
             max_position: what the file names. Under linear the context before scaling; under yarn
                 and longrope that in some files, the one that is reached in others.
         """
+        reached = float(max_position)
         if self.kind == "linear":
-            return round(max_position * max(self.factor, 1.0))
-        if self.kind in ("yarn", "longrope"):
-            return max(max_position, round(self.original_max_position * self.factor))
-        return max_position
+            reached = max_position * max(self.factor, 1.0)
+        elif self.kind in ("yarn", "longrope"):
+            reached = max(reached, self.original_max_position * self.factor)
+        return round(min(reached, 2.0**31))  # too much for any model: ModelConfig names it
 
     def served_up_to(self, tokens: int) -> RopeScaling:
         """Return the scaling of a model whose requests have at most so many tokens."""
@@ -197,11 +200,11 @@ def _number(values: Mapping[str, Any], name: str, default: float | None = None) 
 
 def _numbers(values: Mapping[str, Any], name: str) -> tuple[float, ...]:
     given = values.get(name)
-    if not isinstance(given, list) or not all(
-        isinstance(one, (int, float)) and not isinstance(one, bool) and one > 0 for one in given
-    ):
+    numbers = [as_float(one) for one in given] if isinstance(given, list) else [None]
+    found = tuple(one for one in numbers if one is not None and 0 < one < math.inf)
+    if len(found) != len(numbers):
         raise _bad(name, given, "a list of numbers > 0")
-    return tuple(map(float, given))
+    return found
 
 
 def inverse_frequencies(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from test_damaged_configuration import VALUES
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.families import build_graph, family_of, read_config
@@ -143,8 +145,9 @@ def test_glm_rows_turn_as_halves() -> None:
          {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
          ["rope factors", "8 numbers"]),
         ("phi3", {"partial_rotary_factor": 0.2}, ["rotary_dim", "even"]),
+        ("phi3", {"partial_rotary_factor": 0.0}, ["partial_rotary_factor", "0.0"]),
         ("phi3", {"partial_rotary_factor": float("nan")}, ["partial_rotary_factor", "nan"]),
-        ("phi3", {"partial_rotary_factor": 1.5}, ["rotary_dim", "24"]),
+        ("phi3", {"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "1.5", "16"]),
         ("glm4", {"architectures": ["ChatGLMModel"]}, ["architectures", "Glm4ForCausalLM"]),
         ("olmo2", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "1.0"]),
         ("granite", {"logits_scaling": 0}, ["logits_scaling", "> 0"]),
@@ -170,3 +173,33 @@ def test_the_example_of_the_documentation_reads_a_config() -> None:
     stored = {hf_name(name, family_of(config).hf_names) for name in build_graph(config).sources()}
     assert "model.layers.7.pre_mlp_norm.weight" in stored
     assert "model.layers.7.input_layernorm.weight" in stored
+
+
+FIELDS = [
+    *SILENT, "model_type", "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps",
+    "max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "rope_local_base_freq", "partial_rotary_factor", "sliding_window",
+    "sliding_window_pattern", "layer_types", "hidden_act", "hidden_activation", "attention_bias",
+    "mlp_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "use_bidirectional_attention", "embedding_multiplier", "residual_multiplier",
+    "attention_multiplier", "logits_scaling", "tie_word_embeddings",
+]  # fmt: skip
+ODD: list[Any] = [
+    *VALUES, {"sliding_attention": 7}, {"full_attention": [1]}, {"full_attention": {"factor": "x"}},
+    {"rope_type": "linear", "factor": 1e308},
+    {"rope_type": "longrope", "factor": 2, "short_factor": [10**400], "long_factor": [1.0]},
+    {"rope_type": "longrope", "factor": 2, "short_factor": [1.0] * 8, "long_factor": [1e-320] * 8,
+     "original_max_position_embeddings": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_any_value_of_any_field_is_read_or_refused_by_name(family: str) -> None:
+    read = 0
+    for field in FIELDS:
+        for value in ODD:
+            values = silent(family) | {"num_hidden_layers": 2} | {field: value}
+            with contextlib.suppress(CheckpointError):
+                build_graph(read_config(values))
+                read += 1
+    assert read > len(FIELDS), "a null at least is an absent key"
