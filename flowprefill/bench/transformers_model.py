@@ -85,7 +85,7 @@ def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Any:
         raise ConfigError(f"rope_scaling: got {kind!r}, expected 'default' for this comparison")
     if config.family not in CLASSES:
         known = ", ".join(CLASSES)
-        raise ConfigError(f"model: got a {config.family}, expected one of {known} to compare with")
+        raise ConfigError(f"model: got family {config.family}, expected one of {known} here")
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[config.family])
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 
 from flowprefill.errors import CheckpointError
+from flowprefill.models.families import Family, GgufForm, family_of_gguf
 from flowprefill.models.gguf_metadata import GgufMetadata, has_values
 from flowprefill.models.gguf_tokenizer import build_tokenizer
 from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers
-from flowprefill.models.rope import RopeScaling, rotate_half_rows
+from flowprefill.models.rope import RopeScaling
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import gguf_name
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -33,7 +34,10 @@ class GgufFile:
         """
         self._metadata = GgufMetadata(path)
         self._check_quantisations()
-        self.config = _model_config(self._metadata)
+        family = family_of_gguf(self._metadata.get("general.architecture", str))
+        assert family.gguf is not None
+        self._form = family.gguf
+        self.config = _model_config(self._metadata, family, self._form)
         self.special_tokens: Mapping[str, str] = {
             f"{name}_token": text
             for name in ("bos", "eos")
@@ -57,17 +61,10 @@ class GgufFile:
         return self._metadata.tensors[stored].size_bytes
 
     def load(self, canonical: str) -> torch.Tensor:
-        """Dequantise one weight to float32; q and k of llama files get their rows back in order."""
+        """Dequantise one weight to float32, its rows in the order of the graph."""
         dequantised = _dequantised(self._metadata, gguf_name(canonical))
         values = torch.from_numpy(np.require(dequantised, np.float32, ["C", "W"]))
-        # Only llama's converter interleaves the rows; qwen files keep the rotate-half order.
-        if self._metadata.values["general.architecture"] == "llama":
-            name = canonical.rpartition(".")[2]
-            if name in ("q", "q_bias"):
-                values = rotate_half_rows(values, self.config.num_heads)
-            elif name in ("k", "k_bias"):
-                values = rotate_half_rows(values, self.config.num_kv_heads)
-        return values
+        return self._form.arrange(self.config, canonical, values)
 
     def read_tokenizer(self) -> Tokenizer:
         """Build the tokenizer from the ``tokenizer.ggml`` keys."""
@@ -100,10 +97,8 @@ def _dequantised(metadata: GgufMetadata, name: str) -> np.ndarray:
     return values.reshape(tensor.shape)
 
 
-def _model_config(metadata: GgufMetadata) -> ModelConfig:
-    architecture = metadata.get("general.architecture", str)
-    if architecture not in ARCHITECTURES:
-        raise bad_field("general.architecture", architecture, "one of " + ", ".join(ARCHITECTURES))
+def _model_config(metadata: GgufMetadata, family: Family, form: GgufForm) -> ModelConfig:
+    architecture = form.architecture
     refused = has_values(metadata.values, f"{architecture}.expert_count")
     if refused is not None:
         raise bad_field(refused, metadata.values[refused], "0: no mixture of experts")
@@ -120,41 +115,31 @@ def _model_config(metadata: GgufMetadata) -> ModelConfig:
             raise bad_field(f"{architecture}.{key}", integer(key, head_dim), f"{head_dim}")
     num_layers = checked_layers(f"{architecture}.block_count", integer("block_count"))
     tensors = metadata.tensors
-    window = _sliding_window(metadata, architecture)
     scaling = _rope_scaling(metadata, architecture)
-    return ModelConfig(
-        family=architecture,
-        vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 1,
-        hidden_size=hidden_size,
-        intermediate_size=integer("feed_forward_length"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=integer("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        rms_eps=metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
-        rope_theta=metadata.get(f"{architecture}.rope.freq_base", float, 10_000.0),
-        rope_scaling=scaling,
-        rope_freq_factors=_rope_factors(metadata),
-        max_position=scaling.longest_context(integer("context_length")),
-        tie_embeddings="output.weight" not in tensors,
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        o_bias="blk.0.attn_output.bias" in tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        qk_norm=architecture == "qwen3",
-        sliding_window=window,
-        sliding_layers=(window > 0,) * num_layers,
-        bos_token_id=next(iter(_token_ids(metadata, "bos")), None),
-        eos_token_ids=_token_ids(metadata, "eos", "eot", "eom"),
-        chat_template=metadata.get("tokenizer.chat_template", str, "") or None,
-    )
-
-
-def _sliding_window(metadata: GgufMetadata, architecture: str) -> int:
-    key = f"{architecture}.attention.sliding_window"
-    window = int(metadata.get(key, int, 0))
-    if window and architecture != "llama":
-        raise bad_field(key, window, "0: which layers it holds for is not in the file")
-    return window
+    embedding = tensors.get("token_embd.weight")
+    common: dict[str, Any] = {
+        "family": family.model_type,
+        "vocab_size": embedding.shape[0] if embedding else 1,
+        "hidden_size": hidden_size,
+        "intermediate_size": integer("feed_forward_length"),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": integer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "rms_eps": metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": metadata.get(f"{architecture}.rope.freq_base", float, 10_000.0),
+        "rope_scaling": scaling,
+        "rope_freq_factors": _rope_factors(metadata),
+        "max_position": scaling.longest_context(integer("context_length")),
+        "tie_embeddings": "output.weight" not in tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "o_bias": "blk.0.attn_output.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "bos_token_id": next(iter(_token_ids(metadata, "bos")), None),
+        "eos_token_ids": _token_ids(metadata, "eos", "eot", "eom"),
+        "chat_template": metadata.get("tokenizer.chat_template", str, "") or None,
+    }
+    return ModelConfig(**(common | form.read(metadata, common)))
 
 
 def _token_ids(metadata: GgufMetadata, *names: str) -> tuple[int, ...]:

@@ -30,6 +30,11 @@ LAYER_NAMES = {
     "up_bias": ("mlp.up_proj.bias", "ffn_up.bias"),
     "down_bias": ("mlp.down_proj.bias", "ffn_down.bias"),
 }
+# Of weights that have no common name at Hugging Face: families say theirs.
+_GGUF_NAMES = {
+    "attn_post_norm": "post_attention_norm.weight",
+    "mlp_post_norm": "post_ffw_norm.weight",
+}
 MODEL_NAMES = {
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
     "final_norm": ("model.norm.weight", "output_norm.weight"),
@@ -51,4 +56,5 @@ def gguf_name(canonical: str) -> str:
     if canonical in MODEL_NAMES:
         return MODEL_NAMES[canonical][1]
     _, layer, name = canonical.split(".")
-    return f"blk.{layer}.{LAYER_NAMES[name][1]}"
+    inside = _GGUF_NAMES[name] if name in _GGUF_NAMES else LAYER_NAMES[name][1]
+    return f"blk.{layer}.{inside}"

@@ -190,8 +190,9 @@ class Runner:
         threads: int = 1,
         block_tokens: int = 16,
         blocks: int = 96,
+        max_context: int = 0,
     ) -> None:
-        self.model = load_model(open_checkpoint(folder), dtype, threads)
+        self.model = load_model(open_checkpoint(folder, max_context), dtype, threads)
         self.model.allocate_cache(block_tokens, blocks)
         self.block_tokens = block_tokens
         self.blocks = blocks

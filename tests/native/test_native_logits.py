@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_models import CASES, NEWER, Piece, Runner, Saved, plan, relative_error
+from native_models import CASES, NEWER, Piece, Runner, Saved, plan, reference_logits, relative_error
 
 TOLERANCE = 1e-4  # largest difference over the largest logit
 # Around the borders of row blocks (16), chunks (32), tiles (64) and tiles of two threads (128).
@@ -51,6 +52,22 @@ def test_finest_cut_really_is_fine(case: str, runner: GetRunner, saved: GetSaved
     attention = [label for label in run.labels() if label.op == "attention" and label.layer == 0]
     assert len(attention) >= 200 // 16, "attention is sliced by rows"
     assert relative_error(native.execute(run)[0], model.expected[199]) < TOLERANCE
+
+
+def test_longrope_served_up_to_the_original_context_takes_the_short_factors(
+    saved: GetSaved,
+) -> None:
+    """As transformers does while a text has at most so many tokens, here 64."""
+    folder, ids = saved("phi3-longrope").folder, saved("phi3-longrope").ids[:64]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    expected = reference_logits(theirs, ids)
+    native = Runner(folder, max_context=64)
+    for tokens in (1, 17, 64):
+        got = native.prefill(ids[:tokens], plan("operator"), tokens)
+        assert relative_error(got, expected[tokens - 1]) < TOLERANCE
+    native.close()
+    long = saved("phi3-longrope").expected
+    assert relative_error(expected[63], long[63]) > TOLERANCE, "the factors make a difference"
 
 
 @pytest.mark.parametrize("block_tokens", [16, 64, 128])

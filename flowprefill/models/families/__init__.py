@@ -9,12 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowprefill.models.families import gemma, glm, granite, llama, olmo2, phi3
-from flowprefill.models.families.family import Family
+from flowprefill.models.families.family import Family, GgufForm
 from flowprefill.models.graph import ModelGraph
 from flowprefill.models.hf_config import HfConfig
 from flowprefill.models.model_config import ModelConfig, bad_field
 
-__all__ = ["Family", "build_graph", "family_of", "read_config", "register"]
+__all__ = [
+    "Family",
+    "GgufForm",
+    "build_graph",
+    "family_of",
+    "family_of_gguf",
+    "read_config",
+    "register",
+]
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -35,6 +43,18 @@ def register(family: Family) -> None:
 def family_of(config: ModelConfig) -> Family:
     """Return the family of a configuration."""
     return _FAMILIES[config.family]
+
+
+def family_of_gguf(architecture: str) -> Family:
+    """Return the family of a GGUF file's ``general.architecture``.
+
+    Raises:
+        CheckpointError: no family has files of this architecture.
+    """
+    known = {family.gguf.architecture: family for family in _FAMILIES.values() if family.gguf}
+    if architecture not in known:
+        raise bad_field("general.architecture", architecture, "one of " + ", ".join(known))
+    return known[architecture]
 
 
 def build_graph(config: ModelConfig) -> ModelGraph:

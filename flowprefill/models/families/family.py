@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,10 @@ from flowprefill.models.families.decoder import build_decoder
 from flowprefill.models.graph import ModelGraph
 from flowprefill.models.hf_config import HfConfig
 from flowprefill.models.model_config import ModelConfig
+from flowprefill.models.rope import rotate_half_rows
+
+if TYPE_CHECKING:
+    from flowprefill.models.gguf_metadata import GgufMetadata
 
 Arrange = Callable[[ModelConfig, str, torch.Tensor], torch.Tensor]
 
@@ -18,6 +23,33 @@ Arrange = Callable[[ModelConfig, str, torch.Tensor], torch.Tensor]
 def as_stored(_config: ModelConfig, _name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Leave a tensor as its file has it."""
     return tensor
+
+
+def rotate_half_heads(config: ModelConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Reorder the rows of q and k, weights and biases, for rows that turn as halves.
+
+    Args:
+        name: canonical; other weights stay as they are.
+    """
+    heads = {"q": config.num_heads, "k": config.num_kv_heads}
+    kind = name.rpartition(".")[2].removesuffix("_bias")
+    return rotate_half_rows(tensor, heads[kind], config.rotary_dim) if kind in heads else tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufForm:
+    """How GGUF files hold a family.
+
+    Attributes:
+        architecture: their ``general.architecture``, which is the prefix of their keys, too.
+        read: given the header and the fields of ModelConfig that every file has, returns those that
+            are to be added or changed; raises CheckpointError.
+        arrange: as Family.arrange, for GGUF files.
+    """
+
+    architecture: str
+    read: Callable[[GgufMetadata, Mapping[str, Any]], dict[str, Any]]
+    arrange: Arrange = as_stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +65,7 @@ class Family:
             inside a layer -> name without the layer's prefix.
         arrange: changes a tensor that was read, e.g. the order of its rows: given the
             configuration, the canonical name and the tensor. Hugging Face folders only.
+        gguf: None: no GGUF files of it are read.
     """
 
     model_type: str
@@ -41,3 +74,4 @@ class Family:
     build: Callable[[ModelConfig], ModelGraph] = build_decoder
     hf_names: Mapping[str, str] = field(default_factory=dict)
     arrange: Arrange = as_stored
+    gguf: GgufForm | None = None

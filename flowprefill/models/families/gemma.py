@@ -6,12 +6,16 @@ a window.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flowprefill.models.families.family import Family
+from flowprefill.models.families.family import Family, GgufForm
 from flowprefill.models.hf_config import HfConfig, read_decoder
 from flowprefill.models.model_config import ModelConfig, bad_field
+
+if TYPE_CHECKING:
+    from flowprefill.models.gguf_metadata import GgufMetadata
 
 _NAMES = {
     "attn_post_norm": "post_attention_layernorm.weight",
@@ -80,12 +84,57 @@ def read_gemma3(values: HfConfig) -> ModelConfig:
     return replace(config, max_position=values.integer("max_position_embeddings", 131_072))
 
 
+def _read_gguf(
+    metadata: GgufMetadata, fields: Mapping[str, Any], prefix: str, pattern: int, large: int
+) -> dict[str, Any]:
+    """Read what the headers of both have; the norms' weights are whole in these files.
+
+    Args:
+        large: layers of the model whose scores are scaled by hidden_size, which no key tells.
+    """
+    layers, heads = fields["num_layers"], max(fields["num_heads"], 1)
+    scaled_by = fields["hidden_size"] // heads if layers == large else fields["head_dim"]
+    window = int(metadata.get(f"{prefix}.attention.sliding_window", int, 4096))
+    return {
+        "activation": "gelu_tanh",
+        "post_norms": True,
+        "embed_scale": max(fields["hidden_size"], 1) ** 0.5,
+        "attention_scale": max(scaled_by, 1) ** -0.5,
+        "sliding_window": window,
+        "sliding_layers": tuple(window > 0 and (i + 1) % pattern != 0 for i in range(layers)),
+        "max_position": int(metadata.get(f"{prefix}.context_length", int)),
+    }
+
+
+def read_gemma2_gguf(metadata: GgufMetadata, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a Gemma 2's GGUF header."""
+    caps = {"score_softcap": ("attn_logit_softcapping", 50.0),
+            "logit_softcap": ("final_logit_softcapping", 30.0)}  # fmt: skip
+    return _read_gguf(metadata, fields, "gemma2", pattern=2, large=46) | {
+        field: metadata.get(f"gemma2.{name}", float, default)
+        for field, (name, default) in caps.items()
+    }
+
+
+def read_gemma3_gguf(metadata: GgufMetadata, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a Gemma 3's GGUF header."""
+    key = "gemma3.attention.sliding_window_pattern"
+    if metadata.values.get(key, 6) != 6:
+        raise bad_field(key, metadata.values[key], "6")
+    return _read_gguf(metadata, fields, "gemma3", pattern=6, large=62) | {
+        "qk_norm": True,
+        "local_rope_theta": metadata.get("gemma3.rope.freq_base_swa", float, 10_000.0),
+        "logit_softcap": metadata.get("gemma3.final_logit_softcapping", float, 0.0),
+    }
+
+
 FAMILIES = (
     Family(
-        model_type="gemma2", architecture="Gemma2ForCausalLM", read=read_gemma2, hf_names=_NAMES
+        model_type="gemma2", architecture="Gemma2ForCausalLM", read=read_gemma2, hf_names=_NAMES,
+        gguf=GgufForm(architecture="gemma2", read=read_gemma2_gguf),
     ),
     Family(
         model_type="gemma3_text", architecture="Gemma3ForCausalLM", read=read_gemma3,
-        hf_names=_NAMES,
+        hf_names=_NAMES, gguf=GgufForm(architecture="gemma3", read=read_gemma3_gguf),
     ),
 )  # fmt: skip

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-from flowprefill.models.families.family import Family
+from flowprefill.models.families.family import Family, rotate_half_heads
 from flowprefill.models.hf_config import HfConfig, read_decoder
 from flowprefill.models.model_config import ModelConfig
-from flowprefill.models.rope import rotate_half_rows
 
 _NAMES = {"gate_up": "mlp.gate_up_proj.weight"}
 _POST_NORMS = {
@@ -34,20 +31,13 @@ def _read(values: HfConfig, has_post_norms: bool) -> ModelConfig:
     )  # fmt: skip
 
 
-def arrange(config: ModelConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Reorder rows of q and k, so that rows half a turning part apart turn together."""
-    heads = {"q": config.num_heads, "k": config.num_kv_heads}
-    kind = name.rpartition(".")[2].removesuffix("_bias")
-    return rotate_half_rows(tensor, heads[kind], config.rotary_dim) if kind in heads else tensor
-
-
 FAMILIES = (
     Family(
         model_type="glm", architecture="GlmForCausalLM", read=read_glm, hf_names=_NAMES,
-        arrange=arrange,
+        arrange=rotate_half_heads,
     ),
     Family(
         model_type="glm4", architecture="Glm4ForCausalLM", read=read_glm4,
-        hf_names=_NAMES | _POST_NORMS, arrange=arrange,
+        hf_names=_NAMES | _POST_NORMS, arrange=rotate_half_heads,
     ),
 )  # fmt: skip

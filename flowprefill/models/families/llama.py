@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from flowprefill.models.families.family import Family
+from flowprefill.models.families.family import Family, GgufForm, rotate_half_heads
 from flowprefill.models.hf_config import HfConfig, read_decoder
 from flowprefill.models.model_config import ModelConfig, bad_field
+
+if TYPE_CHECKING:
+    from flowprefill.models.gguf_metadata import GgufMetadata
 
 
 def read_llama(values: HfConfig) -> ModelConfig:
@@ -49,9 +53,34 @@ def read_qwen3(values: HfConfig) -> ModelConfig:
     )  # fmt: skip
 
 
+def read_llama_gguf(metadata: GgufMetadata, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a Llama's or Mistral's GGUF header."""
+    window = int(metadata.get("llama.attention.sliding_window", int, 0))
+    return {"sliding_window": window, "sliding_layers": (window > 0,) * fields["num_layers"]}
+
+
+def read_qwen_gguf(metadata: GgufMetadata, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a Qwen2's or Qwen3's GGUF header."""
+    key = f"{fields['family']}.attention.sliding_window"
+    if window := metadata.get(key, int, 0):
+        raise bad_field(key, window, "0: which layers it holds for is not in the file")
+    return {"qk_norm": fields["family"] == "qwen3"}
+
+
+# The converter of Llama files has rows turn as neighbours; that of Qwen leaves them.
+_LLAMA_GGUF = GgufForm(architecture="llama", read=read_llama_gguf, arrange=rotate_half_heads)
+
 FAMILIES = (
-    Family(model_type="llama", architecture="LlamaForCausalLM", read=read_llama),
+    Family(
+        model_type="llama", architecture="LlamaForCausalLM", read=read_llama, gguf=_LLAMA_GGUF
+    ),
     Family(model_type="mistral", architecture="MistralForCausalLM", read=read_mistral),
-    Family(model_type="qwen2", architecture="Qwen2ForCausalLM", read=read_qwen2),
-    Family(model_type="qwen3", architecture="Qwen3ForCausalLM", read=read_qwen3),
-)
+    Family(
+        model_type="qwen2", architecture="Qwen2ForCausalLM", read=read_qwen2,
+        gguf=GgufForm(architecture="qwen2", read=read_qwen_gguf),
+    ),
+    Family(
+        model_type="qwen3", architecture="Qwen3ForCausalLM", read=read_qwen3,
+        gguf=GgufForm(architecture="qwen3", read=read_qwen_gguf),
+    ),
+)  # fmt: skip

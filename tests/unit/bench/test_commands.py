@@ -13,6 +13,7 @@ import transformers
 from flowprefill import Engine, EngineConfig, Request, SamplingParams
 from flowprefill.bench.transformers_model import TransformersModel
 from flowprefill.cli import main
+from flowprefill.errors import ConfigError
 from flowprefill.models.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -116,6 +117,16 @@ def test_prompt_longer_than_the_model_is_refused(
     command = ["bench", "hol", "--model", str(folder), "--threads", "1", "--dtype", "f32"]
     assert main([*command, "--long-tokens", "9000"]) == 2
     assert "tokens: got 9000, expected 1 to 8191 tokens" in capsys.readouterr().err
+
+
+def test_transformers_comparison_names_a_family_that_it_does_not_know(tmp_path: Path) -> None:
+    config = transformers.Olmo2Config(
+        vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="got family olmo2, expected one of llama, mistral"):
+        TransformersModel(tmp_path, "f32", 1)
 
 
 def test_transformers_comparison_runs_the_same_model(folder: Path) -> None:

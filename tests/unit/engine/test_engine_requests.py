@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engine_models import VOCAB, WAIT_S, assert_all_free, greedy, ids_of, prompt_of
+from engine_models import (
+    VOCAB,
+    WAIT_S,
+    assert_all_free,
+    greedy,
+    ids_of,
+    make_engine,
+    prompt_of,
+    save_tiny,
+)
 
 from flowprefill import SLO, Engine, Request, SamplingParams
 from flowprefill.errors import InvalidRequest, PromptTooLong, RequestCancelled
@@ -145,6 +155,17 @@ def test_without_max_tokens_it_ends_at_the_models_length(
     ).result(WAIT_S)
     assert completion.finish_reason == "length"
     assert len(completion.token_ids) == 10
+
+
+def test_longrope_takes_the_factors_of_the_contexts_that_are_served(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+               "original_max_position_embeddings": 64}  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": scaling}))
+    for served, is_long in ((64, False), (65, True), (0, True)):
+        with make_engine(tmp_path, max_model_len=served) as engine:
+            assert engine.model_config.rope_scaling.is_long is is_long
 
 
 # ---- sampling ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import TinyGguf
+from tiny_models import TINY, TinyGguf
 from transformers.initialization import no_init_weights
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.checkpoint import Checkpoint, open_checkpoint
+from flowprefill.models.families.gemma import read_gemma2_gguf
 from flowprefill.models.gguf_metadata import GgufMetadata
 from flowprefill.models.model_config import rope_inverse_frequencies
 from flowprefill.models.weight_names import hf_name
@@ -73,6 +75,60 @@ def test_written_model_reads_back_equal(
     for name in ("num_heads", "num_kv_heads", "head_dim", "vocab_size", "qkv_bias", "o_bias",
                  "mlp_bias", "qk_norm", "tie_embeddings", "rope_theta"):  # fmt: skip
         assert getattr(read.config, name) == getattr(original.config, name), name
+
+
+GEMMA_KEYS: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3": {"rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+}
+
+
+@pytest.mark.parametrize("architecture", GEMMA_KEYS)
+def test_gemma_reads_back_equal_with_its_norms_whole(tmp_path: Path, architecture: str) -> None:
+    model = tiny_gemma(architecture)
+    model.save_pretrained(tmp_path / "hf")
+    original = open_checkpoint(tmp_path / "hf")
+    written = TinyGguf(original, architecture)
+    written.metadata |= {"attention.sliding_window": 16} | GEMMA_KEYS[architecture]
+    read = open_checkpoint(written.write(tmp_path / "tiny.gguf"))
+    told = {"norm_offset": 0.0} | {
+        name: getattr(read.config, name)
+        for name in ("bos_token_id", "eos_token_ids", "chat_template", "rms_eps")
+    }
+    assert read.config == replace(original.config, **told)
+    weights = dict(original.weights())
+    for name, tensor in read.weights():
+        expected = weights[name].float() + (1.0 if name.endswith("norm") else 0.0)
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+    assert ("layers.0.q_norm" in weights) is (architecture == "gemma3")
+
+
+def tiny_gemma(architecture: str) -> transformers.PreTrainedModel:
+    settings = TINY | {"query_pre_attn_scalar": 8, "sliding_window": 16, "num_hidden_layers": 7}
+    config: transformers.PretrainedConfig
+    if architecture == "gemma2":
+        caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+        config = transformers.Gemma2Config(**settings, **caps)
+    else:
+        config = transformers.Gemma3TextConfig(
+            **settings, rope_scaling={"rope_type": "linear", "factor": 8.0}
+        )
+    torch.manual_seed(7)
+    made: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    return made
+
+
+def test_gemmas_of_27_billion_scale_scores_by_their_width(tmp_path: Path) -> None:
+    tiny_gemma("gemma2").save_pretrained(tmp_path / "hf")
+    written = TinyGguf(open_checkpoint(tmp_path / "hf"), "gemma2")
+    metadata = GgufMetadata(written.write(tmp_path / "tiny.gguf"))
+    fields = {"num_layers": 46, "num_heads": 32, "hidden_size": 4608, "head_dim": 128}
+    assert read_gemma2_gguf(metadata, fields)["attention_scale"] == 144**-0.5
+    fields["num_layers"] = 42
+    assert read_gemma2_gguf(metadata, fields)["attention_scale"] == 128**-0.5
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
@@ -164,8 +220,8 @@ def test_bad_metadata_names_the_key(
 
 def test_unsupported_architecture_is_named(tiny_gguf: Make, tmp_path: Path) -> None:
     written = tiny_gguf("llama")
-    written.architecture = "gemma2"
-    with pytest.raises(CheckpointError, match=r"general.architecture: got 'gemma2', expected one"):
+    written.architecture = "granite"
+    with pytest.raises(CheckpointError, match=r"general.architecture: got 'granite', expected one"):
         open_checkpoint(written.write(tmp_path / "bad.gguf"))
 
 

@@ -82,6 +82,8 @@ class TinyGguf:
                 values = permuted(values, config.num_heads)
             if architecture == "llama" and name.rpartition(".")[2] in ("k", "k_bias"):
                 values = permuted(values, config.num_kv_heads)
+            if name.endswith("norm"):
+                values = values + np.float32(config.norm_offset)
             self.tensors[gguf_name(name)] = values
         self.tokenizer: dict[str, Any] = byte_tokenizer(config.vocab_size)
 
