@@ -160,9 +160,9 @@ TEST_F(ModelFaultTest, too_little_memory_is_told_by_whoever_takes_it) {
     return false;
   };
   fake_cudart::set_device_bytes(50'000);
-  EXPECT_TRUE(out_of_memory([&] { CudaModel model(tiny_.config(), options_); }));
+  EXPECT_TRUE(out_of_memory([&] { CudaBackend model(tiny_.graph(), options_); }));
   fake_cudart::set_device_bytes(1 << 20);
-  CudaModel model(tiny_.config(), options_);
+  CudaBackend model(tiny_.graph(), options_);
   tiny_.load_into(model);
   EXPECT_TRUE(out_of_memory([&] { model.allocate_cache(kBlockTokens, 1'000'000); }));
   EXPECT_EQ(model.bytes_per_block(kBlockTokens), size_t{2} * 2 * 2 * 2 * 64 * kBlockTokens);
@@ -191,7 +191,7 @@ class ModelInputTest : public ModelTest {
 
 TEST_F(ModelInputTest, tensor_unknown_of_wrong_shape_or_missing_is_named) {
   const TinyModel tiny(Kind::kTied, 2);
-  CudaModel model(tiny.config(), options_);
+  CudaBackend model(tiny.graph(), options_);
   const std::vector<float> values(64 * 300);
   expect_has(message([&] { model.load("layers.2.q", values.data(), 256, 64); }), {"layers.2.q"});
   expect_has(message([&] { model.load("lm_head", values.data(), 203, 64); }), {"lm_head"});
@@ -201,30 +201,63 @@ TEST_F(ModelInputTest, tensor_unknown_of_wrong_shape_or_missing_is_named) {
   expect_has(message([&] { model.load("final_norm", values.data(), 64, 64); }),
              {"final_norm", "[64, 64]", "[64, 1]"});
   model.load("embed", values.data(), 203, 64);
-  expect_has(message([&] { model.finish(); }), {"final_norm", "missing", "[64, 1]"});
+  expect_has(message([&] { model.finish(); }), {"layers.0.attn_norm", "missing", "[64, 1]"});
 }
 
-TEST_F(ModelInputTest, config_or_options_that_no_kernel_takes_are_named) {
-  ModelConfig config = TinyModel(Kind::kLlama).config();
+TEST_F(ModelInputTest, shape_or_options_that_no_kernel_takes_are_named) {
   const auto with = [&](auto change) {
-    ModelConfig c = config;
-    CudaModelOptions o = options_;
-    change(c, o);
-    return message([&] { CudaModel model(c, o); });
+    LlamaShape shape;
+    CudaBackendOptions o = options_;
+    change(shape, o);
+    return message([&] { CudaBackend model(llama_graph(shape), o); });
   };
-  expect_has(with([](auto& c, auto&) {
-               c.head_dim = 80;
-               c.inverse_frequencies.resize(40);
-             }),
-             {"head_dim", "80", "64, 96 or 128"});
-  expect_has(with([](auto& c, auto&) { c.hidden_size = 60; }), {"hidden_size", "60"});
-  expect_has(with([](auto& c, auto&) { c.intermediate_size = 70; }), {"intermediate_size", "70"});
+  EXPECT_EQ(with([](auto&, auto&) {}), "");
+  expect_has(with([](auto& s, auto&) { s.head_dim = 80; }),
+             {"operator rope of layer 0", "head_dim", "80", "64, 96 or 128"});
+  expect_has(with([](auto& s, auto&) { s.hidden_size = 60; }), {"operator embed", "hidden", "60"});
+  expect_has(with([](auto& s, auto&) { s.intermediate_size = 70; }),
+             {"operator gate_up_proj of layer 0", "gated", "70", "multiple of 8"});
   expect_has(with([](auto&, auto& o) { o.run_ahead = 5; }), {"run_ahead", "5"});
   expect_has(with([](auto&, auto& o) { o.num_lanes = 0; }), {"num_lanes", "0"});
   expect_has(with([](auto&, auto& o) { o.buckets = {4, 4}; }), {"buckets", "4"});
   expect_has(with([](auto&, auto& o) { o.buckets = {65}; }), {"buckets", "65"});
+  expect_has(with([](auto&, auto& o) { o.cuts.slices_heads = true; }), {"slices_heads"});
   fake_cudart::set_compute_capability(75);
   expect_has(with([](auto&, auto&) {}), {"device", "7.5", "8.0"});
+}
+
+TEST_F(ModelInputTest, operator_that_cuda_has_no_kernel_for_is_named) {
+  const auto with = [&](const std::string& name, auto change) {
+    ModelGraph graph = llama_graph({.qk_norm = true});
+    const auto op = std::ranges::find_if(
+        graph.operators, [&](const Operator& o) { return o.name == name && o.layer != 0; });
+    change(graph, *op);
+    return message([&] { CudaBackend model(graph, options_); });
+  };
+  expect_has(with("embed", [](auto&, auto& op) { op.scale = 8; }), {"operator embed: scale", "8"});
+  expect_has(with("lm_head", [](auto&, auto& op) { op.softcap = 30; }),
+             {"operator lm_head: softcap", "30"});
+  expect_has(with("o_proj", [](auto&, auto& op) { op.scale = 0.5; }),
+             {"operator o_proj of layer 1: scale", "0.5"});
+  expect_has(with("gate_up_proj", [](auto&, auto& op) { op.activation = Activation::kGeluTanh; }),
+             {"operator gate_up_proj of layer 1: activation", "gelu_tanh", "silu"});
+  expect_has(with("attention", [](auto&, auto& op) { op.softcap = 50; }),
+             {"operator attention of layer 1: softcap", "50"});
+  expect_has(with("attn_norm",
+                  [](auto& g, auto& op) {
+                    op.kind = OperatorKind::kResidual;
+                    op.output = op.input;
+                    op.input = tensor_named(g, "normed");
+                  }),
+             {"operator attn_norm of layer 1: kind", "residual"});
+  expect_has(with("mlp_norm", [](auto& g, auto&) { g.tensors[2].type = ElementType::kFloat; }),
+             {"operator attn_norm of layer 0: normed type", "activation"});
+  expect_has(with("rope",
+                  [](auto& g, auto&) {
+                    g.rotary_tables[0].inverse_frequencies.resize(16);
+                    g.tensors[1].columns = 32;
+                  }),
+             {"operator rope of layer 0: rotary columns", "32", "64"});
 }
 
 TEST_F(ModelInputTest, batch_that_does_not_fit_is_named) {
@@ -233,7 +266,7 @@ TEST_F(ModelInputTest, batch_that_does_not_fit_is_named) {
   const auto with = [&](const std::vector<Part>& parts, auto change) {
     Batch batch = batch_of(parts);
     change(batch);
-    return message([&] { model_->make_program(batch, plan_options_, sampling_); });
+    return message([&] { program_of(batch); });
   };
   const Part ok{0, {}, tiny.random_tokens(5, 1)};
   const auto nothing = [](Batch&) {};
@@ -257,13 +290,13 @@ TEST_F(ModelInputTest, batch_that_does_not_fit_is_named) {
 
 TEST_F(ModelInputTest, calls_out_of_order_are_refused) {
   const TinyModel tiny(Kind::kLlama, 1);
-  CudaModel model(tiny.config(), options_);
+  CudaBackend model(tiny.graph(), options_);
   EXPECT_THROW(model.make_device(), std::logic_error);
-  model.zero_blocks(std::vector<int32_t>{0});  // no cache, nothing to clear
+  EXPECT_EQ(model.kv(), nullptr);
   tiny.load_into(model);
   const std::vector<float> values(64);
   EXPECT_THROW(model.load("final_norm", values.data(), 64, 1), std::logic_error);
-  EXPECT_THROW(model.make_program(batch_of({{0, {}, {1}}}), plan_options_), std::logic_error);
+  EXPECT_THROW(model.make_program(batch_of({{0, {}, {1}}}), plan_options_, {}), std::logic_error);
   EXPECT_THROW(model.allocate_cache(3, 10), std::invalid_argument);
   EXPECT_THROW(model.allocate_cache(4, 0), std::invalid_argument);
   model.allocate_cache(4, 10);

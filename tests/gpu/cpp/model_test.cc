@@ -8,7 +8,8 @@
 #include <thread>
 
 #include "device_test.h"
-#include "devices/cuda/backend/cuda_model.h"
+#include "devices/cuda/backend/cuda_backend.h"
+#include "devices/cuda/backend/cuda_model_program.h"
 #include "runtime/executor.h"
 #include "tiny_model.h"
 #ifdef FP_GPU_DOUBLE
@@ -69,7 +70,7 @@ class Model : public DeviceTest {
 
   void open(const TinyModel& tiny) {
     close();
-    model_.emplace(tiny.config(), options_);
+    model_.emplace(tiny.graph(), options_);
     tiny.load_into(*model_);
     model_->allocate_cache(kBlockTokens, kSequences * kBlocksOfOne);
     executor_ =
@@ -84,7 +85,7 @@ class Model : public DeviceTest {
 
   // All tokens of a prompt, into blocks of its own.
   RunRef make(int32_t sequence, const std::vector<int32_t>& tokens,
-              const CudaProgramOptions& program = {}) {
+              const ProgramOptions& program = {}) {
     Sequence s{.row_begin = 0,
                .rows = static_cast<int32_t>(tokens.size()),
                .context = 0,
@@ -158,9 +159,9 @@ class Model : public DeviceTest {
     EXPECT_EQ(model_->lane_report().num_spills, num_segments - 1);
   }
 
-  CudaModelOptions options_;
+  CudaBackendOptions options_;
   PlanOptions plan_;
-  std::optional<CudaModel> model_;
+  std::optional<CudaBackend> model_;
   StoppingDevice::Stop stop_;
   std::unique_ptr<Executor> executor_;
   uint64_t next_id_ = 0;
