@@ -9,7 +9,6 @@
 
 #include "device_test.h"
 #include "devices/cuda/backend/cuda_backend.h"
-#include "devices/cuda/backend/cuda_model_program.h"
 #include "runtime/executor.h"
 #include "tiny_model.h"
 #ifdef FP_GPU_DOUBLE
@@ -95,7 +94,7 @@ class Model : public DeviceTest {
     Batch batch;
     batch.sequences.push_back(std::move(s));
     batch.tokens = tokens;
-    return make_run(++next_id_, model_->make_program(std::move(batch), plan_, {}, program));
+    return make_run(++next_id_, model_->make_program(std::move(batch), plan_, program));
   }
 
   // Until it stands at a boundary or has ended.
@@ -116,7 +115,7 @@ class Model : public DeviceTest {
 
   static std::vector<float> logits(const RunRef& run) {
     EXPECT_EQ(run->state(), RunState::kFinished) << run->error();
-    const auto& program = dynamic_cast<const CudaModelProgram&>(run->program());
+    const auto& program = dynamic_cast<const ModelProgram&>(run->program());
     return {program.logits(), program.logits() + program.vocab_size()};
   }
   std::vector<float> logits_of(int32_t sequence, const std::vector<int32_t>& tokens) {
