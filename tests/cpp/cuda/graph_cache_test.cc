@@ -67,7 +67,7 @@ TEST_F(GraphCacheTest, captures_once_after_the_eager_launches) {
 TEST_F(GraphCacheTest, keys_differ_in_every_part) {
   make();
   GraphKey base;
-  std::vector<GraphKey> keys(9, base);
+  std::vector<GraphKey> keys(10, base);
   keys[1].shape.first_op = 1;
   keys[2].shape.last_op = 1;
   keys[3].shape.part_begin = 1;
@@ -76,6 +76,7 @@ TEST_F(GraphCacheTest, keys_differ_in_every_part) {
   keys[6].shape.row_end = 1;
   keys[7].bucket = 1;
   keys[8].lane = 1;
+  keys[9].shape.variant = 1;
   for (const GraphKey& each : keys)
     EXPECT_NE(cache_->get(each, record(0), {}), nullptr);
   EXPECT_EQ(cache_->report().num_executables, keys.size());

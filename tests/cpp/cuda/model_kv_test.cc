@@ -57,6 +57,29 @@ TEST_F(ModelKvTest, place_that_it_has_not_is_named) {
   EXPECT_THROW(kv.zero(std::vector<int32_t>{kBlocks}), std::invalid_argument);
 }
 
+TEST_F(ModelKvTest, a_cuda_call_that_fails_is_thrown_and_leaves_the_cache_usable) {
+  make_model(TinyModel(Kind::kLlama, 1));
+  KvStore& kv = *model_->kv();
+  const std::vector<float> values = some_values(1);
+  const auto copies = [&] {
+    kv.zero(std::vector<int32_t>{3});
+    kv.write(0, 3, values);
+    EXPECT_EQ(read(0, 3), values);
+  };
+  copies();  // pins memory, which stays
+  const size_t before = fake_cudart::num_calls();
+  copies();
+  const size_t num_calls = fake_cudart::num_calls() - before;
+  ASSERT_GT(num_calls, 6u);
+  for (size_t n = 1; n <= num_calls; ++n) {
+    const size_t faults = fake_cudart::num_faults();
+    fake_cudart::fail_call(n, cudaErrorInvalidValue);
+    EXPECT_THROW(copies(), CudaError) << "call " << n << ", " << fake_cudart::last_fault();
+    EXPECT_EQ(fake_cudart::num_faults(), faults + 1);
+    EXPECT_NO_THROW(copies());
+  }
+}
+
 // The order that KvStore promises: keys [kv head, token, head_dim], then values alike.
 TEST_F(ModelKvTest, a_run_leaves_keys_and_values_of_the_plain_transformer) {
   const TinyModel tiny(Kind::kQwen, 2);
