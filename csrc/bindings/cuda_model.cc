@@ -65,14 +65,6 @@ SamplingParams make_sampling(const py::object& temperature, const py::object& to
           .uniform = value_from<float>("uniform", uniform)};
 }
 
-void check_sampling(const std::vector<SamplingParams>& sampling, size_t num_sequences) {
-  if (!sampling.empty() && sampling.size() != num_sequences) {
-    throw std::invalid_argument("sampling: got " + std::to_string(sampling.size()) +
-                                " entries, expected " + std::to_string(num_sequences) +
-                                ", one for each sequence");
-  }
-}
-
 // What stays the same for a user of either module: see CPU's Model.
 class GpuModel {
  public:
@@ -104,11 +96,9 @@ class GpuModel {
   RunRef make(uint64_t id, const Batch& batch, const PlanOptions& options, int64_t fail_at,
               const std::unordered_set<size_t>& pause_at,
               const std::vector<SamplingParams>& sampling, bool fetch_logits) {
-    check_sampling(sampling, batch.sequences.size());
     py::gil_scoped_release release;
     auto program = backend_->make_program(
-        batch, options,
-        {.sampling = sampling, .fetch_logits = fetch_logits, .fail_at = fail_at});
+        batch, options, {.sampling = sampling, .fetch_logits = fetch_logits, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
 

@@ -86,6 +86,8 @@ TEST_F(ModelInputTest, operator_that_cuda_has_no_kernel_for_is_named) {
                     op.input = tensor_named(g, "normed");
                   }),
              {"operator attn_norm of layer 1: kind", "residual"});
+  expect_has(with("attn_norm", [](auto&, auto& op) { op.kind = OperatorKind::kRound; }),
+             {"operator attn_norm of layer 1: kind", "round"});
   expect_has(with("mlp_norm", [](auto& g, auto&) { g.tensors[2].type = ElementType::kFloat; }),
              {"operator attn_norm of layer 0: normed type", "activation"});
   expect_has(with("rope",

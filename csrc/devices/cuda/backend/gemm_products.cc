@@ -42,19 +42,14 @@ std::vector<Step> products(const PlanShape& largest, size_t most_alike) {
   return steps;
 }
 
-// What is asked by shape alone never reads or writes there.
-std::byte* nowhere() {
-  return reinterpret_cast<std::byte*>(uintptr_t{1} << 30);
-}
-
 }  // namespace
 
 size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
                      const DeviceWeights& weights) {
   size_t bytes = 0;
   for (const Step& step : products(largest, 1)) {
-    bytes = std::max(
-        bytes, gemms.scratch_bytes(OperatorKernels::product(largest, weights, step, nowhere())));
+    bytes = std::max(bytes, gemms.scratch_bytes(OperatorKernels::product(
+                                largest, weights, step, OperatorKernels::nowhere())));
   }
   return bytes;
 }

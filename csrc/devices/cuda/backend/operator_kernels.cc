@@ -18,11 +18,6 @@ T* row_at(const PlanShape& shape, const Step& step, std::byte* lane, int32_t ten
   return reinterpret_cast<T*>(lane + shape.lane.offset(tensor)) + index * shape.lane.stride(tensor);
 }
 
-// What is asked by shape alone never reads or writes there.
-std::byte* nowhere() {
-  return reinterpret_cast<std::byte*>(uintptr_t{1} << 30);
-}
-
 }  // namespace
 
 // One operator of one step of one run: where its rows are.
