@@ -22,6 +22,7 @@ from flowprefill._core import RunEventKind, RunState
 from flowprefill._core import SegmentLabel as SegmentLabel
 from flowprefill._core import TimelineRecord as TimelineRecord
 from flowprefill._core import TimelineSnapshot as TimelineSnapshot
+from flowprefill.models.graph import ModelGraph
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
@@ -104,8 +105,8 @@ class Executor:
 class Model:
     """A model's weights in bf16 and its KV cache, both in the memory of one GPU."""
 
-    # options: fields of CudaModelOptions (csrc/devices/cuda/backend/cuda_model.h) by name
-    def __init__(self, config: dict[str, Any], options: dict[str, Any] = ...) -> None: ...
+    # options: fields of CudaBackendOptions (csrc/devices/cuda/backend) by name
+    def __init__(self, graph: ModelGraph, options: dict[str, Any] = ...) -> None: ...
     def load(self, name: str, values: FloatArray) -> None: ...
     def finish(self) -> None: ...
     def allocate_cache(self, block_tokens: int, blocks: int) -> None: ...

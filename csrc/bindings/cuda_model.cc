@@ -1,4 +1,4 @@
-// Binds CudaModel: weights, KV cache and the making of runs on a GPU, and the executor that runs
+// Binds CudaBackend: weights, KV cache and the making of runs on a GPU, and the executor that runs
 // them.
 #include <functional>
 #include <map>
@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/graph_arguments.h"
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
-#include "devices/cuda/backend/cuda_model.h"
+#include "devices/cuda/backend/cuda_backend.h"
+#include "devices/cuda/backend/cuda_model_program.h"
 
 namespace py = pybind11;
 
@@ -25,8 +27,8 @@ auto into(V& field) {
 }
 
 // Every option may be left out; one that nobody knows is an error.
-CudaModelOptions model_options_from(const py::dict& values) {
-  CudaModelOptions o;
+CudaBackendOptions backend_options_from(const py::dict& values) {
+  CudaBackendOptions o;
   const std::map<std::string, std::function<void(const py::dict&, const char*)>> fields = {
       {"device", into(o.device)},
       {"run_ahead", into(o.run_ahead)},
@@ -63,62 +65,48 @@ SamplingParams make_sampling(const py::object& temperature, const py::object& to
           .uniform = value_from<float>("uniform", uniform)};
 }
 
-void check_sampling(const std::vector<SamplingParams>& sampling, size_t num_sequences) {
-  if (!sampling.empty() && sampling.size() != num_sequences) {
-    throw std::invalid_argument("sampling: got " + std::to_string(sampling.size()) +
-                                " entries, expected " + std::to_string(num_sequences) +
-                                ", one for each sequence");
-  }
-}
-
 // What stays the same for a user of either module: see CPU's Model.
 class GpuModel {
  public:
-  GpuModel(const py::dict& config, const py::dict& options) {
-    const ModelConfig c = config_from(config);
-    const CudaModelOptions o = model_options_from(options);
+  GpuModel(const py::object& graph, const py::dict& options) {
+    ModelGraph g = graph_from(graph);
+    CudaBackendOptions o = backend_options_from(options);
     py::gil_scoped_release release;
-    model_ = std::make_unique<CudaModel>(c, o);
+    backend_ = std::make_unique<CudaBackend>(std::move(g), std::move(o));
   }
 
   void load(const std::string& name, const py::object& object) {
     const TensorView tensor = tensor_from(name, object);
     py::gil_scoped_release release;
-    model_->load(name, tensor.values, tensor.rows, tensor.columns);
+    backend_->load(name, tensor.values, tensor.rows, tensor.columns);
   }
 
   void allocate_cache(int32_t block_tokens, int32_t blocks) {
-    check_cache_size(block_tokens, blocks);
     py::gil_scoped_release release;
-    model_->allocate_cache(block_tokens, blocks);
-    num_blocks_ = blocks;
+    backend_->allocate_cache(block_tokens, blocks);
   }
 
   void zero_blocks(const std::vector<int32_t>& blocks) {
-    if (num_blocks_ == 0)
-      return;
-    check_blocks(blocks, num_blocks_);
     py::gil_scoped_release release;
-    model_->zero_blocks(blocks);
+    if (backend_->kv() != nullptr)
+      backend_->kv()->zero(blocks);
   }
 
   // sampling: one for each sequence; none at all: the most likely tokens.
   RunRef make(uint64_t id, const Batch& batch, const PlanOptions& options, int64_t fail_at,
               const std::unordered_set<size_t>& pause_at,
               const std::vector<SamplingParams>& sampling, bool fetch_logits) {
-    check_sampling(sampling, batch.sequences.size());
     py::gil_scoped_release release;
-    auto program = model_->make_program(batch, options, sampling,
-                                        {.fetch_logits = fetch_logits, .fail_at = fail_at});
+    auto program = backend_->make_program(
+        batch, options, {.sampling = sampling, .fetch_logits = fetch_logits, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
 
-  CudaModel& get() { return *model_; }
-  const CudaModel& get() const { return *model_; }
+  CudaBackend& get() { return *backend_; }
+  const CudaBackend& get() const { return *backend_; }
 
  private:
-  std::unique_ptr<CudaModel> model_;
-  int32_t num_blocks_ = 0;  // 0: no cache yet
+  std::unique_ptr<CudaBackend> backend_;
 };
 
 // plan: the options of the runs whose graphs are captured at the start; none: as runs come.
@@ -128,7 +116,7 @@ std::unique_ptr<Executor> make_executor(GpuModel& model, const std::optional<Pla
 
 // A view of the run's logits that keeps the run alive.
 py::array_t<float> logits(const py::object& object) {
-  const auto& program = finished<CudaModelProgram>(object, "logits");
+  const auto& program = finished<ModelProgram>(object, "logits");
   if (program.logits() == nullptr)
     throw std::invalid_argument("run: has no logits, it was made with fetch_logits=False");
   const py::ssize_t rows = program.num_sequences();
@@ -139,7 +127,7 @@ py::array_t<float> logits(const py::object& object) {
 }
 
 py::array_t<int32_t> sampled(const py::object& object) {
-  const auto tokens = finished<CudaModelProgram>(object, "sampled tokens").sampled();
+  const auto tokens = finished<ModelProgram>(object, "sampled tokens").sampled();
   return py::array_t<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data(), object);
 }
 
@@ -205,7 +193,7 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
       .def(py::init(&make_sampling), py::kw_only(), py::arg("temperature"), py::arg("top_k"),
            py::arg("top_p"), py::arg("min_p"), py::arg("uniform"));
   py::class_<GpuModel>(m, "Model", py::module_local())
-      .def(py::init<const py::dict&, const py::dict&>(), py::arg("config"),
+      .def(py::init<const py::object&, const py::dict&>(), py::arg("graph"),
            py::arg("options") = py::dict())
       .def("load", &GpuModel::load, py::arg("name"), py::arg("values"))
       .def(
@@ -239,7 +227,7 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
   m.def(
       "has_logits",
       [](const py::object& run) {
-        return finished<CudaModelProgram>(run, "logits").logits() != nullptr;
+        return finished<ModelProgram>(run, "logits").logits() != nullptr;
       },
       py::arg("run"));
   m.def("logits", &logits, py::arg("run"));

@@ -10,8 +10,7 @@ constexpr uint64_t bit(int32_t tensor) {
 }
 
 uint64_t reads_of(const Operator& op) {
-  const bool reads_output = op.kind == OperatorKind::kResidual || op.epilogue == Epilogue::kAdd;
-  return bit(op.input) | bit(op.rotary) | (reads_output ? bit(op.output) : 0);
+  return bit(op.input) | bit(op.rotary) | (reads_output(op) ? bit(op.output) : 0);
 }
 
 // Whether the step writes the first of what its tensor will hold: what was there before is dead,

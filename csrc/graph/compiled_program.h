@@ -31,8 +31,9 @@ class CompiledProgram {
   bool is_per_sequence(size_t segment) const;
 
   // Tensors (bit i: tensor i of the graph) of which something is read after the boundary before
-  // segment `cursor` that was written before it. Cost: a look at each step up to the end of the
-  // next tile.
+  // segment `cursor` that was written before it; between chunks the prompt's tensors too, since any
+  // of their rows may be a sequence's last. Cost: a look at each step up to the end of the next
+  // tile.
   uint64_t live_tensors(size_t cursor) const;
 
  private:

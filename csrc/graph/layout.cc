@@ -30,7 +30,7 @@ std::vector<std::vector<bool>> lifetimes(const ModelGraph& graph, ModelGraph::Ra
   std::vector<int32_t> since(graph.tensors.size(), -1);
   for (int32_t i = layer.begin; i < layer.end; ++i) {
     const Operator& op = graph.op(i);
-    for (const int32_t read : {op.input, op.rotary}) {
+    for (const int32_t read : {op.input, op.rotary, reads_output(op) ? op.output : -1}) {
       if (read < 0 || since[static_cast<size_t>(read)] < 0)
         continue;
       auto& bits = alive[static_cast<size_t>(read)];
@@ -166,7 +166,7 @@ class Access {
     if (op.rotary >= 0)
       reads = reads.united(LiveSet({rows(op.rotary)}));
     const LiveSet writes = written(op);
-    if (op.kind == OperatorKind::kResidual || op.epilogue == Epilogue::kAdd)
+    if (reads_output(op))
       reads = reads.united(writes);
     return {.reads = std::move(reads), .writes = writes};
   }

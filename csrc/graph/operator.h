@@ -57,6 +57,11 @@ constexpr bool is_light(const Operator& op) {
   return op.kind != OperatorKind::kLinear && op.kind != OperatorKind::kAttention;
 }
 
+// Whether it changes what its output holds rather than writing it anew.
+constexpr bool reads_output(const Operator& op) {
+  return op.kind == OperatorKind::kResidual || op.epilogue == Epilogue::kAdd;
+}
+
 // A copy of the name that lives as long as the process. Thread: any.
 const char* intern(const char* name);
 

@@ -278,7 +278,7 @@ class PacedDevice : public Device {
   PacedDevice(size_t depth, bool has_times) : depth_(depth), has_times_(has_times) {}
 
   void launch(Program& program, size_t i) override {
-    program.execute(i);
+    program.execute(i, {});
     const int64_t start_ns = std::max(now_ns(), end_ns_);
     end_ns_ = start_ns + kSegmentNs;
     in_flight_.push_back({.start_ns = start_ns, .end_ns = end_ns_});

@@ -57,7 +57,7 @@ CPP_LAYERS = {
     "graph": {"runtime"},
     "devices/cpu": {"graph", "runtime"},
     "devices/cuda/runtime": {"graph", "runtime"},
-    "devices/cuda/kernels": {"devices/cuda/runtime"},
+    "devices/cuda/kernels": {"devices/cuda/runtime", "graph"},
     "devices/cuda/backend": {
         "devices/cuda/kernels",
         "devices/cuda/runtime",
@@ -238,7 +238,7 @@ def test_purity_clock_or_file_is_found(source: str) -> None:
         ("devices/cpu", '"devices/cuda/runtime/graph.h"'),
         ("devices/cpu", '"cpu_device.h"'),
         ("devices/cuda/runtime", '"devices/cuda/kernels/kernels.h"'),
-        ("devices/cuda/kernels", '"devices/cuda/backend/cuda_model.h"'),
+        ("devices/cuda/kernels", '"devices/cuda/backend/cuda_backend.h"'),
         ("devices/cuda/backend", '"devices/cpu/weights.h"'),
         ("devices/cuda/backend", "<ATen/core/Tensor.h>"),
     ],

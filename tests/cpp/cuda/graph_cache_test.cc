@@ -28,7 +28,7 @@ class GraphCacheTest : public ::testing::Test {
   void make() { cache_ = std::make_unique<GraphCache>(options_); }
 
   static GraphKey key(int32_t layer, int32_t bucket = 8) {
-    return {.shape = {.first_layer = layer}, .bucket = bucket};
+    return {.shape = {.first_op = layer}, .bucket = bucket};
   }
 
   // One kernel; the order of captures is noted.
@@ -67,15 +67,16 @@ TEST_F(GraphCacheTest, captures_once_after_the_eager_launches) {
 TEST_F(GraphCacheTest, keys_differ_in_every_part) {
   make();
   GraphKey base;
-  std::vector<GraphKey> keys(9, base);
+  std::vector<GraphKey> keys(10, base);
   keys[1].shape.first_op = 1;
   keys[2].shape.last_op = 1;
-  keys[3].shape.first_layer = 1;
-  keys[4].shape.last_layer = 1;
+  keys[3].shape.part_begin = 1;
+  keys[4].shape.part_end = 1;
   keys[5].shape.row_begin = 1;
   keys[6].shape.row_end = 1;
   keys[7].bucket = 1;
   keys[8].lane = 1;
+  keys[9].shape.variant = 1;
   for (const GraphKey& each : keys)
     EXPECT_NE(cache_->get(each, record(0), {}), nullptr);
   EXPECT_EQ(cache_->report().num_executables, keys.size());

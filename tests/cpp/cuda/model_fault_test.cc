@@ -1,5 +1,5 @@
 // Every CUDA call of real programs made to fail, one after another: one failed run, all others
-// right to the bit, nothing left behind. And what bad input is answered with.
+// right to the bit, nothing left behind.
 #include <gtest/gtest.h>
 
 #include "model_fixture.h"
@@ -160,129 +160,13 @@ TEST_F(ModelFaultTest, too_little_memory_is_told_by_whoever_takes_it) {
     return false;
   };
   fake_cudart::set_device_bytes(50'000);
-  EXPECT_TRUE(out_of_memory([&] { CudaModel model(tiny_.config(), options_); }));
+  EXPECT_TRUE(out_of_memory([&] { CudaBackend model(tiny_.graph(), options_); }));
   fake_cudart::set_device_bytes(1 << 20);
-  CudaModel model(tiny_.config(), options_);
+  CudaBackend model(tiny_.graph(), options_);
   tiny_.load_into(model);
   EXPECT_TRUE(out_of_memory([&] { model.allocate_cache(kBlockTokens, 1'000'000); }));
   EXPECT_EQ(model.bytes_per_block(kBlockTokens), size_t{2} * 2 * 2 * 2 * 64 * kBlockTokens);
   EXPECT_GT(model.lane_bytes(kBlockTokens), size_t{64} * 64 * 4);
-}
-
-// ---- bad input
-
-class ModelInputTest : public ModelTest {
- protected:
-  // What the call throws; empty: nothing.
-  template <typename Call>
-  static std::string message(const Call& call) {
-    try {
-      call();
-    } catch (const std::invalid_argument& error) {
-      return error.what();
-    }
-    return "";
-  }
-  static void expect_has(const std::string& text, const std::vector<std::string>& parts) {
-    for (const std::string& part : parts)
-      EXPECT_NE(text.find(part), std::string::npos) << "'" << text << "' lacks '" << part << "'";
-  }
-};
-
-TEST_F(ModelInputTest, tensor_unknown_of_wrong_shape_or_missing_is_named) {
-  const TinyModel tiny(Kind::kTied, 2);
-  CudaModel model(tiny.config(), options_);
-  const std::vector<float> values(64 * 300);
-  expect_has(message([&] { model.load("layers.2.q", values.data(), 256, 64); }), {"layers.2.q"});
-  expect_has(message([&] { model.load("lm_head", values.data(), 203, 64); }), {"lm_head"});
-  expect_has(message([&] { model.load("layers.0.q_bias", values.data(), 256, 1); }), {"q_bias"});
-  expect_has(message([&] { model.load("layers.1.q", values.data(), 256, 63); }),
-             {"layers.1.q", "[256, 63]", "[256, 64]"});
-  expect_has(message([&] { model.load("final_norm", values.data(), 64, 64); }),
-             {"final_norm", "[64, 64]", "[64, 1]"});
-  model.load("embed", values.data(), 203, 64);
-  expect_has(message([&] { model.finish(); }), {"final_norm", "missing", "[64, 1]"});
-}
-
-TEST_F(ModelInputTest, config_or_options_that_no_kernel_takes_are_named) {
-  ModelConfig config = TinyModel(Kind::kLlama).config();
-  const auto with = [&](auto change) {
-    ModelConfig c = config;
-    CudaModelOptions o = options_;
-    change(c, o);
-    return message([&] { CudaModel model(c, o); });
-  };
-  expect_has(with([](auto& c, auto&) {
-               c.head_dim = 80;
-               c.inverse_frequencies.resize(40);
-             }),
-             {"head_dim", "80", "64, 96 or 128"});
-  expect_has(with([](auto& c, auto&) { c.hidden_size = 60; }), {"hidden_size", "60"});
-  expect_has(with([](auto& c, auto&) { c.intermediate_size = 70; }), {"intermediate_size", "70"});
-  expect_has(with([](auto&, auto& o) { o.run_ahead = 5; }), {"run_ahead", "5"});
-  expect_has(with([](auto&, auto& o) { o.num_lanes = 0; }), {"num_lanes", "0"});
-  expect_has(with([](auto&, auto& o) { o.buckets = {4, 4}; }), {"buckets", "4"});
-  expect_has(with([](auto&, auto& o) { o.buckets = {65}; }), {"buckets", "65"});
-  fake_cudart::set_compute_capability(75);
-  expect_has(with([](auto&, auto&) {}), {"device", "7.5", "8.0"});
-}
-
-TEST_F(ModelInputTest, batch_that_does_not_fit_is_named) {
-  const TinyModel tiny(Kind::kLlama, 1);
-  make_model(tiny);
-  const auto with = [&](const std::vector<Part>& parts, auto change) {
-    Batch batch = batch_of(parts);
-    change(batch);
-    return message([&] { model_->make_program(batch, plan_options_, sampling_); });
-  };
-  const Part ok{0, {}, tiny.random_tokens(5, 1)};
-  const auto nothing = [](Batch&) {};
-  EXPECT_EQ(with({ok}, nothing), "");
-  expect_has(with({ok}, [](Batch& b) { b.tokens[2] = 203; }), {"token id", "203", "0..202"});
-  expect_has(with({ok}, [](Batch& b) { b.sequences[0].block_table.resize(1); }),
-             {"sequence 0", "KV blocks", "1", "2"});
-  expect_has(with({ok}, [](Batch& b) { b.sequences[0].block_table[1] = kBlocks; }),
-             {"sequence 0", "KV block", "96", "0..95"});
-  expect_has(with({ok}, [](Batch& b) { b.sequences[0].rows = 4; }), {"rows", "4", "5"});
-  expect_has(with({ok}, [](Batch& b) { b.sequences[0].context = -1; }), {"context", "-1"});
-  expect_has(with({ok}, [](Batch& b) { b.sequences[0].context = 44; }), {"49", "48"});
-  expect_has(with({}, nothing), {"tokens", "0"});
-  expect_has(with({{0, {}, tiny.random_tokens(65, 1)}}, nothing), {"tokens", "65", "64"});
-  expect_has(with(std::vector<Part>(9, ok), nothing), {"sequences", "9", "8"});
-  sampling_ = {{.temperature = -1}};
-  expect_has(with({ok}, nothing), {"temperature", "-1"});
-  sampling_ = {{}, {}};
-  expect_has(with({ok}, nothing), {"sampling", "2", "1"});
-}
-
-TEST_F(ModelInputTest, calls_out_of_order_are_refused) {
-  const TinyModel tiny(Kind::kLlama, 1);
-  CudaModel model(tiny.config(), options_);
-  EXPECT_THROW(model.make_device(), std::logic_error);
-  model.zero_blocks(std::vector<int32_t>{0});  // no cache, nothing to clear
-  tiny.load_into(model);
-  const std::vector<float> values(64);
-  EXPECT_THROW(model.load("final_norm", values.data(), 64, 1), std::logic_error);
-  EXPECT_THROW(model.make_program(batch_of({{0, {}, {1}}}), plan_options_), std::logic_error);
-  EXPECT_THROW(model.allocate_cache(3, 10), std::invalid_argument);
-  EXPECT_THROW(model.allocate_cache(4, 0), std::invalid_argument);
-  model.allocate_cache(4, 10);
-  EXPECT_THROW(model.allocate_cache(4, 10), std::logic_error);
-  const auto device = model.make_device();
-  EXPECT_THROW(model.make_device(), std::logic_error);
-}
-
-TEST_F(ModelInputTest, injected_failure_ends_its_run_only) {
-  const TinyModel tiny(Kind::kLlama, 1);
-  plan_options_.granularity = Granularity::kOperator;
-  make_model(tiny);
-  start();
-  const Part part{0, {}, tiny.random_tokens(5, 1)};
-  make(1, {part}, {.fail_at = 3});
-  execute_to_end(1);
-  EXPECT_EQ(runs_.at(1)->state(), RunState::kFailed);
-  expect_has(runs_.at(1)->error(), {"injected failure", "o_proj"});
-  expect_close(execute(2, {part})[0], tiny.logits(part.tokens), "run 2");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// ModelTest: a whole CudaModel with a TinyModel's weights under the real executor, over the doubles
-// of the CUDA runtime and of the kernels.
+// ModelTest: a whole CudaBackend with a TinyModel's weights under the real executor, over the
+// doubles of the CUDA runtime and of the kernels.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -15,7 +15,8 @@
 #include <vector>
 
 #include "cuda_fixture.h"
-#include "devices/cuda/backend/cuda_model.h"
+#include "devices/cuda/backend/cuda_backend.h"
+#include "devices/cuda/backend/cuda_model_program.h"
 #include "host_kernels.h"
 #include "tiny_model.h"
 
@@ -45,9 +46,10 @@ class ModelTest : public ::testing::Test {
     options_.cuts = {.row_step = 4,
                      .max_tile_rows = 16,
                      .min_tile_rows = 8,
-                     .min_head_blocks = 1,
+                     .min_product_parts = 1,
+                     .slices_heads = false,
                      .embed_rows = 1 << 30,
-                     .embed_row_s = 1e-9};
+                     .costs = {.weight_element_bytes = 2, .embed_row_s = 1e-9}};
     // Fast products, slow attention: padding costs nothing and budgets cut attention.
     plan_options_.rates = {.gemm_flops_per_s = 1e15,
                            .attention_flops_per_s = 1e13,
@@ -73,7 +75,7 @@ class ModelTest : public ::testing::Test {
   }
 
   void make_model(const TinyModel& tiny) {
-    model_ = std::make_unique<CudaModel>(tiny.config(), options_);
+    model_ = std::make_unique<CudaBackend>(tiny.graph(), options_);
     tiny.load_into(*model_);
     model_->allocate_cache(kBlockTokens, kBlocks);
   }
@@ -99,9 +101,16 @@ class ModelTest : public ::testing::Test {
     return batch;
   }
 
+  // As the tests' options say.
+  std::unique_ptr<CudaModelProgram> program_of(Batch batch, ProgramOptions options = {}) {
+    options.sampling = sampling_;
+    auto program = model_->make_program(std::move(batch), plan_options_, options);
+    return std::unique_ptr<CudaModelProgram>(dynamic_cast<CudaModelProgram*>(program.release()));
+  }
+
   CudaModelProgram* make(uint32_t id, const std::vector<Part>& parts,
-                         const CudaProgramOptions& program_options = {}) {
-    auto program = model_->make_program(batch_of(parts), plan_options_, sampling_, program_options);
+                         const ProgramOptions& options = {}) {
+    auto program = program_of(batch_of(parts), options);
     programs_[id] = program.get();
     runs_[id] = make_run(id, std::move(program));
     return programs_[id];
@@ -169,10 +178,10 @@ class ModelTest : public ::testing::Test {
     EXPECT_LT(error, tolerance * spread) << what;
   }
 
-  CudaModelOptions options_;
+  CudaBackendOptions options_;
   PlanOptions plan_options_;
   std::vector<SamplingParams> sampling_;
-  std::unique_ptr<CudaModel> model_;
+  std::unique_ptr<CudaBackend> model_;
   std::unique_ptr<Executor> executor_;
   std::map<uint32_t, RunRef> runs_;
   std::map<uint32_t, CudaModelProgram*> programs_;

@@ -21,7 +21,7 @@ class ModelPlanTest : public ModelTest {
   }
 
   std::unique_ptr<CudaModelProgram> program(const std::vector<Part>& parts) {
-    return model_->make_program(batch_of(parts), plan_options_);
+    return program_of(batch_of(parts));
   }
   Part prompt(int32_t rows, int32_t context = 0) const {
     return {0, std::vector<int32_t>(static_cast<size_t>(context)), tiny_.random_tokens(rows, 1)};
@@ -58,7 +58,7 @@ TEST_F(ModelPlanTest, context_far_above_what_the_plan_assumes_gets_a_plan_of_its
     Batch batch = batch_of(parts);
     batch.sequences[0].context = context;
     batch.sequences[0].block_table.assign(8192 / kBlockTokens, 0);
-    return model_->make_program(batch, plan_options_)->bucket();
+    return program_of(batch)->bucket();
   };
   // 4 rows, the least slice here, on 1024 keys each take just less than the budget.
   plan_options_.budget_s = 1e-3;
@@ -123,10 +123,9 @@ TEST_F(ModelPlanTest, live_bytes_are_what_the_operators_left_need) {
 }
 
 TEST_F(ModelPlanTest, inputs_hold_the_batch_and_padding_elsewhere) {
-  const ModelConfig& config = tiny_.config();
+  const ModelGraph graph = tiny_.graph();
   const std::vector<AttentionRows> attention = {{0, 8, 0}, {8, 16, 8}};
-  const PlanShape shape(
-      config, 208, {.rows = 16, .tile_rows = 8, .sequences = 4, .table_stride = 16}, attention);
+  const PlanShape shape(graph, {.rows = 16, .tile_rows = 8, .sequences = 4}, 16, attention);
   Batch batch = batch_of({{2, {1, 2, 3}, {11, 12, 13, 14, 15}}, {3, {}, {21, 22, 23, 24, 25}}});
   const std::vector<std::byte> bytes = batch_inputs(shape, batch, kBlockTokens, {});
   ASSERT_EQ(bytes.size(), shape.inputs.bytes);
@@ -163,6 +162,28 @@ TEST_F(ModelPlanTest, buckets_share_graphs_between_budgets_that_cut_alike) {
   execute(4, {prompt(8)});
   EXPECT_EQ(model_->graph_report().num_captured, num_captured);
   EXPECT_EQ(model_->graph_report().num_replayed, 3u);
+}
+
+// Segments that begin and end with the same operators may differ in the parts of the head alone:
+// these budgets cut everything else alike.
+TEST_F(ModelPlanTest, graphs_of_plans_that_cut_the_head_elsewhere_are_not_mixed_up) {
+  start();
+  plan_options_.rates.weight_bytes_per_s = 1e11;
+  const double part_s = 203.0 / 4 * 64 * 2 / 1e11;
+  std::vector<size_t> num_segments;
+  uint32_t id = 0;
+  for (const double budget_s : {1.95 * part_s, 2.05 * part_s}) {
+    plan_options_.budget_s = budget_s;
+    for (int i = 0; i < 3; ++i) {
+      const std::vector<int32_t> tokens = tiny_.random_tokens(8, ++id);
+      expect_close(execute(id, {{0, {}, tokens}})[0], tiny_.logits(tokens),
+                   "run " + std::to_string(id));
+      EXPECT_EQ(programs_.at(id)->bucket(), 8);
+    }
+    num_segments.push_back(programs_.at(id)->size());
+  }
+  EXPECT_EQ(num_segments[0], num_segments[1] + 2) << "four parts of the head one by one, or by two";
+  EXPECT_GT(model_->graph_report().num_replayed, 0u);
 }
 
 }  // namespace

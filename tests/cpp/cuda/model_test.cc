@@ -1,4 +1,4 @@
-// Whole real programs: what CudaModel computes, compared with a plain transformer, by batches,
+// Whole real programs: what CudaBackend computes, compared with a plain transformer, by batches,
 // buckets, granularities, graphs.
 #include <gtest/gtest.h>
 
@@ -263,12 +263,12 @@ TEST_F(ModelWays, cleared_blocks_are_zero_and_others_are_not) {
   const Part decode{0, first(tokens, 8), between(tokens, 8, 9)};
   execute(1, {{0, {}, first(tokens, 8)}});
   const Logits whole = execute(2, {decode});
-  model_->zero_blocks(batch_of({{3, {}, tokens}}).sequences[0].block_table);
+  model_->kv()->zero(batch_of({{3, {}, tokens}}).sequences[0].block_table);
   EXPECT_EQ(execute(3, {decode}), whole);
   const std::vector<int32_t> own = {batch_of({decode}).sequences[0].block_table[0]};
-  model_->zero_blocks(own);
+  model_->kv()->zero(own);
   EXPECT_NE(execute(4, {decode}), whole);
-  EXPECT_THROW(model_->zero_blocks(std::vector<int32_t>{kBlocks}), std::invalid_argument);
+  EXPECT_THROW(model_->kv()->zero(std::vector<int32_t>{kBlocks}), std::invalid_argument);
 }
 
 }  // namespace

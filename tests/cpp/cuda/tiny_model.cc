@@ -30,23 +30,13 @@ void add_to(std::vector<double>& x, const std::vector<double>& y) {
 }  // namespace
 
 TinyModel::TinyModel(Kind kind, int32_t num_layers, uint32_t seed) : seed_(seed) {
-  config_.vocab_size = 203;
-  config_.hidden_size = 64;
-  config_.intermediate_size = 72;
-  config_.num_layers = num_layers;
-  config_.num_heads = 4;
-  config_.num_kv_heads = 2;
-  config_.head_dim = 64;
-  config_.rms_eps = 1e-5f;
-  config_.windows.assign(static_cast<size_t>(num_layers), 0);
-  for (int i = 0; i < 32; ++i)
-    config_.inverse_frequencies.push_back(std::pow(10000.0, -i / 32.0));
+  shape_.num_layers = num_layers;
   if (kind == Kind::kQwen)
-    config_.qk_norm = config_.qkv_bias = config_.o_bias = config_.mlp_bias = true;
-  for (size_t i = 0; kind == Kind::kWindow && i < config_.windows.size(); ++i)
-    config_.windows[i] = i % 3 == 0 ? 16 : i % 3 == 1 ? 9 : 0;
-  config_.tie_embeddings = kind == Kind::kTied;
-  const ModelConfig& c = config_;
+    shape_.qk_norm = shape_.qkv_bias = shape_.o_bias = shape_.mlp_bias = true;
+  for (int32_t i = 0; kind == Kind::kWindow && i < num_layers; ++i)
+    shape_.windows.push_back(i % 3 == 0 ? 16 : i % 3 == 1 ? 9 : 0);
+  shape_.tie_embeddings = kind == Kind::kTied;
+  const LlamaShape& c = shape_;
   add("embed", c.vocab_size, c.hidden_size, 1.0f);
   add("final_norm", c.hidden_size, 1, 0.2f, 1.0f);
   if (!c.tie_embeddings)
@@ -89,7 +79,7 @@ void TinyModel::add(const std::string& name, int64_t rows, int64_t columns, floa
     tensor.rounded = rounded({tensor.values.begin(), tensor.values.end()});
 }
 
-void TinyModel::load_into(CudaModel& model) const {
+void TinyModel::load_into(Backend& model) const {
   for (const auto& [name, tensor] : tensors_)
     model.load(name, tensor.values.data(), tensor.rows, tensor.columns);
   model.finish();
@@ -99,7 +89,7 @@ std::vector<int32_t> TinyModel::random_tokens(int32_t count, uint32_t seed) cons
   std::mt19937 random(seed);
   std::vector<int32_t> tokens;
   for (int32_t i = 0; i < count; ++i)
-    tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(config_.vocab_size)));
+    tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(shape_.vocab_size)));
   return tokens;
 }
 
@@ -109,7 +99,7 @@ std::vector<double> TinyModel::norm(const std::vector<double>& x, const std::str
   double sum = 0;
   for (const double value : x)
     sum += value * value;
-  const double scale = 1 / std::sqrt(sum / static_cast<double>(x.size()) + config_.rms_eps);
+  const double scale = 1 / std::sqrt(sum / static_cast<double>(x.size()) + shape_.rms_eps);
   std::vector<double> out;
   for (size_t i = 0; i < x.size(); ++i)
     out.push_back(x[i] * scale * tensor(weight).values[i]);
@@ -137,7 +127,7 @@ std::vector<std::vector<double>> TinyModel::heads(const std::vector<double>& x,
   std::vector<double> all = rounded(project(x, layer + name));
   for (size_t i = 0; has(layer + name + "_bias") && i < all.size(); ++i)
     all[i] += tensor(layer + name + "_bias").values[i];
-  const auto dim = static_cast<size_t>(config_.head_dim);
+  const auto dim = static_cast<size_t>(shape_.head_dim);
   std::vector<std::vector<double>> out;
   for (size_t begin = 0; begin < all.size(); begin += dim) {
     std::vector<double> head(all.begin() + static_cast<ptrdiff_t>(begin),
@@ -146,7 +136,8 @@ std::vector<std::vector<double>> TinyModel::heads(const std::vector<double>& x,
       if (has(layer + name + "_norm"))
         head = norm(head, layer + name + "_norm");
       for (size_t i = 0; i < dim / 2; ++i) {
-        const double angle = static_cast<double>(position) * config_.inverse_frequencies[i];
+        const double angle =
+            static_cast<double>(position) * shape_.inverse_frequency(static_cast<int32_t>(i));
         const double a = head[i];
         const double b = head[i + dim / 2];
         head[i] = a * std::cos(angle) - b * std::sin(angle);
@@ -173,7 +164,7 @@ std::vector<double> TinyModel::attend(const Rows& queries, const std::vector<Row
       window > 0 && count > static_cast<size_t>(window) ? count - static_cast<size_t>(window) : 0;
   for (size_t h = 0; h < queries.size(); ++h) {
     double sum = 0;
-    std::vector<double> mixed(static_cast<size_t>(config_.head_dim));
+    std::vector<double> mixed(static_cast<size_t>(shape_.head_dim));
     for (size_t t = first; t < count; ++t) {
       double score = 0;
       for (size_t i = 0; i < mixed.size(); ++i)
@@ -189,21 +180,20 @@ std::vector<double> TinyModel::attend(const Rows& queries, const std::vector<Row
   return rounded(out);
 }
 
-void TinyModel::run_layer(int32_t index, Rows& hidden) const {
+TinyModel::LayerCache TinyModel::run_layer(int32_t index, Rows& hidden) const {
   const std::string layer = "layers." + std::to_string(index) + ".";
   const auto add_bias = [&](std::vector<double>& x, const std::string& name) {
     for (size_t i = 0; has(layer + name) && i < x.size(); ++i)
       x[i] += tensor(layer + name).values[i];
   };
-  std::vector<Rows> keys;
-  std::vector<Rows> values;
+  LayerCache cache;
   for (size_t t = 0; t < hidden.size(); ++t) {
     const std::vector<double> x = rounded(norm(hidden[t], layer + "attn_norm"));
     const auto position = static_cast<int64_t>(t);
-    keys.push_back(heads(x, layer, "k", position));
-    values.push_back(heads(x, layer, "v", position));
-    const std::vector<double> context = attend(heads(x, layer, "q", position), keys, values,
-                                               config_.windows[static_cast<size_t>(index)]);
+    cache.keys.push_back(heads(x, layer, "k", position));
+    cache.values.push_back(heads(x, layer, "v", position));
+    const std::vector<double> context =
+        attend(heads(x, layer, "q", position), cache.keys, cache.values, shape_.window(index));
     std::vector<double> out = project(context, layer + "o");
     add_bias(out, "o_bias");
     add_to(hidden[t], out);
@@ -220,19 +210,33 @@ void TinyModel::run_layer(int32_t index, Rows& hidden) const {
     add_bias(down, "down_bias");
     add_to(row, down);
   }
+  return cache;
 }
 
-std::vector<float> TinyModel::logits(const std::vector<int32_t>& tokens) const {
+TinyModel::Rows TinyModel::embedded(const std::vector<int32_t>& tokens) const {
   Rows hidden;
-  const auto width = static_cast<ptrdiff_t>(config_.hidden_size);
+  const auto width = static_cast<ptrdiff_t>(shape_.hidden_size);
   for (const int32_t token : tokens) {
     const auto row = tensor("embed").values.begin() + token * width;
     hidden.push_back(rounded({row, row + width}));
   }
-  for (int32_t i = 0; i < config_.num_layers; ++i)
+  return hidden;
+}
+
+TinyModel::KeysAndValues TinyModel::keys_and_values(const std::vector<int32_t>& tokens) const {
+  Rows hidden = embedded(tokens);
+  KeysAndValues layers;
+  for (int32_t i = 0; i < shape_.num_layers; ++i)
+    layers.push_back(run_layer(i, hidden));
+  return layers;
+}
+
+std::vector<float> TinyModel::logits(const std::vector<int32_t>& tokens) const {
+  Rows hidden = embedded(tokens);
+  for (int32_t i = 0; i < shape_.num_layers; ++i)
     run_layer(i, hidden);
   const std::vector<double> last = rounded(norm(hidden.back(), "final_norm"));
-  const std::vector<double> logits = project(last, config_.tie_embeddings ? "embed" : "lm_head");
+  const std::vector<double> logits = project(last, shape_.tie_embeddings ? "embed" : "lm_head");
   return {logits.begin(), logits.end()};
 }
 

@@ -1,6 +1,6 @@
 // TinyModel: a small decoder with random weights, and what it computes, by a plain transformer that
 // shares nothing with csrc/devices/cuda but the places where numbers are rounded to bf16. Used by
-// the tests of CudaModel.
+// the tests of CudaBackend.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "devices/cuda/backend/cuda_model.h"
-#include "graph/model_config.h"
+#include "graph/backend.h"
+#include "graph_fixture.h"
 
 namespace flowprefill::testing {
 
@@ -21,11 +21,21 @@ class TinyModel {
   // in two of three layers. kTied: no lm_head. The vocabulary, 203, is a multiple of nothing.
   explicit TinyModel(Kind kind, int32_t num_layers = 2, uint32_t seed = 1);
 
-  const ModelConfig& config() const { return config_; }
-  void load_into(CudaModel& model) const;
+  const LlamaShape& shape() const { return shape_; }
+  ModelGraph graph() const { return llama_graph(shape_); }
+  void load_into(Backend& model) const;
 
   // Logits after the last of the tokens, computed from the first one on: [vocab].
   std::vector<float> logits(const std::vector<int32_t>& tokens) const;
+
+  using Rows = std::vector<std::vector<double>>;
+  struct LayerCache {
+    std::vector<Rows> keys = {};  // [token][KV head][dimension]
+    std::vector<Rows> values = {};
+  };
+  using KeysAndValues = std::vector<LayerCache>;  // by layer
+  // What the tokens leave in the cache.
+  KeysAndValues keys_and_values(const std::vector<int32_t>& tokens) const;
 
   std::vector<int32_t> random_tokens(int32_t count, uint32_t seed) const;
 
@@ -36,7 +46,6 @@ class TinyModel {
     std::vector<float> values = {};
     std::vector<double> rounded = {};  // to bf16; of matrices
   };
-  using Rows = std::vector<std::vector<double>>;
 
   void add(const std::string& name, int64_t rows, int64_t columns, float scale, float mean = 0);
   const Tensor& tensor(const std::string& name) const { return tensors_.at(name); }
@@ -47,9 +56,10 @@ class TinyModel {
                                          const std::string& name, int64_t position) const;
   std::vector<double> attend(const Rows& queries, const std::vector<Rows>& keys,
                              const std::vector<Rows>& values, int32_t window) const;
-  void run_layer(int32_t index, Rows& hidden) const;
+  Rows embedded(const std::vector<int32_t>& tokens) const;
+  LayerCache run_layer(int32_t index, Rows& hidden) const;
 
-  ModelConfig config_;
+  LlamaShape shape_;
   uint32_t seed_;
   std::map<std::string, Tensor> tensors_;
 };

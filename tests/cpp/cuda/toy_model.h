@@ -110,7 +110,7 @@ class ToyModel {
     return {.op = op, .layer = layer, .last_layer = layer, .row_begin = 0, .row_end = kRows};
   }
   static SegmentShape shape(int32_t op, int32_t layer) {
-    return {.first_op = op, .last_op = op, .first_layer = layer, .last_layer = layer};
+    return {.first_op = 10 * layer + op, .last_op = 10 * layer + op};
   }
   static uint32_t* words(std::byte* base, size_t offset) {
     return reinterpret_cast<uint32_t*>(base + offset);

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "device_test.h"
-#include "devices/cuda/backend/cuda_model.h"
+#include "devices/cuda/backend/cuda_backend.h"
 #include "runtime/executor.h"
 #include "tiny_model.h"
 #ifdef FP_GPU_DOUBLE
@@ -69,7 +69,7 @@ class Model : public DeviceTest {
 
   void open(const TinyModel& tiny) {
     close();
-    model_.emplace(tiny.config(), options_);
+    model_.emplace(tiny.graph(), options_);
     tiny.load_into(*model_);
     model_->allocate_cache(kBlockTokens, kSequences * kBlocksOfOne);
     executor_ =
@@ -84,7 +84,7 @@ class Model : public DeviceTest {
 
   // All tokens of a prompt, into blocks of its own.
   RunRef make(int32_t sequence, const std::vector<int32_t>& tokens,
-              const CudaProgramOptions& program = {}) {
+              const ProgramOptions& program = {}) {
     Sequence s{.row_begin = 0,
                .rows = static_cast<int32_t>(tokens.size()),
                .context = 0,
@@ -94,7 +94,7 @@ class Model : public DeviceTest {
     Batch batch;
     batch.sequences.push_back(std::move(s));
     batch.tokens = tokens;
-    return make_run(++next_id_, model_->make_program(std::move(batch), plan_, {}, program));
+    return make_run(++next_id_, model_->make_program(std::move(batch), plan_, program));
   }
 
   // Until it stands at a boundary or has ended.
@@ -115,7 +115,7 @@ class Model : public DeviceTest {
 
   static std::vector<float> logits(const RunRef& run) {
     EXPECT_EQ(run->state(), RunState::kFinished) << run->error();
-    const auto& program = dynamic_cast<const CudaModelProgram&>(run->program());
+    const auto& program = dynamic_cast<const ModelProgram&>(run->program());
     return {program.logits(), program.logits() + program.vocab_size()};
   }
   std::vector<float> logits_of(int32_t sequence, const std::vector<int32_t>& tokens) {
@@ -158,9 +158,9 @@ class Model : public DeviceTest {
     EXPECT_EQ(model_->lane_report().num_spills, num_segments - 1);
   }
 
-  CudaModelOptions options_;
+  CudaBackendOptions options_;
   PlanOptions plan_;
-  std::optional<CudaModel> model_;
+  std::optional<CudaBackend> model_;
   StoppingDevice::Stop stop_;
   std::unique_ptr<Executor> executor_;
   uint64_t next_id_ = 0;

@@ -1,5 +1,5 @@
 // DeviceKvCache: keys and values of all layers on the GPU, in blocks of a power of two of tokens.
-// Owned by CudaModel; which block belongs to whom is accounted in Python (engine/kv_blocks.py).
+// Owned by CudaBackend; which block belongs to whom is accounted in Python (engine/kv_blocks.py).
 #pragma once
 
 #include <cstddef>
@@ -9,37 +9,38 @@
 #include "devices/cuda/kernels/batch_view.h"
 #include "devices/cuda/runtime/memory.h"
 #include "devices/cuda/runtime/stream.h"
-#include "graph/model_config.h"
+#include "graph/kv_store.h"
 
 namespace flowprefill {
 
 // [layer][block]{K, V}[kv head][token][head_dim] bf16: a head's tokens lie side by side, as the
-// attention kernel reads them, and a block's keys and values of a layer are one piece.
-class DeviceKvCache {
+// attention kernel reads them, and a block's keys and values of a layer are one piece, in the order
+// of KvStore.
+class DeviceKvCache final : public KvStore {
  public:
-  // Throws std::invalid_argument unless block_tokens is a power of two (at most 4096) and blocks >=
-  // 1; CudaError.
-  DeviceKvCache(const ModelConfig& config, int device, int32_t block_tokens, int32_t blocks);
+  // Throws std::invalid_argument unless block_tokens is a power of two, 2 to 4096, and blocks >= 1;
+  // CudaError.
+  DeviceKvCache(const KvLayout& layout, int device);
 
   CacheView layer(int32_t index) const;
-  int32_t block_tokens() const { return block_tokens_; }
-  int32_t blocks() const { return blocks_; }
+  const KvLayout& layout() const override { return layout_; }
 
-  // Clears them and waits for it. Throws std::invalid_argument for a block it has not. Thread: any.
-  void zero(std::span<const int32_t> blocks);
+  // All three throw CudaError too. A block is copied through pinned memory.
+  void zero(std::span<const int32_t> blocks) override;
+  void read(int32_t layer, int32_t block, std::span<float> values) override;
+  void write(int32_t layer, int32_t block, std::span<const float> values) override;
 
   // Of all layers. Throws as the constructor.
-  static size_t bytes_per_block(const ModelConfig& config, int32_t block_tokens);
+  static size_t bytes_per_block(const KvLayout& layout);
 
  private:
+  Bf16* block_at(int32_t layer, int32_t block) const;
+
+  const KvLayout layout_;
   const int device_;
-  const int32_t layers_;
-  const int32_t kv_heads_;
-  const int32_t head_dim_;
-  const int32_t block_tokens_;
-  const int32_t blocks_;
   DeviceBuffer memory_;
-  Stream stream_;  // for clearing: beside what the executor launches
+  PinnedPool pinned_;
+  Stream stream_;  // for clearing and copying: beside what the executor launches
 };
 
 }  // namespace flowprefill

@@ -1,10 +1,9 @@
-// DeviceWeights: a model's tensors on the GPU as the kernels read them. Filled through
-// CudaModel::load(), then read-only.
+// DeviceWeights: a model's weights on the GPU as the kernels read them. Filled through
+// CudaBackend::load(), then read-only.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -13,83 +12,54 @@
 #include "devices/cuda/backend/uploader.h"
 #include "devices/cuda/kernels/portable.h"
 #include "devices/cuda/runtime/memory.h"
-#include "graph/model_config.h"
+#include "graph/model_graph.h"
 
 namespace flowprefill {
-
-// Of one layer; device pointers, null where the config says there is none. Matrices are
-// [out, in] as checkpoints have them, dense.
-struct DeviceLayer {
-  const float* attn_norm = nullptr;
-  const float* mlp_norm = nullptr;
-  const float* q_norm = nullptr;
-  const float* k_norm = nullptr;
-  const Bf16* qkv = nullptr;  // queries, keys, values one below the other
-  const float* qkv_bias = nullptr;
-  const Bf16* o = nullptr;
-  const float* o_bias = nullptr;
-  const Bf16* gate_up = nullptr;  // gate 0, up 0, gate 1, up 1, ...
-  const float* gate_up_bias = nullptr;
-  const Bf16* down = nullptr;
-  const float* down_bias = nullptr;
-};
 
 class DeviceWeights {
  public:
   static constexpr size_t kPieceBytes = size_t{8} << 20;
 
-  // Takes memory for all tensors at once. Throws std::invalid_argument for a shape that no kernel
-  // takes, CudaError.
-  DeviceWeights(const ModelConfig& config, int device, size_t piece_bytes = kPieceBytes);
+  // Takes memory for all weights at once. graph: lives as long as this. Throws CudaError.
+  DeviceWeights(const ModelGraph& graph, int device, size_t piece_bytes = kPieceBytes);
 
-  // See CudaModel.
-  void load(const std::string& name, const float* values, int64_t rows, int64_t columns);
+  // See Backend.
+  void load(const std::string& source, const float* values, int64_t rows, int64_t columns);
   void finish();
 
-  const DeviceLayer& layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
-  const Bf16* embed() const { return embed_; }
-  const float* final_norm() const { return final_norm_; }
-  const Bf16* head() const { return head_; }  // [padded_vocab, hidden]; the embedding if tied
-  // Rows of the head: the vocabulary and zeros up to a multiple of 8, as the products want them.
-  int32_t padded_vocab() const { return padded_vocab_; }
-  const double* turns_per_position() const {
-    return turns_;
-  }  // [head_dim / 2] for the rotary table
+  // By index into the graph's weights; device pointers. [rows, columns] as checkpoints have them,
+  // dense, with zeros up to a multiple of 8 rows, as the products want them; paired: gate 0, up 0,
+  // gate 1, up 1, ... A table and a matrix of the same tensor are one (tied embeddings).
+  const Bf16* matrix(int32_t weight) const { return at<Bf16>(places_, weight); }
+  // Null for index -1. With the zeros of a matrix.
+  const float* vector(int32_t weight) const {
+    return weight < 0 ? nullptr : at<float>(places_, weight);
+  }
+  // Of a rotary table of the graph: turns of each pair of dimensions from one position to the next.
+  const double* turns_per_position(int32_t table) const { return at<double>(turns_, table); }
+
   size_t bytes() const { return memory_.bytes(); }
 
-  static int32_t padded_vocab(const ModelConfig& config);
-
  private:
-  // Where a tensor of the checkpoint goes.
-  struct Place {
-    int64_t rows;
-    int64_t columns;     // 1: a vector of floats
-    void* to;            // of its first row; null until the memory is there
-    int64_t row_stride;  // elements
-    bool is_vector;
-  };
+  template <typename T>
+  T* at(const std::vector<size_t>& places, int32_t index) const {
+    return reinterpret_cast<T*>(memory_.get() + places[static_cast<size_t>(index)]);
+  }
 
-  std::byte* take(size_t bytes);
+  size_t take(size_t bytes);
   void lay_out();
-  void lay_out_layer(int32_t index);
-  const Bf16* matrix(const std::string& name, int64_t rows, int64_t columns);
-  const float* vector(const std::string& name, int64_t count);
-  void add(const std::string& name, const void* to, int64_t rows, int64_t columns,
-           int64_t row_stride = 0);
+  void put(int32_t weight, int32_t part, const float* values);
+  void put_vector(const Weight& weight, const float* values, int64_t rows, float* to,
+                  int64_t stride);
 
-  const ModelConfig config_;
-  const int32_t padded_vocab_;
+  const ModelGraph& graph_;
   std::unique_ptr<Uploader> uploader_;  // until finish()
   DeviceBuffer memory_;
-  size_t used_ = 0;  // of it, while laying out
-  std::map<std::string, Place> places_;
-  std::set<std::string> missing_;
-
-  std::vector<DeviceLayer> layers_;
-  const Bf16* embed_ = nullptr;
-  const Bf16* head_ = nullptr;
-  const float* final_norm_ = nullptr;
-  const double* turns_ = nullptr;
+  size_t used_ = 0;              // of it, while laying out
+  std::vector<size_t> places_;   // by weight: offset of its first row
+  std::vector<bool> is_shared_;  // by weight: its values come with an earlier one
+  std::vector<size_t> turns_;    // by rotary table
+  std::set<std::string> arrived_;
 };
 
 }  // namespace flowprefill

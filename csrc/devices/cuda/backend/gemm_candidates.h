@@ -1,4 +1,4 @@
-// make_gemm_selector(): the GemmSelector of the real kernels. Called by CudaModel. Needs the
+// make_gemm_selector(): the GemmSelector of the real kernels. Called by CudaBackend. Needs the
 // kernels of csrc/devices/cuda/kernels (or a double of their launches) at link time; GemmSelector
 // itself does not.
 #pragma once

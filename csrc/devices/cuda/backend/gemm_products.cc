@@ -1,14 +1,15 @@
 #include "devices/cuda/backend/gemm_products.h"
 
 #include <algorithm>
+#include <map>
+#include <tuple>
 
-#include "devices/cuda/backend/layer_kernels.h"
+#include "devices/cuda/backend/operator_kernels.h"
 
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kMeasuredLayers = 8;  // taking turns, so that weights come from memory
-constexpr Op kProducts[] = {Op::kQkv, Op::kOutput, Op::kGateUp, Op::kDown};
+constexpr size_t kMeasured = 8;  // of one size, taking turns, so that weights come from memory
 
 // 1, 2, 4, ..., and `most` itself.
 std::vector<int32_t> row_counts(int32_t most) {
@@ -19,22 +20,26 @@ std::vector<int32_t> row_counts(int32_t most) {
   return counts;
 }
 
-Step step_of(Op op, int32_t layer, int32_t end) {
-  return {.first = op, .last = op, .layer = layer, .row_begin = 0, .row_end = end};
-}
-
-// The head for `sequences` rows, over the whole vocabulary.
-GemmArgs head(const PlanShape& shape, const DeviceWeights& weights, int32_t sequences,
-              std::byte* lane) {
-  GemmArgs args = LayerKernels::product(
-      shape, weights, Op::kHead, step_of(Op::kHead, 0, (shape.padded_vocab + 63) / 64), lane);
-  args.row_end = sequences;
-  return args;
-}
-
-// What is asked by shape alone never reads or writes there.
-std::byte* nowhere() {
-  return reinterpret_cast<std::byte*>(uintptr_t{1} << 30);
+// The whole products, as steps, for each number of rows; at most `most_alike` of one size.
+std::vector<Step> products(const PlanShape& largest, size_t most_alike) {
+  const ModelGraph& graph = largest.graph;
+  std::map<std::tuple<int64_t, int64_t, Epilogue, ElementType, bool, Extent>, size_t> alike;
+  std::vector<Step> steps;
+  for (int32_t i = 0; i < static_cast<int32_t>(graph.operators.size()); ++i) {
+    const Operator& op = graph.op(i);
+    if (op.kind != OperatorKind::kLinear)
+      continue;
+    const Weight& weight = graph.weights.weight(op.weight);
+    const Tensor& output = graph.output_of(op);
+    if (++alike[{weight.rows(), weight.columns, op.epilogue, output.type, op.bias >= 0,
+                 output.extent}] > most_alike)
+      continue;
+    const PlanSizes& sizes = largest.sizes();
+    const bool is_sequence = output.extent == Extent::kSequence;
+    for (const int32_t rows : row_counts(is_sequence ? sizes.sequences : sizes.rows))
+      steps.push_back({.first = i, .last = i, .row_end = rows});
+  }
+  return steps;
 }
 
 }  // namespace
@@ -42,32 +47,19 @@ std::byte* nowhere() {
 size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
                      const DeviceWeights& weights) {
   size_t bytes = 0;
-  for (const int32_t rows : row_counts(largest.sizes.rows)) {
-    for (const Op op : kProducts) {
-      const GemmArgs args =
-          LayerKernels::product(largest, weights, op, step_of(op, 0, rows), nowhere());
-      bytes = std::max(bytes, gemms.scratch_bytes(args));
-    }
+  for (const Step& step : products(largest, 1)) {
+    bytes = std::max(bytes, gemms.scratch_bytes(OperatorKernels::product(
+                                largest, weights, step, OperatorKernels::nowhere())));
   }
-  for (const int32_t sequences : row_counts(largest.sizes.sequences))
-    bytes = std::max(bytes, gemms.scratch_bytes(head(largest, weights, sequences, nowhere())));
   return bytes;
 }
 
 std::vector<GemmArgs> products_to_measure(const PlanShape& largest, const DeviceWeights& weights,
                                           std::byte* lane) {
-  std::vector<GemmArgs> products;
-  const int32_t layers = std::min(largest.config.num_layers, kMeasuredLayers);
-  for (const int32_t rows : row_counts(largest.sizes.rows)) {
-    for (const Op op : kProducts) {
-      for (int32_t layer = 0; layer < layers; ++layer)
-        products.push_back(
-            LayerKernels::product(largest, weights, op, step_of(op, layer, rows), lane));
-    }
-  }
-  for (const int32_t sequences : row_counts(largest.sizes.sequences))
-    products.push_back(head(largest, weights, sequences, lane));
-  return products;
+  std::vector<GemmArgs> measured;
+  for (const Step& step : products(largest, kMeasured))
+    measured.push_back(OperatorKernels::product(largest, weights, step, lane));
+  return measured;
 }
 
 }  // namespace flowprefill

@@ -1,5 +1,5 @@
 // The matrix products of a model by size: how much scratch they want, and which to measure. Called
-// by CudaModel.
+// by CudaBackend.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,8 @@ namespace flowprefill {
 size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
                      const DeviceWeights& weights);
 
-// Products of some layers for each power of two of rows, in a lane that starts at `lane`.
+// Products of each size, of some layers, for each power of two of rows, in a lane that starts at
+// `lane`.
 std::vector<GemmArgs> products_to_measure(const PlanShape& largest, const DeviceWeights& weights,
                                           std::byte* lane);
 

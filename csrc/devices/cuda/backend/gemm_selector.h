@@ -1,5 +1,5 @@
 // GemmSelector: which kernel computes a matrix product, by what was measured on this GPU or else by
-// a guess. Made once per model by CudaModel; its segments launch through it.
+// a guess. Made once per model by CudaBackend; its segments launch through it.
 #pragma once
 
 #include <cuda_runtime_api.h>

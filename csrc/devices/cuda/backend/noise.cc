@@ -16,6 +16,8 @@ constexpr size_t kNoiseNumbers = size_t{1} << 20;
 
 // A piece comes from the host and is doubled on the device.
 void fill_with_noise(std::span<std::byte> memory, cudaStream_t stream) {
+  if (memory.empty())
+    return;
   std::minstd_rand random(1);
   std::uniform_real_distribution<float> number(-1.0f, 1.0f);
   std::vector<Bf16> piece(std::min(memory.size() / sizeof(Bf16), kNoiseNumbers));

@@ -1,4 +1,5 @@
-// fill_with_noise(): bytes to measure kernels on. Called by CudaBackend before it measures products.
+// fill_with_noise(): bytes to measure kernels on. Called by CudaBackend before it measures
+// products.
 #pragma once
 
 #include <cuda_runtime_api.h>

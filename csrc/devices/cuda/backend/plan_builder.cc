@@ -17,76 +17,38 @@ int32_t power_of_two(int64_t least) {
   return static_cast<int32_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(least, 1))));
 }
 
-size_t segment_end(const Plan& plan, size_t i) {
-  return i + 1 < plan.segments.size() ? plan.segments[i + 1] : plan.steps.size();
-}
-
-std::vector<double> by_segment(const Plan& plan, const std::vector<double>& step_s) {
-  std::vector<double> seconds;
-  for (size_t i = 0; i < plan.segments.size(); ++i) {
-    const auto begin = step_s.begin() + plan.segments[i];
-    const auto end = step_s.begin() + static_cast<ptrdiff_t>(segment_end(plan, i));
-    seconds.push_back(std::accumulate(begin, end, 0.0));
-  }
-  return seconds;
-}
-
 double total(const std::vector<double>& seconds) {
   return std::accumulate(seconds.begin(), seconds.end(), 0.0);
 }
 
-std::vector<double> planned_steps(const Plan& plan) {
-  std::vector<double> seconds;
-  seconds.reserve(plan.steps.size());
+double planned_total(const Plan& plan) {
+  double seconds = 0;
   for (const Step& step : plan.steps)
-    seconds.push_back(step.predicted_s);
+    seconds += step.predicted_s;
   return seconds;
 }
 
-std::vector<AttentionRows> attention_of(const Plan& plan) {
+std::vector<AttentionRows> attention_of(const ModelGraph& graph, const Plan& plan) {
   std::vector<AttentionRows> rows;
   for (const Step& step : plan.steps) {
-    if (step.first <= Op::kAttention && step.last >= Op::kAttention)
-      rows.push_back({.begin = step.row_begin, .end = step.row_end, .base = step.base});
+    for (int32_t i = step.first; i <= step.last; ++i) {
+      if (graph.op(i).kind == OperatorKind::kAttention)
+        rows.push_back({.begin = step.row_begin, .end = step.row_end, .base = step.base});
+    }
   }
   std::ranges::sort(rows);
   rows.erase(std::ranges::unique(rows).begin(), rows.end());
   return rows;
 }
 
-// As TransformerProgram::label() of the CPU tells it.
-SegmentLabel label_of(std::span<const Step> steps) {
-  const Step& first = steps.front();
-  const Step& last = steps.back();
-  SegmentLabel label{.op = op_name(first.first), .row_begin = first.row_begin};
-  label.layer = first.first == Op::kEmbed || first.first >= Op::kFinalNorm ? -1 : first.layer;
-  label.last_layer = last.first >= Op::kFinalNorm ? -1 : last.layer;
-  for (const Step& step : steps) {
-    label.predicted_s += step.predicted_s;
-    if (step.first >= Op::kFinalNorm && first.first < Op::kFinalNorm)
-      continue;  // its rows are sequences or columns
-    label.row_begin = std::min(label.row_begin, step.row_begin);
-    label.row_end = std::max(label.row_end, step.row_end);
-  }
-  return label;
-}
-
 SegmentShape shape_of(std::span<const Step> steps, int32_t variant) {
-  return {.first_op = static_cast<int32_t>(steps.front().first),
-          .last_op = static_cast<int32_t>(steps.back().last),
-          .first_layer = steps.front().layer,
-          .last_layer = steps.back().layer,
+  return {.first_op = steps.front().first,
+          .last_op = steps.back().last,
           .row_begin = steps.front().row_begin,
           .row_end = steps.back().row_end,
+          .part_begin = steps.front().part_begin,
+          .part_end = steps.back().part_end,
           .variant = variant};
-}
-
-std::vector<int32_t> last_rows_of(const Batch& batch) {
-  std::vector<int32_t> rows;
-  rows.reserve(batch.sequences.size());
-  for (const Sequence& s : batch.sequences)
-    rows.push_back(s.row_begin + s.rows - 1);
-  return rows;
 }
 
 // A batch of `rows` rows in `sequences` sequences of nearly equal length.
@@ -103,7 +65,7 @@ Batch even_batch(int32_t rows, int32_t sequences, int32_t context) {
   return batch;
 }
 
-bool overruns(const std::vector<double>& predicted_s, const TransformerPlan& plan,
+bool overruns(const std::vector<double>& predicted_s, const BuiltPlan& plan,
               const PlanOptions& options) {
   if (options.granularity != Granularity::kBudget)
     return false;
@@ -117,21 +79,18 @@ bool overruns(const std::vector<double>& predicted_s, const TransformerPlan& pla
 
 }  // namespace
 
-PlanBuilder::PlanBuilder(const ModelConfig& config, int32_t padded_vocab,
-                         const LayerKernels& kernels, PlanBuilderOptions options)
-    : config_(config),
-      padded_vocab_(padded_vocab),
-      kernels_(kernels),
-      options_(std::move(options)) {}
+PlanBuilder::PlanBuilder(std::shared_ptr<const ModelGraph> graph, const OperatorKernels& kernels,
+                         PlanBuilderOptions options)
+    : graph_(std::move(graph)), kernels_(kernels), options_(std::move(options)) {}
 
 PlannedBatch PlanBuilder::plan_for(const Batch& batch, const PlanOptions& options) {
-  Plan exact = make_plan(config_, batch, options);
+  Plan exact = make_plan(*graph_, batch, options, options_.cuts);
   const int32_t bucket = choose_bucket(batch.rows(), options_.buckets);
   if (bucket > 0) {
     auto padded = bucket_plan(assumed_of(batch, bucket), options);
     std::vector<double> predicted_s =
-        by_segment(padded->steps, predict_steps(config_, batch, options, padded->steps.steps));
-    const double padding_s = total(predicted_s) - total(planned_steps(exact));
+        predict_segments(*graph_, batch, options, options_.cuts, padded->compiled.plan());
+    const double padding_s = total(predicted_s) - planned_total(exact);
     const double launch_s =
         static_cast<double>(padded->num_graph_kernels) * options_.policy.launch_s;
     if (padding_s <= launch_s && !overruns(predicted_s, *padded, options))
@@ -142,9 +101,9 @@ PlannedBatch PlanBuilder::plan_for(const Batch& batch, const PlanOptions& option
   return {std::move(plan), std::move(planned_s)};
 }
 
-std::vector<std::shared_ptr<const TransformerPlan>> PlanBuilder::plans_to_warm(
+std::vector<std::shared_ptr<const BuiltPlan>> PlanBuilder::plans_to_warm(
     int32_t bucket, const PlanOptions& options) {
-  std::vector<std::shared_ptr<const TransformerPlan>> plans;
+  std::vector<std::shared_ptr<const BuiltPlan>> plans;
   const int32_t many = std::min(bucket, options_.max_sequences);
   for (const int32_t sequences : {1, many}) {
     if (!plans.empty() && sequences == 1)
@@ -161,8 +120,7 @@ std::vector<std::shared_ptr<const TransformerPlan>> PlanBuilder::plans_to_warm(
 // ---- plans of buckets
 
 int32_t PlanBuilder::table_stride(int32_t tokens, int32_t block_tokens) {
-  const int64_t longest = std::max(tokens, kLeastContext);
-  return power_of_two((longest + block_tokens - 1) / block_tokens);
+  return power_of_two(blocks_of(std::max(tokens, kLeastContext), block_tokens));
 }
 
 PlanBuilder::Assumed PlanBuilder::assumed_of(const Batch& batch, int32_t bucket) const {
@@ -170,17 +128,17 @@ PlanBuilder::Assumed PlanBuilder::assumed_of(const Batch& batch, int32_t bucket)
   int32_t longest = 0;
   for (const Sequence& s : batch.sequences) {
     context += s.context;
-    longest = std::max(longest, s.context + s.rows);
+    longest = std::max(longest, s.length());
   }
-  context /= static_cast<int64_t>(batch.sequences.size());
+  context /= batch.num_sequences();
   return {.bucket = bucket,
-          .sequences = batch.sequences.size() == 1 ? 1 : std::min(bucket, options_.max_sequences),
+          .sequences = batch.num_sequences() == 1 ? 1 : std::min(bucket, options_.max_sequences),
           .table_stride = table_stride(std::max(longest, bucket), options_.block_tokens),
           .context = std::max(power_of_two(context), kLeastContext)};
 }
 
-std::shared_ptr<const TransformerPlan> PlanBuilder::bucket_plan(const Assumed& assumed,
-                                                                const PlanOptions& options) {
+std::shared_ptr<const BuiltPlan> PlanBuilder::bucket_plan(const Assumed& assumed,
+                                                          const PlanOptions& options) {
   const MachineRates& rates = options.rates;
   const std::pair key(assumed,
                       OptionsKey(options.granularity, options.budget_s, options.chunk_tokens,
@@ -189,24 +147,21 @@ std::shared_ptr<const TransformerPlan> PlanBuilder::bucket_plan(const Assumed& a
   const MutexLock lock(mutex_);
   if (const auto known = plans_.find(key); known != plans_.end())
     return known->second;
-  Plan steps =
-      make_plan(config_, even_batch(assumed.bucket, assumed.sequences, assumed.context), options);
-  const PlanSizes sizes{.rows = assumed.bucket,
-                        .tile_rows = steps.buffer_rows,
-                        .sequences = assumed.sequences,
-                        .table_stride = assumed.table_stride};
+  Plan plan = make_plan(*graph_, even_batch(assumed.bucket, assumed.sequences, assumed.context),
+                        options, options_.cuts);
+  const PlanSizes sizes{
+      .rows = assumed.bucket, .tile_rows = plan.tile_rows, .sequences = assumed.sequences};
   if (plans_.size() >= kMaxPlans)
     plans_.clear();  // runs keep theirs; graphs are found again by their shape
-  return plans_[key] = build(sizes, std::move(steps), assumed.bucket, {});
+  return plans_[key] = build(sizes, assumed.table_stride, std::move(plan), assumed.bucket, {});
 }
 
-std::shared_ptr<const TransformerPlan> PlanBuilder::exact_plan(const Batch& batch, Plan steps) {
-  const PlanSizes sizes{.rows = batch.rows(),
-                        .tile_rows = steps.buffer_rows,
-                        .sequences = static_cast<int32_t>(batch.sequences.size()),
-                        .table_stride = longest_table(batch, options_.block_tokens)};
+std::shared_ptr<const BuiltPlan> PlanBuilder::exact_plan(const Batch& batch, Plan plan) {
+  const PlanSizes sizes{
+      .rows = batch.rows(), .tile_rows = plan.tile_rows, .sequences = batch.num_sequences()};
   const MutexLock lock(mutex_);
-  return build(sizes, std::move(steps), 0, last_rows_of(batch));
+  return build(sizes, longest_table(batch, options_.block_tokens), std::move(plan), 0,
+               last_rows(batch));
 }
 
 // Equal numbers: inputs and activations lie alike, so equal segments compute the same.
@@ -214,44 +169,46 @@ int32_t PlanBuilder::variant_of(const PlanShape& shape, int32_t bucket) {
   if (bucket == 0)
     return 0;  // never captured
   const auto next = static_cast<int32_t>(variants_.size());
-  return variants_.emplace(std::pair(shape.sizes, shape.attention), next).first->second;
+  const Shape key(shape.sizes(), shape.inputs.table_stride, shape.attention);
+  return variants_.emplace(key, next).first->second;
 }
 
-std::shared_ptr<const TransformerPlan> PlanBuilder::build(const PlanSizes& sizes, Plan steps,
-                                                          int32_t bucket,
-                                                          const std::vector<int32_t>& last_rows) {
-  auto built = std::make_shared<TransformerPlan>();
-  built->shape =
-      std::make_shared<const PlanShape>(config_, padded_vocab_, sizes, attention_of(steps));
-  built->steps = std::move(steps);
-  const Plan& plan = built->steps;
-  built->planned_s = by_segment(plan, planned_steps(plan));
+std::shared_ptr<const BuiltPlan> PlanBuilder::build(const PlanSizes& sizes, int32_t table_stride,
+                                                    Plan plan, int32_t bucket,
+                                                    const std::vector<int32_t>& last_rows) {
+  auto shape =
+      std::make_shared<const PlanShape>(*graph_, sizes, table_stride, attention_of(*graph_, plan));
+  auto built = std::make_shared<BuiltPlan>(
+      BuiltPlan{.shape = std::move(shape), .compiled = CompiledProgram(graph_, std::move(plan))});
   const int32_t variant = variant_of(*built->shape, bucket);
   std::vector<CudaSegment> segments;
-  for (size_t i = 0; i < plan.segments.size(); ++i) {
-    const std::vector<Step> own(plan.steps.begin() + plan.segments[i],
-                                plan.steps.begin() + static_cast<ptrdiff_t>(segment_end(plan, i)));
-    CudaSegment segment{.label = label_of(own), .shape = shape_of(own, variant)};
-    size_t num_kernels = 0;
-    for (const Step& step : own) {
-      segment.access = joined(segment.access, access_of(*built->shape, step, last_rows));
-      num_kernels += LayerKernels::num_kernels(config_, step);
-      kernels_.prepare(*built->shape, step);
-    }
-    segment.is_capturable =
-        bucket > 0 && is_worth_graph(num_kernels, built->planned_s[i], options_.policy);
-    built->num_graph_kernels += segment.is_capturable ? num_kernels : 0;
-    segment.launch = [shape = built->shape, own, &kernels = kernels_](const LaunchArgs& args) {
-      for (const Step& step : own)
-        kernels.launch(*shape, step, args);
-    };
-    segments.push_back(std::move(segment));
-  }
-  const LaneLayout& lane = built->shape->lane;
-  const size_t result_end = lane.tokens + static_cast<size_t>(sizes.sequences) * sizeof(int32_t);
-  built->plan = std::make_shared<const CudaPlan>(bucket, std::move(segments),
-                                                 LiveRange{lane.logits, result_end - lane.logits});
+  for (size_t i = 0; i < built->compiled.size(); ++i)
+    segments.push_back(segment(*built, i, bucket, variant, last_rows));
+  built->plan =
+      std::make_shared<const CudaPlan>(bucket, std::move(segments), built->shape->lane.result());
   return built;
+}
+
+CudaSegment PlanBuilder::segment(BuiltPlan& built, size_t index, int32_t bucket, int32_t variant,
+                                 const std::vector<int32_t>& last_rows) const {
+  const std::span<const Step> steps = built.compiled.steps(index);
+  CudaSegment segment{.label = built.compiled.label(index), .shape = shape_of(steps, variant)};
+  built.planned_s.push_back(segment.label.predicted_s);
+  size_t num_kernels = 0;  // one of each operator
+  for (const Step& step : steps) {
+    segment.access = joined(segment.access, access_of(*graph_, built.shape->lane, step, last_rows));
+    num_kernels += static_cast<size_t>(step.last - step.first) + 1;
+    kernels_.prepare(*built.shape, step);
+  }
+  segment.is_capturable =
+      bucket > 0 && is_worth_graph(num_kernels, segment.label.predicted_s, options_.policy);
+  built.num_graph_kernels += segment.is_capturable ? num_kernels : 0;
+  segment.launch = [shape = built.shape, own = std::vector(steps.begin(), steps.end()),
+                    &kernels = kernels_](const LaunchArgs& args) {
+    for (const Step& step : own)
+      kernels.launch(*shape, step, args);
+  };
+  return segment;
 }
 
 }  // namespace flowprefill

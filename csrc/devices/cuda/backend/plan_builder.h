@@ -1,35 +1,37 @@
-// PlanBuilder: makes and keeps the CudaPlans of a transformer, and decides between a bucket's plan,
-// whose segments can be graphs, and one of exactly the batch's size. Called by CudaModel.
+// PlanBuilder: makes and keeps the CudaPlans of a model, and decides between a bucket's plan, whose
+// segments can be graphs, and one of exactly the batch's size. Called by CudaBackend.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "devices/cuda/backend/layer_kernels.h"
+#include "devices/cuda/backend/operator_kernels.h"
 #include "devices/cuda/backend/plan_shape.h"
 #include "devices/cuda/runtime/bucket.h"
 #include "devices/cuda/runtime/cuda_plan.h"
 #include "graph/batch.h"
+#include "graph/compiled_program.h"
 #include "graph/planner.h"
 #include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 
 // A CudaPlan and what it was made from.
-struct TransformerPlan {
+struct BuiltPlan {
   std::shared_ptr<const PlanShape> shape;
-  Plan steps;
-  std::vector<double> planned_s;  // of each segment
-  size_t num_graph_kernels = 0;   // in segments that may be graphs
-  std::shared_ptr<const CudaPlan> plan;
+  CompiledProgram compiled;
+  std::vector<double> planned_s = {};  // of each segment
+  size_t num_graph_kernels = 0;        // in segments that may be graphs
+  std::shared_ptr<const CudaPlan> plan = {};
 };
 
 // What a run gets.
 struct PlannedBatch {
-  std::shared_ptr<const TransformerPlan> plan;
+  std::shared_ptr<const BuiltPlan> plan;
   std::vector<double> predicted_s;  // of each segment, for this batch
 };
 
@@ -37,6 +39,7 @@ struct PlanBuilderOptions {
   std::vector<int32_t> buckets = {};  // ascending; empty: every plan is of exact size
   int32_t max_sequences = 0;
   int32_t block_tokens = 0;
+  CutRules cuts = {};
   GraphPolicy policy = {};
 };
 
@@ -61,16 +64,16 @@ class PlanBuilder {
   // Columns of the block tables that a bucket's plan has for sequences of up to `tokens`.
   static int32_t table_stride(int32_t tokens, int32_t block_tokens);
 
-  // config and kernels live as long as the plans.
-  PlanBuilder(const ModelConfig& config, int32_t padded_vocab, const LayerKernels& kernels,
+  // kernels live as long as the plans.
+  PlanBuilder(std::shared_ptr<const ModelGraph> graph, const OperatorKernels& kernels,
               PlanBuilderOptions options);
 
   PlannedBatch plan_for(const Batch& batch, const PlanOptions& options);
 
   // The plans of a bucket that runs are likely to want first: short contexts, one sequence and
   // many.
-  std::vector<std::shared_ptr<const TransformerPlan>> plans_to_warm(int32_t bucket,
-                                                                    const PlanOptions& options);
+  std::vector<std::shared_ptr<const BuiltPlan>> plans_to_warm(int32_t bucket,
+                                                              const PlanOptions& options);
 
  private:
   // What distinguishes the plans of a bucket.
@@ -82,25 +85,26 @@ class PlanBuilder {
     auto operator<=>(const Assumed&) const = default;
   };
   using OptionsKey = std::tuple<Granularity, double, int32_t, double, double, double, double>;
+  using Shape = std::tuple<PlanSizes, int32_t, std::vector<AttentionRows>>;
 
   Assumed assumed_of(const Batch& batch, int32_t bucket) const;
-  std::shared_ptr<const TransformerPlan> bucket_plan(const Assumed& assumed,
-                                                     const PlanOptions& options);
-  std::shared_ptr<const TransformerPlan> exact_plan(const Batch& batch, Plan steps);
-  std::shared_ptr<const TransformerPlan> build(const PlanSizes& sizes, Plan steps, int32_t bucket,
-                                               const std::vector<int32_t>& last_rows)
+  std::shared_ptr<const BuiltPlan> bucket_plan(const Assumed& assumed, const PlanOptions& options);
+  std::shared_ptr<const BuiltPlan> exact_plan(const Batch& batch, Plan plan);
+  // bucket 0: of exact size.
+  std::shared_ptr<const BuiltPlan> build(const PlanSizes& sizes, int32_t table_stride, Plan plan,
+                                         int32_t bucket, const std::vector<int32_t>& last_rows)
       FP_REQUIRES(mutex_);
+  CudaSegment segment(BuiltPlan& built, size_t index, int32_t bucket, int32_t variant,
+                      const std::vector<int32_t>& last_rows) const;
   int32_t variant_of(const PlanShape& shape, int32_t bucket) FP_REQUIRES(mutex_);
 
-  const ModelConfig& config_;
-  const int32_t padded_vocab_;
-  const LayerKernels& kernels_;
+  const std::shared_ptr<const ModelGraph> graph_;
+  const OperatorKernels& kernels_;
   const PlanBuilderOptions options_;
   Mutex mutex_;
-  std::map<std::pair<Assumed, OptionsKey>, std::shared_ptr<const TransformerPlan>> plans_
+  std::map<std::pair<Assumed, OptionsKey>, std::shared_ptr<const BuiltPlan>> plans_
       FP_GUARDED_BY(mutex_);
-  std::map<std::pair<PlanSizes, std::vector<AttentionRows>>, int32_t> variants_
-      FP_GUARDED_BY(mutex_);
+  std::map<Shape, int32_t> variants_ FP_GUARDED_BY(mutex_);
 };
 
 }  // namespace flowprefill

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "devices/cuda/kernels/portable.h"
-#include "devices/cuda/kernels/sampling_params.h"
+#include "graph/sampling_params.h"
 
 namespace flowprefill {
 

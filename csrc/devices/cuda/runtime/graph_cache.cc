@@ -35,8 +35,8 @@ class Stopwatch {
 size_t GraphKeyHash::operator()(const GraphKey& key) const noexcept {
   uint64_t hash = 0xcbf29ce484222325;
   for (const int32_t part :
-       {key.shape.first_op, key.shape.last_op, key.shape.first_layer, key.shape.last_layer,
-        key.shape.row_begin, key.shape.row_end, key.shape.variant, key.bucket, key.lane}) {
+       {key.shape.first_op, key.shape.last_op, key.shape.row_begin, key.shape.row_end,
+        key.shape.part_begin, key.shape.part_end, key.shape.variant, key.bucket, key.lane}) {
     hash = (hash ^ static_cast<uint32_t>(part)) * 0x100000001b3;
     hash ^= hash >> 29;
   }

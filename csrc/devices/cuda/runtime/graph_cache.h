@@ -20,13 +20,13 @@ namespace flowprefill {
 // What a segment computes. The numbers are the caller's: equal shape and bucket on the same lane
 // must record kernels that compute the same from the same bytes.
 struct SegmentShape {
-  int32_t first_op = 0;
+  int32_t first_op = 0;  // index into the model's operators
   int32_t last_op = 0;
-  int32_t first_layer = 0;
-  int32_t last_layer = 0;
   int32_t row_begin = 0;
   int32_t row_end = 0;
-  int32_t variant = 0;  // what else the arguments depend on: where inputs and activations lie
+  int32_t part_begin = 0;  // of the first operator
+  int32_t part_end = 0;    // of the last
+  int32_t variant = 0;     // what else the arguments depend on: where inputs and activations lie
   friend auto operator<=>(const SegmentShape&, const SegmentShape&) = default;
 };
 

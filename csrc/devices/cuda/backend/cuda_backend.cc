@@ -1,0 +1,258 @@
+#include "devices/cuda/backend/cuda_backend.h"
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+#include <utility>
+
+#include "devices/cuda/backend/batch_inputs.h"
+#include "devices/cuda/backend/cuda_model_program.h"
+#include "devices/cuda/backend/device_kv_cache.h"
+#include "devices/cuda/backend/device_weights.h"
+#include "devices/cuda/backend/gemm_candidates.h"
+#include "devices/cuda/backend/gemm_products.h"
+#include "devices/cuda/backend/noise.h"
+#include "devices/cuda/backend/operator_kernels.h"
+#include "devices/cuda/backend/plan_builder.h"
+#include "devices/cuda/backend/refusal.h"
+#include "devices/cuda/runtime/cuda_device.h"
+#include "devices/cuda/runtime/cuda_resources.h"
+#include "runtime/thread_annotations.h"
+
+namespace flowprefill {
+namespace {
+
+std::shared_ptr<const ModelGraph> lowered(ModelGraph graph) {
+  auto own = std::make_shared<const ModelGraph>(with_sampling(std::move(graph)));
+  check_operators(*own);
+  return own;
+}
+
+GemmDevice gemm_device(int device) {
+  cudaDeviceProp properties = {};
+  FP_CUDA(cudaGetDeviceProperties(&properties, device));
+  GemmDevice found{.compute_capability = properties.major * 10 + properties.minor,
+                   .num_multiprocessors = properties.multiProcessorCount,
+                   .name = properties.name};
+  if (found.compute_capability < 80) {
+    throw std::invalid_argument("device: got " + std::to_string(device) + " (" + found.name +
+                                ", compute capability " + std::to_string(properties.major) + "." +
+                                std::to_string(properties.minor) + "), expected 8.0 or more");
+  }
+  FP_CUDA(cudaDriverGetVersion(&found.driver_version));
+  FP_CUDA(cudaRuntimeGetVersion(&found.runtime_version));
+  return found;
+}
+
+std::unique_ptr<GemmSelector> selector_of(const CudaBackendOptions& options) {
+  FP_CUDA(cudaSetDevice(options.device));
+  return make_gemm_selector(
+      gemm_device(options.device),
+      {.cache_path = options.gemm_cache_path, .cublas_lt_libraries = options.cublas_lt_libraries});
+}
+
+}  // namespace
+
+// Everything on the device. Programs and the device share it, so that it outlives them.
+struct CudaBackend::State {
+  State(ModelGraph model, CudaBackendOptions model_options)
+      : graph(lowered(std::move(model))),
+        options(checked(std::move(model_options))),
+        gemms(selector_of(options)),
+        weights(*graph, options.device) {}
+  ~State() { ignore(cudaSetDevice(options.device)); }
+
+  // Of the largest plan there can be.
+  PlanShape largest(int32_t block_tokens) const {
+    const PlanSizes sizes{.rows = options.max_tokens,
+                          .tile_rows = options.max_tokens,
+                          .sequences = options.max_sequences};
+    const int32_t longest = std::max(options.max_context, options.max_tokens);
+    return {*graph, sizes, PlanBuilder::table_stride(longest, block_tokens), {}};
+  }
+
+  LaneOptions lane_options(int32_t block_tokens) const {
+    const PlanShape shape = largest(block_tokens);
+    return {.num_lanes = options.num_lanes,
+            .lane_bytes = shape.lane.bytes(),
+            .input_bytes = InputLayout::max_bytes(*graph, shape.sizes(), shape.inputs.table_stride),
+            .scratch_bytes = scratch_bytes(*gemms, shape, weights),
+            .device_spill_bytes = options.device_spill_bytes};
+  }
+
+  void allocate(const KvLayout& layout) {
+    cache = std::make_unique<DeviceKvCache>(layout, options.device);
+    const LaneOptions lanes = lane_options(layout.block_tokens);
+    GraphCacheOptions graphs;
+    graphs.max_bytes = options.graph_bytes;
+    resources = std::make_shared<CudaResources>(
+        CudaOptions{.device = options.device, .lanes = lanes, .graphs = graphs});
+    kernels = std::make_unique<OperatorKernels>(weights, *cache, *gemms, lanes.scratch_bytes);
+    PlanBuilderOptions plans{.max_sequences = options.max_sequences,
+                             .block_tokens = layout.block_tokens,
+                             .cuts = options.cuts};
+    if (options.has_graphs)
+      plans.buckets = options.buckets;
+    builder = std::make_unique<PlanBuilder>(graph, *kernels, std::move(plans));
+  }
+
+  // On the executor's thread, before its first run.
+  void prepare(const std::optional<PlanOptions>& warm) {
+    resources->lanes().prepare(resources->stream());
+    if (options.measures_gemms)
+      measure_gemms();
+    if (!warm.has_value() || !options.has_graphs)
+      return;
+    std::vector<GraphCache::Request> requests;
+    for (const int32_t bucket : options.buckets) {
+      if (bucket > options.warm_tokens)
+        break;
+      for (const auto& plan : builder->plans_to_warm(bucket, *warm)) {
+        auto of_plan = capture_requests(*resources, plan->plan);
+        std::move(of_plan.begin(), of_plan.end(), std::back_inserter(requests));
+      }
+    }
+    resources->graphs().warm(std::move(requests));
+  }
+
+  void measure_gemms() {
+    const PlanShape shape = largest(cache->layout().block_tokens);
+    const LaneView lane = resources->lanes().views().front();
+    const std::vector<GemmArgs> products = products_to_measure(shape, weights, lane.activations);
+    fill_with_noise({lane.activations, resources->lanes().options().lane_bytes},
+                    resources->stream());
+    auto reports = gemms->measure_all(
+        products, {lane.scratch, resources->lanes().options().scratch_bytes}, resources->stream());
+    gemms->prepare(products);
+    const MutexLock lock(mutex);
+    gemm_reports = std::move(reports);
+  }
+
+  BatchLimits limits() const {
+    return {.vocab_size = graph->vocab_size,
+            .block_tokens = cache->layout().block_tokens,
+            .blocks = cache->layout().blocks,
+            .max_tokens = options.max_tokens,
+            .max_sequences = options.max_sequences,
+            .max_context = options.max_context};
+  }
+
+  const std::shared_ptr<const ModelGraph> graph;
+  const CudaBackendOptions options;
+  const std::unique_ptr<GemmSelector> gemms;
+  DeviceWeights weights;
+  bool is_finished = false;
+  bool has_device = false;
+  std::unique_ptr<DeviceKvCache> cache;
+  std::shared_ptr<CudaResources> resources;
+  std::unique_ptr<OperatorKernels> kernels;
+  std::unique_ptr<PlanBuilder> builder;
+  Mutex mutex;
+  std::vector<GemmReport> gemm_reports FP_GUARDED_BY(mutex);
+};
+
+CudaBackend::CudaBackend(ModelGraph graph, CudaBackendOptions options)
+    : state_(std::make_shared<State>(std::move(graph), std::move(options))) {}
+
+CudaBackend::~CudaBackend() = default;
+
+const ModelGraph& CudaBackend::graph() const {
+  return *state_->graph;
+}
+
+const CudaBackendOptions& CudaBackend::options() const {
+  return state_->options;
+}
+
+void CudaBackend::load(const std::string& source, const float* values, int64_t rows,
+                       int64_t columns) {
+  state_->weights.load(source, values, rows, columns);
+}
+
+void CudaBackend::finish() {
+  state_->weights.finish();
+  state_->is_finished = true;
+}
+
+size_t CudaBackend::weight_bytes() const {
+  return state_->weights.bytes();
+}
+
+// ---- the cache
+
+KvLayout CudaBackend::kv_layout(int32_t block_tokens, int32_t blocks) const {
+  const ModelGraph& graph = *state_->graph;
+  return {.layers = graph.num_layers,
+          .kv_heads = graph.attention.kv_heads,
+          .head_dim = graph.attention.head_dim,
+          .block_tokens = block_tokens,
+          .blocks = blocks};
+}
+
+void CudaBackend::allocate_cache(int32_t block_tokens, int32_t blocks) {
+  if (state_->builder != nullptr)
+    throw std::logic_error("allocate_cache() was called before");
+  state_->allocate(kv_layout(block_tokens, blocks));
+}
+
+size_t CudaBackend::bytes_per_block(int32_t block_tokens) const {
+  return DeviceKvCache::bytes_per_block(kv_layout(block_tokens, 1));
+}
+
+size_t CudaBackend::lane_bytes(int32_t block_tokens) const {
+  static_cast<void>(bytes_per_block(block_tokens));  // throws if it is no size of a block
+  const LaneOptions lanes = state_->lane_options(block_tokens);
+  return static_cast<size_t>(lanes.num_lanes) * (lanes.lane_bytes + lanes.input_bytes) +
+         lanes.scratch_bytes;
+}
+
+KvStore* CudaBackend::kv() {
+  return state_->builder == nullptr ? nullptr : state_->cache.get();
+}
+
+// ---- device and programs
+
+void CudaBackend::require_ready() const {
+  if (!state_->is_finished || state_->builder == nullptr)
+    throw std::logic_error("finish() and allocate_cache() come first");
+}
+
+std::unique_ptr<Device> CudaBackend::make_device(const std::optional<PlanOptions>& warm) {
+  require_ready();
+  if (std::exchange(state_->has_device, true))
+    throw std::logic_error("make_device() was called before: one executor owns the GPU's stream");
+  CudaDeviceOptions options;
+  options.run_ahead = state_->options.run_ahead;
+  options.spin_s = state_->options.spin_s;
+  options.prepare = [state = state_, warm] { state->prepare(warm); };
+  return std::make_unique<CudaDevice>(state_->resources, std::move(options));
+}
+
+std::unique_ptr<ModelProgram> CudaBackend::make_program(Batch batch, const PlanOptions& options,
+                                                        const ProgramOptions& program) {
+  require_ready();
+  check(batch, state_->limits());
+  check(program.sampling, batch.num_sequences());
+  PlannedBatch planned = state_->builder->plan_for(batch, options);
+  std::vector<std::byte> inputs = batch_inputs(
+      *planned.plan->shape, batch, state_->cache->layout().block_tokens, program.sampling);
+  return std::make_unique<CudaModelProgram>(state_, state_->resources, std::move(planned), batch,
+                                            std::move(inputs), program);
+}
+
+// ---- reports
+
+GraphReport CudaBackend::graph_report() const {
+  return state_->resources == nullptr ? GraphReport{} : state_->resources->graphs().report();
+}
+
+LaneReport CudaBackend::lane_report() const {
+  return state_->resources == nullptr ? LaneReport{} : state_->resources->lanes().report();
+}
+
+std::vector<GemmReport> CudaBackend::gemm_report() const {
+  const MutexLock lock(state_->mutex);
+  return state_->gemm_reports;
+}
+
+}  // namespace flowprefill

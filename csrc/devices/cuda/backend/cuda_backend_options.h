@@ -1,0 +1,47 @@
+// CudaBackendOptions: sizes and limits of a model on a GPU. Given by csrc/bindings (by the fields'
+// names) and by tests.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "graph/planner.h"
+
+namespace flowprefill {
+
+// Slices of whole tiles of the matrix kernels (64 to 256 rows), and not so few that most
+// multiprocessors idle. Assumed, not measured. The attention kernel takes all heads.
+inline constexpr CutRules kCudaCuts{.row_step = 256,
+                                    .max_tile_rows = 4096,
+                                    .min_tile_rows = 1024,
+                                    .min_product_parts = 128,
+                                    .slices_heads = false,
+                                    .embed_rows = 1 << 30,
+                                    .costs = {.weight_element_bytes = 2, .embed_row_s = 2e-8}};
+
+struct CudaBackendOptions {
+  int device = 0;
+  double spin_s = 50e-6;         // polls this long before it sleeps: see CudaDeviceOptions
+  int run_ahead = 2;             // segments the host may be ahead, 1 to 4
+  int32_t num_lanes = 2;         // runs whose activations stay on the device while suspended
+  int32_t max_tokens = 8192;     // new tokens of the largest batch
+  int32_t max_sequences = 64;    // of the largest batch
+  int32_t max_context = 131072;  // tokens of the longest sequence, its new ones included
+  std::vector<int32_t> buckets;  // ascending token counts that have graphs; empty: powers of two
+  bool has_graphs = true;        // false: every segment is launched eagerly
+  size_t graph_bytes = size_t{1} << 30;         // device memory of executables at most
+  size_t device_spill_bytes = size_t{1} << 30;  // of suspended runs without a lane; then the host's
+  int32_t warm_tokens = 256;    // make_device() captures the buckets up to this ahead of time
+  bool measures_gemms = false;  // make_device() measures the GEMM kernels unless the cache knows
+  std::string gemm_cache_path;  // file of measured GEMM choices; empty: none
+  std::vector<std::string> cublas_lt_libraries;  // see GemmOptions
+  CutRules cuts = kCudaCuts;
+};
+
+// With the buckets filled in. Throws std::invalid_argument naming the field, its value and what is
+// allowed.
+CudaBackendOptions checked(CudaBackendOptions options);
+
+}  // namespace flowprefill

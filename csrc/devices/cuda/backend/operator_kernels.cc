@@ -1,0 +1,241 @@
+#include "devices/cuda/backend/operator_kernels.h"
+
+#include <algorithm>
+#include <numbers>
+#include <stdexcept>
+
+#include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/runtime/cuda_error.h"
+
+namespace flowprefill {
+namespace {
+
+// Row `row` of the batch, or of its sequences, of a tensor in the lane.
+template <typename T>
+T* row_at(const PlanShape& shape, const Step& step, std::byte* lane, int32_t tensor, int32_t row) {
+  const bool is_of_tile = shape.graph.tensor(tensor).extent == Extent::kTile;
+  const int64_t index = is_of_tile ? row - step.base : row;
+  return reinterpret_cast<T*>(lane + shape.lane.offset(tensor)) + index * shape.lane.stride(tensor);
+}
+
+}  // namespace
+
+// One operator of one step of one run: where its rows are.
+struct OperatorKernels::Call {
+  const PlanShape& shape;
+  const Operator& op;
+  const Step& step;
+  const LaunchArgs& args;
+  CallContext context = {};
+
+  const AttentionShape& attention() const { return shape.graph.attention; }
+  int32_t columns() const { return shape.graph.output_of(op).columns; }
+  int32_t stride(int32_t tensor) const { return shape.lane.stride(tensor); }
+  template <typename T>
+  T* row(int32_t tensor, int32_t index) const {
+    return row_at<T>(shape, step, args.activations, tensor, index);
+  }
+  // The step's first row.
+  template <typename T>
+  T* first(int32_t tensor) const {
+    return row<T>(tensor, step.row_begin);
+  }
+  template <typename T>
+  const T* input(size_t offset) const {
+    return reinterpret_cast<const T*>(args.inputs + offset);
+  }
+  // The rows that sequences end with, from the step's first sequence.
+  const int32_t* last_rows() const {
+    return input<int32_t>(shape.inputs.last_rows) + step.row_begin;
+  }
+
+  // Of the step's rows.
+  BatchView batch() const {
+    const InputLayout& in = shape.inputs;
+    return {.tokens = input<int32_t>(in.tokens) + step.row_begin,
+            .sequences = input<int32_t>(in.sequences) + step.row_begin,
+            .positions = input<int32_t>(in.positions) + step.row_begin,
+            .block_tables = input<int32_t>(in.block_tables),
+            .block_table_stride = in.table_stride};
+  }
+};
+
+void OperatorKernels::launch(const PlanShape& shape, const Step& step,
+                             const LaunchArgs& args) const {
+  for (int32_t i = step.first; i <= step.last; ++i) {
+    const Operator& op = shape.graph.op(i);
+    launch({.shape = shape,
+            .op = op,
+            .step = step,
+            .args = args,
+            .context = {.op = op.name, .layer = op.layer}});
+  }
+}
+
+void OperatorKernels::prepare(const PlanShape& shape, const Step& step) const {
+  for (int32_t i = step.first; i <= step.last; ++i) {
+    if (shape.graph.op(i).kind != OperatorKind::kLinear)
+      continue;
+    const GemmArgs args = product(shape, weights_, shape.graph.op(i), step, nowhere());
+    gemms_.prepare({&args, 1});
+  }
+}
+
+void OperatorKernels::launch(const Call& call) const {
+  switch (call.op.kind) {
+    case OperatorKind::kEmbed:
+      return embed(call);
+    case OperatorKind::kRotary:
+      return rotary(call);
+    case OperatorKind::kNorm:
+      return norm(call);
+    case OperatorKind::kLinear:
+      return linear(call);
+    case OperatorKind::kRope:
+      return rope(call);
+    case OperatorKind::kAttention:
+      return attention(call);
+    case OperatorKind::kSample:
+      return sample(call);
+    case OperatorKind::kResidual:  // refused: see refusal.h
+    case OperatorKind::kRound:
+      break;
+  }
+  throw std::logic_error(std::string("operator ") + call.op.name + ": CUDA has no kernel for it");
+}
+
+void OperatorKernels::embed(const Call& call) const {
+  FP_CUDA(launch_embed({.batch = call.batch(),
+                        .table = weights_.matrix(call.op.weight),
+                        .ld_table = call.columns(),
+                        .hidden = call.first<float>(call.op.output),
+                        .ld_hidden = call.stride(call.op.output),
+                        .rows = call.step.rows(),
+                        .width = call.columns()},
+                       call.args.stream),
+          call.context);
+}
+
+void OperatorKernels::rotary(const Call& call) const {
+  const auto table = static_cast<size_t>(call.op.table);
+  FP_CUDA(launch_rotary({.batch = call.batch(),
+                         .turns_per_position = weights_.turns_per_position(call.op.table),
+                         .scale = static_cast<float>(call.shape.graph.rotary_tables[table].scale),
+                         .rotary = call.first<float>(call.op.output),
+                         .rows = call.step.rows(),
+                         .head_dim = call.columns()},
+                        call.args.stream),
+          call.context);
+}
+
+void OperatorKernels::norm(const Call& call) const {
+  const Operator& op = call.op;
+  const bool is_gather = call.shape.graph.is_per_sequence(op) &&
+                         call.shape.graph.tensor(op.input).extent == Extent::kPrompt;
+  FP_CUDA(launch_rms_norm({.hidden = call.row<float>(op.input, is_gather ? 0 : call.step.row_begin),
+                           .ld_hidden = call.stride(op.input),
+                           .weight = weights_.vector(op.weight),
+                           .rows_in = is_gather ? call.last_rows() : nullptr,
+                           .out = call.first<Bf16>(op.output),
+                           .ld_out = call.stride(op.output),
+                           .rows = call.step.rows(),
+                           .width = call.columns(),
+                           .eps = op.eps},
+                          call.args.stream),
+          call.context);
+}
+
+GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& weights,
+                                  const Operator& op, const Step& step, std::byte* lane) {
+  const Weight& weight = shape.graph.weights.weight(op.weight);
+  const auto rows = static_cast<int32_t>(padded_to_8(weight.rows()));
+  const int32_t begin = step.part_begin * kPartColumns;
+  const int32_t end = step.is_whole() ? rows : std::min(step.part_end * kPartColumns, rows);
+  const int32_t column = step.part_begin * shape.graph.part_columns(op);
+  const bool is_float = shape.graph.output_of(op).type == ElementType::kFloat;
+  const auto output = [&]() -> void* {
+    if (is_float)
+      return row_at<float>(shape, step, lane, op.output, step.row_begin) + column;
+    return row_at<Bf16>(shape, step, lane, op.output, step.row_begin) + column;
+  };
+  const float* bias = weights.vector(op.bias);
+  return {.a = row_at<Bf16>(shape, step, lane, op.input, step.row_begin),
+          .lda = shape.lane.stride(op.input),
+          .b = weights.matrix(op.weight) + begin * weight.columns,
+          .ldb = weight.columns,
+          .bias = bias == nullptr ? nullptr : bias + begin,
+          .d = output(),
+          .ldd = shape.lane.stride(op.output),
+          .output = is_float ? GemmOutput::kFloat : GemmOutput::kBf16,
+          .adds_to_d = op.epilogue == Epilogue::kAdd,
+          .is_gated = op.epilogue == Epilogue::kGate,
+          .row_begin = 0,
+          .row_end = step.rows(),
+          .columns = end - begin,
+          .depth = static_cast<int32_t>(weight.columns)};
+}
+
+void OperatorKernels::linear(const Call& call) const {
+  gemms_.launch(product(call.shape, weights_, call.op, call.step, call.args.activations),
+                {call.args.scratch, scratch_bytes_}, call.args.stream, call.context);
+}
+
+void OperatorKernels::rope(const Call& call) const {
+  const Operator& op = call.op;
+  // Attention works in base 2.
+  const RopeArgs<Bf16> args{.batch = call.batch(),
+                            .qkv = call.first<Bf16>(op.input),
+                            .ld_qkv = call.stride(op.input),
+                            .bias = weights_.vector(op.bias),
+                            .q_norm = weights_.vector(op.q_norm),
+                            .k_norm = weights_.vector(op.k_norm),
+                            .rotary = call.first<float>(op.rotary),
+                            .q = call.first<Bf16>(op.output),
+                            .ld_q = call.stride(op.output),
+                            .cache = cache_.layer(op.layer),
+                            .q_scale = static_cast<float>(std::numbers::log2e * op.scale),
+                            .eps = op.eps,
+                            .rows = call.step.rows(),
+                            .heads = call.attention().heads,
+                            .kv_heads = call.attention().kv_heads,
+                            .head_dim = call.attention().head_dim};
+  FP_CUDA(launch_rope(args, call.args.stream), call.context);
+}
+
+void OperatorKernels::attention(const Call& call) const {
+  const Operator& op = call.op;
+  const InputLayout& in = call.shape.inputs;
+  const size_t slice = call.shape.attention_index(call.step);
+  // Tiles count their rows from the step's base.
+  FP_CUDA(launch_attention({.q = call.row<Bf16>(op.input, call.step.base),
+                            .ld_q = call.stride(op.input),
+                            .out = call.row<Bf16>(op.output, call.step.base),
+                            .ld_out = call.stride(op.output),
+                            .cache = cache_.layer(op.layer),
+                            .block_tables = call.input<int32_t>(in.block_tables),
+                            .block_table_stride = in.table_stride,
+                            .tiles = call.input<AttentionTile>(in.tiles[slice]),
+                            .num_tiles = in.num_tiles[slice],
+                            .heads = call.attention().heads,
+                            .kv_heads = call.attention().kv_heads,
+                            .head_dim = call.attention().head_dim,
+                            .window = op.window},
+                           call.args.stream),
+          call.context);
+}
+
+void OperatorKernels::sample(const Call& call) const {
+  const Operator& op = call.op;
+  const auto* sampling = call.input<SamplingParams>(call.shape.inputs.sampling);
+  FP_CUDA(launch_sample({.logits = call.first<float>(op.input),
+                         .ld_logits = call.stride(op.input),
+                         .params = sampling + call.step.row_begin,
+                         .rows_in = call.last_rows(),
+                         .out = call.first<int32_t>(op.output),
+                         .rows = call.step.rows(),
+                         .width = call.shape.graph.vocab_size},
+                        call.args.stream),
+          call.context);
+}
+
+}  // namespace flowprefill

@@ -1,0 +1,225 @@
+// Where activations lie, which bytes steps read and write, which bytes live at a boundary.
+#include "graph/layout.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+
+#include "graph/compiled_program.h"
+#include "graph_fixture.h"
+
+namespace flowprefill::testing {
+namespace {
+
+constexpr LayoutRules kRules{.elements = {.activation = 2, .product = 2}, .logits_stride = 208};
+
+bool meet(const LiveRange& a, const LiveRange& b) {
+  return a.offset < b.end() && b.offset < a.end();
+}
+
+class LayoutTest : public ::testing::Test {
+ protected:
+  // The MLP adds to what attention left in a tensor of the tile, as where both see the same input.
+  static ModelGraph parallel_graph() {
+    ModelGraph graph = llama_graph({.intermediate_size = 1024});
+    const int32_t sum = tensor_named(graph, "last");
+    graph.tensors.insert(graph.tensors.begin() + sum, {.name = "sum", .columns = 64});
+    for (Operator& op : graph.operators) {
+      for (int32_t* tensor : {&op.input, &op.output, &op.rotary})
+        *tensor += *tensor >= sum ? 1 : 0;
+      if (op.epilogue == Epilogue::kAdd)
+        op.output = sum;
+      if (op.name == std::string("o_proj"))
+        op.epilogue = Epilogue::kStore;
+    }
+    return checked(std::move(graph));
+  }
+  static std::vector<ModelGraph> graphs() {
+    return {llama_graph({.num_layers = 3}),
+            with_sampling(llama_graph({.hidden_size = 256, .intermediate_size = 1024})),
+            llama_graph({.intermediate_size = 512, .num_heads = 8, .num_kv_heads = 8}),
+            parallel_graph()};
+  }
+};
+
+// Goes through a layer from behind: what an operator writes must not lie on what later ones read.
+TEST_F(LayoutTest, no_two_tensors_that_hold_something_at_once_overlap) {
+  for (const ModelGraph& graph : graphs()) {
+    for (const int32_t tile_rows : {1, 3, 32, 100}) {
+      const Layout layout(graph, kRules, {.rows = 100, .tile_rows = tile_rows, .sequences = 4});
+      std::set<int32_t> read_later;
+      const auto [begin, end] = graph.layer(0);
+      for (int32_t i = end - 1; i >= begin; --i) {
+        const Operator& op = graph.op(i);
+        if (!reads_output(op))
+          read_later.erase(op.output);
+        for (const int32_t read : {op.input, op.rotary}) {
+          if (read >= 0)
+            read_later.insert(read);
+        }
+        for (const int32_t other : read_later) {
+          EXPECT_TRUE(other == op.output || !meet(layout.all(op.output), layout.all(other)))
+              << op.name << " overwrites " << graph.tensor(other).name;
+        }
+        if (reads_output(op))
+          read_later.insert(op.output);
+      }
+    }
+  }
+}
+
+TEST_F(LayoutTest, tensors_of_the_prompt_and_of_sequences_lie_by_themselves) {
+  for (const ModelGraph& graph : graphs()) {
+    const Layout layout(graph, kRules, {.rows = 50, .tile_rows = 20, .sequences = 3});
+    for (int32_t a = 0; a < static_cast<int32_t>(graph.tensors.size()); ++a) {
+      EXPECT_LE(layout.all(a).end(), layout.bytes());
+      for (int32_t b = 0; b < a; ++b) {
+        const bool are_of_tile =
+            graph.tensor(a).extent == Extent::kTile && graph.tensor(b).extent == Extent::kTile;
+        EXPECT_TRUE(are_of_tile || !meet(layout.all(a), layout.all(b)))
+            << graph.tensor(a).name << " and " << graph.tensor(b).name;
+      }
+    }
+  }
+}
+
+TEST_F(LayoutTest, dead_tensors_make_room_for_others) {
+  const ModelGraph graph = llama_graph({.hidden_size = 256, .intermediate_size = 1024});
+  const Layout layout(graph, kRules, {.rows = 64, .tile_rows = 64, .sequences = 1});
+  size_t of_tile = 0;
+  for (int32_t i = 0; i < static_cast<int32_t>(graph.tensors.size()); ++i)
+    of_tile += graph.tensor(i).extent == Extent::kTile ? layout.all(i).bytes : 0;
+  const size_t others = layout.all(tensor_named(graph, "hidden")).bytes +
+                        layout.all(tensor_named(graph, "rotary")).bytes +
+                        layout.all(tensor_named(graph, "logits")).bytes + 512;
+  EXPECT_LT(layout.bytes() - others, of_tile * 2 / 3);
+}
+
+TEST_F(LayoutTest, a_smaller_plan_never_needs_more) {
+  for (const ModelGraph& graph : graphs()) {
+    size_t before = 0;
+    for (int32_t rows = 1; rows <= 200; ++rows) {
+      for (const int32_t tile_rows : {std::max(1, rows - 1), rows}) {
+        const Layout layout(graph, kRules, {.rows = rows, .tile_rows = tile_rows, .sequences = 4});
+        EXPECT_GE(layout.bytes(), before) << rows << " rows, tile of " << tile_rows;
+        before = layout.bytes();
+      }
+    }
+  }
+}
+
+TEST_F(LayoutTest, result_is_the_logits_and_what_is_made_of_them_side_by_side) {
+  const ModelGraph graph = with_sampling(llama_graph());
+  const Layout layout(graph, kRules, {.rows = 10, .tile_rows = 10, .sequences = 3});
+  const int32_t logits = graph.logits();
+  const int32_t sampled = tensor_named(graph, "sampled");
+  EXPECT_EQ(layout.stride(logits), 208);
+  EXPECT_EQ(layout.all(logits).bytes, size_t{3} * 208 * 4);
+  EXPECT_EQ(layout.offset(sampled), layout.all(logits).end());
+  EXPECT_EQ(layout.result(), (LiveRange{layout.offset(logits), size_t{3} * (208 + 1) * 4}));
+  EXPECT_EQ(layout.offset(logits) % 256, 0u);
+}
+
+TEST_F(LayoutTest, a_step_reads_and_writes_its_own_rows_and_parts) {
+  const ModelGraph graph = llama_graph({.num_layers = 1});
+  const Layout layout(graph, kRules, {.rows = 32, .tile_rows = 16, .sequences = 2});
+  const auto index = [&](const std::string& name) {
+    for (int32_t i = 0; i < static_cast<int32_t>(graph.operators.size()); ++i) {
+      if (graph.op(i).name == name)
+        return i;
+    }
+    return -1;
+  };
+  const auto access = [&](const std::string& first, const std::string& last, Step step) {
+    step.first = index(first);
+    step.last = index(last);
+    return access_of(graph, layout, step, {});
+  };
+  const int32_t hidden = tensor_named(graph, "hidden");
+  const int32_t context = tensor_named(graph, "context");
+  const Step tile{.row_begin = 20, .row_end = 28, .base = 16};
+  const SegmentAccess o = access("o_proj", "o_proj", tile);
+  EXPECT_EQ(o.writes, LiveSet({layout.rows(hidden, 20, 28)}));
+  EXPECT_EQ(o.reads, LiveSet({layout.rows(hidden, 20, 28), layout.rows(context, 4, 12)}));
+  // What a step writes itself it does not need from before.
+  const SegmentAccess chain = access("attn_norm", "rope", tile);
+  EXPECT_EQ(chain.reads, LiveSet({layout.rows(hidden, 20, 28),
+                                  layout.rows(tensor_named(graph, "rotary"), 20, 28)}));
+  Step heads = tile;
+  heads.part_begin = 1;
+  heads.part_end = 2;
+  EXPECT_EQ(access("attention", "attention", heads).writes,
+            layout.columns(context, 4, 12, 128, 256));
+  const Step last_part{.row_begin = 0, .row_end = 2, .part_begin = 3, .part_end = 4};
+  EXPECT_EQ(access("lm_head", "lm_head", last_part).writes,
+            layout.columns(graph.logits(), 0, 2, 192, 208))
+      << "with the padding of the vocabulary";
+}
+
+TEST_F(LayoutTest, final_norm_reads_the_last_rows_or_any) {
+  const ModelGraph graph = llama_graph();
+  const Layout layout(graph, kRules, {.rows = 32, .tile_rows = 32, .sequences = 2});
+  const int32_t hidden = tensor_named(graph, "hidden");
+  const int32_t norm = graph.after_layers().begin;
+  const Step step{.first = norm, .last = norm, .row_begin = 0, .row_end = 2};
+  EXPECT_EQ(access_of(graph, layout, step, {}).reads, LiveSet({layout.all(hidden)}));
+  EXPECT_EQ(access_of(graph, layout, step, {9, 31}).reads,
+            LiveSet({layout.rows(hidden, 9, 10), layout.rows(hidden, 31, 32)}));
+}
+
+// Executes plans on bytes: each written byte gets the number of its segment. What a segment reads
+// must be what was live before it, and nothing that is read may have been written by nobody.
+TEST_F(LayoutTest, live_sets_are_exactly_the_bytes_that_are_read_later) {
+  const ModelGraph graph = with_sampling(llama_graph());
+  const Batch batch = batch_with({{20, 0}, {13, 5}});
+  const CutRules cuts{.row_step = 4,
+                      .max_tile_rows = 16,
+                      .min_tile_rows = 8,
+                      .min_product_parts = 1,
+                      .slices_heads = true,
+                      .embed_rows = 10,
+                      .costs = {}};
+  for (const double budget_s : {1.0, 1e-6, 1e-12}) {
+    PlanOptions options{.budget_s = budget_s, .rates = {.step_overhead_s = 0}};
+    const Plan plan = make_plan(graph, batch, options, cuts);
+    const Layout layout(graph, kRules, {.rows = 33, .tile_rows = plan.tile_rows, .sequences = 2});
+    std::vector<SegmentAccess> accesses;
+    for (size_t i = 0; i < plan.size(); ++i) {
+      SegmentAccess access;
+      for (const Step& step : plan.segment(i))
+        access = joined(access, access_of(graph, layout, step, last_rows(batch)));
+      accesses.push_back(access);
+    }
+    const std::vector<LiveSet> live = live_sets(accesses, LiveSet({layout.result()}));
+    ASSERT_EQ(live.front().bytes(), 0u) << "something is read that nobody wrote";
+    std::vector<bool> needed(layout.bytes());  // from behind: read later, before it is written
+    const auto mark = [&](const LiveSet& set, bool value) {
+      for (const LiveRange& range : set.ranges())
+        std::fill_n(needed.begin() + static_cast<ptrdiff_t>(range.offset), range.bytes, value);
+    };
+    mark(LiveSet({layout.result()}), true);
+    for (size_t i = plan.size(); i-- > 0;) {
+      const auto steps = plan.segment(i);
+      for (size_t s = steps.size(); s-- > 0;) {
+        for (int32_t op = steps[s].last; op >= steps[s].first; --op) {
+          Step one = steps[s];
+          one.first = one.last = op;
+          const SegmentAccess access = access_of(graph, layout, one, last_rows(batch));
+          mark(access.writes, false);
+          mark(access.reads, true);
+        }
+      }
+      const auto count = static_cast<size_t>(std::ranges::count(needed, true));
+      EXPECT_EQ(live[i].bytes(), count) << "before segment " << i;
+      for (const LiveRange& range : live[i].ranges()) {
+        for (size_t byte = range.offset; byte < range.end(); ++byte)
+          ASSERT_TRUE(needed[byte]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flowprefill::testing
