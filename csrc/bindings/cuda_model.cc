@@ -75,6 +75,12 @@ class GpuModel {
     backend_ = std::make_unique<CudaBackend>(std::move(g), std::move(o));
   }
 
+  GpuModel(const GpuModel& weights_of, const py::dict& options) {
+    CudaBackendOptions o = backend_options_from(options);
+    py::gil_scoped_release release;
+    backend_ = std::make_unique<CudaBackend>(*weights_of.backend_, std::move(o));
+  }
+
   void load(const std::string& name, const py::object& object) {
     const TensorView tensor = tensor_from(name, object);
     py::gil_scoped_release release;
@@ -195,6 +201,12 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
   py::class_<GpuModel>(m, "Model", py::module_local())
       .def(py::init<const py::object&, const py::dict&>(), py::arg("graph"),
            py::arg("options") = py::dict())
+      .def(
+          "sharing_weights",
+          [](const GpuModel& model, const py::dict& options) {
+            return std::make_unique<GpuModel>(model, options);
+          },
+          py::arg("options") = py::dict())
       .def("load", &GpuModel::load, py::arg("name"), py::arg("values"))
       .def(
           "finish", [](GpuModel& model) { model.get().finish(); },

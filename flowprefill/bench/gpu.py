@@ -31,7 +31,7 @@ from flowprefill.bench.common import (
     load_engine,
     say,
 )
-from flowprefill.bench.gpu_model import GpuModel, Segment
+from flowprefill.bench.gpu_model import GpuModel, Segment, load_weights
 from flowprefill.bench.prefill import flops_of
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
@@ -141,7 +141,10 @@ def _device_info(choice: DeviceChoice) -> dict[str, Any]:
 
 
 def measure(report: Report, choice: DeviceChoice, args: argparse.Namespace) -> None:
-    """Fill the report's rows and `extra`, table by table; models are loaded one after the other."""
+    """Fill the report's rows and `extra`, table by table.
+
+    The model is loaded once for all tables but the last, and once by the engine.
+    """
     if set(args.only) - {"hol"}:
         _measure_models(report, choice, args)
     if "hol" in args.only:
@@ -159,7 +162,7 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "measures_gemms": "gemm" in args.only,
-            "gemm_cache_path": str(Path(folder) / "gemm-choices"),  # measured by the first model
+            "gemm_cache_path": str(Path(folder) / "gemm-choices"),  # measured by the first
             "cublas_lt_libraries": cublas_lt_libraries(choice.module, choice.index),
         }
         open_model = _opener(choice, checkpoint, longest, common)
@@ -177,22 +180,32 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
 def _opener(
     choice: DeviceChoice, checkpoint: Checkpoint, longest: int, common: dict[str, Any]
 ) -> OpenModel:
+    """Load the weights; returns what makes models of them."""
+    say(f"loading {checkpoint.name}")
+    with _named_errors(choice):
+        weights = load_weights(choice, checkpoint)
+
     @contextmanager
     def open_model(**options: Any) -> Iterator[GpuModel]:
-        told = ", ".join(f"{name} {value}" for name, value in options.items())
-        say(f"loading {checkpoint.name}{': ' if told else ''}{told}")
-        try:
-            model = GpuModel(choice, checkpoint, longest, common | options)
-        except ValueError as error:
-            raise CheckpointError(f"{choice.name}: {error}") from None
-        except RuntimeError as error:
-            raise ConfigError(f"{choice.name}: {error}", param="device") from None
+        say(", ".join(f"{name} {value}" for name, value in options.items()))
+        with _named_errors(choice):
+            model = GpuModel(choice, checkpoint, weights, longest, common | options)
         try:
             yield model
         finally:
             model.close()
 
     return open_model
+
+
+@contextmanager
+def _named_errors(choice: DeviceChoice) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{choice.name}: {error}") from None
+    except RuntimeError as error:
+        raise ConfigError(f"{choice.name}: {error}", param="device") from None
 
 
 def _measure_usual(

@@ -41,15 +41,30 @@ class Segment:
     end_s: float
 
 
+def load_weights(choice: DeviceChoice, checkpoint: Checkpoint) -> _cuda.Model:
+    """Load a model that holds weights alone, for the models that share them."""
+    assert choice.module is not None
+    options = {"device": choice.index}
+    model: _cuda.Model = choice.module.Model(checkpoint.graph, options)
+    fill_model(model, checkpoint)
+    return model
+
+
 class GpuModel:
-    """Weights, cache for one long and one short prompt, and the executor; see the module."""
+    """Shared weights, cache for one long and one short prompt, and the executor; see the module."""
 
     def __init__(
-        self, choice: DeviceChoice, checkpoint: Checkpoint, longest: int, options: dict[str, Any]
+        self,
+        choice: DeviceChoice,
+        checkpoint: Checkpoint,
+        weights: _cuda.Model,
+        longest: int,
+        options: dict[str, Any],
     ) -> None:
-        """Load the weights and start the executor, which captures graphs and measures kernels.
+        """Start an executor of a model's weights; it captures graphs and measures kernels.
 
         Args:
+            weights: the loaded model, see `load_weights`.
             longest: tokens of the longest prompt; the cache holds two of them, or of the longest
                 probe.
             options: of the native model beside those that follow from the prompt.
@@ -69,8 +84,7 @@ class GpuModel:
             "max_sequences": 4,
             "max_context": config.max_position,
         }
-        self._model: Any = self.cuda.Model(checkpoint.graph, sizes | options)
-        fill_model(self._model, checkpoint)
+        self._model: Any = weights.sharing_weights(sizes | options)
         self._model.allocate_cache(BLOCK_TOKENS, 2 * self._blocks_of_one)
         self._ids = itertools.count(1)
         self._ended_s: dict[int, float] = {}

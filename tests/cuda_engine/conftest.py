@@ -19,6 +19,8 @@ import pytest
 from double_engine import save_checkpoint
 
 from flowprefill import Engine, EngineConfig
+from flowprefill.engine.calibration import ProbeSizes
+from flowprefill.engine.cuda_device import CudaDevice
 
 DOUBLE = os.environ.get("FLOWPREFILL_CUDA_DOUBLE", "")
 
@@ -43,8 +45,12 @@ def double() -> ModuleType:
 
 @pytest.fixture
 def cuda(double: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The same as `import flowprefill._cuda` finds it during this test."""
+    """The same as `import flowprefill._cuda` finds it during this test.
+
+    Calibration computes less than on a GPU: the doubles' plain loops would take minutes.
+    """
     monkeypatch.setitem(sys.modules, "flowprefill._cuda", double)
+    monkeypatch.setattr(CudaDevice, "probe_sizes", ProbeSizes(128, 512, fills_context=True))
     return double
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from gpu_models import LONGEST, Runner, plan, prompt_of
 
-from flowprefill.bench.gpu_model import GpuModel
+from flowprefill.bench.gpu_model import GpuModel, load_weights
 from flowprefill.engine.device_choice import find_gpu
 from flowprefill.models.checkpoint import open_checkpoint
 
@@ -23,7 +23,9 @@ SLACK_BYTES = 4 << 20  # of what the driver takes and gives back in whole pages
 def test_a_dispatch_waits_for_no_more_segments_than_the_host_is_ahead(depth: int) -> None:
     """Invariant 4 on a GPU: run_ahead + 1 segments of the other run end after the dispatch."""
     checkpoint = open_checkpoint("smollm2-135m")
-    model = GpuModel(find_gpu(None), checkpoint, 6000, {"run_ahead": depth})
+    choice = find_gpu(None)
+    weights = load_weights(choice, checkpoint)
+    model = GpuModel(choice, checkpoint, weights, 6000, {"run_ahead": depth})
     options = plan("layer")
     chance = random.Random(depth)
     took_s = min(model.prefill_s(6000, options) for _ in range(3))

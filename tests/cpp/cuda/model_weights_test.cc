@@ -97,6 +97,24 @@ TEST_F(ModelWeightsTest, values_are_rounded_to_nearest_even_and_tied_embeddings_
   EXPECT_EQ(DeviceWeights(untied, 0).bytes() - weights.bytes(), size_t{208} * 64 * 2);
 }
 
+TEST_F(ModelWeightsTest, models_that_share_weights_compute_the_same_whoever_ends_first) {
+  const TinyModel tiny(Kind::kQwen, 2);
+  auto first = std::make_unique<CudaBackend>(tiny.graph(), options_);
+  EXPECT_THROW(CudaBackend(*first, options_), std::logic_error) << "not finished";
+  tiny.load_into(*first);
+  CudaBackendOptions elsewhere = options_;
+  elsewhere.device = 1;
+  EXPECT_THROW(CudaBackend(*first, elsewhere), std::invalid_argument);
+  const size_t weights = fake_cudart::live().device_bytes;
+  model_ = std::make_unique<CudaBackend>(*first, options_);
+  EXPECT_EQ(fake_cudart::live().device_bytes, weights) << "nothing is copied";
+  first.reset();
+  model_->allocate_cache(kBlockTokens, kBlocks);
+  start();
+  const std::vector<int32_t> tokens = tiny.random_tokens(9, 3);
+  expect_close(execute(1, {{0, {}, tokens}})[0], tiny.logits(tokens), "run");
+}
+
 // What ThreadSanitizer has to see: plans, pinned memory and lanes are shared with the executor.
 TEST_F(ModelWeightsTest, programs_are_made_and_destroyed_on_any_thread_while_runs_execute) {
   const TinyModel tiny(Kind::kLlama, 1);

@@ -24,11 +24,18 @@ GIB = 1 << 30
 class Model:
     """The CPU's model with the reports of a GPU's."""
 
-    made: ClassVar[list[dict[str, Any]]] = []
+    made: ClassVar[list[dict[str, Any]]] = []  # options of those that were loaded
+    sharing: ClassVar[list[dict[str, Any]]] = []  # of those with another's weights
 
     def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:
         Model.made.append(options)
         self.inner = _core.Model(config, "f32", 1)
+
+    def sharing_weights(self, options: dict[str, Any]) -> Model:
+        other = object.__new__(Model)
+        other.inner = self.inner
+        Model.sharing.append(options)
+        return other
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -77,6 +84,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, st
     for name in ("Batch", "BatchSequence", "MachineRates", "PlanOptions"):
         setattr(module, name, getattr(_core, name))
     monkeypatch.setattr(Model, "made", [])
+    monkeypatch.setattr(Model, "sharing", [])
     monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return found
@@ -128,10 +136,11 @@ def test_every_table_is_in_the_report(
         "operator",
         "budget:2",
     ]
-    depths = [options.get("run_ahead") for options in Model.made]
-    assert depths == [2, None, 1, 2, 3, 4, None], "usual, eager, by depth, the engine's"
-    assert Model.made[1]["has_graphs"] is False
-    assert len({options.get("gemm_cache_path") for options in Model.made[:-1]}) == 1
+    assert len(Model.made) == 2, "loaded for the tables, and by the engine"
+    depths = [options.get("run_ahead") for options in Model.sharing]
+    assert depths == [2, None, 1, 2, 3, 4], "usual, eager, by depth"
+    assert Model.sharing[1]["has_graphs"] is False
+    assert len({options.get("gemm_cache_path") for options in Model.sharing}) == 1
     fast, failed = rows_of(report, "gemm")
     assert (fast["chosen"], fast["us"], fast["others"]) == ("b", 8.0, "a 10.0, cublaslt: too old")
     assert fast["tflops_per_s"] == pytest.approx(2 * 128 * 64 * 64 / 8e-6 / 1e12)
@@ -147,7 +156,7 @@ def test_only_the_tables_asked_for_are_measured(
     assert main([*command, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert {row["table"] for row in report["rows"]} == {"prefill"}
-    assert [options["measures_gemms"] for options in Model.made] == [False, False]
+    assert [options["measures_gemms"] for options in Model.sharing] == [False, False]
 
 
 @pytest.mark.parametrize(

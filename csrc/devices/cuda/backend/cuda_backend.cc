@@ -59,8 +59,28 @@ struct CudaBackend::State {
       : graph(lowered(std::move(model))),
         options(checked(std::move(model_options))),
         gemms(selector_of(options)),
-        weights(*graph, options.device) {}
+        shared_weights(std::make_shared<DeviceWeights>(*graph, options.device)),
+        weights(*shared_weights) {}
+  State(const State& other, CudaBackendOptions model_options)
+      : graph(other.graph),
+        options(checked(other.shared_with(std::move(model_options)))),
+        gemms(selector_of(options)),
+        shared_weights(other.shared_weights),
+        weights(*shared_weights),
+        is_finished(true) {}
   ~State() { ignore(cudaSetDevice(options.device)); }
+
+  // The options of a model with these weights.
+  CudaBackendOptions shared_with(CudaBackendOptions wanted) const {
+    if (!is_finished)
+      throw std::logic_error("the other model's finish() comes first");
+    if (wanted.device != options.device) {
+      throw std::invalid_argument("device: got " + std::to_string(wanted.device) + ", expected " +
+                                  std::to_string(options.device) +
+                                  ", that of the model whose weights are shared");
+    }
+    return wanted;
+  }
 
   // Of the largest plan there can be.
   PlanShape largest(int32_t block_tokens) const {
@@ -140,7 +160,8 @@ struct CudaBackend::State {
   const std::shared_ptr<const ModelGraph> graph;
   const CudaBackendOptions options;
   const std::unique_ptr<GemmSelector> gemms;
-  DeviceWeights weights;
+  const std::shared_ptr<DeviceWeights> shared_weights;  // with models made from this one
+  DeviceWeights& weights;
   bool is_finished = false;
   bool has_device = false;
   std::unique_ptr<DeviceKvCache> cache;
@@ -153,6 +174,9 @@ struct CudaBackend::State {
 
 CudaBackend::CudaBackend(ModelGraph graph, CudaBackendOptions options)
     : state_(std::make_shared<State>(std::move(graph), std::move(options))) {}
+
+CudaBackend::CudaBackend(const CudaBackend& weights_of, CudaBackendOptions options)
+    : state_(std::make_shared<State>(*weights_of.state_, std::move(options))) {}
 
 CudaBackend::~CudaBackend() = default;
 

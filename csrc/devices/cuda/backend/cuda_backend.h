@@ -26,6 +26,9 @@ class CudaBackend final : public Backend {
   // it. Throws std::invalid_argument naming the operator or the field, its value and what is
   // allowed; CudaError.
   CudaBackend(ModelGraph graph, CudaBackendOptions options);
+  // A model with the weights of another, whose finish() has been called (std::logic_error), on the
+  // same device (std::invalid_argument): go on with allocate_cache(). Either may end first.
+  CudaBackend(const CudaBackend& weights_of, CudaBackendOptions options);
   ~CudaBackend() override;
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
