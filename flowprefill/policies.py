@@ -5,8 +5,7 @@ docs/python.md says what a policy answers; examples/4_own_policy.py is one.
 
 from __future__ import annotations
 
-from flowprefill.scheduling.interface import Threshold
 from flowprefill.scheduling.policies.base import BasePolicy, Packing, Policy
 from flowprefill.scheduling.work import Rank, Verdict, Work
 
-__all__ = ["BasePolicy", "Packing", "Policy", "Rank", "Threshold", "Verdict", "Work"]
+__all__ = ["BasePolicy", "Packing", "Policy", "Rank", "Verdict", "Work"]

@@ -1,5 +1,4 @@
 // Binds runs, the executor, its events and its timeline, for any device.
-#include <thread>
 #include <vector>
 
 #include "bindings/module.h"
@@ -157,18 +156,8 @@ py::class_<Executor> bind_runtime(py::module_& m) {
           "cancel", [](Executor& e, const py::object& run) { return e.cancel(own_run(run)); },
           py::arg("run"))
       .def(
-          "suspend",
-          [](Executor& e, const py::object& run, bool yield_core) {
-            const bool is_asked = e.suspend(own_run(run));
-            if (is_asked && yield_core) {
-              // Where all cores compute, the caller runs in place of a compute worker, and without
-              // that one the segment does not end.
-              const py::gil_scoped_release release;
-              std::this_thread::yield();
-            }
-            return is_asked;
-          },
-          py::arg("run"), py::kw_only(), py::arg("yield_core") = false)
+          "suspend", [](Executor& e, const py::object& run) { return e.suspend(own_run(run)); },
+          py::arg("run"))
       .def("pop_events", &pop_events)
       .def(
           "timeline",

@@ -7,10 +7,8 @@ random pauses, as a server's thread would. Measured from just before `Engine.sub
 - `dispatch`: until the run lies in the executor's mailbox. That is `submit` itself: checks, KV
   blocks, the decision, building the run's program;
 - `seen`: until the long prompt's last segment before the newcomer ends: there the executor has seen
-  the flag. It is raised once the prompt's length is known, where that tells what the decision will
-  be, and the submitting thread then gives its core back for that segment to end. This holds the
-  rest of the segment that was executing, so it is measured with segments of 0.2 ms as well, where
-  little of it is waiting;
+  the flag, which is raised once the decision is made. This holds the rest of the segment that was
+  executing, so it is measured with segments of 0.2 ms as well, where little of it is waiting;
 - `start`: until the first segment of the newcomer starts;
 - `submit`: until `submit` returns to the caller.
 """

@@ -39,7 +39,6 @@ from flowprefill.scheduling import (
     Finished,
     Scheduler,
     SchedulerEvent,
-    Threshold,
     TimerFired,
     Work,
     WorkKind,
@@ -49,7 +48,7 @@ from flowprefill.scheduling.admission import AdmissionLimits, refusal_of
 if TYPE_CHECKING:
     from flowprefill.engine.kv_blocks import BlockPool
     from flowprefill.engine.live_request import LiveRequest
-    from flowprefill.engine.worker import RunEvent, RunHandle, Worker
+    from flowprefill.engine.worker import RunEvent, Worker
     from flowprefill.request import FinishReason
 
 log = logging.getLogger(__name__)
@@ -79,8 +78,6 @@ class EngineCore:
         self._runs: dict[int, LiveRun] = {}
         self._news: deque[SchedulerEvent] = deque()
         self._outbox = Outbox()
-        # Of the current run. Written under the lock, read without: replaced whole, never changed.
-        self._threshold: tuple[Threshold, RunHandle] | None = None
         self.has_failed = False  # for good: see _fail_all
         self._refusal = ""  # why new requests are refused; empty: they are not
         self._idle = threading.Condition(self._lock)
@@ -102,36 +99,6 @@ class EngineCore:
     def step(self) -> None:
         """Wait for events or the timer and handle them; simulators call it instead of `start`."""
         self._events.step()
-
-    def stop_early(self, tokens: int, deadline_s: float) -> RunHandle | None:
-        """Suspend the current run if it is known that a request to come will.
-
-        Deciding takes a few tenths of a millisecond; by then the run is at its boundary. Takes no
-        lock: reads one constant value, published under the lock, which may be out of date by now.
-        The caller must always call `let_go_on` afterwards.
-
-        Args:
-            tokens: of its prompt. deadline_s: when its first token is due.
-
-        Returns:
-            The run that was stopped, for `let_go_on`.
-        """
-        known = self._threshold
-        if known is None:
-            return None
-        threshold, run = known
-        formula_s = self._scheduler.cost_model.formula_s(tokens)
-        if not threshold.is_passed(formula_s, deadline_s, self._worker.now_s()):
-            return None
-        return run if self._worker.suspend(run, yield_core=True) else None
-
-    def let_go_on(self, run: RunHandle) -> None:
-        """Resume a run that was stopped early unless the scheduler has decided so too."""
-        with self._lock:
-            current = self._scheduler.current
-            active = self._runs.get(current.id) if current is not None else None
-            if active is not None and active.run is run:
-                self._worker.dispatch(run)
 
     def submit(self, request: LiveRequest) -> None:
         """Admit a request and let the scheduler decide, in this thread.
@@ -239,19 +206,11 @@ class EngineCore:
         """Admit what fits and tell the scheduler all news, until nothing is new. Lock held."""
         try:
             self._settle_news()
-            self._threshold = self._known_threshold()
         except Exception as error:  # ours, or of a policy: nobody may wait for ever because of it
             log.exception("the engine has failed")
-            self._threshold = None
             self._fail_all(error)
         if not self._live:
             self._idle.notify_all()
-
-    def _known_threshold(self) -> tuple[Threshold, RunHandle] | None:
-        current = self._scheduler.current
-        active = self._runs.get(current.id) if current is not None else None
-        threshold = self._scheduler.threshold() if active is not None else None
-        return (threshold, active.run) if active is not None and threshold is not None else None
 
     def _settle_news(self) -> None:
         self._admit()

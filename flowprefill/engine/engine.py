@@ -122,14 +122,8 @@ class Engine:
             raise NotReady("this process was forked from the engine's: its threads are not here")
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
-        stopped = self._core.stop_early(len(ids), slo.deadline_s(arrival_s))
-        try:
-            room = self._room_for(ids, request)
-            live = self._make_live(request, slo, ids, room, arrival_s)
-            self._core.submit(live)
-        finally:
-            if stopped is not None:
-                self._core.let_go_on(stopped)
+        live = self._make_live(request, slo, ids, self._room_for(ids, request), arrival_s)
+        self._core.submit(live)
         return live.handle
 
     def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:

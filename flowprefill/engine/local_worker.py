@@ -127,9 +127,9 @@ class LocalWorker:
             return False
         return True
 
-    def suspend(self, run: Any, *, yield_core: bool = False) -> bool:
+    def suspend(self, run: Any) -> bool:
         """Raise the run's own flag."""
-        return self._executor.suspend(run, yield_core=yield_core)
+        return self._executor.suspend(run)
 
     def cancel(self, run: Any) -> bool:
         """End the run now or at its next boundary."""

@@ -204,16 +204,8 @@ class Worker(Protocol):
             False: it has ended already, its event is on the way or was taken.
         """
 
-    def suspend(self, run: RunHandle, *, yield_core: bool = False) -> bool:
-        """Have the run stop at its next boundary.
-
-        Args:
-            yield_core: let another thread have this one's core first: where all cores compute,
-                the segment may not end without it.
-
-        Returns:
-            False, and nothing happens: it is not running.
-        """
+    def suspend(self, run: RunHandle) -> bool:
+        """Have the run stop at its next boundary. False, and nothing happens: it is not running."""
 
     def cancel(self, run: RunHandle) -> bool:
         """End the run: now, or at its next boundary. False: it has ended already."""

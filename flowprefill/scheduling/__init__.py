@@ -17,7 +17,6 @@ from flowprefill.scheduling.interface import (
     Load,
     SchedulerEvent,
     SchedulerSettings,
-    Threshold,
     TimerFired,
     WorkKind,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "Scheduler",
     "SchedulerEvent",
     "SchedulerSettings",
-    "Threshold",
     "TimerFired",
     "Work",
     "WorkKind",

@@ -92,10 +92,6 @@ class CostModel:
         self._correction: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
         self._ratios: dict[WorkKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
 
-    def formula_s(self, tokens: int) -> float:
-        """Return the formula's time to prefill one prompt, not corrected; any thread: constant."""
-        return self._raw_s(tokens, attention_pairs(tokens, 0), 1)
-
     def prefill_s(self, tokens: int, context: int = 0) -> float:
         """Return the predicted time to prefill one prompt on its cached context, seconds."""
         return self.packed_prefill_s(tokens, attention_pairs(tokens, context), 1)

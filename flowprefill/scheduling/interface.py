@@ -136,44 +136,6 @@ class Decision:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Threshold:
-    """What a job must be to suspend the current work by its arrival alone; known before it comes.
-
-    A value that never changes, so that any thread may look at it while the scheduler decides. It
-    lets the engine stop the current run at once and work out the decision meanwhile. Jobs that
-    do not pass may suspend it as well; the decision counts.
-
-    Attributes:
-        before_s: the deadline must be earlier.
-        ends_s: predicted end of the current work; the job must take less than what is left of it.
-        slack_share: waiting until then must cost more than this share of the job's slack.
-        margin_s: slack it must have at least, to meet its deadline.
-        correction: what the formula of the cost model is multiplied by to predict a prefill.
-    """
-
-    before_s: float
-    ends_s: float
-    slack_share: float
-    margin_s: float
-    correction: float
-
-    def is_passed(self, formula_s: float, deadline_s: float, now: float) -> bool:
-        """Return whether a job suspends the current work.
-
-        Args:
-            formula_s: `CostModel.formula_s` of its prefill. deadline_s: when it is due.
-        """
-        prefill_s = self.correction * formula_s
-        left_s, slack_s = self.ends_s - now, deadline_s - now - prefill_s
-        return (
-            deadline_s < self.before_s
-            and prefill_s < left_s
-            and self.margin_s < slack_s
-            and self.slack_share * slack_s < left_s
-        )
-
-
 @dataclass(slots=True)
 class SchedulerSettings:
     """Bounds of the scheduler; the engine fills in those that are in its configuration.

@@ -28,7 +28,7 @@ from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
     from flowprefill.scheduling.cost_model import CostModel
-    from flowprefill.scheduling.interface import Job, SchedulerEvent, Threshold
+    from flowprefill.scheduling.interface import Job, SchedulerEvent
     from flowprefill.scheduling.policies import Policy
 
 LOOKAHEAD = 16  # waiting entries a policy weighs when it picks or preempts
@@ -97,16 +97,6 @@ class Scheduler:
     def current(self) -> Work | None:
         """The work that runs, as far as the scheduler knows."""
         return self._current
-
-    def threshold(self) -> Threshold | None:
-        """Return the rule by which a job suspends the current work by arriving.
-
-        Holds from the last event to the next. None if it cannot be stated in advance.
-        """
-        current = self._current
-        if current is None or current.is_decode:
-            return None
-        return self.policy.threshold(current, self._queue.head(), self._now)
 
     def load(self) -> Load:
         """Return what waits, as of the last event."""

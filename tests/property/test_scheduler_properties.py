@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_device import Client, VirtualDevice, cost_model
 
 from flowprefill.config import POLICIES
-from flowprefill.scheduling import Arrival, Decision, Job, Scheduler, SchedulerSettings
+from flowprefill.scheduling import Decision, Job, Scheduler, SchedulerSettings
 
 TTFT = st.sampled_from([0.0, 0.05, 0.2, 1.0, 5.0, math.inf])
 TPOT = st.sampled_from([0.001, 0.02, 0.1, math.inf])
@@ -110,31 +110,6 @@ def test_scheduler_slack_edf_preemptions_by_prefills_bounded(
         if dispatch is not None and victim is not None and dispatch.kind == "prefill":
             by_prefill[victim.id] = by_prefill.get(victim.id, 0) + 1
     assert all(times <= 5 for times in by_prefill.values())
-
-
-@settings(max_examples=300)
-@given(
-    running=st.tuples(st.integers(1, 20_000), TTFT),
-    later=st.lists(st.tuples(st.integers(1, 5_000), TTFT), max_size=3),
-    comes=st.tuples(st.integers(1, 20_000), TTFT),
-    after_s=st.sampled_from([0.0, 0.0005, 0.02]),
-)
-def test_scheduler_slack_edf_whoever_passes_the_threshold_suspends_the_current_work(
-    running: tuple[int, float],
-    later: list[tuple[int, float]],
-    comes: tuple[int, float],
-    after_s: float,
-) -> None:
-    scheduler = Scheduler("slack_edf", cost_model())
-    for n, (tokens, ttft) in enumerate([running, *later]):
-        scheduler.on_event(Arrival(Job(f"{n}", 0.0, tokens, 0, ttft)), 0.0)
-    current, threshold = scheduler.current, scheduler.threshold()
-    assert current is not None
-    newcomer = Job("new", after_s, comes[0], 0, after_s + comes[1])
-    formula_s = scheduler.cost_model.formula_s(newcomer.prompt_tokens)
-    if threshold is not None and threshold.is_passed(formula_s, newcomer.ttft_deadline_s, after_s):
-        event("passed")
-        assert scheduler.on_event(Arrival(newcomer), after_s).preempted is current
 
 
 @settings(max_examples=80)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from flowprefill.scheduling.cost_model import CostModel
-    from flowprefill.scheduling.interface import SchedulerSettings, Threshold
+    from flowprefill.scheduling.interface import SchedulerSettings
     from flowprefill.scheduling.work import Rank, Work
 
 
@@ -42,15 +42,6 @@ class Policy(Protocol):
 
     def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Return whether one of the first waiting works should suspend the current work."""
-        ...
-
-    def threshold(self, current: Work, first: Work | None, now: float) -> Threshold | None:
-        """Return the rule by which a job suspends the current prefill by arriving, or None if it
-        cannot be stated in advance.
-
-        Args:
-            first: the first that waits.
-        """
         ...
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
@@ -135,10 +126,6 @@ class BasePolicy:
         if (waiting[0].rank.key, waiting[0].priority) < mine:
             return Verdict(True, "is before the running prefill", by=waiting[0])
         return Verdict(False, "nothing waiting is before the running prefill")
-
-    def threshold(self, current: Work, first: Work | None, now: float) -> Threshold | None:
-        """Say nothing in advance."""
-        return None
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack in order until one does not fit."""

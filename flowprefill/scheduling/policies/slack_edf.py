@@ -7,7 +7,6 @@ import math
 from itertools import count
 from typing import TYPE_CHECKING
 
-from flowprefill.scheduling.interface import Threshold
 from flowprefill.scheduling.policies.base import BasePolicy, Packing
 from flowprefill.scheduling.work import Rank, Verdict, Work
 
@@ -95,23 +94,6 @@ class SlackEdf(BasePolicy):
         ahead = [e for e in waiting if (e.rank.key, e.priority) < (mine, current.priority)]
         verdict = self._weigh_all(current, ahead, mine, now)
         return self._weigh_grant(current, verdict, now)
-
-    def threshold(self, current: Work, first: Work | None, now: float) -> Threshold | None:
-        """Say when one job alone would outweigh the running one: `_weigh` for a group of one."""
-        if len(current.jobs) > 1 or current.serial == self._granted or self._is_settled(current):
-            return None
-        on_time = self._is_on_time(current, now)
-        band = ON_TIME if on_time else LATE if current.deadline_s < math.inf else BEST_EFFORT
-        mine = (band, current.deadline_s if on_time else current.remaining_s)
-        if first is not None and (first.rank.key, first.priority) < (mine, current.priority):
-            return None  # the two would be weighed together
-        return Threshold(
-            before_s=current.deadline_s if on_time else math.inf,
-            ends_s=now + current.remaining_s,
-            slack_share=SLACK_TO_SPEND,
-            margin_s=self.settings.max_blocking_s,
-            correction=self.cost_model.correction("prefill"),
-        )
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack while all members meet their deadlines and it saves time; the late apart."""

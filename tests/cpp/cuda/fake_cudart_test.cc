@@ -277,7 +277,7 @@ TEST_F(FakeCudart, clock_takes_the_middle_of_what_is_not_known) {
   const Stream stream = Stream::make();
   const StreamEvent event = StreamEvent::make();
   DeviceClock clock;
-  kernel(stream.get(), [] { std::this_thread::sleep_for(std::chrono::milliseconds(20)); });
+  kernel(stream.get(), [] { std::this_thread::sleep_for(std::chrono::milliseconds(200)); });
   const int64_t before_ns = now_ns();
   clock.anchor(stream.get(), {}, 0);
   const int64_t after_ns = now_ns();

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,6 @@ from engine_models import (
 from flowprefill import SLO, Engine, Request
 from flowprefill.config import POLICIES
 from flowprefill.engine.handle import Handle
-from flowprefill.errors import InvalidRequest
 
 OpenEngine = Callable[..., Engine]
 LONG = 12_000
@@ -55,55 +52,6 @@ def test_urgent_request_overtakes_and_both_are_right(
     decisions = [d for d in engine.decisions() if d["requests"] == ["short"]]
     assert decisions[0]["preempted"] is not None
     assert decisions[0]["reason"]
-
-
-def test_early_stop_comes_before_the_decision(open_engine: OpenEngine) -> None:
-    engine = open_engine(granularity="budget:0.5", prefix_cache=False)
-    long_ids, short_ids = prompt_of(LONG, 1), prompt_of(30, 2)
-    expected = ids_of(engine, long_ids, 3), ids_of(engine, short_ids, 1)
-    long = start_long(engine, Request(long_ids, greedy(3)), SLO(ttft=60.0))
-    stopped = engine._core.stop_early(30, time.monotonic() + 1.0)
-    assert stopped is not None
-    wait_for(lambda: stopped.state == "suspended", "the long prefill stops")
-    short = engine.submit(Request(short_ids, greedy(1)), SLO(ttft=1.0))
-    assert (long.result(WAIT_S).token_ids, short.result(WAIT_S).token_ids) == expected
-
-
-@pytest.mark.parametrize(
-    ("tokens", "ttft"),
-    [(30, math.inf), (30, 300.0), (LONG, 0.1)],
-    ids=["none", "later", "hopeless"],
-)
-def test_early_stop_not_for_what_may_wait(
-    open_engine: OpenEngine, tokens: int, ttft: float
-) -> None:
-    engine = open_engine(granularity="budget:0.5", prefix_cache=False)
-    assert engine._core.stop_early(30, time.monotonic() + 1.0) is None, "nothing runs"
-    long = start_long(engine, Request(prompt_of(LONG, 1), greedy(1)), SLO(ttft=60.0))
-    assert engine._core.stop_early(tokens, time.monotonic() + ttft) is None
-    assert long.result(WAIT_S).timings.preemptions == 0
-
-
-def test_early_stop_of_a_request_that_is_refused_is_taken_back(
-    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = open_engine(granularity="budget:0.5", prefix_cache=False, max_waiting=1)
-    ids = prompt_of(LONG, 1)
-    expected = ids_of(engine, ids, 3)
-    long = start_long(engine, Request(ids, greedy(3), id="long"), SLO(ttft=60.0))
-    stop_early, stopped = engine._core.stop_early, []
-
-    def stop_and_wait(tokens: int, deadline_s: float) -> Any:
-        stopped.append(stop_early(tokens, deadline_s))
-        wait_for(lambda: stopped[0].state == "suspended", "the long prefill stops")
-        return stopped[0]
-
-    monkeypatch.setattr(engine._core, "stop_early", stop_and_wait)
-    with pytest.raises(InvalidRequest):
-        engine.submit(Request(prompt_of(30, 2), greedy(1), id="long"), SLO(ttft=1.0))
-    done = long.result(WAIT_S)
-    assert done.token_ids == expected
-    assert done.timings.preemptions == 1
 
 
 def test_without_boundaries_nothing_can_overtake(open_engine: OpenEngine) -> None:

@@ -97,9 +97,9 @@ class VirtualWorker:
             run.state, run.since_s, self._current = "running", self.now, run
         return True
 
-    def suspend(self, run: Any, *, yield_core: bool = False) -> bool:
+    def suspend(self, run: Any) -> bool:
         """Never early: only a dispatch suspends."""
-        del run, yield_core
+        del run
         return False
 
     def cancel(self, run: Any) -> bool:
