@@ -105,6 +105,7 @@ void bind_run(py::module_& m) {
       .def("accounting", &Run::accounting)
       .def("labels", [](const Run& run) {
         std::vector<SegmentLabel> out;
+        out.reserve(run.num_segments());
         for (size_t i = 0; i < run.num_segments(); ++i)
           out.push_back(run.program().label(i));
         return out;

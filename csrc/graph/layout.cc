@@ -99,7 +99,9 @@ void Layout::place_tile_tensors(const ModelGraph& graph, size_t alignment) {
     if (graph.tensors[i].extent == Extent::kTile)
       order.push_back(i);
   }
-  std::ranges::stable_sort(order, std::greater{}, [this](size_t i) { return places_[i].bytes(); });
+  std::ranges::sort(order, [this](size_t a, size_t b) {
+    return std::pair(places_[b].bytes(), a) < std::pair(places_[a].bytes(), b);
+  });
   const size_t start = bytes_;
   std::vector<size_t> placed;
   for (const size_t i : order) {

@@ -36,10 +36,10 @@ def count_threads() -> Counter[str]:
     return Counter(status["Name"] for status in thread_statuses())
 
 
-def switches(kind: str) -> int:
-    """Return how often executors' threads went to sleep, or (``nonvoluntary``) lost their core."""
+def voluntary_switches() -> int:
+    """Return how often the threads of all executors have gone to sleep."""
     return sum(
-        int(status[f"{kind}_ctxt_switches"])
+        int(status["voluntary_ctxt_switches"])
         for status in thread_statuses()
         if status["Name"] in ("fp-executor", "fp-compute")
     )
@@ -47,7 +47,7 @@ def switches(kind: str) -> int:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads need two cores")
 def test_team_does_not_sleep_between_regions(runner: GetRunner, saved: GetSaved) -> None:
-    """With torch's own team alive. The best prefill counts, of those that kept their cores."""
+    """With torch's own team alive. The best prefill counts: others may want the cores meanwhile."""
     torch.set_num_threads(max(2, torch.get_num_threads()))
     square = torch.ones(512, 512)
     assert (square @ square)[0, 0] == 512
@@ -55,17 +55,15 @@ def test_team_does_not_sleep_between_regions(runner: GetRunner, saved: GetSaved)
     ids, options = saved("llama-grouped").ids, plan(MANY_REGIONS)
     shares = []
     for _ in range(TRIES):
-        slept, lost = switches("voluntary"), switches("nonvoluntary")
-        regions = native.executor.num_regions
+        slept, regions = voluntary_switches(), native.executor.num_regions
         native.prefill(ids, options)
         regions = native.executor.num_regions - regions
         assert regions > 100
-        if switches("nonvoluntary") - lost <= 2:
-            shares.append((switches("voluntary") - slept) / regions)
-            if shares[-1] < 0.05:
-                return
-    if len(shares) < TRIES // 10:
-        pytest.skip(f"others took the cores in all but {len(shares)} of {TRIES} prefills")
+        shares.append((voluntary_switches() - slept) / regions)
+        if shares[-1] < 0.05:
+            return
+    if os.getloadavg()[0] > len(os.sched_getaffinity(0)) + 1:
+        pytest.skip(f"others compute: the load is {os.getloadavg()[0]}")
     pytest.fail(f"the team slept in {min(shares):.0%} of its regions")
 
 

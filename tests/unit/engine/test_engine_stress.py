@@ -142,13 +142,13 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_over_rounds(open_engine: Callable[..., Engine]) -> None:
-    """After a round or two that fill pools and caches, more add only what fragmentation does."""
+    """After some rounds that fill pools and caches, more add only what fragmentation does."""
     engine = open_engine(kv_cache_gib=0.0015, block_tokens=16)
     numbers, chance = itertools.count(), random.Random(4)
     sizes = []
-    for _ in range(5):
+    for _ in range(8):
         one_round(engine, chance, numbers)
         assert_all_free(engine)
         gc.collect()
         sizes.append(resident_bytes())
-    assert sizes[-1] - sizes[1] < 24 << 20, sizes
+    assert sizes[-1] - sizes[3] < 24 << 20, sizes
