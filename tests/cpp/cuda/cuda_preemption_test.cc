@@ -196,8 +196,8 @@ TEST_F(CudaPreemptionTest, spilled_run_that_is_cancelled_and_destroyed_gives_its
   dispatch(3);
   events_.clear();
   runs_.erase(1);
-  programs_.erase(1);
   wait_for(1);
+  programs_.erase(1);  // until here the executor's thread looks there
   expect_finished(model, 3);
   make(4, model.plan());
   dispatch(4);

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int32_t kMaxBlockTokens = 4096;
 
-const KvLayout& checked(const KvLayout& layout) {
+KvLayout checked(const KvLayout& layout) {
   const int32_t tokens = layout.block_tokens;
   if (tokens < 2 || tokens > kMaxBlockTokens ||
       !std::has_single_bit(static_cast<uint32_t>(tokens))) {

@@ -174,10 +174,10 @@ void GemmSelector::prepare(std::span<const GemmArgs> products) const {
         if (c.prepare)
           c.prepare(args);
       });
+      ranking->is_prepared = true;
     } catch (const std::runtime_error&) {
-      // All refuse: the launch says so, and of which operator.
+      ranking->is_prepared = true;  // all refuse: the launch says so, and of which operator
     }
-    ranking->is_prepared = true;
   }
 }
 

@@ -182,6 +182,7 @@ std::shared_ptr<const BuiltPlan> PlanBuilder::build(const PlanSizes& sizes, int3
       BuiltPlan{.shape = std::move(shape), .compiled = CompiledProgram(graph_, std::move(plan))});
   const int32_t variant = variant_of(*built->shape, bucket);
   std::vector<CudaSegment> segments;
+  segments.reserve(built->compiled.size());
   for (size_t i = 0; i < built->compiled.size(); ++i)
     segments.push_back(segment(*built, i, bucket, variant, last_rows));
   built->plan =
