@@ -136,10 +136,10 @@ std::string refusal_of(const ModelGraph& graph, const Operator& op) {
 void check_operators(const ModelGraph& graph) {
   for (const Operator& op : graph.operators) {
     if (const std::string reason = refusal_of(graph, op); !reason.empty()) {
-      std::string name = op.name;
+      std::string message = std::string("operator ") + op.name;
       if (op.layer >= 0)
-        name.append(" of layer ").append(std::to_string(op.layer));
-      throw std::invalid_argument("operator " + name + ": " + reason);
+        message.append(" of layer ").append(std::to_string(op.layer));
+      throw std::invalid_argument(message.append(": ").append(reason));
     }
   }
 }
