@@ -147,6 +147,16 @@ test-gpu-double: test-cuda-engine | test-packages  ## the GPU suite itself, over
 	ctest --test-dir build/gpu-double --output-on-failure
 	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/gpu
 
+# For a GPU that is at hand for minutes, on a machine without network: .gpu-kit/ travels there with the checkout.
+.PHONY: gpu-pack
+gpu-pack: $(CUDA_COMPILE) $(TOOLS) | test-packages  ## compile for sm_90 what a bare GPU machine needs, into .gpu-kit; needs no GPU
+	PYTHON=$(BIN)/python bash tests/gpu/kit/pack.sh
+
+BUDGET ?= 540
+.PHONY: gpu-run
+gpu-run:  ## on that machine: tests, figures, profiles in BUDGET=540 seconds, or only STAGES="..."; results into out/gpu-kit
+	bash .gpu-kit/run.sh $(BUDGET) $(STAGES)
+
 .PHONY: tidy-cuda
 tidy-cuda: $(TOOLS) $(CUDA_HEADERS) | lint-packages  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
 	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
@@ -157,7 +167,7 @@ tidy-cuda: $(TOOLS) $(CUDA_HEADERS) | lint-packages  ## clang-tidy of the graph 
 # ---- checks
 
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc' \
-  'tests/cuda_engine/*.cc' 'tests/gpu/cpp/*.h' 'tests/gpu/cpp/*.cc')
+  'tests/cuda_engine/*.cc' 'tests/gpu/*.h' 'tests/gpu/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/devices/cuda' ':!csrc/bindings/cuda_*')
 

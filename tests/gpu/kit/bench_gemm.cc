@@ -1,0 +1,116 @@
+// Section "gemm": every candidate for every product of a layer, cuBLASLt's among them.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "devices/cuda/backend/gemm_candidates.h"
+#include "kernel_bench.h"
+
+namespace flowprefill {
+namespace {
+
+struct Product {
+  const char* name;
+  int columns, depth;
+  bool is_float, adds, gated;
+};
+constexpr Product kQkvProduct = {"qkv", kQkv, kHidden, false, false, false};
+constexpr Product kGateUp = {"gate_up", 2 * kInner, kHidden, false, false, true};
+constexpr Product kProducts[] = {
+    kQkvProduct,
+    {"o", kHidden, kHidden, true, true, false},
+    kGateUp,
+    {"down", kHidden, kInner, true, true, false},
+};
+constexpr int kMostRows = 8192;
+constexpr int kCopies = 4;  // of the weights, taking turns
+
+std::vector<std::string> lt_libraries() {
+  const char* set = std::getenv("LT");
+  const std::string paths = set != nullptr ? set : "";
+  std::vector<std::string> out;
+  for (size_t at = 0; at < paths.size();) {
+    const size_t end = std::min(paths.find(':', at), paths.size());
+    out.push_back(paths.substr(at, end - at));
+    at = end + 1;
+  }
+  out.push_back("libcublasLt.so.13");
+  return out;
+}
+
+// A fresh one for each shape, so that no choice of before counts.
+std::unique_ptr<GemmSelector> make_selector(std::string* reason) {
+  cudaDeviceProp properties = {};
+  FP_CUDA(cudaGetDeviceProperties(&properties, 0));
+  return make_gemm_selector({.compute_capability = properties.major * 10 + properties.minor,
+                             .num_multiprocessors = properties.multiProcessorCount,
+                             .name = properties.name},
+                            {.cublas_lt_libraries = lt_libraries()}, reason);
+}
+
+std::string told(const GemmTiming& timing, double flops, double weight_bytes) {
+  if (!timing.failure.empty())
+    return timing.candidate + ": " + timing.failure;
+  return timing.candidate + text(" %.1f us %.0f TF/s %.0f GB/s", timing.us, flops / timing.us / 1e6,
+                                 weight_bytes / timing.us / 1e3);
+}
+
+// The memory that all products share.
+struct Operands {
+  DeviceBuffer weights = random_halves(size_t{kCopies} * 2 * kInner * kHidden, 0.02f, 10);
+  DeviceBuffer d{size_t{kMostRows} * kInner * 4};
+
+  std::vector<GemmArgs> args_of(const Product& product, int rows, const DeviceBuffer& a) const {
+    std::vector<GemmArgs> args;
+    for (size_t i = 0; i < kCopies; ++i)
+      args.push_back({.a = halves(a),
+                      .lda = product.depth,
+                      .b = halves(weights) + i * 2 * kInner * kHidden,
+                      .ldb = product.depth,
+                      .d = d.get(),
+                      .ldd = product.gated ? product.columns / 2 : product.columns,
+                      .output = product.is_float ? GemmOutput::kFloat : GemmOutput::kBf16,
+                      .adds_to_d = product.adds,
+                      .is_gated = product.gated,
+                      .row_begin = 0,
+                      .row_end = rows,
+                      .columns = product.columns,
+                      .depth = product.depth});
+    return args;
+  }
+};
+
+void measure(const Product& product, const std::vector<GemmArgs>& args, const char* note,
+             cudaStream_t stream) {
+  std::string reason;
+  const auto selector = make_selector(&reason);
+  const DeviceBuffer scratch(selector->scratch_bytes(args[0]));
+  const auto reports = selector->measure_all(args, {scratch.get(), scratch.bytes()}, stream);
+  const int rows = args[0].row_end;
+  const double weight_bytes = 2.0 * product.columns * product.depth;
+  std::string line;
+  for (const GemmTiming& timing : reports[0].timings) {
+    line += told(timing, weight_bytes * rows, weight_bytes);
+    line += timing.candidate == reports[0].chosen ? " <- chosen\t" : "\t";
+  }
+  say("gemm", std::string(product.name) + " x " + std::to_string(rows) + note, line);
+}
+
+}  // namespace
+
+void bench_gemm(cudaStream_t stream) {
+  std::string reason;
+  make_selector(&reason);
+  say("gemm", "cublaslt", reason.empty() ? "loaded" : "not loaded: " + reason);
+  const Operands operands;
+  const DeviceBuffer noise = random_halves(size_t{kMostRows} * kInner, 1, 9);
+  for (const int rows : {4096, 1024, 256, 1, 64, 2048, 512, kMostRows, 16})
+    for (const Product& product : kProducts)
+      measure(product, operands.args_of(product, rows, noise), "", stream);
+  // Zeros switch no wires and so take less power: how much faster they are.
+  const DeviceBuffer zeros(size_t{4096} * kHidden * 2);
+  for (const Product& product : {kQkvProduct, kGateUp})
+    measure(product, operands.args_of(product, 4096, zeros), " on zeros", stream);
+}
+
+}  // namespace flowprefill

@@ -1,0 +1,112 @@
+// Section "rows": the kernels that read and write rows once, and sampling.
+#include <numeric>
+#include <random>
+
+#include "kernel_bench.h"
+
+namespace flowprefill {
+namespace {
+
+void bench_layer_rows(cudaStream_t stream) {
+  DeviceBuffer hidden(size_t{kRows} * kHidden * 4), weight(kHidden * 4),
+      rotary(size_t{kRows} * kDim * 4);
+  const DeviceBuffer qkv = random_halves(size_t{kRows} * kQkv, 1, 5),
+                     gate_up = random_halves(size_t{kRows} * 2 * kInner, 1, 6);
+  DeviceBuffer normed(size_t{kRows} * kHidden * 2), q(size_t{kRows} * kHeads * kDim * 2),
+      gated(size_t{kRows} * kInner * 2);
+  DeviceBuffer cache(size_t{kRows} * 2 * kKv * kDim * 2);
+  std::vector<int32_t> up(kRows), table(kRows / kBlockTokens);
+  std::iota(up.begin(), up.end(), 0);
+  std::iota(table.begin(), table.end(), 0);
+  const DeviceBuffer sequences = on_device(std::vector<int32_t>(kRows, 1));
+  const DeviceBuffer positions = on_device(up), tables = on_device(table);
+  const auto told = [&](const char* what, double bytes, const Launch& launch) {
+    const double us = device_us(launch, stream);
+    say("rows", what, text("%.1f us\t%.0f GB/s", us, bytes / us / 1e3));
+  };
+  told("rms_norm 4096 x 4096", 1.0 * kRows * kHidden * 6, [&](cudaStream_t s) {
+    FP_CUDA(launch_rms_norm({.hidden = floats(hidden),
+                             .ld_hidden = kHidden,
+                             .weight = floats(weight),
+                             .out = halves(normed),
+                             .ld_out = kHidden,
+                             .rows = kRows,
+                             .width = kHidden,
+                             .eps = 1e-5f},
+                            s));
+  });
+  told("swiglu 4096 x 14336", 1.0 * kRows * kInner * 6, [&](cudaStream_t s) {
+    FP_CUDA(launch_swiglu(SwigluArgs<Bf16>{.in = halves(gate_up),
+                                           .ld_in = 2 * kInner,
+                                           .out = halves(gated),
+                                           .ld_out = kInner,
+                                           .rows = kRows,
+                                           .width = kInner},
+                          s));
+  });
+  const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
+  RopeArgs<Bf16> rope{
+      .batch = {.sequences = as<int32_t>(sequences),
+                .positions = as<int32_t>(positions),
+                .block_tables = as<int32_t>(tables),
+                .block_table_stride = kRows / kBlockTokens},
+      .qkv = halves(qkv),
+      .ld_qkv = kQkv,
+      .rotary = floats(rotary),
+      .q = halves(q),
+      .ld_q = kHeads * kDim,
+      .cache = {halves(cache), halves(cache) + half, 2 * half, kDim, kBlockTokens * kDim, 4},
+      .q_scale = 1,
+      .eps = 1e-5f,
+      .rows = kRows,
+      .heads = kHeads,
+      .kv_heads = kKv,
+      .head_dim = kDim};
+  told("rope 4096 rows", 1.0 * kRows * (kQkv * 4 + kDim * 4),
+       [&](cudaStream_t s) { FP_CUDA(launch_rope(rope, s)); });
+}
+
+void bench_sampling(cudaStream_t stream) {
+  DeviceBuffer logits(size_t{kVocab} * 4 * 32), tokens(32 * 4);
+  std::vector<float> random(kVocab);
+  std::mt19937 engine(3);
+  std::normal_distribution<float> normal;
+  for (float& value : random)
+    value = 2 * normal(engine);
+  for (int i = 0; i < 32; ++i)
+    FP_CUDA(cudaMemcpy(logits.get() + size_t{kVocab} * 4 * static_cast<size_t>(i), random.data(),
+                       kVocab * 4, cudaMemcpyHostToDevice));
+  for (const bool is_random : {false, true}) {
+    std::vector<SamplingParams> p(32);
+    if (is_random)
+      for (auto& one : p)
+        one = {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f, .min_p = 0, .uniform = 0.5f};
+    const DeviceBuffer params = on_device(p);
+    for (const int n : {1, 32}) {
+      const double us = device_us(
+          [&](cudaStream_t s) {
+            FP_CUDA(launch_sample({.logits = floats(logits),
+                                   .ld_logits = kVocab,
+                                   .params = as<const SamplingParams>(params),
+                                   .out = as<int32_t>(tokens),
+                                   .rows = n,
+                                   .width = kVocab},
+                                  s));
+          },
+          stream);
+      say("rows",
+          std::string("sample ") + (is_random ? "top_k 50, top_p 0.95" : "greedy") + ", rows " +
+              std::to_string(n),
+          text("%.1f us", us));
+    }
+  }
+}
+
+}  // namespace
+
+void bench_rows(cudaStream_t stream) {
+  bench_layer_rows(stream);
+  bench_sampling(stream);
+}
+
+}  // namespace flowprefill

@@ -1,0 +1,130 @@
+// Times the CUDA kernels on the shapes of Llama-3.1-8B, and what launching costs the host. run.sh's
+// stage "kernels" runs it, alone on the GPU.
+//   kernel_bench [host] [attention] [rows] [gemm]   (none: all). One line per figure, fields parted
+//   by tabs. Status 77: no GPU. LT=path:path says where cuBLASLt may lie.
+#include "kernel_bench.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include "devices/cuda/runtime/stream.h"
+#include "devices/cuda/runtime/stream_event.h"
+
+namespace flowprefill {
+
+double now_us() {
+  return std::chrono::duration<double, std::micro>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+void say(const char* section, const std::string& what, const std::string& figures) {
+  std::printf("%s\t%s\t%s\n", section, what.c_str(), figures.c_str());
+  std::fflush(stdout);
+}
+
+std::string text(const char* format, double a, double b, double c) {
+  char out[200];
+  std::snprintf(out, sizeof out, format, a, b, c);
+  return out;
+}
+
+DeviceBuffer random_halves(size_t count, float scale, unsigned seed) {
+  DeviceBuffer out(count * 2);
+  const size_t piece = std::min<size_t>(count, size_t{1} << 20);
+  std::vector<Bf16> host(piece);
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.0f, scale);
+  for (Bf16& value : host)
+    value = to_bf16(normal(random));
+  FP_CUDA(cudaMemcpy(out.get(), host.data(), piece * 2, cudaMemcpyHostToDevice));
+  for (size_t done = piece; done < count; done *= 2)
+    FP_CUDA(cudaMemcpy(out.get() + done * 2, out.get(), std::min(done, count - done) * 2,
+                       cudaMemcpyDeviceToDevice));
+  FP_CUDA(cudaDeviceSynchronize());
+  return out;
+}
+
+double device_us(const Launch& launch, cudaStream_t stream, int rounds) {
+  const StreamEvent start = StreamEvent::make(), stop = StreamEvent::make();
+  const auto round = [&](int launches) {
+    start.record(stream);
+    for (int i = 0; i < launches; ++i)
+      launch(stream);
+    stop.record(stream);
+    stop.wait();
+    return static_cast<double>(stop.ns_since(start)) / 1e3 / launches;
+  };
+  round(1);
+  const int launches = static_cast<int>(std::clamp(2000.0 / std::max(round(2), 1.0), 1.0, 200.0));
+  std::vector<double> us;
+  for (int i = 0; i < rounds; ++i)
+    us.push_back(round(launches));
+  return median(us);
+}
+
+namespace {
+
+struct Section {
+  const char* name;
+  void (*bench)(cudaStream_t);
+};
+constexpr Section kSections[] = {{"host", bench_host},
+                                 {"attention", bench_attention},
+                                 {"rows", bench_rows},
+                                 {"gemm", bench_gemm}};
+
+bool is_wanted(const char* name, int argc, char** argv) {
+  return argc < 2 || std::any_of(argv + 1, argv + argc,
+                                 [&](const char* arg) { return std::strcmp(arg, name) == 0; });
+}
+
+// Why there is none; empty: it is told and current.
+std::string missing_gpu() {
+  int count = 0;
+  const cudaError_t code = cudaGetDeviceCount(&count);
+  if (code != cudaSuccess || count == 0)
+    return cudaGetErrorString(code);
+  cudaDeviceProp properties = {};
+  FP_CUDA(cudaSetDevice(0));
+  FP_CUDA(cudaGetDeviceProperties(&properties, 0));
+  say("device", properties.name,
+      text("%.0f multiprocessors, L2 %.0f MiB", properties.multiProcessorCount,
+           properties.l2CacheSize / 1048576.0));
+  return "";
+}
+
+int run_sections(int argc, char** argv) {
+  const Stream stream = Stream::make();
+  int status = 0;
+  for (const Section& section : kSections) {
+    if (!is_wanted(section.name, argc, argv))
+      continue;
+    try {
+      section.bench(stream.get());
+    } catch (const std::exception& error) {
+      say(section.name, "FAILED", error.what());
+      status = 1;
+    }
+  }
+  return status;
+}
+
+}  // namespace
+}  // namespace flowprefill
+
+int main(int argc, char** argv) {
+  if (const std::string reason = flowprefill::missing_gpu(); !reason.empty()) {
+    std::printf("no GPU: %s\n", reason.c_str());
+    return 77;
+  }
+  return flowprefill::run_sections(argc, argv);
+}

@@ -1,0 +1,57 @@
+// What the parts of kernel_bench share: shapes of Llama-3.1-8B, random numbers, times, lines of
+// output. Helpers are in kernel_bench.cc; each bench_*() is a section of its output.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/runtime/memory.h"
+
+namespace flowprefill {
+
+constexpr int kHidden = 4096, kInner = 14336, kHeads = 32, kKv = 8, kDim = 128, kVocab = 128256;
+constexpr int kQkv = (kHeads + 2 * kKv) * kDim;
+constexpr int kBlockTokens = 16;
+constexpr int kRows = 4096;  // of the kernels of rows
+
+using Launch = std::function<void(cudaStream_t)>;
+
+double now_us();
+double median(std::vector<double> values);
+// One line, fields parted by tabs.
+void say(const char* section, const std::string& what, const std::string& figures);
+std::string text(const char* format, double a, double b = 0, double c = 0);
+
+// Random bf16 numbers; filled on the host once, then doubled on the device.
+DeviceBuffer random_halves(size_t count, float scale, unsigned seed);
+
+template <typename T>
+DeviceBuffer on_device(const std::vector<T>& values) {
+  DeviceBuffer out(values.size() * sizeof(T));
+  FP_CUDA(cudaMemcpy(out.get(), values.data(), out.bytes(), cudaMemcpyHostToDevice));
+  return out;
+}
+template <typename T>
+T* as(const DeviceBuffer& buffer) {
+  return reinterpret_cast<T*>(buffer.get());
+}
+inline Bf16* halves(const DeviceBuffer& buffer) {
+  return as<Bf16>(buffer);
+}
+inline float* floats(const DeviceBuffer& buffer) {
+  return as<float>(buffer);
+}
+
+// Median device time of one launch, us: rounds of so many launches that a round takes a millisecond
+// or more.
+double device_us(const Launch& launch, cudaStream_t stream, int rounds = 7);
+
+void bench_host(cudaStream_t stream);
+void bench_attention(cudaStream_t stream);
+void bench_rows(cudaStream_t stream);
+void bench_gemm(cudaStream_t stream);
+
+}  // namespace flowprefill

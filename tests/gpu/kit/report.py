@@ -1,0 +1,68 @@
+"""Puts the outcome of run.sh into one file, <card>-<commit>.json, in its folder of results.
+
+run.sh, after every stage:  report.py OUT LOGS COMMIT
+Without a GPU there is no card, and no file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+
+def table(path: Path) -> list[list[str]]:
+    """Return the fields of a file of tabs; empty if it is not there."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [line.split("\t") for line in lines]
+
+
+def tests(path: Path) -> dict[str, Any]:
+    """Return what a file of test results says: counts, and the names of what failed."""
+    try:
+        cases = list(ET.parse(path).iter("testcase"))
+    except (FileNotFoundError, ET.ParseError) as error:  # not run, or killed
+        return {"missing": str(error)}
+    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = [c for c in cases if c.find("skipped") is not None]
+    return {
+        "run": len(cases) - len(skipped),
+        "skipped": len(skipped),
+        "failed": [f"{c.get('classname')}.{c.get('name')}" for c in failed],
+    }
+
+
+def main() -> int:
+    """Write the file if the benches named a card."""
+    out, logs, commit = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    model_path = out / "model_bench.json"
+    model = json.loads(model_path.read_text()) if model_path.exists() else {}
+    kernels = table(out / "kernel_bench.tsv")
+    named = [row[1] for row in kernels if row[0] == "device" and len(row) > 1]
+    card = named[0] if named else model.get("gpu", {}).get("name", "")
+    if not card:
+        return 0
+    report = {
+        "card": card,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "stages": table(out / "summary.tsv"),
+        "tests": {
+            "gpu_test": tests(logs / "gpu_test.xml"),
+            "pytest": tests(out / "pytest.xml"),
+        },
+        "model": model,
+        "kernels": kernels,
+        "ceilings": table(out / "ceilings.tsv"),
+    }
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    (out / f"{name}-{commit}.json").write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
