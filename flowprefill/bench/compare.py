@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowprefill.bench.report import Report, Row, json_path, print_table
+from flowprefill.errors import ConfigError
 
 # Whole numbers that say what was measured, not how it went.
 NAMING = ("tokens", "batch", "waiting", "context", "run_ahead")
@@ -22,19 +23,24 @@ COLUMNS = {"row": "row", "field": "field", "old": "old", "new": "new", "ratio": 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this bench's arguments."""
-    parser.add_argument("old", type=_report, help="report written with --json, before a change")
-    parser.add_argument("new", type=_report, help="the same after it")
+    parser.add_argument("old", type=Path, help="report written with --json, before a change")
+    parser.add_argument("new", type=Path, help="the same after it")
     parser.add_argument("--json", type=json_path, help="write the table as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; returns the exit status."""
-    for text in differences(args.old, args.new):
+    """Print the table; returns the exit status.
+
+    Raises:
+        ConfigError: a file is no report.
+    """
+    old, new = read_report(args.old), read_report(args.new)
+    for text in differences(old, new):
         print(text)  # noqa: T201
-    rows = list(ratios(args.old["rows"], args.new["rows"]))
-    print_table(f"{args.new['bench']}: new / old", rows, COLUMNS)
-    names = {"old": args.old.get("commit"), "new": args.new.get("commit")}
-    Report("compare", {"of": args.new["bench"], **names}, rows).write(args.json)
+    rows = list(ratios(old["rows"], new["rows"]))
+    print_table(f"{new['bench']}: new / old", rows, COLUMNS)
+    names = {"old": old.get("commit"), "new": new.get("commit")}
+    Report("compare", {"of": new["bench"], **names}, rows).write(args.json)
     return 0
 
 
@@ -70,13 +76,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _report(text: str) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """Read what a bench wrote with ``--json``; raises ConfigError for anything else."""
     try:
-        found: Any = json.loads(Path(text).read_text())
+        found: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from None
+        raise ConfigError(f"report {path}: {error}", param="report") from None
     is_report = isinstance(found, dict) and isinstance(found.get("rows"), list)
     if not is_report or "bench" not in found:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a report written with --json")
+        raise ConfigError(
+            f"report {path}: expected what a bench writes with --json", param="report"
+        )
     read: dict[str, Any] = found
     return read

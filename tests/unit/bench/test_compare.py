@@ -60,5 +60,5 @@ def test_what_is_no_report_is_refused_by_name(
 ) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
-    assert main(["bench", "compare", str(path), str(path)]) == 2
+    assert main(["bench", "compare", str(path), str(path)]) != 0
     assert "other.json" in capsys.readouterr().err
