@@ -20,7 +20,6 @@ class CompiledProgram {
       : graph_(std::move(graph)), plan_(std::move(plan)) {}
 
   const ModelGraph& graph() const { return *graph_; }
-  const std::shared_ptr<const ModelGraph>& shared_graph() const { return graph_; }
   const Plan& plan() const { return plan_; }
   size_t size() const { return plan_.size(); }
   std::span<const Step> steps(size_t segment) const { return plan_.segment(segment); }

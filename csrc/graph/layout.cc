@@ -164,7 +164,7 @@ class Access {
   SegmentAccess of(const Operator& op) const {
     LiveSet reads;
     if (op.input >= 0)
-      reads = is_gather(op) ? gathered(op.input) : LiveSet({rows(op.input)});
+      reads = g_.is_gather(op) ? gathered(op.input) : LiveSet({rows(op.input)});
     if (op.rotary >= 0)
       reads = reads.united(LiveSet({rows(op.rotary)}));
     const LiveSet writes = written(op);
@@ -174,11 +174,6 @@ class Access {
   }
 
  private:
-  // From rows of the prompt to rows of the sequences: the last of each.
-  bool is_gather(const Operator& op) const {
-    return g_.is_per_sequence(op) && g_.tensor(op.input).extent == Extent::kPrompt;
-  }
-
   LiveSet gathered(int32_t tensor) const {
     if (last_rows_.empty())
       return LiveSet({layout_.all(tensor)});

@@ -221,6 +221,17 @@ int32_t ModelGraph::part_columns(const Operator& op) const {
   return op.epilogue == Epilogue::kGate ? kPartColumns / 2 : kPartColumns;
 }
 
+void check_operators(const ModelGraph& graph, RefusalOf& refusal_of) {
+  for (const Operator& op : graph.operators) {
+    if (const std::string reason = refusal_of(graph, op); !reason.empty()) {
+      std::string message = std::string("operator ") + op.name;
+      if (op.layer >= 0)
+        message.append(" of layer ").append(std::to_string(op.layer));
+      throw std::invalid_argument(message.append(": ").append(reason));
+    }
+  }
+}
+
 ModelGraph with_sampling(ModelGraph graph) {
   const int32_t logits = graph.logits();
   graph.tensors.push_back(

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "graph/operator.h"
@@ -50,6 +51,11 @@ struct ModelGraph {
     return output_of(op).extent == Extent::kSequence;
   }
 
+  // Whether it goes from rows of the prompt to rows of the sequences: it reads the last of each.
+  bool is_gather(const Operator& op) const {
+    return is_per_sequence(op) && tensor(op.input).extent == Extent::kPrompt;
+  }
+
   // Operators [begin, end) of a part of the graph; checked() has found them.
   struct Range {
     int32_t begin = 0;
@@ -83,6 +89,12 @@ inline constexpr int32_t kMaxTensors = 64;  // so that a set of them is one word
 // The graph with the operators of its layers found. Throws std::invalid_argument naming the field
 // or operator, its value and what is allowed.
 ModelGraph checked(ModelGraph graph);
+
+// Why a device does not take an operator; empty: it does.
+using RefusalOf = std::string(const ModelGraph& graph, const Operator& op);
+
+// Throws std::invalid_argument naming the first operator that is refused, its layer, and why.
+void check_operators(const ModelGraph& graph, RefusalOf& refusal_of);
 
 // The graph with one more operator and tensor, which choose tokens from the logits: for devices
 // that sample.

@@ -24,17 +24,6 @@ std::string refusal_of(const ModelGraph& graph, const Operator& op) {
   return "";
 }
 
-void check_operators(const ModelGraph& graph) {
-  for (const Operator& op : graph.operators) {
-    if (const std::string reason = refusal_of(graph, op); !reason.empty()) {
-      std::string message = std::string("operator ") + op.name;
-      if (op.layer >= 0)
-        message.append(" of layer ").append(std::to_string(op.layer));
-      throw std::invalid_argument(message.append(": ").append(reason));
-    }
-  }
-}
-
 template <typename T>
 class CpuBackend final : public Backend {
  public:
@@ -43,7 +32,8 @@ class CpuBackend final : public Backend {
         threads_(threads),
         cuts_(
             cpu_cuts(threads, sizeof(T) == sizeof(float) ? CpuElement::kFloat : CpuElement::kBf16)),
-        weights_((check_operators(*graph_), std::make_shared<CpuWeights<T>>(graph_, threads))),
+        weights_((check_operators(*graph_, refusal_of),
+                  std::make_shared<CpuWeights<T>>(graph_, threads))),
         pool_(std::make_shared<BufferPool>(kKeptWorkspaceBytes)) {}
 
   const ModelGraph& graph() const override { return *graph_; }

@@ -87,8 +87,7 @@ void CpuOperators<T>::rotary(const Operator& op, const Step& step, RowRange rows
 
 template <typename T>
 void CpuOperators<T>::norm(const Operator& op, const Step& step, RowRange rows) {
-  const bool is_gather =
-      a_.graph.is_per_sequence(op) && a_.graph.tensor(op.input).extent == Extent::kPrompt;
+  const bool is_gather = a_.graph.is_gather(op);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     const int32_t from =
         is_gather ? a_.batch.sequences[static_cast<size_t>(row)].row_end() - 1 : row;

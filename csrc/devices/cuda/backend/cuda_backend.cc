@@ -24,7 +24,7 @@ namespace {
 
 std::shared_ptr<const ModelGraph> lowered(ModelGraph graph) {
   auto own = std::make_shared<const ModelGraph>(with_sampling(std::move(graph)));
-  check_operators(*own);
+  check_operators(*own, refusal_of);
   return own;
 }
 

@@ -130,8 +130,7 @@ void OperatorKernels::rotary(const Call& call) const {
 
 void OperatorKernels::norm(const Call& call) const {
   const Operator& op = call.op;
-  const bool is_gather = call.shape.graph.is_per_sequence(op) &&
-                         call.shape.graph.tensor(op.input).extent == Extent::kPrompt;
+  const bool is_gather = call.shape.graph.is_gather(op);
   FP_CUDA(launch_rms_norm({.hidden = call.row<float>(op.input, is_gather ? 0 : call.step.row_begin),
                            .ld_hidden = call.stride(op.input),
                            .weight = weights_.vector(op.weight),

@@ -1,7 +1,5 @@
 #include "devices/cuda/backend/refusal.h"
 
-#include <stdexcept>
-
 namespace flowprefill {
 namespace {
 
@@ -131,17 +129,6 @@ class Refusal {
 
 std::string refusal_of(const ModelGraph& graph, const Operator& op) {
   return Refusal(graph, op).reason();
-}
-
-void check_operators(const ModelGraph& graph) {
-  for (const Operator& op : graph.operators) {
-    if (const std::string reason = refusal_of(graph, op); !reason.empty()) {
-      std::string message = std::string("operator ") + op.name;
-      if (op.layer >= 0)
-        message.append(" of layer ").append(std::to_string(op.layer));
-      throw std::invalid_argument(message.append(": ").append(reason));
-    }
-  }
 }
 
 }  // namespace flowprefill
