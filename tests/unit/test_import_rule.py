@@ -41,7 +41,8 @@ PYTHON_LAYERS = {
     "models": _layer("models", "torch numpy safetensors tokenizers jinja2 gguf"),
     "engine": _layer("engine scheduling models _core _cuda", "torch numpy"),
     "server": _layer("server engine models", "aiohttp prometheus_client"),
-    "simulation": _layer("simulation scheduling", "numpy"),
+    "traces": _layer("traces"),
+    "simulation": _layer("simulation traces scheduling engine models _core", "numpy"),
 }
 # They join layers, so they may import any; `__init__` is the lazy front door (test_packaging.py).
 UNRESTRICTED = {"bench", "cli", "__init__", "__main__"}
