@@ -54,7 +54,8 @@ class Planner {
   // With a budget no single product of a tile may exceed it, as long as slices stay efficient.
   int32_t tile_rows() const {
     int32_t tile = cuts_.max_tile_rows;
-    while (is_budget() && tile > cuts_.min_tile_rows && dearest_s(tile) > o_.budget_s)
+    while (is_budget() && !cuts_.slices_products && tile > cuts_.min_tile_rows &&
+           dearest_s(tile) > o_.budget_s)
       tile = std::max(cuts_.min_tile_rows, tile / 2);
     return tile;
   }
@@ -136,15 +137,16 @@ class Planner {
       return;
     }
     for (int32_t i = first; i <= last; ++i) {
-      begin_segment();
-      add(i, i, begin, end);
+      const Operator& op = g_.op(i);
+      const bool is_sliced = cuts_.slices_products && op.kind == OperatorKind::kLinear;
+      add_parts(i, begin, end, is_sliced ? cuts_.min_product_parts : g_.parts(op));
     }
   }
 
   void add_attention(int32_t index, int32_t begin, int32_t end) {
     for (int32_t row = begin; row < end;) {
       const int32_t stop = std::min(row + attention_rows(g_.op(index), row, end), end);
-      add_heads(index, row, stop);
+      add_parts(index, row, stop, cuts_.slices_heads ? 1 : g_.parts(g_.op(index)));
       row = stop;
     }
   }
@@ -162,14 +164,14 @@ class Planner {
     return std::max(cuts_.row_step, rows / cuts_.row_step * cuts_.row_step);
   }
 
-  // All heads of some rows, in as many equal slices of heads as the budget wants.
-  void add_heads(int32_t index, int32_t begin, int32_t end) {
-    const int32_t heads = g_.parts(g_.op(index));
-    const double one_s = cost_.operator_s(g_.op(index), begin, end) / heads;
-    const bool is_whole = !cuts_.slices_heads || one_s * heads <= o_.budget_s;
-    const int32_t fitting =
-        is_whole ? heads : std::clamp(static_cast<int32_t>(o_.budget_s / one_s), 1, heads);
-    const int32_t slices = (heads + fitting - 1) / fitting;
+  // One operator over some rows, in as many equal slices of its parts as the budget wants, each of
+  // at least min_parts.
+  void add_parts(int32_t index, int32_t begin, int32_t end, int32_t min_parts) {
+    const int32_t parts = g_.parts(g_.op(index));
+    const double one_s = cost_.operator_s(g_.op(index), begin, end) / parts;
+    const double wanted = std::min(o_.budget_s / one_s, static_cast<double>(parts));
+    const int32_t fitting = std::max({static_cast<int32_t>(wanted), std::min(min_parts, parts), 1});
+    const int32_t slices = (parts + fitting - 1) / fitting;
     for (int32_t i = 0; i < slices; ++i) {
       begin_segment();
       add({.first = index,
@@ -177,8 +179,8 @@ class Planner {
            .row_begin = begin,
            .row_end = end,
            .base = base_,
-           .part_begin = slices == 1 ? 0 : heads * i / slices,
-           .part_end = slices == 1 ? 0 : heads * (i + 1) / slices});
+           .part_begin = slices == 1 ? 0 : parts * i / slices,
+           .part_end = slices == 1 ? 0 : parts * (i + 1) / slices});
     }
   }
 

@@ -33,6 +33,7 @@ struct CutRules {
   int32_t min_tile_rows = 32;      // fewer are inefficient (below 97 % of the rate)
   int32_t min_product_parts = 16;  // parts in a slice of a product
   bool slices_heads = true;        // attention by KV heads before rows: few rows at once are slow
+  bool slices_products = false;    // products of a tile by parts; else tiles have fewer rows
   int32_t embed_rows = 512;        // rows of a step before the layers
   CostRules costs;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "devices/cpu/gemm.h"
 
@@ -12,6 +13,7 @@ namespace {
 constexpr int32_t kTileKeys =
     256;  // keys per softmax tile: scores and probabilities stay in the L2 cache
 constexpr int32_t kTargetRows = 96;  // query rows times heads per item
+constexpr int32_t kSumLanes = 16;    // of a running sum, see AttentionTile
 
 template <typename T>
 struct Scratch {
@@ -24,20 +26,30 @@ struct Scratch {
   std::vector<int> valid_lo;
   std::vector<int> valid_hi;
 
-  void prepare(size_t rows, size_t dim) {
+  void prepare(size_t rows, size_t dim, float no_maximum) {
     q.assign(rows * dim, T{});
-    scores.resize(rows * kTileKeys);
-    probabilities.resize(rows * kTileKeys);
     output.assign(rows * dim, 0.0f);
-    row_max.assign(rows, -std::numeric_limits<float>::infinity());
+    row_max.assign(rows, no_maximum);
     row_sum.assign(rows, 0.0f);
     valid_lo.assign(rows, 0);
     valid_hi.assign(rows, 0);
   }
+  void prepare_tiles(size_t rows) {
+    scores.resize(rows * kTileKeys);
+    probabilities.resize(rows * kTileKeys);
+  }
 };
 
-// The products of one item; rows are ordered [head][row] and padded to a multiple of 16 (padding
-// stays masked).
+// Whether a block is attended in one pass with scores in registers. AMX multiplies faster than that
+// saves.
+bool is_fused(const RowKernels<Bf16>& kernels, int32_t dim, int32_t block_tokens) {
+  return kernels.attend != nullptr && !has_amx() && dim % 16 == 0 && block_tokens % 16 == 0;
+}
+bool is_fused(const RowKernels<float>&, int32_t, int32_t) {
+  return false;
+}
+
+// The products of one item; rows are ordered [head][row].
 template <typename T>
 class Attender {
  public:
@@ -49,25 +61,88 @@ class Attender {
         block_tokens_(args.cache->layout().block_tokens),
         group_(args.num_heads / args.cache->layout().kv_heads) {
     live_ = item.rows * group_;
-    rows_ = live_ <= 4 ? live_ : (live_ + 15) / 16 * 16;
-    s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_));
+    const int32_t last = item.position + item.rows - 1;
+    first_ = args.window > 0 ? std::max(0, item.position - args.window + 1) : 0;
+    first_ -= first_ % block_tokens_;
+    end_ = (last / block_tokens_ + 1) * block_tokens_;
   }
 
   void run() {
+    if (is_fused(row_kernels<T>(), dim_, block_tokens_))
+      run_blocks();
+    else
+      run_tiles();
+  }
+
+ private:
+  // Block by block, in one pass each.
+  void run_blocks() {
+    if constexpr (sizeof(T) == sizeof(Bf16)) {
+      rows_ = live_;
+      s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_), -1e30f);
+      s_.row_sum.assign(static_cast<size_t>(rows_) * kSumLanes, 0.0f);
+      gather_q();
+      prefetch(first_);
+      for (int32_t key = first_; key < end_; key += block_tokens_) {
+        prefetch(key + block_tokens_);
+        mask(key);
+        row_kernels<T>().attend({.q = s_.q.data(),
+                                 .keys = keys_at(key),
+                                 .values = values_at(key),
+                                 .rows = rows_,
+                                 .dim = dim_,
+                                 .tokens = block_tokens_,
+                                 .valid_lo = s_.valid_lo.data(),
+                                 .valid_hi = s_.valid_hi.data(),
+                                 .row_max = s_.row_max.data(),
+                                 .row_sum = s_.row_sum.data(),
+                                 .output = s_.output.data(),
+                                 .softcap = args_.softcap});
+      }
+      for (int32_t r = 0; r < rows_; ++r) {
+        const float* lanes = s_.row_sum.data() + int64_t{r} * kSumLanes;
+        s_.row_sum[static_cast<size_t>(r)] = std::accumulate(lanes, lanes + kSumLanes, 0.0f);
+      }
+      scatter_output();
+    }
+  }
+
+  // Tile by tile: all scores, then their softmax, then the products with the values. Rows are
+  // padded to a multiple of 16; padding stays masked.
+  void run_tiles() {
+    rows_ = live_ <= 4 ? live_ : (live_ + 15) / 16 * 16;
+    s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_),
+               -std::numeric_limits<float>::infinity());
+    s_.prepare_tiles(static_cast<size_t>(rows_));
     gather_q();
-    const int32_t last = item_.position + item_.rows - 1;
-    int32_t first = args_.window > 0 ? std::max(0, item_.position - args_.window + 1) : 0;
-    first -= first % block_tokens_;
-    const int32_t end = (last / block_tokens_ + 1) * block_tokens_;
     const int32_t tile = std::max(kTileKeys / block_tokens_, 1) * block_tokens_;
-    for (int32_t key = first; key < end; key += tile) {
-      process_tile(key, std::min(tile, end - key));
+    for (int32_t key = first_; key < end_; key += tile) {
+      process_tile(key, std::min(tile, end_ - key));
     }
     scatter_output();
     brgemm_end<T>();
   }
 
- private:
+  const T* keys_at(int32_t key) const {
+    return args_.cache->template key<T>(args_.layer, item_.block_table[key / block_tokens_],
+                                        item_.kv_head);
+  }
+  const T* values_at(int32_t key) const {
+    return args_.cache->template value<T>(args_.layer, item_.block_table[key / block_tokens_],
+                                          item_.kv_head);
+  }
+
+  // Blocks lie apart: no hardware foresees the next one.
+  void prefetch(int32_t key) const {
+    if (key >= end_)
+      return;
+    constexpr size_t kLine = 64;
+    const auto* block = reinterpret_cast<const char*>(keys_at(key));  // values lie behind
+    const size_t bytes = size_t{2} * sizeof(T) * static_cast<size_t>(dim_ * block_tokens_);
+    for (size_t i = 0; i < bytes; i += kLine)
+      __builtin_prefetch(block + i, 0, 2);
+  }
+
   const T* q_head(int32_t head_in_group) const {
     const int64_t head = int64_t{item_.kv_head} * group_ + head_in_group;
     return args_.q + int64_t{item_.row} * args_.num_heads * dim_ + head * dim_;
@@ -92,9 +167,7 @@ class Attender {
                           .ldc = keys,
                           .add = false};
     for (int32_t k = 0; k < keys; k += block_tokens_) {
-      const int32_t block = item_.block_table[(key + k) / block_tokens_];
-      brgemm(scores, rows_, s_.q.data(),
-             args_.cache->template key<T>(args_.layer, block, item_.kv_head), s_.scores.data() + k);
+      brgemm(scores, rows_, s_.q.data(), keys_at(key + k), s_.scores.data() + k);
     }
     mask(key);
     row_kernels<T>().softmax({.scores = s_.scores.data(),
@@ -109,12 +182,10 @@ class Attender {
                               .dim = dim_,
                               .softcap = args_.softcap},
                              s_.probabilities.data());
-    const Block<T> values{
+    const Block<T> shape{
         .n = dim_, .k = block_tokens_, .lda = keys, .ldb = dim_, .ldc = dim_, .add = true};
     for (int32_t k = 0; k < keys; k += block_tokens_) {
-      const int32_t block = item_.block_table[(key + k) / block_tokens_];
-      brgemm(values, rows_, s_.probabilities.data() + k,
-             args_.cache->template value<T>(args_.layer, block, item_.kv_head), s_.output.data());
+      brgemm(shape, rows_, s_.probabilities.data() + k, values_at(key + k), s_.output.data());
     }
   }
 
@@ -145,6 +216,8 @@ class Attender {
   int32_t dim_;
   int32_t block_tokens_;
   int32_t group_;
+  int32_t first_ = 0;  // the first key, at the start of a block
+  int32_t end_ = 0;
   int32_t live_ = 0;
   int32_t rows_ = 0;
 };

@@ -12,7 +12,6 @@ namespace {
 
 // Activations kept for later runs: a long prompt's and some short ones'.
 constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
-constexpr int32_t kRowStep = 16;  // the product's row block; so few a member reach 97 % of the peak
 
 // Why the CPU does not take the operator; empty: it does.
 std::string refusal_of(const ModelGraph& graph, const Operator& op) {
@@ -96,6 +95,7 @@ CutRules cpu_cuts(int threads, CpuElement element) {
           .min_tile_rows = kRowStep * threads,
           .min_product_parts = 8 * threads,
           .slices_heads = true,
+          .slices_products = true,
           .embed_rows = 512,
           .costs = {.weight_element_bytes = element == CpuElement::kFloat ? 4 : 2,
                     .embed_row_s = 1.5e-6 / threads}};

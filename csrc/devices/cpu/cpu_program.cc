@@ -10,8 +10,11 @@
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kRowChunk = 32;   // rows a member takes at once where rows are shared out
+constexpr int32_t kRowChunk = 64;   // rows a member takes at once where rows are shared out
 constexpr int32_t kRowOpChunk = 4;  // the same for light operators alone
+// Weights up to this size stay in the cache that the cores share while each member reads them for
+// rows of its own. A constant: what a virtual machine says of its cache is often the whole host's.
+constexpr size_t kCachedWeightBytes = size_t{8} << 20;
 
 std::atomic<size_t> live_workspace{0};
 
@@ -150,25 +153,40 @@ void CpuProgram<T>::execute_step(const Step& step) {
   }
 }
 
-// Row-wise operators: with rows enough for all, each member takes its rows through the whole chain
-// and no one waits in between; else all share every operator's columns, so that weights are read
-// once.
+// Row-wise operators: with rows enough for all and weights that stay in the cache, each member
+// takes its rows through the whole chain and no one waits in between; else all share every
+// operator's columns, so that weights are read once.
 template <typename T>
 void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last) {
   const ModelGraph& graph = compiled_.graph();
-  const bool has_own_rows = step.rows() >= kRowsPerMember * threads_ && step.is_whole() &&
-                            !graph.is_per_sequence(graph.op(first));
+  const bool has_own_rows = step.rows() >= kRowChunk * threads_ && step.is_whole() &&
+                            !graph.is_per_sequence(graph.op(first)) &&
+                            weight_bytes(first, last) <= kCachedWeightBytes;
   if (!has_own_rows) {
     for (int32_t i = first; i <= last; ++i)
       execute_shared(step, graph.op(i));
     return;
   }
-  team_->for_each((step.rows() + kRowChunk - 1) / kRowChunk, [&](int64_t chunk) {
-    const int32_t begin = step.row_begin + static_cast<int32_t>(chunk) * kRowChunk;
-    const RowRange mine{begin, std::min(begin + kRowChunk, step.row_end)};
+  const int32_t rounds = (step.rows() + kRowChunk * threads_ - 1) / (kRowChunk * threads_);
+  const int32_t share = (step.rows() + rounds * threads_ - 1) / (rounds * threads_);
+  const int32_t rows = (share + kRowStep - 1) / kRowStep * kRowStep;
+  team_->for_each((step.rows() + rows - 1) / rows, [&](int64_t chunk) {
+    const int32_t begin = step.row_begin + static_cast<int32_t>(chunk) * rows;
+    const RowRange mine{begin, std::min(begin + rows, step.row_end)};
     for (int32_t i = first; i <= last; ++i)
       operators_.execute(graph.op(i), step, mine, 0, graph.parts(graph.op(i)));
   });
+}
+
+template <typename T>
+size_t CpuProgram<T>::weight_bytes(int32_t first, int32_t last) const {
+  size_t bytes = 0;
+  for (int32_t i = first; i <= last; ++i) {
+    const Operator& op = compiled_.graph().op(i);
+    if (op.kind == OperatorKind::kLinear)
+      bytes += weights_->matrix(op.weight).bytes();
+  }
+  return bytes;
 }
 
 template <typename T>

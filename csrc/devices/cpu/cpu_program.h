@@ -12,9 +12,10 @@
 
 namespace flowprefill {
 
-// Rows from which a team member gets rows of its own (below, members share columns): the weights
-// are then read once per this many rows and member.
-inline constexpr int32_t kRowsPerMember = 64;
+// Rows of a tile for each team member.
+inline constexpr int32_t kRowsPerMember = 128;
+// The product's row block; so few a member reach 97 % of the peak.
+inline constexpr int32_t kRowStep = 16;
 
 // Bytes of all activations alive in this process. Thread: any.
 size_t live_workspace_bytes();
@@ -47,6 +48,7 @@ class CpuProgram final : public ModelProgram {
   void execute_step(const Step& step);
   void execute_chain(const Step& step, int32_t first, int32_t last);
   void execute_shared(const Step& step, const Operator& op);
+  size_t weight_bytes(int32_t first, int32_t last) const;
   void execute_attention(const Step& step, const Operator& op);
 
   const CompiledProgram compiled_;

@@ -23,4 +23,13 @@ bool has_bf16_gemm() {
   return has;
 }
 
+bool has_amx() {
+#ifdef __x86_64__
+  static const bool has = has_bf16_gemm() && __builtin_cpu_supports("amx-bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace flowprefill

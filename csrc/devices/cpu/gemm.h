@@ -52,5 +52,7 @@ void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const T* b, fl
 // Whether this processor multiplies packed bf16 natively (AVX-512 BF16 or AMX). Cost: one probe per
 // process.
 bool has_bf16_gemm();
+// Whether it multiplies it by AMX tiles.
+bool has_amx();
 
 }  // namespace flowprefill

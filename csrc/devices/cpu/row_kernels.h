@@ -37,6 +37,23 @@ struct SoftmaxTile {
   float softcap;  // of the scores as they come in, see soft_cap; 0: none
 };
 
+// Query rows of one kv head against one block of its keys and values, in bf16 (kv_cache.h has the
+// layouts). What is running is carried from block to block.
+struct AttentionTile {
+  const Bf16* q;  // [rows, dim]
+  const Bf16* keys;
+  const Bf16* values;
+  int rows;
+  int dim;              // a multiple of 16
+  int tokens;           // of the block; a multiple of 16
+  const int* valid_lo;  // [rows] first token each row sees (may be < 0)
+  const int* valid_hi;  // [rows] one past the last (may be <= valid_lo, or > tokens)
+  float* row_max;       // [rows] running maximum, or somewhat less; -1e30 at first
+  float* row_sum;       // [rows, 16] running sums, to be added up at the end
+  float* output;        // [rows, dim] running, not yet divided by the sum
+  float softcap;        // of the scores, see soft_cap; 0: none
+};
+
 template <typename T>  // T: float or Bf16, the element type of activations and KV cache
 struct RowKernels {
   // out[i] = x[i] / rms(x) * weight[i]; n elements.
@@ -65,6 +82,9 @@ struct RowKernels {
   // out[r, i] = output[r, i] / sum[r].
   void (*normalise)(const float* output, const float* row_sum, int rows, int dim, T* out,
                     int64_t ld_out);
+  // One block of attention, scores kept in registers; null where the processor has no instruction
+  // for it.
+  void (*attend)(const AttentionTile& tile);
   // out[i] = table[i] as float.
   void (*widen)(const T* row, int n, float* out);
   // out[i] = row[i] rounded to T.

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "devices/cpu/isa_attention.h"
 #include "devices/cpu/isa_math.h"
 #include "devices/cpu/row_kernels.h"
 
@@ -298,6 +299,15 @@ void narrow(const float* row, int n, T* out) {
 }
 
 template <typename T>
+constexpr void (*attend_of())(const AttentionTile&) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == sizeof(Bf16))
+    return attend;
+#endif
+  return nullptr;
+}
+
+template <typename T>
 constexpr RowKernels<T> make_table() {
   return {.rms_norm = rms_norm<T>,
           .inverse_rms = inverse_rms,
@@ -310,6 +320,7 @@ constexpr RowKernels<T> make_table() {
           .store_values = store_values,
           .softmax = softmax<T>,
           .normalise = normalise<T>,
+          .attend = attend_of<T>(),
           .widen = widen<T>,
           .narrow = narrow<T>};
 }

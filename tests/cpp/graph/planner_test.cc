@@ -155,6 +155,24 @@ TEST_F(PlannerTest, attention_is_cut_by_heads_where_the_device_wants_it_else_by_
   EXPECT_EQ(heads_of(plan(Granularity::kBudget, budget_s)), (Parts{{0, 0}}));
 }
 
+TEST_F(PlannerTest, products_of_a_tile_are_cut_by_parts_where_the_device_wants_it) {
+  cuts_.slices_products = true;
+  const double budget_s = 5e-7;
+  const Plan p = plan(Granularity::kBudget, budget_s);
+  EXPECT_EQ(p.tile_rows, cuts_.max_tile_rows) << "rows are not what is cut";
+  expect_complete(p);
+  bool is_any_sliced = false;
+  for (const Step& step : p.steps) {
+    const Operator& op = graph_.op(step.first);
+    if (op.kind != OperatorKind::kLinear || step.first != step.last)
+      continue;
+    is_any_sliced = is_any_sliced || !step.is_whole();
+    const int32_t parts = step.is_whole() ? graph_.parts(op) : step.part_end - step.part_begin;
+    EXPECT_TRUE(step.predicted_s <= budget_s || parts == 1) << op.name;
+  }
+  EXPECT_TRUE(is_any_sliced);
+}
+
 TEST_F(PlannerTest, slices_of_attention_are_whole_row_steps) {
   for (const Step& step : plan(Granularity::kBudget, 1e-9).steps) {
     if (graph_.op(step.first).kind != OperatorKind::kAttention)

@@ -1,0 +1,189 @@
+// Tests of the one-pass attention of csrc/devices/cpu/isa_attention.h against a plain softmax in
+// double precision: head sizes, blocks, masks, windows, caps, and bits that no neighbour changes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "devices/cpu/row_kernels.h"
+
+namespace flowprefill {
+namespace {
+
+float widened(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+struct Sizes {
+  int dim;
+  int tokens;  // of a block
+  int window;  // 0: none
+  float softcap;
+};
+
+// Rows at the last positions of a sequence of whole blocks but for `missing` tokens.
+class Problem {
+ public:
+  Problem(const Sizes& sizes, int rows, int blocks, int missing)
+      : s_(sizes), rows_(rows), blocks_(blocks), keys_(blocks * sizes.tokens - missing) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal(0.0f, 1.0f);
+    const auto fill = [&](std::vector<Bf16>& values, int64_t n, float spread) {
+      for (int64_t i = 0; i < n; ++i) {
+        const float x = normal(random) * spread;
+        uint32_t bits;
+        std::memcpy(&bits, &x, sizeof bits);
+        values.push_back(static_cast<Bf16>(bits >> 16));
+      }
+    };
+    fill(q_, int64_t{rows} * s_.dim, 1.0f);
+    fill(keys_of_, int64_t{blocks} * s_.tokens * s_.dim, 0.7f);
+    fill(values_of_, int64_t{blocks} * s_.tokens * s_.dim, 1.0f);
+  }
+
+  int lo(int row) const { return s_.window > 0 ? hi(row) - s_.window : 0; }
+  int hi(int row) const { return keys_ - rows_ + row + 1; }
+
+  // Rows [begin, end) by the kernel: [rows, dim], divided by their sums.
+  std::vector<float> attended(int begin, int end) const {
+    const int rows = end - begin;
+    const auto n = static_cast<size_t>(rows);
+    std::vector<float> row_max(n, -1e30f);
+    std::vector<float> row_sum(n * 16, 0.0f);
+    std::vector<float> output(n * static_cast<size_t>(s_.dim), 0.0f);
+    std::vector<int> valid_lo(n);
+    std::vector<int> valid_hi(n);
+    for (int block = 0; block < blocks_; ++block) {
+      for (int r = 0; r < rows; ++r) {
+        valid_lo[static_cast<size_t>(r)] = lo(begin + r) - block * s_.tokens;
+        valid_hi[static_cast<size_t>(r)] = hi(begin + r) - block * s_.tokens;
+      }
+      const int64_t at = int64_t{block} * s_.tokens * s_.dim;
+      row_kernels<Bf16>().attend({.q = q_.data() + int64_t{begin} * s_.dim,
+                                  .keys = keys_of_.data() + at,
+                                  .values = values_of_.data() + at,
+                                  .rows = rows,
+                                  .dim = s_.dim,
+                                  .tokens = s_.tokens,
+                                  .valid_lo = valid_lo.data(),
+                                  .valid_hi = valid_hi.data(),
+                                  .row_max = row_max.data(),
+                                  .row_sum = row_sum.data(),
+                                  .output = output.data(),
+                                  .softcap = s_.softcap});
+    }
+    for (size_t r = 0; r < n; ++r) {
+      float sum = 0.0f;
+      for (size_t lane = 0; lane < 16; ++lane)
+        sum += row_sum[r * 16 + lane];
+      for (int d = 0; d < s_.dim; ++d)
+        output[r * static_cast<size_t>(s_.dim) + static_cast<size_t>(d)] /= sum;
+    }
+    return output;
+  }
+
+  // One row, written out.
+  std::vector<double> expected(int row) const {
+    std::vector<double> scores;
+    double peak = -1e300;
+    for (int key = std::max(lo(row), 0); key < hi(row); ++key) {
+      double score = 0;
+      for (int d = 0; d < s_.dim; ++d)
+        score += static_cast<double>(widened(q_[static_cast<size_t>(row * s_.dim + d)])) *
+                 static_cast<double>(this->key(key, d));
+      if (s_.softcap > 0)
+        score =
+            static_cast<double>(s_.softcap) * std::tanh(score / static_cast<double>(s_.softcap));
+      scores.push_back(score);
+      peak = std::max(peak, score);
+    }
+    std::vector<double> mixed(static_cast<size_t>(s_.dim), 0.0);
+    double sum = 0;
+    for (size_t i = 0; i < scores.size(); ++i) {
+      const double p = std::exp2(scores[i] - peak);
+      sum += p;
+      for (int d = 0; d < s_.dim; ++d) {
+        mixed[static_cast<size_t>(d)] +=
+            p * static_cast<double>(value(std::max(lo(row), 0) + static_cast<int>(i), d));
+      }
+    }
+    for (double& x : mixed)
+      x /= sum;
+    return mixed;
+  }
+
+ private:
+  // Layouts: kv_cache.h.
+  float key(int token, int d) const {
+    const int64_t block = int64_t{token / s_.tokens} * s_.tokens * s_.dim;
+    const int t = token % s_.tokens;
+    return widened(keys_of_[static_cast<size_t>(block + (d / 2 * s_.tokens + t) * 2 + d % 2)]);
+  }
+  float value(int token, int d) const {
+    const int64_t block = int64_t{token / s_.tokens} * s_.tokens * s_.dim;
+    const int t = token % s_.tokens;
+    return widened(values_of_[static_cast<size_t>(block + (t / 2 * s_.dim + d) * 2 + t % 2)]);
+  }
+
+  Sizes s_;
+  int rows_;
+  int blocks_;
+  int keys_;
+  std::vector<Bf16> q_;
+  std::vector<Bf16> keys_of_;
+  std::vector<Bf16> values_of_;
+};
+
+class AttentionTileTest : public testing::TestWithParam<Sizes> {
+ protected:
+  void SetUp() override {
+    if (row_kernels<Bf16>().attend == nullptr)
+      GTEST_SKIP() << "this processor has no AVX-512 BF16";
+  }
+};
+
+TEST_P(AttentionTileTest, IsTheSoftmaxOfTheKeysEachRowSees) {
+  for (const auto [rows, blocks, missing] :
+       {std::array{1, 1, 3}, std::array{5, 1, 0}, std::array{13, 3, 7}, std::array{40, 4, 1}}) {
+    if (rows > GetParam().tokens * blocks - missing)
+      continue;
+    const Problem problem(GetParam(), rows, blocks, missing);
+    const std::vector<float> got = problem.attended(0, rows);
+    for (int row = 0; row < rows; ++row) {
+      const std::vector<double> want = problem.expected(row);
+      for (size_t d = 0; d < want.size(); ++d) {
+        ASSERT_NEAR(got[static_cast<size_t>(row) * want.size() + d], want[d], 2e-2)
+            << rows << " rows, row " << row << ", column " << d;
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTileTest, ARowHasTheSameBitsWhateverIsBesideIt) {
+  constexpr int kRows = 15;
+  const Problem problem(GetParam(), kRows, 3, 2);
+  const std::vector<float> together = problem.attended(0, kRows);
+  const auto dim = static_cast<size_t>(GetParam().dim);
+  for (int begin = 0; begin < kRows; begin += 4) {
+    const int end = std::min(begin + 4, kRows);
+    const std::vector<float> apart = problem.attended(begin, end);
+    for (size_t i = 0; i < apart.size(); ++i)
+      ASSERT_EQ(apart[i], together[static_cast<size_t>(begin) * dim + i]);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, AttentionTileTest,
+                         testing::Values(Sizes{64, 64, 0, 0.0f}, Sizes{128, 64, 0, 0.0f},
+                                         Sizes{96, 32, 0, 0.0f}, Sizes{16, 16, 0, 0.0f},
+                                         Sizes{80, 128, 0, 0.0f}, Sizes{256, 64, 0, 5.0f},
+                                         Sizes{64, 64, 20, 0.0f}, Sizes{64, 128, 70, 3.0f}));
+
+}  // namespace
+}  // namespace flowprefill
