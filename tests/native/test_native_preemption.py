@@ -73,7 +73,7 @@ def stop_everywhere(native: Runner, ids: list[int], granularity: str) -> None:
     assert np.array_equal(execute_with_others(native, run, every, bystander), undisturbed)
     assert bystander.count == len(every) == run.accounting().num_preemptions
     if granularity == "budget:0.1":
-        assert len(every) > 75
+        assert len(every) > 50
 
 
 def test_attention_sliced_by_heads_leaves_none_out(runner: GetRunner, saved: GetSaved) -> None:
