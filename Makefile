@@ -128,11 +128,11 @@ test-cuda-double: $(CUDA_HEADERS) | test-packages  ## the CUDA device over a dou
 	$(call CUDA_DOUBLE_TESTS,-address,address$(comma)undefined)
 
 .PHONY: test-cuda-engine
-test-cuda-engine: build $(TOOLS) $(CUDA_HEADERS)  ## the whole engine with device cuda, over doubles of runtime and kernels; no GPU
-	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+test-cuda-engine: build $(TOOLS) $(CUDA_HEADERS)  ## the device suite with device cuda, over doubles of runtime and kernels; no GPU
+	cmake -S tests/device -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(BIN)/python -DFP_WERROR=$(if $(CI),ON,OFF)
 	cmake --build build/cuda-engine -j 2
-	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/cuda_engine
+	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/device -k cuda-double
 
 .PHONY: test-gpu
 test-gpu: test-packages $(TOOLS)  ## kernels, engine and compute-sanitizer on a real GPU; without one it says why it skips
@@ -140,12 +140,11 @@ test-gpu: test-packages $(TOOLS)  ## kernels, engine and compute-sanitizer on a 
 
 # What a GPU would run, on the doubles.
 .PHONY: test-gpu-double
-test-gpu-double: test-cuda-engine | test-packages  ## the GPU suite itself, over doubles of runtime and kernels; no GPU
+test-gpu-double: test-cuda-engine | test-packages  ## the GPU suite, C++ and Python, over doubles of runtime and kernels; no GPU
 	cmake -S tests/gpu/cpp -B build/gpu-double -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DFP_GPU_DOUBLE=ON -DFP_WERROR=$(if $(CI),ON,OFF)
 	cmake --build build/gpu-double -j 2
 	ctest --test-dir build/gpu-double --output-on-failure
-	FLOWPREFILL_CUDA_DOUBLE=$$(ls build/cuda-engine/lib/_cuda*.so) $(BIN)/python -m pytest tests/gpu
 
 # For a GPU that is at hand for minutes, on a machine without network: .gpu-kit/ travels there with the checkout.
 .PHONY: gpu-pack
@@ -159,7 +158,7 @@ gpu-run:  ## on that machine: tests, figures, profiles in BUDGET=540 seconds, or
 
 .PHONY: tidy-cuda
 tidy-cuda: $(TOOLS) $(CUDA_HEADERS) | lint-packages  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
-	cmake -S tests/cuda_engine -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	cmake -S tests/device -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(BIN)/python
 	printf '%s\n' csrc/devices/cuda/runtime/*.cc csrc/devices/cuda/backend/*.cc csrc/bindings/cuda_*.cc | xargs -P "$$(nproc)" -n 1 \
 	  clang-tidy --quiet -p build/cuda-engine
@@ -167,7 +166,7 @@ tidy-cuda: $(TOOLS) $(CUDA_HEADERS) | lint-packages  ## clang-tidy of the graph 
 # ---- checks
 
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cc' \
-  'tests/cuda_engine/*.cc' 'tests/gpu/*.h' 'tests/gpu/*.cc')
+  'tests/device/*.cc' 'tests/gpu/*.h' 'tests/gpu/*.cc')
 # For the changed files alone: make tidy TIDY_FILES="$(git diff --name-only HEAD -- 'csrc/*.cc')"
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/devices/cuda' ':!csrc/bindings/cuda_*')
 

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flowprefill import _core
 from flowprefill.config import Granularity
 from flowprefill.errors import CheckpointError
 from flowprefill.models.checkpoint import Checkpoint, Progress
@@ -74,22 +73,6 @@ def fill_model(model: Loadable, checkpoint: Checkpoint, progress: Progress | Non
         model.finish()
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-
-
-def load_model(
-    checkpoint: Checkpoint, dtype: str, threads: int, progress: Progress | None = None
-) -> _core.Model:
-    """Make a model on the CPU and fill it: see fill_model.
-
-    Args:
-        dtype: ``bf16`` or ``f32``.
-    """
-    try:
-        model = _core.Model(checkpoint.graph, dtype, threads)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    fill_model(model, checkpoint, progress)
-    return model
 
 
 def model_shape(graph: ModelGraph, dtype: str) -> ModelShape:

@@ -78,8 +78,7 @@ TEST_F(RunAheadTest, run_finishes_only_when_everything_launched_is_done) {
     events_.clear();
     counts_ = {};
     start_ahead(depth);
-    executor_->dispatch(make(1, 6));
-    wait_for(1);
+    dispatch_and_wait(make(1, 6), 1);
     EXPECT_EQ(steps_.size(), 6u);
     EXPECT_EQ(counts_.num_in_flight, 0u);
     EXPECT_EQ(counts_.max_in_flight, depth + 1);
@@ -93,31 +92,20 @@ TEST_F(RunAheadTest, run_finishes_only_when_everything_launched_is_done) {
 TEST_F(RunAheadTest, preempted_run_has_nothing_in_flight_when_the_next_one_starts) {
   start_ahead(2);
   const RunRef urgent = make(2, 2);
-  const RunRef run = make(1, 8, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(urgent);
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run = make(1, 8, at(0, [&] { executor_->dispatch(urgent); }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(steps_, (Steps{{1, 0}, {1, 1}, {1, 2}, {2, 0}, {2, 1}}));
   EXPECT_EQ(run->cursor(), 3u);
-  executor_->dispatch(run);
-  wait_for(2);
+  dispatch_and_wait(run, 2);
   EXPECT_EQ(steps_.size(), 10u);
 }
 
 TEST_F(RunAheadTest, cancelled_run_has_nothing_in_flight_at_its_event) {
   start_ahead(2);
   flowprefill::Run* self = nullptr;
-  const RunRef run = make(1, 8, [&](size_t i) {
-    if (i == 1) {
-      executor_->cancel(*self);
-    }
-  });
+  const RunRef run = make(1, 8, at(1, [&] { executor_->cancel(*self); }));
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kCancelled);
   EXPECT_EQ(counts_.num_in_flight, 0u);
   EXPECT_EQ(steps_.size(), 4u);
@@ -125,30 +113,19 @@ TEST_F(RunAheadTest, cancelled_run_has_nothing_in_flight_at_its_event) {
 
 TEST_F(RunAheadTest, error_found_by_throttle_fails_the_run_and_drains_the_rest) {
   start_ahead(2);
-  const RunRef run = make(1, 8, [&](size_t i) {
-    if (i == 1) {
-      throw std::runtime_error("launch failure");
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run = make(1, 8, at(1, [&] { throw std::runtime_error("launch failure"); }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kFailed);
   EXPECT_NE(run->error().find("launch failure"), std::string::npos);
   EXPECT_EQ(counts_.num_in_flight, 0u);
-  executor_->dispatch(make(2, 3));
-  wait_for(2);
+  dispatch_and_wait(make(2, 3), 2);
   EXPECT_EQ(count(EventKind::kFinished, 2), 1u);
 }
 
 TEST_F(RunAheadTest, error_found_while_finishing_fails_the_run) {
   start_ahead(4);
-  const RunRef run = make(1, 3, [&](size_t i) {
-    if (i == 2) {
-      throw std::runtime_error("late");
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run = make(1, 3, at(2, [&] { throw std::runtime_error("late"); }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kFailed);
   EXPECT_EQ(run->cursor(), 3u);
   EXPECT_NE(run->error().find("late"), std::string::npos);
@@ -166,8 +143,7 @@ TEST_F(RunAheadTest, error_found_while_suspending_fails_the_run_that_caused_it) 
       throw std::runtime_error("late");
     }
   });
-  executor_->dispatch(run);
-  wait_for(2);
+  dispatch_and_wait(run, 2);
   EXPECT_EQ(run->state(), kFailed);
   EXPECT_EQ(urgent->state(), kFinished);
   EXPECT_EQ(count(EventKind::kSuspended, 1), 0u);
@@ -177,8 +153,7 @@ TEST_F(RunAheadTest, second_error_while_draining_after_the_first_is_told_too) {
   start_ahead(1);
   const RunRef run =
       make(1, 4, [&](size_t i) { throw std::runtime_error(i == 0 ? "first" : "second"); });
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_NE(run->error().find("failed: first; and while draining: second"), std::string::npos)
       << run->error();
   EXPECT_EQ(events_.size(), 1u);
@@ -199,8 +174,7 @@ TEST_F(RunAheadTest, cancel_accepted_while_suspending_ends_the_run) {
   start(std::make_unique<CancelWhileDraining>([&] { EXPECT_TRUE(executor_->cancel(*self)); }));
   const RunRef run = make(1, 3, [&](size_t) { executor_->suspend(*self); });
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kCancelled);
   EXPECT_EQ(run->cursor(), 1u);
   EXPECT_EQ(events_.back().kind, EventKind::kCancelled);
@@ -234,13 +208,9 @@ class MeasuringDevice : public Device {
 TEST_F(RunAheadTest, timeline_takes_the_times_of_a_device_that_measures) {
   start(std::make_unique<MeasuringDevice>());
   uint64_t num_recorded_in_last = 0;
-  const RunRef run = make(1, 4, [&](size_t i) {
-    if (i == 3) {
-      num_recorded_in_last = executor_->timeline().size();
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run =
+      make(1, 4, at(3, [&] { num_recorded_in_last = executor_->timeline().size(); }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(num_recorded_in_last, 2u) << "segment 2 was not known to be done then";
   const TimelineSnapshot snapshot = executor_->timeline().snapshot();
   ASSERT_EQ(snapshot.records.size(), 4u);
@@ -253,14 +223,9 @@ TEST_F(RunAheadTest, timeline_takes_the_times_of_a_device_that_measures) {
 
 TEST_F(RunAheadTest, segment_that_did_not_complete_is_not_in_the_timeline) {
   start(std::make_unique<MeasuringDevice>());
-  executor_->dispatch(make(1, 4, [](size_t i) {
-    if (i == 2) {
-      throw std::runtime_error("no");
-    }
-  }));
+  executor_->dispatch(make(1, 4, at(2, [&] { throw std::runtime_error("no"); })));
   wait_for(1);
-  executor_->dispatch(make(2, 1));
-  wait_for(2);
+  dispatch_and_wait(make(2, 1), 2);
   const TimelineSnapshot snapshot = executor_->timeline().snapshot();
   ASSERT_EQ(snapshot.records.size(), 3u);
   EXPECT_EQ(snapshot.records[1].segment, 1u);
@@ -344,13 +309,8 @@ TEST_P(AccountingTest, finished_run_is_charged_what_was_in_flight_at_its_end) {
 TEST_P(AccountingTest, suspended_run_is_charged_its_own_in_flight_and_the_next_one_is_not) {
   start_paced();
   const RunRef urgent = make(2, 2);
-  const RunRef run = make(1, 5, [&](size_t i) {
-    if (i == 1) {
-      executor_->dispatch(urgent);
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run = make(1, 5, at(1, [&] { executor_->dispatch(urgent); }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kSuspended);
   EXPECT_EQ(run->cursor(), 2u);
   const RunAccounting suspended = run->accounting();
@@ -362,32 +322,21 @@ TEST_P(AccountingTest, suspended_run_is_charged_its_own_in_flight_and_the_next_o
             urgent->accounting().first_start_ns - urgent->accounting().dispatched_ns);
   EXPECT_GE(urgent->accounting().last_blocking_ns, PacedDevice::kSegmentNs);
   EXPECT_EQ(executor_->stats().max_blocking_ns, urgent->accounting().last_blocking_ns);
-  executor_->dispatch(run);
-  wait_for(2);
+  dispatch_and_wait(run, 2);
   expect_charged(run, 5);
   EXPECT_GE(run->accounting().suspended_ns, 2 * PacedDevice::kSegmentNs);
 }
 
 TEST_P(AccountingTest, failed_and_cancelled_runs_are_charged_what_was_in_flight) {
   start_paced();
-  const RunRef failed = make(1, 5, [](size_t i) {
-    if (i == 2) {
-      throw std::runtime_error("no");
-    }
-  });
-  executor_->dispatch(failed);
-  wait_for(1);
+  const RunRef failed = make(1, 5, at(2, [&] { throw std::runtime_error("no"); }));
+  dispatch_and_wait(failed, 1);
   EXPECT_EQ(failed->state(), kFailed);
   expect_charged(failed, 2);
   flowprefill::Run* self = nullptr;
-  const RunRef cancelled = make(2, 5, [&](size_t i) {
-    if (i == 1) {
-      executor_->cancel(*self);
-    }
-  });
+  const RunRef cancelled = make(2, 5, at(1, [&] { executor_->cancel(*self); }));
   self = cancelled.get();
-  executor_->dispatch(cancelled);
-  wait_for(2);
+  dispatch_and_wait(cancelled, 2);
   EXPECT_EQ(cancelled->state(), kCancelled);
   expect_charged(cancelled, 2);
 }
@@ -395,11 +344,9 @@ TEST_P(AccountingTest, failed_and_cancelled_runs_are_charged_what_was_in_flight)
 // It leaves the device without having had it: the time of the run before is not its own.
 TEST_P(AccountingTest, run_that_executed_nothing_is_charged_nothing) {
   start_paced();
-  executor_->dispatch(make(1, 2));
-  wait_for(1);
+  dispatch_and_wait(make(1, 2), 1);
   const RunRef empty = make(2, 0);
-  executor_->dispatch(empty);
-  wait_for(2);
+  dispatch_and_wait(empty, 2);
   EXPECT_EQ(empty->state(), kFinished);
   EXPECT_EQ(empty->accounting().running_ns, 0);
   EXPECT_EQ(empty->accounting().last_end_ns, 0);

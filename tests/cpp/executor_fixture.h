@@ -32,6 +32,15 @@ inline void wait_for_terminal(EventQueue& queue, std::vector<Event>& events, siz
   }
 }
 
+// A script that does something in segment `index` alone.
+template <typename Action>
+auto at(size_t index, Action action) {
+  return [index, action](size_t i) {
+    if (i == index)
+      action();
+  };
+}
+
 // Segments run on the executor's thread, so a script that dispatches, suspends or cancels does so
 // at an exactly known place: what it asked for must be seen at the very next boundary.
 class ExecutorTest : public ::testing::Test {
@@ -57,6 +66,11 @@ class ExecutorTest : public ::testing::Test {
   // After this, steps_ may be read: the executor has nothing to do until the next dispatch.
   void wait_for(size_t num_terminal) {
     wait_for_terminal(executor_->events(), events_, num_terminal);
+  }
+
+  void dispatch_and_wait(const RunRef& run, size_t num_terminal) {
+    executor_->dispatch(run);
+    wait_for(num_terminal);
   }
 
   // Waits for a run that is suspended or ends without a terminal event.

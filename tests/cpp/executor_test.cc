@@ -37,25 +37,18 @@ TEST_F(ExecutorTest, run_executes_every_segment_in_order_and_finishes) {
 
 TEST_F(ExecutorTest, run_without_segments_finishes_at_once) {
   start();
-  executor_->dispatch(make(1, 0));
-  wait_for(1);
+  dispatch_and_wait(make(1, 0), 1);
   EXPECT_EQ(events_[0].kind, EventKind::kFinished);
 }
 
 TEST_F(ExecutorTest, run_without_segments_dispatched_beside_another_finishes_too) {
   start();
   const RunRef empty = make(2, 0);
-  const RunRef run = make(1, 3, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(empty);
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run = make(1, 3, at(0, [&] { executor_->dispatch(empty); }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(empty->state(), kFinished);
   EXPECT_EQ(run->state(), kSuspended);
-  executor_->dispatch(run);
-  wait_for(2);
+  dispatch_and_wait(run, 2);
 }
 
 TEST_F(ExecutorTest, segments_execute_on_the_named_thread) {
@@ -74,8 +67,7 @@ TEST_F(ExecutorTest, remaining_predicted_falls_with_the_cursor) {
   const RunRef run =
       make(1, 3, [&](size_t) { remaining.push_back(self->remaining_predicted_s()); });
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(remaining, (std::vector<double>{1.5, 1.0, 0.5}));
 }
 
@@ -88,17 +80,11 @@ TEST_F(ExecutorTest, preempt_at_every_boundary_then_resume_skips_and_repeats_not
     steps_.clear();
     events_.clear();
     const RunRef urgent = make(2, 2);
-    const RunRef run = make(1, kSize, [&](size_t i) {
-      if (i == boundary) {
-        executor_->dispatch(urgent);
-      }
-    });
-    executor_->dispatch(run);
-    wait_for(1);
+    const RunRef run = make(1, kSize, at(boundary, [&] { executor_->dispatch(urgent); }));
+    dispatch_and_wait(run, 1);
     EXPECT_EQ(run->state(), kSuspended);
     EXPECT_EQ(run->cursor(), boundary + 1);
-    executor_->dispatch(run);
-    wait_for(2);
+    dispatch_and_wait(run, 2);
     Steps expected;
     for (size_t i = 0; i < kSize; ++i) {
       expected.emplace_back(1, i);
@@ -115,13 +101,8 @@ TEST_F(ExecutorTest, preempt_at_every_boundary_then_resume_skips_and_repeats_not
 TEST_F(ExecutorTest, dispatch_during_the_last_segment_lets_it_finish_first) {
   start();
   const RunRef urgent = make(2, 1);
-  const RunRef run = make(1, 2, [&](size_t i) {
-    if (i == 1) {
-      executor_->dispatch(urgent);
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(2);
+  const RunRef run = make(1, 2, at(1, [&] { executor_->dispatch(urgent); }));
+  dispatch_and_wait(run, 2);
   EXPECT_EQ(run->state(), kFinished);
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
   EXPECT_EQ(count(EventKind::kSuspended, 1), 0u);
@@ -133,14 +114,11 @@ TEST_F(ExecutorTest, dispatch_twice_before_the_boundary_gives_the_first_back) {
   const RunRef first = make(2, 1);
   const RunRef second = make(3, 1);
   RunRef displaced;
-  const RunRef run = make(1, 2, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(first);
-      displaced = executor_->dispatch(second);
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run = make(1, 2, at(0, [&] {
+                            executor_->dispatch(first);
+                            displaced = executor_->dispatch(second);
+                          }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(displaced, first);
   EXPECT_EQ(first->state(), kReady);
   EXPECT_EQ(steps_, (Steps{{1, 0}, {3, 0}}));
@@ -152,8 +130,7 @@ TEST_F(ExecutorTest, dispatch_of_the_current_run_changes_nothing) {
   flowprefill::Run* self = nullptr;
   const RunRef run = make(1, 3, [&](size_t) { executor_->dispatch(RunRef(self)); });
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(steps_, (Steps{{1, 0}, {1, 1}, {1, 2}}));
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
   executor_->stop();
@@ -165,12 +142,10 @@ TEST_F(ExecutorTest, dispatch_of_nothing_withdraws_what_was_waiting) {
   start();
   const RunRef other = make(2, 1);
   RunRef withdrawn;
-  executor_->dispatch(make(1, 2, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(other);
-      withdrawn = executor_->dispatch(nullptr);
-    }
-  }));
+  executor_->dispatch(make(1, 2, at(0, [&] {
+                             executor_->dispatch(other);
+                             withdrawn = executor_->dispatch(nullptr);
+                           })));
   wait_for(1);
   EXPECT_EQ(withdrawn, other);
   EXPECT_EQ(other->state(), kReady);
@@ -180,22 +155,11 @@ TEST_F(ExecutorTest, dispatch_of_nothing_withdraws_what_was_waiting) {
 TEST_F(ExecutorTest, nested_preemptions_each_resume_where_they_stood) {
   start();
   const RunRef third = make(3, 1);
-  const RunRef second = make(2, 2, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(third);
-    }
-  });
-  const RunRef first = make(1, 2, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(second);
-    }
-  });
-  executor_->dispatch(first);
-  wait_for(1);
-  executor_->dispatch(second);
-  wait_for(2);
-  executor_->dispatch(first);
-  wait_for(3);
+  const RunRef second = make(2, 2, at(0, [&] { executor_->dispatch(third); }));
+  const RunRef first = make(1, 2, at(0, [&] { executor_->dispatch(second); }));
+  dispatch_and_wait(first, 1);
+  dispatch_and_wait(second, 2);
+  dispatch_and_wait(first, 3);
   EXPECT_EQ(steps_, (Steps{{1, 0}, {2, 0}, {3, 0}, {2, 1}, {1, 1}}));
 }
 
@@ -215,17 +179,15 @@ TEST_F(ExecutorTest, cancel_of_a_ready_run_ends_it_on_the_callers_thread) {
 TEST_F(ExecutorTest, cancel_of_a_waiting_run_frees_it_and_does_not_disturb_the_current) {
   start();
   RunRef urgent = make(2, 1);
-  const RunRef run = make(1, 3, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(urgent);
-      EXPECT_TRUE(executor_->cancel(*urgent));
-      std::vector<Event> events;
-      executor_->events().pop_all(events);
-      urgent.reset();
-      events.clear();
-      EXPECT_EQ(num_alive_, 1) << "the mailbox still holds the cancelled run";
-    }
-  });
+  const RunRef run = make(1, 3, at(0, [&] {
+                            executor_->dispatch(urgent);
+                            EXPECT_TRUE(executor_->cancel(*urgent));
+                            std::vector<Event> events;
+                            executor_->events().pop_all(events);
+                            urgent.reset();
+                            events.clear();
+                            EXPECT_EQ(num_alive_, 1) << "the mailbox still holds the cancelled run";
+                          }));
   executor_->dispatch(run);
   wait_until(run, kFinished);  // not wait_for: the script takes the events
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
@@ -236,14 +198,11 @@ TEST_F(ExecutorTest, cancel_of_a_waiting_run_frees_it_and_does_not_disturb_the_c
 TEST_F(ExecutorTest, mail_that_cannot_be_started_is_dropped_without_suspending_the_current) {
   start();
   const RunRef urgent = make(2, 1);
-  const RunRef run = make(1, 3, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(urgent);
-      urgent->transition(kReady, kCancelled);
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
+  const RunRef run = make(1, 3, at(0, [&] {
+                            executor_->dispatch(urgent);
+                            urgent->transition(kReady, kCancelled);
+                          }));
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(steps_, (Steps{{1, 0}, {1, 1}, {1, 2}}));
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
 }
@@ -251,15 +210,12 @@ TEST_F(ExecutorTest, mail_that_cannot_be_started_is_dropped_without_suspending_t
 TEST_F(ExecutorTest, cancel_of_the_running_run_is_honoured_at_the_next_boundary) {
   start();
   flowprefill::Run* self = nullptr;
-  const RunRef run = make(1, 4, [&](size_t i) {
-    if (i == 1) {
-      EXPECT_TRUE(executor_->cancel(*self));
-      EXPECT_TRUE(executor_->cancel(*self)) << "accepted, not ended yet";
-    }
-  });
+  const RunRef run = make(1, 4, at(1, [&] {
+                            EXPECT_TRUE(executor_->cancel(*self));
+                            EXPECT_TRUE(executor_->cancel(*self)) << "accepted, not ended yet";
+                          }));
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(steps_, (Steps{{1, 0}, {1, 1}}));
   EXPECT_EQ(run->state(), kCancelled);
   EXPECT_EQ(events_[0].cursor, 2u);
@@ -270,14 +226,9 @@ TEST_F(ExecutorTest, cancel_of_the_running_run_is_honoured_at_the_next_boundary)
 TEST_F(ExecutorTest, cancel_during_the_last_segment_wins_over_finished) {
   start();
   flowprefill::Run* self = nullptr;
-  const RunRef run = make(1, 2, [&](size_t i) {
-    if (i == 1) {
-      EXPECT_TRUE(executor_->cancel(*self));
-    }
-  });
+  const RunRef run = make(1, 2, at(1, [&] { EXPECT_TRUE(executor_->cancel(*self)); }));
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kCancelled);
   EXPECT_EQ(run->cursor(), 2u);
   EXPECT_EQ(events_.size(), 1u);
@@ -289,15 +240,12 @@ TEST_F(ExecutorTest, cancel_and_dispatch_before_one_boundary_cancels_one_and_sta
   start();
   flowprefill::Run* self = nullptr;
   const RunRef urgent = make(2, 2);
-  const RunRef run = make(1, 3, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(urgent);
-      executor_->cancel(*self);
-    }
-  });
+  const RunRef run = make(1, 3, at(0, [&] {
+                            executor_->dispatch(urgent);
+                            executor_->cancel(*self);
+                          }));
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(2);
+  dispatch_and_wait(run, 2);
   EXPECT_EQ(run->state(), kCancelled);
   EXPECT_EQ(urgent->state(), kFinished) << "the cancel hit the wrong run";
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
@@ -307,8 +255,7 @@ TEST_F(ExecutorTest, cancel_and_dispatch_before_one_boundary_cancels_one_and_sta
 TEST_F(ExecutorTest, cancel_of_a_suspended_run_ends_it_and_closes_its_suspension) {
   start();
   const RunRef run = make(1, 3, [&](size_t) { executor_->dispatch(make(2, 1)); });
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_TRUE(executor_->cancel(*run));
   wait_for(2);
   EXPECT_EQ(run->state(), kCancelled);
@@ -320,18 +267,13 @@ TEST_F(ExecutorTest, cancel_of_a_suspended_run_ends_it_and_closes_its_suspension
 TEST_F(ExecutorTest, suspend_stops_at_the_next_boundary_and_dispatch_resumes) {
   start();
   flowprefill::Run* self = nullptr;
-  const RunRef run = make(1, 3, [&](size_t i) {
-    if (i == 0) {
-      EXPECT_TRUE(executor_->suspend(*self));
-    }
-  });
+  const RunRef run = make(1, 3, at(0, [&] { EXPECT_TRUE(executor_->suspend(*self)); }));
   self = run.get();
   executor_->dispatch(run);
   wait_until(run, kSuspended);
   EXPECT_EQ(run->cursor(), 1u);
   EXPECT_FALSE(executor_->suspend(*run));
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(steps_, (Steps{{1, 0}, {1, 1}, {1, 2}}));
   EXPECT_EQ(count(EventKind::kSuspended, 1), 1u);
 }
@@ -340,8 +282,7 @@ TEST_F(ExecutorTest, suspend_of_a_run_that_is_not_current_has_no_effect) {
   start();
   const RunRef run = make(1, 2);
   EXPECT_FALSE(executor_->suspend(*run));
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
   EXPECT_FALSE(executor_->suspend(*run));
 }
@@ -349,15 +290,12 @@ TEST_F(ExecutorTest, suspend_of_a_run_that_is_not_current_has_no_effect) {
 TEST_F(ExecutorTest, suspend_then_dispatch_of_the_current_run_goes_on) {
   start();
   flowprefill::Run* self = nullptr;
-  const RunRef run = make(1, 2, [&](size_t i) {
-    if (i == 0) {
-      executor_->suspend(*self);
-      executor_->dispatch(RunRef(self));
-    }
-  });
+  const RunRef run = make(1, 2, at(0, [&] {
+                            executor_->suspend(*self);
+                            executor_->dispatch(RunRef(self));
+                          }));
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kFinished);
   EXPECT_EQ(run->accounting().num_preemptions, 0u);
 }
@@ -365,12 +303,10 @@ TEST_F(ExecutorTest, suspend_then_dispatch_of_the_current_run_goes_on) {
 TEST_F(ExecutorTest, dispatch_then_suspend_of_the_current_run_suspends) {
   start();
   flowprefill::Run* self = nullptr;
-  const RunRef run = make(1, 2, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(RunRef(self));
-      executor_->suspend(*self);
-    }
-  });
+  const RunRef run = make(1, 2, at(0, [&] {
+                            executor_->dispatch(RunRef(self));
+                            executor_->suspend(*self);
+                          }));
   self = run.get();
   executor_->dispatch(run);
   wait_until(run, kSuspended);
@@ -382,8 +318,7 @@ TEST_F(ExecutorTest, suspend_during_the_last_segment_still_finishes) {
   flowprefill::Run* self = nullptr;
   const RunRef run = make(1, 1, [&](size_t) { EXPECT_TRUE(executor_->suspend(*self)); });
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kFinished);
 }
 
@@ -392,16 +327,12 @@ TEST_F(ExecutorTest, suspend_during_the_last_segment_still_finishes) {
 TEST_F(ExecutorTest, segment_that_throws_fails_its_run_by_name_and_the_executor_goes_on) {
   start();
   const RunRef next = make(2, 1);
-  const RunRef run = make(77, 4, [&](size_t i) {
-    if (i == 2) {
-      executor_->dispatch(next);
-      throw std::runtime_error("out of paper");
-    }
-  });
-  executor_->dispatch(make(1, 1));
-  wait_for(1);
-  executor_->dispatch(run);
-  wait_for(3);
+  const RunRef run = make(77, 4, at(2, [&] {
+                            executor_->dispatch(next);
+                            throw std::runtime_error("out of paper");
+                          }));
+  dispatch_and_wait(make(1, 1), 1);
+  dispatch_and_wait(run, 3);
   EXPECT_EQ(run->state(), kFailed);
   EXPECT_EQ(run->cursor(), 2u);
   EXPECT_EQ(run->error(),
@@ -415,8 +346,7 @@ TEST_F(ExecutorTest, segment_that_throws_fails_its_run_by_name_and_the_executor_
 TEST_F(ExecutorTest, segment_that_throws_anything_fails_its_run) {
   start();
   const RunRef run = make(1, 1, [](size_t) { throw 42; });
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kFailed);
   EXPECT_NE(run->error().find("not a std::exception"), std::string::npos);
 }
@@ -429,8 +359,7 @@ TEST_F(ExecutorTest, failure_of_a_cancelled_segment_is_reported_as_failed) {
     throw std::runtime_error("broken");
   });
   self = run.get();
-  executor_->dispatch(run);
-  wait_for(1);
+  dispatch_and_wait(run, 1);
   EXPECT_EQ(run->state(), kFailed);
   EXPECT_EQ(events_.size(), 1u);
 }
@@ -451,14 +380,12 @@ TEST_F(ExecutorTest, stop_cancels_the_current_and_the_waiting_run_only) {
   const RunRef waiting = make(2, 1);
   std::atomic<bool> is_inside{false};
   std::atomic<bool> may_go_on{false};
-  const RunRef run = make(1, 1000, [&](size_t i) {
-    if (i == 0) {
-      executor_->dispatch(waiting);
-      is_inside = true;
-      is_inside.notify_all();
-      may_go_on.wait(false);
-    }
-  });
+  const RunRef run = make(1, 1000, at(0, [&] {
+                            executor_->dispatch(waiting);
+                            is_inside = true;
+                            is_inside.notify_all();
+                            may_go_on.wait(false);
+                          }));
   executor_->dispatch(run);
   is_inside.wait(false);
   std::jthread stopper([&] { executor_->stop(); });
@@ -512,15 +439,9 @@ TEST_F(ExecutorTest, without_a_device_throws) {
 TEST_F(ExecutorTest, accounting_agrees_with_the_timeline) {
   start();
   const RunRef urgent = make(2, 2);
-  const RunRef run = make(1, 3, [&](size_t i) {
-    if (i == 1) {
-      executor_->dispatch(urgent);
-    }
-  });
-  executor_->dispatch(run);
-  wait_for(1);
-  executor_->dispatch(run);
-  wait_for(2);
+  const RunRef run = make(1, 3, at(1, [&] { executor_->dispatch(urgent); }));
+  dispatch_and_wait(run, 1);
+  dispatch_and_wait(run, 2);
   const auto records = executor_->timeline().snapshot().records;
   ASSERT_EQ(records.size(), 5u);
   const RunAccounting mine = run->accounting();
@@ -539,8 +460,7 @@ TEST_F(ExecutorTest, accounting_agrees_with_the_timeline) {
 
 TEST_F(ExecutorTest, timeline_names_run_segment_and_rows_and_segments_never_overlap) {
   start();
-  executor_->dispatch(make(9, 3));
-  wait_for(1);
+  dispatch_and_wait(make(9, 3), 1);
   const auto records = executor_->timeline().snapshot().records;
   ASSERT_EQ(records.size(), 3u);
   for (uint32_t i = 0; i < 3; ++i) {
@@ -563,10 +483,8 @@ TEST_F(ExecutorTest, stats_count_what_happened) {
       executor_->dispatch(make(2, 1, [](size_t) { throw std::runtime_error("no"); }));
     }
   });
-  executor_->dispatch(run);
-  wait_for(1);
-  executor_->dispatch(run);
-  wait_for(2);
+  dispatch_and_wait(run, 1);
+  dispatch_and_wait(run, 2);
   const ExecutorStats stats = executor_->stats();
   EXPECT_EQ(stats.num_dispatched, 3u);
   EXPECT_EQ(stats.num_started, 3u);

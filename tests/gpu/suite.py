@@ -2,7 +2,7 @@
 
 Without a GPU it prints one line, why there is none, and ends with status 0: nothing is built. With
 one it builds _cuda for that GPU and the C++ tests, runs these, compute-sanitizer over them, and the
-Python tests of this folder. Status 1: something failed.
+device suite (tests/device) on device cuda. Status 1: something failed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def steps() -> list[Step]:
         Step("configuration of the C++ tests", configure),
         Step("build of the C++ tests", ["cmake", "--build", str(BUILD)]),
         Step("C++ tests", ["ctest", "--test-dir", str(BUILD), "--output-on-failure"], False),
-        Step("Python tests", [python, "-m", "pytest", "tests/gpu"], False),
+        Step("Python tests", [python, "-m", "pytest", "tests/device", "-m", "gpu"], False),
     ]
 
 

@@ -9,6 +9,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -50,7 +52,9 @@ class HookedDevice : public Device {
   const Hook& after_;
 };
 
-class CudaTest : public ::testing::Test {
+// Runs of programs P under the real executor over the double; nothing is left at the end.
+template <typename P>
+class DoubleTest : public ::testing::Test {
  protected:
   void SetUp() override { fake_cudart::reset(); }
 
@@ -62,13 +66,71 @@ class CudaTest : public ::testing::Test {
   }
 
   // Everything that holds handles.
-  void tear_down() {
+  virtual void tear_down() {
     executor_.reset();
     before_launch_ = nullptr;
     after_launch_ = nullptr;
     programs_.clear();
     runs_.clear();
     events_.clear();
+  }
+
+  void start_on(std::unique_ptr<Device> device) {
+    executor_ = std::make_unique<Executor>(
+        std::make_unique<HookedDevice>(std::move(device), before_launch_, after_launch_));
+    executor_->start();
+  }
+
+  void add(uint32_t id, std::unique_ptr<P> program) {
+    programs_[id] = program.get();
+    runs_[id] = make_run(id, std::move(program));
+  }
+  void dispatch(uint32_t id) { executor_->dispatch(runs_.at(id)); }
+  void wait_for(size_t num_terminal) {
+    wait_for_terminal(executor_->events(), events_, num_terminal);
+  }
+
+  // Before about every third launch, one of the runs 1..count that has not ended is dispatched.
+  void dispatch_at_random(std::mt19937& random, uint32_t count) {
+    const uint32_t id = 1 + random() % count;
+    if (random() % 3 == 0 && !is_terminal(runs_.at(id)->state()))
+      dispatch(id);
+  }
+  // Dispatches the runs 1..count until all have ended: again whenever another displaced one.
+  void execute_all(uint32_t count) {
+    for (uint32_t id = 1; id <= count; ++id) {
+      while (!is_terminal(runs_.at(id)->state())) {
+        try {
+          dispatch(id);
+        } catch (const std::invalid_argument&) {
+          break;  // reported: it ended just now
+        }
+        pollfd descriptor{.fd = executor_->events().fd(), .events = POLLIN, .revents = 0};
+        poll(&descriptor, 1, 1);
+        executor_->events().pop_all(events_);
+      }
+    }
+    wait_for(count);
+  }
+
+  // Whether `program` is that of run `id`.
+  bool is(const Program& program, uint32_t id) const {
+    const auto found = programs_.find(id);
+    return found != programs_.end() && found->second == &program;
+  }
+
+  std::unique_ptr<Executor> executor_;
+  std::map<uint32_t, RunRef> runs_;
+  std::map<uint32_t, P*> programs_;
+  std::vector<Event> events_;
+  HookedDevice::Hook before_launch_;  // set before start()
+  HookedDevice::Hook after_launch_;
+};
+
+class CudaTest : public DoubleTest<CudaProgram> {
+ protected:
+  void tear_down() override {
+    DoubleTest::tear_down();
     resources_.reset();
   }
 
@@ -84,22 +146,12 @@ class CudaTest : public ::testing::Test {
     if (resources_ == nullptr)
       make_resources();
     device_options_.run_ahead = run_ahead;
-    auto device = std::make_unique<CudaDevice>(resources_, device_options_);
-    executor_ = std::make_unique<Executor>(
-        std::make_unique<HookedDevice>(std::move(device), before_launch_, after_launch_));
-    executor_->start();
+    start_on(std::make_unique<CudaDevice>(resources_, device_options_));
   }
 
   RunRef make(uint32_t id, const std::shared_ptr<const CudaPlan>& plan) {
-    auto program = std::make_unique<CudaProgram>(resources_, plan, kBucket, ToyModel::inputs(id));
-    programs_[id] = program.get();
-    return runs_[id] = make_run(id, std::move(program));
-  }
-
-  void dispatch(uint32_t id) { executor_->dispatch(runs_.at(id)); }
-
-  void wait_for(size_t num_terminal) {
-    wait_for_terminal(executor_->events(), events_, num_terminal);
+    add(id, std::make_unique<CudaProgram>(resources_, plan, kBucket, ToyModel::inputs(id)));
+    return runs_[id];
   }
 
   size_t count(EventKind kind) {
@@ -115,21 +167,9 @@ class CudaTest : public ::testing::Test {
         << "run " << id << " has a wrong result";
   }
 
-  // Whether `program` is that of run `id`.
-  bool is(const Program& program, uint32_t id) const {
-    const auto found = programs_.find(id);
-    return found != programs_.end() && found->second == &program;
-  }
-
   CudaOptions options_;
   CudaDeviceOptions device_options_{.run_ahead = 2, .spin_s = 0, .prepare = {}};
   std::shared_ptr<CudaResources> resources_;
-  std::unique_ptr<Executor> executor_;
-  std::map<uint32_t, RunRef> runs_;
-  std::map<uint32_t, CudaProgram*> programs_;
-  std::vector<Event> events_;
-  HookedDevice::Hook before_launch_;  // set before start()
-  HookedDevice::Hook after_launch_;
 };
 
 }  // namespace flowprefill::testing

@@ -109,27 +109,11 @@ TEST_F(CudaPreemptionTest, random_preemption_of_many_runs_keeps_every_result) {
     constexpr uint32_t kRuns = 12;
     ToyModel model(3);
     // Any run may be dispatched at any boundary; a displaced or suspended one is dispatched later.
-    before_launch_ = [&](Program&, size_t) {
-      const uint32_t id = 1 + random() % kRuns;
-      if (random() % 3 == 0 && !is_terminal(runs_.at(id)->state()))
-        dispatch(id);
-    };
+    before_launch_ = [&](Program&, size_t) { dispatch_at_random(random, kRuns); };
     start(1 + static_cast<int>(seed % 4));
     for (uint32_t id = 1; id <= kRuns; ++id)
       make(id, model.plan());
-    for (uint32_t id = 1; id <= kRuns; ++id) {
-      while (!is_terminal(runs_.at(id)->state())) {
-        try {
-          dispatch(id);
-        } catch (const std::invalid_argument&) {
-          break;  // reported: it ended just now
-        }
-        pollfd descriptor{.fd = executor_->events().fd(), .events = POLLIN, .revents = 0};
-        poll(&descriptor, 1, 1);
-        executor_->events().pop_all(events_);
-      }
-    }
-    wait_for(kRuns);
+    execute_all(kRuns);
     for (uint32_t id = 1; id <= kRuns; ++id)
       expect_finished(model, id);
     tear_down();

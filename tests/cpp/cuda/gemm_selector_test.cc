@@ -16,6 +16,7 @@
 #include "devices/cuda/kernels/row_bodies.h"
 #include "devices/cuda/runtime/stream.h"
 #include "fake_cudart.h"
+#include "reference.h"
 
 namespace flowprefill {
 namespace {
@@ -484,7 +485,7 @@ class RealCandidates : public GemmSelection {
           for (int32_t k = 0; k < kDepth; ++k)
             sums[part] += value(a, kDepth, row, k) * value(b, kDepth, 2 * i + part, k);
         }
-        const double want = sums[0] / (1 + std::exp(-sums[0])) * sums[1];
+        const double want = reference::silu(sums[0]) * sums[1];
         EXPECT_NEAR(got, want, std::abs(want) / 64 + 1e-3);
       }
     }

@@ -32,10 +32,10 @@ struct Part {
   std::vector<int32_t> tokens = {};
 };
 
-class ModelTest : public ::testing::Test {
+class ModelTest : public DoubleTest<CudaModelProgram> {
  protected:
   void SetUp() override {
-    fake_cudart::reset();
+    DoubleTest::SetUp();
     fake_kernels::reset();
     fake_kernels::use_bodies(false);
     options_.num_lanes = 2;
@@ -57,20 +57,8 @@ class ModelTest : public ::testing::Test {
                            .step_overhead_s = 1e-9};
   }
 
-  void TearDown() override {
-    tear_down();
-    EXPECT_EQ(fake_cudart::live().handles(), 0) << "left: " << fake_cudart::live().text();
-    EXPECT_EQ(fake_cudart::live().device_bytes, 0u);
-    EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess) << "an error was handled but not cleared";
-  }
-
-  void tear_down() {
-    executor_.reset();
-    before_launch_ = nullptr;
-    after_launch_ = nullptr;
-    programs_.clear();
-    runs_.clear();
-    events_.clear();
+  void tear_down() override {
+    DoubleTest::tear_down();
     model_.reset();
   }
 
@@ -81,9 +69,7 @@ class ModelTest : public ::testing::Test {
   }
 
   void start(const std::optional<PlanOptions>& warm = std::nullopt) {
-    executor_ = std::make_unique<Executor>(
-        std::make_unique<HookedDevice>(model_->make_device(warm), before_launch_, after_launch_));
-    executor_->start();
+    start_on(model_->make_device(warm));
   }
 
   static Batch batch_of(const std::vector<Part>& parts) {
@@ -110,16 +96,10 @@ class ModelTest : public ::testing::Test {
 
   CudaModelProgram* make(uint32_t id, const std::vector<Part>& parts,
                          const ProgramOptions& options = {}) {
-    auto program = program_of(batch_of(parts), options);
-    programs_[id] = program.get();
-    runs_[id] = make_run(id, std::move(program));
+    add(id, program_of(batch_of(parts), options));
     return programs_[id];
   }
 
-  void dispatch(uint32_t id) { executor_->dispatch(runs_.at(id)); }
-  void wait_for(size_t num_terminal) {
-    wait_for_terminal(executor_->events(), events_, num_terminal);
-  }
   size_t num_terminal() const {
     return static_cast<size_t>(
         std::ranges::count_if(events_, [](const Event& event) { return is_terminal(event.kind); }));
@@ -158,11 +138,6 @@ class ModelTest : public ::testing::Test {
     return rows;
   }
 
-  bool is(const Program& program, uint32_t id) const {
-    const auto found = programs_.find(id);
-    return found != programs_.end() && found->second == &program;
-  }
-
   // Mostly they are equal to five digits. Sums in another order tip the rounding of a bf16 the
   // other way now and then; what that makes of the logits here is up to 0.02 of their spread.
   static void expect_close(const std::vector<float>& got, const std::vector<float>& want,
@@ -182,12 +157,6 @@ class ModelTest : public ::testing::Test {
   PlanOptions plan_options_;
   std::vector<SamplingParams> sampling_;
   std::unique_ptr<CudaBackend> model_;
-  std::unique_ptr<Executor> executor_;
-  std::map<uint32_t, RunRef> runs_;
-  std::map<uint32_t, CudaModelProgram*> programs_;
-  std::vector<Event> events_;
-  HookedDevice::Hook before_launch_;  // set before start()
-  HookedDevice::Hook after_launch_;
 };
 
 // The first `count` of the tokens.

@@ -143,18 +143,5 @@ TEST_F(ModelInputTest, calls_out_of_order_are_refused) {
   EXPECT_THROW(model.make_device(), std::logic_error);
 }
 
-TEST_F(ModelInputTest, injected_failure_ends_its_run_only) {
-  const TinyModel tiny(Kind::kLlama, 1);
-  plan_options_.granularity = Granularity::kOperator;
-  make_model(tiny);
-  start();
-  const Part part{0, {}, tiny.random_tokens(5, 1)};
-  make(1, {part}, {.fail_at = 3});
-  execute_to_end(1);
-  EXPECT_EQ(runs_.at(1)->state(), RunState::kFailed);
-  expect_has(runs_.at(1)->error(), {"injected failure", "o_proj"});
-  expect_close(execute(2, {part})[0], tiny.logits(part.tokens), "run 2");
-}
-
 }  // namespace
 }  // namespace flowprefill::testing

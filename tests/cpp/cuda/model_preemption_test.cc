@@ -78,12 +78,6 @@ TEST_F(ModelPreemptionTest, preempted_at_every_boundary_within_a_budget_gives_th
   preempt_everywhere(TinyModel(Kind::kWindow, 1));
 }
 
-TEST_F(ModelPreemptionTest, preempted_at_every_boundary_without_graphs_gives_the_same_bits) {
-  options_.has_graphs = false;
-  plan_options_.granularity = Granularity::kOperator;
-  preempt_everywhere(TinyModel(Kind::kLlama, 1));
-}
-
 TEST_F(ModelPreemptionTest, preempted_by_chunks_and_layers_gives_the_same_bits) {
   plan_options_.chunk_tokens = 7;
   plan_options_.granularity = Granularity::kChunk;
@@ -131,29 +125,6 @@ TEST_F(ModelPreemptionTest, more_suspended_runs_than_lanes_spill_exactly_their_l
   }
 }
 
-TEST_F(ModelPreemptionTest, run_cancelled_at_any_segment_disturbs_nobody) {
-  const TinyModel tiny(Kind::kLlama, 1);
-  options_.num_lanes = 1;
-  plan_options_.granularity = Granularity::kOperator;
-  uint32_t victim = 0;
-  size_t at = 0;
-  before_launch_ = [&](Program& program, size_t segment) {
-    if (is(program, victim) && segment == at)
-      executor_->cancel(*runs_.at(victim));
-  };
-  make_model(tiny);
-  start();
-  const std::vector<Part> parts = {{.sequence = 1, .tokens = tiny.random_tokens(20, 1)}};
-  const Logits undisturbed = execute(1, parts);
-  for (at = 0; at + 1 < programs_.at(1)->size(); ++at) {
-    victim += 10;
-    make(victim, {{.sequence = 2, .tokens = tiny.random_tokens(20, 2)}});
-    execute_to_end(victim);
-    EXPECT_EQ(runs_.at(victim)->state(), RunState::kCancelled);
-    EXPECT_EQ(execute(victim + 1, parts), undisturbed) << "cancelled at " << at;
-  }
-}
-
 TEST_F(ModelPreemptionTest, random_preemption_of_many_runs_keeps_every_bit) {
   constexpr uint32_t kRuns = 8;
   const TinyModel tiny(Kind::kWindow, 2);
@@ -164,9 +135,8 @@ TEST_F(ModelPreemptionTest, random_preemption_of_many_runs_keeps_every_bit) {
     plan_options_.granularity = seed == 2 ? Granularity::kLayer : Granularity::kOperator;
     bool is_random = false;
     before_launch_ = [&](Program&, size_t) {
-      const uint32_t id = 1 + random() % kRuns;
-      if (is_random && random() % 3 == 0 && !is_terminal(runs_.at(id)->state()))
-        dispatch(id);
+      if (is_random)
+        dispatch_at_random(random, kRuns);
     };
     make_model(tiny);
     start();
@@ -181,19 +151,7 @@ TEST_F(ModelPreemptionTest, random_preemption_of_many_runs_keeps_every_bit) {
     for (uint32_t id = 1; id <= kRuns; ++id)
       make(id, parts(id));
     is_random = true;
-    for (uint32_t id = 1; id <= kRuns; ++id) {
-      while (!is_terminal(runs_.at(id)->state())) {
-        try {
-          dispatch(id);
-        } catch (const std::invalid_argument&) {
-          break;  // reported: it ended just now
-        }
-        pollfd descriptor{.fd = executor_->events().fd(), .events = POLLIN, .revents = 0};
-        poll(&descriptor, 1, 1);
-        executor_->events().pop_all(events_);
-      }
-    }
-    wait_for(kRuns);
+    execute_all(kRuns);
     for (uint32_t id = 1; id <= kRuns; ++id)
       EXPECT_EQ(logits(id), undisturbed[id - 1]) << "run " << id << ", seed " << seed;
     tear_down();

@@ -2,28 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <numbers>
-#include <utility>
+#include <span>
 #include <vector>
+
+#include "reference.h"
 
 namespace fake_kernels {
 
 using namespace flowprefill;  // NOLINT(google-build-using-namespace)
 
 namespace {
-
-double silu(double x) {
-  return x / (1.0 + std::exp(-x));
-}
-
-double inverse_rms_of(const std::vector<double>& x, float eps) {
-  double sum = 0;
-  for (const double value : x)
-    sum += value * value;
-  return 1.0 / std::sqrt(sum / static_cast<double>(x.size()) + eps);
-}
 
 // One head of a row after the qkv product, as floats.
 template <typename In>
@@ -40,20 +30,15 @@ class Head {
   void norm(const float* weight) {
     if (weight == nullptr)
       return;
-    const double scale = inverse_rms_of(x_, args_.eps);
+    const double scale = reference::inverse_rms(x_, args_.eps);
     for (size_t i = 0; i < x_.size(); ++i)
       x_[i] *= scale * weight[i];
   }
   void rotate(double scale) {
-    const size_t half = x_.size() / 2;
     const float* cos = args_.rotary + int64_t{row_} * args_.head_dim;
-    const float* sin = cos + half;
-    for (size_t i = 0; i < half; ++i) {
-      const double a = x_[i];
-      const double b = x_[i + half];
-      x_[i] = (a * cos[i] - b * sin[i]) * scale;
-      x_[i + half] = (b * cos[i] + a * sin[i]) * scale;
-    }
+    reference::rotate(x_, cos, cos + args_.head_dim / 2);
+    for (double& value : x_)
+      value *= scale;
   }
   void store(Bf16* out) const {
     for (size_t i = 0; i < x_.size(); ++i)
@@ -106,59 +91,17 @@ void attend(const AttentionArgs& args, const AttentionTile& tile, int32_t entry,
   const auto at = [&](const Bf16* cache, int32_t key) {
     return cache + args.cache.offset(table, key) + kv_head * args.cache.head_stride;
   };
-  std::vector<double> scores;
-  for (int32_t key = first; key <= position; ++key) {
-    double score = 0;
+  const auto score = [&](int32_t key) {
+    double sum = 0;
     for (int32_t i = 0; i < args.head_dim; ++i)
-      score += widen(q[i]) * widen(at(args.cache.keys, key)[i]);
-    scores.push_back(score);
-  }
-  const double peak = *std::ranges::max_element(scores);
-  double sum = 0;
-  std::vector<double> out(static_cast<size_t>(args.head_dim));
-  for (int32_t key = first; key <= position; ++key) {
-    const double p = std::exp2(scores[static_cast<size_t>(key - first)] - peak);
-    sum += p;
-    for (size_t i = 0; i < out.size(); ++i)
-      out[i] += p * widen(at(args.cache.values, key)[i]);
-  }
-  for (size_t i = 0; i < out.size(); ++i)
-    args.out[row * args.ld_out + column + static_cast<int64_t>(i)] =
-        to_bf16(static_cast<float>(out[i] / sum));
-}
-
-// A token and how likely it is.
-struct Candidate {
-  int32_t id;
-  double weight;
-};
-
-double total(const std::vector<Candidate>& candidates) {
-  double sum = 0;
-  for (const Candidate& candidate : candidates)
-    sum += candidate.weight;
-  return sum;
-}
-
-int32_t draw(std::vector<Candidate> candidates, const SamplingParams& params) {
-  std::erase_if(candidates, [&](const Candidate& c) { return c.weight < params.min_p; });
-  std::ranges::stable_sort(candidates, std::greater(), &Candidate::weight);
-  if (params.top_k > 0)
-    candidates.resize(std::min(candidates.size(), static_cast<size_t>(params.top_k)));
-  const double wanted = params.top_p * total(candidates);
-  double sum = 0;
-  size_t count = 0;
-  while (count < candidates.size() && (count == 0 || sum < wanted))
-    sum += candidates[count++].weight;
-  candidates.resize(count);
-  std::ranges::sort(candidates, {}, &Candidate::id);
-  double left = params.uniform * total(candidates);
-  for (const Candidate& candidate : candidates) {
-    left -= candidate.weight;
-    if (left < 0)
-      return candidate.id;
-  }
-  return candidates.back().id;
+      sum += widen(q[i]) * widen(at(args.cache.keys, key)[i]);
+    return sum;
+  };
+  const auto value = [&](int32_t key, size_t i) { return widen(at(args.cache.values, key)[i]); };
+  const auto dim = static_cast<size_t>(args.head_dim);
+  Bf16* out = args.out + row * args.ld_out + column;
+  for (const double x : reference::attended(first, position + 1, dim, score, value))
+    *out++ = to_bf16(static_cast<float>(x));
 }
 
 }  // namespace
@@ -198,7 +141,8 @@ void rms_norm(const RmsNormArgs& args) {
     float* hidden = args.hidden + row * args.ld_hidden;
     for (int32_t i = 0; args.delta != nullptr && i < args.width; ++i)
       hidden[i] += args.delta[row * args.ld_delta + i];
-    const double scale = inverse_rms_of({hidden, hidden + args.width}, args.eps);
+    const double scale =
+        reference::inverse_rms(std::span(hidden, static_cast<size_t>(args.width)), args.eps);
     for (int32_t i = 0; i < args.width; ++i)
       out[i] = to_bf16(static_cast<float>(hidden[i] * scale * args.weight[i]));
   }
@@ -216,7 +160,7 @@ void swiglu(const SwigluArgs<In>& args) {
     for (int32_t i = 0; i < args.width; ++i) {
       const In* pair = args.in + row * args.ld_in + 2 * i;
       args.out[row * args.ld_out + i] =
-          to_bf16(static_cast<float>(silu(widen(pair[0])) * widen(pair[1])));
+          to_bf16(static_cast<float>(reference::silu(widen(pair[0])) * widen(pair[1])));
     }
   }
 }
@@ -245,10 +189,8 @@ void sample(const SampleArgs& args) {
     args.out[row] = static_cast<int32_t>(top - logits);
     if (params.temperature < 1e-5f)
       continue;
-    std::vector<Candidate> candidates;
-    for (int32_t id = 0; id < args.width; ++id)
-      candidates.push_back({id, std::exp((double{logits[id]} - *top) / params.temperature)});
-    args.out[row] = draw(std::move(candidates), params);
+    args.out[row] = reference::sampled({logits, static_cast<size_t>(args.width)}, params,
+                                       params.top_p, params.uniform);
   }
 }
 
@@ -281,9 +223,10 @@ void gemm(const GemmArgs& args) {
     }
     for (int32_t column = 0; column < args.d_columns(); ++column) {
       const auto at = static_cast<size_t>(column);
-      const float value = args.is_gated
-                              ? static_cast<float>(silu(products[2 * at]) * products[2 * at + 1])
-                              : products[at];
+      const float value =
+          args.is_gated
+              ? static_cast<float>(reference::silu(products[2 * at]) * products[2 * at + 1])
+              : products[at];
       if (args.output == GemmOutput::kBf16) {
         static_cast<Bf16*>(args.d)[row * args.ldd + column] = to_bf16(value);
       } else {

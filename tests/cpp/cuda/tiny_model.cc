@@ -1,7 +1,11 @@
 #include "tiny_model.h"
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
+
+#include "reference.h"
 
 namespace flowprefill::testing {
 namespace {
@@ -96,10 +100,7 @@ std::vector<int32_t> TinyModel::random_tokens(int32_t count, uint32_t seed) cons
 // ---- the plain transformer
 
 std::vector<double> TinyModel::norm(const std::vector<double>& x, const std::string& weight) const {
-  double sum = 0;
-  for (const double value : x)
-    sum += value * value;
-  const double scale = 1 / std::sqrt(sum / static_cast<double>(x.size()) + shape_.rms_eps);
+  const double scale = reference::inverse_rms(x, shape_.rms_eps);
   std::vector<double> out;
   for (size_t i = 0; i < x.size(); ++i)
     out.push_back(x[i] * scale * tensor(weight).values[i]);
@@ -135,14 +136,14 @@ std::vector<std::vector<double>> TinyModel::heads(const std::vector<double>& x,
     if (name != "v") {
       if (has(layer + name + "_norm"))
         head = norm(head, layer + name + "_norm");
-      for (size_t i = 0; i < dim / 2; ++i) {
-        const double angle =
-            static_cast<double>(position) * shape_.inverse_frequency(static_cast<int32_t>(i));
-        const double a = head[i];
-        const double b = head[i + dim / 2];
-        head[i] = a * std::cos(angle) - b * std::sin(angle);
-        head[i + dim / 2] = b * std::cos(angle) + a * std::sin(angle);
+      std::vector<double> cos;
+      std::vector<double> sin;
+      for (int32_t i = 0; i < shape_.head_dim / 2; ++i) {
+        const double angle = static_cast<double>(position) * shape_.inverse_frequency(i);
+        cos.push_back(std::cos(angle));
+        sin.push_back(std::sin(angle));
       }
+      reference::rotate(head, cos, sin);
     }
     // Queries are stored scaled, in base 2.
     const double scale =
@@ -159,23 +160,19 @@ std::vector<double> TinyModel::attend(const Rows& queries, const std::vector<Row
                                       const std::vector<Rows>& values, int32_t window) const {
   std::vector<double> out;
   const size_t group = queries.size() / keys.front().size();
-  const size_t count = keys.size();
-  const size_t first =
-      window > 0 && count > static_cast<size_t>(window) ? count - static_cast<size_t>(window) : 0;
+  const auto count = static_cast<int32_t>(keys.size());
+  const int32_t first = window > 0 ? std::max(0, count - window) : 0;
   for (size_t h = 0; h < queries.size(); ++h) {
-    double sum = 0;
-    std::vector<double> mixed(static_cast<size_t>(shape_.head_dim));
-    for (size_t t = first; t < count; ++t) {
-      double score = 0;
-      for (size_t i = 0; i < mixed.size(); ++i)
-        score += queries[h][i] * keys[t][h / group][i];
-      const double p = std::exp2(score);
-      sum += p;
-      for (size_t i = 0; i < mixed.size(); ++i)
-        mixed[i] += p * values[t][h / group][i];
-    }
-    for (const double value : mixed)
-      out.push_back(value / sum);
+    const auto of = [&](const std::vector<Rows>& rows, int32_t token) -> const auto& {
+      return rows[static_cast<size_t>(token)][h / group];
+    };
+    const auto score = [&](int32_t key) {
+      return std::inner_product(queries[h].begin(), queries[h].end(), of(keys, key).begin(), 0.0);
+    };
+    const auto value = [&](int32_t key, size_t i) { return of(values, key)[i]; };
+    const auto mixed =
+        reference::attended(first, count, static_cast<size_t>(shape_.head_dim), score, value);
+    out.insert(out.end(), mixed.begin(), mixed.end());
   }
   return rounded(out);
 }
@@ -205,7 +202,7 @@ TinyModel::LayerCache TinyModel::run_layer(int32_t index, Rows& hidden) const {
     add_bias(gate, "gate_bias");
     add_bias(up, "up_bias");
     for (size_t i = 0; i < gate.size(); ++i)
-      gate[i] = bf16(gate[i] / (1 + std::exp(-gate[i])) * up[i]);
+      gate[i] = bf16(reference::silu(gate[i]) * up[i]);
     std::vector<double> down = project(gate, layer + "down");
     add_bias(down, "down_bias");
     add_to(row, down);

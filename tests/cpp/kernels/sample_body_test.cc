@@ -7,11 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <random>
 #include <set>
+#include <span>
 #include <vector>
 
+#include "reference.h"
 #include "simt.h"
 
 namespace flowprefill {
@@ -44,57 +45,14 @@ std::vector<int32_t> sample(const std::vector<float>& logits,
   return out;
 }
 
-// What is left of a row: tokens in the order of likelihood, then of ids.
-struct Reference {
-  std::vector<double> weights;
-  std::vector<int32_t> left;
-
-  Reference(const float* logits, int32_t width, const SamplingParams& params, double top_p) {
-    const double top = *std::max_element(logits, logits + width);
-    for (int32_t id = 0; id < width; ++id) {
-      weights.push_back(std::exp((logits[id] - top) / params.temperature));
-      if (weights.back() >= params.min_p)
-        left.push_back(id);
-    }
-    std::stable_sort(left.begin(), left.end(),
-                     [logits](int32_t a, int32_t b) { return logits[a] > logits[b]; });
-    if (params.top_k > 0 && static_cast<size_t>(params.top_k) < left.size())
-      left.resize(static_cast<size_t>(params.top_k));
-    if (params.top_p < 1) {
-      double sum = 0;
-      size_t count = 0;
-      while (count < left.size() && (count == 0 || sum < top_p * total()))
-        sum += weights[static_cast<size_t>(left[count++])];
-      left.resize(count);
-    }
-    std::sort(left.begin(), left.end());
-  }
-
-  double total() const {
-    return std::accumulate(left.begin(), left.end(), 0.0, [this](double sum, int32_t id) {
-      return sum + weights[static_cast<size_t>(id)];
-    });
-  }
-  int32_t draw(double uniform) const {
-    const double target = uniform * total();
-    double sum = 0;
-    for (const int32_t id : left) {
-      sum += weights[static_cast<size_t>(id)];
-      if (sum > target)
-        return id;
-    }
-    return left.back();
-  }
-};
-
 // Every token that a rounding of the weights by `error` could lead to.
 std::set<int32_t> allowed(const float* logits, int32_t width, const SamplingParams& params,
                           double error) {
+  const std::span row(logits, static_cast<size_t>(width));
   std::set<int32_t> out;
   for (const double p : {params.top_p - error, params.top_p + 0.0, params.top_p + error}) {
-    const Reference reference(logits, width, params, p);
     for (const double u : {params.uniform - error, params.uniform + 0.0, params.uniform + error})
-      out.insert(reference.draw(u));
+      out.insert(reference::sampled(row, params, p, u));
   }
   return out;
 }
@@ -149,7 +107,8 @@ TEST_P(Sample, GivesTheTokenOfTheSortingSampler) {
         << "row " << row << ": " << token << " of " << width << ", temperature " << p.temperature
         << ", top_k " << p.top_k << ", top_p " << p.top_p << ", min_p " << p.min_p << ", uniform "
         << p.uniform;
-    exact += Reference(of_row, width, p, p.top_p).draw(p.uniform) == token ? 1 : 0;
+    const std::span logits_of_row(of_row, static_cast<size_t>(width));
+    exact += reference::sampled(logits_of_row, p, p.top_p, p.uniform) == token ? 1 : 0;
   }
   EXPECT_GE(exact, rows - 1);  // near a threshold is rare
 }

@@ -11,7 +11,7 @@
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   import     the modules load and see the GPU
 #   model      an 8B shape with random weights: rates, prefill, operators, blocking by run-ahead
-#   pytest     tests/gpu
+#   pytest     tests/device on device cuda
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
 #   ncu        a profile of the attention kernel
@@ -151,9 +151,9 @@ if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"
 fi
 # Settings of its own: with another torch, warnings are not ours to mend, and a plugin may be missing.
-wants pytest && stage pytest 120 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/gpu \
+wants pytest && stage pytest 180 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -m gpu \
   -p no:cacheprovider -q --maxfail=8 --junitxml="$OUT/pytest.xml" \
-  --deselect tests/gpu/test_gpu_engine.py::test_the_bench_fills_its_tables
+  --deselect tests/device/test_benches.py::test_the_bench_fills_its_tables
 if wants sanitizer; then
   few='Attention.OfRagged*:Attention.WithinAWindow:Row*:Rope*:Sample*'
   stage sanitizer-memcheck 70 12 compute-sanitizer --tool memcheck --error-exitcode 9 \

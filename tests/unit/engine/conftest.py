@@ -1,4 +1,4 @@
-"""Fixtures of the engine's tests: tiny checkpoints on disk, an engine on one of them."""
+"""Fixtures of the engine's own tests: an engine on a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -7,42 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
-from engine_models import assert_all_free, make_engine, save_tiny
+from tiny_models import save_with_tokenizer, tiny_model
 
-from flowprefill import Engine
+from flowprefill import Engine, EngineConfig
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.PreTrainedModel]:
-    """Folder and transformers' model."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny Llama with the default model's tokenizer."""
     folder = tmp_path_factory.mktemp("engine") / "tiny-llama"
-    return folder, save_tiny(folder)
-
-
-@pytest.fixture(scope="session")
-def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one token whose embedding is NaN."""
-    folder = tmp_path_factory.mktemp("engine") / "tiny-poisoned"
-    save_tiny(folder, is_poisoned=True)
+    model = tiny_model(
+        "llama", vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=16_384,
+        pad_token_id=None,
+    )  # fmt: skip
+    save_with_tokenizer(model, folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def engine(tiny: tuple[Path, transformers.PreTrainedModel]) -> Iterator[Engine]:
-    """One engine for the tests of a file; each must leave it empty."""
-    with make_engine(tiny[0]) as engine:
-        yield engine
-        assert_all_free(engine)
-
-
 @pytest.fixture
-def open_engine(tiny: tuple[Path, transformers.PreTrainedModel]) -> Iterator[Callable[..., Engine]]:
-    """Make an engine of one's own: (settings, folder) -> Engine; closed at the end."""
+def open_engine(tiny: Path) -> Iterator[Callable[..., Engine]]:
+    """Make an uncalibrated float32 engine of one thread unless told otherwise."""
     engines: list[Engine] = []
+    defaults: dict[str, Any] = {
+        "calibrate": False,
+        "dtype": "f32",
+        "threads": 1,
+        "kv_cache_gib": 0.02,
+    }
 
-    def open_one(folder: Path | None = None, **settings: Any) -> Engine:
-        engines.append(make_engine(folder or tiny[0], **settings))
+    def open_one(**settings: Any) -> Engine:
+        engines.append(Engine(tiny, EngineConfig(**(defaults | settings))))
         return engines[-1]
 
     yield open_one

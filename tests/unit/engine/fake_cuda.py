@@ -1,6 +1,6 @@
 """A stand-in of flowprefill._cuda whose GPUs are described by a test and whose models are _core's.
 
-For tests of the choice of a device and of the engine's wiring; tests/cuda_engine has the real
+For tests of the choice of a device and of the engine's wiring; tests/device has the real
 module on a double of the CUDA runtime.
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engine_models import WAIT_S, greedy, prompt_of
+from engines import WAIT_S, greedy, prompt_of
 
 from flowprefill import Engine, Request, _core
 from flowprefill.engine import calibration

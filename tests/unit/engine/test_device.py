@@ -11,7 +11,7 @@ from typing import Any
 
 import fake_cuda
 import pytest
-from engine_models import ids_of, prompt_of
+from engines import ids_of, prompt_of
 
 from flowprefill import ConfigError, Engine, EngineConfig
 from flowprefill.engine.device_choice import choose_device

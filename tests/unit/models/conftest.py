@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import TinyGguf, tiny_model
+from tiny_files import TINY, TinyGguf
+from tiny_models import tiny_model
 
 from flowprefill.models.checkpoint import open_checkpoint
 
@@ -20,7 +21,7 @@ def save_tiny(tmp_path: Path) -> Callable[..., tuple[transformers.PreTrainedMode
     def save(
         family: str, shard: str = "5GB", **settings: Any
     ) -> tuple[transformers.PreTrainedModel, Path]:
-        model = tiny_model(family, **settings)
+        model = tiny_model(family, **(TINY | settings))
         folder = tmp_path / f"tiny-{family}"
         model.save_pretrained(folder, max_shard_size=shard)
         return model, folder

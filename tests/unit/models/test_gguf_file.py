@@ -16,7 +16,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import TINY, TinyGguf
+from tiny_files import TINY, TinyGguf
 from transformers.initialization import no_init_weights
 
 from flowprefill.errors import CheckpointError

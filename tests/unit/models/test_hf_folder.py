@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, change_json
+from tiny_files import change_json
+from tiny_models import LLAMAS
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from flowprefill.errors import CheckpointError, InvalidRequest
@@ -48,7 +49,7 @@ def assert_equals_transformers(checkpoint: Checkpoint, model: Any) -> None:
 
 
 @pytest.mark.parametrize("shard", ["5GB", "8KB"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_weights_of_every_family_equal_transformers(
     save_tiny: Save, family: str, shard: str
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_models import WAIT_S, assert_all_free, prompt_of
+from engines import WAIT_S, assert_all_free, prompt_of
 
 from flowprefill import SLO, Engine, Request, SamplingParams
 from flowprefill.config import POLICIES

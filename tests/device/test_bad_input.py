@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_models import Runner, Saved, plan, relative_error
+from cases import Runner, Saved
+from devices import DEVICES, Device, on
+from devices import ONE as ALL_KINDS
 
 from flowprefill import _core
 from flowprefill.models.checkpoint import open_checkpoint
@@ -45,8 +47,8 @@ def native(runner: Callable[..., Runner]) -> Runner:
 
 
 @pytest.fixture
-def graph(saved: Callable[[str], Saved]) -> ModelGraph:
-    return open_checkpoint(saved(CASE).folder).graph
+def graph(saved: Callable[[Device, str], Saved]) -> ModelGraph:
+    return open_checkpoint(saved(DEVICES["cpu"], CASE).folder).graph
 
 
 @pytest.mark.parametrize(
@@ -82,15 +84,12 @@ def graph(saved: Callable[[str], Saved]) -> ModelGraph:
         ({"rates": {"weight_bytes_per_s": "x"}}, "weight_bytes_per_s: got 'x'"),
     ],
 )  # fmt: skip
-def test_make_run_names_what_is_wrong(
-    native: Runner, saved: Callable[[str], Saved], change: dict[str, Any], named: str
-) -> None:
+def test_make_run_names_what_is_wrong(native: Runner, change: dict[str, Any], named: str) -> None:
     before = _core.live_workspace_bytes()
     with pytest.raises(ValueError, match=named):
         make_run(native.model, **change)
     assert _core.live_workspace_bytes() == before
-    model = saved(CASE)
-    assert relative_error(native.prefill(model.ids, plan("layer")), model.expected[199]) < 1e-4
+    native.assert_close(native.prefill(native.ids, "layer"), 200)
 
 
 def change(parts: list[Any], part_name: str, /, **fields: Any) -> None:
@@ -206,11 +205,9 @@ def test_bad_tensor_is_named(graph: ModelGraph, name: str, values: Any, named: s
         _core.Model(graph, "f32", 1).load(name, values)
 
 
-def test_every_missing_tensor_is_named(graph: ModelGraph, saved: Callable[[str], Saved]) -> None:
-    tensors = [
-        (name, tensor.float().numpy())
-        for name, tensor in open_checkpoint(saved(CASE).folder).weights()
-    ]
+def test_every_missing_tensor_is_named(graph: ModelGraph, native: Runner) -> None:
+    checkpoint = open_checkpoint(native.saved.folder)
+    tensors = [(name, tensor.float().numpy()) for name, tensor in checkpoint.weights()]
     for missing, _ in tensors:
         model = _core.Model(graph, "f32", 1)
         for name, values in tensors:
@@ -229,7 +226,7 @@ def test_calls_out_of_order(graph: ModelGraph, native: Runner) -> None:
     for block_tokens, blocks, named in wrong:
         with pytest.raises(ValueError, match=named):
             model.allocate_cache(block_tokens, blocks)
-    run = native.make([(IDS.tolist(), 0, TABLE)], plan("layer"))
+    run = native.make([(IDS.tolist(), 0, TABLE)], "layer")
     with pytest.raises(ValueError, match="run: is ready, logits exist once it has finished"):
         _core.logits(run)
     with pytest.raises(ValueError, match="run: has no logits"):
@@ -239,24 +236,23 @@ def test_calls_out_of_order(graph: ModelGraph, native: Runner) -> None:
         native.executor.dispatch(run)
 
 
-@pytest.mark.parametrize("granularity", ["none", "layer", "operator", "chunk:16", "budget:2"])
+@on(ALL_KINDS)
 def test_a_failing_segment_names_its_operator_and_the_executor_lives_on(
-    native: Runner, saved: Callable[[str], Saved], granularity: str
+    device: Device, native: Runner
 ) -> None:
-    model = saved(CASE)
-    piece = (model.ids, 0, native.tables([200])[0])
-    labels = native.make([piece], plan(granularity)).labels()
-    for index in {0, len(labels) // 2, len(labels) - 1}:
-        run = native.make([piece], plan(granularity), fail_at=index)
-        native.executor.dispatch(run)
-        native.wait(run, "failed")
-        assert f"operator '{labels[index].op}' of layer {labels[index].layer}" in run.error
-        assert f"segment {index} of {len(labels)}" in run.error
-        assert "injected failure" in run.error
-        with pytest.raises(ValueError, match="run: is failed"):
-            _core.logits(run)
-        got = native.execute(native.make([piece], plan(granularity)))[0]
-        assert relative_error(got, model.expected[199]) < 1e-4
+    piece = (native.ids, 0, native.tables([200])[0])
+    for granularity in device.granularities:
+        labels = native.make([piece], granularity).labels()
+        for index in {0, len(labels) // 2, len(labels) - 1}:
+            run = native.make([piece], granularity, fail_at=index)
+            native.executor.dispatch(run)
+            native.wait(run, "failed")
+            assert f"operator '{labels[index].op}' of layer {labels[index].layer}" in run.error
+            assert f"segment {index} of {len(labels)}" in run.error
+            assert "injected failure" in run.error
+            with pytest.raises(ValueError, match="run: is failed"):
+                native.native.logits(run)
+            native.assert_close(native.logits([piece], granularity)[0], 200)
 
 
 def test_blocks_zeroed_out_of_range_are_refused(native: Runner) -> None:

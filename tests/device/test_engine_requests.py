@@ -12,36 +12,47 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from engine_models import (
-    VOCAB,
-    WAIT_S,
-    assert_all_free,
-    greedy,
-    ids_of,
-    make_engine,
-    prompt_of,
-    save_tiny,
-)
+from conftest import Tiny
+from devices import DEVICES, ONE, SERVED, Device, on
+from engines import VOCAB, WAIT_S, KeptLogits, assert_all_free, greedy, ids_of, prompt_of
+from tiny_models import save_with_tokenizer, tiny_model
 
 from flowprefill import SLO, Engine, Request, SamplingParams
 from flowprefill.errors import InvalidRequest, PromptTooLong, RequestCancelled
 
-Tiny = tuple[Path, transformers.PreTrainedModel]
+OpenEngine = Callable[..., Engine]
 
 
-def reference_ids(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
+@on(ONE)
+def test_greedy_tokens_and_logits_are_those_of_transformers(
+    device: Device, open_engine: OpenEngine, tiny: Tiny
+) -> None:
+    for granularity in ("none", *device.preemptible):
+        engine = open_engine(granularity=granularity, prefix_cache=False)
+        assert engine.describe()["device"].startswith("cuda" if device.is_cuda else "cpu")
+        kept = KeptLogits(engine)
+        for tokens in device.lengths[::5]:
+            prompt = prompt_of(tokens, tokens)
+            ids = ids_of(engine, prompt, 6)
+            with torch.no_grad():
+                logits = tiny[1](torch.tensor([prompt + ids])).logits[0].numpy()
+            expected = logits[tokens - 1 : tokens + 5]
+            slack = device.tolerance * np.abs(expected).max()
+            assert np.abs(np.concatenate(kept.rows) - expected).max() < slack
+            assert (expected[np.arange(6), ids] >= expected.max(axis=1) - slack).all()
+            kept.rows.clear()
+        assert_all_free(engine)
+        engine.close()
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
-def test_greedy_tokens_are_those_of_transformers(engine: Engine, tiny: Tiny, tokens: int) -> None:
-    prompt = prompt_of(tokens, tokens)
-    assert ids_of(engine, prompt, 12) == reference_ids(tiny[1], prompt, 12)
+@on(ONE)
+def test_packed_prompts_and_decode_steps_do_not_disturb_each_other(open_engine: OpenEngine) -> None:
+    engine = open_engine(prefix_cache=False)
+    prompts = [prompt_of(tokens, seed) for seed, tokens in enumerate((5, 64, 130, 17))]
+    alone = [ids_of(engine, prompt, 5) for prompt in prompts]
+    handles = [engine.submit(Request(prompt, greedy(5))) for prompt in prompts]
+    assert [handle.result(WAIT_S).token_ids for handle in handles] == alone
+    assert_all_free(engine)
 
 
 def test_iterating_awaiting_and_result_agree(engine: Engine) -> None:
@@ -158,13 +169,13 @@ def test_without_max_tokens_it_ends_at_the_models_length(
 
 
 def test_longrope_takes_the_factors_of_the_contexts_that_are_served(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
+    save_with_tokenizer(tiny_model("llama", **SERVED), tmp_path)
     path = tmp_path / "config.json"
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
                "original_max_position_embeddings": 64}  # fmt: skip
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": scaling}))
     for served, is_long in ((64, False), (65, True), (0, True)):
-        with make_engine(tmp_path, max_model_len=served) as engine:
+        with DEVICES["cpu"].open_engine(tmp_path, max_model_len=served) as engine:
             assert engine.model_config.rope_scaling.is_long is is_long
 
 

@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_models import (
-    POISON,
-    WAIT_S,
-    assert_all_free,
-    greedy,
-    ids_of,
-    prompt_of,
-    wait_for,
-)
+from conftest import POISON
+from devices import ONE, Device, on
+from engines import WAIT_S, assert_all_free, greedy, ids_of, prompt_of, start_long, wait_for
 
 from flowprefill import SLO, Engine, Request, SamplingParams, _core
 from flowprefill.engine import core, outbox
@@ -112,6 +106,18 @@ def test_cancelling_one_of_a_batch_leaves_the_others(open_engine: OpenEngine) ->
     assert_all_free(engine)
 
 
+@on(ONE)
+def test_cancelled_in_mid_prefill_frees_everything(device: Device, open_engine: OpenEngine) -> None:
+    engine = open_engine(granularity="operator", prefix_cache=False)
+    expected = ids_of(engine, prompt_of(40, 2), 3)
+    for _ in range(3):
+        long = start_long(engine, Request(prompt_of(device.long_prompt, 1), greedy(400)))
+        long.cancel()
+        assert_cancelled(long)
+        assert ids_of(engine, prompt_of(40, 2), 3) == expected
+    assert_all_free(engine)
+
+
 @pytest.mark.parametrize("moment", ["before sampling", "after sampling"])
 @pytest.mark.parametrize("max_tokens", [1, 3])
 def test_cancel_while_a_token_is_sampled(
@@ -155,9 +161,9 @@ def failing_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, tokens: int, seg
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-        def make_run(self, *arguments: Any) -> Any:
+        def make_run(self, *arguments: Any, **options: Any) -> Any:
             make: Any = model.make_run
-            return make(*arguments, fail_at=segment if self.failing else -1)
+            return make(*arguments, **options, fail_at=segment if self.failing else -1)
 
     stand_in = Failing()
     original = engine._worker.make_run
@@ -171,6 +177,7 @@ def failing_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, tokens: int, seg
 
 
 @pytest.mark.parametrize("segment", [0, 3, 10])
+@on(ONE)
 def test_a_failing_segment_ends_its_request_and_no_other(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, segment: int
 ) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_models import Runner, Saved, plan
+from cases import Runner
+from devices import on
 
 from flowprefill import _core
 
 GetRunner = Callable[..., Runner]
-GetSaved = Callable[[str], Saved]
 TRIES = 200
 MANY_REGIONS = "chunk:16"  # few rows: every operator is shared out by itself
 
@@ -46,17 +46,17 @@ def voluntary_switches() -> int:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads need two cores")
-def test_team_does_not_sleep_between_regions(runner: GetRunner, saved: GetSaved) -> None:
+@on(("cpu-team",))
+def test_team_does_not_sleep_between_regions(runner: GetRunner) -> None:
     """With torch's own team alive. The best prefill counts: others may want the cores meanwhile."""
     torch.set_num_threads(max(2, torch.get_num_threads()))
     square = torch.ones(512, 512)
     assert (square @ square)[0, 0] == 512
-    native = runner("llama-grouped", "f32", 2)
-    ids, options = saved("llama-grouped").ids, plan(MANY_REGIONS)
+    native = runner("llama-grouped")
     shares = []
     for _ in range(TRIES):
         slept, regions = voluntary_switches(), native.executor.num_regions
-        native.prefill(ids, options)
+        native.prefill(native.ids, MANY_REGIONS)
         regions = native.executor.num_regions - regions
         assert regions > 100
         shares.append((voluntary_switches() - slept) / regions)
@@ -67,9 +67,9 @@ def test_team_does_not_sleep_between_regions(runner: GetRunner, saved: GetSaved)
     pytest.fail(f"the team slept in {min(shares):.0%} of its regions")
 
 
-def test_one_thread_has_no_regions(runner: GetRunner, saved: GetSaved) -> None:
-    native = runner("llama-grouped", "f32", 1)
-    native.prefill(saved("llama-grouped").ids, plan(MANY_REGIONS))
+def test_one_thread_has_no_regions(runner: GetRunner) -> None:
+    native = runner("llama-grouped")
+    native.prefill(native.ids, MANY_REGIONS)
     assert native.executor.num_regions == 0
 
 

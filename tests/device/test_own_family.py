@@ -10,9 +10,10 @@ import numpy as np
 import parallel_family
 import pytest
 import torch
-from native_models import Logits, Runner, plan, relative_error
+from cases import Logits, Runner, Saved
+from devices import DEVICES
 from safetensors.torch import save_file
-from test_native_preemption import stop_everywhere
+from test_preemption import stop_everywhere
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from flowprefill.models.families import Family, register
@@ -86,22 +87,20 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder: Path = tmp_path_factory.mktemp("parallel")
     save_file(random_tensors(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    opened = Runner(folder)
+    opened = Runner(DEVICES["cpu"], Saved(folder, IDS, reference(random_tensors(), IDS)))
     yield opened
     opened.close()
 
 
 @pytest.mark.parametrize("granularity", ["none", "operator", "chunk:32", "budget:0.1"])
 def test_logits_are_those_of_the_family(native: Runner, granularity: str) -> None:
-    expected = reference(random_tensors(), IDS)
     for tokens in (1, 17, 64, 129, 200):
-        got = native.prefill(IDS[:tokens], plan(granularity), tokens)
-        assert relative_error(got, expected[tokens - 1]) < 1e-4, tokens
+        native.assert_close(native.prefill(IDS[:tokens], granularity, tokens), tokens)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "operator", "budget:0.1"])
 def test_it_stops_at_every_boundary_and_keeps_its_bits(native: Runner, granularity: str) -> None:
-    stop_everywhere(native, IDS, granularity)
+    stop_everywhere(native, granularity)
 
 
 def test_a_taken_model_type_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, and a runner of native runs; for this folder's tests."""
+"""Tiny random checkpoints of every family, and runs of native models on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import select
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from devices import Device
 
-from flowprefill import _core
 from flowprefill.config import Granularity
-from flowprefill.engine.loading import load_model, plan_options
+from flowprefill.engine.loading import fill_model, plan_options
 from flowprefill.models.checkpoint import open_checkpoint
 from flowprefill.scheduling.cost_model import MachineRates
 
 Logits = npt.NDArray[np.float32]
 Piece = tuple[list[int], int, npt.NDArray[np.int32]]  # new tokens, context, block table
 
-CONFIGS: dict[str, type[transformers.PretrainedConfig]] = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "gemma2": transformers.Gemma2Config,
-    "gemma3_text": transformers.Gemma3TextConfig,
-    "phi3": transformers.Phi3Config,
-    "glm": transformers.GlmConfig,
-    "glm4": transformers.Glm4Config,
-    "olmo2": transformers.Olmo2Config,
-    "granite": transformers.GraniteConfig,
-}
-# Sizes that are no multiple of the kernels' blocks (16 rows, 32 and 64 columns).
-TINY = {
-    "vocab_size": 200,
-    "hidden_size": 48,
-    "intermediate_size": 88,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 1024,
-    "pad_token_id": None,
-    "rope_theta": 10000.0,
-}
+LONGEST = 200  # tokens of the prompt whose logits are known
+ROOM = 1536  # tokens of a runner's cache
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -86,13 +63,14 @@ GRANITE = {
     "residual_multiplier": 0.22,
     "logits_scaling": 4.0,
 }
-# name -> (family, what differs from TINY)
+# name -> (family, what differs from the device's shape)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-grouped": ("llama", {}),
     "llama-multi-head": ("llama", {"num_key_value_heads": 4, "head_dim": 16, "hidden_size": 64}),
     "llama-one-kv-head-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-wide-head": ("llama", {"head_dim": 40, "vocab_size": 97, "intermediate_size": 34}),
+    "llama-heads-of-128": ("llama", {"head_dim": 128, "num_key_value_heads": 1}),
     "llama-rope-linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "llama-rope-llama3": ("llama", {"rope_scaling": LLAMA3}),
     "llama-rope-yarn": ("llama", {"rope_scaling": YARN}),
@@ -144,24 +122,22 @@ NEWER = (
     "olmo2-biases-one-kv-head",
     "granite-biases",
 )
+# Those whose every operator CUDA has, at sizes that its kernels take.
+ON_CUDA = (
+    "llama-grouped",
+    "llama-heads-of-128",
+    "llama-biases",
+    "qwen2",
+    "qwen3",
+    "mistral-window",
+)
 # Rates at which this machine would be so slow that every budget cuts everything up.
 SLOW = MachineRates(2e6, 1e6, 1e6, 1e-4)
 
 
-def tiny_model(case: str) -> transformers.PreTrainedModel:
-    """Random weights, biases and norms (around 1) included, float32; deterministic."""
-    family, settings = CASES[case]
-    config = CONFIGS[family](**(TINY | settings))
-    config._attn_implementation = "eager"
-    torch.manual_seed(11)
-    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_norm = "norm" in name
-            mean = is_norm and not family.startswith("gemma")  # which stores a norm's weight less 1
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if is_norm else 0.12) + mean)
-    evaluated: transformers.PreTrainedModel = model.eval()
-    return evaluated
+def takes(device: Device, case: str) -> bool:
+    """Whether a device computes this case."""
+    return not device.is_cuda or case in ON_CUDA
 
 
 def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) -> Logits:
@@ -171,39 +147,80 @@ def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) ->
     return logits
 
 
-def plan(granularity: str, rates: MachineRates | None = None) -> _core.PlanOptions:
-    """The planner's options; `budget:…` cuts as finely as it can unless rates are given."""
-    default = SLOW if granularity.startswith("budget") else MachineRates()
-    options: _core.PlanOptions = plan_options(
-        _core, Granularity.parse(granularity), rates or default
-    )
-    return options
+def relative_error(got: Logits, wanted: Logits) -> float:
+    """Largest difference over the largest logit."""
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk, a prompt, and transformers' logits at every position of it."""
+
+    folder: Path
+    ids: list[int]
+    expected: Logits
+
+
+def save(model: transformers.PreTrainedModel, folder: Path) -> Saved:
+    """Save a model, and evaluate it on a random prompt."""
+    model.save_pretrained(folder)
+    ids = np.random.default_rng(5).integers(0, model.config.vocab_size, LONGEST).tolist()
+    return Saved(folder, ids, reference_logits(model, ids))
 
 
 class Runner:
-    """One native model with its cache and an executor of its own."""
+    """A native model with its cache and an executor of its own.
+
+    Args:
+        options: of a CUDA model.
+    """
 
     def __init__(
         self,
-        folder: Path,
-        dtype: str = "f32",
-        threads: int = 1,
+        device: Device,
+        saved: Saved,
         block_tokens: int = 16,
-        blocks: int = 96,
         max_context: int = 0,
+        **options: Any,
     ) -> None:
-        self.model = load_model(open_checkpoint(folder, max_context), dtype, threads)
-        self.model.allocate_cache(block_tokens, blocks)
+        self.device = device
+        self.saved = saved
+        self.native: Any = device.module
+        checkpoint = open_checkpoint(saved.folder, max_context)
+        if device.is_cuda:
+            sizes = {"max_tokens": 640, "max_sequences": 16, "max_context": 320}
+            self.model: Any = self.native.Model(checkpoint.graph, sizes | options)
+        else:
+            self.model = self.native.Model(checkpoint.graph, device.dtype, device.threads)
+        fill_model(self.model, checkpoint)
         self.block_tokens = block_tokens
-        self.blocks = blocks
-        self.executor = _core.Executor(threads)
+        self.blocks = ROOM // block_tokens
+        self.model.allocate_cache(block_tokens, self.blocks)
+        of = self.model if device.is_cuda else device.threads
+        self.executor: Any = self.native.Executor(of)
         self.executor.start()
         self._ids = itertools.count(1)
         self._ended: set[int] = set()
 
+    @property
+    def ids(self) -> list[int]:
+        """The prompt whose logits are known."""
+        return self.saved.ids
+
+    def assert_close(self, got: Logits, tokens: int) -> None:
+        """Check the logits after the first so many tokens of the prompt."""
+        error = relative_error(got, self.saved.expected[tokens - 1])
+        assert error < self.device.tolerance, f"{tokens} tokens: {error}"
+
+    def plan(self, granularity: str, rates: MachineRates | None = None) -> Any:
+        """The planner's options; `budget:…` cuts as finely as it can unless rates are given."""
+        default = SLOW if granularity.startswith("budget") else MachineRates()
+        return plan_options(self.native, Granularity.parse(granularity), rates or default)
+
     def close(self) -> None:
         """Stop the executor."""
         self.executor.stop()
+        self.executor.pop_events()
 
     def tables(self, sizes: Sequence[int], seed: int = 0) -> list[npt.NDArray[np.int32]]:
         """Disjoint block tables for sequences of so many tokens, blocks scattered at random."""
@@ -216,17 +233,17 @@ class Runner:
         assert start <= self.blocks, "the test asks for more blocks than there are"
         return tables
 
-    def make(self, pieces: Sequence[Piece], options: _core.PlanOptions, **hooks: Any) -> _core.Run:
+    def make(self, pieces: Sequence[Piece], granularity: str, **hooks: Any) -> Any:
         """Build the run that computes the pieces, packed."""
         tokens = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _, _ in pieces])
         sequences = [
-            _core.BatchSequence(rows=len(ids), context=context, block_table=table)
+            self.native.BatchSequence(rows=len(ids), context=context, block_table=table)
             for ids, context, table in pieces
         ]
-        batch = _core.Batch(tokens, sequences)
-        return self.model.make_run(next(self._ids), batch, options, **hooks)
+        batch = self.native.Batch(tokens, sequences)
+        return self.model.make_run(next(self._ids), batch, self.plan(granularity), **hooks)
 
-    def wait(self, run: _core.Run, *states: str) -> None:
+    def wait(self, run: Any, *states: str) -> None:
         """Sleep until the run is in one of the states."""
         deadline = time.monotonic() + 60.0
         while run.state not in states or not self._is_event_taken(run):
@@ -234,14 +251,14 @@ class Runner:
             # A suspended run's event comes just before its state: so not only on the event.
             select.select([self.executor.event_fd], [], [], 0.002)
 
-    def _is_event_taken(self, run: _core.Run) -> bool:
+    def _is_event_taken(self, run: Any) -> bool:
         """Take events; an event that nobody takes would keep its run, and that its workspace."""
         self._ended.update(
             event.run.id for event in self.executor.pop_events() if event.kind != "suspended"
         )
         return run.state in ("ready", "running", "suspended") or run.id in self._ended
 
-    def advance(self, run: _core.Run, boundary: int) -> None:
+    def advance(self, run: Any, boundary: int) -> None:
         """Dispatch a run that pauses at this boundary, and wait until it stands there."""
         self.executor.dispatch(run)
         while run.cursor < boundary:
@@ -250,32 +267,19 @@ class Runner:
         self.wait(run, "suspended")
         assert run.cursor == boundary
 
-    def execute(self, run: _core.Run) -> Logits:
+    def execute(self, run: Any) -> Logits:
         """Execute a run to its end; returns its logits."""
         self.executor.dispatch(run)
         self.wait(run, "finished", "cancelled", "failed")
         assert run.state == "finished", run.error
-        return _core.logits(run).copy()
+        logits: Logits = self.native.logits(run).copy()
+        return logits
 
-    def logits(self, pieces: Sequence[Piece], options: _core.PlanOptions) -> Logits:
+    def logits(self, pieces: Sequence[Piece], granularity: str) -> Logits:
         """Compute the pieces packed in one run; one row of logits per piece."""
-        return self.execute(self.make(pieces, options))
+        return self.execute(self.make(pieces, granularity))
 
-    def prefill(self, ids: list[int], options: _core.PlanOptions, seed: int = 0) -> Logits:
+    def prefill(self, ids: list[int], granularity: str, seed: int = 0) -> Logits:
         """Logits after one whole prompt, in blocks of its own."""
-        row: Logits = self.logits([(ids, 0, self.tables([len(ids)], seed)[0])], options)[0]
+        row: Logits = self.logits([(ids, 0, self.tables([len(ids)], seed)[0])], granularity)[0]
         return row
-
-
-def relative_error(got: Logits, wanted: Logits) -> float:
-    """Largest difference over the largest logit."""
-    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
-
-
-class Saved:
-    """A checkpoint on disk, a prompt, and transformers' logits at every position of it."""
-
-    def __init__(self, folder: Path, ids: list[int], expected: Logits) -> None:
-        self.folder = folder
-        self.ids = ids
-        self.expected = expected

@@ -1,4 +1,4 @@
-"""Makes tiny models of every family and tiny GGUF files; imported by the tests of this folder."""
+"""Sizes of the tiny models of this folder's tests, and tiny GGUF files made of them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
-import transformers
 
 from flowprefill.models.checkpoint import Checkpoint
 from flowprefill.models.weight_names import gguf_name
 
-CONFIGS: dict[str, type[transformers.PretrainedConfig]] = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
 TINY = {
     "vocab_size": 48,
     "hidden_size": 32,
@@ -32,17 +24,6 @@ TINY = {
     "max_position_embeddings": 128,
     "pad_token_id": None,
 }
-
-
-def tiny_model(family: str, **settings: Any) -> transformers.PreTrainedModel:
-    """Random weights, biases included, of one family; float32."""
-    config = CONFIGS[family](**(TINY | settings))
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    return model
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

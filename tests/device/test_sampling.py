@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
-from double_engine import WAIT_S, prompt_of
+from devices import GPUS, Device, on
+from engines import WAIT_S, prompt_of
 
 from flowprefill import Engine, Request, SamplingParams
 
@@ -22,15 +22,16 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize("name", SAMPLED)
+@on(GPUS)
 def test_device_and_host_choose_the_same_tokens(
-    cuda: ModuleType, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, name: str
+    device: Device, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    engine = open_engine(device="cuda")
+    engine = open_engine(prefix_cache=False)
     fetched: list[bool] = []
     outcomes = engine._worker.outcomes
 
     def note(run: Any) -> Any:
-        fetched.append(cuda.has_logits(run))
+        fetched.append(device.module.has_logits(run))
         return outcomes(run)
 
     monkeypatch.setattr(engine._worker, "outcomes", note)
@@ -44,9 +45,9 @@ def test_device_and_host_choose_the_same_tokens(
     assert on_device == on_host
 
 
-@pytest.mark.usefixtures("cuda")
+@on(GPUS)
 def test_one_that_needs_logits_brings_them_for_the_whole_step(open_engine: OpenEngine) -> None:
-    engine = open_engine(device="cuda")
+    engine = open_engine(prefix_cache=False)
     params = SamplingParams(temperature=0.7, seed=9, max_tokens=5, ignore_eos=True)
     alone = engine.submit(Request(prompt_of(20, 2), params)).result(WAIT_S).token_ids
     handles = [

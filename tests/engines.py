@@ -1,0 +1,75 @@
+"""What all tests of a running engine share: prompts, waiting, and that nothing is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flowprefill import SLO, Engine, Request, SamplingParams
+from flowprefill.engine.handle import Handle
+
+VOCAB = 49_152  # of the default model's tokenizer
+WAIT_S = 60.0
+
+
+def prompt_of(tokens: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
+    """Random ordinary token ids; never special ones."""
+    return [int(i) for i in np.random.default_rng(seed).integers(100, vocab, tokens)]
+
+
+def greedy(max_tokens: int, **params: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
+
+
+def ids_of(engine: Engine, prompt: list[int], max_tokens: int) -> list[int]:
+    """The greedy continuation when nothing else runs."""
+    return engine.submit(Request(prompt, greedy(max_tokens))).result(WAIT_S).token_ids
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Wait until something that must happen has happened."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"did not happen: {what}"
+        time.sleep(0.001)
+
+
+def start_long(engine: Engine, request: Request, slo: SLO | None = None) -> Handle:
+    """Submit a request and wait until the executor is in the middle of it."""
+    segments = engine.stats().segments
+    handle = engine.submit(request, slo)
+    wait_for(lambda: engine.stats().segments > segments, "the long prefill executes")
+    return handle
+
+
+class KeptLogits:
+    """Keeps a copy of the logits of every run; the engine then chooses all tokens itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.rows: list[npt.NDArray[np.float32]] = []
+        worker: Any = engine._worker
+        self._outcomes = worker.outcomes
+        worker.outcomes = self._keep
+        worker.limits = replace(worker.limits, chooses_tokens=False)
+
+    def _keep(self, run: Any) -> npt.NDArray[np.float32]:
+        logits: npt.NDArray[np.float32] = self._outcomes(run)
+        self.rows.append(logits.copy())
+        return logits
+
+
+def assert_all_free(engine: Engine) -> None:
+    """Founding invariant 3: no request, no block, no workspace is left."""
+    if engine.describe()["device"] == "cpu":
+        wait_for(lambda: engine.stats().workspace_bytes == 0, "every workspace free")
+    wait_for(lambda: not engine._core._runs, "every run ends")
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.suspended) == (0, 0, 0)
+    assert stats.kv_blocks_used == 0
+    engine._pool.check()
+    assert not engine._core._live
