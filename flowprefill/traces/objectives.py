@@ -110,7 +110,7 @@ def load_objectives(name: str | Path) -> ObjectiveMap:
 
 
 def objectives_for(trace: Trace) -> ObjectiveMap:
-    """Return the built-in map for an 8B model: by class where the trace has those, else by length."""
+    """Return the built-in map for an 8B model: by class if the trace has those, else by length."""
     by_class = load_objectives("qwen-8b")
     has_classes = all(one.service_class in by_class.classes for one in trace.requests)
     return by_class if has_classes else load_objectives("length-8b")
