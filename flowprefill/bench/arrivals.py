@@ -37,6 +37,7 @@ class Planned:
     Attributes:
         at_s: when, seconds after the start.
         cancel_after_s: the client goes away so long after sending; None: it stays.
+        slo: objectives as the API takes them; None: those of its class at the server.
     """
 
     at_s: float
@@ -44,6 +45,7 @@ class Planned:
     output_tokens: int
     service_class: str
     cancel_after_s: float | None = None
+    slo: Mapping[str, float] | None = None
 
 
 def random_mix(rng: random.Random, count: int, rate: float, cancelled: float) -> list[Planned]:

@@ -82,8 +82,10 @@ def window(trace: Trace, start_s: float, length_s: float) -> Trace:
     return _with(trace, kept)
 
 
-def resampled(trace: Trace, seed: int, block_s: float = BLOCK_S) -> Trace:
-    """Draw a trace of the same span from blocks of time of this one (circular block bootstrap).
+def resampled(
+    trace: Trace, seed: int, block_s: float = BLOCK_S, span_s: float = float("inf")
+) -> Trace:
+    """Draw a trace from blocks of time of this one (circular block bootstrap).
 
     Blocks start at uniformly random times and wrap around at the end, so every moment is equally
     likely and bursts shorter than a block stay whole. Equal seeds give equal samples: compare
@@ -91,18 +93,19 @@ def resampled(trace: Trace, seed: int, block_s: float = BLOCK_S) -> Trace:
 
     Args:
         block_s: length of a block, seconds > 0; cut to the span.
+        span_s: of the sample, seconds > 0; cut to the trace's, which is the default.
 
     Source: Politis and Romano, A circular block-resampling procedure for stationary data, 1992.
     """
     _check_positive("block_s", block_s)
     rng = random.Random(seed)
-    span_s = trace.span_s
+    span_s = min(span_s, trace.span_s)
     block_s = min(block_s, span_s)
     requests: list[TraceRequest] = []
     begin_s = 0.0
     while begin_s < span_s:
         length_s = min(block_s, span_s - begin_s)
-        requests += _block(trace, rng.uniform(0.0, span_s), length_s, begin_s)
+        requests += _block(trace, rng.uniform(0.0, trace.span_s), length_s, begin_s)
         begin_s += block_s
     return _with(trace, requests or list(trace.requests))
 
