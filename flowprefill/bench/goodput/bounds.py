@@ -1,11 +1,17 @@
-"""The clairvoyant's highest rates on the samples, and how far its heuristic is from the bound."""
+"""Ideal schedulers on the samples: their highest rates, and how near the heuristic is to its bound."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flowprefill.bench.goodput.clairvoyant import clairvoyant, jobs_of, most_on_time
+from flowprefill.bench.goodput.clairvoyant import (
+    Timed,
+    clairvoyant,
+    jobs_of,
+    most_on_time,
+)
 from flowprefill.bench.goodput.lab import LEAST_LOAD, MOST_LOAD, START_LOAD, Lab
+from flowprefill.bench.goodput.pairs import mean_interval
 from flowprefill.bench.goodput.search import Search
 from flowprefill.bench.report import Row
 from flowprefill.traces import TraceRequest, scaled_rate, window
@@ -23,19 +29,52 @@ CALIBRATION_COLUMNS = {
 }
 
 
-def clairvoyant_searches(lab: Lab, target: float) -> list[Search]:
-    """Find the heuristic's highest rate on each sample."""
+Ideal = Callable[[Sequence[Timed]], set[int]]
+
+
+def attained(lab: Lab, ideal: Ideal, sample: int, index: float) -> float:
+    """Return the share of a sample's requests that an ideal scheduler has on time at a rate."""
+    requests = scaled_rate(lab.samples[sample], lab.step**index).requests
+    return len(ideal(jobs_of(requests, lab.backend.solo_s))) / len(requests)
+
+
+def searches_of(lab: Lab, ideal: Ideal, target: float) -> list[Search]:
+    """Find an ideal scheduler's highest rate on each sample."""
     least, most = (lab.index_of(lab.capacity_rps * x) for x in (LEAST_LOAD, MOST_LOAD))
     found = []
-    for sample in lab.samples:
+    for sample in range(len(lab.samples)):
         search = Search(target, lab.index_of(lab.capacity_rps * START_LOAD), STRIDE, least, most)
         while not search.is_done:
-            index = search.next_index
-            requests = scaled_rate(sample, lab.step**index).requests
-            jobs = jobs_of(requests, lab.backend.solo_s)
-            search.tell(index, len(clairvoyant(jobs)) / len(jobs))
+            search.tell(search.next_index, attained(lab, ideal, sample, search.next_index))
         found.append(search)
     return found
+
+
+def shares_of_requests(lab: Lab, searches: Sequence[Search]) -> list[float]:
+    """Return how many requests a setting has on time at its highest rates, as a share of the
+    clairvoyant heuristic's there; one value for each sample where the target is in reach."""
+    return [
+        search.target / attained(lab, clairvoyant, sample, search.index)
+        for sample, search in enumerate(searches)
+        if search.is_done and search.index is not None
+    ]
+
+
+def sweep_rows(lab: Lab, indices: Sequence[int], ideal: Ideal, name: str) -> list[Row]:
+    """Return an ideal scheduler's attainment at several rates, as rows of a sweep."""
+    rows: list[Row] = []
+    for index in indices:
+        values = [attained(lab, ideal, n, index) for n in range(len(lab.samples))]
+        found = mean_interval(values)
+        rate_rps = lab.rate_rps(index)
+        rows.append(
+            {
+                "setting": name, "rate_rps": rate_rps, "load": rate_rps / lab.capacity_rps,
+                "slo_scale": 1.0, "attainment": found.mean, "attainment_low": found.low,
+                "attainment_high": found.high,
+            }
+        )  # fmt: skip
+    return rows
 
 
 def calibration(lab: Lab, searches: Sequence[Search], least_s: Callable[[int], float]) -> list[Row]:

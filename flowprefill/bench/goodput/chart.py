@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# Okabe and Ito's colours, then two more: told apart also by those who see fewer of them. Ours is
+# Okabe and Ito's colours, then more: told apart also by those who see fewer of them. Ours is
 # the first.
 COLOURS = (
     "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A8A8A", "#7A5AC8",
-    "#A0522D", "#B0B000",
+    "#A0522D", "#B0B000", "#444444", "#BBBBBB",
 )  # fmt: skip
 Point = tuple[float, float]
 

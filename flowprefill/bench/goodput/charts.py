@@ -42,6 +42,8 @@ def by_slo_scale(rows: Sequence[Row], settings: Sequence[Setting], rate_rps: flo
 
 def _lines(rows: Sequence[Row], settings: Sequence[Setting], x_name: str) -> list[Series]:
     number = colours(settings)
+    others = [row["setting"] for row in rows if row["setting"] not in number]
+    number |= {name: len(number) + n for n, name in enumerate(dict.fromkeys(others))}
     found = []
     for name in number:
         mine = [row for row in rows if row["setting"] == name]

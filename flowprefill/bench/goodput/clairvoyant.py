@@ -12,6 +12,10 @@ programme (Lawler, A dynamic programming algorithm for preemptive scheduling of 
 minimize the number of late jobs, Annals of Operations Research 26, 1990) takes O(n^5) time for
 unit weights, too long for hundreds of jobs.
 
+`queue_knowing` does not know what is still to come: at each arrival and end it plans what is there
+by Moore and Hodgson's rule, and executes the kept job that is due first. With exact times and free
+interruption it is what a scheduler without knowledge of the future can be compared with.
+
 `most_on_time` is an upper bound. Proof: let I = [a, b) be an interval. Jobs with a <= r_j and
 d_j <= b that are on time do all their work in I, so their times sum to at most b - a; the most jobs
 that fit are those that fit when taken shortest first, m(I) of the n(I). So at least n(I) - m(I) of
@@ -104,6 +108,43 @@ def _interval_of(jobs: Sequence[Timed], order: Sequence[int], due_s: float) -> l
             if work_s > due_s - job.release_s + SLACK / 2:
                 return inside
     raise AssertionError("a deadline was missed, yet no interval holds too much work")
+
+
+def queue_knowing(jobs: Sequence[Timed]) -> set[int]:
+    """Return the indices of jobs that end on time if each moment is planned by what is there."""
+    order = sorted(range(len(jobs)), key=lambda n: jobs[n].release_s)
+    left: dict[int, float] = {}
+    ended: set[int] = set()
+    now, position = 0.0, 0
+    while position < len(order) or left:
+        planned = _kept_first(jobs, left, now)
+        next_s = jobs[order[position]].release_s if position < len(order) else float("inf")
+        if planned is not None and now + left[planned] <= next_s:
+            now += left.pop(planned)
+            ended.add(planned)
+            continue
+        if position == len(order):  # what is left cannot be on time
+            return ended
+        if planned is not None:
+            left[planned] -= next_s - now
+        now = max(now, next_s)
+        left[order[position]] = jobs[order[position]].work_s
+        position += 1
+    return ended
+
+
+def _kept_first(jobs: Sequence[Timed], left: dict[int, float], now: float) -> int | None:
+    """Plan by Moore and Hodgson's rule; return the kept job that is due first."""
+    for number in [n for n, work_s in left.items() if now + work_s > jobs[n].due_s + SLACK]:
+        del left[number]
+    ends_s = now
+    kept: list[tuple[float, int]] = []  # a heap, the longest first
+    for number in sorted(left, key=lambda n: (jobs[n].due_s, n)):
+        heapq.heappush(kept, (-left[number], number))
+        ends_s += left[number]
+        if ends_s > jobs[number].due_s + SLACK:
+            ends_s += heapq.heappop(kept)[0]
+    return min((n for _, n in kept), key=lambda n: (jobs[n].due_s, n), default=None)
 
 
 def most_on_time(jobs: Sequence[Timed]) -> int:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flowprefill.bench.common import check_least, say
 from flowprefill.bench.goodput import bounds, charts, png, results
 from flowprefill.bench.goodput.chart import LineChart, Timeline
+from flowprefill.bench.goodput.clairvoyant import clairvoyant, queue_knowing
 from flowprefill.bench.goodput.lab import Lab, Place
 from flowprefill.bench.goodput.measurement import Backend, Measurement
 from flowprefill.bench.goodput.page import page
@@ -43,6 +44,7 @@ LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7)
 SLO_SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 FINE_STEP, FINE_STRIDE = 1.005, 64  # of the rates' grid, where a measurement costs nothing
 COARSE_STEP, COARSE_STRIDE = 1.05, 6  # in real time
+IDEALS = {"clairvoyant heuristic": clairvoyant, "queue-knowing": queue_knowing}
 SIM_SAMPLES, QUICK_SAMPLES = 12, 2
 QUICK_SETTINGS = ("fcfs+none", "slack_edf+chunk:512", OURS)
 
@@ -195,8 +197,8 @@ def _measure(
     say(f"capacity, one after another: {lab.capacity_rps:.2f} requests/s")
     stride = FINE_STRIDE if lab.backend.is_fast else COARSE_STRIDE
     found = lab.searches(settings, args.target, stride)
-    clairvoyant, calibration = _clairvoyant(args, lab)
-    report.rows = results.rows_of(lab, found, clairvoyant)
+    ideals, calibration = _ideals(args, lab, found)
+    report.rows = results.rows_of(lab, found, ideals)
     rates = [results.told(row) for row in report.rows]
     print_table("Highest rates", rates, results.COLUMNS)
     tables: list[Any] = [("Highest rates", rates, results.COLUMNS)]
@@ -205,7 +207,7 @@ def _measure(
         tables.append(("Clairvoyant heuristic", calibration, bounds.CALIBRATION_COLUMNS))
         print_table("Clairvoyant heuristic", calibration, bounds.CALIBRATION_COLUMNS)
     rate_rps = _common_rate(args, lab, report.rows)
-    drawn = _sweeps(args, lab, settings, report, tables, rate_rps)
+    drawn = _sweeps(args, lab, settings, report, tables, (rate_rps, ideals is not None))
     portraits = _portraits(lab, settings, rate_rps)
     preemptions = charts.preemption_rows(portraits)
     report.extra["at_one_rate"] = {"rate_rps": rate_rps, "rows": preemptions}
@@ -223,17 +225,22 @@ def _measure(
         _write(args.out, report, tables, drawn, workload)
 
 
-def _clairvoyant(
-    args: argparse.Namespace, lab: Lab
-) -> tuple[Mapping[float, results.Rates], list[Row]]:
-    """Return the heuristic's rates by target and its calibration; nothing where it is not known."""
+def _ideals(
+    args: argparse.Namespace, lab: Lab, found: results.Found
+) -> tuple[results.Ideals | None, list[Row]]:
+    """Return ideal schedulers' rates and the heuristic's calibration, where times are known."""
     least_s = getattr(lab.backend, "least_s", None)
     if least_s is None or args.no_clairvoyant or args.with_decode:
-        return {}, []
-    say("clairvoyant heuristic")
-    searches = {target: bounds.clairvoyant_searches(lab, target) for target in args.target}
-    rates = {target: results.rates_of(lab, ones) for target, ones in searches.items()}
-    return rates, bounds.calibration(lab, searches[args.target[0]], least_s)
+        return None, []
+    say("ideal schedulers")
+    best = {target: bounds.searches_of(lab, clairvoyant, target) for target in args.target}
+    online = {target: bounds.searches_of(lab, queue_knowing, target) for target in args.target}
+    ideals = results.Ideals(
+        {target: results.rates_of(lab, ones) for target, ones in best.items()},
+        {target: results.rates_of(lab, ones) for target, ones in online.items()},
+        {key: bounds.shares_of_requests(lab, ones) for key, ones in found.items()},
+    )
+    return ideals, bounds.calibration(lab, best[args.target[0]], least_s)
 
 
 def _common_rate(args: argparse.Namespace, lab: Lab, rows: Sequence[Row]) -> float:
@@ -249,8 +256,9 @@ def _sweeps(
     settings: Sequence[Setting],
     report: Report,
     tables: list[Any],
-    rate_rps: float,
+    at: tuple[float, bool],
 ) -> list[LineChart | Timeline]:
+    rate_rps, has_ideals = at
     drawn: list[LineChart | Timeline] = []
     if args.loads:
         say(f"sweep of {len(args.loads)} rates")
@@ -261,6 +269,9 @@ def _sweeps(
         tables.append(("Ours against each, over the sweep of rates", against,
                        results.AGAINST_COLUMNS))  # fmt: skip
         print_table("Ours against each", against, results.AGAINST_COLUMNS)
+        if has_ideals:
+            for name, ideal in IDEALS.items():
+                rows += bounds.sweep_rows(lab, indices, ideal, name)
         tables.append(("Sweep of rates", rows, results.SWEEP_COLUMNS))
     else:
         rows = results.measured(lab, settings)

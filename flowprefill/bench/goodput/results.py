@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flowprefill.bench.goodput.lab import Lab, Place
 from flowprefill.bench.goodput.measurement import Measurement
@@ -21,7 +22,9 @@ COLUMNS = {
     "goodput_rps": "goodput 1/s",
     "ratio_to_fcfs": "times fcfs+none",
     "ours_over": "ours / it",
-    "share_of_clairvoyant": "of clairvoyant",
+    "share_of_clairvoyant": "rate of clairvoyant",
+    "share_of_queue_knowing": "of queue-knowing",
+    "share_of_requests": "requests of clairvoyant %",
     "samples": "samples",
 }
 SWEEP_COLUMNS = {
@@ -45,12 +48,23 @@ def rates_of(lab: Lab, searches: Sequence[Search]) -> Rates:
     ]
 
 
-def rows_of(lab: Lab, found: Found, clairvoyant: Mapping[float, Rates]) -> list[Row]:
-    """Return one row per setting and target.
+@dataclass(frozen=True, slots=True)
+class Ideals:
+    """Highest rates of ideal schedulers by target.
 
-    Args:
-        clairvoyant: target -> the heuristic's highest rates; empty: not computed.
+    Attributes:
+        clairvoyant: of the heuristic that knows all arrivals.
+        queue_knowing: of the one that knows what has arrived.
+        requests: setting and target -> shares as `shares_of_requests` gives them.
     """
+
+    clairvoyant: Mapping[float, Rates]
+    queue_knowing: Mapping[float, Rates]
+    requests: Mapping[tuple[Setting, float], Sequence[float]] = field(default_factory=dict)
+
+
+def rows_of(lab: Lab, found: Found, ideals: Ideals | None = None) -> list[Row]:
+    """Return one row per setting and target; without ideals, the shares of them are left out."""
     rates = {key: rates_of(lab, searches) for key, searches in found.items()}
     rows = []
     for (setting, target), mine in rates.items():
@@ -72,8 +86,13 @@ def rows_of(lab: Lab, found: Found, clairvoyant: Mapping[float, Rates]) -> list[
             "samples": len(known),
             "rates_rps": mine,
         }
-        if clairvoyant:
-            row |= _named("share_of_clairvoyant", ratio_interval(mine, clairvoyant[target]))
+        if ideals is not None:
+            best, online = ideals.clairvoyant[target], ideals.queue_knowing[target]
+            row |= _named("share_of_clairvoyant", ratio_interval(mine, best))
+            row |= _named("share_of_queue_knowing", ratio_interval(mine, online))
+            row |= _named(
+                "share_of_requests", mean_interval(ideals.requests.get((setting, target), ()))
+            )
         rows.append(row)
     return rows
 
@@ -81,7 +100,7 @@ def rows_of(lab: Lab, found: Found, clairvoyant: Mapping[float, Rates]) -> list[
 def told(row: Row) -> Row:
     """Return a row for a table: each ratio as text with its interval."""
     found = dict(row)
-    for name in ("ratio_to_fcfs", "ours_over", "share_of_clairvoyant"):
+    for name in ("ratio_to_fcfs", "ours_over", "share_of_clairvoyant", "share_of_queue_knowing"):
         if name in row and not math.isnan(row[name]):
             low, high = row[f"{name}_low"], row[f"{name}_high"]
             interval = "" if math.isnan(low) else f" ({low:.3g}..{high:.3g})"

@@ -13,6 +13,7 @@ from flowprefill.bench.goodput.clairvoyant import (
     clairvoyant,
     jobs_of,
     most_on_time,
+    queue_knowing,
 )
 from flowprefill.traces import TraceRequest
 
@@ -54,6 +55,22 @@ def test_heuristic_and_bound_enclose_the_best(seed: int) -> None:
     assert len(kept) <= best <= most_on_time(jobs)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_queue_knowing_is_feasible_and_never_better_than_the_best(seed: int) -> None:
+    jobs = random_jobs(seed, 9)
+    ended = queue_knowing(jobs)
+    assert is_feasible([jobs[n] for n in ended])
+    assert len(ended) <= best_of_all(jobs)
+
+
+def test_queue_knowing_gives_up_what_it_could_not_foresee() -> None:
+    # It begins the long job; the two that come later fit only if it had not.
+    jobs = [Timed(0.0, 3.0, 3.0), Timed(1.0, 2.0, 1.0), Timed(2.0, 3.0, 1.0)]
+    assert queue_knowing(jobs) == {1, 2}
+    tight = [Timed(0.0, 2.0, 2.0), Timed(1.0, 2.2, 1.2)]
+    assert len(queue_knowing(tight)) == 1
+
+
 def test_heuristic_is_near_the_best_on_the_mean() -> None:
     seeds = range(60)
     best = sum(best_of_all(random_jobs(seed, 9)) for seed in seeds)
@@ -65,7 +82,7 @@ def test_heuristic_is_near_the_best_on_the_mean() -> None:
 def test_equal_releases_are_solved_exactly(seed: int) -> None:
     # Without release times the rule is Moore and Hodgson's, which is optimal.
     jobs = [Timed(0.0, job.due_s, job.work_s) for job in random_jobs(seed, 9)]
-    assert len(clairvoyant(jobs)) == best_of_all(jobs)
+    assert len(clairvoyant(jobs)) == len(queue_knowing(jobs)) == best_of_all(jobs)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -16,7 +16,7 @@ from flowprefill.bench.goodput.chart import cumulative, ticks
 from flowprefill.bench.goodput.lab import Lab, Place
 from flowprefill.bench.goodput.measurement import Measurement
 from flowprefill.bench.goodput.records import Records
-from flowprefill.bench.goodput.results import rows_of, sweep
+from flowprefill.bench.goodput.results import Ideals, rows_of, sweep
 from flowprefill.bench.goodput.setting import Setting
 from flowprefill.traces import Trace, TraceRequest, synthetic_trace
 
@@ -56,13 +56,15 @@ def make_lab(path: Path | None = None) -> Lab:
 
 def test_highest_rates_are_found_and_paired() -> None:
     lab = make_lab()
-    rows = rows_of(lab, lab.searches([FIRST, OURS], [0.9], stride=16), {0.9: [6.0] * 3})
+    ideals = Ideals({0.9: [6.0] * 3}, {0.9: [5.0] * 3})
+    rows = rows_of(lab, lab.searches([FIRST, OURS], [0.9], stride=16), ideals)
     first, ours = rows
     assert first["max_rate_rps"] == pytest.approx(2.0, rel=1e-3)
     assert ours["max_rate_rps"] == pytest.approx(6.0, rel=1e-3)
     assert ours["ratio_to_fcfs"] == pytest.approx(3.0, rel=1e-3)
     assert first["ours_over"] == pytest.approx(3.0, rel=1e-3)
     assert ours["share_of_clairvoyant"] == pytest.approx(1.0, rel=1e-3)
+    assert ours["share_of_queue_knowing"] == pytest.approx(1.2, rel=1e-3)
     assert ours["goodput_rps"] == pytest.approx(5.4, rel=1e-3)
     assert ours["samples"] == 3
 
@@ -92,7 +94,7 @@ def test_no_measurement_begins_that_may_end_after_the_budget() -> None:
     lab.deadline_s = 0.0
     found = lab.searches([OURS], [0.9], stride=16)
     assert lab.at(Place(OURS, 0, 0)) is None
-    assert rows_of(lab, found, {})[0]["samples"] == 0
+    assert rows_of(lab, found)[0]["samples"] == 0
 
 
 def test_sweep_compares_with_ours_at_equal_places() -> None:
@@ -135,6 +137,7 @@ def test_quick_simulation_reports_rates_and_draws_a_page(
     assert ours["ratio_to_fcfs"] > 1.5
     assert first["ratio_to_fcfs"] == pytest.approx(1.0)
     assert 0.5 < ours["share_of_clairvoyant"] < 1.1
+    assert 0.5 < ours["share_of_requests"] < 1.1
     assert found["settings"]["seeds"] == [1, 2]
     for row in found["calibration"]:
         assert row["heuristic"] <= row["bound_solo"] <= row["requests"]
