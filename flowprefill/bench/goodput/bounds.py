@@ -1,4 +1,4 @@
-"""Ideal schedulers on the samples: their highest rates, and how near the heuristic is to its bound."""
+"""Ideal schedulers on the samples, and how near the heuristic comes to its bound."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from flowprefill.bench.goodput import svg
 from flowprefill.bench.goodput.chart import LineChart, Timeline
 from flowprefill.bench.report import shown
 
+OPEN_ROWS = 24  # longer tables are shown on demand
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --faint: #6b6b70; --paper: #ffffff;
   --line: #dcdce0; --head: #f4f4f6; }
@@ -51,7 +52,10 @@ def page(
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += [f'<p class="note">{escape(note)}</p>' for note in notes]
     for heading, rows, columns in tables:
-        parts += [f"<h2>{escape(heading)}</h2>", _table(rows, columns)]
+        table = _table(rows, columns)
+        if len(rows) > OPEN_ROWS:
+            table = f"<details><summary>{len(rows)} rows</summary>{table}</details>"
+        parts += [f"<h2>{escape(heading)}</h2>", table]
     for chart in charts:
         drawn = svg.line_chart(chart) if isinstance(chart, LineChart) else svg.timeline(chart)
         name = escape(chart.title)
