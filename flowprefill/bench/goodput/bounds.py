@@ -56,7 +56,7 @@ def shares_of_requests(lab: Lab, searches: Sequence[Search]) -> list[float]:
     return [
         search.target / attained(lab, clairvoyant, sample, search.index)
         for sample, search in enumerate(searches)
-        if search.is_done and search.index is not None
+        if search.index is not None
     ]
 
 

@@ -18,7 +18,7 @@ from flowprefill.bench.common import check_least, say
 from flowprefill.bench.goodput import bounds, charts, png, results
 from flowprefill.bench.goodput.chart import LineChart, Timeline
 from flowprefill.bench.goodput.clairvoyant import clairvoyant, queue_knowing
-from flowprefill.bench.goodput.lab import Lab, Place
+from flowprefill.bench.goodput.lab import Lab, Place, Starts
 from flowprefill.bench.goodput.measurement import Backend, Measurement
 from flowprefill.bench.goodput.page import page
 from flowprefill.bench.goodput.records import Records
@@ -44,6 +44,7 @@ LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7)
 SLO_SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 FINE_STEP, FINE_STRIDE = 1.005, 64  # of the rates' grid, where a measurement costs nothing
 COARSE_STEP, COARSE_STRIDE = 1.05, 6  # in real time
+GUESSED_STRIDE = 2  # from a simulated guess
 IDEALS = {"clairvoyant heuristic": clairvoyant, "queue-knowing": queue_knowing}
 SIM_SAMPLES, QUICK_SAMPLES = 12, 2
 QUICK_SETTINGS = ("fcfs+none", "slack_edf+chunk:512", OURS)
@@ -73,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sim.add_argument("--no-clairvoyant", action="store_true", help="leave the comparison out")
     engine = parser.add_argument_group("backends engine and URL")
     engine.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
+    engine.add_argument("--guess-profile", default="", metavar="PROFILE",
+                        help="begin searches where a simulation of it ends")  # fmt: skip
     engine.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
     engine.add_argument("--device", default="auto")
     engine.add_argument("--threads", type=int, default=0, help="0 is one per available core")
@@ -196,7 +199,10 @@ def _measure(
 ) -> None:
     say(f"capacity, one after another: {lab.capacity_rps:.2f} requests/s")
     stride = FINE_STRIDE if lab.backend.is_fast else COARSE_STRIDE
-    found = lab.searches(settings, args.target, stride)
+    starts = None
+    if not lab.backend.is_fast and args.guess_profile:
+        starts, stride = _guessed(args, lab, settings), GUESSED_STRIDE
+    found = lab.searches(settings, args.target, stride, starts)
     ideals, calibration = _ideals(args, lab, found)
     report.rows = results.rows_of(lab, found, ideals)
     rates = [results.told(row) for row in report.rows]
@@ -223,6 +229,29 @@ def _measure(
             charts.timeline_chart(portraits, requests),
         ]
         _write(args.out, report, tables, drawn, workload)
+
+
+def _guessed(args: argparse.Namespace, lab: Lab, settings: Sequence[Setting]) -> Starts:
+    """Simulate the searches on a profile, and scale what they find to the speed measured here.
+
+    Only where searches begin depends on it; a good guess saves most of the slow measurements.
+    """
+    from flowprefill.bench.goodput.sim_backend import SimBackend
+
+    role: Any = "mixed" if args.with_decode else "prefill"
+    simulator = SimBackend(args.guess_profile, role=role)
+    virtual = Lab(simulator, lab.samples, lab.base_rps, Records(None, {}), lab.step, lab.seed)
+    found = virtual.searches(settings, args.target, COARSE_STRIDE)
+    faster = lab.capacity_rps / virtual.capacity_rps
+    starts: dict[tuple[Setting, float], list[int | None]] = {}
+    for (setting, target), searches in found.items():
+        rates = results.rates_of(virtual, searches)
+        starts[setting, target] = [
+            None if rate is None else lab.index_of(rate * faster) for rate in rates
+        ]
+        told = ", ".join("none" if rate is None else f"{rate * faster:.2f}" for rate in rates)
+        say(f"guess for {setting!s} at {target:g}: {told} requests/s")
+    return starts
 
 
 def _ideals(
@@ -315,6 +344,7 @@ def _write(
         f"Backend: {report.settings['backend']}.",
         "Intervals: 95 %, of paired samples.",
     ]
+    drawn = [one for one in drawn if (one.series if isinstance(one, LineChart) else one.rows)]
     text = page("Goodput", notes, tables, drawn, about)
     (folder / "goodput.html").write_text(text, encoding="utf-8")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flowprefill.bench.common import say
@@ -17,6 +17,8 @@ from flowprefill.traces import Trace, scaled_rate
 START_LOAD, START_LOAD_FIRST_COME = 0.7, 0.25  # where searches begin
 LEAST_LOAD, MOST_LOAD = 0.003, 30.0  # where they give up
 SAID_EVERY_S = 10.0
+
+Starts = Mapping[tuple[Setting, float], Sequence[int | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +130,17 @@ class Lab:
         )
 
     def searches(
-        self, settings: Sequence[Setting], targets: Sequence[float], stride: int
+        self,
+        settings: Sequence[Setting],
+        targets: Sequence[float],
+        stride: int,
+        starts: Starts | None = None,
     ) -> dict[tuple[Setting, float], list[Search]]:
         """Find the highest rates: for each setting and target a search per sample.
+
+        Args:
+            stride: first step of a search's widening, on the grid.
+            starts: where searches begin; None, or no entry: at a share of the capacity.
 
         Slow backends take turns, one measurement per setting, so that a machine whose speed
         drifts treats all alike, and an early end leaves something of each.
@@ -139,10 +149,12 @@ class Lab:
         found: dict[tuple[Setting, float], list[Search]] = {}
         for setting in settings:
             load = START_LOAD_FIRST_COME if str(setting) == FIRST_COME else START_LOAD
-            start = self.index_of(self.capacity_rps * load)
+            middle = self.index_of(self.capacity_rps * load)
             for target in targets:
+                given = (starts or {}).get((setting, target), [None] * len(self.samples))
                 found[setting, target] = [
-                    Search(target, start, stride, least, most) for _ in self.samples
+                    Search(target, middle if start is None else start, stride, least, most)
+                    for start in given
                 ]
         for round_ in self._rounds(found, settings, targets):
             done = sum(one.is_done for ones in found.values() for one in ones)

@@ -26,6 +26,7 @@ COLUMNS = {
     "share_of_queue_knowing": "of queue-knowing",
     "share_of_requests": "requests of clairvoyant %",
     "samples": "samples",
+    "unfinished": "unfinished",
 }
 SWEEP_COLUMNS = {
     "setting": "setting",
@@ -42,10 +43,7 @@ SWEEP_COLUMNS = {
 
 def rates_of(lab: Lab, searches: Sequence[Search]) -> Rates:
     """Return the highest rate on each sample; None: out of reach there, or no time to find it."""
-    return [
-        lab.rate_rps(one.index) if one.is_done and one.index is not None else None
-        for one in searches
-    ]
+    return [lab.rate_rps(one.index) if one.index is not None else None for one in searches]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +82,7 @@ def rows_of(lab: Lab, found: Found, ideals: Ideals | None = None) -> list[Row]:
             **_named("ratio_to_fcfs", ratio_interval(mine, others[FIRST_COME])),
             **_named("ours_over", ratio_interval(others[OURS], mine)),
             "samples": len(known),
+            "unfinished": sum(not one.is_done for one in found[setting, target]),
             "rates_rps": mine,
         }
         if ideals is not None:

@@ -67,8 +67,11 @@ class Search:
 
     @property
     def index(self) -> float | None:
-        """The (interpolated) index where attainment passes the target; None: out of reach."""
-        if self.low is None:
+        """The (interpolated) index where attainment passes the target.
+
+        None: out of reach, or not bracketed yet. Before `is_done` the bracket is wider than a step.
+        """
+        if self.low is None or (self.high is None and not self.is_done):
             return None
         if self.high is None:
             return float(self.low)

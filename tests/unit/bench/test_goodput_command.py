@@ -16,7 +16,7 @@ from flowprefill.bench.goodput.chart import cumulative, ticks
 from flowprefill.bench.goodput.lab import Lab, Place
 from flowprefill.bench.goodput.measurement import Measurement
 from flowprefill.bench.goodput.records import Records
-from flowprefill.bench.goodput.results import Ideals, rows_of, sweep
+from flowprefill.bench.goodput.results import Ideals, rates_of, rows_of, sweep
 from flowprefill.bench.goodput.setting import Setting
 from flowprefill.traces import Trace, TraceRequest, synthetic_trace
 
@@ -67,6 +67,15 @@ def test_highest_rates_are_found_and_paired() -> None:
     assert ours["share_of_queue_knowing"] == pytest.approx(1.2, rel=1e-3)
     assert ours["goodput_rps"] == pytest.approx(5.4, rel=1e-3)
     assert ours["samples"] == 3
+
+
+def test_a_search_begins_where_it_is_told() -> None:
+    lab = make_lab()
+    starts = {(OURS, 0.9): [lab.index_of(5.9), None, lab.index_of(6.2)]}
+    found = lab.searches([OURS], [0.9], 2, starts)[OURS, 0.9]
+    asked = [len(search.attained) for search in found]
+    assert max(asked[0], asked[2]) < asked[1]
+    assert rates_of(lab, found) == pytest.approx([6.0] * 3, rel=1e-3)
 
 
 def test_every_setting_gets_the_same_seeds() -> None:

@@ -50,6 +50,15 @@ def test_search_out_of_reach_says_so() -> None:
     assert search.index is None
 
 
+def test_search_that_was_ended_early_gives_what_it_has() -> None:
+    search = Search(0.9, 0, 4, least=-100, most=100)
+    search.tell(0, 1.0)
+    assert search.index is None
+    search.tell(4, 0.8)
+    assert not search.is_done
+    assert search.index == pytest.approx(2.0)
+
+
 def test_search_that_always_attains_ends_at_the_top() -> None:
     search, _ = run_search(lambda index: 1.0, 0)
     assert search.index == 100
