@@ -24,6 +24,7 @@ from flowprefill.traces.transforms import (
     resampled,
     resampled_requests,
     scaled_lengths,
+    scaled_objectives,
     scaled_rate,
     window,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "resampled",
     "resampled_requests",
     "scaled_lengths",
+    "scaled_objectives",
     "scaled_rate",
     "synthetic_trace",
     "window",

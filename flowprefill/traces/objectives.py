@@ -16,6 +16,7 @@ from typing import Any
 
 from flowprefill.errors import ConfigError
 from flowprefill.traces.trace import Trace, TraceRequest
+from flowprefill.traces.transforms import scaled_objectives
 
 BUILT_IN = Path(__file__).with_name("objectives.json")
 UNBOUNDED = math.inf
@@ -136,10 +137,8 @@ def with_objectives(trace: Trace, objectives: ObjectiveMap, scale: float = 1.0) 
     """Give every request the objectives of its class, multiplied by a scale.
 
     Raises:
-        ConfigError: a request has no class in the map, or the scale is not > 0.
+        ConfigError: a request has no class in the map. ValueError: the scale is not > 0.
     """
-    if not 0 < scale < UNBOUNDED:
-        raise ConfigError(f"slo_scale: got {scale}, expected a number > 0", param="slo_scale")
     requests = []
     for request in trace.requests:
         name = objectives.class_of(request)
@@ -148,11 +147,11 @@ def with_objectives(trace: Trace, objectives: ObjectiveMap, scale: float = 1.0) 
             replace(
                 request,
                 service_class=name,
-                ttft_s=one.ttft_s * scale,
-                tpot_s=one.tpot_s * scale,
+                ttft_s=one.ttft_s,
+                tpot_s=one.tpot_s,
             )
         )
-    return Trace(trace.name, tuple(requests))
+    return scaled_objectives(Trace(trace.name, tuple(requests)), scale)
 
 
 def for_machine(

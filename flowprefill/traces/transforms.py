@@ -49,6 +49,18 @@ def scaled_lengths(trace: Trace, factor: float) -> Trace:
     )
 
 
+def scaled_objectives(trace: Trace, factor: float) -> Trace:
+    """Multiply both objectives of every request by a factor > 0."""
+    _check_positive("factor", factor)
+    return _with(
+        trace,
+        [
+            replace(one, ttft_s=one.ttft_s * factor, tpot_s=one.tpot_s * factor)
+            for one in trace.requests
+        ],
+    )
+
+
 def clipped(trace: Trace, max_tokens: int) -> Trace:
     """Cut prompts so that prompt and output together have at most max_tokens (>= 2)."""
     if max_tokens < 2:

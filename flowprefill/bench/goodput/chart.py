@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# Okabe and Ito's colours, then more: told apart also by those who see fewer of them. Ours is
-# the first.
+# Okabe and Ito's colours, told apart also by those who see fewer of them; later ones are dashed.
+# Ours is the first, drawn last and wider.
 COLOURS = (
     "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A8A8A", "#7A5AC8",
-    "#A0522D", "#B0B000", "#444444", "#BBBBBB",
+    "#882255", "#B0B000", "#444444", "#BBBBBB",
 )  # fmt: skip
+FIRST_DASHED = 6
 Point = tuple[float, float]
 
 
@@ -27,6 +28,16 @@ class Series:
     name: str
     points: Sequence[Point]
     colour: int
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is drawn wider, over the others."""
+        return self.colour == 0
+
+    @property
+    def is_dashed(self) -> bool:
+        """Whether its line is dashed."""
+        return self.colour >= FIRST_DASHED
 
 
 @dataclass(frozen=True, slots=True)

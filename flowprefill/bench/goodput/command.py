@@ -40,7 +40,7 @@ from flowprefill.bench.report import Report, Row, json_path, print_table
 from flowprefill.errors import ConfigError
 from flowprefill.traces import scaled_rate
 
-LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7)
+LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.1)
 SLO_SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 FINE_STEP, FINE_STRIDE = 1.005, 64  # of the rates' grid, where a measurement costs nothing
 COARSE_STEP, COARSE_STRIDE = 1.05, 6  # in real time

@@ -29,7 +29,8 @@ th { background: var(--head); font-weight: 600; } th:first-child, td:first-child
 figure { margin: 1rem 0; } svg { width: 100%; height: auto; max-width: 760px; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg line.grid { stroke: var(--line); } svg line.mark { stroke: var(--faint);
-  stroke-dasharray: 5 4; } svg polyline { fill: none; stroke-width: 2; }
+  stroke-dasharray: 5 4; } svg polyline { fill: none; stroke-width: 1.6; }
+svg polyline.ours { stroke-width: 3; } svg polyline.dashed { stroke-dasharray: 6 3; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--faint); font-size: 12px; }
 """
 

@@ -51,7 +51,11 @@ def _draw_lines(axis: Any, chart: LineChart) -> None:
     (x_low, x_high), (y_low, y_high) = chart.ranges()
     for series in chart.series:
         xs, ys = zip(*series.points, strict=True) if series.points else ((), ())
-        axis.plot(xs, ys, color=COLOURS[series.colour % len(COLOURS)], label=series.name, lw=1.6)
+        axis.plot(
+            xs, ys, color=COLOURS[series.colour % len(COLOURS)], label=series.name,
+            linewidth=2.6 if series.is_ours else 1.5, linestyle="--" if series.is_dashed else "-",
+            zorder=3 if series.is_ours else 2,
+        )  # fmt: skip
     for value in chart.marks:
         axis.axhline(value, color="#888888", linewidth=0.8, linestyle="--")
     if chart.is_log:

@@ -43,10 +43,11 @@ def line_chart(chart: LineChart) -> str:
         parts.append(_text(x_of(value), HEIGHT - BOTTOM + 16, tick_text(value), "middle"))
     for value in chart.marks:
         parts.append(_line(LEFT, y_of(value), WIDTH - RIGHT, y_of(value), "mark"))
-    for series in chart.series:
+    for series in sorted(chart.series, key=lambda one: one.is_ours):
         points = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in series.points)
         colour = COLOURS[series.colour % len(COLOURS)]
-        parts.append(f'<polyline points="{points}" stroke="{colour}"/>')
+        kind = "ours" if series.is_ours else "dashed" if series.is_dashed else "plain"
+        parts.append(f'<polyline class="{kind}" points="{points}" stroke="{colour}"/>')
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.x_label, "middle"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
     label = escape(chart.y_label)

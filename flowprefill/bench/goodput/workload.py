@@ -19,6 +19,7 @@ from flowprefill.traces import (
     read_trace,
     resampled,
     scaled_lengths,
+    scaled_objectives,
     synthetic_trace,
     window,
     with_objectives,
@@ -87,10 +88,7 @@ def make_workload(
         max_tokens: longest prompt and output that can be served; 0 is any.
     """
     trace = _trace_of(args)
-    objectives = load_objectives(args.objectives) if args.objectives else objectives_for(trace)
-    if args.carry_slo:
-        objectives = for_machine(objectives, solo_s, args.length_scale)
-    trace = with_objectives(trace, objectives, args.slo_scale)  # classes by the trace's lengths
+    trace = _with_objectives(args, trace, solo_s)  # before scaling: classes by the trace's lengths
     objectives_s = {one.service_class: one.ttft_s for one in trace.requests}
     trace = scaled_lengths(trace, args.length_scale)
     if not args.with_decode:
@@ -104,6 +102,18 @@ def make_workload(
     if trace.span_s <= 0:
         raise ConfigError(f"trace: {trace.name}: all requests arrive at once", param="trace")
     return Workload(trace.rate_rps, _samples(args, trace), objectives_s, _described(args, trace))
+
+
+def _with_objectives(
+    args: argparse.Namespace, trace: Trace, solo_s: Callable[[int], float]
+) -> Trace:
+    has_own = any(one.ttft_s < float("inf") for one in trace.requests)
+    if has_own and not args.objectives and not args.carry_slo:
+        return scaled_objectives(trace, args.slo_scale)
+    objectives = load_objectives(args.objectives) if args.objectives else objectives_for(trace)
+    if args.carry_slo:
+        objectives = for_machine(objectives, solo_s, args.length_scale)
+    return with_objectives(trace, objectives, args.slo_scale)
 
 
 def _trace_of(args: argparse.Namespace) -> Trace:

@@ -22,6 +22,7 @@ from flowprefill.traces import (
     resampled,
     resampled_requests,
     scaled_lengths,
+    scaled_objectives,
     scaled_rate,
     synthetic_trace,
     window,
@@ -142,6 +143,11 @@ def test_objectives_of_classes_are_scaled() -> None:
     assert (first.ttft_s, first.tpot_s, second.ttft_s) == (0.125, 0.05, 3.0)
 
 
+def test_own_objectives_are_scaled() -> None:
+    trace = scaled_objectives(Trace("t", (TraceRequest(0, 5, 1, "c", 1.0, 0.1),)), 0.5)
+    assert trace.requests == (TraceRequest(0, 5, 1, "c", 0.5, 0.05),)
+
+
 def test_objectives_by_length_give_each_prompt_a_class() -> None:
     trace = Trace("t", tuple(TraceRequest(0, tokens) for tokens in (3000, 3001, 20_000, 90_000)))
     objectives = objectives_for(trace)
@@ -195,5 +201,5 @@ def test_unknown_objectives_and_classes_are_refused() -> None:
         load_objectives("qwen-9b")
     with pytest.raises(ConfigError, match="class 'video', expected one of text"):
         with_objectives(Trace("t", (TraceRequest(0, 5, 1, "video"),)), load_objectives("qwen-8b"))
-    with pytest.raises(ConfigError, match="slo_scale: got 0"):
+    with pytest.raises(ValueError, match="factor: got 0"):
         with_objectives(TRACE, load_objectives("length-8b"), 0)
