@@ -12,6 +12,7 @@ from flowprefill.traces import TraceRequest
 
 EXCERPT_S = 12.0  # of a timeline
 MS = 1e3
+TTFT_RANGE = (0.02, 50.0)  # of TTFT over objective
 
 
 def colours(settings: Sequence[Setting]) -> dict[str, int]:
@@ -64,7 +65,8 @@ def ttft_charts(
         for setting, measured in portraits.items():
             ratios = [ttft_s / objective_s for ttft_s in measured.ttft_s.get(name, ())]
             if ratios:
-                series.append(Series(str(setting), cumulative(ratios), number[str(setting)]))
+                points = [one for one in cumulative(ratios) if one[0] <= TTFT_RANGE[1]]
+                series.append(Series(str(setting), points, number[str(setting)]))
         if series:
             charts.append(
                 LineChart(
@@ -75,7 +77,7 @@ def ttft_charts(
                     "share of requests",
                     series,
                     is_log=True,
-                    x_range=(0.02, 50.0),
+                    x_range=TTFT_RANGE,
                     y_range=(0.0, 1.0),
                 )
             )

@@ -162,7 +162,7 @@ def _lab_of(
 ) -> Lab:
     step = FINE_STEP if backend.is_fast else COARSE_STEP
     names = (
-        "trace", "format", "start_s", "length_s", "objectives", "slo_scale", "carry_slo",
+        "trace", "requests", "format", "start_s", "length_s", "objectives", "slo_scale", "carry_slo",
         "ttft_only", "length_scale", "max_tokens", "with_decode", "samples", "sample_s",
         "block_s", "seed", "quick", "profile", "noise", "bias", "model", "dtype", "threads",
     )  # fmt: skip
@@ -208,7 +208,9 @@ def _measure(
     rates = [results.told(row) for row in report.rows]
     print_table("Highest rates", rates, results.COLUMNS)
     tables: list[Any] = [("Highest rates", rates, results.COLUMNS)]
-    if calibration:
+    if ideals is not None:
+        tables.append(("Against ideal schedulers", rates, results.IDEAL_COLUMNS))
+        print_table("Against ideal schedulers", rates, results.IDEAL_COLUMNS)
         report.extra["calibration"] = calibration
         tables.append(("Clairvoyant heuristic", calibration, bounds.CALIBRATION_COLUMNS))
         print_table("Clairvoyant heuristic", calibration, bounds.CALIBRATION_COLUMNS)

@@ -22,11 +22,15 @@ COLUMNS = {
     "goodput_rps": "goodput 1/s",
     "ratio_to_fcfs": "times fcfs+none",
     "ours_over": "ours / it",
-    "share_of_clairvoyant": "rate of clairvoyant",
-    "share_of_queue_knowing": "of queue-knowing",
-    "share_of_requests": "requests of clairvoyant %",
     "samples": "samples",
     "unfinished": "unfinished",
+}
+IDEAL_COLUMNS = {
+    "setting": "setting",
+    "target": "target %",
+    "share_of_clairvoyant": "rate / clairvoyant's",
+    "share_of_queue_knowing": "rate / queue-knowing's",
+    "share_of_requests": "requests of clairvoyant's there %",
 }
 SWEEP_COLUMNS = {
     "setting": "setting",

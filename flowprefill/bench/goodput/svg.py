@@ -13,7 +13,7 @@ from flowprefill.bench.goodput.chart import COLOURS, LineChart, Timeline, tick_t
 
 WIDTH, HEIGHT = 720, 330
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 10, 44
-ROW_HEIGHT, LABEL_WIDTH = 26, 190
+ROW_HEIGHT, LABEL_WIDTH = 26, 216
 LEGEND_LINE, LEGEND_COLUMNS = 18, 2
 
 

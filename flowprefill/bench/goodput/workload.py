@@ -24,6 +24,7 @@ from flowprefill.traces import (
     window,
     with_objectives,
 )
+from flowprefill.traces.synthetic import REQUESTS
 
 QUICK_REQUESTS = 60
 
@@ -49,6 +50,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is served."""
     group = parser.add_argument_group("workload")
     group.add_argument("--trace", type=Path, help="file; default: a synthetic one, by --seed")
+    group.add_argument("--requests", type=int, default=REQUESTS, help="of the synthetic trace")
     group.add_argument("--format", default="auto", help="of the trace; auto finds it")
     group.add_argument("--start-s", type=float, default=0.0, help="skip so much of the trace")
     group.add_argument("--length-s", type=float, default=0.0, help="use so much; 0 is all")
@@ -76,6 +78,7 @@ def check_workload(args: argparse.Namespace) -> None:
     for name in ("start_s", "length_s", "max_tokens"):
         check_least(name, getattr(args, name), 0)
     check_least("samples", args.samples, -1)
+    check_least("requests", args.requests, 2)
 
 
 def make_workload(
@@ -118,7 +121,7 @@ def _with_objectives(
 
 def _trace_of(args: argparse.Namespace) -> Trace:
     if args.trace is None:
-        trace = synthetic_trace(args.seed)
+        trace = synthetic_trace(args.seed, args.requests)
     else:
         trace = read_trace(args.trace, args.format, seed=args.seed)
     if args.start_s or args.length_s:
