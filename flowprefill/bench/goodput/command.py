@@ -162,9 +162,10 @@ def _lab_of(
 ) -> Lab:
     step = FINE_STEP if backend.is_fast else COARSE_STEP
     names = (
-        "trace", "requests", "format", "start_s", "length_s", "objectives", "slo_scale", "carry_slo",
-        "ttft_only", "length_scale", "max_tokens", "with_decode", "samples", "sample_s",
-        "block_s", "seed", "quick", "profile", "noise", "bias", "model", "dtype", "threads",
+        "trace", "requests", "format", "start_s", "length_s", "objectives", "slo_scale",
+        "carry_slo", "ttft_only", "length_scale", "max_tokens", "with_decode", "samples",
+        "sample_s", "block_s", "seed", "quick", "profile", "noise", "bias", "model",
+        "dtype", "threads",
     )  # fmt: skip
     identity: dict[str, Any] = {name: getattr(args, name) for name in names}
     identity |= {"trace": str(args.trace), "backend": backend.name, "step": step}

@@ -136,6 +136,7 @@ def run(tmp_path: Path, *flags: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_quick_simulation_reports_rates_and_draws_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
