@@ -137,8 +137,10 @@ def with_objectives(trace: Trace, objectives: ObjectiveMap, scale: float = 1.0) 
     """Give every request the objectives of its class, multiplied by a scale.
 
     Raises:
-        ConfigError: a request has no class in the map. ValueError: the scale is not > 0.
+        ConfigError: a request has no class in the map, or the scale is not > 0.
     """
+    if not 0 < scale < UNBOUNDED:
+        raise ConfigError(f"slo_scale: got {scale}, expected a number > 0", param="slo_scale")
     requests = []
     for request in trace.requests:
         name = objectives.class_of(request)

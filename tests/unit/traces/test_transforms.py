@@ -201,5 +201,5 @@ def test_unknown_objectives_and_classes_are_refused() -> None:
         load_objectives("qwen-9b")
     with pytest.raises(ConfigError, match="class 'video', expected one of text"):
         with_objectives(Trace("t", (TraceRequest(0, 5, 1, "video"),)), load_objectives("qwen-8b"))
-    with pytest.raises(ValueError, match="factor: got 0"):
+    with pytest.raises(ConfigError, match="slo_scale: got 0"):
         with_objectives(TRACE, load_objectives("length-8b"), 0)
