@@ -213,6 +213,28 @@ class Model:
     @property
     def weight_bytes(self) -> int: ...
 
+class CutRules:
+    """Where a device wants its cuts (csrc/graph/planner.h)."""
+
+    def __init__(
+        self,
+        *,
+        row_step: int = ...,  # rows of a slice of attention are a multiple of it
+        max_tile_rows: int = ...,  # rows that go through a layer together
+        min_tile_rows: int = ...,
+        min_product_parts: int = ...,
+        slices_heads: bool = ...,  # attention by KV heads before rows
+        embed_rows: int = ...,  # rows of a step before the layers
+        weight_element_bytes: int = ...,
+        embed_row_s: float = ...,
+    ) -> None: ...
+
+class PlanPredictor:
+    """The planner by itself: no weights, no device. Thread: any."""
+
+    def __init__(self, graph: ModelGraph, cuts: CutRules) -> None: ...
+    def segments(self, rows: int, context: int, plan: PlanOptions) -> npt.NDArray[np.float64]: ...
+
 def spin_run(id: int, segments: int, segment_s: float, fail_at: int = -1) -> Run: ...
 def logits(run: Run) -> FloatArray: ...
 def live_workspace_bytes() -> int: ...

@@ -40,6 +40,7 @@ BENCHES: Mapping[str, str] = {
     "prefill": "prefill throughput by prompt length, against transformers",
     "control": "from submit() to the executor seeing it, while all cores compute",
     "load": "requests over HTTP at a rate, with SLO attainment",
+    "goodput": "the highest rate at which policies meet their objectives, on a trace",
     "compare": "two reports of one bench as ratios, e.g. before and after a change",
     "gpu": "one GPU: kernels, prefill, blocking by run-ahead, hol; the report to send us",
 }

@@ -17,6 +17,7 @@ from flowprefill.request import SLO
 GIB = 1 << 30  # bytes
 POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
+COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
 DEVICES = "auto, cpu, cuda or cuda:N"
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _GRANULARITY = re.compile(r"(budget):(\d+(?:\.\d+)?)|(chunk):(\d+)|(operator|layer|none)")
@@ -56,6 +57,11 @@ class Granularity:
                 raise _bad("granularity", text, "chunk:N with N in 16..1000000")
             return cls("chunk", chunk_tokens=int(match[4]))
         return cls(match[5])
+
+    @property
+    def max_blocking_s(self) -> float:
+        """Longest segment that the scheduler expects, seconds."""
+        return self.budget_s or COARSE_BLOCKING_S
 
     def __str__(self) -> str:
         if self.kind == "budget":

@@ -27,4 +27,5 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("num_regions", &flowprefill::num_regions);
   flowprefill::bind_run_arguments(m);
   flowprefill::bind_cpu_model(m);
+  flowprefill::bind_planner(m);
 }

@@ -26,6 +26,8 @@ pybind11::class_<Executor> bind_runtime(pybind11::module_& m);
 // Binds the values that runs are made of.
 void bind_run_arguments(pybind11::module_& m);
 void bind_cpu_model(pybind11::module_& m);
+// Binds PlanPredictor, after bind_run_arguments().
+void bind_planner(pybind11::module_& m);
 // Adds the constructor of `executor` too.
 void bind_cuda_model(pybind11::module_& m, pybind11::class_<Executor> executor);
 void bind_cuda_devices(pybind11::module_& m);

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flowprefill.errors import ConfigError
+from flowprefill.traces import (
+    TraceRequest,
+    clipped,
+    objectives_for,
+    read_trace,
+    scaled_lengths,
+    scaled_rate,
+    with_objectives,
+)
 
 # Service class -> objectives, as the server's configuration takes them.
 Classes = Mapping[str, Mapping[str, float]]
@@ -23,14 +29,6 @@ MIX = {"interactive": (0.67, 32, 256), "document": (0.25, 257, 1500), "batch": (
 MIX_OUTPUT_TOKENS = (1, 24)
 MAX_CANCEL_AFTER_S = 1.0
 
-# The four kinds of the Qwen-Bailian trace with the objectives of the paper (8B model, one GPU).
-TRACE_CLASSES: Classes = {
-    "text": {"ttft_ms": 250},
-    "image": {"ttft_ms": 500},
-    "search": {"ttft_ms": 4_000},
-    "file": {"ttft_ms": 6_000},
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -39,6 +37,7 @@ class Planned:
     Attributes:
         at_s: when, seconds after the start.
         cancel_after_s: the client goes away so long after sending; None: it stays.
+        slo: objectives as the API takes them; None: those of its class at the server.
     """
 
     at_s: float
@@ -46,6 +45,7 @@ class Planned:
     output_tokens: int
     service_class: str
     cancel_after_s: float | None = None
+    slo: Mapping[str, float] | None = None
 
 
 def random_mix(rng: random.Random, count: int, rate: float, cancelled: float) -> list[Planned]:
@@ -75,42 +75,32 @@ def random_mix(rng: random.Random, count: int, rate: float, cancelled: float) ->
     return planned
 
 
-def read_trace(
+def trace_plan(
     path: Path, length_scale: float, time_scale: float, max_tokens: int
-) -> list[Planned]:
-    """Read a JSONL trace with ``timestamp``, ``input_length``, ``output_length`` and ``type``.
+) -> tuple[list[Planned], Classes]:
+    """Read a trace that `flowprefill.traces.read_trace` knows.
 
     Args:
         length_scale: prompt and output lengths are multiplied by it.
         time_scale: gaps between arrivals are multiplied by it.
         max_tokens: longer prompts (with their output) are cut to it.
 
+    Returns:
+        The requests, and the TTFT objectives of their classes (see `objectives_for`).
+
     Raises:
-        ConfigError: a line is not such an object; names file, line and what is wrong.
+        ConfigError: a row is bad; names file, line and field.
     """
-    planned = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            planned.append(
-                _planned(line, f"{path}:{number}", (length_scale, time_scale), max_tokens)
-            )
-    if not planned:
-        raise ConfigError(f"trace: {path} is empty", param="trace")
-    return planned
+    trace = read_trace(path)
+    objectives = objectives_for(trace)
+    trace = with_objectives(trace, objectives)  # by the trace's own lengths
+    trace = clipped(scaled_rate(scaled_lengths(trace, length_scale), 1 / time_scale), max_tokens)
+    classes = {name: {"ttft_ms": one.ttft_s * 1e3} for name, one in objectives.classes.items()}
+    return [planned_of(request) for request in trace.requests], classes
 
 
-def _planned(line: str, where: str, scales: tuple[float, float], max_tokens: int) -> Planned:
-    try:
-        row: dict[str, Any] = json.loads(line)
-        lengths = [float(row[name]) * scales[0] for name in ("input_length", "output_length")]
-        kind, at_s = row["type"], float(row["timestamp"]) * scales[1]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"trace: {where}: missing or wrong entry {error}", param="trace"
-        ) from None
-    if kind not in TRACE_CLASSES:
-        known = ", ".join(TRACE_CLASSES)
-        raise ConfigError(f"trace: {where}: type {kind!r}, expected one of {known}", param="trace")
-    output = max(1, min(round(lengths[1]), max_tokens - 1))
-    prompt = max(1, min(round(lengths[0]), max_tokens - output))
-    return Planned(at_s, prompt, output, kind)
+def planned_of(request: TraceRequest) -> Planned:
+    """Return a trace's request as one to send."""
+    return Planned(
+        request.at_s, request.prompt_tokens, request.output_tokens, request.service_class
+    )

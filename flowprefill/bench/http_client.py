@@ -135,7 +135,7 @@ def _body(planned: Planned, ids: list[int]) -> bytes:
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
-        "slo": {"class": planned.service_class},
+        "slo": {"class": planned.service_class} if planned.slo is None else dict(planned.slo),
     }
     return json.dumps(body).encode()
 

@@ -18,11 +18,10 @@ from typing import Any
 
 from flowprefill.bench.arrivals import (
     MIX_CLASSES,
-    TRACE_CLASSES,
     Classes,
     Planned,
     random_mix,
-    read_trace,
+    trace_plan,
 )
 from flowprefill.bench.common import check_least, say
 from flowprefill.bench.http_client import Outcome, running_server, send_all
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=200, help="of the random mix, default 200")
     parser.add_argument("--rate", type=float, default=1.5, help="requests/s; 0 sends all at once")
     parser.add_argument("--cancelled", type=float, default=0.05, help="share of clients that leave")
-    parser.add_argument("--trace", type=Path, help="JSONL file to replay instead of the mix")
+    parser.add_argument("--trace", type=Path, help="file to replay instead of the mix")
     parser.add_argument("--scale", type=float, default=0.1, help="of the trace's lengths")
     parser.add_argument("--time-scale", type=float, default=1.0, help="of the trace's gaps")
     parser.add_argument("--slo-scale", type=float, default=1.0, help="of all objectives")
@@ -70,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the JSON."""
     _check(args)
     model = open_checkpoint(args.model).config
-    planned = _plan(args, model.max_position)
+    planned, unscaled = _plan(args, model.max_position)
     classes = {
         name: {key: value * args.slo_scale for key, value in objectives.items()}
-        for name, objectives in (TRACE_CLASSES if args.trace else MIX_CLASSES).items()
+        for name, objectives in unscaled.items()
     }
     names = ("model", "seed", "requests", "rate", "cancelled", "scale", "time_scale", "slo_scale")
     settings = {name: getattr(args, name) for name in names}
@@ -110,12 +109,12 @@ def _check(args: argparse.Namespace) -> None:
         args.requests, args.rate = min(args.requests, 20), 4.0
 
 
-def _plan(args: argparse.Namespace, max_tokens: int) -> list[Planned]:
+def _plan(args: argparse.Namespace, max_tokens: int) -> tuple[list[Planned], Classes]:
     if args.trace is None:
         rng = random.Random(args.seed)
-        return random_mix(rng, args.requests, args.rate, args.cancelled)
-    planned = read_trace(args.trace, args.scale, args.time_scale, max_tokens)
-    return planned[:20] if args.quick else planned
+        return random_mix(rng, args.requests, args.rate, args.cancelled), MIX_CLASSES
+    planned, classes = trace_plan(args.trace, args.scale, args.time_scale, max_tokens)
+    return planned[:20] if args.quick else planned, classes
 
 
 def _engine_settings(

@@ -138,14 +138,15 @@ def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> 
             heading, justify="left" if heading == next(iter(columns.values())) else "right"
         )
     for row in rows:
-        table.add_row(*(_shown(row.get(key), heading) for key, heading in columns.items()))
+        table.add_row(*(shown(row.get(key), heading) for key, heading in columns.items()))
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
     console.print(table)
 
 
-def _shown(value: Any, heading: str) -> str:
+def shown(value: Any, heading: str) -> str:
+    """Return a table's cell as text; the heading says in what unit, see `print_table`."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if not isinstance(value, float):

@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
-
 
 class Engine:
     """One model on one device.
@@ -149,7 +147,7 @@ class Engine:
             changed then.
         """
         granularity = Granularity.parse(text)
-        self._core.set_max_blocking(granularity.budget_s or COARSE_BLOCKING_S)
+        self._core.set_max_blocking(granularity.max_blocking_s)
         self._worker.set_granularity(granularity)
 
     def close(self, timeout: float | None = None) -> None:
@@ -243,7 +241,7 @@ class Engine:
         settings = SchedulerSettings(
             max_batch_tokens=self.config.max_batch_tokens,
             max_running=self.config.max_running,
-            max_blocking_s=granularity.budget_s or COARSE_BLOCKING_S,
+            max_blocking_s=granularity.max_blocking_s,
         )
         worker = self._worker
         cost_model = CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)

@@ -87,4 +87,9 @@ def model_shape(graph: ModelGraph, dtype: str) -> ModelShape:
         attention_flops_per_pair=4.0 * graph.num_heads * graph.head_dim * graph.num_layers,
         head_flops_per_sequence=2.0 * elements[False],
         head_bytes=float(elements[False] * element_bytes),
+        cache_bytes_per_token=2.0
+        * graph.num_kv_heads
+        * graph.head_dim
+        * graph.num_layers
+        * element_bytes,
     )

@@ -5,15 +5,16 @@ Pure: rates are measured elsewhere and given in. One prediction is
     overhead + max(weight bytes / bandwidth, tokens * flops per token / GEMM rate)
              + (token, context token) pairs * flops per pair / attention rate + output head
 
-so context that is in the cache costs attention, not projections. What the formula misses is
-corrected online, one factor for each kind of work.
+so context that is in the cache costs attention, not projections. A decode step has one row for
+each sequence's whole cache: there attention takes at least the time to read the cache. What the
+formula misses is corrected online, one factor for each kind of work.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class ModelShape:
         attention_flops_per_pair: per (token, context token) pair, over all layers.
         head_flops_per_sequence: of the output head, for the one row of a sequence that needs it.
         head_bytes: of the output head.
+        cache_bytes_per_token: keys and values of one token, over all layers; 0: reading them
+            costs nothing.
     """
 
     linear_flops_per_token: float
@@ -70,9 +73,16 @@ class ModelShape:
     attention_flops_per_pair: float
     head_flops_per_sequence: float
     head_bytes: float
+    cache_bytes_per_token: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, (field.name for field in fields(self)))
+        names = [field.name for field in fields(self) if field.default is MISSING]
+        _check_positive(self, names)
+        if not (math.isfinite(self.cache_bytes_per_token) and self.cache_bytes_per_token >= 0):
+            raise ValueError(
+                f"ModelShape.cache_bytes_per_token: got {self.cache_bytes_per_token}, expected a "
+                "number >= 0"
+            )
 
 
 def attention_pairs(tokens: int, context: int) -> float:
@@ -111,7 +121,10 @@ class CostModel:
 
     def decode_s(self, sequences: int, total_context: int) -> float:
         """Return the predicted time of one decode step over sequences with so much context."""
-        return self._correction["decode"] * self._raw_s(sequences, total_context, sequences)
+        rates = self.rates
+        read_s = total_context * self.shape.cache_bytes_per_token / rates.weight_bytes_per_s
+        seconds = self._raw_s(sequences, total_context, sequences, read_s)
+        return self._correction["decode"] * seconds
 
     def observe(self, kind: WorkKind, predicted_s: float, measured_s: float) -> None:
         """Learn from one finished work.
@@ -145,7 +158,7 @@ class CostModel:
             return predicted_s * min(1.0, self.error_quantile("prefill", 0.05))
         return predicted_s * (0.8 if self.is_calibrated else 0.25)
 
-    def _raw_s(self, tokens: int, pairs: float, sequences: int) -> float:
+    def _raw_s(self, tokens: int, pairs: float, sequences: int, cache_read_s: float = 0.0) -> float:
         rates, shape = self.rates, self.shape
         linear = max(
             shape.weight_bytes / rates.weight_bytes_per_s,
@@ -156,4 +169,4 @@ class CostModel:
             sequences * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
         )
         attention = pairs * shape.attention_flops_per_pair / rates.attention_flops_per_s
-        return rates.run_overhead_s + linear + head + attention
+        return rates.run_overhead_s + linear + head + max(attention, cache_read_s)

@@ -11,10 +11,14 @@ import torch
 import transformers
 
 from flowprefill import Engine, EngineConfig, Request, SamplingParams
+from flowprefill.bench.goodput.engine_backend import EngineBackend, UrlBackend
+from flowprefill.bench.goodput.setting import Setting
+from flowprefill.bench.http_client import running_server
 from flowprefill.bench.transformers_model import TransformersModel
 from flowprefill.cli import main
 from flowprefill.errors import ConfigError
 from flowprefill.models.checkpoint import open_checkpoint
+from flowprefill.traces import TraceRequest
 
 pytestmark = pytest.mark.slow
 ROW_NAMES = {
@@ -138,3 +142,42 @@ def test_transformers_comparison_runs_the_same_model(folder: Path) -> None:
         ours = engine.submit(Request(ids, sampling)).result(60).token_ids
     assert [other.greedy_token(ids)] == ours
     assert other.prefill_s(ids, "eager") > 0
+
+
+def test_goodput_on_an_engine_measures_each_setting(folder: Path, tmp_path: Path) -> None:
+    flags = ("--backend", "engine", "--quick", "--length-scale", "0.05", "--kv-cache-gib", "0.1")
+    settings = ("--setting", "fcfs+none", "--setting", "slack_edf+budget:2")
+    out = ("--out", str(tmp_path / "out"), "--budget", "1", "--target", "0.5")
+    guess = ("--guess-profile", "smollm2-135m@zen5x2")
+    report = bench(folder, tmp_path, "goodput", *flags, *settings, *out, *guess)
+    assert [row["setting"] for row in report["rows"]] == ["fcfs+none", "slack_edf+budget:2"]
+    assert {row["requests"] % 60 for row in report["by_rate"]} == {0}
+    assert all(0 <= row["attainment"] <= 1 for row in report["by_rate"])
+    assert report["settings"]["capacity_rps"] > 1
+    assert "<svg" in (tmp_path / "out" / "goodput.html").read_text()
+
+
+def test_goodput_engine_backend_serves_equal_requests_and_times_them(folder: Path) -> None:
+    backend = EngineBackend(str(folder), dtype="f32", threads=1, kv_cache_gib=0.1)
+    requests = [
+        TraceRequest(0.01 * n, 40 + n, 1 + n % 3, "ab"[n % 2], ttft_s=30.0) for n in range(12)
+    ]
+    hopeless = TraceRequest(0.2, 40, 1, "c", ttft_s=1e-6)
+    measured = backend.measure(
+        Setting("slack_edf", "budget:2"), [*requests, hopeless], 1, is_detailed=True
+    )
+    assert measured.by_class == {"a": 1.0, "b": 1.0, "c": 0.0}
+    assert (measured.requests, measured.failed) == (13, 0)
+    assert [len(times_s) for times_s in measured.ttft_s.values()] == [6, 6, 1]
+    assert {one.number for one in measured.stretches} <= set(range(-1, 13))
+    assert measured.stretches
+    assert backend.solo_s(2000) > backend.solo_s(100) > 0
+
+
+def test_goodput_url_backend_states_objectives_itself(folder: Path) -> None:
+    requests = [TraceRequest(0.0, 30, 2, "a", ttft_s=30.0), TraceRequest(0.1, 30, ttft_s=1e-6)]
+    with running_server(str(folder), {"dtype": "f32", "threads": 1}) as url:
+        backend = UrlBackend(url, vocab_size=1000)
+        measured = backend.measure(Setting("slack_edf", "budget:2"), requests, 1, is_detailed=False)
+    assert measured.by_class == {"a": 1.0, "": 0.0}
+    assert measured.failed == 0

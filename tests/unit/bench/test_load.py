@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowprefill.bench.arrivals import MIX, MIX_CLASSES, Planned, random_mix, read_trace
+from flowprefill.bench.arrivals import MIX, MIX_CLASSES, Planned, random_mix, trace_plan
 from flowprefill.bench.http_client import Outcome
 from flowprefill.bench.load import rows_of
 from flowprefill.errors import ConfigError
@@ -38,32 +38,18 @@ def test_random_mix_at_rate_zero_arrives_at_once() -> None:
 
 
 def test_trace_lengths_and_gaps_are_scaled_and_cut(tmp_path: Path) -> None:
-    path = write(tmp_path, ROW, ROW | {"input_length": 99_999, "type": "text"})
-    first, second = read_trace(path, 0.1, 0.5, max_tokens=512)
-    assert first == Planned(1.0, 100, 5, "search")
-    assert second == Planned(1.0, 507, 5, "text")
+    later = ROW | {"timestamp": 4.0, "input_length": 99_999, "type": "text"}
+    planned, classes = trace_plan(write(tmp_path, ROW, later), 0.1, 0.5, max_tokens=512)
+    assert planned == [Planned(0.0, 100, 5, "search"), Planned(1.0, 507, 5, "text")]
+    assert classes["search"] == {"ttft_ms": 4000}
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"timestamp": 1.0}, "missing or wrong entry 'input_length'"),
-        (ROW | {"timestamp": "soon"}, "missing or wrong entry"),
-        (ROW | {"type": "video"}, "type 'video', expected one of text, image, search, file"),
-        ([], "missing or wrong entry"),
-    ],
-)
-def test_bad_trace_line_is_named(tmp_path: Path, row: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
-        read_trace(write(tmp_path, ROW, row), 1.0, 1.0, 1000)
-    assert "trace.jsonl:2" in str(error.value)
-
-
-def test_empty_trace_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text("\n")
-    with pytest.raises(ConfigError, match="is empty"):
-        read_trace(path, 1.0, 1.0, 1000)
+def test_trace_of_other_classes_goes_by_length(tmp_path: Path) -> None:
+    path = write(tmp_path, ROW | {"type": "video"}, ROW | {"type": "", "input_length": 9000})
+    with pytest.raises(ConfigError, match=r"trace.jsonl:2: type: got '', expected a text"):
+        trace_plan(path, 1.0, 1.0, 1000)
+    planned, _ = trace_plan(write(tmp_path, ROW | {"type": "video"}), 1.0, 1.0, 1000)
+    assert [one.service_class for one in planned] == ["text"]
 
 
 def outcome(times_s: list[float], status: str = "ok", name: str = "interactive") -> Outcome:

@@ -1,0 +1,168 @@
+"""Profile: a model on a machine as data, read from profiles/*.json; what a simulation predicts by.
+
+A profile's name is `MODEL@MACHINE`. Machine files hold rates per device with their source and the
+assumed efficiency; model files hold the model's configuration and on how many devices it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flowprefill import _core
+from flowprefill.engine.loading import model_shape
+from flowprefill.errors import ConfigError
+from flowprefill.models.families import build_graph, read_config
+from flowprefill.models.graph import ModelGraph
+from flowprefill.scheduling import MachineRates, ModelShape
+
+FOLDER = Path(__file__).parent / "profiles"
+_EXPERT_PRODUCTS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model on a machine. All rates are of all its devices together.
+
+    Attributes:
+        name: `MODEL@MACHINE`, or the path of the file it was read from.
+        source: where the figures come from and what is assumed.
+        graph: the model as the planner sees it.
+        shape: what the model asks of the machine.
+        rates: what the machine does per second; the overhead is that of one run.
+        step_overhead_s: of each step that the planner makes.
+        cuts: the device's cutting rules, by the fields of `_core.CutRules`.
+        segments_in_flight: segments that a preemption waits for at most; 1: the one that executes.
+        expert_share: active over all experts of a mixture; 1: none.
+        expert_bytes: weight bytes of all experts.
+    """
+
+    name: str
+    source: str
+    graph: ModelGraph = field(repr=False)
+    shape: ModelShape
+    rates: MachineRates
+    step_overhead_s: float = 5e-6
+    cuts: Mapping[str, Any] = field(default_factory=dict)
+    segments_in_flight: int = 1
+    expert_share: float = 1.0
+    expert_bytes: float = 0.0
+
+    @classmethod
+    def load(cls, name: str) -> Profile:
+        """Return a built-in profile, `MODEL@MACHINE`, or one from a JSON file with both objects.
+
+        Raises:
+            ConfigError: no such profile, or the file is not one; says which there are.
+        """
+        if name.endswith(".json"):
+            parts = _read(Path(name))
+            return _join(name, _object(name, parts, "model"), _object(name, parts, "machine"))
+        model, _, machine = name.partition("@")
+        if model not in _stems("model") or machine not in _stems("machine"):
+            raise ConfigError(
+                f"profile: got {name!r}, expected MODEL@MACHINE, models {_stems('model')}, "
+                f"machines {_stems('machine')}, or a .json file",
+                param="profile",
+            )
+        files = (FOLDER / f"model-{model}.json", FOLDER / f"machine-{machine}.json")
+        return _join(name, *map(_read, files))
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names of the built-in profiles."""
+        return [f"{model}@{machine}" for model in _stems("model") for machine in _stems("machine")]
+
+    @cached_property
+    def predictor(self) -> _core.PlanPredictor:
+        """The planner on this model with this device's cutting rules."""
+        return _core.PlanPredictor(self.graph, _core.CutRules(**self.cuts))
+
+    def weight_bytes(self, rows: int) -> float:
+        """Return the bytes of weights that so many rows read: a few rows meet not all experts."""
+        if not self.expert_bytes:
+            return self.shape.weight_bytes
+        met = 1.0 - (1.0 - self.expert_share) ** rows
+        return self.shape.weight_bytes - self.expert_bytes * (1.0 - met)
+
+    def with_rates(self, **rates: float) -> Profile:
+        """Return the same with some rates changed, e.g. to those that were measured."""
+        return replace(self, rates=replace(self.rates, **rates))
+
+
+def _stems(kind: str) -> list[str]:
+    return sorted(path.stem.removeprefix(f"{kind}-") for path in FOLDER.glob(f"{kind}-*.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"profile {path}: {error.strerror}", param="profile") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"profile {path}: not JSON ({error})", param="profile") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"profile {path}: expected a JSON object", param="profile")
+    return values
+
+
+def _object(name: str, parts: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = parts.get(key)
+    if not isinstance(value, dict):
+        raise ConfigError(f"profile {name}: {key}: expected an object", param="profile")
+    return value
+
+
+def _number(name: str, values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = values.get(key, default)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (math.isfinite(value) and value > 0):
+        raise ConfigError(
+            f"profile {name}: {key}: got {value!r}, expected a number > 0", param="profile"
+        )
+    return float(value)
+
+
+def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Profile:
+    """Put a model on a machine: rates of several devices together, links counted."""
+
+    def given(key: str, default: float | None = None) -> float:
+        return _number(name, machine, key, default)
+
+    config = _object(name, model, "config")
+    graph = build_graph(read_config(config))
+    devices = int(_number(name, model, "devices", 1))
+    together = devices * (given("link_efficiency", 1.0) if devices > 1 else 1.0)
+    shape = model_shape(graph, "bf16")
+    share = _number(name, model, "active_experts", 1) / _number(name, model, "experts", 1)
+    expert_bytes = 0.0
+    if share < 1.0:
+        products = graph.products()
+        active = sum(count for op, count in products if op.name in _EXPERT_PRODUCTS)
+        expert_bytes = 2.0 * active / share
+        shape = replace(shape, weight_bytes=shape.weight_bytes - 2.0 * active + expert_bytes)
+    rates = MachineRates(
+        gemm_flops_per_s=given("gemm_flops_per_s")
+        * together
+        * _number(name, model, "linear_efficiency", 1.0),
+        attention_flops_per_s=given("attention_flops_per_s") * together,
+        weight_bytes_per_s=given("memory_bytes_per_s") * devices,
+        run_overhead_s=given("run_overhead_s"),
+    )
+    return Profile(
+        name=name,
+        source=f"{model.get('source', '')} {machine.get('source', '')}".strip(),
+        graph=graph,
+        shape=shape,
+        rates=rates,
+        step_overhead_s=given("step_overhead_s", 5e-6),
+        cuts=_object(name, machine, "cuts") if "cuts" in machine else {},
+        segments_in_flight=int(given("segments_in_flight", 1)),
+        expert_share=share,
+        expert_bytes=expert_bytes,
+    )
