@@ -67,6 +67,7 @@ class Node:
         self.events = 0
         self.decisions: deque[tuple[float, SchedulerEvent, Decision]] | None = None
         self._costs = costs
+        self._response_s = costs.profile.response_s
         self._on_end = on_end
         self._role = role
         self._worker = worker
@@ -181,7 +182,7 @@ class Node:
             outcome = live.outcome
             if live.first_s == math.inf:
                 live.first_s = now
-                outcome.ttft_s = now - outcome.request.at_s
+                outcome.ttft_s = now - outcome.request.at_s + self._response_s
                 outcome.preemptions = run.preemptions
                 outcome.suspended_s = run.suspended_s
                 outcome.blocking_s = run.blocking_s

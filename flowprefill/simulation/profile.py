@@ -37,6 +37,8 @@ class Profile:
         rates: what the machine does per second; the overhead is that of one run.
         step_overhead_s: of each step that the planner makes.
         cuts: the device's cutting rules, by the fields of `_core.CutRules`.
+        response_s: from the end of a prefill to its token at the client, and what comes before the
+            scheduler hears of it; occupies no device.
         segments_in_flight: segments that a preemption waits for at most; 1: the one that executes.
         expert_share: active over all experts of a mixture; 1: none.
         expert_bytes: weight bytes of all experts.
@@ -49,6 +51,7 @@ class Profile:
     rates: MachineRates
     step_overhead_s: float = 5e-6
     cuts: Mapping[str, Any] = field(default_factory=dict)
+    response_s: float = 0.0
     segments_in_flight: int = 1
     expert_share: float = 1.0
     expert_bytes: float = 0.0
@@ -162,6 +165,7 @@ def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Pr
         rates=rates,
         step_overhead_s=given("step_overhead_s", 5e-6),
         cuts=_object(name, machine, "cuts") if "cuts" in machine else {},
+        response_s=given("response_s") if "response_s" in machine else 0.0,
         segments_in_flight=int(given("segments_in_flight", 1)),
         expert_share=share,
         expert_bytes=expert_bytes,
