@@ -50,7 +50,7 @@ COLUMNS = {
     "ttft_p90_s": "p90 ms",
     "ttft_p99_s": "p99 ms",
     "preemptions": "preempt.",
-    "blocking_p99_s": "blocking p99 ms",
+    "blocking_p99_s": "block ms",
     "utilisation": "busy %",
     "simulated_per_s": "simulated/s",
 }
