@@ -136,7 +136,7 @@ def simulate_cluster(
         requests: in order of arrival; read one by one.
         router: a name of ROUTERS.
         seed, noise, bias, role: as `simulate` takes them; the router draws by the seed too.
-        on_end: told of each request that ends, beside being counted.
+        on_end: told of each request that ends, after it was counted.
 
     Raises:
         ConfigError: a value out of range, or arrivals out of order.

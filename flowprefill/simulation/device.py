@@ -69,7 +69,7 @@ class VirtualDevice:
     """See the file's head.
 
     Attributes:
-        next_s: when something happens by itself; inf: never. Call `advance` then.
+        next_s: when a run ends or stops next; inf: never. Call `advance` then.
         busy_s: how long runs were executing, up to the last boundary.
         blocking_s: each wait of a dispatched run for the one that was executing, seconds; stays
             empty if `on_blocking` takes them.

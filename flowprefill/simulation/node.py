@@ -43,7 +43,7 @@ class Node:
     """See the file's head.
 
     Attributes:
-        next_s: when something happens by itself; inf: never.
+        next_s: when the device or the scheduler's timer is due; inf: never.
         events: how many events the scheduler was told.
         tokens: prompt tokens of the requests that live here.
         decisions: the last decisions; None: they are not kept.
