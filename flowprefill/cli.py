@@ -1,4 +1,4 @@
-"""The command line: serve, generate, bench, doctor; `flowprefill` calls main().
+"""The command line: serve, generate, bench, simulate, doctor; `flowprefill` calls main().
 
 Flags of engine and server are made from their settings' dataclasses. Torch, aiohttp and rich are
 imported by the command that needs them, so that ``--help`` is quick. Every expected error is one
@@ -290,6 +290,12 @@ def _add_bench(commands: Any, arguments: Sequence[str]) -> None:
             _attach_module(bench, f"flowprefill.bench.{name}")
 
 
+def _add_simulate(commands: Any, arguments: Sequence[str]) -> None:
+    parser = commands.add_parser("simulate", help="a trace on a worker or a cluster, virtual time")
+    if list(arguments[:1]) == ["simulate"]:
+        _attach_module(parser, "flowprefill.bench.simulate")
+
+
 def _add_doctor(commands: Any, arguments: Sequence[str]) -> None:
     parser = commands.add_parser("doctor", help="what this machine offers")
     if list(arguments[:1]) == ["doctor"]:
@@ -313,6 +319,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_generate(commands)
     _add_bench(commands, arguments)
+    _add_simulate(commands, arguments)
     _add_doctor(commands, arguments)
     return parser
 

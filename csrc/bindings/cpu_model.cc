@@ -88,6 +88,10 @@ void bind_cpu_model(py::module_& m) {
            py::arg("pause_at") = std::unordered_set<size_t>())
       .def_property_readonly("weight_bytes",
                              [](Model& model) { return model.get().weight_bytes(); });
+  m.def(
+      "cpu_cuts",
+      [](const std::string& dtype, int threads) { return cpu_cuts(threads, element_of(dtype)); },
+      py::arg("dtype"), py::arg("threads"));
   m.def("logits", &logits, py::arg("run"));
   m.def("live_workspace_bytes", &live_workspace_bytes);
   m.def("has_bf16_gemm", &has_bf16_gemm);

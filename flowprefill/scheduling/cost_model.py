@@ -7,7 +7,8 @@ Pure: rates are measured elsewhere and given in. One prediction is
 
 so context that is in the cache costs attention, not projections. A decode step has one row for
 each sequence's whole cache: there attention takes at least the time to read the cache. What the
-formula misses is corrected online, one factor for each kind of work.
+formula misses is corrected online: one factor for each kind of work, and one for the attention of
+prefills, which is told apart from the rest by prompts of different lengths.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from flowprefill.scheduling.interface import WorkKind
 
 KINDS: tuple[WorkKind, ...] = ("prefill", "decode")
 LEARNING_RATE = 0.1  # share of an observed log error that goes into the correction
 MAX_CORRECTION = 8.0
+ATTENTION_GAIN = 3.0  # attention learns faster than the whole: it is seldom most of a prefill
 MAX_STEP = 4.0  # one observation counts at most as this ratio: a stalled machine is no new truth
 WINDOW = 256  # observations the error quantiles are taken from
 ENOUGH = 16  # observations before the quantiles are believed
@@ -100,6 +102,7 @@ class CostModel:
         self.rates = rates if rates is not None else MachineRates()
         self.is_calibrated = is_calibrated
         self._correction: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
+        self._attention = 1.0  # of prefills, beside their correction
         self._ratios: dict[WorkKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
 
     def prefill_s(self, tokens: int, context: int = 0) -> float:
@@ -117,29 +120,39 @@ class CostModel:
 
     def packed_prefill_s(self, tokens: int, pairs: float, sequences: int) -> float:
         """Return the predicted time of a packed prefill from its sums; O(1), for batching."""
-        return self._correction["prefill"] * self._raw_s(tokens, pairs, sequences)
+        attention = self._attention * self._attention_s(pairs)
+        return self._correction["prefill"] * (self._rest_s(tokens, sequences) + attention)
 
     def decode_s(self, sequences: int, total_context: int) -> float:
         """Return the predicted time of one decode step over sequences with so much context."""
         rates = self.rates
         read_s = total_context * self.shape.cache_bytes_per_token / rates.weight_bytes_per_s
-        seconds = self._raw_s(sequences, total_context, sequences, read_s)
-        return self._correction["decode"] * seconds
+        attention = max(self._attention_s(total_context), read_s)
+        return self._correction["decode"] * (self._rest_s(sequences, sequences) + attention)
 
-    def observe(self, kind: WorkKind, predicted_s: float, measured_s: float) -> None:
-        """Learn from one finished work.
+    def observe(
+        self,
+        kind: WorkKind,
+        predicted_s: float,
+        measured_s: float,
+        prompts: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Learn from one finished work; O(prompts).
 
         Args:
             predicted_s: what this model said, correction included, seconds.
             measured_s: time it was executing, suspensions not counted, seconds.
+            prompts: (tokens, context) pairs of a prefill: how much of it was attention.
         """
         if not (predicted_s > 0 and measured_s > 0 and math.isfinite(measured_s)):
             return
         ratio = measured_s / predicted_s
         self._ratios[kind].append(ratio)
         step = min(max(ratio, 1 / MAX_STEP), MAX_STEP) ** LEARNING_RATE
-        corrected = self._correction[kind] * step
-        self._correction[kind] = min(max(corrected, 1 / MAX_CORRECTION), MAX_CORRECTION)
+        self._correction[kind] = _bounded(self._correction[kind] * step)
+        if prompts:
+            gain = ATTENTION_GAIN * self._attention_share(prompts)
+            self._attention = _bounded(self._attention * step**gain)
 
     def correction(self, kind: WorkKind) -> float:
         """Return the factor learnt so far; 1 is none."""
@@ -158,7 +171,18 @@ class CostModel:
             return predicted_s * min(1.0, self.error_quantile("prefill", 0.05))
         return predicted_s * (0.8 if self.is_calibrated else 0.25)
 
-    def _raw_s(self, tokens: int, pairs: float, sequences: int, cache_read_s: float = 0.0) -> float:
+    def _attention_share(self, prompts: Sequence[tuple[int, int]]) -> float:
+        """Return how much of a prefill's predicted time is attention."""
+        tokens = sum(new for new, _ in prompts)
+        pairs = sum(attention_pairs(new, context) for new, context in prompts)
+        attention = self._attention * self._attention_s(pairs)
+        return attention / (attention + self._rest_s(tokens, len(prompts)))
+
+    def _attention_s(self, pairs: float) -> float:
+        return pairs * self.shape.attention_flops_per_pair / self.rates.attention_flops_per_s
+
+    def _rest_s(self, tokens: int, sequences: int) -> float:
+        """Return the overhead, products and output head of a work."""
         rates, shape = self.rates, self.shape
         linear = max(
             shape.weight_bytes / rates.weight_bytes_per_s,
@@ -168,5 +192,8 @@ class CostModel:
             shape.head_bytes / rates.weight_bytes_per_s,
             sequences * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
         )
-        attention = pairs * shape.attention_flops_per_pair / rates.attention_flops_per_s
-        return rates.run_overhead_s + linear + head + max(attention, cache_read_s)
+        return rates.run_overhead_s + linear + head
+
+
+def _bounded(correction: float) -> float:
+    return min(max(correction, 1 / MAX_CORRECTION), MAX_CORRECTION)

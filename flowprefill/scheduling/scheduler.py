@@ -175,7 +175,10 @@ class Scheduler:
         if executed_s is None and work.suspensions == 0:
             executed_s = work.executed_s
         if executed_s is not None:
-            self.cost_model.observe(work.kind, work.predicted_s, executed_s)
+            prompts = [
+                (job.prompt_tokens, job.context_tokens) for job in work.jobs if not work.is_decode
+            ]
+            self.cost_model.observe(work.kind, work.predicted_s, executed_s, prompts)
         self._release(work)
         if work.is_decode:
             for job in self._decoding.end_step(now, ends):

@@ -69,13 +69,16 @@ class VirtualDevice:
     """See the file's head.
 
     Attributes:
-        next_s: when something happens by itself; inf: never. Call `advance` then.
+        next_s: when a run ends or stops next; inf: never. Call `advance` then.
         busy_s: how long runs were executing, up to the last boundary.
-        blocking_s: each wait of a dispatched run for the one that was executing, seconds.
+        blocking_s: each wait of a dispatched run for the one that was executing, seconds; stays
+            empty if `on_blocking` takes them.
         stretches: None, or a list to which each stretch is added.
     """
 
-    def __init__(self, segments_in_flight: int = 1) -> None:
+    def __init__(
+        self, segments_in_flight: int = 1, on_blocking: Callable[[float], None] | None = None
+    ) -> None:
         self.current: VirtualRun | None = None
         self.next_s = math.inf
         self.busy_s = 0.0
@@ -83,6 +86,7 @@ class VirtualDevice:
         self.blocking_s: list[float] = []
         self.stretches: list[Stretch] | None = None
         self._in_flight = segments_in_flight
+        self._note_blocking = on_blocking or self.blocking_s.append
         self._following: VirtualRun | None = None
         self._end_s = math.inf
         self._stop_s = math.inf  # the boundary at which the current run gives way
@@ -149,7 +153,7 @@ class VirtualDevice:
             kind = "cancelled" if self._is_cancelled else "suspended"
         self._leave(run, now, kind)
         if following is not None and following.state not in ENDED:
-            self.blocking_s.append(now - following.dispatched_s)
+            self._note_blocking(now - following.dispatched_s)
             self._start(following, now)
         return DeviceEvent(kind, run)
 

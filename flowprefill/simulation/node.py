@@ -43,9 +43,9 @@ class Node:
     """See the file's head.
 
     Attributes:
-        next_s: when something happens by itself; inf: never.
+        next_s: when the device or the scheduler's timer is due; inf: never.
         events: how many events the scheduler was told.
-        live: requests that have not ended.
+        tokens: prompt tokens of the requests that live here.
         decisions: the last decisions; None: they are not kept.
     """
 
@@ -59,14 +59,17 @@ class Node:
         worker: int = 0,
         seed: int = 0,
         noise: float = 0.0,
+        on_blocking: Callable[[float], None] | None = None,
     ) -> None:
         """Join the parts; see `simulate` for what role, seed and noise mean."""
         self.scheduler = scheduler
-        self.device = VirtualDevice(costs.profile.segments_in_flight)
+        self.device = VirtualDevice(costs.profile.segments_in_flight, on_blocking)
         self.next_s = math.inf
         self.events = 0
+        self.tokens = 0
         self.decisions: deque[tuple[float, SchedulerEvent, Decision]] | None = None
         self._costs = costs
+        self._response_s = costs.profile.response_s
         self._on_end = on_end
         self._role = role
         self._worker = worker
@@ -104,6 +107,7 @@ class Node:
                 self._end(outcome, request.at_s)
                 return
         self._live[job.id] = live
+        self.tokens += request.prompt_tokens
         self._tell(Arrival(job), request.at_s)
 
     def step(self) -> None:
@@ -134,9 +138,10 @@ class Node:
             if self.device.cancel(run, now) and not is_executing:
                 del self._runs[work.id]
         for job_id, _ in decision.dropped:
-            live = self._live.pop(job_id)
-            live.outcome.end = "dropped"
-            self._end(live.outcome, now)
+            outcome = self._live.pop(job_id).outcome
+            outcome.end = "dropped"
+            self.tokens -= outcome.request.prompt_tokens
+            self._end(outcome, now)
         work_now = decision.dispatch
         if work_now is not None:
             entry = self._runs.get(work_now.id)
@@ -181,13 +186,14 @@ class Node:
             outcome = live.outcome
             if live.first_s == math.inf:
                 live.first_s = now
-                outcome.ttft_s = now - outcome.request.at_s
+                outcome.ttft_s = now - outcome.request.at_s + self._response_s
                 outcome.preemptions = run.preemptions
                 outcome.suspended_s = run.suspended_s
                 outcome.blocking_s = run.blocking_s
             if not live.tokens_left:
                 ends.add(job.id)
                 del self._live[job.id]
+                self.tokens -= outcome.request.prompt_tokens
                 if live.tokens > 1:
                     outcome.mean_itl_s = (now - live.first_s) / (live.tokens - 1)
                 self._end(outcome, now)

@@ -36,7 +36,9 @@ class Profile:
         shape: what the model asks of the machine.
         rates: what the machine does per second; the overhead is that of one run.
         step_overhead_s: of each step that the planner makes.
-        cuts: the device's cutting rules, by the fields of `_core.CutRules`.
+        cuts: the device's cutting rules.
+        response_s: from the end of a prefill to its token at the client, and what comes before the
+            scheduler hears of it; occupies no device.
         segments_in_flight: segments that a preemption waits for at most; 1: the one that executes.
         expert_share: active over all experts of a mixture; 1: none.
         expert_bytes: weight bytes of all experts.
@@ -48,7 +50,8 @@ class Profile:
     shape: ModelShape
     rates: MachineRates
     step_overhead_s: float = 5e-6
-    cuts: Mapping[str, Any] = field(default_factory=dict)
+    cuts: _core.CutRules = field(default_factory=_core.CutRules, repr=False)
+    response_s: float = 0.0
     segments_in_flight: int = 1
     expert_share: float = 1.0
     expert_bytes: float = 0.0
@@ -81,7 +84,7 @@ class Profile:
     @cached_property
     def predictor(self) -> _core.PlanPredictor:
         """The planner on this model with this device's cutting rules."""
-        return _core.PlanPredictor(self.graph, _core.CutRules(**self.cuts))
+        return _core.PlanPredictor(self.graph, self.cuts)
 
     def weight_bytes(self, rows: int) -> float:
         """Return the bytes of weights that so many rows read: a few rows meet not all experts."""
@@ -128,6 +131,14 @@ def _number(name: str, values: Mapping[str, Any], key: str, default: float | Non
     return float(value)
 
 
+def _cuts(name: str, fields: Mapping[str, Any]) -> _core.CutRules:
+    try:
+        return _core.CutRules(**fields)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"profile {name}: cuts: {reason}", param="profile") from None
+
+
 def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Profile:
     """Put a model on a machine: rates of several devices together, links counted."""
 
@@ -161,7 +172,8 @@ def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Pr
         shape=shape,
         rates=rates,
         step_overhead_s=given("step_overhead_s", 5e-6),
-        cuts=_object(name, machine, "cuts") if "cuts" in machine else {},
+        cuts=_cuts(name, _object(name, machine, "cuts") if "cuts" in machine else {}),
+        response_s=given("response_s") if "response_s" in machine else 0.0,
         segments_in_flight=int(given("segments_in_flight", 1)),
         expert_share=share,
         expert_bytes=expert_bytes,

@@ -1,7 +1,7 @@
-"""A device and a clock in memory only: drives a Scheduler as the engine does, for property tests.
+"""Drives a Scheduler as the engine does, for property tests: clients that leave, works that fail.
 
-Works take the time they are told to take, suspensions happen at the next boundary, and what the
-device reports reaches the scheduler a little later, so that events cross as they do in life.
+The device is the simulator's. What it reports reaches the scheduler a little later, so that events
+cross as they do in life.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from flowprefill.scheduling import (
     SchedulerSettings,
     TimerFired,
 )
+from flowprefill.simulation.device import VirtualDevice as Device
+from flowprefill.simulation.device import VirtualRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from flowprefill.scheduling import Decision, Event, Job, Work
+    from flowprefill.scheduling import Decision, Job, SchedulerEvent, Work
 
 
 def cost_model(tokens_per_s: float = 10_000.0) -> CostModel:
@@ -65,15 +67,13 @@ class Client:
         return self.first_token_s <= self.job.ttft_deadline_s
 
 
-@dataclass
-class Run:
-    """A work on the device; `left_s` is the true time it still needs."""
+class Run(VirtualRun):
+    """A work on the device."""
 
-    work: Work
-    left_s: float
-    since_s: float = 0.0
-    stretches: list[tuple[float, float]] = field(default_factory=list)
-    state: str = "ready"
+    def __init__(self, work: Work, total_s: float, boundary_s: float) -> None:
+        segments = math.ceil(total_s / boundary_s) if boundary_s > 0 else 1000
+        super().__init__(work.id, total_s, lambda: [(i + 1) / segments for i in range(segments)])
+        self.work = work
 
 
 class VirtualDevice:
@@ -88,20 +88,19 @@ class VirtualDevice:
         noise: float = 0.0,
         fail_share: float = 0.0,
         report_s: float = 0.0,
-        on_decision: Callable[[Event, float, Decision], None] | None = None,
+        on_decision: Callable[[SchedulerEvent, float, Decision], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.clients = {client.job.id: client for client in clients}
         self.runs: dict[int, Run] = {}
-        self.log: list[tuple[float, Event, Decision]] = []
+        self.log: list[tuple[float, SchedulerEvent, Decision]] = []
         self.now = 0.0
         self._random = random.Random(seed)
         self._noise, self._fail_share, self._report_s = noise, fail_share, report_s
         self._on_decision = on_decision
         self._happenings: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
-        self._running: Run | None = None
-        self._generation = 0  # of the running stretch; a planned end or switch of another is void
+        self._device = Device()
         self._timer = 0
         for client in self.clients.values():
             self._at(client.job.arrival_s, self._bind(self._arrive, client))
@@ -111,12 +110,16 @@ class VirtualDevice:
     def play(self, limit: int = 50_000) -> None:
         """Let everything happen until nothing is left to happen."""
         for _ in range(limit):
-            if not self._happenings:
+            next_s = self._happenings[0][0] if self._happenings else math.inf
+            if min(next_s, self._device.next_s) == math.inf:
                 return
-            at, _, happening = heapq.heappop(self._happenings)
+            at = min(next_s, self._device.next_s)
             assert at >= self.now
             self.now = at
-            happening()
+            if self._device.next_s <= next_s:
+                self._advance()
+            else:
+                heapq.heappop(self._happenings)[2]()
         raise AssertionError(f"still busy after {limit} happenings: the scheduler goes in circles")
 
     # -- clients ---------------------------------------------------------------------------
@@ -135,11 +138,11 @@ class VirtualDevice:
 
     # -- the engine's part -----------------------------------------------------------------
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: SchedulerEvent) -> None:
         decision = self.scheduler.on_event(event, self.now)
         self.log.append((self.now, event, decision))
         for work in decision.cancel:
-            self._stop(self.runs[work.id])
+            self._device.cancel(self.runs[work.id], self.now)
         for job_id, _ in decision.dropped:
             self.clients[job_id].ends.append(("dropped", self.now))
         if decision.dispatch is not None:
@@ -161,7 +164,7 @@ class VirtualDevice:
         if failed:
             for client in alive:
                 client.ends.append(("failed", self.now))
-            self._tell(Failed(run.work.id))
+            self._tell(Failed(run.id))
             return
         ends = set()
         for client in alive:
@@ -170,8 +173,7 @@ class VirtualDevice:
             if len(client.token_times) == client.output_tokens:
                 client.ends.append(("finished", self.now))
                 ends.add(client.job.id)
-        executed = sum(end - start for start, end in run.stretches)
-        self._tell(Finished(run.work.id, frozenset(ends), executed))
+        self._tell(Finished(run.id, frozenset(ends), run.executed_s))
 
     # -- the device's part -----------------------------------------------------------------
 
@@ -181,62 +183,16 @@ class VirtualDevice:
         if run is None:
             uncorrected_s = work.predicted_s / self.scheduler.cost_model.correction(work.kind)
             true_s = uncorrected_s * math.exp(self._random.gauss(0.0, self._noise))
-            run = self.runs[work.id] = Run(work, true_s)
-        if self._running is None:
-            self._start(run)
-            return
-        if self._running is not run:
-            boundary = self.now + self._random.random() * self.scheduler.settings.max_blocking_s
-            self._next = run
-            self._at(boundary, self._bind(self._switch, self._generation))
-        else:
-            self._next = None
+            boundary_s = self.scheduler.settings.max_blocking_s
+            run = self.runs[work.id] = Run(work, true_s, boundary_s)
+        self._device.dispatch(run, self.now)  # False: it has ended, the report is on its way
 
-    _next: Run | None = None
-
-    def _switch(self, generation: int) -> None:
-        if generation != self._generation or self._next is None or self._running is None:
-            return
-        run = self._running
-        run.left_s -= self.now - run.since_s
-        run.stretches.append((run.since_s, self.now))
-        run.state = "suspended"
-        self._start(self._next)
-
-    def _start(self, run: Run) -> None:
-        self._generation += 1
-        self._running, self._next = None, None
-        if run.state in ("finished", "stopped"):
-            return  # it had ended before it was dispatched again; the report is on its way
-        run.state, run.since_s = "running", self.now
-        self._running = run
-        self._at(self.now + max(run.left_s, 0.0), self._bind(self._end, self._generation))
-
-    def _end(self, generation: int) -> None:
-        if generation != self._generation or self._running is None:
-            return
-        run, following = self._running, self._next
-        run.stretches.append((run.since_s, self.now))
-        run.state = "finished"
-        self._running, self._next = None, None
-        self._generation += 1
-        failed = self._random.random() < self._fail_share
-        self._at(self.now + self._report_s, self._bind(self._report, run, failed))
-        if following is not None:
-            self._start(following)
-
-    def _stop(self, run: Run) -> None:
-        was_running = run is self._running
-        if run.state != "finished":
-            run.state = "stopped"
-        if was_running:
-            following = self._next
-            self._running, self._next = None, None
-            self._generation += 1
-            if following is not None:
-                self._start(following)
-        elif run is self._next:
-            self._next = None
+    def _advance(self) -> None:
+        event = self._device.advance(self.now)
+        if event is not None and event.kind == "finished":
+            failed = self._random.random() < self._fail_share
+            run = self.runs[event.run.id]
+            self._at(self.now + self._report_s, self._bind(self._report, run, failed))
 
     def _at(self, time: float, happening: Callable[[], None]) -> None:
         heapq.heappush(self._happenings, (time, next(self._numbers), happening))

@@ -96,6 +96,19 @@ def test_load_answers_every_request_over_http(folder: Path, tmp_path: Path) -> N
     assert (everyone["service_class"], everyone["requests"], everyone["failed"]) == ("all", 6, 0)
 
 
+def test_simulate_plays_the_trace_on_the_engine_too(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    engine = ("--against-engine", "--model", str(folder), "--threads", "1", "--dtype", "f32")
+    load = ("--requests", "6", "--rate", "20", "--length-scale", "0.01")
+    assert main(["simulate", *engine, *load, "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["requests"] == 6
+    assert row["configuration"] == "slack_edf+budget:2"
+    assert 0 <= row["engine_attainment"] <= 1
+    assert row["engine_ttft_p50_s"] > 0
+    assert row["ttft_p50_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

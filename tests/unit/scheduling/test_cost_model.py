@@ -70,3 +70,42 @@ def test_error_quantile_after_works_is_of_their_ratios() -> None:
 def test_optimistic_before_calibration_is_far_below_the_prediction() -> None:
     assert CostModel(SHAPE).optimistic_prefill_s(1.0) == 0.25
     assert CostModel(SHAPE, is_calibrated=True).optimistic_prefill_s(1.0) == 0.8
+
+
+def learnt(slower_attention: float, *, with_prompts: bool) -> dict[int, float]:
+    """Return predicted over true time by length after works of both on a machine that differs."""
+    model = CostModel(SHAPE, RATES)
+    slow = MachineRates(1e10, 1e9 / slower_attention, 1e9, 1e-3)
+    truth = CostModel(SHAPE, slow)
+    lengths = (200, 4_000)
+    for number in range(600):
+        tokens = lengths[number % 2]
+        prompts = [(tokens, 0)] if with_prompts else []
+        model.observe("prefill", model.prefill_s(tokens), truth.prefill_s(tokens), prompts)
+    return {tokens: model.prefill_s(tokens) / truth.prefill_s(tokens) for tokens in lengths}
+
+
+@pytest.mark.parametrize("slower", [0.4, 3.0])
+def test_observe_prompts_of_different_lengths_tell_attention_from_the_rest(slower: float) -> None:
+    for ratio in learnt(slower, with_prompts=True).values():
+        assert ratio == pytest.approx(1.0, abs=0.03)
+    errors = [abs(ratio - 1.0) for ratio in learnt(slower, with_prompts=False).values()]
+    assert max(errors) > 0.2
+
+
+def test_observe_attention_stays_within_its_bounds() -> None:
+    model = CostModel(SHAPE, RATES)
+    for _ in range(2_000):
+        model.observe("prefill", 1.0, 1e9, [(100_000, 0)])
+    most = MAX_CORRECTION**2
+    plain = CostModel(SHAPE, RATES).prefill_s(100_000)
+    assert plain < model.prefill_s(100_000) <= most * plain
+
+
+def test_decode_long_caches_cost_reading_them() -> None:
+    shape = ModelShape(1e6, 1e6, 1e2, 1e3, 1e4, cache_bytes_per_token=1e4)
+    model, free = CostModel(shape, RATES), CostModel(SHAPE, RATES)
+    assert model.decode_s(4, 5_000) - model.decode_s(4, 0) == pytest.approx(5_000 * 1e4 / 1e9)
+    assert free.decode_s(4, 5_000) - free.decode_s(4, 0) == pytest.approx(5_000 * 1e2 / 1e9)
+    with pytest.raises(ValueError, match="cache_bytes_per_token: got -1"):
+        ModelShape(1e6, 1e6, 1e2, 1e3, 1e4, cache_bytes_per_token=-1)
