@@ -18,6 +18,7 @@ import numpy as np
 
 from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine.core import EngineCore
+from flowprefill.engine.gate import backlog_limit
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
 from flowprefill.engine.live_request import LiveRequest, TokenSide
@@ -94,6 +95,8 @@ class Engine:
         self.max_model_len = limits.max_model_len
         self._pool = BlockPool(limits.num_blocks, limits.block_tokens, self.config.prefix_cache)
         self._core = self._make_core(policy)
+        self._classes = {name: self.config.service_class(name) for name in self.config.classes}
+        self._unnamed_class = self.config.service_class("")
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
         self._is_open, self._process = True, os.getpid()
@@ -113,18 +116,24 @@ class Engine:
 
         Raises:
             InvalidRequest, PromptTooLong: what is wrong with the request.
-            Overloaded: too much waits; says when to come back.
+            Overloaded: too much waits, or it is predicted late and its class rejects it; says when
+                to come back.
             NotReady: the engine is closing, has failed, or is that of the process we are a fork of.
             In each case nothing else is disturbed.
         """
         arrival_s = self._worker.now_s()
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
+        self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
         live = self._make_live(request, slo, ids, self._room_for(ids, request), arrival_s)
         self._core.submit(live)
         return live.handle
+
+    def check_load(self, tenant: str = "") -> None:
+        """Refuse a request before anything is done for it; raises Overloaded as submit would."""
+        self._core.check_load(tenant)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
         """Turn chat messages into prompt text by the model's template, in another process.
@@ -249,7 +258,12 @@ class Engine:
         cost_model = CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)
         own = policy(cost_model, settings) if policy is not None else self.config.policy
         scheduler = Scheduler(own, cost_model, settings)
-        limits = AdmissionLimits(self.config.max_waiting, self.config.max_waiting_tokens)
+        limits = AdmissionLimits(
+            self.config.max_waiting,
+            self.config.max_waiting_tokens,
+            backlog_limit(self.config.max_backlog_s, is_calibrated=cost_model.is_calibrated),
+            self.config.tenant_share,
+        )
         return EngineCore(scheduler, worker, self._pool, limits)
 
     def _token_ids(self, request: Request) -> list[int]:
@@ -306,5 +320,6 @@ class Engine:
             arrival_s=arrival_s,
             ids=ids,
             num_prompt=num_prompt,
+            service=self._classes.get(slo.service_class, self._unnamed_class),
         )
         return live
