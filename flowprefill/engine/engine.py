@@ -41,9 +41,10 @@ from flowprefill.scheduling import (
     SchedulerSettings,
 )
 from flowprefill.scheduling.admission import AdmissionLimits
+from flowprefill.scheduling.forecast import work_s
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from flowprefill.models.tokenizer import Tokenizer
     from flowprefill.scheduling.policies import Policy
@@ -134,6 +135,27 @@ class Engine:
     def check_load(self, tenant: str = "") -> None:
         """Refuse a request before anything is done for it; raises Overloaded as submit would."""
         self._core.check_load(tenant)
+
+    def predicted_work_s(self, requests: Sequence[Request]) -> float:
+        """Return the predicted time of requests that come together on an idle device, seconds.
+
+        Equal prompts count once, each token of the output as wanted; a text counts at least as many
+        tokens as it has eighths of characters. 0 where the machine is not calibrated.
+        """
+        cost_model = self._cost_model
+        if not cost_model.is_calibrated:
+            return 0.0
+        prompts = {id(one.prompt): one.prompt for one in requests}
+        lengths = {
+            key: max(len(prompt) // 8, 1) if isinstance(prompt, str) else len(prompt)
+            for key, prompt in prompts.items()
+        }
+        room = self.max_model_len
+        outputs = [
+            min(one.sampling.max_tokens or room, max(room - lengths[id(one.prompt)], 1))
+            for one in requests
+        ]
+        return work_s(cost_model, [*lengths.values()], outputs, self.config.max_running)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
         """Turn chat messages into prompt text by the model's template, in another process.
@@ -256,6 +278,7 @@ class Engine:
         )
         worker = self._worker
         cost_model = CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)
+        self._cost_model = cost_model
         own = policy(cost_model, settings) if policy is not None else self.config.policy
         scheduler = Scheduler(own, cost_model, settings)
         limits = AdmissionLimits(

@@ -7,8 +7,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from flowprefill.scheduling.cost_model import CostModel
     from flowprefill.scheduling.policies import Policy
     from flowprefill.scheduling.work import Work
 
@@ -78,3 +79,19 @@ def _made_late(other: Work, now: float, end_s: float, more_s: float, stretch: fl
     """Return how many of its jobs are late only because of more_s after end_s."""
     without, with_it = now + end_s * stretch, now + (end_s + more_s) * stretch
     return sum(without <= job.ttft_deadline_s < with_it for job in other.jobs)
+
+
+def work_s(
+    cost_model: CostModel, prompts: Sequence[int], outputs: Sequence[int], max_running: int
+) -> float:
+    """Return the predicted time of requests that come together on an idle device, seconds.
+
+    Args:
+        prompts: tokens of each different prompt.
+        outputs: tokens to generate, of each request; at least one request.
+        max_running: most sequences in one decode step.
+    """
+    rows = min(len(outputs), max_running)
+    context = rows * (sum(prompts) // len(prompts) + max(outputs) // 2)
+    steps = sum(outputs) / rows
+    return sum(map(cost_model.prefill_s, prompts)) + steps * cost_model.decode_s(rows, context)

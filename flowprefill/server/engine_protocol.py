@@ -86,6 +86,14 @@ class ServedEngine(Protocol):
         """Messages to prompt text; raises InvalidRequest if the template refuses them."""
         ...
 
+    def check_load(self, tenant: str = "") -> None:
+        """Raise Overloaded if a request would be refused whatever it is."""
+        ...
+
+    def predicted_work_s(self, requests: Sequence[Request]) -> float:
+        """Time that requests of one client would take on an idle device; 0 if it is not known."""
+        ...
+
     def submit(self, request: Request, slo: SLO | None = None) -> ServedHandle:
         """Admit a request; any thread.
 

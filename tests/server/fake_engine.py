@@ -286,6 +286,8 @@ class FakeEngine:
         self.script = Script()
         self.submit_error: Exception | None = None
         self.submit_gate: threading.Event | None = None
+        self.load_error: Exception | None = None
+        self.seconds_per_token = 0.0
         self.submitted: list[FakeHandle] = []
         self.ends: list[Record] = []
         self.current_stats = Stats()
@@ -305,6 +307,13 @@ class FakeEngine:
 
     def warm_chat(self) -> None:
         """Nothing renders here that would have to be started."""
+
+    def check_load(self, tenant: str = "") -> None:
+        if self.load_error is not None:
+            raise self.load_error
+
+    def predicted_work_s(self, requests: Sequence[Request]) -> float:
+        return self.seconds_per_token * sum(one.sampling.max_tokens or 1 for one in requests)
 
     def submit(self, request: Request, slo: SLO | None = None) -> FakeHandle:
         if self.submit_gate is not None:

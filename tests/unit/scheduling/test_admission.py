@@ -16,7 +16,7 @@ from flowprefill.scheduling.admission import (
     overload_of,
     tenant_overload_of,
 )
-from flowprefill.scheduling.forecast import Forecast
+from flowprefill.scheduling.forecast import Forecast, work_s
 from flowprefill.scheduling.interface import Arrival, TimerFired
 
 BUSY = Queued(5, 500, 10.0)
@@ -152,3 +152,10 @@ def test_forecast_of_best_effort_in_a_long_queue_counts_all_of_it() -> None:
         arrive(one, 0.0, f"r{index}", 10, 1000.0 + index)
     forecast = one.forecast(Job("new", 0.0, 10), 0.0, 2.0)
     assert forecast.ttft_s == pytest.approx(2 * 15.01, rel=0.01)
+
+
+def test_work_of_many_choices_is_their_prompts_and_full_decode_steps() -> None:
+    model = CostModel(SHAPE, RATES, is_calibrated=True)
+    # A step of 4 rows takes 4 ms: 100 + 200 tokens of prompt, then 8 choices of 50 tokens.
+    seconds = work_s(model, [100, 200], [50] * 8, 4)
+    assert seconds == pytest.approx(0.3 + 100 * 0.004, rel=1e-3)
