@@ -211,6 +211,8 @@ class EngineConfig:
         is_background = spec.get("background", False)
         if not isinstance(is_background, bool):
             raise _bad(f"{key}.background", is_background, "true or false")
+        if name == "background" and spec and not is_background:
+            raise _bad(f"{key}.background", False, "true: the name says so")
         weight = _number(f"{key}.weight", spec.get("weight", 1.0), 1e-3, 1e3)
         share = _number(f"{key}.share", spec.get("share", 0.0), 0.0, MAX_SHARES)
         slo = _class_slo(name, spec)

@@ -16,6 +16,7 @@ from flowprefill.config import PLAIN_CLASS, ServiceClass
 from flowprefill.engine.worker import BatchSequence
 from flowprefill.request import Completion, Timings, Token
 from flowprefill.scheduling import Job
+from flowprefill.scheduling.interface import BACKGROUND
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,7 +115,7 @@ class LiveRequest:
             on_miss=self.slo.on_miss if first_token else "demote",
             priority=self.request.priority,
             weight=self.service.weight,
-            service_class=self.slo.service_class,
+            service_class=BACKGROUND if self.service.is_background else self.slo.service_class,
             tenant=self.request.tenant,
         )
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flowprefill.scheduling.work import Work
 
 WorkKind = Literal["prefill", "decode"]
+BACKGROUND = "background"  # service class that runs only when nothing else can
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Job:
         weight: how much its being on time counts; where not all can be, those with the most time
             per weight are given up.
         service_class: name of its class, for shares and reports; empty: none.
-        tenant: whom it belongs to, for fairness; empty: nobody in particular.
+        tenant: whom it belongs to, for fairness; empty: no tenant is named.
     """
 
     id: str

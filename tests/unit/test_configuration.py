@@ -73,6 +73,11 @@ def test_class_promises_and_allows_what_it_says() -> None:
     assert config.service_class("unheard of").slo.ttft is None
 
 
+def test_class_named_background_is_background() -> None:
+    with pytest.raises(ConfigError, match=r"classes\.background\.background"):
+        EngineConfig(classes={"background": {"weight": 2}})
+
+
 def test_shares_of_all_classes_leave_time_for_deadlines() -> None:
     classes = {"a": {"share": 0.5}, "b": {"share": 0.5}}
     with pytest.raises(ConfigError, match=r"classes: got 1\.0, expected shares of at most 0\.9"):
