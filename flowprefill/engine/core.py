@@ -22,6 +22,7 @@ from flowprefill.engine.live_run import LiveRun
 from flowprefill.engine.memory_queue import MemoryQueue
 from flowprefill.engine.outbox import Outbox
 from flowprefill.engine.records import EngineObserver, decision_entry
+from flowprefill.engine.stories import Stories
 from flowprefill.engine.worker import Batch
 from flowprefill.errors import (
     DeadlinePassed,
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 
 KEPT_DECISIONS = 1000
 KEPT_RUN_NAMES = 8192
+WAITED_S = 0.001  # who gets its KV blocks later than this after its arrival has waited for them
 
 
 class EngineCore:
@@ -88,6 +90,7 @@ class EngineCore:
         self._closing = threading.Lock()
         self.observers: list[EngineObserver] = []
         self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
+        self._stories = Stories()
         self.run_names: OrderedDict[int, str] = OrderedDict()
 
     # ---- called from any thread ----------------------------------------------------------------
@@ -115,6 +118,7 @@ class EngineCore:
             self._gate.check(self._worker.now_s(), request.request.tenant, request)
             self._gate.enter(request)
             self._live[request.id] = request
+            self._stories.arrived(request, request.arrival_s)
             self._memory.push(request)
             self._settle()
             if not request.is_ended:  # after the dispatch: nobody waits for a prediction
@@ -171,6 +175,16 @@ class EngineCore:
             )
             return max(len(self._live) - waiting - suspended, 0), waiting, suspended
 
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        """Return what happened to one of the last requests; None if it is not known."""
+        with self._lock:
+            return self._stories.story(request_id, self._worker.now_s())
+
+    def recent(self, reply_id: str = "") -> list[dict[str, Any]]:
+        """Return the last requests in short, the newest first; or a reply's choices."""
+        with self._lock:
+            return self._stories.recent(reply_id, self._worker.now_s())
+
     def set_max_blocking(self, seconds: float) -> None:
         """Tell the scheduler how long segments are from now on.
 
@@ -185,7 +199,10 @@ class EngineCore:
     # ---- decisions -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        for request in self._memory.admit(self._worker.now_s()):
+        now = self._worker.now_s()
+        for request in self._memory.admit(now):
+            if now - request.arrival_s > WAITED_S:
+                self._stories.note(request.id, now, "got_memory")
             if not request.tokens:
                 request.cached_tokens = request.handle.cached_tokens = request.computed
             request.is_scheduled = True
@@ -210,6 +227,7 @@ class EngineCore:
             decision = self._scheduler.on_event(event, start)
             self._outbox.decisions_s.append(self._worker.now_s() - start)
             self._carry_out(decision)
+            self._stories.decided(event, decision, self._scheduler.current, start)
             self.decisions.append(decision_entry(event, decision, start))
             if not self._news:
                 self._admit()
@@ -277,6 +295,7 @@ class EngineCore:
         kept, evicted = self._memory.make_room(requests, self._live.values())
         for request in evicted:
             request.is_scheduled = False
+            self._stories.note(request.id, self._worker.now_s(), "lost_memory")
             self._news.append(Cancelled(request.id))
         return kept
 
@@ -306,6 +325,7 @@ class EngineCore:
         assert not request.is_ended
         request.is_ended = True
         self._gate.leave(request)
+        self._stories.ended(request, self._worker.now_s())
         if request.reservation is None:
             self._memory.remove(request)
         else:

@@ -256,6 +256,14 @@ class Engine:
         """Return the scheduler's latest decisions with their reasons, oldest first."""
         return list(self._core.decisions)
 
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        """Return what happened to one of the last requests and why; None if it is not known."""
+        return self._core.story(request_id)
+
+    def recent_requests(self, reply_id: str = "") -> list[dict[str, Any]]:
+        """Return the last requests in short, the newest first; or only a reply's choices."""
+        return self._core.recent(reply_id)
+
     def describe(self) -> dict[str, Any]:
         """Return device, element type and why, in words."""
         return {**self._worker.describe(), "policy": self.config.policy}

@@ -44,7 +44,7 @@ def forecast_of(
 
     Args:
         work: the job's, in no queue, its serial below 0.
-        current: what runs, accounted for up to its `since_s`.
+        current: what runs, accounted for up to now.
         waiting: the others, most urgent first. Beyond SCAN of them the rest counts as ahead.
         total_s: predicted time of all that wait.
         stretch: how many times longer works take because of decode steps in between.
@@ -57,7 +57,7 @@ def forecast_of(
     left_s = 0.0
     is_preempting = False
     if current is not None:
-        left_s = max(current.remaining_s - max(now - current.since_s, 0.0), 0.0)
+        left_s = current.remaining_s
         is_preempting = policy.should_preempt(current, [work], now).preempt
     others = list(islice(waiting, SCAN))
     place = next((i for i, o in enumerate(others) if mine < (o.rank.key, o.priority)), len(others))

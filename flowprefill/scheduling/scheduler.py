@@ -137,11 +137,13 @@ class Scheduler:
         return ahead_s + work.remaining_s
 
     def forecast(self, job: Job, now: float, stretch: float) -> Forecast:
-        """Return what would become of a job that arrived now, and of the others; changes nothing.
+        """Return what would become of a job that arrived now, and of the others; decides nothing.
 
         Args:
             stretch: how many times longer works take because of decode steps in between.
         """
+        if self._current is not None:
+            self._current.account_run(now)  # as its next event would, for the policy to look at
         work, queue = self._new_work(job, -1), self._queue
         return forecast_of(
             work, self._current, queue.in_order(), queue.total_s, self.policy, now, stretch

@@ -111,6 +111,14 @@ class ServedEngine(Protocol):
         """The most recent scheduling decisions with their reasons, oldest first."""
         ...
 
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        """What happened to one of the last requests and why; None if it is not known."""
+        ...
+
+    def recent_requests(self, reply_id: str = "") -> list[dict[str, Any]]:
+        """The last requests in short, the newest first; or only the choices of one reply."""
+        ...
+
     def close(self, timeout: float | None = None) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds for the others, cancel the rest."""
         ...

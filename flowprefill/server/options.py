@@ -57,7 +57,9 @@ class ServerOptions:
         "no limit. Counts only where the machine is calibrated",
     )
     vllm_metrics: bool = _option(False, "export the common metrics under vllm: names as well")
-    debug_endpoints: bool = _option(True, "serve /debug/timeline and /debug/decisions")
+    debug_endpoints: bool = _option(
+        True, "serve /debug/timeline, /debug/decisions and /debug/requests"
+    )
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {

@@ -375,6 +375,15 @@ class FakeEngine:
     def decisions(self) -> list[dict[str, Any]]:
         return [{"event": "arrival", "reason": "nothing runs", "run": "a"}]
 
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        known = {handle.request_id for handle in self.submitted}
+        return {"id": request_id, "events": []} if request_id in known else None
+
+    def recent_requests(self, reply_id: str = "") -> list[dict[str, Any]]:
+        prefix = f"{reply_id}-" if reply_id else ""
+        ids = [handle.request_id for handle in reversed(self.submitted)]
+        return [{"id": one} for one in ids if one.startswith(prefix)]
+
     def close(self, timeout: float | None = None) -> None:
         self.is_ready = False
         for handle in list(self.submitted):

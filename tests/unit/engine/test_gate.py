@@ -38,12 +38,12 @@ class Letters:
 class GateWorld:
     """A core on a virtual worker; each prompt has tokens of its own."""
 
-    def __init__(self, limits: AdmissionLimits | None = None) -> None:
+    def __init__(self, limits: AdmissionLimits | None = None, policy: str = "slack_edf") -> None:
         self.worker = VirtualWorker()
         sizes = self.worker.limits
         pool = BlockPool(sizes.num_blocks, sizes.block_tokens, True)
         cost_model = CostModel(self.worker.shape, self.worker.rates, is_calibrated=True)
-        scheduler = Scheduler("slack_edf", cost_model, SchedulerSettings())
+        scheduler = Scheduler(policy, cost_model, SchedulerSettings())
         self.core = EngineCore(scheduler, self.worker, pool, limits or AdmissionLimits())
         self.live: list[LiveRequest] = []
         self._numbers = itertools.count()
