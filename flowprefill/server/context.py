@@ -12,6 +12,7 @@ from aiohttp import web
 
 from flowprefill.errors import ModelNotFound, NotReady
 from flowprefill.server.body import UnknownFields
+from flowprefill.server.body_memory import BodyMemory
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.options import ServerOptions
 from flowprefill.server.slo import ClientRules
@@ -46,6 +47,7 @@ class ServerContext:
         self.connections = connections
         self.metrics = metrics
         self.unknown_fields = UnknownFields()
+        self.body_memory = BodyMemory(int(options.max_bodies_mib * 2**20))
         self._tenants = Tenants(options.tenants)
         self.is_closing = False
         self.generating = 0

@@ -18,7 +18,7 @@ from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.endpoint import Endpoint, Generation, Plan
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
-from flowprefill.server.incoming import read_json
+from flowprefill.server.incoming import json_body
 from flowprefill.server.openai_schema import SchemaContext
 from flowprefill.server.replies import Envelope, long_json, new_reply_id, usage_object
 from flowprefill.server.streaming import stream_reply
@@ -103,14 +103,15 @@ async def _plan(request: web.Request, endpoint: Endpoint, context: ServerContext
         vocab_size=engine.vocab_size,
         rules=rules,
     )
-    raw = await read_json(request)
-    engine.check_load(rules.tenant.name)
 
-    def check() -> tuple[Plan, Body]:
+    def check(raw: bytes) -> tuple[Plan, Body]:
         body = Body(parse_json_object(raw, engine.max_model_len))
         return endpoint.plan(body, schema, context.options.max_choices), body
 
-    plan, body = check() if len(raw) <= LONG_BODY_BYTES else await context.in_thread(check)
+    async with json_body(request) as raw:
+        engine.check_load(rules.tenant.name)
+        is_short = len(raw) <= LONG_BODY_BYTES
+        plan, body = check(raw) if is_short else await context.in_thread(check, raw)
     context.unknown_fields.warn(endpoint.path, body)
     return plan
 

@@ -31,6 +31,9 @@ class ServerOptions:
     max_body_mib: float = _option(
         0.0, "largest request body, MiB (413 above); 0 is 4, or 32 bytes a token of max_model_len"
     )
+    max_bodies_mib: float = _option(
+        512.0, "most memory for the bodies of all requests that are being read, MiB (503 above)"
+    )
     body_timeout_s: float = _option(60.0, "seconds in which a request body must come (408 after)")
     max_connections: int = _option(
         0, "most connections; 0 is 16384, or what the limit of open files leaves room for"
@@ -63,7 +66,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            "max_body_mib": (0, 4096), "body_timeout_s": (0.01, 86_400),
+            "max_body_mib": (0, 4096), "max_bodies_mib": (1, 1_048_576),
+            "body_timeout_s": (0.01, 86_400),
             "max_connections": (0, MAX_CONNECTIONS), "header_timeout_s": (0.01, 86_400),
             "idle_timeout_s": (0.01, 86_400), "write_timeout_s": (0.01, 86_400),
             "max_choices": (1, 100_000), "min_ttft_ms": (0, 86_400_000),
