@@ -1,4 +1,4 @@
-"""The command line: serve, generate, bench, simulate, doctor; `flowprefill` calls main().
+"""The command line: serve, generate, bench, simulate, doctor, explain; `flowprefill` calls main().
 
 Flags of engine and server are made from their settings' dataclasses. Torch, aiohttp and rich are
 imported by the command that needs them, so that ``--help`` is quick. Every expected error is one
@@ -302,6 +302,12 @@ def _add_doctor(commands: Any, arguments: Sequence[str]) -> None:
         _attach_module(parser, "flowprefill.bench.doctor")
 
 
+def _add_explain(commands: Any, arguments: Sequence[str]) -> None:
+    parser = commands.add_parser("explain", help="what happened to a request of a server, and why")
+    if list(arguments[:1]) == ["explain"]:
+        _attach_module(parser, "flowprefill.explain")
+
+
 def _attach_module(parser: argparse.ArgumentParser, module_name: str) -> None:
     """Let a module with ``add_arguments(parser)`` and ``run(args) -> int`` fill a command."""
     if importlib.util.find_spec(module_name) is None:
@@ -321,6 +327,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_bench(commands, arguments)
     _add_simulate(commands, arguments)
     _add_doctor(commands, arguments)
+    _add_explain(commands, arguments)
     return parser
 
 

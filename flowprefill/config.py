@@ -6,19 +6,25 @@ Unknown keys and bad values stop the start with the key, the value and what is a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from flowprefill.errors import ConfigError, InvalidRequest
 from flowprefill.request import SLO
+
+AdmissionMode = Literal["off", "demote", "reject"]
 
 GIB = 1 << 30  # bytes
 POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
 COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
 DEVICES = "auto, cpu, cuda or cuda:N"
+ADMISSION_MODES = ("off", "demote", "reject")
+CLASS_KEYS = ("ttft_ms", "tpot_ms", "on_miss", "weight", "share", "background", "admission")
+MAX_SHARES = 0.9  # of all classes together; the rest belongs to deadlines
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _GRANULARITY = re.compile(r"(budget):(\d+(?:\.\d+)?)|(chunk):(\d+)|(operator|layer|none)")
 
@@ -69,6 +75,28 @@ class Granularity:
         return f"chunk:{self.chunk_tokens}" if self.kind == "chunk" else self.kind
 
 
+@dataclass(frozen=True, slots=True)
+class ServiceClass:
+    """What the operator promises and allows one class of requests.
+
+    Attributes:
+        slo: its objectives.
+        weight: how much one of its requests on time counts against one of another class.
+        share: of the device's time, guaranteed while its requests wait; 0 is none.
+        is_background: served only while nothing else wants the device.
+        admission: what happens to a request that is predicted late; see EngineConfig.admission.
+    """
+
+    slo: SLO
+    weight: float = 1.0
+    share: float = 0.0
+    is_background: bool = False
+    admission: AdmissionMode = "off"
+
+
+PLAIN_CLASS = ServiceClass(SLO())  # of requests whose class is not configured
+
+
 def _setting(default: Any, doc: str, **extra: Any) -> Any:
     return field(default=default, metadata={"doc": doc, **extra})
 
@@ -99,12 +127,27 @@ class EngineConfig:
     max_running: int = _setting(64, "most sequences in one decode step")
     max_batch_tokens: int = _setting(512, "most prompt tokens packed in one prefill batch")
     max_waiting: int = _setting(10_000, "most requests waiting; more are answered 429")
-    max_waiting_tokens: int = _setting(0, "most prompt tokens waiting; 0 is no limit")
+    max_waiting_tokens: int = _setting(
+        4_000_000, "most prompt tokens waiting; more are answered 429; 0 is no limit"
+    )
+    max_backlog_s: float = _setting(
+        300.0,
+        "longest predicted time until all that waits has its first token, seconds; more is "
+        "answered 429; 0 is no limit. Counts only where the machine is calibrated",
+    )
+    tenant_share: float = _setting(
+        1.0, "most of those three bounds that one tenant may use, a share in (0, 1]"
+    )
+    admission: str = _setting(
+        "off",
+        "what happens to a request that is predicted late, or to make an admitted one late: off "
+        "(nothing), demote (it becomes best effort) or reject (429)",
+    )
     default_ttft_ms: float = _setting(0.0, "TTFT objective of requests that name none; 0 is none")
     default_tpot_ms: float = _setting(0.0, "TPOT objective of requests that name none; 0 is none")
     classes: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict,
-        metadata={"doc": "service classes: name -> {ttft_ms, tpot_ms, on_miss}"},
+        metadata={"doc": "service classes: name -> {" + ", ".join(CLASS_KEYS) + "}"},
     )
     calibrate: bool = _setting(True, "measure this machine at start (cached on disk)")
     cache_dir: str = _setting("", "where calibration is kept; empty is the user's cache folder")
@@ -119,20 +162,29 @@ class EngineConfig:
         Granularity.parse(self.granularity)
         if self.block_tokens not in (16, 32, 64, 128):
             raise _bad("block_tokens", self.block_tokens, "16, 32, 64 or 128")
+        if self.admission not in ADMISSION_MODES:
+            raise _bad("admission", self.admission, "one of " + ", ".join(ADMISSION_MODES))
         self._check_ranges()
-        for name in self.classes:
-            self.slo_of_class(name)
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        if not isinstance(self.classes, Mapping):
+            raise _bad("classes", self.classes, "an object of name: class")
+        shares = math.fsum(self.service_class(name).share for name in self.classes)
+        if shares > MAX_SHARES:
+            raise _bad("classes", round(shares, 6), f"shares of at most {MAX_SHARES} in all")
 
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
             "threads": (0, 1024), "max_model_len": (0, 10_000_000), "kv_cache_gib": (0, 65_536),
             "max_running": (1, 4096), "max_batch_tokens": (1, 1_000_000),
             "max_waiting": (1, 10_000_000), "max_waiting_tokens": (0, 2**53),
+            "max_backlog_s": (0, 86_400), "tenant_share": (0.001, 1),
             "default_ttft_ms": (0, 86_400_000), "default_tpot_ms": (0, 86_400_000),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            is_real = name in ("kv_cache_gib", "default_ttft_ms", "default_tpot_ms")
+            is_real = isinstance(type(self).__dataclass_fields__[name].default, float)
             kinds = (int, float) if is_real else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise _bad(
@@ -144,19 +196,36 @@ class EngineConfig:
         if name not in self.classes:
             known = ", ".join(sorted(self.classes)) or "none configured"
             raise _bad("service class", name, f"one of: {known}")
-        spec = dict(self.classes[name])
-        unknown = set(spec) - {"ttft_ms", "tpot_ms", "on_miss"}
+        return self.service_class(name).slo
+
+    def service_class(self, name: str) -> ServiceClass:
+        """Return the class of that name; one that is not configured has no promises.
+
+        Raises:
+            ConfigError: the class is described wrongly.
+        """
+        spec = self.classes.get(name, {})
+        key = f"classes.{name}"
+        if not isinstance(spec, Mapping):
+            raise _bad(key, spec, "an object with the keys " + ", ".join(CLASS_KEYS))
+        unknown = set(spec) - set(CLASS_KEYS)
         if unknown:
-            raise _bad(f"classes.{name}", sorted(unknown), "keys ttft_ms, tpot_ms, on_miss")
-        try:
-            return SLO(
-                ttft=spec["ttft_ms"] / 1e3 if spec.get("ttft_ms") is not None else None,
-                tpot=spec["tpot_ms"] / 1e3 if spec.get("tpot_ms") is not None else None,
-                service_class=name,
-                on_miss=spec.get("on_miss", "demote"),
-            )
-        except (InvalidRequest, TypeError) as error:
-            raise ConfigError(f"classes.{name}: {error}", param=f"classes.{name}") from None
+            raise _bad(key, sorted(unknown), "keys " + ", ".join(CLASS_KEYS))
+        admission = spec.get("admission", self.admission)
+        if admission not in ADMISSION_MODES:
+            raise _bad(f"{key}.admission", admission, "one of " + ", ".join(ADMISSION_MODES))
+        is_background = spec.get("background", False)
+        if not isinstance(is_background, bool):
+            raise _bad(f"{key}.background", is_background, "true or false")
+        if name == "background" and spec and not is_background:
+            raise _bad(f"{key}.background", False, "true: the name says so")
+        weight = _number(f"{key}.weight", spec.get("weight", 1.0), 1e-3, 1e3)
+        share = _number(f"{key}.share", spec.get("share", 0.0), 0.0, MAX_SHARES)
+        slo = _class_slo(name, spec)
+        if is_background and (share or slo.ttft is not None or slo.tpot is not None):
+            allowed = "without ttft_ms, tpot_ms and share: background waits for everybody"
+            raise _bad(f"{key}.background", True, f"false, or a class {allowed}")
+        return ServiceClass(slo, weight, share, is_background, admission)
 
     def default_slo(self) -> SLO:
         """Return the SLO of requests that name none: class ``default``, else the defaults."""
@@ -172,6 +241,25 @@ class EngineConfig:
             if key not in known:
                 raise _bad("setting", key, "one of " + ", ".join(sorted(known)))
         return cls(**values)
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise _bad(name, value, f"a number in [{low:g}, {high:g}]")
+    return float(value)
+
+
+def _class_slo(name: str, spec: Mapping[str, Any]) -> SLO:
+    try:
+        return SLO(
+            ttft=spec["ttft_ms"] / 1e3 if spec.get("ttft_ms") is not None else None,
+            tpot=spec["tpot_ms"] / 1e3 if spec.get("tpot_ms") is not None else None,
+            service_class=name,
+            on_miss=spec.get("on_miss", "demote"),
+        )
+    except (InvalidRequest, TypeError) as error:
+        raise ConfigError(f"classes.{name}: {error}", param=f"classes.{name}") from None
 
 
 def settings_table() -> str:

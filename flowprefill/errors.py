@@ -94,7 +94,12 @@ class ModelNotFound(FlowPrefillError):
 
 
 class Overloaded(FlowPrefillError):
-    """Too much is waiting; ``retry_after_s`` says when to come back (seconds)."""
+    """Too much is waiting, or the request would be late; ``retry_after_s`` says when to come back.
+
+    Attributes:
+        retry_after_s: predicted time until all that waits has its first token, seconds; inf: the
+            request would be late whenever it came.
+    """
 
     status = 429
     type = "rate_limit_error"

@@ -144,6 +144,7 @@ class Request:
         add_special_tokens: whether the tokenizer adds its own (BOS) to a text prompt; chat
             templates write them themselves.
         priority: among equally urgent requests the smaller goes first (as in vLLM).
+        tenant: whom it belongs to, for fair shares of the queue; empty: nobody in particular.
     """
 
     prompt: str | Sequence[int]
@@ -151,6 +152,7 @@ class Request:
     id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex[:16]}")
     add_special_tokens: bool = True
     priority: int = 0
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         _check_int("priority", self.priority, -(2**31), 2**31 - 1, allowed="a 32-bit integer")

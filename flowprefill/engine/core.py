@@ -17,17 +17,18 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.engine.event_thread import EventThread
+from flowprefill.engine.gate import Gate
 from flowprefill.engine.live_run import LiveRun
 from flowprefill.engine.memory_queue import MemoryQueue
 from flowprefill.engine.outbox import Outbox
 from flowprefill.engine.records import EngineObserver, decision_entry
+from flowprefill.engine.stories import Stories
 from flowprefill.engine.worker import Batch
 from flowprefill.errors import (
     DeadlinePassed,
     FlowPrefillError,
     InvalidRequest,
     NotReady,
-    Overloaded,
     RequestCancelled,
     RequestFailed,
 )
@@ -43,18 +44,19 @@ from flowprefill.scheduling import (
     Work,
     WorkKind,
 )
-from flowprefill.scheduling.admission import AdmissionLimits, refusal_of
 
 if TYPE_CHECKING:
     from flowprefill.engine.kv_blocks import BlockPool
     from flowprefill.engine.live_request import LiveRequest
     from flowprefill.engine.worker import RunEvent, Worker
     from flowprefill.request import FinishReason
+    from flowprefill.scheduling.admission import AdmissionLimits
 
 log = logging.getLogger(__name__)
 
 KEPT_DECISIONS = 1000
 KEPT_RUN_NAMES = 8192
+WAITED_S = 0.001  # who gets its KV blocks later than this after its arrival has waited for them
 
 
 class EngineCore:
@@ -71,10 +73,10 @@ class EngineCore:
         self._scheduler = scheduler
         self._worker = worker
         self._pool = pool
-        self._limits = limits
         self._lock = threading.Lock()
         self._live: dict[str, LiveRequest] = {}
         self._memory = MemoryQueue(pool)
+        self._gate = Gate(scheduler, self._memory, pool, limits)
         self._runs: dict[int, LiveRun] = {}
         self._news: deque[SchedulerEvent] = deque()
         self._outbox = Outbox()
@@ -88,6 +90,7 @@ class EngineCore:
         self._closing = threading.Lock()
         self.observers: list[EngineObserver] = []
         self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
+        self._stories = Stories()
         self.run_names: OrderedDict[int, str] = OrderedDict()
 
     # ---- called from any thread ----------------------------------------------------------------
@@ -110,15 +113,23 @@ class EngineCore:
         with self._lock:
             if self._refusal:
                 raise NotReady(self._refusal)
-            self._check_load(request)
+            if request.id in self._live:
+                raise InvalidRequest.field("id", request.id, "an id that no live request has")
+            self._gate.check(self._worker.now_s(), request.request.tenant, request)
+            self._gate.enter(request)
             self._live[request.id] = request
+            self._stories.arrived(request, request.arrival_s)
             self._memory.push(request)
             self._settle()
             if not request.is_ended:  # after the dispatch: nobody waits for a prediction
-                now = self._worker.now_s()
-                left_s = self._scheduler.predicted_ttft_s(request.job(), now)
-                request.handle.predicted_ttft = now - request.arrival_s + left_s
+                predicted_s = self._gate.predicted_ttft_s(request, self._worker.now_s())
+                request.handle.predicted_ttft = predicted_s
         self._deliver()
+
+    def check_load(self, tenant: str) -> None:
+        """Refuse before a prompt is tokenised what would be refused after; raises Overloaded."""
+        with self._lock:
+            self._gate.check(self._worker.now_s(), tenant)
 
     def cancel(self, request: LiveRequest) -> None:
         """End a request early: at the next boundary if its run is executing."""
@@ -164,6 +175,16 @@ class EngineCore:
             )
             return max(len(self._live) - waiting - suspended, 0), waiting, suspended
 
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        """Return what happened to one of the last requests; None if it is not known."""
+        with self._lock:
+            return self._stories.story(request_id, self._worker.now_s())
+
+    def recent(self, reply_id: str = "") -> list[dict[str, Any]]:
+        """Return the last requests in short, the newest first; or a reply's choices."""
+        with self._lock:
+            return self._stories.recent(reply_id, self._worker.now_s())
+
     def set_max_blocking(self, seconds: float) -> None:
         """Tell the scheduler how long segments are from now on.
 
@@ -175,32 +196,17 @@ class EngineCore:
                 raise RuntimeError(f"{len(self._live)} requests are live, expected an idle engine")
             self._scheduler.settings.max_blocking_s = seconds
 
-    # ---- admission -----------------------------------------------------------------------------
-
-    def _check_load(self, request: LiveRequest) -> None:
-        if request.id in self._live:
-            raise InvalidRequest.field("id", request.id, "an id that no live request has")
-        limits = self._limits
-        counts_only = not limits.max_waiting_tokens and limits.max_backlog_s == math.inf
-        if counts_only and not limits.refuse_late and len(self._live) < limits.max_waiting:
-            return  # what waits is less than what lives
-        now, job = self._worker.now_s(), request.job()
-        predicted_s = self._scheduler.predicted_ttft_s(job, now) if limits.refuse_late else 0.0
-        load = self._scheduler.load()
-        load.waiting_jobs += len(self._memory)
-        load.waiting_tokens += self._memory.tokens
-        refusal = refusal_of(job, load, limits, now, predicted_s)
-        if refusal is not None:
-            raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
+    # ---- decisions -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        for request in self._memory.admit(self._worker.now_s()):
+        now = self._worker.now_s()
+        for request in self._memory.admit(now):
+            if now - request.arrival_s > WAITED_S:
+                self._stories.note(request.id, now, "got_memory")
             if not request.tokens:
                 request.cached_tokens = request.handle.cached_tokens = request.computed
             request.is_scheduled = True
             self._news.append(Arrival(request.job()))
-
-    # ---- decisions -----------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Admit what fits and tell the scheduler all news, until nothing is new. Lock held."""
@@ -217,9 +223,11 @@ class EngineCore:
         while self._news:
             event = self._news.popleft()
             start = self._worker.now_s()
+            self._gate.note(start)
             decision = self._scheduler.on_event(event, start)
             self._outbox.decisions_s.append(self._worker.now_s() - start)
             self._carry_out(decision)
+            self._stories.decided(event, decision, self._scheduler.current, start)
             self.decisions.append(decision_entry(event, decision, start))
             if not self._news:
                 self._admit()
@@ -287,6 +295,7 @@ class EngineCore:
         kept, evicted = self._memory.make_room(requests, self._live.values())
         for request in evicted:
             request.is_scheduled = False
+            self._stories.note(request.id, self._worker.now_s(), "lost_memory")
             self._news.append(Cancelled(request.id))
         return kept
 
@@ -315,6 +324,8 @@ class EngineCore:
         """The one place where a request ends: blocks freed, forgotten, result to be delivered."""
         assert not request.is_ended
         request.is_ended = True
+        self._gate.leave(request)
+        self._stories.ended(request, self._worker.now_s())
         if request.reservation is None:
             self._memory.remove(request)
         else:
@@ -416,6 +427,7 @@ class EngineCore:
                     request.error, request.finish_reason = failures[request.id], "failed"
             elif is_finished:
                 request.computed = computed
+                self._gate.leave(request)
                 self._pool.commit(request.reservation, request.ids[:computed])
                 request.end_with_last_token()
             if request.finish_reason is not None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine.core import EngineCore
+from flowprefill.engine.gate import backlog_limit
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
 from flowprefill.engine.live_request import LiveRequest, TokenSide
@@ -40,9 +41,10 @@ from flowprefill.scheduling import (
     SchedulerSettings,
 )
 from flowprefill.scheduling.admission import AdmissionLimits
+from flowprefill.scheduling.forecast import work_s
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from flowprefill.models.tokenizer import Tokenizer
     from flowprefill.scheduling.policies import Policy
@@ -92,6 +94,8 @@ class Engine:
         self.max_model_len = limits.max_model_len
         self._pool = BlockPool(limits.num_blocks, limits.block_tokens, self.config.prefix_cache)
         self._core = self._make_core(policy)
+        self._classes = {name: self.config.service_class(name) for name in self.config.classes}
+        self._unnamed_class = self.config.service_class("")
         self._seeds = itertools.count(time.time_ns())
         self.created = int(time.time())
         self._is_open, self._process = True, os.getpid()
@@ -111,18 +115,45 @@ class Engine:
 
         Raises:
             InvalidRequest, PromptTooLong: what is wrong with the request.
-            Overloaded: too much waits; says when to come back.
+            Overloaded: too much waits, or it is predicted late and its class rejects it; says when
+                to come back.
             NotReady: the engine is closing, has failed, or is that of the process we are a fork of.
             In each case nothing else is disturbed.
         """
         arrival_s = self._worker.now_s()
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
+        self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
         live = self._make_live(request, slo, ids, self._room_for(ids, request), arrival_s)
         self._core.submit(live)
         return live.handle
+
+    def check_load(self, tenant: str = "") -> None:
+        """Refuse a request before anything is done for it; raises Overloaded as submit would."""
+        self._core.check_load(tenant)
+
+    def predicted_work_s(self, requests: Sequence[Request]) -> float:
+        """Return the predicted time of requests that come together on an idle device, seconds.
+
+        Equal prompts count once, each token of the output as wanted; a text counts at least as many
+        tokens as it has eighths of characters. 0 where the machine is not calibrated.
+        """
+        cost_model = self._cost_model
+        if not cost_model.is_calibrated:
+            return 0.0
+        prompts = {id(one.prompt): one.prompt for one in requests}
+        lengths = {
+            key: max(len(prompt) // 8, 1) if isinstance(prompt, str) else len(prompt)
+            for key, prompt in prompts.items()
+        }
+        room = self.max_model_len
+        outputs = [
+            min(one.sampling.max_tokens or room, max(room - lengths[id(one.prompt)], 1))
+            for one in requests
+        ]
+        return work_s(cost_model, [*lengths.values()], outputs, self.config.max_running)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
         """Turn chat messages into prompt text by the model's template, in another process.
@@ -223,6 +254,14 @@ class Engine:
         """Return the scheduler's latest decisions with their reasons, oldest first."""
         return list(self._core.decisions)
 
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        """Return what happened to one of the last requests and why; None if it is not known."""
+        return self._core.story(request_id)
+
+    def recent_requests(self, reply_id: str = "") -> list[dict[str, Any]]:
+        """Return the last requests in short, the newest first; or only a reply's choices."""
+        return self._core.recent(reply_id)
+
     def describe(self) -> dict[str, Any]:
         """Return device, element type and why, in words."""
         return {**self._worker.describe(), "policy": self.config.policy}
@@ -245,9 +284,15 @@ class Engine:
         )
         worker = self._worker
         cost_model = CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)
+        self._cost_model = cost_model
         own = policy(cost_model, settings) if policy is not None else self.config.policy
         scheduler = Scheduler(own, cost_model, settings)
-        limits = AdmissionLimits(self.config.max_waiting, self.config.max_waiting_tokens)
+        limits = AdmissionLimits(
+            self.config.max_waiting,
+            self.config.max_waiting_tokens,
+            backlog_limit(self.config.max_backlog_s, is_calibrated=cost_model.is_calibrated),
+            self.config.tenant_share,
+        )
         return EngineCore(scheduler, worker, self._pool, limits)
 
     def _token_ids(self, request: Request) -> list[int]:
@@ -304,5 +349,6 @@ class Engine:
             arrival_s=arrival_s,
             ids=ids,
             num_prompt=num_prompt,
+            service=self._classes.get(slo.service_class, self._unnamed_class),
         )
         return live

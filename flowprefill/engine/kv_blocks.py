@@ -137,6 +137,10 @@ class BlockPool:
         self._hit_tokens += cached_tokens
         return Reservation(block_ids, cached_tokens, hashes, len(shared))
 
+    def cached_tokens(self, token_ids: TokenIds) -> int:
+        """Return how many tokens `reserve` would find in the cache now; changes nothing."""
+        return len(self._find_prefix(token_ids, [])) * self.block_tokens
+
     def grow(self, reservation: Reservation, total_tokens: int) -> bool:
         """Make room for a sequence of ``total_tokens``; does nothing when there is room already.
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowprefill.config import PLAIN_CLASS, ServiceClass
 from flowprefill.engine.worker import BatchSequence
 from flowprefill.request import Completion, Timings, Token
 from flowprefill.scheduling import Job
+from flowprefill.scheduling.interface import BACKGROUND
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +54,10 @@ class LiveRequest:
         reservation: its KV blocks; None while it waits for memory.
         work_id: the work whose run uses its blocks now; they are not freed before it ends.
         error: how it will end if not by a finish reason of its own.
+        service: what its class promises and allows.
+        predicted_s: predicted time of its prefill, nothing cached.
+        is_demoted: admitted as best effort, since it was predicted late.
+        is_queued: waits for its first token and counts as such in its tenant's share.
     """
 
     request: Request
@@ -61,6 +67,10 @@ class LiveRequest:
     arrival_s: float
     ids: list[int]
     num_prompt: int
+    service: ServiceClass = PLAIN_CLASS
+    predicted_s: float = 0.0
+    is_demoted: bool = False
+    is_queued: bool = False
     token_side: TokenSide | None = None
     computed: int = 0
     reservation: Reservation | None = None
@@ -87,7 +97,9 @@ class LiveRequest:
 
     @property
     def deadline_s(self) -> float:
-        """When the first token is due; inf without an objective."""
+        """When the first token is due; inf without an objective, and for best effort."""
+        if self.is_demoted:
+            return math.inf
         return self.slo.deadline_s(self.arrival_s)
 
     def job(self) -> Job:
@@ -102,6 +114,9 @@ class LiveRequest:
             tpot_s=math.inf if self.slo.tpot is None else self.slo.tpot,
             on_miss=self.slo.on_miss if first_token else "demote",
             priority=self.request.priority,
+            weight=self.service.weight,
+            service_class=BACKGROUND if self.service.is_background else self.slo.service_class,
+            tenant=self.request.tenant,
         )
 
     def _next_token_due_s(self) -> float:

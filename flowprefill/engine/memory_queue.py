@@ -28,6 +28,7 @@ class MemoryQueue:
         self._pool = pool
         self._waiting: list[LiveRequest] = []
         self._tokens = 0
+        self._seconds = 0.0
         self._is_dirty = False
 
     def __len__(self) -> int:
@@ -38,10 +39,16 @@ class MemoryQueue:
         """The tokens that wait to be computed."""
         return self._tokens
 
+    @property
+    def seconds(self) -> float:
+        """The predicted time that their prefills take."""
+        return self._seconds
+
     def push(self, request: LiveRequest) -> None:
         """Queue a request; PromptTooLong must have been ruled out."""
         bisect.insort(self._waiting, request, key=_urgency)
         self._tokens += len(request.ids)
+        self._seconds += request.predicted_s
         self._is_dirty = True
 
     def remove(self, request: LiveRequest) -> None:
@@ -106,6 +113,7 @@ class MemoryQueue:
     def _take(self, request: LiveRequest) -> None:
         self._waiting.remove(request)
         self._tokens -= len(request.ids)
+        self._seconds = self._seconds - request.predicted_s if self._waiting else 0.0
 
 
 def _is_idle(request: LiveRequest) -> bool:

@@ -17,7 +17,7 @@ from flowprefill.models.families import family_of, read_config
 from flowprefill.models.hf_config import HfConfig
 from flowprefill.models.model_config import bad_field
 from flowprefill.models.tokenizer import Tokenizer, is_library_error
-from flowprefill.models.tokenizer_file import check_token_numbers
+from flowprefill.models.tokenizer_file import check_tokenizer_file
 from flowprefill.models.weight_names import hf_name
 
 _INDEX = "model.safetensors.index.json"
@@ -98,7 +98,7 @@ class HfFolder:
                 f"{path}: missing, expected the tokenizer", param="tokenizer.json"
             )
         try:
-            check_token_numbers(path)
+            check_tokenizer_file(path)
             inner = tokenizers.Tokenizer.from_file(str(path))
         except BaseException as error:
             if not is_library_error(error):

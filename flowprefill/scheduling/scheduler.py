@@ -13,6 +13,7 @@ from itertools import count, islice
 from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.decoding import Decoding
+from flowprefill.scheduling.forecast import Forecast, forecast_of
 from flowprefill.scheduling.interface import (
     Arrival,
     Cancelled,
@@ -134,6 +135,19 @@ class Scheduler:
         if current is not None and not self.policy.should_preempt(current, [work], now).preempt:
             ahead_s += max(current.remaining_s - max(now - current.since_s, 0.0), 0.0)
         return ahead_s + work.remaining_s
+
+    def forecast(self, job: Job, now: float, stretch: float) -> Forecast:
+        """Return what would become of a job that arrived now, and of the others; decides nothing.
+
+        Args:
+            stretch: how many times longer works take because of decode steps in between.
+        """
+        if self._current is not None:
+            self._current.account_run(now)  # as its next event would, for the policy to look at
+        work, queue = self._new_work(job, -1), self._queue
+        return forecast_of(
+            work, self._current, queue.in_order(), queue.total_s, self.policy, now, stretch
+        )
 
     # -- events ------------------------------------------------------------------------------
 

@@ -72,6 +72,8 @@ def create_app(
     if options.debug_endpoints:
         app.router.add_get("/debug/timeline", debug_routes.timeline)
         app.router.add_get("/debug/decisions", debug_routes.decisions)
+        app.router.add_get("/debug/requests", debug_routes.requests)
+        app.router.add_get("/debug/requests/{id:.+}", debug_routes.one_request)
     return app
 
 

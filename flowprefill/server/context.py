@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,8 +12,11 @@ from aiohttp import web
 
 from flowprefill.errors import ModelNotFound, NotReady
 from flowprefill.server.body import UnknownFields
+from flowprefill.server.body_memory import BodyMemory
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.options import ServerOptions
+from flowprefill.server.slo import ClientRules
+from flowprefill.server.tenants import Tenants
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ class ServerContext:
         self.connections = connections
         self.metrics = metrics
         self.unknown_fields = UnknownFields()
+        self.body_memory = BodyMemory(int(options.max_bodies_mib * 2**20))
+        self._tenants = Tenants(options.tenants)
         self.is_closing = False
         self.generating = 0
         self._workers = ThreadPoolExecutor(WORKERS, "fp-http")
@@ -80,6 +85,16 @@ class ServerContext:
         if self._engine is None:
             raise NotReady("the model is still loading")
         return self._engine
+
+    def rules_for(self, headers: Mapping[str, str]) -> ClientRules:
+        """Return what a client may state, by its key; raises Unauthorized."""
+        options = self.options
+        return ClientRules(
+            options.client_slo,
+            options.client_priority,
+            options.min_ttft_ms,
+            self._tenants.of(headers),
+        )
 
     def model_names(self) -> tuple[str, ...]:
         """Return the names the model answers to, the reported one first."""

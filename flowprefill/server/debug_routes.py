@@ -1,4 +1,4 @@
-"""GET /debug/timeline and /debug/decisions: what the executor ran and why; called by app.py."""
+"""GET /debug/...: what the executor ran, what was decided and why; called by app.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from typing import Any
 from aiohttp import web
 
 from flowprefill.engine.records import TimelineEntry
+from flowprefill.errors import InvalidRequest
 from flowprefill.server.context import SERVER
 from flowprefill.server.replies import long_json
 
 EXECUTOR_PROCESS = 1
+
+
+class UnknownRequest(InvalidRequest):
+    """No request of that id is known; only the last ones are."""
+
+    status = 404
+    code = "request_not_found"
 
 
 def chrome_trace(entries: Iterable[TimelineEntry]) -> dict[str, Any]:
@@ -60,4 +68,31 @@ async def timeline(request: web.Request) -> web.Response:
 
 async def decisions(request: web.Request) -> web.Response:
     """Handle GET /debug/decisions."""
-    return web.json_response({"decisions": request.app[SERVER].engine.decisions()})
+    context = request.app[SERVER]
+    engine = context.engine
+    text = await context.in_thread(lambda: long_json({"decisions": engine.decisions()}))
+    return web.json_response(text=text)
+
+
+async def requests(request: web.Request) -> web.Response:
+    """Handle GET /debug/requests: the last ones in short."""
+    context = request.app[SERVER]
+    engine = context.engine
+    text = await context.in_thread(lambda: long_json({"requests": engine.recent_requests()}))
+    return web.json_response(text=text)
+
+
+async def one_request(request: web.Request) -> web.Response:
+    """Handle GET /debug/requests/{id}: what happened to it and why."""
+    context = request.app[SERVER]
+    engine, wanted = context.engine, request.match_info["id"]
+
+    def find() -> str:
+        story = engine.story(wanted)
+        if story is not None:
+            return long_json(story)
+        choices = [choice["id"] for choice in engine.recent_requests(wanted)]
+        hint = f"; its choices are {', '.join(reversed(choices))}" if choices else ""
+        raise UnknownRequest(f"id: {wanted[:80]!r} is none of the last requests{hint}", param="id")
+
+    return web.json_response(text=await context.in_thread(find))

@@ -86,6 +86,14 @@ class ServedEngine(Protocol):
         """Messages to prompt text; raises InvalidRequest if the template refuses them."""
         ...
 
+    def check_load(self, tenant: str = "") -> None:
+        """Raise Overloaded if a request would be refused whatever it is."""
+        ...
+
+    def predicted_work_s(self, requests: Sequence[Request]) -> float:
+        """Time that requests of one client would take on an idle device; 0 if it is not known."""
+        ...
+
     def submit(self, request: Request, slo: SLO | None = None) -> ServedHandle:
         """Admit a request; any thread.
 
@@ -101,6 +109,14 @@ class ServedEngine(Protocol):
 
     def decisions(self) -> list[dict[str, Any]]:
         """The most recent scheduling decisions with their reasons, oldest first."""
+        ...
+
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        """What happened to one of the last requests and why; None if it is not known."""
+        ...
+
+    def recent_requests(self, reply_id: str = "") -> list[dict[str, Any]]:
+        """The last requests in short, the newest first; or only the choices of one reply."""
         ...
 
     def close(self, timeout: float | None = None) -> None:

@@ -70,6 +70,8 @@ def error_body(error: FlowPrefillError) -> dict[str, Any]:
 def error_headers(error: FlowPrefillError) -> dict[str, str]:
     """Return the headers that tell clients whether and when to try again."""
     if isinstance(error, Overloaded):
+        if math.isinf(error.retry_after_s):
+            return {"x-should-retry": "false"}
         seconds = max(error.retry_after_s, 0.001)
         return {
             "Retry-After": str(math.ceil(seconds)),

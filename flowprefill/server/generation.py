@@ -12,12 +12,13 @@ from typing import Any
 
 from aiohttp import web
 
-from flowprefill.request import Completion
+from flowprefill.errors import InvalidRequest
+from flowprefill.request import Completion, Request
 from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.endpoint import Endpoint, Generation, Plan
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
-from flowprefill.server.incoming import read_json
+from flowprefill.server.incoming import json_body
 from flowprefill.server.openai_schema import SchemaContext
 from flowprefill.server.replies import Envelope, long_json, new_reply_id, usage_object
 from flowprefill.server.streaming import stream_reply
@@ -32,11 +33,29 @@ MANY_CHOICES = 16
 LONG_REPLY_TOKENS = 2_000
 
 
-def _submit(endpoint: Endpoint, plan: Plan, engine: ServedEngine, envelope: Envelope) -> Generation:
+def _check_work(requests: Sequence[Request], engine: ServedEngine, limit_s: float) -> None:
+    """Refuse what would keep the device for hours; one choice is bounded by the model's length."""
+    if len(requests) == 1 or not limit_s:
+        return
+    seconds = engine.predicted_work_s(requests)
+    if seconds > limit_s:
+        raise InvalidRequest(
+            f"prompt: {len(requests)} choices (prompts times n) of up to max_tokens tokens are "
+            f"{seconds:.0f} s of work by prediction, expected at most {limit_s:g} s in one request",
+            param="prompt",
+        )
+
+
+def _submit(
+    context: ServerContext, endpoint: Endpoint, plan: Plan, envelope: Envelope
+) -> Generation:
     """Submit every choice, or none: what was admitted before an error is cancelled."""
+    engine = context.engine
     handles: list[ServedHandle] = []
     try:
-        for request in plan.requests(engine, envelope.id):
+        requests = plan.requests(engine, envelope.id)
+        _check_work(requests, engine, context.options.max_request_s)
+        for request in requests:
             handles.append(engine.submit(request, plan.spec.slo))
         echo = tuple(
             prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
@@ -64,7 +83,7 @@ async def _submit_off_loop(
     context: ServerContext, endpoint: Endpoint, plan: Plan, envelope: Envelope
 ) -> Generation:
     """Submit in a thread; if the client goes meanwhile, what was submitted is cancelled."""
-    work = context.in_thread(_submit, endpoint, plan, context.engine, envelope)
+    work = context.in_thread(_submit, context, endpoint, plan, envelope)
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)
@@ -74,21 +93,25 @@ async def _submit_off_loop(
 
 
 async def _plan(request: web.Request, endpoint: Endpoint, context: ServerContext) -> Plan:
-    """Read and check the body, in a thread if it is long."""
+    """Read and check the body, in a thread if it is long; while overloaded not even that."""
     engine = context.engine
+    rules = context.rules_for(request.headers)
     schema = SchemaContext(
         headers=request.headers,
         config=engine.config,
         service_tiers=context.options.service_tiers,
         vocab_size=engine.vocab_size,
+        rules=rules,
     )
-    raw = await read_json(request)
 
-    def check() -> tuple[Plan, Body]:
+    def check(raw: bytes) -> tuple[Plan, Body]:
         body = Body(parse_json_object(raw, engine.max_model_len))
         return endpoint.plan(body, schema, context.options.max_choices), body
 
-    plan, body = check() if len(raw) <= LONG_BODY_BYTES else await context.in_thread(check)
+    async with json_body(request) as raw:
+        engine.check_load(rules.tenant.name)
+        is_short = len(raw) <= LONG_BODY_BYTES
+        plan, body = check(raw) if is_short else await context.in_thread(check, raw)
     context.unknown_fields.warn(endpoint.path, body)
     return plan
 
@@ -112,7 +135,7 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
     context.begin_generation()
     try:
         if _is_quick(plan):
-            generation = _submit(endpoint, plan, context.engine, envelope)
+            generation = _submit(context, endpoint, plan, envelope)
         else:
             generation = await _submit_off_loop(context, endpoint, plan, envelope)
         handles = generation.handles

@@ -1,8 +1,10 @@
-"""read_json: the bytes of a request body, bounded in coding, size and time; called by handlers."""
+"""json_body: a request's body, bounded in coding, size, time and memory; called by handlers."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from aiohttp import web
 
@@ -37,6 +39,29 @@ class UnsupportedCoding(InvalidRequest):
     code = "unsupported_content_encoding"
 
 
+@contextlib.asynccontextmanager
+async def json_body(request: web.Request) -> AsyncIterator[bytes]:
+    """Read a body and count it in while it is used.
+
+    Raises:
+        InvalidRequest: the content type is not JSON.
+        UnsupportedCoding, BodyTooLarge, BodyTooSlow, TooManyBodies: the rest is not read.
+    """
+    memory, counted = request.app[SERVER].body_memory, 0
+    parts: list[bytes] = []
+    try:
+        async with contextlib.aclosing(_parts_of(request)) as coming:
+            async for part in coming:
+                memory.take(len(part))
+                counted += len(part)
+                parts.append(part)
+        body = b"".join(parts)
+        parts.clear()
+        yield body
+    finally:
+        memory.give_back(counted)
+
+
 def body_limit_bytes(request: web.Request) -> int:
     """Return the largest body read: the setting, or what prompts of the model's length need."""
     context = request.app[SERVER]
@@ -45,31 +70,28 @@ def body_limit_bytes(request: web.Request) -> int:
     return max(LEAST_BODY_BYTES, context.engine.max_model_len * BODY_BYTES_PER_TOKEN)
 
 
-async def read_json(request: web.Request) -> bytes:
-    """Read the body after checking what it claims to be.
-
-    Raises:
-        InvalidRequest: the content type is not JSON.
-        UnsupportedCoding, BodyTooLarge, BodyTooSlow: the rest of the body is not read.
-    """
+async def _parts_of(request: web.Request) -> AsyncGenerator[bytes, None]:
+    """Yield the body as it comes, after checking what it claims to be."""
     _check_headers(request)
     limit = body_limit_bytes(request)
     if request.content_length is not None and request.content_length > limit:
         raise _too_large(limit)
-    parts: list[bytes] = []
     size = 0
     seconds = request.app[SERVER].options.body_timeout_s
-    try:
-        async with asyncio.timeout(seconds):
-            while part := await request.content.readany():
-                parts.append(part)
-                size += len(part)
-                if size > limit:
-                    raise _too_large(limit)
-    except TimeoutError:
-        message = f"body: got {size} bytes in {seconds:g} s, expected all of it in that time"
-        raise BodyTooSlow(message, param="body") from None
-    return b"".join(parts)
+    end_s = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            async with asyncio.timeout_at(end_s):
+                part = await request.content.readany()
+        except TimeoutError:
+            message = f"body: got {size} bytes in {seconds:g} s, expected all of it in that time"
+            raise BodyTooSlow(message, param="body") from None
+        if not part:
+            return
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        yield part
 
 
 def _check_headers(request: web.Request) -> None:

@@ -14,7 +14,7 @@ from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_STOP_STRINGS, SLO, Request, SamplingParams
 from flowprefill.server.body import Body, check_text
-from flowprefill.server.slo import slo_of
+from flowprefill.server.slo import NO_RULES, ClientRules, slo_of
 
 MAX_N = 128
 MAX_INT = 2**31 - 1
@@ -76,6 +76,7 @@ class GenerationSpec:
         return_token_ids: add ``token_ids`` to each choice.
         service_tier: the body's, if it chose the service class.
         priority: among equally urgent requests the smaller goes first.
+        tenant: who asks; empty where the server knows no tenants.
     """
 
     model: str | None
@@ -87,6 +88,7 @@ class GenerationSpec:
     return_token_ids: bool
     service_tier: str | None
     priority: int
+    tenant: str = ""
 
     def requests(
         self, prompts: Sequence[str | list[int]], reply_id: str, *, special_tokens: bool
@@ -100,6 +102,7 @@ class GenerationSpec:
                 id=reply_id if len(choices) == 1 else f"{reply_id}-{index}",
                 add_special_tokens=special_tokens,
                 priority=self.priority,
+                tenant=self.tenant,
             )
             for index, (prompt, choice) in enumerate(choices)
         ]
@@ -125,6 +128,7 @@ class SchemaContext:
     config: EngineConfig
     service_tiers: Mapping[str, str]
     vocab_size: int
+    rules: ClientRules = NO_RULES
 
 
 def generation_spec(
@@ -141,7 +145,8 @@ def generation_spec(
         InvalidRequest: names the field, what was given and what is allowed.
     """
     refuse_unsupported(body)
-    slo = slo_of(body, context.headers, context.config, context.service_tiers)
+    rules = context.rules
+    slo = slo_of(body, context.headers, context.config, context.service_tiers, rules)
     n = body.integer("n", 1, 1, MAX_N)
     best_of = body.integer("best_of", None, 1, MAX_INT)
     if best_of is not None and best_of != n:
@@ -156,7 +161,8 @@ def generation_spec(
         return_metrics=_wants_metrics(body, context.headers),
         return_token_ids=body.boolean("return_token_ids"),
         service_tier=tier if tier in context.service_tiers else None,
-        priority=body.integer("priority", 0, -(2**31), MAX_INT),
+        priority=rules.check_priority(body.integer("priority", 0, -(2**31), MAX_INT)),
+        tenant=rules.tenant.name,
     )
 
 

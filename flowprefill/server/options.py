@@ -8,6 +8,7 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError
+from flowprefill.server.tenants import Tenants
 
 MAX_CONNECTIONS = 1 << 20
 
@@ -30,6 +31,9 @@ class ServerOptions:
     max_body_mib: float = _option(
         0.0, "largest request body, MiB (413 above); 0 is 4, or 32 bytes a token of max_model_len"
     )
+    max_bodies_mib: float = _option(
+        512.0, "most memory for the bodies of all requests that are being read, MiB (503 above)"
+    )
     body_timeout_s: float = _option(60.0, "seconds in which a request body must come (408 after)")
     max_connections: int = _option(
         0, "most connections; 0 is 16384, or what the limit of open files leaves room for"
@@ -43,15 +47,31 @@ class ServerOptions:
     service_tiers: Mapping[str, str] = _text_map(
         'OpenAI service_tier -> service class, as JSON, e.g. {"flex": "batch"}'
     )
+    tenants: Mapping[str, Any] = _text_map(
+        "who may ask, as JSON: name -> {key, classes}; keys come as Authorization: Bearer; empty "
+        "is everybody"
+    )
+    client_slo: bool = _option(True, "clients may state objectives; classes do if they may not")
+    client_priority: bool = _option(True, "clients may state a priority")
+    min_ttft_ms: float = _option(0.0, "smallest ttft_ms that a client may state; 0 is any")
+    max_request_s: float = _option(
+        3600.0,
+        "longest predicted work of one request with several choices, seconds (400 above); 0 is "
+        "no limit. Counts only where the machine is calibrated",
+    )
     vllm_metrics: bool = _option(False, "export the common metrics under vllm: names as well")
-    debug_endpoints: bool = _option(True, "serve /debug/timeline and /debug/decisions")
+    debug_endpoints: bool = _option(
+        True, "serve /debug/timeline, /debug/decisions and /debug/requests"
+    )
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            "max_body_mib": (0, 4096), "body_timeout_s": (0.01, 86_400),
+            "max_body_mib": (0, 4096), "max_bodies_mib": (1, 1_048_576),
+            "body_timeout_s": (0.01, 86_400),
             "max_connections": (0, MAX_CONNECTIONS), "header_timeout_s": (0.01, 86_400),
             "idle_timeout_s": (0.01, 86_400), "write_timeout_s": (0.01, 86_400),
-            "max_choices": (1, 100_000),
+            "max_choices": (1, 100_000), "min_ttft_ms": (0, 86_400_000),
+            "max_request_s": (0, 31_536_000),
             "keep_alive_s": (0.01, 3600), "shutdown_grace_s": (0, 86_400),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
@@ -61,7 +81,7 @@ class ServerOptions:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "an integer" if whole else "a number"
                 self._refuse(name, value, f"{kind} in [{low:g}, {high:g}]")
-        for name in ("vllm_metrics", "debug_endpoints"):
+        for name in ("vllm_metrics", "debug_endpoints", "client_slo", "client_priority"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
         names: object = self.served_model_names
@@ -70,17 +90,24 @@ class ServerOptions:
         tiers = self.service_tiers
         if not isinstance(tiers, Mapping) or not all(isinstance(v, str) for v in tiers.values()):
             self._refuse("service_tiers", tiers, "an object of tier: class")
+        tenants: object = self.tenants
+        if not isinstance(tenants, Mapping):
+            self._refuse("tenants", type(tenants).__name__, "an object of name: tenant")
+        Tenants(self.tenants)
 
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
 
     def check_classes(self, config: EngineConfig) -> None:
-        """Refuse service tiers that name a class the engine does not know."""
-        for tier, name in self.service_tiers.items():
+        """Refuse tiers and tenants that name a class the engine does not know."""
+        named = [(f"service_tiers.{tier}", name) for tier, name in self.service_tiers.items()]
+        for tenant, spec in self.tenants.items():
+            named += [(f"tenants.{tenant}.classes", name) for name in spec.get("classes", ())]
+        for where, name in named:
             if name != "default" and name not in config.classes:
                 known = ", ".join(sorted({*config.classes, "default"}))
-                self._refuse(f"service_tiers.{tier}", name, f"a configured class: {known}")
+                self._refuse(where, name, f"a configured class: {known}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ServerOptions:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import SLO
 from flowprefill.server.body import Body
+from flowprefill.server.tenants import EVERYBODY, Tenant
 
 MAX_OBJECTIVE_MS = 86_400_000.0
 SLO_FIELDS = ("ttft_ms", "tpot_ms", "on_miss", "class")
@@ -19,7 +22,42 @@ HEADER_PREFIXES = ("x-slo-", "x-llm-d-slo-")
 CLASS_HEADER = "x-slo-class"
 
 
-def _header_objective(headers: Mapping[str, str], name: str) -> float | None:
+@dataclass(frozen=True, slots=True)
+class ClientRules:
+    """What the operator lets one client state.
+
+    Attributes:
+        may_state_objectives: else its class alone does.
+        may_state_priority: else nobody goes first among equals.
+        min_ttft_ms: smallest objective it may state.
+        tenant: who it is, and which classes it may use.
+    """
+
+    may_state_objectives: bool = True
+    may_state_priority: bool = True
+    min_ttft_ms: float = 0.0
+    tenant: Tenant = EVERYBODY
+
+    def check_priority(self, priority: int) -> int:
+        """Return the priority; raises InvalidRequest if it may not be stated."""
+        if priority and not self.may_state_priority:
+            allowed = "null or 0: this server lets no client state a priority"
+            raise InvalidRequest.field("priority", priority, allowed)
+        return priority
+
+    def check_objective(self, name: str, where: str, value: Any) -> None:
+        """Refuse an objective that may not be stated; value: as the client wrote it."""
+        if not self.may_state_objectives:
+            raise InvalidRequest.field(where, value, "null: here the service class states it")
+        if name == "ttft" and float(value) < self.min_ttft_ms:
+            allowed = f"at least {self.min_ttft_ms:g} (the smallest this server takes)"
+            raise InvalidRequest.field(where, value, allowed)
+
+
+NO_RULES = ClientRules()
+
+
+def _header_objective(headers: Mapping[str, str], name: str, rules: ClientRules) -> float | None:
     """Read ``x-slo-<name>-ms`` or ``x-llm-d-slo-<name>-ms``; seconds."""
     for prefix in HEADER_PREFIXES:
         header = f"{prefix}{name}-ms"
@@ -32,6 +70,7 @@ def _header_objective(headers: Mapping[str, str], name: str) -> float | None:
             value = math.nan
         if not 0 < value <= MAX_OBJECTIVE_MS:
             raise InvalidRequest.field(header, text, "milliseconds in (0, 86400000]")
+        rules.check_objective(name, header, text)
         return value / 1e3
     return None
 
@@ -61,8 +100,29 @@ def _named_class(
     return (tier_class, "service_tier") if tier_class is not None else None
 
 
+def _starting_slo(
+    named: tuple[str, str] | None, config: EngineConfig, allowed: Sequence[str]
+) -> SLO:
+    """Return what the service class states; `allowed` are those the client may use, () is all."""
+    if allowed:
+        named = named or (allowed[0], "")
+        if named[0] not in allowed:
+            of_key = ", ".join(allowed)
+            raise InvalidRequest.field(named[1], named[0], f"a class of this key: {of_key}")
+    if named is None or (named[0] == "default" and "default" not in config.classes):
+        return config.default_slo()
+    if named[0] in config.classes:
+        return config.slo_of_class(named[0])
+    known = ", ".join(sorted({*config.classes, "default"}))
+    raise InvalidRequest.field(named[1], named[0], f"a configured service class: {known}")
+
+
 def slo_of(
-    body: Body, headers: Mapping[str, str], config: EngineConfig, tiers: Mapping[str, str]
+    body: Body,
+    headers: Mapping[str, str],
+    config: EngineConfig,
+    tiers: Mapping[str, str],
+    rules: ClientRules = NO_RULES,
 ) -> SLO:
     """Work out the SLO of one HTTP request.
 
@@ -75,30 +135,28 @@ def slo_of(
         headers: case-insensitive.
         config: service classes and default objectives.
         tiers: OpenAI service tier -> service class.
+        rules: what this client may state.
 
     Raises:
-        InvalidRequest: a bad value or an unknown class; names the field or header.
+        InvalidRequest: a bad value, an unknown class, or what the client may not state; names the
+            field or header.
     """
     field = body.object("slo")
     named = _named_class(body, field, headers, tiers)
-    if named is None or (named[0] == "default" and "default" not in config.classes):
-        slo = config.default_slo()
-    elif named[0] in config.classes:
-        slo = config.slo_of_class(named[0])
-    else:
-        known = ", ".join(sorted({*config.classes, "default"}))
-        raise InvalidRequest.field(named[1], named[0], f"a configured service class: {known}")
+    slo = _starting_slo(named, config, rules.tenant.classes)
     changes: dict[str, float | str] = {}
     for name in ("ttft", "tpot"):
-        header_s = _header_objective(headers, name)
+        header_s = _header_objective(headers, name, rules)
         if header_s is not None:
             changes[name] = header_s
         field_ms = _field_objective(field, name)
         if field_ms is not None:
+            rules.check_objective(name, f"slo.{name}_ms", field_ms)
             changes[name] = field_ms / 1e3
     if field is not None:
         on_miss = field.text("on_miss")
         if on_miss is not None:
+            rules.check_objective("on_miss", "slo.on_miss", on_miss)
             changes["on_miss"] = on_miss
         field.refuse_unknown(SLO_FIELDS)
     return dataclasses.replace(slo, **changes)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.chat import read_messages, read_template_variables
 from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
-from flowprefill.server.incoming import read_json
+from flowprefill.server.incoming import json_body
 from flowprefill.server.logprobs import token_label
 from flowprefill.server.openai_schema import check_token_ids
 from flowprefill.server.replies import long_json
@@ -49,16 +49,16 @@ def _detokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
 async def _answer(request: web.Request, work: Any) -> web.Response:
     context = request.app[SERVER]
     engine = context.engine
-    raw = await read_json(request)
 
-    def run() -> tuple[str, Body]:
+    def run(raw: bytes) -> tuple[str, Body]:
         body = Body(parse_json_object(raw, engine.max_model_len))
         context.check_model(body.text("model"))
         return long_json(work(engine, body)), body
 
     # Always in a thread: a chat template waits for another process, encoding is slower than
     # parsing, and nobody waits for this with a stopwatch.
-    reply, body = await context.in_thread(run)
+    async with json_body(request) as raw:
+        reply, body = await context.in_thread(run, raw)
     context.unknown_fields.warn(request.path, body)
     return web.json_response(text=reply)
 

@@ -286,6 +286,8 @@ class FakeEngine:
         self.script = Script()
         self.submit_error: Exception | None = None
         self.submit_gate: threading.Event | None = None
+        self.load_error: Exception | None = None
+        self.seconds_per_token = 0.0
         self.submitted: list[FakeHandle] = []
         self.ends: list[Record] = []
         self.current_stats = Stats()
@@ -305,6 +307,13 @@ class FakeEngine:
 
     def warm_chat(self) -> None:
         """Nothing renders here that would have to be started."""
+
+    def check_load(self, tenant: str = "") -> None:
+        if self.load_error is not None:
+            raise self.load_error
+
+    def predicted_work_s(self, requests: Sequence[Request]) -> float:
+        return self.seconds_per_token * sum(one.sampling.max_tokens or 1 for one in requests)
 
     def submit(self, request: Request, slo: SLO | None = None) -> FakeHandle:
         if self.submit_gate is not None:
@@ -365,6 +374,15 @@ class FakeEngine:
 
     def decisions(self) -> list[dict[str, Any]]:
         return [{"event": "arrival", "reason": "nothing runs", "run": "a"}]
+
+    def story(self, request_id: str) -> dict[str, Any] | None:
+        known = {handle.request_id for handle in self.submitted}
+        return {"id": request_id, "events": []} if request_id in known else None
+
+    def recent_requests(self, reply_id: str = "") -> list[dict[str, Any]]:
+        prefix = f"{reply_id}-" if reply_id else ""
+        ids = [handle.request_id for handle in reversed(self.submitted)]
+        return [{"id": one} for one in ids if one.startswith(prefix)]
 
     def close(self, timeout: float | None = None) -> None:
         self.is_ready = False

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, Script
+from fake_engine import WAIT_S, FakeEngine, Script
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import InvalidRequest, NotReady, shortened
@@ -283,3 +283,25 @@ def test_chat_template_without_end_holds_nobody_up(
     assert (replies[0].status, replies[0].error["param"]) == (400, "messages")
     assert "computed longer than" in replies[0].error["message"]
     assert answered > 50
+
+
+def test_bodies_together_take_bounded_memory(engine: FakeEngine, start_server: StartServer) -> None:
+    server = start_server(engine, max_bodies_mib=1.0, body_timeout_s=WAIT_S)
+    held = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
+    half = b" " * (700 * 1024)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: {2 * len(half)}\r\n\r\n"
+    held.sendall(head.encode() + half)
+    memory = server.server.context.body_memory
+    deadline = time.monotonic() + WAIT_S
+    while memory.used < len(half):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    refused = server.post("/v1/completions", b" " * (500 * 1024))
+    assert (refused.status, refused.error["code"]) == (503, "too_many_bodies")
+    assert refused.headers["Retry-After"]
+    assert server.post("/v1/completions", {"prompt": "Hi"}).status == 200
+    held.close()
+    while memory.used:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert server.post("/v1/completions", {"prompt": "Hi" + " " * (500 * 1024)}).status == 200

@@ -10,7 +10,7 @@ import openai
 import pytest
 from running_server import RunningServer
 
-from flowprefill import Engine, EngineConfig, Request, SamplingParams
+from flowprefill import Engine, EngineConfig, Request, SamplingParams, cli
 from flowprefill.server.options import ServerOptions
 
 pytestmark = pytest.mark.slow
@@ -135,3 +135,18 @@ def test_urgent_request_passes_a_running_long_one(server: RunningServer, engine:
     assert order == ["short", "long"]
     assert engine.stats().preemptions == preemptions + 1
     assert "flowprefill:preemptions_total" in server.get("/metrics").body.decode()
+
+
+def test_explain_tells_what_happened_to_a_request(
+    server: RunningServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}).json()
+    assert cli.main(["explain", reply["id"], "--url", server.url]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{reply['id']}: ")
+    for part in ("It arrived", "Its prefill started", "Its first token was made", "It ended: "):
+        assert part in told
+    assert cli.main(["explain", "--url", server.url]) == 0
+    assert reply["id"] in capsys.readouterr().out
+    assert cli.main(["explain", "no-such-id", "--url", server.url]) == 2
+    assert "none of the last requests" in capsys.readouterr().err

@@ -29,6 +29,8 @@ def test_configuration_page_is_the_table_of_the_settings() -> None:
         ("device", 0), ("device", "cpu:0"),
         ("block_tokens", 48), ("max_running", 0), ("max_waiting", 0), ("default_ttft_ms", -1),
         ("max_model_len", "long"), ("kv_cache_gib", float("nan")),
+        ("max_backlog_s", -1), ("tenant_share", 0), ("tenant_share", 1.5), ("admission", "maybe"),
+        ("classes", ["chat"]),
     ],
 )  # fmt: skip
 def test_bad_setting_names_field_value_and_what_is_allowed(name: str, value: Any) -> None:
@@ -62,9 +64,35 @@ def test_class_gives_its_slo_in_seconds() -> None:
     assert (slo.ttft, slo.tpot, slo.on_miss, slo.service_class) == (0.25, 0.05, "drop", "chat")
 
 
+def test_class_promises_and_allows_what_it_says() -> None:
+    spec = {"ttft_ms": 250, "weight": 3, "share": 0.2, "admission": "reject"}
+    config = EngineConfig(classes={"chat": spec, "batch": {"background": True}}, admission="demote")
+    chat, batch = config.service_class("chat"), config.service_class("batch")
+    assert (chat.weight, chat.share, chat.admission) == (3.0, 0.2, "reject")
+    assert (batch.weight, batch.is_background, batch.admission) == (1.0, True, "demote")
+    assert config.service_class("unheard of").slo.ttft is None
+
+
+def test_class_named_background_is_background() -> None:
+    with pytest.raises(ConfigError, match=r"classes\.background\.background"):
+        EngineConfig(classes={"background": {"weight": 2}})
+
+
+def test_shares_of_all_classes_leave_time_for_deadlines() -> None:
+    classes = {"a": {"share": 0.5}, "b": {"share": 0.5}}
+    with pytest.raises(ConfigError, match=r"classes: got 1\.0, expected shares of at most 0\.9"):
+        EngineConfig(classes=classes)
+
+
 @pytest.mark.parametrize(
-    "spec", [{"ttft_ms": -1}, {"ttft": 1}, {"on_miss": "explode"}, {"tpot_ms": "fast"}]
-)
+    "spec",
+    [
+        {"ttft_ms": -1}, {"ttft": 1}, {"on_miss": "explode"}, {"tpot_ms": "fast"}, "fast",
+        {"weight": 0}, {"weight": True}, {"weight": float("nan")}, {"share": 1}, {"share": "half"},
+        {"background": 1}, {"background": True, "ttft_ms": 100}, {"background": True, "share": 0.1},
+        {"admission": "never"}, {"admission": []},
+    ],
+)  # fmt: skip
 def test_bad_class_is_refused_at_start(spec: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="chat"):
         EngineConfig(classes={"chat": spec})

@@ -42,6 +42,7 @@ PYTHON_LAYERS = {
     "engine": _layer("engine scheduling models _core _cuda", "torch numpy"),
     "server": _layer("server engine models", "aiohttp prometheus_client"),
     "traces": _layer("traces"),
+    "explain": _layer(),
     "simulation": _layer("simulation traces scheduling engine models _core", "numpy"),
 }
 # They join layers, so they may import any; `__init__` is the lazy front door (test_packaging.py).

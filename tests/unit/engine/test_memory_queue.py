@@ -25,6 +25,7 @@ class FakeSequence:
         self.deadline_s = due_s
         self.slo = SLO()
         self.extra_tokens = 1
+        self.predicted_s = tokens / 1000
         self.computed = 0
         self.reservation: Any = None
         self.is_scheduled = False
@@ -54,9 +55,9 @@ def push(queue: MemoryQueue, *sequences: FakeSequence) -> None:
 def test_earliest_deadline_gets_blocks_first(queue: MemoryQueue) -> None:
     push(queue, FakeSequence("late", 60, due_s=9.0), FakeSequence("soon", 60, due_s=2.0))
     push(queue, FakeSequence("never", 20))
-    assert queue.tokens == 140
+    assert (queue.tokens, queue.seconds) == (140, pytest.approx(0.14))
     assert names(queue.admit(0.0)) == ["soon", "late", "never"]
-    assert (len(queue), queue.tokens) == (0, 0)
+    assert (len(queue), queue.tokens, queue.seconds) == (0, 0, 0.0)
 
 
 def test_one_without_objective_is_due_some_time(queue: MemoryQueue) -> None:

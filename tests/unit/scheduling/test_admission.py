@@ -1,44 +1,162 @@
-"""Admission: each bound, and what the refusal says."""
+"""Admission: each bound, what the refusal says, and how far predictions are stretched."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from flowprefill.scheduling import Job, Load
-from flowprefill.scheduling.admission import AdmissionLimits, refusal_of
+from flowprefill.scheduling import CostModel, Job, MachineRates, ModelShape, Scheduler
+from flowprefill.scheduling.admission import (
+    AdmissionLimits,
+    PrefillShare,
+    Queued,
+    TenantBook,
+    lateness_of,
+    overload_of,
+    tenant_overload_of,
+)
+from flowprefill.scheduling.forecast import Forecast, work_s
+from flowprefill.scheduling.interface import Arrival, TimerFired
 
-JOB = Job("a", 10.0, 100, 0, 10.5, on_miss="drop")
+BUSY = Queued(5, 500, 10.0)
 
 
-def test_refusal_nothing_waiting_none() -> None:
+def test_nothing_waiting_is_never_overload() -> None:
     limits = AdmissionLimits(max_waiting=1, max_waiting_tokens=50, max_backlog_s=1.0)
-    assert refusal_of(JOB, Load(), limits, 10.0, 0.1) is None
+    assert overload_of(Queued(), limits, 100) is None
 
 
 @pytest.mark.parametrize(
-    ("load", "limits", "reason", "message"),
+    ("limits", "reason", "message"),
     [
-        (Load(5, 500, 10.0), AdmissionLimits(max_waiting=5), "waiting", "5 requests"),
-        (Load(5, 500, 10.0), AdmissionLimits(max_waiting_tokens=599), "tokens", "over 599"),
-        (Load(5, 500, 10.0), AdmissionLimits(max_backlog_s=9.0), "backlog", "10.0 s"),
-        (Load(5, 500, 10.0), AdmissionLimits(refuse_late=True), "deadline", "0.600 s"),
+        (AdmissionLimits(max_waiting=5), "waiting", "5 requests are waiting, at most 5"),
+        (AdmissionLimits(max_waiting_tokens=599), "tokens", "over 599"),
+        (AdmissionLimits(max_backlog_s=9.0), "backlog", "10.0 s of work"),
     ],
 )
-def test_refusal_over_a_bound_names_it(
-    load: Load, limits: AdmissionLimits, reason: str, message: str
+def test_overload_names_the_bound_and_says_when_the_queue_is_empty(
+    limits: AdmissionLimits, reason: str, message: str
 ) -> None:
-    refusal = refusal_of(JOB, load, limits, 10.0, 0.6)
+    refusal = overload_of(BUSY, limits, 100)
     assert refusal is not None
-    assert refusal.reason == reason
+    assert (refusal.reason, refusal.retry_after_s) == (reason, 10.0)
     assert message in refusal.message
-    assert 1.0 <= refusal.retry_after_s <= 120.0
 
 
-def test_refusal_late_but_demoting_none() -> None:
-    job = Job("a", 10.0, 100, 0, 10.5, on_miss="demote")
-    assert refusal_of(job, Load(5, 500, 10.0), AdmissionLimits(refuse_late=True), 10.0, 9.0) is None
+def test_tenant_may_use_its_share_of_each_bound() -> None:
+    limits = AdmissionLimits(100, 1000, 20.0, tenant_share=0.4)
+    assert tenant_overload_of(Queued(39, 399, 7.9), limits, "a", 1) is None
+    for queued in (Queued(40, 1, 1.0), Queued(1, 400, 1.0), Queued(1, 1, 8.1)):
+        refusal = tenant_overload_of(queued, limits, "a", 1)
+        assert refusal is not None
+        assert refusal.reason == "tenant"
+        assert "of tenant 'a'" in refusal.message
+
+
+def test_late_job_is_told_its_wait_or_that_it_is_no_use() -> None:
+    job = Job("a", 10.0, 100, 0, 10.5)
+    assert lateness_of(job, Forecast(0.5, 0.1, 0), BUSY, 10.0) is None
+    late = lateness_of(job, Forecast(0.6, 0.1, 0), BUSY, 10.0)
+    assert late is not None
+    assert "predicted in 0.600 s, due in 0.500 s" in late.message
+    assert late.retry_after_s == 10.0
+    harm = lateness_of(job, Forecast(0.2, 0.1, 2), BUSY, 10.0)
+    assert harm is not None
+    assert "2 admitted requests" in harm.message
+    hopeless = lateness_of(job, Forecast(9.0, 0.7, 0), BUSY, 10.0)
+    assert hopeless is not None
+    assert hopeless.retry_after_s == math.inf
 
 
 def test_limits_bad_value_names_field() -> None:
     with pytest.raises(ValueError, match="max_waiting: got 0"):
         AdmissionLimits(max_waiting=0)
+    with pytest.raises(ValueError, match="tenant_share: got 0"):
+        AdmissionLimits(tenant_share=0)
+
+
+def test_stretch_follows_the_time_that_others_take_while_prefills_wait() -> None:
+    share = PrefillShare()
+    assert share.stretch == 1.0
+    now = 0.0
+    for _ in range(400):  # 30 ms of prefill, then 70 ms of decode, over and over
+        share.note(now := now + 0.03, is_prefilling=True, is_waiting=True)
+        share.note(now := now + 0.07, is_prefilling=False, is_waiting=True)
+    assert share.stretch == pytest.approx(1 / 0.3, rel=0.05)
+    share.note(now + 1000, is_prefilling=False, is_waiting=False)
+    assert share.stretch == pytest.approx(1 / 0.3, rel=0.05), "nothing waited: nothing was learnt"
+    share.note(now + 1040, is_prefilling=True, is_waiting=False)
+    assert share.stretch == pytest.approx(1.0, abs=0.05)
+
+
+def test_stretch_is_bounded() -> None:
+    share = PrefillShare()
+    share.note(0.0, is_prefilling=False, is_waiting=True)
+    share.note(1e6, is_prefilling=False, is_waiting=True)
+    assert share.stretch == 20.0
+
+
+def test_tenant_book_forgets_who_has_nothing_waiting() -> None:
+    book = TenantBook()
+    book.enter("a", 100, 2.0)
+    book.enter("a", 50, 1.0)
+    assert book.of("a", 2.0) == Queued(2, 150, 6.0)
+    assert book.of("b", 2.0) == Queued()
+    book.leave("a", 100, 2.0)
+    book.leave("a", 50, 1.0)
+    assert book.of("a", 1.0) == Queued()
+    assert book._queued == {}
+
+
+# 1 ms per token, nothing else.
+SHAPE = ModelShape(1e6, 1.0, 1e-9, 1e-9, 1e-9)
+RATES = MachineRates(1e9, 1e12, 1e12, 1e-9)
+
+
+def scheduler(policy: str) -> Scheduler:
+    return Scheduler(policy, CostModel(SHAPE, RATES, is_calibrated=True))
+
+
+def arrive(scheduler: Scheduler, now: float, name: str, tokens: int, due_s: float) -> None:
+    scheduler.on_event(Arrival(Job(name, now, tokens, 0, due_s)), now)
+
+
+def test_forecast_counts_whom_a_newcomer_would_make_late() -> None:
+    one = scheduler("edf")
+    arrive(one, 0.0, "running", 1000, 2.0)
+    arrive(one, 0.0, "tight", 1000, 2.1)
+    arrive(one, 0.0, "loose", 1000, 9.0)
+    later = one.forecast(Job("new", 0.5, 1000, 0, 5.0), 0.5, 1.0)
+    assert later.ttft_s == pytest.approx(2.5, rel=1e-3)
+    assert (later.made_late, later.alone_s) == (0, pytest.approx(1.0, rel=1e-3))
+    urgent = one.forecast(Job("new", 0.5, 1000, 0, 1.6), 0.5, 1.0)
+    assert urgent.ttft_s == pytest.approx(1.0, rel=1e-3)
+    assert urgent.made_late == 2, "the running and the tight one"
+
+
+def test_forecast_decides_nothing() -> None:
+    one, other = scheduler("slack_edf"), scheduler("slack_edf")
+    for each in (one, other):
+        arrive(each, 0.0, "running", 1000, 5.0)
+        arrive(each, 0.0, "late", 1000, 0.5)
+    for tokens in (10, 1000, 5000):
+        one.forecast(Job("new", 0.2, tokens, 0, 1.0), 0.2, 1.0)
+    assert str(one.on_event(TimerFired(), 1.5)) == str(other.on_event(TimerFired(), 1.5))
+    assert one.load().backlog_s == pytest.approx(other.load().backlog_s)
+    assert one.load().waiting_jobs == other.load().waiting_jobs == 1
+
+
+def test_forecast_of_best_effort_in_a_long_queue_counts_all_of_it() -> None:
+    one = scheduler("slack_edf")
+    for index in range(1500):
+        arrive(one, 0.0, f"r{index}", 10, 1000.0 + index)
+    forecast = one.forecast(Job("new", 0.0, 10), 0.0, 2.0)
+    assert forecast.ttft_s == pytest.approx(2 * 15.01, rel=0.01)
+
+
+def test_work_of_many_choices_is_their_prompts_and_full_decode_steps() -> None:
+    model = CostModel(SHAPE, RATES, is_calibrated=True)
+    # A step of 4 rows takes 4 ms: 100 + 200 tokens of prompt, then 8 choices of 50 tokens.
+    seconds = work_s(model, [100, 200], [50] * 8, 4)
+    assert seconds == pytest.approx(0.3 + 100 * 0.004, rel=1e-3)

@@ -1,0 +1,124 @@
+"""Gate: admits requests or refuses them by what waits and what is predicted; the core asks it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from flowprefill.errors import Overloaded
+from flowprefill.scheduling.admission import (
+    PrefillShare,
+    Queued,
+    Refusal,
+    TenantBook,
+    lateness_of,
+    overload_of,
+    tenant_overload_of,
+)
+
+if TYPE_CHECKING:
+    from flowprefill.engine.kv_blocks import BlockPool
+    from flowprefill.engine.live_request import LiveRequest
+    from flowprefill.engine.memory_queue import MemoryQueue
+    from flowprefill.scheduling import Scheduler
+    from flowprefill.scheduling.admission import AdmissionLimits
+
+
+class Gate:
+    """Counts what waits for its first token. Not thread-safe: the core's lock guards it."""
+
+    def __init__(
+        self, scheduler: Scheduler, memory: MemoryQueue, pool: BlockPool, limits: AdmissionLimits
+    ) -> None:
+        self._scheduler = scheduler
+        self._pool = pool
+        self._memory = memory
+        self._limits = limits
+        self._share = PrefillShare()
+        self._tenants = TenantBook()
+
+    def note(self, now: float) -> None:
+        """Book the time since the last event; called before the scheduler hears of the next."""
+        current = self._scheduler.current
+        self._share.note(
+            now,
+            is_prefilling=current is not None and not current.is_decode,
+            is_waiting=len(self._memory) > 0 or self._scheduler.load().backlog_s > 0,
+        )
+
+    def check(self, now: float, tenant: str, request: LiveRequest | None = None) -> None:
+        """Refuse a request, or admit it, perhaps as best effort.
+
+        Args:
+            tenant: whose it is.
+            request: None while its prompt is not tokenised: then only what waits already counts.
+
+        Raises:
+            Overloaded: too much waits, or of a class that rejects it is predicted late.
+        """
+        queued, limits = self._queued(), self._limits
+        tokens = 0 if request is None else request.num_prompt
+        refusal = overload_of(queued, limits, tokens)
+        if refusal is None and tenant and limits.tenant_share < 1:
+            own = self._tenants.of(tenant, self._stretch())
+            refusal = tenant_overload_of(own, limits, tenant, tokens)
+        if refusal is None and request is not None:
+            refusal = self._lateness(request, queued, now)
+        if refusal is not None:
+            raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
+
+    def enter(self, request: LiveRequest) -> None:
+        """Count a request in that was admitted."""
+        cost_model = self._scheduler.cost_model
+        request.predicted_s = cost_model.prefill_s(request.num_prompt)
+        if request.request.tenant:
+            request.is_queued = True
+            self._tenants.enter(request.request.tenant, request.num_prompt, request.predicted_s)
+
+    def leave(self, request: LiveRequest) -> None:
+        """Count a request out that has its first token or has ended; no effect the second time."""
+        if request.is_queued:
+            request.is_queued = False
+            self._tenants.leave(request.request.tenant, request.num_prompt, request.predicted_s)
+
+    def predicted_ttft_s(self, request: LiveRequest, now: float) -> float:
+        """Return the time from its arrival to its first token, as predicted now."""
+        left_s = self._scheduler.predicted_ttft_s(request.job(), now) * self._stretch()
+        return now - request.arrival_s + left_s
+
+    def _queued(self) -> Queued:
+        load, memory = self._scheduler.load(), self._memory
+        return Queued(
+            load.waiting_jobs + len(memory),
+            load.waiting_tokens + memory.tokens,
+            (load.backlog_s + memory.seconds) * self._stretch(),
+        )
+
+    def _stretch(self) -> float:
+        """Return how much longer than their prefills requests take; 1 where nothing decodes."""
+        load = self._scheduler.load()
+        is_shared = load.decoding or load.waiting_jobs or len(self._memory)
+        return self._share.stretch if is_shared else 1.0
+
+    def _lateness(self, request: LiveRequest, queued: Queued, now: float) -> Refusal | None:
+        """Return why a request whose class rejects it is refused; demote it if that is the way."""
+        mode = request.service.admission
+        if mode == "off" or request.slo.ttft is None:
+            return None
+        cached = self._pool.cached_tokens(request.ids)
+        job = replace(
+            request.job(), prompt_tokens=request.num_prompt - cached, context_tokens=cached
+        )
+        forecast = self._scheduler.forecast(job, now, self._stretch())
+        lateness = lateness_of(job, forecast, queued, now)
+        if lateness is None or mode == "reject":
+            return lateness
+        if request.slo.on_miss == "demote":  # who wants to be dropped is, once all hope is gone
+            request.is_demoted = True
+        return None
+
+
+def backlog_limit(seconds: float, *, is_calibrated: bool) -> float:
+    """Return the bound on predicted seconds that holds: none where they are guessed."""
+    return seconds if seconds and is_calibrated else math.inf

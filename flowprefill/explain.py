@@ -1,0 +1,182 @@
+"""`flowprefill explain ID`: asks a server what happened to a request and tells it in sentences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flowprefill.errors import InvalidRequest
+
+TIMEOUT_S = 10.0
+DEFAULT_URL = "http://127.0.0.1:8000"
+MAX_SHOWN = 8  # of the prefills that a request waited for
+Story = Mapping[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "id", nargs="?", help="id of a request, as its reply gave it; left out: list the last ones"
+    )
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
+    parser.add_argument("--json", action="store_true", help="print what the server answers instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the story of one request, or the last requests."""
+    path = "/debug/requests"
+    if args.id:
+        path += "/" + urllib.parse.quote(args.id, safe="")
+    answer = _fetch(args.url.rstrip("/") + path)
+    if args.json:
+        lines = [json.dumps(answer, indent=2)]
+    else:
+        lines = list(sentences(answer) if args.id else _short_lines(answer["requests"]))
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _fetch(url: str) -> Any:
+    """Get JSON; raises InvalidRequest with what the server says."""
+    if not url.startswith(("http://", "https://")):
+        raise InvalidRequest.field("--url", url, "http://HOST:PORT")
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"{url}: status {error.code}"
+        raise InvalidRequest(message) from None
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{url}: {error}") from None
+
+
+def _short_lines(requests: list[Story]) -> Iterator[str]:
+    for one in requests:
+        first = "" if one["ttft_ms"] is None else f", first token after {_time(one['ttft_ms'])}"
+        yield f"{one['id']}  {one['state']}, {one['prompt_tokens']:,} prompt tokens{first}"
+
+
+def sentences(story: Story) -> Iterator[str]:
+    """Tell a story as the server gives it; one line each, with the time since the arrival."""
+    yield f"{story['id']}: {_about(story)}."
+    predicted = story["predicted_ttft_ms"]
+    when = "" if predicted is None else f"; its first token was predicted in {_time(predicted)}"
+    yield _line(0.0, f"It arrived{when}.")
+    told_wait = False
+    for event in story["events"]:
+        if event["what"] == "started" and not told_wait:
+            told_wait = True
+            yield from _waits(story["waited_for"])
+        yield _line(event["at_ms"], _told(event))
+    if story["events_left_out"]:
+        yield f"{'':>12}  (and {story['events_left_out']} more suspensions and resumptions)"
+    if not told_wait:
+        yield from _waits(story["waited_for"])
+    if story["ttft_ms"] is not None:
+        yield _line(story["ttft_ms"], f"Its first token was made{_compared(story)}.")
+    yield from _ending(story)
+
+
+def _about(story: Story) -> str:
+    parts = [f"{story['prompt_tokens']:,} prompt tokens"]
+    if story["cached_tokens"]:
+        parts.append(f"{story['cached_tokens']:,} of them found in the prefix cache")
+    parts.append(f"class {story['service_class']}")
+    if story["tenant"]:
+        parts.append(f"tenant {story['tenant']}")
+    objective = story["slo"]["ttft_ms"]
+    due = "no objective" if objective is None else f"first token due in {_time(objective)}"
+    return ", ".join([*parts, due])
+
+
+def _told(event: Story) -> str:
+    because = f": {event['reason']}" if event.get("reason") else ""
+    match event["what"]:
+        case "demoted":
+            return "It was admitted as best effort, since it was predicted to be late."
+        case "waits":
+            return f"It had to wait for {_work(event)}{because}."
+        case "got_memory":
+            return "It got the KV blocks that it had waited for."
+        case "lost_memory":
+            return "It gave its KV blocks up to others and begins anew."
+        case "started":
+            packed = f", packed with {_work(event)}" if event["count"] else ""
+            victims = event.get("preempted", [])
+            over = (
+                f" It suspended the prefill of {_names(victims, len(victims))}." if victims else ""
+            )
+            return f"Its prefill started{packed}{because}.{over}"
+        case "suspended":
+            return f"It was suspended for {_work(event)}{because}."
+        case "resumed":
+            return f"It went on where it had stopped{because}."
+        case other:
+            return f"{other}{because}."
+
+
+def _work(event: Story) -> str:
+    if event["kind"] == "decode":
+        return f"a decode step of {event['count']} sequences"
+    return f"the prefill of {_names(event['requests'], event['count'])}"
+
+
+def _names(ids: list[str], count: int) -> str:
+    more = count - len(ids)
+    return ", ".join(ids) + (f" and {more} more" if more > 0 else "")
+
+
+def _waits(waited_for: list[Story]) -> Iterator[str]:
+    if not waited_for:
+        return
+    shown = waited_for[:MAX_SHOWN]
+    yield f"{'':>12}  Meanwhile {len(waited_for)} prefills of others started or went on:"
+    for one in shown:
+        names = _names(one["requests"], len(one["requests"]))
+        yield f"{_time(one['at_ms']):>12}    {names}: {one['reason']}."
+    if len(waited_for) > len(shown):
+        yield f"{'':>12}    ... and {len(waited_for) - len(shown)} more."
+
+
+def _compared(story: Story) -> str:
+    predicted, real = story["predicted_ttft_ms"], story["ttft_ms"]
+    if predicted is None:
+        return ""
+    difference = real - predicted
+    side = "later" if difference >= 0 else "earlier"
+    return f", {_time(abs(difference))} {side} than predicted"
+
+
+def _ending(story: Story) -> Iterator[str]:
+    if story["state"] == "ended":
+        met = {True: " Its objectives were met.", False: " Its objectives were missed."}
+        why = f" ({story['error']})" if story["error"] else ""
+        yield _line(
+            story["total_ms"],
+            f"It ended: {story['finish_reason']}{why}, after {story['output_tokens']} tokens."
+            + met.get(story["slo_met"], ""),
+        )
+    else:
+        yield _line(story["total_ms"], f"Now it is {story['state']}.")
+    ran = f"waited {_time(story['queue_ms'])}, computed {_time(story['prefill_run_ms'])}"
+    stood = f"suspended {_time(story['suspended_ms'])} in {story['preemptions']} times"
+    blocked = story["blocking_ms"]
+    blocking = "" if blocked is None else f"; from dispatch to first segment {_time(blocked)}"
+    yield f"Of its prefill: {ran}, {stood}{blocking}."
+
+
+def _line(at_ms: float, text: str) -> str:
+    return f"{_time(at_ms):>12}  {text}"
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1e3:,.3f} s" if ms >= 1e4 else f"{ms:,.1f} ms"

@@ -1,0 +1,37 @@
+"""BodyMemory: bounds the memory of all request bodies together; incoming.py counts them in."""
+
+from __future__ import annotations
+
+from flowprefill.errors import NotReady
+
+
+class TooManyBodies(NotReady):
+    """The bodies that are being read fill the memory that they may take."""
+
+    code = "too_many_bodies"
+
+
+class BodyMemory:
+    """Bytes of all bodies that are being read and checked; one per server, on its event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes in; raises TooManyBodies if they do not fit, and then counts none."""
+        if self._used + size > self._limit:
+            limit_mib = round(self._limit / 2**20, 3)
+            raise TooManyBodies(
+                f"body: the requests being read fill the {limit_mib:g} MiB they may take together"
+            )
+        self._used += size
+
+    def give_back(self, size: int) -> None:
+        """Count bytes out."""
+        self._used -= size
+
+    @property
+    def used(self) -> int:
+        """How many bytes are counted in."""
+        return self._used

@@ -1,0 +1,165 @@
+"""What clients may state, who they are, and how refusals reach them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from running_server import RunningServer, StartServer
+
+from flowprefill.config import EngineConfig
+from flowprefill.errors import ConfigError, Overloaded
+from flowprefill.server.options import ServerOptions
+
+CONFIG = EngineConfig(classes={"chat": {"ttft_ms": 250}, "batch": {"background": True}})
+TENANTS = {
+    "shop": {"key": "sk-shop", "classes": ["batch", "chat"]},
+    "lab": {"key": "sk-lab", "classes": ["batch"]},
+    "us": {"key": "sk-us"},
+}
+HI = {"prompt": "Hi"}
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(CONFIG)
+
+
+def key(value: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {value}"}
+
+
+def test_key_tells_tenant_and_its_first_class_is_the_default(
+    engine: FakeEngine, start_server: StartServer
+) -> None:
+    server = start_server(engine, tenants=TENANTS)
+    assert server.post("/v1/completions", HI, key("sk-shop")).status == 200
+    assert engine.submitted[-1].request.tenant == "shop"
+    assert engine.submitted[-1].slo.service_class == "batch"
+    chat = {**HI, "slo": {"class": "chat"}}
+    assert server.post("/v1/completions", chat, key("sk-shop")).status == 200
+    assert engine.submitted[-1].slo.service_class == "chat"
+    assert server.post("/v1/completions", HI, {"Authorization": "bearer  sk-us"}).status == 200
+    assert engine.submitted[-1].slo.service_class == "default"
+
+
+@pytest.mark.parametrize("fields", [{"slo": {"class": "chat"}}, {"service_tier": "gold"}])
+def test_class_of_another_key_is_refused(
+    engine: FakeEngine, start_server: StartServer, fields: dict[str, Any]
+) -> None:
+    server = start_server(engine, tenants=TENANTS, service_tiers={"gold": "chat"})
+    reply = server.post("/v1/completions", {**HI, **fields}, key("sk-lab"))
+    assert reply.status == 400
+    assert reply.error["param"] in ("slo.class", "service_tier")
+    assert "a class of this key: batch" in reply.error["message"]
+
+
+@pytest.mark.parametrize("headers", [{}, key("sk-wrong"), {"Authorization": "sk-shop"}, key("")])
+def test_without_a_tenants_key_nothing_is_submitted(
+    engine: FakeEngine, start_server: StartServer, headers: dict[str, str]
+) -> None:
+    server = start_server(engine, tenants=TENANTS)
+    reply = server.post("/v1/completions", HI, headers)
+    assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+    assert "sk-" not in reply.error["message"]
+    assert engine.submitted == []
+    assert server.get("/health").status == 200
+
+
+@pytest.mark.parametrize(
+    "tenants",
+    [
+        {"a": {}}, {"a": {"key": ""}}, {"a": {"key": 1}}, {"a": "k"}, {"": {"key": "k"}},
+        {"a": {"key": "k", "classes": "chat"}}, {"a": {"key": "k", "limit": 1}}, ["a"],
+        {"a": {"key": "k"}, "b": {"key": "k"}},
+    ],
+)  # fmt: skip
+def test_bad_tenants_stop_the_start(tenants: Any) -> None:
+    with pytest.raises(ConfigError, match="tenants"):
+        ServerOptions(tenants=tenants)
+
+
+def test_tenant_of_an_unknown_class_stops_the_start() -> None:
+    options = ServerOptions(tenants={"a": {"key": "k", "classes": ["vip"]}})
+    with pytest.raises(ConfigError, match=r"tenants\.a\.classes: got 'vip'"):
+        options.check_classes(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "param"),
+    [
+        ({"slo": {"ttft_ms": 99}}, {}, "slo.ttft_ms"),
+        ({}, {"x-slo-ttft-ms": "99.9"}, "x-slo-ttft-ms"),
+        ({}, {"x-llm-d-slo-ttft-ms": "1"}, "x-llm-d-slo-ttft-ms"),
+    ],
+)
+def test_objective_below_the_operators_floor_is_refused(
+    engine: FakeEngine,
+    start_server: StartServer,
+    fields: dict[str, Any],
+    headers: dict[str, str],
+    param: str,
+) -> None:
+    server = start_server(engine, min_ttft_ms=100)
+    reply = server.post("/v1/completions", {**HI, **fields}, headers)
+    assert (reply.status, reply.error["param"]) == (400, param)
+    assert "at least 100" in reply.error["message"]
+    fine = {**HI, "slo": {"ttft_ms": 100, "tpot_ms": 1}}
+    assert server.post("/v1/completions", fine).status == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers"),
+    [
+        ({"slo": {"ttft_ms": 500}}, {}),
+        ({"slo": {"tpot_ms": 500}}, {}),
+        ({"slo": {"on_miss": "drop"}}, {}),
+        ({}, {"x-slo-tpot-ms": "20"}),
+        ({"priority": -1}, {}),
+    ],
+)
+def test_clients_that_may_state_nothing_are_told(
+    engine: FakeEngine,
+    start_server: StartServer,
+    fields: dict[str, Any],
+    headers: dict[str, str],
+) -> None:
+    server = start_server(engine, client_slo=False, client_priority=False)
+    assert server.post("/v1/completions", {**HI, **fields}, headers).status == 400
+    by_class = {**HI, "slo": {"class": "chat", "ttft_ms": None}, "priority": 0}
+    assert server.post("/v1/completions", by_class).status == 200
+    assert engine.submitted[-1].slo.ttft == 0.25
+
+
+def test_refusal_tells_the_predicted_backlog_to_the_millisecond(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.load_error = Overloaded("7.3 s of work are waiting", retry_after_s=7.2501)
+    reply = server.post("/v1/completions", b"{ not even parsed")
+    assert (reply.status, reply.error["code"]) == (429, "overloaded")
+    assert (reply.headers["Retry-After"], reply.headers["retry-after-ms"]) == ("8", "7251")
+
+
+def test_refusal_of_what_would_always_be_late_says_not_to_retry(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.submit_error = Overloaded("the prefill alone is too long", retry_after_s=float("inf"))
+    reply = server.post("/v1/completions", HI)
+    assert reply.status == 429
+    assert reply.headers["x-should-retry"] == "false"
+    assert "Retry-After" not in reply.headers
+
+
+def test_one_request_cannot_order_hours(engine: FakeEngine, start_server: StartServer) -> None:
+    server = start_server(engine, max_request_s=60.0)
+    engine.seconds_per_token = 0.01
+    many = {"prompt": ["Hi"] * 10, "n": 10, "max_tokens": 100}
+    reply = server.post("/v1/completions", many)
+    assert reply.status == 400
+    assert "100 choices (prompts times n)" in reply.error["message"]
+    assert "100 s of work by prediction, expected at most 60 s" in reply.error["message"]
+    assert engine.submitted == []
+    assert server.post("/v1/completions", {**many, "n": 5}).status == 200
+    alone = {"prompt": "Hi", "max_tokens": 100_000}
+    assert server.post("/v1/completions", alone).status == 200
