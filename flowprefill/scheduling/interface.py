@@ -42,6 +42,10 @@ class Job:
         on_miss: `demote`: behind all jobs that can meet their deadline; `drop`: ended once the
             deadline can no longer be met.
         priority: among equally urgent jobs the smaller goes first (as in vLLM).
+        weight: how much its being on time counts; where not all can be, those with the most time
+            per weight are given up.
+        service_class: name of its class, for shares and reports; empty: none.
+        tenant: whom it belongs to, for fairness; empty: nobody in particular.
     """
 
     id: str
@@ -52,6 +56,9 @@ class Job:
     tpot_s: float = math.inf
     on_miss: OnMiss = "demote"
     priority: int = 0
+    weight: float = 1.0
+    service_class: str = ""
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0 or self.context_tokens < 0:
@@ -64,6 +71,8 @@ class Job:
                 f"job {self.id}: arrival_s {self.arrival_s}, ttft_deadline_s "
                 f"{self.ttft_deadline_s}, tpot_s {self.tpot_s}: expected numbers, tpot_s > 0"
             )
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"job {self.id}: weight {self.weight}, expected a number > 0")
 
 
 @dataclass(frozen=True, slots=True)
