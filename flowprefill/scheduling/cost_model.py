@@ -30,6 +30,7 @@ ATTENTION_GAIN = 3.0  # attention learns faster than the whole: it is seldom mos
 MAX_STEP = 4.0  # one observation counts at most as this ratio: a stalled machine is no new truth
 WINDOW = 256  # observations the error quantiles are taken from
 ENOUGH = 16  # observations before the quantiles are believed
+UNKNOWN_OVERRUN = 1.25  # measured / predicted until then
 
 
 def _check_positive(owner: object, names: Iterable[str]) -> None:
@@ -104,10 +105,17 @@ class CostModel:
         self._correction: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
         self._attention = 1.0  # of prefills, beside their correction
         self._ratios: dict[WorkKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
+        self._seen = dict.fromkeys(KINDS, 0)
+        self._overrun: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
+        self._overrun_at = dict.fromkeys(KINDS, 0)  # observations after which it is taken anew
 
     def prefill_s(self, tokens: int, context: int = 0) -> float:
         """Return the predicted time to prefill one prompt on its cached context, seconds."""
         return self.packed_prefill_s(tokens, attention_pairs(tokens, context), 1)
+
+    def nominal_prefill_s(self, tokens: int, context: int = 0) -> float:
+        """Return `prefill_s` without the correction: the same for equal prompts at all times."""
+        return self._rest_s(tokens, 1) + self._attention_s(attention_pairs(tokens, context))
 
     def batch_prefill_s(self, prompts: Iterable[tuple[int, int]]) -> float:
         """Return the predicted time of one prefill over (tokens, context) pairs, seconds."""
@@ -148,6 +156,7 @@ class CostModel:
             return
         ratio = measured_s / predicted_s
         self._ratios[kind].append(ratio)
+        self._seen[kind] += 1
         step = min(max(ratio, 1 / MAX_STEP), MAX_STEP) ** LEARNING_RATE
         self._correction[kind] = _bounded(self._correction[kind] * step)
         if prompts:
@@ -164,6 +173,16 @@ class CostModel:
         if not ratios:
             return math.nan
         return ratios[min(int(q * len(ratios)), len(ratios) - 1)]
+
+    def overrun(self, kind: WorkKind) -> float:
+        """Return measured / predicted time that nine works in ten stay within, at least 1."""
+        ratios = self._ratios[kind]
+        if len(ratios) < ENOUGH:
+            return UNKNOWN_OVERRUN
+        if self._seen[kind] >= self._overrun_at[kind]:
+            self._overrun_at[kind] = self._seen[kind] + ENOUGH
+            self._overrun[kind] = max(1.0, self.error_quantile(kind, 0.9))
+        return self._overrun[kind]
 
     def optimistic_prefill_s(self, predicted_s: float) -> float:
         """Return the shortest time a prefill may plausibly take; what is hopeless then, is."""

@@ -156,8 +156,8 @@ class SchedulerSettings:
         max_running: most sequences in one decode step.
         max_blocking_s: what a preemption costs: the longest segment. The one setting that may be
             changed later, by the engine while it is idle.
-        max_suspensions: a work suspended so often is not preempted by another prefill any more.
-        max_suspended_s: nor one that was suspended for so long in all.
+        max_suspensions: a work suspended so often for other prefills is suspended for one again
+            only after it went on for late_slice_s.
         late_share: share of the time that late and best-effort jobs get although jobs that can
             meet their deadline never let up.
         late_patience_s: how long a late or best-effort job waits before that share counts for it.
@@ -172,8 +172,7 @@ class SchedulerSettings:
     max_running: int = 64
     max_blocking_s: float = 0.002
     max_suspensions: int = 256
-    max_suspended_s: float = 120.0
-    late_share: float = 0.02
+    late_share: float = 0.005
     late_patience_s: float = 5.0
     late_slice_s: float = 0.05
     decode_share: float = 0.7
@@ -189,7 +188,6 @@ class SchedulerSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a share in (0, 1)")
         for name in (
             "max_blocking_s",
-            "max_suspended_s",
             "late_patience_s",
             "late_slice_s",
             "max_stall_s",

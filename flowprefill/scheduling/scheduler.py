@@ -311,7 +311,8 @@ class Scheduler:
         seconds = self.cost_model.batch_prefill_s(
             (job.prompt_tokens, job.context_tokens) for job in jobs
         )
-        merged = Work(jobs, head.serial, seconds)
+        nominal_s = seconds / self.cost_model.correction("prefill")
+        merged = Work(jobs, head.serial, seconds, nominal_s=nominal_s)
         since = [member.late_since_s for member in members if member.late_since_s is not None]
         merged.late_since_s = min(since, default=None)
         for member in members:
@@ -334,6 +335,7 @@ class Scheduler:
             work.suspended_s += now - work.since_s
         work.is_suspended = False
         work.since_s = now
+        work.stretch_s = 0.0
         self._current = work
         return is_resume
 
@@ -359,8 +361,9 @@ class Scheduler:
     # -- bookkeeping -------------------------------------------------------------------------
 
     def _new_work(self, job: Job, serial: int) -> Work:
-        seconds = self.cost_model.prefill_s(job.prompt_tokens, job.context_tokens)
-        return Work([job], serial, seconds)
+        nominal_s = self.cost_model.nominal_prefill_s(job.prompt_tokens, job.context_tokens)
+        seconds = nominal_s * self.cost_model.correction("prefill")
+        return Work([job], serial, seconds, nominal_s=nominal_s)
 
     def _start(self, work: Work) -> None:
         work.id = next(self._work_ids)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from flowprefill.scheduling.interface import BACKGROUND
+
 if TYPE_CHECKING:
     from flowprefill.scheduling.interface import Job, WorkKind
 
@@ -56,8 +58,13 @@ class Work:
         id: unique for the life of the scheduler, from 1 on; 0 before it was dispatched.
         arrival_s, deadline_s, priority: the smallest among the jobs; inf is best effort. A decode
             step's deadline is that of its first token due.
+        weight: the jobs' weights added up.
+        is_background: whether all its jobs are of the class `background`.
         remaining_s: predicted time that is left.
+        nominal_s: predicted time of the whole without the online correction, so that equal prompts
+            have equal ones whenever they arrive.
         executed_s: time it has been executing.
+        stretch_s: how much of that since it was last dispatched.
         since_s: when it was last dispatched, suspended or accounted for.
         is_suspended: whether its run stands still.
         suspensions: how many times it was suspended.
@@ -74,12 +81,16 @@ class Work:
     serial: int
     predicted_s: float
     kind: WorkKind = "prefill"
+    nominal_s: float = 0.0
     id: int = 0
     arrival_s: float = field(init=False)
     deadline_s: float = field(init=False)
     priority: int = field(init=False)
+    weight: float = field(init=False)
+    is_background: bool = field(init=False)
     remaining_s: float = field(init=False)
     executed_s: float = 0.0
+    stretch_s: float = 0.0
     since_s: float = 0.0
     is_suspended: bool = False
     suspensions: int = 0
@@ -96,6 +107,8 @@ class Work:
         self.arrival_s = min(job.arrival_s for job in self.jobs)
         self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
         self.priority = min(job.priority for job in self.jobs)
+        self.weight = sum(job.weight for job in self.jobs)
+        self.is_background = all(job.service_class == BACKGROUND for job in self.jobs)
 
     @property
     def is_decode(self) -> bool:
@@ -126,6 +139,7 @@ class Work:
         elapsed = max(now - self.since_s, 0.0)
         self.since_s = now
         self.executed_s += elapsed
+        self.stretch_s += elapsed
         self.remaining_s = max(self.remaining_s - elapsed, OVERRUN * self.executed_s)
 
     def discard(self, job: Job) -> None:
@@ -133,3 +147,4 @@ class Work:
         self.jobs.remove(job)
         if self.jobs and not self.is_decode:
             self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
+            self.weight = sum(job.weight for job in self.jobs)

@@ -1,0 +1,60 @@
+"""Moore-Hodgson: which prefills can all be on time; slack_edf asks at every decision."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowprefill.scheduling.policies.forecast import Forecast
+    from flowprefill.scheduling.work import Work
+
+
+def plan(works: Sequence[Work], start_s: float, now: float, forecast: Forecast) -> Sequence[Work]:
+    """Return those to be kept on time, one after another from `start_s` on; never none of some.
+
+    First with the time set aside that arrivals are expected to take before each deadline; if that
+    leaves none, without. While none are expected it returns as many as can be on time.
+
+    Args:
+        works: in order of their deadlines.
+    """
+    limits = [work.deadline_s - forecast.before_s(work.deadline_s, now) for work in works]
+    kept = keepable(works, start_s, limits)
+    if not kept:
+        kept = keepable(works, start_s, [work.deadline_s for work in works])
+    return kept or works[:1]
+
+
+def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> Sequence[Work]:
+    """Return those that all end by their limits if they run one after another from `start_s` on.
+
+    Where one ends late, the one with the most time left per weight among those so far is given up.
+    With equal weights and limits that never decrease no other choice keeps more (Moore and Hodgson,
+    1968); with unequal weights this is a heuristic, as the exact problem is NP-hard.
+
+    Cost: O(n) when all can be kept, else O(n log n).
+    """
+    at = start_s
+    for work, limit in zip(works, limits, strict=True):
+        at += work.remaining_s
+        if at > limit:
+            return _most(works, start_s, limits)
+    return works
+
+
+def _most(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> list[Work]:
+    at = start_s
+    heaviest: list[tuple[float, int, float]] = []  # (-time per weight, serial, time)
+    given_up: set[int] = set()
+    for work, limit in zip(works, limits, strict=True):
+        seconds = work.remaining_s
+        at += seconds
+        heapq.heappush(heaviest, (-seconds / work.weight, work.serial, seconds))
+        while at > limit and heaviest:
+            _, serial, freed_s = heapq.heappop(heaviest)
+            at -= freed_s
+            given_up.add(serial)
+    return [work for work in works if work.serial not in given_up]

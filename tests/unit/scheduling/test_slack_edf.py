@@ -1,0 +1,226 @@
+"""slack_edf: each claim of its docstrings by a small scenario; 10,000 tokens take a second."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowprefill.scheduling import (
+    Arrival,
+    CostModel,
+    Decision,
+    Finished,
+    Job,
+    MachineRates,
+    ModelShape,
+    Scheduler,
+    SchedulerSettings,
+    TimerFired,
+    Work,
+)
+from flowprefill.scheduling.policies.forecast import MEMORY_S, Forecast
+from flowprefill.scheduling.policies.planning import keepable, plan
+
+TOKENS_PER_S = 10_000
+
+
+def make(**settings: Any) -> Scheduler:
+    model = CostModel(
+        ModelShape(1e6, 1e6, 1e-3, 1.0, 1.0),
+        MachineRates(1e6 * TOKENS_PER_S, 1e10, 1e9, 1e-3),
+        is_calibrated=True,
+    )
+    return Scheduler("slack_edf", model, SchedulerSettings(**settings))
+
+
+def arrive(
+    scheduler: Scheduler,
+    name: str,
+    tokens: int,
+    ttft: float = math.inf,
+    at: float = 0.0,
+    **more: Any,
+) -> Decision:
+    return scheduler.on_event(Arrival(Job(name, at, tokens, 0, at + ttft, **more)), at)
+
+
+def end_current(scheduler: Scheduler, at: float) -> Work:
+    work = scheduler.current
+    assert work is not None
+    scheduler.on_event(Finished(work.id, frozenset(work.job_ids)), at)
+    assert scheduler.current is not None
+    return scheduler.current
+
+
+def work(name: str, seconds: float, deadline: float, serial: int, weight: float = 1.0) -> Work:
+    job = Job(name, 0.0, 1, 0, deadline, weight=weight)
+    return Work([job], serial, seconds)
+
+
+WORKS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), min_size=1, max_size=7)
+
+
+@given(WORKS)
+def test_plan_equal_weights_keeps_the_most_that_can_be_kept(sizes: list[tuple[int, int]]) -> None:
+    works = sorted((work(str(n), s, d, n) for n, (s, d) in enumerate(sizes)), key=_deadline)
+    kept = keepable(works, 0.0, [w.deadline_s for w in works])
+    assert _all_on_time(kept)
+    best = max(
+        len(subset)
+        for size in range(len(works) + 1)
+        for subset in itertools.combinations(works, size)
+        if _all_on_time(subset)
+    )
+    assert len(kept) == best
+
+
+def _deadline(item: Work) -> float:
+    return item.deadline_s
+
+
+def _all_on_time(works: Any) -> bool:
+    at = 0.0
+    for item in works:
+        at += item.remaining_s
+        if at > item.deadline_s:
+            return False
+    return True
+
+
+def test_plan_weight_gives_up_the_most_time_per_weight() -> None:
+    light, heavy = work("light", 3.0, 5.0, 0), work("heavy", 4.0, 5.0, 1, weight=2.0)
+    assert keepable([light, heavy], 0.0, [5.0, 5.0]) == [heavy]
+    heavy.weight = 1.0
+    assert keepable([light, heavy], 0.0, [5.0, 5.0]) == [light]
+
+
+def test_plan_sets_time_aside_for_arrivals_due_before() -> None:
+    forecast = Forecast()
+    short, long = work("short", 1.0, 6.0, 0), work("long", 4.5, 6.0, 1)
+    assert plan([short, long], 0.0, 0.0, forecast) == [short, long]
+    for number in range(20):  # half of the device's time, each due within a second
+        tight = work("tight", 0.5 * MEMORY_S / 20, 1.0, 2 + number)
+        forecast.note(tight, 0.0)
+    assert forecast.before_s(6.0, 0.0) == pytest.approx(0.5 * (6.0 - 1.0))
+    assert forecast.before_s(0.9, 0.0) == 0.0
+    assert plan([short, long], 0.0, 0.0, forecast) == [short]
+    assert forecast.before_s(5 * MEMORY_S, 4 * MEMORY_S) < 0.05  # what is past counts no more
+    assert plan([long], 0.0, 0.0, forecast) == [long]  # better than none
+
+
+def test_running_work_that_the_plan_gives_up_makes_way() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 5_000, 0.6)
+    longer = arrive(scheduler, "longer", 5_500, 0.59, at=0.001)
+    assert longer.dispatch is None  # one of the two is lost: the longer
+    decision = arrive(scheduler, "shorter", 2_500, 0.5, at=0.05)
+    assert decision.preempted is not None
+    assert decision.preempted.job_ids == ("running",)
+    assert "given up" in decision.reason
+
+
+def test_late_running_work_yields_at_once_though_the_newcomer_has_time() -> None:
+    scheduler = make()
+    arrive(scheduler, "late", 5_000, 0.1)
+    decision = arrive(scheduler, "unhurried", 1_000, 60.0, at=0.01)
+    assert decision.dispatch is not None
+    assert decision.dispatch.job_ids == ("unhurried",)
+
+
+def test_running_work_longer_than_predicted_lately_gives_way_earlier() -> None:
+    def preempts(measured: float) -> bool:
+        scheduler = make()
+        for _ in range(64):
+            scheduler.cost_model.observe("prefill", 1.0, 1.0)
+        scheduler.cost_model.observe("prefill", 1.0, 1.0)
+        for _ in range(16):
+            scheduler.cost_model.observe("prefill", 1.0, measured)
+        scheduler.cost_model._correction["prefill"] = 1.0
+        arrive(scheduler, "running", 1_000, 60.0)
+        return arrive(scheduler, "newcomer", 100, 0.55, at=0.0).dispatch is not None
+
+    assert not preempts(1.0)
+    assert preempts(1.5)
+
+
+def test_rest_equal_ones_go_by_arrival_whatever_was_learnt_meanwhile() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 1_000, 60.0)
+    order: list[str] = []
+    for number in range(6):
+        arrive(scheduler, f"equal{number}", 1_000, at=0.01 * (number + 1))
+        measured = 0.9 if number % 2 else 1.2
+        for _ in range(5):
+            scheduler.cost_model.observe("prefill", 1.0, measured)
+    for number in range(6):
+        order += end_current(scheduler, 0.1 * (number + 2)).job_ids
+    assert order == [f"equal{number}" for number in range(6)]
+
+
+def test_rest_shorter_one_overtakes_within_sixteen_times_the_time_and_not_after() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 100_000, 60.0)
+    arrive(scheduler, "long", 1_000, at=0.1)  # 0.1 s: overtaken up to 1.6 s - 16 * 0.01 s later
+    arrive(scheduler, "soon", 90, at=1.4)
+    arrive(scheduler, "later", 90, at=1.8)
+    order = [end_current(scheduler, 2.0 + 0.1 * number).job_ids for number in range(3)]
+    assert order == [("soon",), ("long",), ("later",)]
+
+
+def test_rest_impossible_deadline_is_no_more_urgent_than_none() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 10_000, 60.0)
+    arrive(scheduler, "honest", 1_000, at=0.1)
+    arrive(scheduler, "gaming", 1_000, 1e-6, at=0.2)
+    assert end_current(scheduler, 1.2).job_ids == ("honest",)
+
+
+def test_deadline_passed_is_never_before_one_that_can_be_met() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 10_000, 60.0)
+    arrive(scheduler, "passed", 100, 0.001, at=0.1)
+    arrive(scheduler, "can be met", 10_000, 50.0, at=0.2)
+    assert end_current(scheduler, 1.2).job_ids == ("can be met",)
+
+
+def test_background_runs_last_is_preempted_at_once_and_packed_apart() -> None:
+    scheduler = make()
+    arrive(scheduler, "background", 100_000, service_class="background")
+    decision = arrive(scheduler, "best effort", 90_000, at=0.1)
+    assert decision.preempted is not None
+    assert decision.preempted.job_ids == ("background",)
+    arrive(scheduler, "background 2", 20, 5.0, at=0.2, service_class="background")
+    arrive(scheduler, "late", 20, 0.001, at=0.3)
+    arrive(scheduler, "late 2", 20, 0.001, at=0.3)
+    late = scheduler.current
+    assert late is not None
+    assert set(late.job_ids) <= {"late", "late 2"}
+
+
+def test_packing_stops_where_the_device_is_saturated() -> None:
+    """With weights to read for 1 ms a prefill under 10 tokens is not worth a pass of its own."""
+    scheduler = make(max_batch_tokens=100_000)
+    arrive(scheduler, "running", 10_000, 60.0)
+    for number in range(4):
+        arrive(scheduler, f"long{number}", 2_000, 30.0, at=0.01)
+    assert len(end_current(scheduler, 1.0).job_ids) == 1
+    for number in range(4):
+        arrive(scheduler, f"short{number}", 10, 20.0, at=1.01)
+    packed = end_current(scheduler, 1.2)
+    assert len(packed.job_ids) == 4
+
+
+def test_timer_is_asked_for_when_a_deadline_rests_on_a_prediction() -> None:
+    scheduler = make()
+    arrive(scheduler, "running", 1_000, 60.0)
+    decision = arrive(scheduler, "second", 100, 1.0, at=0.01)
+    assert decision.dispatch is None
+    assert decision.wake_at is not None
+    later = scheduler.on_event(TimerFired(), decision.wake_at)  # it overran
+    assert later.dispatch is not None
+    assert later.dispatch.job_ids == ("second",)
