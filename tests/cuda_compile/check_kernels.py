@@ -33,12 +33,14 @@ SKIPPED = 77
 
 # Kernels by architecture, and the matrix instruction that those in the last column must use.
 PORTABLE = (
-    "argmax_kernel", "embed_kernel", "rms_norm_kernel", "rotary_kernel",
-    "rope_kernel<bf16>", "rope_kernel<float>", "sample_kernel",
-    "swiglu_kernel<bf16>", "swiglu_kernel<float>",
+    "argmax_kernel", "embed_kernel", "gate_kernel<bf16>", "gate_kernel<float>",
+    "residual_kernel", "rms_norm_kernel", "rotary_kernel", "round_kernel",
+    "rope_kernel<bf16>", "rope_kernel<float>", "rope_rows_kernel<bf16>", "rope_rows_kernel<float>",
+    "sample_kernel", "softcap_kernel",
 )  # fmt: skip
 TENSOR_CORE = (
     "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
+    "attention_kernel<256>",
     "gemm_ampere_64x64<bf16>", "gemm_ampere_64x64<float>",
     "gemm_ampere_128x128<bf16>", "gemm_ampere_128x128<float>",
     "gemm_ampere_256x128<bf16>", "gemm_ampere_256x128<float>",

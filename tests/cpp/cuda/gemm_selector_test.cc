@@ -27,7 +27,7 @@ namespace fs = std::filesystem;
 struct Launches {
   std::vector<std::string> names = {};
   std::vector<GemmArgs> gemms = {};
-  std::vector<SwigluArgs<Bf16>> swiglus = {};
+  std::vector<GateArgs<Bf16>> gates = {};
   std::map<GemmTile, int64_t> gemm_ns = {};
   bool computes = true;
 } launches;
@@ -47,7 +47,7 @@ void multiply(const GemmArgs& args) {
               value(args.a, args.lda, row, k) * value(args.b, args.ldb, parts * column + part, k);
       }
       static_cast<Bf16*>(args.d)[row * args.ldd + column] =
-          to_bf16(args.is_gated ? swiglu(sums[0], sums[1]) : sums[0]);
+          to_bf16(args.is_gated ? flowprefill::gated(args.is_gelu, sums[0], sums[1]) : sums[0]);
     }
   }
 }
@@ -68,10 +68,10 @@ cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream
 }
 
 template <>
-cudaError_t launch_swiglu<Bf16>(const SwigluArgs<Bf16>& args, cudaStream_t stream) {
+cudaError_t launch_gate<Bf16>(const GateArgs<Bf16>& args, cudaStream_t stream) {
   check(args);
-  launches.names.emplace_back("swiglu");
-  launches.swiglus.push_back(args);
+  launches.names.emplace_back("gate");
+  launches.gates.push_back(args);
   const bool computes = launches.computes;
   return fake_cudart::launch_kernel(
       stream,
@@ -79,8 +79,8 @@ cudaError_t launch_swiglu<Bf16>(const SwigluArgs<Bf16>& args, cudaStream_t strea
         for (int32_t row = 0; computes && row < args.rows; ++row) {
           for (int32_t i = 0; i < args.width; ++i)
             args.out[row * args.ld_out + i] =
-                to_bf16(swiglu(value(args.in, args.ld_in, row, 2 * i),
-                               value(args.in, args.ld_in, row, 2 * i + 1)));
+                to_bf16(flowprefill::gated(args.is_gelu, value(args.in, args.ld_in, row, 2 * i),
+                                           value(args.in, args.ld_in, row, 2 * i + 1)));
         }
       },
       5'000);
@@ -397,7 +397,7 @@ TEST_F(GemmSelection, AFileOfAnotherDeviceOrVersionIsNotUsed) {
 TEST_F(GemmSelection, ADamagedFileIsNotUsed) {
   GemmArgs gated = product(5000);
   gated.is_gated = true;
-  const GemmChoices choices = {{shape_of(product()), "b"}, {shape_of(gated), "c + swiglu"}};
+  const GemmChoices choices = {{shape_of(product()), "b"}, {shape_of(gated), "c + gate"}};
   write_gemm_choices(path, device, choices);
   std::string text;
   std::getline(std::ifstream(path, std::ios::binary), text, '\0');
@@ -510,7 +510,7 @@ TEST_F(RealCandidates, AGatedProductIsFusedOrInTwoWithTheSameResult) {
   const GemmArgs args = gated();
   const std::map<GemmTile, std::string> fastest = {
       {GemmTile::kAmpere128x128, "ampere_128x128"},
-      {GemmTile::kHopper128x256, "hopper_128x256 + swiglu"}};
+      {GemmTile::kHopper128x256, "hopper_128x256 + gate"}};
   for (const auto& [tile, name] : fastest) {
     auto of = real(90);
     launches.gemm_ns = {{tile, 10'000}};
@@ -539,7 +539,7 @@ TEST_F(RealCandidates, OfAHopperTheGuessForLargeGatedProductsIsInTwo) {
   const std::span<std::byte> scratch(reinterpret_cast<std::byte*>(uintptr_t{1} << 30),
                                      of->scratch_bytes(args));
   of->launch(args, scratch, stream.get());
-  EXPECT_EQ(launches.names, (std::vector<std::string>{"hopper_128x256", "swiglu"}));
+  EXPECT_EQ(launches.names, (std::vector<std::string>{"hopper_128x256", "gate"}));
   launches.names.clear();
   real(80)->launch(args, scratch, stream.get());
   EXPECT_EQ(launches.names, std::vector<std::string>{"ampere_256x128"});
@@ -562,11 +562,11 @@ TEST_F(RealCandidates, GateAndUpOfManyRowsPassThroughScratchInParts) {
   auto* memory = reinterpret_cast<std::byte*>(uintptr_t{1} << 40);
   of->launch(args, {memory, bytes}, stream.get());
   ASSERT_EQ(launches.gemms.size(), 3u);
-  ASSERT_EQ(launches.swiglus.size(), 3u);
+  ASSERT_EQ(launches.gates.size(), 3u);
   const int32_t begins[] = {0, 1024, 2048, 2500};
   for (size_t i = 0; i < 3; ++i) {
     const GemmArgs& part = launches.gemms[i];
-    const SwigluArgs<Bf16>& gate = launches.swiglus[i];
+    const GateArgs<Bf16>& gate = launches.gates[i];
     EXPECT_EQ(part.first_a(), args.a + (8 + begins[i]) * args.lda);
     EXPECT_EQ(part.rows(), begins[i + 1] - begins[i]);
     EXPECT_EQ(part.d, memory);

@@ -125,22 +125,46 @@ cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
                           rms_norm_body(t, args)));
 }
 
-template <typename In>
-cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
+cudaError_t launch_residual(const ResidualArgs& args, cudaStream_t stream) {
   check(args);
-  return launch(
-      "rope", stream,
-      FP_KERNEL((simt::Grid{
-                    .x = args.rows, .y = (args.heads + 2 * args.kv_heads + 3) / 4, .threads = 128}),
-                fake_kernels::rope(args), rope_body(t, args)));
+  return launch("residual", stream,
+                FP_KERNEL(rows_by(args.rows, 0, 256, 32), fake_kernels::residual(args),
+                          residual_body(t, args)));
+}
+
+cudaError_t launch_round(const RoundArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("round", stream,
+                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::round(args),
+                          round_body(t, args)));
+}
+
+cudaError_t launch_softcap(const SoftcapArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("softcap", stream,
+                FP_KERNEL(rows_by(args.rows, 2 * args.width, 128), fake_kernels::softcap(args),
+                          softcap_body(t, args)));
 }
 
 template <typename In>
-cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream) {
+cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
   check(args);
-  return launch("swiglu", stream,
-                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::swiglu(args),
-                          swiglu_body(t, args)));
+  [[maybe_unused]] const int32_t heads = args.heads + 2 * args.kv_heads;
+  return launch("rope", stream,
+                FP_KERNEL((simt::Grid{.x = args.rows,
+                                      .y = args.norms_rows ? kRopeRowParts : (heads + 3) / 4,
+                                      .threads = 128,
+                                      .shared_bytes = 16}),
+                          fake_kernels::rope(args),
+                          (args.norms_rows ? rope_rows_body(t, args) : rope_body(t, args))));
+}
+
+template <typename In>
+cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
+  check(args);
+  return launch(
+      "gate", stream,
+      FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::gate(args), gate_body(t, args)));
 }
 
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
@@ -162,13 +186,14 @@ cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
   check(args);
   return launch("attention", stream,
                 FP_KERNEL((simt::Grid{.x = args.num_tiles,
-                                      .y = args.kv_heads,
+                                      .y = args.kv_end - args.kv_begin,
                                       .threads = 128,
                                       .shared_bytes = attention_shared_bytes(args.head_dim)}),
                           fake_kernels::attention(args),
-                          (args.head_dim == 64   ? attention_body<64>(t, args)
-                           : args.head_dim == 96 ? attention_body<96>(t, args)
-                                                 : attention_body<128>(t, args))));
+                          (args.head_dim == 64    ? attention_body<64>(t, args)
+                           : args.head_dim == 96  ? attention_body<96>(t, args)
+                           : args.head_dim == 128 ? attention_body<128>(t, args)
+                                                  : attention_body<256>(t, args))));
 }
 
 // Every tile computes the same here.
@@ -179,7 +204,7 @@ cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t stream) {
 
 template cudaError_t launch_rope<float>(const RopeArgs<float>&, cudaStream_t);
 template cudaError_t launch_rope<Bf16>(const RopeArgs<Bf16>&, cudaStream_t);
-template cudaError_t launch_swiglu<float>(const SwigluArgs<float>&, cudaStream_t);
-template cudaError_t launch_swiglu<Bf16>(const SwigluArgs<Bf16>&, cudaStream_t);
+template cudaError_t launch_gate<float>(const GateArgs<float>&, cudaStream_t);
+template cudaError_t launch_gate<Bf16>(const GateArgs<Bf16>&, cudaStream_t);
 
 }  // namespace flowprefill

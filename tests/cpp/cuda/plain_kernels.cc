@@ -15,7 +15,11 @@ using namespace flowprefill;  // NOLINT(google-build-using-namespace)
 
 namespace {
 
-// One head of a row after the qkv product, as floats.
+double gate_of(double x, bool is_gelu) {
+  return is_gelu ? reference::gelu(x) : reference::silu(x);
+}
+
+// One head of a row after the qkv product and its bias.
 template <typename In>
 class Head {
  public:
@@ -27,16 +31,16 @@ class Head {
     }
   }
 
-  void norm(const float* weight) {
-    if (weight == nullptr)
-      return;
-    const double scale = reference::inverse_rms(x_, args_.eps);
+  const std::vector<double>& values() const { return x_; }
+  void multiply(double scale, const float* weight) {
     for (size_t i = 0; i < x_.size(); ++i)
       x_[i] *= scale * weight[i];
   }
   void rotate(double scale) {
-    const float* cos = args_.rotary + int64_t{row_} * args_.head_dim;
-    reference::rotate(x_, cos, cos + args_.head_dim / 2);
+    const auto turning = static_cast<size_t>(args_.turning);
+    const float* cos = args_.rotary + int64_t{row_} * args_.turning;
+    std::span<double> first(x_.data(), turning);
+    reference::rotate(first, cos, cos + turning / 2);
     for (double& value : x_)
       value *= scale;
   }
@@ -52,30 +56,51 @@ class Head {
 };
 
 template <typename In>
+std::vector<Head<In>> heads_of(const RopeArgs<In>& args, int32_t row, int32_t first,
+                               int32_t count) {
+  std::vector<Head<In>> heads;
+  for (int32_t h = 0; h < count; ++h)
+    heads.emplace_back(args, row, first + h);
+  return heads;
+}
+
+// Heads, normed one by one or all together, turned.
+template <typename In>
+std::vector<Head<In>> turned(const RopeArgs<In>& args, std::vector<Head<In>> heads,
+                             const float* norm, double scale) {
+  std::vector<double> all;
+  for (const Head<In>& head : heads)
+    all.insert(all.end(), head.values().begin(), head.values().end());
+  for (size_t h = 0; h < heads.size(); ++h) {
+    const auto own = args.norms_rows ? h * static_cast<size_t>(args.head_dim) : 0;
+    if (norm != nullptr)
+      heads[h].multiply(reference::inverse_rms(args.norms_rows ? all : heads[h].values(), args.eps),
+                        norm + own);
+    heads[h].rotate(scale);
+  }
+  return heads;
+}
+
+template <typename In>
 void rope_row(const RopeArgs<In>& args, int32_t row) {
   const int32_t sequence = args.batch.sequences[row];
-  for (int32_t h = 0; h < args.heads; ++h) {
-    Bf16* q = args.q + row * args.ld_q + int64_t{h} * args.head_dim;
-    if (sequence <= 0) {
-      std::fill_n(q, args.head_dim, Bf16{0});
-      continue;
-    }
-    Head<In> head(args, row, h);
-    head.norm(args.q_norm);
-    head.rotate(args.q_scale);
-    head.store(q);
-  }
-  if (sequence <= 0)
+  Bf16* q = args.q + row * args.ld_q;
+  if (sequence <= 0) {
+    std::fill_n(q, args.heads * args.head_dim, Bf16{0});
     return;
+  }
+  const auto queries =
+      turned(args, heads_of(args, row, 0, args.heads), args.q_norm, double{args.q_scale});
+  for (size_t h = 0; h < queries.size(); ++h)
+    queries[h].store(q + h * static_cast<size_t>(args.head_dim));
   const int32_t* table = args.batch.block_tables + (sequence - 1) * args.batch.block_table_stride;
   const int64_t offset = args.cache.offset(table, args.batch.positions[row]);
+  const auto keys = turned(args, heads_of(args, row, args.heads, args.kv_heads), args.k_norm, 1.0);
+  const auto values = heads_of(args, row, args.heads + args.kv_heads, args.kv_heads);
   for (int32_t h = 0; h < args.kv_heads; ++h) {
-    Head<In> key(args, row, args.heads + h);
-    key.norm(args.k_norm);
-    key.rotate(1.0);
-    key.store(args.cache.keys + offset + h * args.cache.head_stride);
-    Head<In>(args, row, args.heads + args.kv_heads + h)
-        .store(args.cache.values + offset + h * args.cache.head_stride);
+    const int64_t at = offset + h * args.cache.head_stride;
+    keys[static_cast<size_t>(h)].store(args.cache.keys + at);
+    values[static_cast<size_t>(h)].store(args.cache.values + at);
   }
 }
 
@@ -95,7 +120,7 @@ void attend(const AttentionArgs& args, const AttentionTile& tile, int32_t entry,
     double sum = 0;
     for (int32_t i = 0; i < args.head_dim; ++i)
       sum += widen(q[i]) * widen(at(args.cache.keys, key)[i]);
-    return sum;
+    return args.softcap == 0 ? sum : reference::soft_capped(sum, args.softcap);
   };
   const auto value = [&](int32_t key, size_t i) { return widen(at(args.cache.values, key)[i]); };
   const auto dim = static_cast<size_t>(args.head_dim);
@@ -111,16 +136,17 @@ void embed(const EmbedArgs& args) {
     const bool is_live = args.batch.sequences[row] > 0;
     for (int32_t i = 0; i < args.width; ++i) {
       args.hidden[row * args.ld_hidden + i] =
-          is_live ? widen(args.table[args.batch.tokens[row] * args.ld_table + i]) : 0.0f;
+          is_live ? widen(args.table[args.batch.tokens[row] * args.ld_table + i]) * args.scale
+                  : 0.0f;
     }
   }
 }
 
 void rotary(const RotaryArgs& args) {
-  const int32_t half = args.head_dim / 2;
+  const int32_t half = args.turning / 2;
   for (int32_t row = 0; row < args.rows; ++row) {
     const bool is_live = args.batch.sequences[row] > 0;
-    float* out = args.rotary + int64_t{row} * args.head_dim;
+    float* out = args.rotary + int64_t{row} * args.turning;
     for (int32_t i = 0; i < half; ++i) {
       const double angle =
           2 * std::numbers::pi * args.batch.positions[row] * args.turns_per_position[i];
@@ -138,13 +164,42 @@ void rms_norm(const RmsNormArgs& args) {
       std::fill_n(out, args.width, Bf16{0});
       continue;
     }
-    float* hidden = args.hidden + row * args.ld_hidden;
-    for (int32_t i = 0; args.delta != nullptr && i < args.width; ++i)
-      hidden[i] += args.delta[row * args.ld_delta + i];
+    const float* hidden = args.hidden + row * args.ld_hidden;
     const double scale =
         reference::inverse_rms(std::span(hidden, static_cast<size_t>(args.width)), args.eps);
     for (int32_t i = 0; i < args.width; ++i)
       out[i] = to_bf16(static_cast<float>(hidden[i] * scale * args.weight[i]));
+  }
+}
+
+void residual(const ResidualArgs& args) {
+  for (int32_t row = 0; row < args.rows; ++row) {
+    const float* in = args.in + row * args.ld_in;
+    const double inverse =
+        args.weight == nullptr
+            ? 1.0
+            : reference::inverse_rms(std::span(in, static_cast<size_t>(args.width)), args.eps);
+    for (int32_t i = 0; i < args.width; ++i) {
+      const double weight = args.weight == nullptr ? 1.0 : args.weight[i];
+      float& hidden = args.hidden[row * args.ld_hidden + i];
+      hidden = static_cast<float>(hidden + args.scale * inverse * in[i] * weight);
+    }
+  }
+}
+
+void round(const RoundArgs& args) {
+  for (int32_t row = 0; row < args.rows; ++row) {
+    for (int32_t i = 0; i < args.width; ++i)
+      args.out[row * args.ld_out + i] = to_bf16(args.in[row * args.ld_in + i]);
+  }
+}
+
+void softcap(const SoftcapArgs& args) {
+  for (int32_t row = 0; row < args.rows; ++row) {
+    for (int32_t i = 0; i < args.width; ++i) {
+      float& value = args.values[row * args.ld_values + i];
+      value = static_cast<float>(reference::soft_capped(value, args.cap));
+    }
   }
 }
 
@@ -155,12 +210,12 @@ void rope(const RopeArgs<In>& args) {
 }
 
 template <typename In>
-void swiglu(const SwigluArgs<In>& args) {
+void gate(const GateArgs<In>& args) {
   for (int32_t row = 0; row < args.rows; ++row) {
     for (int32_t i = 0; i < args.width; ++i) {
       const In* pair = args.in + row * args.ld_in + 2 * i;
       args.out[row * args.ld_out + i] =
-          to_bf16(static_cast<float>(reference::silu(widen(pair[0])) * widen(pair[1])));
+          to_bf16(static_cast<float>(gate_of(widen(pair[0]), args.is_gelu) * widen(pair[1])));
     }
   }
 }
@@ -195,14 +250,13 @@ void sample(const SampleArgs& args) {
 }
 
 void attention(const AttentionArgs& args) {
-  const int32_t group = args.heads / args.kv_heads;
   for (int32_t i = 0; i < args.num_tiles; ++i) {
     const AttentionTile& tile = args.tiles[i];
     if (tile.sequence <= 0)
       continue;
     const int32_t end = std::min(tile.entry + kAttentionEntries, tile.entries);
     for (int32_t entry = tile.entry; entry < end; ++entry) {
-      for (int32_t head = 0; head < args.heads / group; ++head)
+      for (int32_t head = args.kv_begin; head < args.kv_end; ++head)
         attend(args, tile, entry, head);
     }
   }
@@ -219,13 +273,14 @@ void gemm(const GemmArgs& args) {
       float sum = 0;
       for (int32_t k = 0; k < args.depth; ++k)
         sum += a[static_cast<size_t>(k)] * widen(b[k]);
-      products[static_cast<size_t>(column)] = sum + (args.bias == nullptr ? 0 : args.bias[column]);
+      products[static_cast<size_t>(column)] =
+          sum * args.scale + (args.bias == nullptr ? 0 : args.bias[column]);
     }
     for (int32_t column = 0; column < args.d_columns(); ++column) {
       const auto at = static_cast<size_t>(column);
       const float value =
           args.is_gated
-              ? static_cast<float>(reference::silu(products[2 * at]) * products[2 * at + 1])
+              ? static_cast<float>(gate_of(products[2 * at], args.is_gelu) * products[2 * at + 1])
               : products[at];
       if (args.output == GemmOutput::kBf16) {
         static_cast<Bf16*>(args.d)[row * args.ldd + column] = to_bf16(value);
@@ -239,7 +294,7 @@ void gemm(const GemmArgs& args) {
 
 template void rope<float>(const RopeArgs<float>&);
 template void rope<Bf16>(const RopeArgs<Bf16>&);
-template void swiglu<float>(const SwigluArgs<float>&);
-template void swiglu<Bf16>(const SwigluArgs<Bf16>&);
+template void gate<float>(const GateArgs<float>&);
+template void gate<Bf16>(const GateArgs<Bf16>&);
 
 }  // namespace fake_kernels

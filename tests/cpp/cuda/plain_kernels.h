@@ -12,10 +12,13 @@ namespace fake_kernels {
 void embed(const flowprefill::EmbedArgs& args);
 void rotary(const flowprefill::RotaryArgs& args);
 void rms_norm(const flowprefill::RmsNormArgs& args);
+void residual(const flowprefill::ResidualArgs& args);
+void round(const flowprefill::RoundArgs& args);
+void softcap(const flowprefill::SoftcapArgs& args);
 template <typename In>
 void rope(const flowprefill::RopeArgs<In>& args);
 template <typename In>
-void swiglu(const flowprefill::SwigluArgs<In>& args);
+void gate(const flowprefill::GateArgs<In>& args);
 void argmax(const flowprefill::ArgmaxArgs& args);
 void sample(const flowprefill::SampleArgs& args);
 void attention(const flowprefill::AttentionArgs& args);

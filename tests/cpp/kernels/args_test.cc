@@ -92,6 +92,8 @@ TEST(GemmArgs, AGatedProductHasHalfTheColumnsInBf16) {
             "output: got 0, expected bf16 where gated");
   EXPECT_EQ(refusal(good, [](GemmArgs& g) { g.adds_to_d = true; }),
             "adds_to_d: got 1, expected false where gated");
+  EXPECT_EQ(refusal(good, [](GemmArgs& g) { g.scale = 2.0f; }),
+            "scale: got 2, expected 1 where gated");
 }
 
 TEST(GemmArgs, ARowRangeStartsAtItsRow) {
@@ -126,14 +128,17 @@ TEST(RowArgs, SayWhichFieldIsWrong) {
             "width: got 12, expected a positive multiple of 8");
   EXPECT_EQ(refusal(EmbedArgs{.ld_table = 8, .ld_hidden = 8, .rows = 0, .width = 8}),
             "rows: got 0, expected at least 1");
-  EXPECT_EQ(refusal(RotaryArgs{.rows = 1, .head_dim = 7}),
-            "head_dim: got 7, expected an even number, 2..256");
-  alignas(16) const float delta = 0;
-  EXPECT_EQ(
-      refusal(RmsNormArgs{
-          .ld_hidden = 8, .delta = &delta, .ld_delta = 6, .ld_out = 8, .rows = 1, .width = 8}),
-      "ld_delta: got 6, expected a multiple of 4, at least width");
-  EXPECT_EQ(refusal(SwigluArgs<float>{.ld_in = 8, .ld_out = 8, .rows = 1, .width = 8}),
+  EXPECT_EQ(refusal(RotaryArgs{.rows = 1, .turning = 7}),
+            "turning: got 7, expected an even number, 2..256");
+  EXPECT_EQ(refusal(RmsNormArgs{.ld_hidden = 6, .ld_out = 8, .rows = 1, .width = 4}),
+            "ld of the input: got 6, expected a positive multiple of 4");
+  EXPECT_EQ(refusal(ResidualArgs{.ld_in = 8, .ld_hidden = 6, .rows = 1, .width = 4}),
+            "ld of the output: got 6, expected a positive multiple of 4");
+  EXPECT_EQ(refusal(RoundArgs{.ld_in = 12, .ld_out = 16, .rows = 1, .width = 8}),
+            "ld of the input: got 12, expected a positive multiple of 8");
+  EXPECT_EQ(refusal(SoftcapArgs{.ld_values = 8, .rows = 1, .width = 8}),
+            "cap: got 0, expected above 0");
+  EXPECT_EQ(refusal(GateArgs<float>{.ld_in = 8, .ld_out = 8, .rows = 1, .width = 8}),
             "ld_in: got 8, expected at least 2 width");
   EXPECT_EQ(refusal(ArgmaxArgs{.ld_values = 4, .rows = 1, .width = 5}),
             "ld_values: got 4, expected at least width");
@@ -163,9 +168,14 @@ TEST(RopeArgs, SayWhichFieldIsWrong) {
                              .rows = 1,
                              .heads = 2,
                              .kv_heads = 1,
-                             .head_dim = 64};
+                             .head_dim = 64,
+                             .turning = 32};
   using Args = RopeArgs<float>;
   EXPECT_EQ(refusal(good), "accepted");
+  for (const int32_t turning : {0, 30, 68})
+    EXPECT_EQ(
+        refusal(good, [turning](Args& a) { a.turning = turning; }),
+        "turning: got " + std::to_string(turning) + ", expected a multiple of 4, at most head_dim");
   for (const int32_t head_dim : {0, 62, 260})
     EXPECT_EQ(
         refusal(good, [head_dim](Args& a) { a.head_dim = head_dim; }),
@@ -191,16 +201,22 @@ TEST(AttentionArgs, SayWhichFieldIsWrong) {
                            .num_tiles = 1,
                            .heads = 2,
                            .kv_heads = 1,
-                           .head_dim = 64,
-                           .window = 0};
+                           .kv_end = 1,
+                           .head_dim = 64};
   using Args = AttentionArgs;
   EXPECT_EQ(refusal(good), "accepted");
   EXPECT_EQ(refusal(good, [](Args& a) { a.head_dim = 80; }),
-            "head_dim: got 80, expected 64, 96 or 128");
+            "head_dim: got 80, expected 64, 96, 128 or 256");
   EXPECT_EQ(refusal(good, [](Args& a) { a.heads = 3, a.kv_heads = 2; }),
             "heads: got 3, expected a positive multiple of kv_heads");
   EXPECT_EQ(refusal(good, [](Args& a) { a.window = -1; }),
             "window: got -1, expected at least 0 (0: all keys)");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.softcap = -1; }),
+            "softcap: got -1, expected at least 0 (0: none)");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.kv_begin = 1; }),
+            "kv_end: got 1, expected more than kv_begin, at most kv_heads");
+  EXPECT_EQ(refusal(good, [](Args& a) { a.kv_end = 2; }),
+            "kv_end: got 2, expected more than kv_begin, at most kv_heads");
   EXPECT_EQ(refusal(good, [](Args& a) { a.num_tiles = 0; }),
             "num_tiles: got 0, expected at least 1");
   EXPECT_NE(refusal(good, [](Args& a) { a.cache.token_stride = 68; }).find("multiples of 8"),

@@ -138,8 +138,9 @@ TEST(PageWalk, EveryTokenHasItsOwnSlot) {
 
 // The 8 rows of a matrix that one ldmatrix reads must lie in 8 different groups of 4 banks.
 TEST(SharedMemory, RowsOfAMatrixLieInDifferentBanks) {
-  for (const int32_t dim : {64, 96, 128}) {
-    const auto stride = static_cast<int32_t>(attention_shared_bytes(dim)) / (2 * kAttentionKeys);
+  for (const int32_t dim : {64, 96, 128, 256}) {
+    const int32_t rows = 2 * attention_keys(dim) + (shares_queries(dim) ? kAttentionEntries : 0);
+    const auto stride = static_cast<int32_t>(attention_shared_bytes(dim)) / rows;
     std::set<int32_t> groups;
     for (int32_t row = 0; row < 8; ++row)
       groups.insert(row * stride / 16 % 8);

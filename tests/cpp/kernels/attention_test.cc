@@ -1,7 +1,11 @@
 // The attention kernel's body, run thread by thread, against ATen's scaled_dot_product_attention:
-// ragged batches, paged cache, grouped heads, windows; and what must hold to the bit.
+// ragged batches, paged cache, grouped heads, windows, capped scores; and what must hold to the
+// bit.
 #include <ATen/ops/arange.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/softmax.h>
+#include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
@@ -20,6 +24,7 @@ struct Shape {
   int32_t head_dim = 64;
   int32_t block_shift = 4;
   int32_t window = 0;
+  float softcap = 0;
   struct Sequence {
     int32_t context, rows;
   };
@@ -87,17 +92,23 @@ struct Case {
         .num_tiles = static_cast<int32_t>(tiles.size()),
         .heads = shape.heads,
         .kv_heads = shape.kv_heads,
+        .kv_end = shape.kv_heads,
         .head_dim = shape.head_dim,
-        .window = shape.window};
+        .window = shape.window,
+        .softcap = shape.softcap};
   }
 
-  // Runs the kernel's body over these tiles; rows that they leave out stay NaN.
-  at::Tensor run(const std::vector<AttentionTile>& tiles, uint32_t seed) const {
+  // Runs the kernel's body over these tiles and KV heads from `kv_begin` to `kv_end` (-1: all);
+  // what they leave out stays NaN.
+  at::Tensor run(const std::vector<AttentionTile>& tiles, uint32_t seed, int32_t kv_begin = 0,
+                 int32_t kv_end = -1) const {
     const at::Tensor out = nan_filled(q.sizes(), at::kBFloat16);
-    const AttentionArgs a = args(tiles, out);
+    AttentionArgs a = args(tiles, out);
+    a.kv_begin = kv_begin;
+    a.kv_end = kv_end < 0 ? a.kv_heads : kv_end;
     check(a);
     simt::launch({.x = a.num_tiles,
-                  .y = a.kv_heads,
+                  .y = a.kv_end - a.kv_begin,
                   .threads = 128,
                   .shared_bytes = attention_shared_bytes(a.head_dim),
                   .seed = seed},
@@ -107,8 +118,10 @@ struct Case {
                        return attention_body<64>(t, a);
                      case 96:
                        return attention_body<96>(t, a);
-                     default:
+                     case 128:
                        return attention_body<128>(t, a);
+                     default:
+                       return attention_body<256>(t, a);
                    }
                  });
     return out;
@@ -129,9 +142,15 @@ struct Case {
     const at::Tensor k =
         key_of[static_cast<size_t>(sequence)].to(at::kDouble).repeat_interleave(group, 0);
     const at::Tensor query = q.slice(0, s.row, s.row + s.rows).to(at::kDouble).transpose(0, 1);
-    return at::scaled_dot_product_attention(query, k, v.repeat_interleave(group, 0), mask, 0.0,
-                                            false, kLn2)
-        .transpose(0, 1);
+    const at::Tensor values = v.repeat_interleave(group, 0);
+    if (shape.softcap == 0) {
+      return at::scaled_dot_product_attention(query, k, values, mask, 0.0, false, kLn2)
+          .transpose(0, 1);
+    }
+    const at::Tensor scores = at::matmul(query, k.transpose(1, 2));
+    const at::Tensor capped = at::tanh(scores / shape.softcap) * (shape.softcap * kLn2);
+    const at::Tensor seen = capped.masked_fill(mask.logical_not(), -INFINITY);
+    return at::matmul(at::softmax(seen, -1), values).transpose(0, 1);
   }
 };
 
@@ -153,9 +172,10 @@ TEST_P(Attention, IsAtensWithinRoundingOnRandomBatches) {
   const int32_t kv_heads = random.integer(1, 2);
   Shape shape{.heads = kv_heads * random.integer(1, 5),
               .kv_heads = kv_heads,
-              .head_dim = 64 + 32 * random.integer(0, 2),
+              .head_dim = std::vector{64, 96, 128, 256}[GetParam() % 4],
               .block_shift = random.integer(0, 7),
               .window = random.coin() ? random.integer(1, 150) : 0,
+              .softcap = random.coin() ? 3.0f : 0.0f,  // so low that it matters
               .sequences = {}};
   for (int32_t i = random.integer(1, 3); i > 0; --i)
     shape.sequences.push_back({random.integer(0, 140), random.integer(1, 40)});
@@ -173,6 +193,10 @@ TEST(AttentionEdges, LengthsAroundTheTileSizes) {
   }
   for (const int32_t context : {62, 63, 64, 126, 127, 128}) {
     const Case c({.sequences = {{context, 1}}}, random);
+    expect_is_atens(c, c.run(1));
+  }
+  for (const int32_t rows : {31, 32, 33, 65}) {  // tiles of 32 keys
+    const Case c({.heads = 1, .head_dim = 256, .sequences = {{0, rows}}}, random);
     expect_is_atens(c, c.run(1));
   }
 }
@@ -210,9 +234,15 @@ TEST(AttentionEdges, LargeScoresDoNotOverflow) {
 
 // Design: a slice, a batch or a preemption must not change a row's bits.
 TEST(AttentionBits, RowsDoNotDependOnSlicingOrBatch) {
-  for (const int32_t window : {0, 50}) {
+  for (const auto& [dim, window, cap] :
+       {std::tuple{64, 0, 0.0f}, {64, 50, 2.0f}, {256, 50, 0.0f}}) {
     Random random(10);
-    const Case whole({.heads = 3, .window = window, .sequences = {{37, 90}, {0, 11}}}, random);
+    const Case whole({.heads = 3,
+                      .head_dim = dim,
+                      .window = window,
+                      .softcap = cap,
+                      .sequences = {{37, 90}, {0, 11}}},
+                     random);
     const at::Tensor want = whole.run(1);
     const at::Tensor out = nan_filled(whole.q.sizes(), at::kBFloat16);
     for (const auto& [begin, end] : {std::pair{0, 13}, {13, 14}, {14, 78}, {78, 90}}) {
@@ -220,6 +250,18 @@ TEST(AttentionBits, RowsDoNotDependOnSlicingOrBatch) {
       out.slice(0, begin, end).copy_(whole.run(attention_tiles(slice, 3), 2).slice(0, begin, end));
     }
     expect_equal(out.slice(0, 0, 90), want.slice(0, 0, 90));
+  }
+}
+
+TEST(AttentionBits, HeadsDoNotDependOnSlicingByHeads) {
+  Random random(15);
+  const Case c({.heads = 6, .kv_heads = 3, .sequences = {{20, 30}}}, random);
+  const at::Tensor want = c.run(1);
+  const std::vector<AttentionTile> tiles = attention_tiles(c.slices, 2);
+  for (const auto& [begin, end] : {std::pair{0, 1}, {1, 3}}) {
+    const at::Tensor got = c.run(tiles, 2, begin, end);
+    expect_equal(got.slice(1, 2 * begin, 2 * end), want.slice(1, 2 * begin, 2 * end));
+    EXPECT_EQ(count_finite(got), 30 * 2 * (end - begin) * 64);
   }
 }
 

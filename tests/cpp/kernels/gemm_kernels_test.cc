@@ -53,14 +53,20 @@ class Product {
  public:
   using Output = typename Tile::Output;
 
-  Product(uint32_t seed, bool is_gated, bool has_bias, bool adds_to_d)
-      : is_gated_(is_gated), has_bias_(has_bias), adds_to_d_(adds_to_d), random_(seed) {
+  // The second of two kinds has bias, residual and scale, or is GELU with bias.
+  Product(uint32_t seed, bool is_gated, bool is_second)
+      : is_gated_(is_gated),
+        has_bias_(is_second),
+        adds_to_d_(is_second && !is_gated),
+        is_gelu_(is_second && is_gated),
+        scale_(adds_to_d_ ? 0.25f : 1.0f),
+        random_(seed) {
     fill(&a_, (kRowEnd + 1) * kLda);
     fill(&b_, kColumns * kLdb);
     for (int i = 0; i < kColumns; ++i)
       bias_.push_back(normal_(random_));
     for (int64_t i = 0; i < (kRowEnd + 1) * ldd(); ++i)
-      d_.push_back(adds_to_d ? Output(to_bf16_or_float(normal_(random_))) : untouched());
+      d_.push_back(adds_to_d_ ? Output(to_bf16_or_float(normal_(random_))) : untouched());
     before_ = d_;
   }
 
@@ -75,6 +81,8 @@ class Product {
                .output = sizeof(Output) == 4 ? GemmOutput::kFloat : GemmOutput::kBf16,
                .adds_to_d = adds_to_d_,
                .is_gated = is_gated_,
+               .is_gelu = is_gelu_,
+               .scale = scale_,
                .row_begin = kRowBegin,
                .row_end = kRowEnd,
                .columns = kColumns,
@@ -123,7 +131,7 @@ class Product {
     double sum = has_bias_ ? bias_[static_cast<size_t>(column)] : 0.0;
     double size = std::abs(sum);
     for (int k = 0; k < kDepth; ++k) {
-      const double product = of(a_[static_cast<size_t>(row * kLda + k)]) *
+      const double product = scale_ * of(a_[static_cast<size_t>(row * kLda + k)]) *
                              of(b_[static_cast<size_t>(column * kLdb + k)]);
       sum += product;
       size += std::abs(product);
@@ -141,7 +149,7 @@ class Product {
     if (is_gated_) {
       const auto [gate, gate_size] = sum(row, 2 * column);
       const auto [up, up_size] = sum(row, 2 * column + 1);
-      const double want = reference::silu(gate) * up;
+      const double want = (is_gelu_ ? reference::gelu(gate) : reference::silu(gate)) * up;
       const double slack = 1e-6 * (gate_size * (std::abs(up) + 1) + up_size * (std::abs(gate) + 1));
       ASSERT_NEAR(of(d_[at]), want, std::abs(want) * rounding + slack);
     } else {
@@ -151,7 +159,8 @@ class Product {
     }
   }
 
-  const bool is_gated_, has_bias_, adds_to_d_;
+  const bool is_gated_, has_bias_, adds_to_d_, is_gelu_;
+  const float scale_;
   std::mt19937 random_;
   std::normal_distribution<float> normal_;
   std::vector<Bf16> a_, b_;
@@ -161,13 +170,13 @@ class Product {
 
 template <class Tile>
 void test_plain(uint32_t seed) {
-  Product<Tile>(seed, false, false, false).test(seed);
-  Product<Tile>(seed + 1, false, true, true).test(seed);
+  Product<Tile>(seed, false, false).test(seed);
+  Product<Tile>(seed + 1, false, true).test(seed);
 }
 template <class Tile>
 void test_gated(uint32_t seed) {
-  Product<Tile>(seed, true, false, false).test(seed);
-  Product<Tile>(seed + 1, true, true, false).test(seed);
+  Product<Tile>(seed, true, false).test(seed);
+  Product<Tile>(seed + 1, true, true).test(seed);
 }
 
 TEST(GemmKernels, Of64x64) {

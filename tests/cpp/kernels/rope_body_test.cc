@@ -1,5 +1,5 @@
-// The rope kernel's body against ATen: bias, head norm, rotation, and where keys and values land in
-// the paged cache.
+// The rope kernels' bodies against ATen: bias, norms of heads or rows, rotation, and where keys and
+// values land in the paged cache.
 #include "devices/cuda/kernels/rope_body.h"
 
 #include <ATen/ops/cat.h>
@@ -14,8 +14,11 @@ namespace flowprefill {
 namespace {
 
 struct Shape {
-  int32_t rows, heads, kv_heads, head_dim, block_shift;
+  int32_t rows, heads, kv_heads, head_dim, turning, block_shift;
   bool has_bias, has_norm;
+  bool norms_rows = false;  // where it has norms
+
+  int32_t normed(int32_t count) const { return norms_rows ? count * head_dim : head_dim; }
 };
 
 constexpr int32_t kBlocks = 8;  // of the cache; two sequences own four each
@@ -35,9 +38,9 @@ struct Case {
     const auto type = std::is_same_v<In, Bf16> ? at::kBFloat16 : at::kFloat;
     qkv = random.floats({s.rows, columns}).to(type);
     bias = random.floats({columns});
-    q_norm = random.floats({s.head_dim});
-    k_norm = random.floats({s.head_dim});
-    rotary = random.floats({s.rows, s.head_dim});
+    q_norm = random.floats({s.normed(s.heads)});
+    k_norm = random.floats({s.normed(s.kv_heads)});
+    rotary = random.floats({s.rows, s.turning});
     q = nan_filled({s.rows, int64_t{s.heads} * s.head_dim}, at::kBFloat16);
     const int64_t tokens = int64_t{1} << s.block_shift;
     keys = nan_filled({kBlocks, s.kv_heads, tokens, s.head_dim}, at::kBFloat16);
@@ -70,24 +73,33 @@ struct Case {
             .rows = s.rows,
             .heads = s.heads,
             .kv_heads = s.kv_heads,
-            .head_dim = s.head_dim};
+            .head_dim = s.head_dim,
+            .turning = s.turning,
+            .norms_rows = s.norms_rows};
   }
 
-  // One head of one row after the bias, double.
-  at::Tensor head(int32_t row, int32_t index) const {
-    const int64_t begin = int64_t{index} * shape.head_dim;
-    at::Tensor out = qkv[row].slice(0, begin, begin + shape.head_dim).to(at::kDouble);
-    return shape.has_bias ? out + bias.slice(0, begin, begin + shape.head_dim) : out;
+  // Heads [first, first + count) of one row after the bias, double, [count, head_dim].
+  at::Tensor heads(int32_t row, int32_t first, int32_t count) const {
+    const int64_t begin = int64_t{first} * shape.head_dim;
+    const int64_t end = begin + int64_t{count} * shape.head_dim;
+    at::Tensor out = qkv[row].slice(0, begin, end).to(at::kDouble);
+    if (shape.has_bias)
+      out = out + bias.slice(0, begin, end);
+    return out.view({count, shape.head_dim});
   }
-  at::Tensor rotated(int32_t row, at::Tensor head, const at::Tensor& norm, double scale) const {
-    const int64_t half = shape.head_dim / 2;
-    if (shape.has_norm)
-      head = at::rms_norm(head, {shape.head_dim}, norm.to(at::kDouble), kEps);
-    const at::Tensor a = head.slice(0, 0, half);
-    const at::Tensor b = head.slice(0, half);
+  // The same after norm and rotation.
+  at::Tensor rotated(int32_t row, at::Tensor heads, const at::Tensor& norm, double scale) const {
+    if (shape.has_norm) {
+      const at::Tensor rows = shape.norms_rows ? heads.view({1, -1}) : heads;
+      heads = at::rms_norm(rows, {rows.size(1)}, norm.to(at::kDouble), kEps).view(heads.sizes());
+    }
+    const int64_t half = shape.turning / 2;
+    const at::Tensor a = heads.slice(1, 0, half);
+    const at::Tensor b = heads.slice(1, half, shape.turning);
     const at::Tensor cos = rotary[row].slice(0, 0, half);
     const at::Tensor sin = rotary[row].slice(0, half);
-    return at::cat({a * cos - b * sin, b * cos + a * sin}) * scale;
+    const at::Tensor rest = heads.slice(1, shape.turning);
+    return at::cat({a * cos - b * sin, b * cos + a * sin, rest}, 1) * scale;
   }
   // Where a row's key or value of a head lies.
   at::Tensor slot(const at::Tensor& cache, int32_t row, int32_t head) const {
@@ -112,22 +124,29 @@ void test_rope(const Shape& shape, uint32_t seed) {
   check(args);
   const int32_t warps = 2;
   const int32_t all_heads = shape.heads + 2 * shape.kv_heads;
-  simt::launch(
-      {.x = shape.rows, .y = (all_heads + warps - 1) / warps, .threads = warps * 32, .seed = seed},
-      [&](const simt::Thread& t) { rope_body<In>(t, args); });
+  simt::launch({.x = shape.rows,
+                .y = shape.norms_rows ? kRopeRowParts : (all_heads + warps - 1) / warps,
+                .threads = warps * 32,
+                .shared_bytes = warps * sizeof(float),
+                .seed = seed},
+               [&](const simt::Thread& t) {
+                 if (shape.norms_rows)
+                   rope_rows_body<In>(t, args);
+                 else
+                   rope_body<In>(t, args);
+               });
   int64_t written = 0;
   for (int32_t row = 0; row < shape.rows; ++row) {
     const bool is_padding = c.sequences[static_cast<size_t>(row)] == 0;
-    for (int32_t h = 0; h < shape.heads; ++h) {
-      const at::Tensor got = c.q[row].slice(0, h * shape.head_dim, (h + 1) * shape.head_dim);
-      const at::Tensor want = c.rotated(row, c.head(row, h), c.q_norm, kQScale);
-      expect_rotated(got, is_padding ? want * 0.0 : want);
-    }
+    const at::Tensor queries =
+        c.rotated(row, c.heads(row, 0, shape.heads), c.q_norm, kQScale).view({-1});
+    expect_rotated(c.q[row], is_padding ? queries * 0.0 : queries);
+    const at::Tensor keys =
+        c.rotated(row, c.heads(row, shape.heads, shape.kv_heads), c.k_norm, 1.0);
+    const at::Tensor values = c.heads(row, shape.heads + shape.kv_heads, shape.kv_heads);
     for (int32_t h = 0; h < shape.kv_heads && !is_padding; ++h) {
-      const at::Tensor key = c.head(row, shape.heads + h);
-      expect_rotated(c.slot(c.keys, row, h), c.rotated(row, key, c.k_norm, 1.0));
-      const at::Tensor value = c.head(row, shape.heads + shape.kv_heads + h);
-      expect_close(c.slot(c.values, row, h), value, kBf16Rounding, 1e-6);
+      expect_rotated(c.slot(c.keys, row, h), keys[h]);
+      expect_close(c.slot(c.values, row, h), values[h], kBf16Rounding, 1e-6);
     }
     written += is_padding ? 0 : int64_t{shape.kv_heads} * shape.head_dim;
   }
@@ -141,13 +160,16 @@ class Rope : public testing::TestWithParam<uint32_t> {};
 TEST_P(Rope, IsAtensWithinRoundingAndWritesItsSlotsOnly) {
   Random random(GetParam());
   const int32_t kv_heads = random.integer(1, 3);
+  const int32_t head_dim = 4 * random.integer(1, 64);
   const Shape shape{.rows = random.integer(1, 12),
                     .heads = kv_heads * random.integer(1, 3),
                     .kv_heads = kv_heads,
-                    .head_dim = 4 * random.integer(1, 64),
+                    .head_dim = head_dim,
+                    .turning = random.coin() ? head_dim : 4 * random.integer(1, head_dim / 4),
                     .block_shift = random.integer(2, 5),
                     .has_bias = random.coin(),
-                    .has_norm = random.coin()};
+                    .has_norm = random.coin(),
+                    .norms_rows = random.coin()};
   test_rope<float>(shape, GetParam());
   test_rope<Bf16>(shape, GetParam());
 }
@@ -161,6 +183,7 @@ TEST(RopePadding, ZeroedInputsTouchNoBlock) {
                  .heads = 2,
                  .kv_heads = 1,
                  .head_dim = 64,
+                 .turning = 64,
                  .block_shift = 3,
                  .has_bias = true,
                  .has_norm = true},

@@ -1,15 +1,17 @@
-// The row kernels' bodies against ATen on random shapes: embedding, rotary table, RMS norm, SwiGLU,
-// argmax.
+// The row kernels' bodies against ATen on random shapes: embedding, rotary table, RMS norm,
+// residual, rounding, cap, gate, argmax.
 #include "devices/cuda/kernels/row_bodies.h"
 
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cos.h>
 #include <ATen/ops/embedding.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/outer.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/sin.h>
+#include <ATen/ops/tanh.h>
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -54,7 +56,8 @@ TEST_P(RowBodies, EmbeddingEqualsAten) {
   const at::Tensor table = random.halves({17, width});
   const Rows batch(random, rows, 17, 10);
   const at::Tensor out = nan_filled({rows, width}, at::kFloat);
-  const EmbedArgs args{batch.view(), bits(table), width, floats(out), width, rows, width};
+  const float scale = random.coin() ? 1.0f : 12.5f;  // exact in float
+  const EmbedArgs args{batch.view(), bits(table), width, floats(out), width, rows, width, scale};
   check(args);
   const int32_t parts = (width + 32 * kColumnsPerThread - 1) / (32 * kColumnsPerThread);
   simt::launch({.x = rows, .y = parts, .threads = 32, .seed = GetParam()},
@@ -62,7 +65,8 @@ TEST_P(RowBodies, EmbeddingEqualsAten) {
   at::Tensor indices = at::zeros({rows}, at::kLong);
   for (int32_t i = 0; i < rows; ++i)
     indices.data_ptr<int64_t>()[i] = std::max(0, batch.tokens[static_cast<size_t>(i)]);
-  expect_equal(out, (at::embedding(table, indices).to(at::kDouble) * batch.mask()).to(at::kFloat));
+  const at::Tensor want = at::embedding(table, indices).to(at::kDouble) * batch.mask() * scale;
+  expect_equal(out, want.to(at::kFloat));
 }
 
 TEST_P(RowBodies, RotaryTableKeepsFloatPrecisionAtAMillionTokens) {
@@ -98,20 +102,15 @@ at::Tensor run_norm(const RmsNormArgs& args, const at::Tensor& out, uint32_t see
   return out;
 }
 
-TEST_P(RowBodies, RmsNormAddsTheResidualFirst) {
+TEST_P(RowBodies, RmsNormIsAtensWithinRounding) {
   const int32_t rows = random.integer(1, 6);
   const int32_t width = 4 * random.integer(1, 300);
   const int32_t stride = width + 4 * random.integer(0, 3);
   const at::Tensor hidden = random.floats({rows, stride}, 3.0);
-  const at::Tensor delta = random.floats({rows, width});
   const at::Tensor weight = random.floats({width});
-  const at::Tensor sum = (hidden.slice(1, 0, width) + delta).clone();
-  const at::Tensor beyond = hidden.slice(1, width, stride).clone();
   const at::Tensor out = nan_filled({rows, width}, at::kBFloat16);
   run_norm({.hidden = floats(hidden),
             .ld_hidden = stride,
-            .delta = floats(delta),
-            .ld_delta = width,
             .weight = floats(weight),
             .rows_in = nullptr,
             .out = bits(out),
@@ -120,10 +119,67 @@ TEST_P(RowBodies, RmsNormAddsTheResidualFirst) {
             .width = width,
             .eps = 1e-5f},
            out, GetParam());
-  expect_equal(hidden.slice(1, 0, width), sum);  // float additions, no rounding to differ by
-  expect_equal(hidden.slice(1, width, stride), beyond);
-  const at::Tensor want = at::rms_norm(sum.to(at::kDouble), {width}, weight.to(at::kDouble), 1e-5);
+  const at::Tensor in = hidden.slice(1, 0, width).to(at::kDouble);
+  const at::Tensor want = at::rms_norm(in, {width}, weight.to(at::kDouble), 1e-5);
   expect_close(out, want, kBf16Rounding + 2 * kFloatRounding, 1e-30);
+}
+
+TEST_P(RowBodies, ResidualAddsAScaledBranchOrItsNorm) {
+  const int32_t rows = random.integer(1, 6);
+  const int32_t width = 4 * random.integer(1, 300);
+  const int32_t stride = width + 4 * random.integer(0, 3);
+  const bool has_norm = random.coin();
+  const at::Tensor in = random.floats({rows, width}, 2.0);
+  const at::Tensor weight = random.floats({width});
+  const at::Tensor hidden = random.floats({rows, stride}, 3.0);
+  const at::Tensor before = hidden.clone();
+  const ResidualArgs args{.in = floats(in),
+                          .ld_in = width,
+                          .weight = has_norm ? floats(weight) : nullptr,
+                          .hidden = floats(hidden),
+                          .ld_hidden = stride,
+                          .rows = rows,
+                          .width = width,
+                          .scale = 0.22f,
+                          .eps = 1e-5f};
+  check(args);
+  simt::launch({.x = rows, .threads = 64, .shared_bytes = 8, .seed = GetParam()},
+               [&](const Thread& t) { residual_body(t, args); });
+  at::Tensor branch = in.to(at::kDouble);
+  if (has_norm)
+    branch = at::rms_norm(branch, {width}, weight.to(at::kDouble), 1e-5);
+  const at::Tensor sum = before.slice(1, 0, width).to(at::kDouble) + branch * args.scale;
+  expect_close(hidden.slice(1, 0, width), sum, 4 * kFloatRounding, 1e-5);
+  expect_equal(hidden.slice(1, width, stride), before.slice(1, width, stride));
+}
+
+TEST_P(RowBodies, RoundIsTorchsRounding) {
+  const int32_t rows = random.integer(1, 5);
+  const int32_t width = 8 * random.integer(1, 70);
+  const at::Tensor in = random.floats({rows, width + 8}, 100.0);
+  const at::Tensor out = nan_filled({rows, width}, at::kBFloat16);
+  const RoundArgs args{floats(in), width + 8, bits(out), width, rows, width};
+  check(args);
+  const int32_t parts = (width + 32 * kColumnsPerThread - 1) / (32 * kColumnsPerThread);
+  simt::launch({.x = rows, .y = parts, .threads = 32, .seed = GetParam()},
+               [&](const Thread& t) { round_body(t, args); });
+  expect_equal(out, in.slice(1, 0, width).to(at::kBFloat16));
+}
+
+TEST_P(RowBodies, SoftcapIsAtensTanh) {
+  const int32_t rows = random.integer(1, 5);
+  const int32_t width = 4 * random.integer(1, 90);
+  const at::Tensor values = random.floats({rows, width + 4}, 40.0);
+  floats(values)[0] = 1e30f;
+  floats(values)[1] = -1e30f;
+  const at::Tensor before = values.clone();
+  const SoftcapArgs args{floats(values), width + 4, rows, width, 30.0f};
+  check(args);
+  simt::launch({.x = rows, .y = (width + 127) / 128, .threads = 32, .seed = GetParam()},
+               [&](const Thread& t) { softcap_body(t, args); });
+  const at::Tensor in = before.slice(1, 0, width).to(at::kDouble);
+  expect_close(values.slice(1, 0, width), at::tanh(in / 30.0) * 30.0, kFloatRounding, 2e-5);
+  expect_equal(values.slice(1, width, width + 4), before.slice(1, width, width + 4));
 }
 
 TEST_P(RowBodies, RmsNormPicksRowsAndLeavesHiddenAlone) {
@@ -135,8 +191,6 @@ TEST_P(RowBodies, RmsNormPicksRowsAndLeavesHiddenAlone) {
   const at::Tensor out = nan_filled({3, width}, at::kBFloat16);
   run_norm({.hidden = floats(hidden),
             .ld_hidden = width,
-            .delta = nullptr,
-            .ld_delta = 0,
             .weight = floats(weight),
             .rows_in = rows_in.data(),
             .out = bits(out),
@@ -156,27 +210,31 @@ TEST_P(RowBodies, RmsNormPicksRowsAndLeavesHiddenAlone) {
 }
 
 template <typename In>
-void test_swiglu(Random& random, uint32_t seed, at::ScalarType type) {
+void test_gate(Random& random, uint32_t seed, at::ScalarType type) {
   const int32_t rows = random.integer(1, 5);
   const int32_t width = 8 * random.integer(1, 70);
   const int32_t stride = 2 * width + 8 * random.integer(0, 2);
   const at::Tensor in = random.floats({rows, stride}, 4.0).to(type);
   const at::Tensor out = nan_filled({rows, width}, at::kBFloat16);
-  const SwigluArgs<In> args{elements<In>(in), stride, bits(out), width, rows, width};
+  const bool is_gelu = random.coin();
+  const GateArgs<In> args{elements<In>(in), stride, bits(out), width, rows, width, is_gelu};
   check(args);
   const int32_t parts = (width + 32 * kColumnsPerThread - 1) / (32 * kColumnsPerThread);
   simt::launch({.x = rows, .y = parts, .threads = 32, .seed = seed},
-               [&](const Thread& t) { swiglu_body<In>(t, args); });
+               [&](const Thread& t) { gate_body<In>(t, args); });
   const at::Tensor wide = in.to(at::kDouble);
-  const at::Tensor want = at::silu(wide.slice(1, 0, 2 * width, 2)) * wide.slice(1, 1, 2 * width, 2);
-  expect_close(out, want, kBf16Rounding + 4 * kFloatRounding, 1e-30);
+  const at::Tensor gate = wide.slice(1, 0, 2 * width, 2);
+  const at::Tensor up = wide.slice(1, 1, 2 * width, 2);
+  const at::Tensor want = (is_gelu ? at::gelu(gate, "tanh") : at::silu(gate)) * up;
+  // Where tanh is near -1, ATen's formula cancels even in double.
+  expect_close(out, want, kBf16Rounding + 8 * kFloatRounding, is_gelu ? 1e-12 : 1e-30);
 }
 
-TEST_P(RowBodies, SwigluOfFloatsIsAtensWithinRounding) {
-  test_swiglu<float>(random, GetParam(), at::kFloat);
+TEST_P(RowBodies, GateOfFloatsIsAtensWithinRounding) {
+  test_gate<float>(random, GetParam(), at::kFloat);
 }
-TEST_P(RowBodies, SwigluOfBf16IsAtensWithinRounding) {
-  test_swiglu<Bf16>(random, GetParam(), at::kBFloat16);
+TEST_P(RowBodies, GateOfBf16IsAtensWithinRounding) {
+  test_gate<Bf16>(random, GetParam(), at::kBFloat16);
 }
 
 TEST_P(RowBodies, ArgmaxEqualsAtenAndTakesTheFirstOfEquals) {

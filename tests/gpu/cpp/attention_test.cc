@@ -19,6 +19,7 @@ struct Shape {
   int32_t head_dim = 64;
   int32_t block_shift = 4;
   int32_t window = 0;
+  float softcap = 0;
   std::vector<Part> parts = {};
 };
 
@@ -92,8 +93,10 @@ class Attention : public DeviceTest {
             .num_tiles = static_cast<int32_t>(tiles_->initial().size()),
             .heads = shape_.heads,
             .kv_heads = shape_.kv_heads,
+            .kv_end = shape_.kv_heads,
             .head_dim = shape_.head_dim,
-            .window = shape_.window};
+            .window = shape_.window,
+            .softcap = shape_.softcap};
   }
 
   // Sums of p |v|: what an output's error is a share of.
@@ -145,7 +148,7 @@ class Attention : public DeviceTest {
 };
 
 TEST_F(Attention, OfRaggedBatchesInEveryHeadSize) {
-  for (const int32_t head_dim : {64, 96, 128}) {
+  for (const int32_t head_dim : {64, 96, 128, 256}) {
     make({.heads = 6, .kv_heads = 2, .head_dim = head_dim, .parts = {{0, 45}, {70, 1}, {13, 20}}});
     expect_is_plain();
   }
@@ -165,9 +168,18 @@ TEST_F(Attention, WithinAWindow) {
   }
 }
 
+TEST_F(Attention, OfCappedScores) {
+  for (const int32_t head_dim : {64, 128, 256}) {
+    make({.head_dim = head_dim, .window = 50, .softcap = 3.0f, .parts = {{60, 70}, {0, 9}}});
+    expect_is_plain();
+  }
+}
+
 TEST_F(Attention, AroundTheTileSizes) {
   for (const int32_t rows : {1, 63, 64, 65}) {
     make({.heads = 1, .block_shift = 7, .parts = {{0, rows}, {128 - rows, rows}}});
+    expect_is_plain();
+    make({.heads = 1, .head_dim = 256, .parts = {{0, rows}, {31, rows}}});
     expect_is_plain();
   }
 }

@@ -17,6 +17,8 @@ struct Shape {
   bool has_bias = false;
   bool adds_to_d = false;
   bool is_gated = false;
+  bool is_gelu = false;
+  float scale = 1;
 };
 
 constexpr int32_t kGap = 8;
@@ -58,6 +60,8 @@ class Gemm : public DeviceTest {
             .output = shape_.output,
             .adds_to_d = shape_.adds_to_d,
             .is_gated = shape_.is_gated,
+            .is_gelu = shape_.is_gelu,
+            .scale = shape_.scale,
             .row_begin = 1,
             .row_end = 1 + shape_.rows,
             .columns = shape_.columns,
@@ -171,17 +175,19 @@ TEST_F(Gemm, AtTheEdgesOfTiles) {
 TEST_F(Gemm, OfNormalNumbersIsEqualWithinRounding) {
   expect_every_tile({.depth = 576, .has_bias = true, .adds_to_d = true}, false);
   expect_every_tile({.depth = 576, .output = GemmOutput::kBf16, .has_bias = true}, false);
+  expect_every_tile({.depth = 576, .has_bias = true, .adds_to_d = true, .scale = 0.25f}, false);
 }
 
-TEST_F(Gemm, GatedIsSwigluOfBothProjections) {
-  for (const bool has_bias : {false, true}) {
+TEST_F(Gemm, GatedIsTheActivationOfOneProjectionTimesTheOther) {
+  for (const bool is_second : {false, true}) {
     for (const int32_t columns : {16, 144, 3072 / (kIsDouble ? 8 : 1)}) {
       expect_every_tile({.rows = 90,
                          .columns = columns,
                          .depth = 192,
                          .output = GemmOutput::kBf16,
-                         .has_bias = has_bias,
-                         .is_gated = true},
+                         .has_bias = is_second,
+                         .is_gated = true,
+                         .is_gelu = is_second},
                         false);
     }
   }
@@ -267,7 +273,9 @@ TEST_F(Selector, GuessAndChoiceComputeTheSame) {
                    .columns = columns,
                    .depth = 64,
                    .output = GemmOutput::kBf16,
-                   .is_gated = true});
+                   .is_gated = true,
+                   .is_gelu = true});
+  expect_measured({.rows = 3, .columns = columns, .depth = 64, .scale = 0.125f});
 }
 
 }  // namespace

@@ -16,8 +16,10 @@ struct Shape {
   int32_t heads;
   int32_t kv_heads;
   int32_t head_dim;
+  int32_t turning;
   bool has_bias;
   bool has_norms;
+  bool norms_rows = false;
 };
 
 class Rope : public DeviceTest {
@@ -31,9 +33,11 @@ class Rope : public DeviceTest {
       store(std::normal_distribution<float>()(random_), &value);
     auto& qkv = add("qkv", std::move(values));
     auto& bias = add("bias", normals(static_cast<size_t>(columns)));
-    auto& q_norm = add("q_norm", normals(static_cast<size_t>(s.head_dim)));
-    auto& k_norm = add("k_norm", normals(static_cast<size_t>(s.head_dim)));
-    auto& rotary = add("rotary", angles(s.head_dim));
+    const int32_t q_normed = s.norms_rows ? s.heads : 1;
+    const int32_t k_normed = s.norms_rows ? s.kv_heads : 1;
+    auto& q_norm = add("q_norm", normals(static_cast<size_t>(q_normed * s.head_dim)));
+    auto& k_norm = add("k_norm", normals(static_cast<size_t>(k_normed * s.head_dim)));
+    auto& rotary = add("rotary", angles(s.turning));
     auto& of_row = add("sequences", sequences());
     auto& at_row = add("positions", positions());
     auto& tables = add("block_tables", permutation(kBlocks));
@@ -66,7 +70,9 @@ class Rope : public DeviceTest {
           .rows = kRows,
           .heads = s.heads,
           .kv_heads = s.kv_heads,
-          .head_dim = s.head_dim};
+          .head_dim = s.head_dim,
+          .turning = s.turning,
+          .norms_rows = s.norms_rows};
     };
     expect_kernel([&](cudaStream_t stream) { return launch_rope(args(Place::kDevice), stream); },
                   [&] { fake_kernels::rope(args(Place::kHost)); });
@@ -85,14 +91,14 @@ class Rope : public DeviceTest {
       out.push_back(row >= kRows - 3 ? 0 : 4 * (row % kSequences) + row / kSequences);
     return out;
   }
-  std::vector<float> angles(int32_t head_dim) {
-    const int32_t half = head_dim / 2;
-    std::vector<float> out(static_cast<size_t>(kRows * head_dim));
+  std::vector<float> angles(int32_t turning) {
+    const int32_t half = turning / 2;
+    std::vector<float> out(static_cast<size_t>(kRows * turning));
     for (int32_t row = 0; row < kRows; ++row) {
       for (int32_t i = 0; i < half; ++i) {
         const auto angle = static_cast<float>(integer(0, 6283)) / 1000.0f;
-        out[static_cast<size_t>(row * head_dim + i)] = std::cos(angle);
-        out[static_cast<size_t>(row * head_dim + half + i)] = std::sin(angle);
+        out[static_cast<size_t>(row * turning + i)] = std::cos(angle);
+        out[static_cast<size_t>(row * turning + half + i)] = std::sin(angle);
       }
     }
     return out;
@@ -100,17 +106,49 @@ class Rope : public DeviceTest {
 };
 
 TEST_F(Rope, OfHalvesInEveryHeadSize) {
-  for (const int32_t head_dim : {64, 96, 128})
-    test<Bf16>(
-        {.heads = 9, .kv_heads = 3, .head_dim = head_dim, .has_bias = false, .has_norms = false});
+  for (const int32_t head_dim : {64, 96, 128, 256})
+    test<Bf16>({.heads = 9,
+                .kv_heads = 3,
+                .head_dim = head_dim,
+                .turning = head_dim,
+                .has_bias = false,
+                .has_norms = false});
 }
 TEST_F(Rope, OfFloatsWithBiasAndNorms) {
   for (const int32_t head_dim : {64, 128})
-    test<float>(
-        {.heads = 4, .kv_heads = 2, .head_dim = head_dim, .has_bias = true, .has_norms = true});
+    test<float>({.heads = 4,
+                 .kv_heads = 2,
+                 .head_dim = head_dim,
+                 .turning = head_dim,
+                 .has_bias = true,
+                 .has_norms = true});
 }
 TEST_F(Rope, OfHalvesWithNormsWithoutGrouping) {
-  test<Bf16>({.heads = 2, .kv_heads = 2, .head_dim = 128, .has_bias = true, .has_norms = true});
+  test<Bf16>({.heads = 2,
+              .kv_heads = 2,
+              .head_dim = 128,
+              .turning = 128,
+              .has_bias = true,
+              .has_norms = true});
+}
+TEST_F(Rope, OfAPartOfEachHead) {
+  for (const int32_t turning : {4, 64, 96})
+    test<Bf16>({.heads = 4,
+                .kv_heads = 2,
+                .head_dim = 128,
+                .turning = turning,
+                .has_bias = true,
+                .has_norms = false});
+}
+TEST_F(Rope, WithNormsOverAllHeads) {
+  for (const int32_t head_dim : {64, 128, 256})
+    test<Bf16>({.heads = 6,
+                .kv_heads = 2,
+                .head_dim = head_dim,
+                .turning = head_dim,
+                .has_bias = true,
+                .has_norms = true,
+                .norms_rows = true});
 }
 
 }  // namespace

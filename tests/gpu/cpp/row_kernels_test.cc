@@ -1,5 +1,6 @@
-// The row kernels on the device: embedding, rotary table, RMS norm, SwiGLU, argmax. Rows lie apart
-// by more than their width and there is a row too many: what lies between is not to be touched.
+// The row kernels on the device: embedding, rotary table, RMS norm, residual, rounding, cap, gate,
+// argmax. Rows lie apart by more than their width and there is a row too many: what lies between is
+// not to be touched.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -50,7 +51,8 @@ TEST_F(RowKernels, EmbeddingCopiesRowsAndClearsPadding) {
                        .hidden = hidden.at(p),
                        .ld_hidden = ld,
                        .rows = kRows,
-                       .width = width};
+                       .width = width,
+                       .scale = width == 8 ? 1.0f : 24.5f};
     };
     expect_kernel([&](cudaStream_t s) { return launch_embed(args(Place::kDevice), s); },
                   [&] { fake_kernels::embed(args(Place::kHost)); });
@@ -74,38 +76,95 @@ TEST_F(RowKernels, RotaryTableIsExactAtLargePositions) {
                         .scale = 1.1f,
                         .rotary = rotary.at(p),
                         .rows = kRows,
-                        .head_dim = head_dim};
+                        .turning = head_dim};
     };
     expect_kernel([&](cudaStream_t s) { return launch_rotary(args(Place::kDevice), s); },
                   [&] { fake_kernels::rotary(args(Place::kHost)); });
   }
 }
 
-TEST_F(RowKernels, RmsNormAddsTheDeltaOnce) {
+TEST_F(RowKernels, RmsNorm) {
   for (const int32_t width : {4, 576, 4100}) {
-    for (const bool has_delta : {false, true}) {
+    forget();
+    const int32_t ld = width + kGap;
+    auto& hidden = add("hidden", normals(area(kRows + 1, ld), 3.0f));
+    auto& weight = add("weight", normals(static_cast<size_t>(width)));
+    auto& out = add("out", filled_halves(area(kRows + 1, ld)));
+    out.allow(kOneStep, 1e-30);
+    const auto args = [&](Place p) {
+      return RmsNormArgs{.hidden = hidden.at(p),
+                         .ld_hidden = ld,
+                         .weight = weight.at(p),
+                         .out = out.at(p),
+                         .ld_out = ld,
+                         .rows = kRows,
+                         .width = width,
+                         .eps = 1e-5f};
+    };
+    expect_kernel([&](cudaStream_t s) { return launch_rms_norm(args(Place::kDevice), s); },
+                  [&] { fake_kernels::rms_norm(args(Place::kHost)); });
+  }
+}
+
+TEST_F(RowKernels, ResidualAddsAScaledBranchOrItsNorm) {
+  for (const int32_t width : {4, 576, 4100}) {
+    for (const bool has_norm : {false, true}) {
       forget();
       const int32_t ld = width + kGap;
-      auto& hidden = add("hidden", normals(area(kRows + 1, ld), 3.0f));
-      auto& delta = add("delta", normals(area(kRows + 1, ld)));
+      auto& in = add("in", normals(area(kRows + 1, ld), 2.0f));
       auto& weight = add("weight", normals(static_cast<size_t>(width)));
-      auto& out = add("out", filled_halves(area(kRows + 1, ld)));
-      out.allow(kOneStep, 1e-30);
+      auto& hidden = add("hidden", normals(area(kRows + 1, ld), 3.0f));
+      hidden.allow(4 * kFloatRounding, 1e-5);
       const auto args = [&](Place p) {
-        return RmsNormArgs{.hidden = hidden.at(p),
-                           .ld_hidden = ld,
-                           .delta = has_delta ? delta.at(p) : nullptr,
-                           .ld_delta = ld,
-                           .weight = weight.at(p),
-                           .out = out.at(p),
-                           .ld_out = ld,
-                           .rows = kRows,
-                           .width = width,
-                           .eps = 1e-5f};
+        return ResidualArgs{.in = in.at(p),
+                            .ld_in = ld,
+                            .weight = has_norm ? weight.at(p) : nullptr,
+                            .hidden = hidden.at(p),
+                            .ld_hidden = ld,
+                            .rows = kRows,
+                            .width = width,
+                            .scale = 0.22f,
+                            .eps = 1e-5f};
       };
-      expect_kernel([&](cudaStream_t s) { return launch_rms_norm(args(Place::kDevice), s); },
-                    [&] { fake_kernels::rms_norm(args(Place::kHost)); });
+      expect_kernel([&](cudaStream_t s) { return launch_residual(args(Place::kDevice), s); },
+                    [&] { fake_kernels::residual(args(Place::kHost)); });
     }
+  }
+}
+
+TEST_F(RowKernels, RoundRoundsToNearest) {
+  for (const int32_t width : {8, 576, 2056}) {
+    forget();
+    const int32_t ld = width + kGap;
+    auto& in = add("in", normals(area(kRows + 1, ld), 100.0f));
+    auto& out = add("out", filled_halves(area(kRows + 1, ld)));
+    const auto args = [&](Place p) {
+      return RoundArgs{.in = in.at(p),
+                       .ld_in = ld,
+                       .out = out.at(p),
+                       .ld_out = ld,
+                       .rows = kRows,
+                       .width = width};
+    };
+    expect_kernel([&](cudaStream_t s) { return launch_round(args(Place::kDevice), s); },
+                  [&] { fake_kernels::round(args(Place::kHost)); });
+  }
+}
+
+TEST_F(RowKernels, SoftcapBoundsValues) {
+  for (const int32_t width : {4, 516, 2056}) {
+    forget();
+    const int32_t ld = width + kGap;
+    auto& values = add("values", normals(area(kRows + 1, ld), 40.0f));
+    values.initial()[0] = 1e30f;
+    values.initial()[1] = -1e30f;
+    values.allow(4 * kFloatRounding, 1e-4);
+    const auto args = [&](Place p) {
+      return SoftcapArgs{
+          .values = values.at(p), .ld_values = ld, .rows = kRows, .width = width, .cap = 30.0f};
+    };
+    expect_kernel([&](cudaStream_t s) { return launch_softcap(args(Place::kDevice), s); },
+                  [&] { fake_kernels::softcap(args(Place::kHost)); });
   }
 }
 
@@ -139,10 +198,10 @@ std::vector<In> as(const std::vector<float>& values) {
   return out;
 }
 
-class Swiglu : public RowKernels {
+class Gate : public RowKernels {
  protected:
   template <typename In>
-  void test() {
+  void test(bool is_gelu) {
     for (const int32_t width : {8, 1536, 1160}) {
       forget();
       auto& in = add("in", as<In>(normals(area(kRows, 2 * width + kGap), 4.0f)));
@@ -150,26 +209,30 @@ class Swiglu : public RowKernels {
       store(-200.0f, &in.initial()[0]);
       store(200.0f, &in.initial()[2]);
       auto& out = add("out", filled_halves(area(kRows + 1, width + kGap)));
-      out.allow(kOneStep, 1e-30);
+      // Where tanh is near -1, the plain formula of GELU cancels.
+      out.allow(kOneStep, is_gelu ? 1e-12 : 1e-30);
       const auto args = [&](Place p) {
-        return SwigluArgs<In>{.in = in.at(p),
-                              .ld_in = 2 * width + kGap,
-                              .out = out.at(p),
-                              .ld_out = width + kGap,
-                              .rows = kRows,
-                              .width = width};
+        return GateArgs<In>{.in = in.at(p),
+                            .ld_in = 2 * width + kGap,
+                            .out = out.at(p),
+                            .ld_out = width + kGap,
+                            .rows = kRows,
+                            .width = width,
+                            .is_gelu = is_gelu};
       };
-      expect_kernel([&](cudaStream_t s) { return launch_swiglu(args(Place::kDevice), s); },
-                    [&] { fake_kernels::swiglu(args(Place::kHost)); });
+      expect_kernel([&](cudaStream_t s) { return launch_gate(args(Place::kDevice), s); },
+                    [&] { fake_kernels::gate(args(Place::kHost)); });
     }
   }
 };
 
-TEST_F(Swiglu, OfFloats) {
-  test<float>();
+TEST_F(Gate, OfFloats) {
+  test<float>(false);
+  test<float>(true);
 }
-TEST_F(Swiglu, OfHalves) {
-  test<Bf16>();
+TEST_F(Gate, OfHalves) {
+  test<Bf16>(false);
+  test<Bf16>(true);
 }
 
 TEST_F(RowKernels, ArgmaxTakesTheFirstAmongEquals) {

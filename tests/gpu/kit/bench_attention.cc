@@ -66,6 +66,7 @@ void bench_case(const Case& one, cudaStream_t stream) {
       .num_tiles = static_cast<int32_t>(tiles.size()),
       .heads = kHeads,
       .kv_heads = kKv,
+      .kv_end = kKv,
       .head_dim = kDim};
   tell(one, device_us([&](cudaStream_t s) { FP_CUDA(launch_attention(args, s)); }, stream, 5));
 }

@@ -35,14 +35,14 @@ void bench_layer_rows(cudaStream_t stream) {
                              .eps = 1e-5f},
                             s));
   });
-  told("swiglu 4096 x 14336", 1.0 * kRows * kInner * 6, [&](cudaStream_t s) {
-    FP_CUDA(launch_swiglu(SwigluArgs<Bf16>{.in = halves(gate_up),
-                                           .ld_in = 2 * kInner,
-                                           .out = halves(gated),
-                                           .ld_out = kInner,
-                                           .rows = kRows,
-                                           .width = kInner},
-                          s));
+  told("gate 4096 x 14336", 1.0 * kRows * kInner * 6, [&](cudaStream_t s) {
+    FP_CUDA(launch_gate(GateArgs<Bf16>{.in = halves(gate_up),
+                                       .ld_in = 2 * kInner,
+                                       .out = halves(gated),
+                                       .ld_out = kInner,
+                                       .rows = kRows,
+                                       .width = kInner},
+                        s));
   });
   const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
   RopeArgs<Bf16> rope{
@@ -61,7 +61,8 @@ void bench_layer_rows(cudaStream_t stream) {
       .rows = kRows,
       .heads = kHeads,
       .kv_heads = kKv,
-      .head_dim = kDim};
+      .head_dim = kDim,
+      .turning = kDim};
   told("rope 4096 rows", 1.0 * kRows * (kQkv * 4 + kDim * 4),
        [&](cudaStream_t s) { FP_CUDA(launch_rope(rope, s)); });
 }

@@ -13,9 +13,9 @@ namespace {
 
 // Raise it when a kernel of csrc/devices/cuda/kernels changes its speed: older measurements are
 // void then.
-constexpr const char* kKernels = "kernels 2";
+constexpr const char* kKernels = "kernels 3";
 
-// Gate and up lie in scratch between GEMM and SwiGLU, at most so much of them at once.
+// Gate and up lie in scratch between GEMM and gate, at most so much of them at once.
 constexpr int64_t kMaxGateUpBytes = int64_t{256} << 20;
 
 int32_t rows_at_once(const GemmArgs& args) {
@@ -39,7 +39,7 @@ GemmArgs without_gate(GemmArgs args) {
 
 using Launch = std::function<cudaError_t(const GemmArgs&, std::span<std::byte>, cudaStream_t)>;
 
-// Gate and up by `gemm` into scratch, rounded to bf16 there, then SwiGLU.
+// Gate and up by `gemm` into scratch, rounded to bf16 there, then the gate.
 cudaError_t launch_in_two(const Launch& gemm, const GemmArgs& args, std::span<std::byte> scratch,
                           cudaStream_t stream) {
   check(args);
@@ -57,13 +57,14 @@ cudaError_t launch_in_two(const Launch& gemm, const GemmArgs& args, std::span<st
     code = gemm(part, scratch.subspan(bytes), stream);
     if (code != cudaSuccess)
       break;
-    code = launch_swiglu(SwigluArgs<Bf16>{.in = reinterpret_cast<const Bf16*>(scratch.data()),
-                                          .ld_in = args.columns,
-                                          .out = static_cast<Bf16*>(args.d) + row * args.ldd,
-                                          .ld_out = args.ldd,
-                                          .rows = rows,
-                                          .width = args.d_columns()},
-                         stream);
+    code = launch_gate(GateArgs<Bf16>{.in = reinterpret_cast<const Bf16*>(scratch.data()),
+                                      .ld_in = args.columns,
+                                      .out = static_cast<Bf16*>(args.d) + row * args.ldd,
+                                      .ld_out = args.ldd,
+                                      .rows = rows,
+                                      .width = args.d_columns(),
+                                      .is_gelu = args.is_gelu},
+                       stream);
     row += rows;
   }
   return code;
@@ -88,7 +89,7 @@ void prepare_parts(const std::function<void(const GemmArgs&)>& prepare, const Ge
 
 GemmCandidate in_two(GemmCandidate gemm, const GemmArgs& args) {
   GemmCandidate both = {
-      .name = gemm.name + " + swiglu",
+      .name = gemm.name + " + gate",
       .scratch_bytes = gemm.scratch_bytes + gate_up_bytes(args),
       .launch = [launch = std::move(gemm.launch)](
                     const GemmArgs& gated, std::span<std::byte> scratch, cudaStream_t stream) {
@@ -133,7 +134,7 @@ class Candidates {
   }
 
   // The fused kernels have mma.sync only. Where the guess for the bare product is of a faster kind,
-  // that one and a SwiGLU are guessed to be faster too.
+  // that one and a gate are guessed to be faster too.
   void add_pairs(const GemmArgs& args, std::vector<GemmCandidate>* out) const {
     std::vector<GemmCandidate> bare = (*this)(without_gate(args));
     const bool has_faster_kind =

@@ -93,7 +93,7 @@ class Product {
 
   void launch(cublasLtHandle_t handle, const GemmArgs& args, std::span<std::byte> workspace,
               cudaStream_t stream) {
-    const float alpha = 1.0f;
+    const float alpha = args.scale;
     const float beta = args.adds_to_d ? 1.0f : 0.0f;
     void* d = args.output == GemmOutput::kFloat ? static_cast<void*>(args.first_d<float>())
                                                 : static_cast<void*>(args.first_d<Bf16>());

@@ -21,7 +21,7 @@ namespace flowprefill {
 
 // One way to compute a product: a kernel, or several in a row.
 struct GemmCandidate {
-  std::string name = {};     // in the cache and in reports, e.g. "hopper_128x256 + swiglu"
+  std::string name = {};     // in the cache and in reports, e.g. "hopper_128x256 + gate"
   size_t scratch_bytes = 0;  // of device memory that launch() may write
   // Capturable; returns what the launch returned. Throws std::invalid_argument for arguments that
   // no candidate takes, std::runtime_error for those that this one refuses: nothing was launched.

@@ -2,13 +2,15 @@
 
 #include <algorithm>
 #include <numbers>
-#include <stdexcept>
 
 #include "devices/cuda/kernels/kernels.h"
 #include "devices/cuda/runtime/cuda_error.h"
 
 namespace flowprefill {
 namespace {
+
+// Scores are powers of two: the softmax takes exp2.
+constexpr double kLog2E = std::numbers::log2e;
 
 // Row `row` of the batch, or of its sequences, of a tensor in the lane.
 template <typename T>
@@ -97,11 +99,11 @@ void OperatorKernels::launch(const Call& call) const {
       return attention(call);
     case OperatorKind::kSample:
       return sample(call);
-    case OperatorKind::kResidual:  // refused: see refusal.h
+    case OperatorKind::kResidual:
+      return residual(call);
     case OperatorKind::kRound:
-      break;
+      return round(call);
   }
-  throw std::logic_error(std::string("operator ") + call.op.name + ": CUDA has no kernel for it");
 }
 
 void OperatorKernels::embed(const Call& call) const {
@@ -111,7 +113,8 @@ void OperatorKernels::embed(const Call& call) const {
                         .hidden = call.first<float>(call.op.output),
                         .ld_hidden = call.stride(call.op.output),
                         .rows = call.step.rows(),
-                        .width = call.columns()},
+                        .width = call.columns(),
+                        .scale = static_cast<float>(call.op.scale)},
                        call.args.stream),
           call.context);
 }
@@ -123,7 +126,7 @@ void OperatorKernels::rotary(const Call& call) const {
                          .scale = static_cast<float>(call.shape.graph.rotary_tables[table].scale),
                          .rotary = call.first<float>(call.op.output),
                          .rows = call.step.rows(),
-                         .head_dim = call.columns()},
+                         .turning = call.columns()},
                         call.args.stream),
           call.context);
 }
@@ -141,6 +144,33 @@ void OperatorKernels::norm(const Call& call) const {
                            .width = call.columns(),
                            .eps = op.eps},
                           call.args.stream),
+          call.context);
+}
+
+void OperatorKernels::residual(const Call& call) const {
+  const Operator& op = call.op;
+  FP_CUDA(launch_residual({.in = call.first<float>(op.input),
+                           .ld_in = call.stride(op.input),
+                           .weight = weights_.vector(op.weight),
+                           .hidden = call.first<float>(op.output),
+                           .ld_hidden = call.stride(op.output),
+                           .rows = call.step.rows(),
+                           .width = call.columns(),
+                           .scale = static_cast<float>(op.scale),
+                           .eps = op.eps},
+                          call.args.stream),
+          call.context);
+}
+
+void OperatorKernels::round(const Call& call) const {
+  const Operator& op = call.op;
+  FP_CUDA(launch_round({.in = call.first<float>(op.input),
+                        .ld_in = call.stride(op.input),
+                        .out = call.first<Bf16>(op.output),
+                        .ld_out = call.stride(op.output),
+                        .rows = call.step.rows(),
+                        .width = call.columns()},
+                       call.args.stream),
           call.context);
 }
 
@@ -168,6 +198,8 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
           .output = is_float ? GemmOutput::kFloat : GemmOutput::kBf16,
           .adds_to_d = op.epilogue == Epilogue::kAdd,
           .is_gated = op.epilogue == Epilogue::kGate,
+          .is_gelu = op.activation == Activation::kGeluTanh,
+          .scale = static_cast<float>(op.scale),
           .row_begin = 0,
           .row_end = step.rows(),
           .columns = end - begin,
@@ -175,13 +207,24 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
 }
 
 void OperatorKernels::linear(const Call& call) const {
-  gemms_.launch(product(call.shape, weights_, call.op, call.step, call.args.activations),
-                {call.args.scratch, scratch_bytes_}, call.args.stream, call.context);
+  const GemmArgs args = product(call.shape, weights_, call.op, call.step, call.args.activations);
+  gemms_.launch(args, {call.args.scratch, scratch_bytes_}, call.args.stream, call.context);
+  if (call.op.softcap == 0.0f)
+    return;
+  FP_CUDA(launch_softcap({.values = args.first_d<float>(),
+                          .ld_values = args.ldd,
+                          .rows = args.rows(),
+                          .width = args.d_columns(),
+                          .cap = call.op.softcap},
+                         call.args.stream),
+          call.context);
 }
 
 void OperatorKernels::rope(const Call& call) const {
   const Operator& op = call.op;
-  // Attention works in base 2.
+  const int32_t head_dim = call.attention().head_dim;
+  const bool norms_rows =
+      op.q_norm >= 0 && call.shape.graph.weights.weight(op.q_norm).rows() != head_dim;
   const RopeArgs<Bf16> args{.batch = call.batch(),
                             .qkv = call.first<Bf16>(op.input),
                             .ld_qkv = call.stride(op.input),
@@ -192,12 +235,14 @@ void OperatorKernels::rope(const Call& call) const {
                             .q = call.first<Bf16>(op.output),
                             .ld_q = call.stride(op.output),
                             .cache = cache_.layer(op.layer),
-                            .q_scale = static_cast<float>(std::numbers::log2e * op.scale),
+                            .q_scale = static_cast<float>(kLog2E * op.scale),
                             .eps = op.eps,
                             .rows = call.step.rows(),
                             .heads = call.attention().heads,
                             .kv_heads = call.attention().kv_heads,
-                            .head_dim = call.attention().head_dim};
+                            .head_dim = head_dim,
+                            .turning = call.shape.graph.tensor(op.rotary).columns,
+                            .norms_rows = norms_rows};
   FP_CUDA(launch_rope(args, call.args.stream), call.context);
 }
 
@@ -205,6 +250,7 @@ void OperatorKernels::attention(const Call& call) const {
   const Operator& op = call.op;
   const InputLayout& in = call.shape.inputs;
   const size_t slice = call.shape.attention_index(call.step);
+  const int32_t kv_heads = call.attention().kv_heads;
   // Tiles count their rows from the step's base.
   FP_CUDA(launch_attention({.q = call.row<Bf16>(op.input, call.step.base),
                             .ld_q = call.stride(op.input),
@@ -216,9 +262,12 @@ void OperatorKernels::attention(const Call& call) const {
                             .tiles = call.input<AttentionTile>(in.tiles[slice]),
                             .num_tiles = in.num_tiles[slice],
                             .heads = call.attention().heads,
-                            .kv_heads = call.attention().kv_heads,
+                            .kv_heads = kv_heads,
+                            .kv_begin = call.step.part_begin,
+                            .kv_end = call.step.is_whole() ? kv_heads : call.step.part_end,
                             .head_dim = call.attention().head_dim,
-                            .window = op.window},
+                            .window = op.window,
+                            .softcap = static_cast<float>(kLog2E * op.softcap)},
                            call.args.stream),
           call.context);
 }

@@ -47,6 +47,8 @@ class OperatorKernels {
   void rotary(const Call& call) const;
   void norm(const Call& call) const;
   void linear(const Call& call) const;
+  void residual(const Call& call) const;
+  void round(const Call& call) const;
   void rope(const Call& call) const;
   void attention(const Call& call) const;
   void sample(const Call& call) const;

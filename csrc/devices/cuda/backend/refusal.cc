@@ -1,5 +1,7 @@
 #include "devices/cuda/backend/refusal.h"
 
+#include "devices/cuda/kernels/attention_args.h"
+
 namespace flowprefill {
 namespace {
 
@@ -12,10 +14,14 @@ class Refusal {
     switch (op_.kind) {
       case OperatorKind::kEmbed:
         require_columns(op_.output);
-        require(op_.scale == 1.0, "scale", std::to_string(op_.scale), "1");
         break;
       case OperatorKind::kNorm:
+      case OperatorKind::kResidual:
         require_columns(op_.input);
+        break;
+      case OperatorKind::kRound:
+        require_columns(op_.input);
+        require(!g_.is_gather(op_), "output extent", "sequence", "that of the input");
         break;
       case OperatorKind::kLinear:
         check_linear();
@@ -25,13 +31,6 @@ class Refusal {
         break;
       case OperatorKind::kAttention:
         require_head_dim();
-        require(op_.softcap == 0, "softcap", std::to_string(op_.softcap), "0");
-        break;
-      case OperatorKind::kResidual:
-        require(false, "kind", "residual", "another: there is no kernel for it");
-        break;
-      case OperatorKind::kRound:
-        require(false, "kind", "round", "another: there is no kernel for it");
         break;
       case OperatorKind::kRotary:
       case OperatorKind::kSample:
@@ -54,29 +53,23 @@ class Refusal {
   }
   void require_head_dim() {
     const int32_t dim = g_.attention.head_dim;
-    require(dim == 64 || dim == 96 || dim == 128, "head_dim", std::to_string(dim), "64, 96 or 128");
+    require(has_attention_kernel(dim), "head_dim", std::to_string(dim), "64, 96, 128 or 256");
   }
 
   void check_linear() {
     require_columns(op_.input);
     if (op_.output != g_.logits())  // rows of the logits have room for the padding
       require_columns(op_.output);
-    require(op_.scale == 1.0, "scale", std::to_string(op_.scale), "1");
-    require(op_.softcap == 0, "softcap", std::to_string(op_.softcap), "0");
-    require(op_.epilogue != Epilogue::kGate || op_.activation == Activation::kSilu, "activation",
-            "gelu_tanh", "silu");
+    if (op_.epilogue == Epilogue::kStore)
+      return;
+    require(op_.scale == 1.0, "scale", std::to_string(op_.scale), "1 with this epilogue");
+    require(op_.softcap == 0, "softcap", std::to_string(op_.softcap), "0 with this epilogue");
   }
 
   void check_rope() {
     require_head_dim();
     const int32_t turning = g_.tensor(op_.rotary).columns;
-    require(turning == g_.attention.head_dim, "rotary columns", std::to_string(turning),
-            "head_dim = " + std::to_string(g_.attention.head_dim));
-    if (op_.q_norm < 0)
-      return;
-    const int64_t normed = g_.weights.weight(op_.q_norm).rows();
-    require(normed == g_.attention.head_dim, "q_norm rows", std::to_string(normed),
-            "head_dim = " + std::to_string(g_.attention.head_dim));
+    require(turning % 4 == 0, "rotary columns", std::to_string(turning), "a multiple of 4");
   }
 
   // Each kernel reads and writes elements of one size.
@@ -99,7 +92,7 @@ class Refusal {
         return require_bf16(op_.output);
       case OperatorKind::kLinear:
         require_bf16(op_.input);
-        if (op_.epilogue == Epilogue::kAdd)
+        if (op_.epilogue == Epilogue::kAdd || op_.softcap != 0)
           require_float(op_.output);
         if (op_.epilogue == Epilogue::kGate)
           require_bf16(op_.output);
@@ -115,8 +108,11 @@ class Refusal {
       case OperatorKind::kSample:
         return require_float(op_.input);
       case OperatorKind::kResidual:
+        require_float(op_.input);
+        return require_float(op_.output);
       case OperatorKind::kRound:
-        break;
+        require_float(op_.input);
+        return require_bf16(op_.output);
     }
   }
 

@@ -6,6 +6,7 @@ namespace flowprefill {
 namespace {
 
 constexpr int kThreads = kAttentionEntries / 16 * 32;
+constexpr size_t kFreeSharedBytes = 48 * 1024;  // more have to be asked for
 
 extern __shared__ unsigned char shared_memory[];
 
@@ -16,10 +17,17 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args)
 
 template <int kDim>
 cudaError_t launch(const AttentionArgs& args, cudaStream_t stream) {
-  static_assert(sizeof(Bf16) * 2 * kAttentionKeys * kSharedStride<kDim> <= 48 * 1024,
-                "more would have to be asked for");
-  const dim3 blocks(static_cast<unsigned>(args.num_tiles), static_cast<unsigned>(args.kv_heads));
-  attention_kernel<kDim><<<blocks, kThreads, attention_shared_bytes(kDim), stream>>>(args);
+  const size_t shared_bytes = attention_shared_bytes(kDim);
+  if (shared_bytes > kFreeSharedBytes) {
+    const cudaError_t code =
+        cudaFuncSetAttribute(attention_kernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
+    if (code != cudaSuccess)
+      return code;
+  }
+  const dim3 blocks(static_cast<unsigned>(args.num_tiles),
+                    static_cast<unsigned>(args.kv_end - args.kv_begin));
+  attention_kernel<kDim><<<blocks, kThreads, shared_bytes, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -32,8 +40,10 @@ cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
       return launch<64>(args, stream);
     case 96:
       return launch<96>(args, stream);
-    default:
+    case 128:
       return launch<128>(args, stream);
+    default:
+      return launch<256>(args, stream);
   }
 }
 

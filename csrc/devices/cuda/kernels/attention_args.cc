@@ -51,20 +51,28 @@ int32_t max_attention_tiles(int32_t rows, int32_t sequences, int32_t heads_per_k
   return static_cast<int32_t>(entries / kAttentionEntries + std::min(rows, sequences));
 }
 
+bool has_attention_kernel(int32_t head_dim) {
+  return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
+}
+
 size_t attention_shared_bytes(int32_t head_dim) {
-  return sizeof(Bf16) * 2 * kAttentionKeys * static_cast<size_t>(head_dim + 8);
+  const int32_t queries = shares_queries(head_dim) ? kAttentionEntries : 0;
+  const auto rows = static_cast<size_t>(2 * attention_keys(head_dim) + queries);
+  return sizeof(Bf16) * rows * static_cast<size_t>(head_dim + 8);
 }
 
 void check(const AttentionArgs& args) {
-  expect(args.head_dim == 64 || args.head_dim == 96 || args.head_dim == 128, "head_dim",
-         args.head_dim, "64, 96 or 128");
+  expect(has_attention_kernel(args.head_dim), "head_dim", args.head_dim, "64, 96, 128 or 256");
   expect(args.kv_heads >= 1 && args.kv_heads <= 65535, "kv_heads", args.kv_heads, "1..65535");
   expect(args.heads >= 1 && args.heads % args.kv_heads == 0, "heads", args.heads,
          "a positive multiple of kv_heads");
+  expect(args.kv_begin >= 0 && args.kv_begin < args.kv_end && args.kv_end <= args.kv_heads,
+         "kv_end", args.kv_end, "more than kv_begin, at most kv_heads");
   expect(args.num_tiles >= 1, "num_tiles", args.num_tiles, "at least 1");
   expect(args.window >= 0, "window", args.window, "at least 0 (0: all keys)");
-  expect(args.ld_q % 2 == 0 && args.ld_out % 2 == 0, "ld_q, ld_out", args.ld_q | args.ld_out,
-         "even numbers");
+  expect(args.softcap >= 0, "softcap", static_cast<int64_t>(args.softcap), "at least 0 (0: none)");
+  expect(args.ld_q % 8 == 0 && args.ld_out % 8 == 0, "ld_q, ld_out", args.ld_q | args.ld_out,
+         "multiples of 8");
   const CacheView& cache = args.cache;
   expect(cache.block_shift >= 0 && cache.block_shift < 31, "block_shift", cache.block_shift,
          "0..30");
@@ -72,8 +80,8 @@ void check(const AttentionArgs& args) {
          cache.block_stride | cache.token_stride | cache.head_stride, "multiples of 8");
   expect_aligned("keys", cache.keys);
   expect_aligned("values", cache.values);
-  expect_aligned("q", args.q, 8);
-  expect_aligned("out", args.out, 8);
+  expect_aligned("q", args.q);
+  expect_aligned("out", args.out);
 }
 
 }  // namespace flowprefill

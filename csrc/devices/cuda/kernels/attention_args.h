@@ -12,7 +12,15 @@
 namespace flowprefill {
 
 constexpr int32_t kAttentionEntries = 64;  // (row, query head) pairs of one tile
-constexpr int32_t kAttentionKeys = 64;     // keys that a tile takes at once
+
+// Keys that a tile takes at once: fewer where its output fills the registers. Such a tile keeps its
+// queries in shared memory for the same reason.
+constexpr int32_t attention_keys(int32_t head_dim) {
+  return head_dim > 128 ? 32 : 64;
+}
+constexpr bool shares_queries(int32_t head_dim) {
+  return head_dim > 128;
+}
 
 // Rows of one sequence that attend together: all of a slice's new rows.
 struct AttentionSlice {
@@ -34,7 +42,7 @@ struct AttentionTile {
 
 struct AttentionArgs {
   const Bf16* q = nullptr;  // [rows, heads * head_dim], rotated, scaled by log2(e) / sqrt(head_dim)
-  int64_t ld_q = 0;         // elements between rows, even
+  int64_t ld_q = 0;         // elements between rows, a multiple of 8
   Bf16* out = nullptr;      // [rows, heads * head_dim]
   int64_t ld_out = 0;
   CacheView cache = {};
@@ -44,8 +52,11 @@ struct AttentionArgs {
   int32_t num_tiles = 0;
   int32_t heads = 0;
   int32_t kv_heads = 0;  // a divisor of heads
-  int32_t head_dim = 0;  // 64, 96 or 128
+  int32_t kv_begin = 0;  // KV heads [kv_begin, kv_end) and their query heads are computed
+  int32_t kv_end = 0;
+  int32_t head_dim = 0;  // one that has_attention_kernel()
   int32_t window = 0;    // keys a row may look back on, itself included; 0: all
+  float softcap = 0;     // scores, in base 2, become cap * tanh(score / cap); 0: they stay
 };
 
 // The tiles of some slices for heads_per_kv query heads per KV head, those with most keys first
@@ -56,6 +67,9 @@ std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slice
 // Most tiles that `rows` rows of at most `sequences` sequences can need: what a captured graph's
 // tile list is padded to.
 int32_t max_attention_tiles(int32_t rows, int32_t sequences, int32_t heads_per_kv);
+
+// Head sizes that there is a kernel for: 64, 96, 128 and 256.
+bool has_attention_kernel(int32_t head_dim);
 
 // Shared memory of one block.
 size_t attention_shared_bytes(int32_t head_dim);

@@ -2,12 +2,12 @@
 // attention.cu on the device, by tests/cpp/kernels on the host.
 //
 // A block of 4 warps computes 64 entries (row, query head) of one sequence and one KV head; warp w
-// owns entries 16 w to 16 w + 15 and needs no other warp but for filling shared memory. Queries,
-// scores and output stay in registers. Keys and values each have one buffer: while scores are
-// computed the values arrive, while values are multiplied the next keys do.
+// owns entries 16 w to 16 w + 15 and needs no other warp but for filling shared memory. Scores and
+// output stay in registers, queries too where there is room. Keys and values each have one buffer:
+// while scores are computed the values arrive, while values are multiplied the next keys do.
 //
-// Key tiles start at multiples of 64 of the position, so a row's result has the same bits however
-// its prompt is sliced or batched: tiles in which it may see nothing change nothing.
+// Key tiles start at multiples of their size of the position, so a row's result has the same bits
+// however its prompt is sliced or batched: tiles in which it may see nothing change nothing.
 #pragma once
 
 #include "devices/cuda/kernels/attention_args.h"
@@ -33,34 +33,39 @@ class AttentionBody {
     load_queries();
     const int32_t last = smaller(tile_.entry + kAttentionEntries, tile_.entries) - 1;
     const int32_t end = position_of(last) + 1;
-    const int32_t begin = first_key() / kAttentionKeys * kAttentionKeys;
+    const int32_t begin = first_key() / kKeys * kKeys;
     copy(args_.cache.keys, keys(), begin, end);
-    for (int32_t key = begin; key < end; key += kAttentionKeys) {
+    for (int32_t key = begin; key < end; key += kKeys) {
       t_.wait_for_copies();
       t_.sync();  // the keys are here, and nobody reads the last values any more
       copy(args_.cache.values, values(), key, end);
       multiply_queries();
+      cap();
       mask(key);
       update_softmax();
       t_.wait_for_copies();
       t_.sync();  // the values are here, and nobody reads the keys any more
-      if (key + kAttentionKeys < end)
-        copy(args_.cache.keys, keys(), key + kAttentionKeys, end);
+      if (key + kKeys < end)
+        copy(args_.cache.keys, keys(), key + kKeys, end);
       multiply_values();
     }
     store_output();
   }
 
  private:
+  static constexpr int kThreads = kAttentionEntries / 16 * 32;
+  static constexpr int32_t kKeys = attention_keys(kDim);
+  static constexpr bool kSharesQueries = shares_queries(kDim);
   static constexpr int kDepthSteps = kDim / 16;            // of the query-key product
-  static constexpr int kKeyColumns = kAttentionKeys / 8;   // 8-wide columns of the scores
+  static constexpr int kKeyColumns = kKeys / 8;            // 8-wide columns of the scores
   static constexpr int kOutColumns = kDim / 8;             // 8-wide columns of the output
-  static constexpr int kKeySteps = kAttentionKeys / 16;    // depth of the value product
+  static constexpr int kKeySteps = kKeys / 16;             // depth of the value product
   static constexpr int32_t kWords = kDim / 8;              // 16-byte words of a key
   static constexpr int32_t kStride = kSharedStride<kDim>;  // elements
 
   FP_HD Bf16* keys() const { return t_.template shared<Bf16>(); }
-  FP_HD Bf16* values() const { return keys() + kAttentionKeys * kStride; }
+  FP_HD Bf16* values() const { return keys() + kKeys * kStride; }
+  FP_HD Bf16* shared_queries() const { return values() + kKeys * kStride; }
 
   // ---- which entry, row and position
 
@@ -68,10 +73,11 @@ class AttentionBody {
   FP_HD int32_t entry(int half) const {
     return tile_.entry + t_.warp() * 16 + t_.lane() / 4 + 8 * half;
   }
+  FP_HD int32_t kv_head() const { return args_.kv_begin + t_.block_y(); }
   FP_HD int32_t position_of(int32_t entry) const { return tile_.position + entry / group_; }
   // Elements from the first of row 0 to the entry's head.
   FP_HD int64_t offset_of(int32_t entry, int64_t ld) const {
-    const int32_t head = t_.block_y() * group_ + entry % group_;
+    const int32_t head = kv_head() * group_ + entry % group_;
     return (tile_.row + entry / group_) * ld + static_cast<int64_t>(head) * kDim;
   }
   // First key that any entry of the tile sees.
@@ -84,6 +90,26 @@ class AttentionBody {
   // ---- memory
 
   FP_HD void load_queries() {
+    if constexpr (kSharesQueries)
+      copy_queries();
+    else
+      read_queries();
+  }
+
+  // Starts copying the tile's queries, zeros beyond its last entry.
+  FP_HD void copy_queries() const {
+    FP_UNROLL for (int i = 0; i < kAttentionEntries * kWords / kThreads; ++i) {
+      const int32_t word = i * kThreads + t_.index();
+      const int32_t row = word / kWords;
+      const int32_t column = word % kWords * 8;
+      const int32_t e = tile_.entry + row;
+      const bool is_live = e < tile_.entries;
+      const Bf16* from = args_.q + (is_live ? offset_of(e, args_.ld_q) + column : 0);
+      t_.copy_16(shared_queries() + row * kStride + column, from, is_live);
+    }
+  }
+
+  FP_HD void read_queries() {
     FP_UNROLL for (int half = 0; half < 2; ++half) {
       const int32_t e = entry(half);
       const bool is_live = e < tile_.entries;
@@ -98,13 +124,12 @@ class AttentionBody {
     }
   }
 
-  // Starts copying 64 keys or values; rows from `end` on are zeros, so that nothing undefined (a
-  // NaN) meets the zero probability of a masked key.
+  // Starts copying a tile of keys or values; rows from `end` on are zeros, so that nothing
+  // undefined (a NaN) meets the zero probability of a masked key.
   FP_HD void copy(const Bf16* cache, Bf16* to, int32_t key, int32_t end) const {
     const int32_t* table = args_.block_tables + (tile_.sequence - 1) * args_.block_table_stride;
-    const int64_t head = t_.block_y() * args_.cache.head_stride;
-    constexpr int kThreads = kAttentionEntries / 16 * 32;
-    FP_UNROLL for (int i = 0; i < kAttentionKeys * kWords / kThreads; ++i) {
+    const int64_t head = kv_head() * args_.cache.head_stride;
+    FP_UNROLL for (int i = 0; i < kKeys * kWords / kThreads; ++i) {
       const int32_t word = i * kThreads + t_.index();
       const int32_t row = word / kWords;
       const int32_t column = word % kWords * 8;
@@ -137,15 +162,27 @@ class AttentionBody {
   FP_HD void multiply_queries() {
     const int32_t matrix = t_.lane() / 8;
     const Bf16* row = keys() + (matrix / 2 * 8 + t_.lane() % 8) * kStride + matrix % 2 * 8;
-    FP_UNROLL for (int n = 0; n < kKeyColumns; n += 2) {
-      FP_UNROLL for (int i = 0; i < 4; ++i) scores_[n][i] = scores_[n + 1][i] = 0.0f;
-      FP_UNROLL for (int step = 0; step < kDepthSteps; ++step) {
+    FP_UNROLL for (int n = 0; n < kKeyColumns; ++n) {
+      FP_UNROLL for (int i = 0; i < 4; ++i) scores_[n][i] = 0.0f;
+    }
+    FP_UNROLL for (int step = 0; step < kDepthSteps; ++step) {
+      uint32_t(&a)[4] = queries_[kSharesQueries ? 0 : step];
+      if constexpr (kSharesQueries)
+        load_queries_of(step, a);
+      FP_UNROLL for (int n = 0; n < kKeyColumns; n += 2) {
         uint32_t b[4];
         t_.load_matrices(row + n * 8 * kStride + step * 16, b);
-        t_.multiply_add(scores_[n], queries_[step], b[0], b[1]);
-        t_.multiply_add(scores_[n + 1], queries_[step], b[2], b[3]);
+        t_.multiply_add(scores_[n], a, b[0], b[1]);
+        t_.multiply_add(scores_[n + 1], a, b[2], b[3]);
       }
     }
+  }
+
+  // The warp's 16 entries, 16 columns of them: matrices (rows 0-7 | 8-15) x (columns 0-7 | 8-15).
+  FP_HD void load_queries_of(int step, uint32_t (&a)[4]) const {
+    const int32_t matrix = t_.lane() / 8;
+    const int32_t row = t_.warp() * 16 + matrix % 2 * 8 + t_.lane() % 8;
+    t_.load_matrices(shared_queries() + row * kStride + step * 16 + matrix / 2 * 8, a);
   }
 
   // out += probabilities * values. The scores' registers, rounded to bf16, are the left operand as
@@ -169,8 +206,18 @@ class AttentionBody {
 
   // ---- softmax
 
+  FP_HD void cap() {
+    if (args_.softcap <= 0.0f)  // the same for the whole launch
+      return;
+    const float inverse = 1.0f / args_.softcap;
+    FP_UNROLL for (int n = 0; n < kKeyColumns; ++n) {
+      FP_UNROLL for (int i = 0; i < 4; ++i) scores_[n][i] =
+          soft_cap(scores_[n][i], args_.softcap, inverse);
+    }
+  }
+
   FP_HD void mask(int32_t key) {
-    const bool sees_all = key + kAttentionKeys - 1 <= position_of(tile_.entry) &&
+    const bool sees_all = key + kKeys - 1 <= position_of(tile_.entry) &&
                           args_.window <= 0;  // the same for the whole block
     if (sees_all)
       return;
@@ -223,14 +270,14 @@ class AttentionBody {
   const AttentionArgs& args_;
   const AttentionTile tile_;
   const int32_t group_;
-  uint32_t queries_[kDepthSteps][4];
+  uint32_t queries_[kSharesQueries ? 1 : kDepthSteps][4];
   float scores_[kKeyColumns][4];
   float out_[kOutColumns][4] = {};
   float peaks_[2] = {minus_infinity(), minus_infinity()};
   float sums_[2] = {};
 };
 
-// block_x(): tile; block_y(): KV head; 128 threads.
+// block_x(): tile; block_y(): KV head, from kv_begin on; 128 threads.
 template <int kDim, class Thread>
 FP_HD void attention_body(const Thread& t, const AttentionArgs& args) {
   AttentionBody<kDim, Thread>(t, args).run();

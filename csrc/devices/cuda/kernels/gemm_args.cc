@@ -83,6 +83,7 @@ void check(const GemmArgs& args) {
            "a positive multiple of 16 where gated");
     expect(args.output == GemmOutput::kBf16, "output", 0, "bf16 where gated");
     expect(!args.adds_to_d, "adds_to_d", 1, "false where gated");
+    expect(args.scale == 1.0f, "scale", static_cast<int64_t>(args.scale), "1 where gated");
   }
   expect(args.columns > 0 && args.columns % step == 0, "columns", args.columns, multiple);
   expect(args.depth > 0 && args.depth % 8 == 0, "depth", args.depth, "a positive multiple of 8");

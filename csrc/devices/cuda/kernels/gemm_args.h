@@ -11,11 +11,12 @@ namespace flowprefill {
 
 enum class GemmOutput : uint8_t { kFloat, kBf16 };
 
-// d[rows, columns] = a * b^T (+ bias) (+ d). Rows [row_begin, row_end) of a and d only: a slice of
-// a longer operator. Products are exact, sums and epilogue are float, d is rounded once at the end.
+// d[rows, columns] = scale * a * b^T (+ bias) (+ d). Rows [row_begin, row_end) of a and d only: a
+// slice of a longer operator. Products are exact, sums and epilogue are float, d is rounded once at
+// the end.
 //
 // Gated: rows 2i and 2i + 1 of b (and entries of bias) are the gate and the up projection of column
-// i, and d[rows, columns / 2] = silu(gate) * up.
+// i, and d[rows, columns / 2] = silu(gate) * up, or gelu(gate) * up with GELU by tanh.
 struct GemmArgs {
   const Bf16* a = nullptr;      // [>= row_end, depth] row-major, 16-byte aligned
   int64_t lda = 0;              // elements between rows, a multiple of 8
@@ -26,7 +27,9 @@ struct GemmArgs {
   int64_t ldd = 0;              // elements between rows, a multiple of 16 bytes
   GemmOutput output = GemmOutput::kFloat;
   bool adds_to_d = false;  // the residual stream: d += ...
-  bool is_gated = false;   // bf16 output only, without adds_to_d
+  bool is_gated = false;   // bf16 output only, without adds_to_d and scale
+  bool is_gelu = false;    // where gated
+  float scale = 1;
   int32_t row_begin = 0;
   int32_t row_end = 0;
   int32_t columns = 0;  // rows of b; d_columns() is a multiple of 16 bytes of d

@@ -11,12 +11,13 @@ struct GatedOutput {
   int64_t ldd = 0;
   const float* bias = nullptr;  // [columns] or null
   int32_t rows = 0;
-  int32_t columns = 0;  // of the product: gate and up alternate
+  int32_t columns = 0;   // of the product: gate and up alternate
+  bool is_gelu = false;  // GELU by tanh instead of SiLU
 };
 
-// Stores silu(gate) * up of the accumulators of one row, columns [column, column + kCount), each
-// result rounded once. Nothing beyond rows and columns is touched. column and columns are multiples
-// of kCount, so a piece is inside as a whole or not at all.
+// Stores activation(gate) * up of the accumulators of one row, columns [column, column + kCount),
+// each result rounded once. Nothing beyond rows and columns is touched. column and columns are
+// multiples of kCount, so a piece is inside as a whole or not at all.
 template <int kCount>
 FP_HD void store_gated(const GatedOutput& out, int32_t row, int32_t column,
                        const float (&accumulators)[kCount]) {
@@ -28,7 +29,8 @@ FP_HD void store_gated(const GatedOutput& out, int32_t row, int32_t column,
     FP_UNROLL for (int i = 0; i < kCount; ++i) x[i] += out.bias[column + i];
   }
   Vec<Bf16, kCount / 2> y;
-  FP_UNROLL for (int i = 0; i < kCount; i += 2) y.v[i / 2] = to_bf16(swiglu(x[i], x[i + 1]));
+  FP_UNROLL for (int i = 0; i < kCount; i += 2) y.v[i / 2] =
+      to_bf16(gated(out.is_gelu, x[i], x[i + 1]));
   *reinterpret_cast<Vec<Bf16, kCount / 2>*>(out.d + row * out.ldd + column / 2) = y;
 }
 

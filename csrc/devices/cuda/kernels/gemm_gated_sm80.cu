@@ -1,4 +1,4 @@
-// bf16 GEMMs of CUTLASS for compute capability 8.0 and later (mma.sync) whose epilogue is SwiGLU: b
+// bf16 GEMMs of CUTLASS for compute capability 8.0 and later (mma.sync) whose epilogue is a gate: b
 // has gate and up in alternating rows. Called through gemm.cc. Compiled for every architecture we
 // ship.
 #include "devices/cuda/kernels/cutlass_launch.h"

@@ -30,7 +30,8 @@ struct GatedTile {
 
   // C and D are unused: the callbacks store.
   static typename Kernel::Arguments arguments(const GemmArgs& args) {
-    const GatedOutput out{args.first_d<Bf16>(), args.ldd, args.bias, args.rows(), args.columns};
+    const GatedOutput out{args.first_d<Bf16>(), args.ldd,     args.bias,
+                          args.rows(),          args.columns, args.is_gelu};
     return {cutlass::gemm::GemmUniversalMode::kGemm,
             {args.rows(), args.columns, args.depth},
             /*batch_count=*/1,

@@ -56,7 +56,7 @@ struct Hopper {
                                   reinterpret_cast<const cutlass::bfloat16_t*>(args.b),
                                   {args.ldb, Int<1>{}, 0}},
                                  {{}, d, {args.ldd, Int<1>{}, 0}, d, {args.ldd, Int<1>{}, 0}}};
-    out.epilogue.thread.alpha = 1.0f;
+    out.epilogue.thread.alpha = args.scale;
     out.epilogue.thread.beta = args.adds_to_d ? 1.0f : 0.0f;
     out.epilogue.thread.bias_ptr = args.bias;
     out.hw_info.sm_count = num_multiprocessors;

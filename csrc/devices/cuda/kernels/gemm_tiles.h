@@ -43,7 +43,7 @@ struct PlainTile {
     return {cutlass::gemm::GemmUniversalMode::kGemm,
             {args.rows(), args.columns, args.depth},
             /*batch_count=*/1,
-            {1.0f, args.adds_to_d ? 1.0f : 0.0f},
+            {args.scale, args.adds_to_d ? 1.0f : 0.0f},
             args.first_a(),
             args.b,
             d,

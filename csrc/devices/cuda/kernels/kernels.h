@@ -19,10 +19,13 @@ namespace flowprefill {
 cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream);
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream);
 cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+cudaError_t launch_residual(const ResidualArgs& args, cudaStream_t stream);
+cudaError_t launch_round(const RoundArgs& args, cudaStream_t stream);
+cudaError_t launch_softcap(const SoftcapArgs& args, cudaStream_t stream);
 template <typename In>  // float or Bf16
 cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream);
 template <typename In>  // float or Bf16
-cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream);
+cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
 cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream);

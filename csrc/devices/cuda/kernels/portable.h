@@ -102,6 +102,17 @@ FP_HD float exp2_of(float x) {
 #endif
 }
 
+// cap * tanh(x / cap) by way of 2^x; `inverse`: 1 / cap. Errs by some 1e-7 of cap.
+FP_HD float soft_cap(float x, float cap, float inverse) {
+  constexpr float kTwoLog2E = 2.88539008177792681472f;
+  const float below = 1.0f + exp2_of(x * inverse * kTwoLog2E);
+#if FP_ON_DEVICE
+  return cap - __fdividef(2.0f * cap, below);  // 0 for a divisor beyond 2^126
+#else
+  return cap - 2.0f * cap / below;
+#endif
+}
+
 FP_HD float minus_infinity() {
   return float_of(0xff800000u);
 }

@@ -19,11 +19,6 @@ void expect_width(int32_t width, int64_t ld_in, int64_t ld_out, int32_t step) {
   expect(ld_out >= width && ld_out % step == 0, "ld of the output", ld_out, multiple);
 }
 
-void expect_head_dim(int32_t head_dim) {
-  expect(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "head_dim", head_dim,
-         "an even number, 2..256");
-}
-
 }  // namespace
 
 void check(const EmbedArgs& args) {
@@ -35,28 +30,47 @@ void check(const EmbedArgs& args) {
 
 void check(const RotaryArgs& args) {
   expect_rows(args.rows);
-  expect_head_dim(args.head_dim);
+  expect(args.turning >= 2 && args.turning % 2 == 0 && args.turning <= kMaxHeadDim, "turning",
+         args.turning, "an even number, 2..256");
 }
 
 void check(const RmsNormArgs& args) {
   expect_rows(args.rows);
   expect_width(args.width, args.ld_hidden, args.ld_out, 4);
   expect_aligned("hidden", args.hidden);
-  expect_aligned("delta", args.delta);
   expect_aligned("weight", args.weight);
   expect_aligned("out", args.out, 8);
-  if (args.delta != nullptr) {
-    expect(args.ld_delta >= args.width && args.ld_delta % 4 == 0, "ld_delta", args.ld_delta,
-           "a multiple of 4, at least width");
-    expect(args.rows_in == nullptr, "delta", 1, "null where rows_in picks rows");
-  }
+}
+
+void check(const ResidualArgs& args) {
+  expect_rows(args.rows);
+  expect_width(args.width, args.ld_in, args.ld_hidden, 4);
+  expect_aligned("in", args.in);
+  expect_aligned("weight", args.weight);
+  expect_aligned("hidden", args.hidden);
+}
+
+void check(const RoundArgs& args) {
+  expect_rows(args.rows);
+  expect_width(args.width, args.ld_in, args.ld_out, 8);
+  expect_aligned("in", args.in);
+  expect_aligned("out", args.out);
+}
+
+void check(const SoftcapArgs& args) {
+  expect_rows(args.rows);
+  expect_width(args.width, args.ld_values, args.ld_values, 4);
+  expect(args.cap > 0, "cap", static_cast<int64_t>(args.cap), "above 0");
+  expect_aligned("values", args.values);
 }
 
 template <typename In>
 void check(const RopeArgs<In>& args) {
   expect_rows(args.rows);
-  expect(args.head_dim >= 4 && args.head_dim <= 256 && args.head_dim % 4 == 0, "head_dim",
+  expect(args.head_dim >= 4 && args.head_dim <= kMaxHeadDim && args.head_dim % 4 == 0, "head_dim",
          args.head_dim, "a multiple of 4, at most 256");
+  expect(args.turning >= 4 && args.turning <= args.head_dim && args.turning % 4 == 0, "turning",
+         args.turning, "a multiple of 4, at most head_dim");
   expect(args.heads >= 1, "heads", args.heads, "at least 1");
   expect(args.kv_heads >= 1 && args.kv_heads <= args.heads, "kv_heads", args.kv_heads,
          "at least 1, at most heads");
@@ -82,7 +96,7 @@ void check(const RopeArgs<In>& args) {
 }
 
 template <typename In>
-void check(const SwigluArgs<In>& args) {
+void check(const GateArgs<In>& args) {
   expect_rows(args.rows);
   expect_width(args.width, args.ld_in, args.ld_out, 8);
   expect(args.ld_in >= 2 * int64_t{args.width}, "ld_in", args.ld_in, "at least 2 width");
@@ -98,7 +112,7 @@ void check(const ArgmaxArgs& args) {
 
 template void check<float>(const RopeArgs<float>&);
 template void check<Bf16>(const RopeArgs<Bf16>&);
-template void check<float>(const SwigluArgs<float>&);
-template void check<Bf16>(const SwigluArgs<Bf16>&);
+template void check<float>(const GateArgs<float>&);
+template void check<Bf16>(const GateArgs<Bf16>&);
 
 }  // namespace flowprefill

@@ -1,7 +1,7 @@
-// Bodies of the row kernels: embedding, rotary table, RMS norm, rope with KV write, SwiGLU, argmax.
-// Called by row_kernels.cu on the device and by tests/cpp/kernels on the host. The arithmetic is
-// that of the CPU's row kernels (csrc/devices/cpu/row_kernels.h): float inside, rounded once when
-// stored.
+// Bodies of the row kernels: embedding, rotary table, RMS norm, residual, rounding, cap of logits,
+// gate, argmax. Called by row_kernels.cu on the device and by tests/cpp/kernels on the host. The
+// arithmetic is that of the CPU's row kernels (csrc/devices/cpu/row_kernels.h): float inside,
+// rounded once when stored.
 //
 // Every body handles block_x() = one row; block_y() = a part of its columns where it says so.
 #pragma once
@@ -19,7 +19,7 @@ FP_HD int32_t first_column(const Thread& t) {
   return (t.block_y() * t.count() + t.index()) * kColumnsPerThread;
 }
 
-// hidden[row] = table[token] as float; zeros in padding. block_y(): columns.
+// hidden[row] = scale * table[token]; zeros in padding. block_y(): columns.
 template <class Thread>
 FP_HD void embed_body(const Thread& t, const EmbedArgs& args) {
   const int32_t row = t.block_x();
@@ -30,7 +30,7 @@ FP_HD void embed_body(const Thread& t, const EmbedArgs& args) {
   if (args.batch.sequences[row] > 0) {
     const int64_t from = args.batch.tokens[row] * args.ld_table + column;
     const auto in = *reinterpret_cast<const Vec<Bf16, 8>*>(args.table + from);
-    FP_UNROLL for (int i = 0; i < 8; ++i) out[i / 4].v[i % 4] = widen(in.v[i]);
+    FP_UNROLL for (int i = 0; i < 8; ++i) out[i / 4].v[i % 4] = widen(in.v[i]) * args.scale;
   }
   auto* to = reinterpret_cast<Vec<float, 4>*>(args.hidden + row * args.ld_hidden + column);
   to[0] = out[0];
@@ -53,9 +53,9 @@ FP_HD void cos_sin_of_turns(double turns, float* cos, float* sin) {
 template <class Thread>
 FP_HD void rotary_body(const Thread& t, const RotaryArgs& args) {
   const int32_t row = t.block_x();
-  const int32_t half = args.head_dim / 2;
+  const int32_t half = args.turning / 2;
   const bool is_live = args.batch.sequences[row] > 0;
-  float* out = args.rotary + static_cast<int64_t>(row) * args.head_dim;
+  float* out = args.rotary + static_cast<int64_t>(row) * args.turning;
   for (int32_t i = t.index(); i < half; i += t.count()) {
     float cos = 0.0f;
     float sin = 0.0f;
@@ -66,17 +66,28 @@ FP_HD void rotary_body(const Thread& t, const RotaryArgs& args) {
   }
 }
 
-FP_HD float inverse_rms(float sum_of_squares, int32_t n, float eps) {
+FP_HD float inverse_rms(float squares, int32_t n, float eps) {
 #if FP_ON_DEVICE
-  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(n) + eps);
+  return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
 #else
-  return 1.0f / std::sqrt(sum_of_squares / static_cast<float>(n) + eps);
+  return 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);
 #endif
 }
 
-// hidden[row] += delta[row] if there is a delta; out = hidden / rms(hidden) * weight. With
-// `rows_in` block i norms row rows_in[i] into row i of out; a negative entry is padding and gives
-// zeros.
+// Sum of the squares of a row's elements, over the block and the same bits in every thread.
+// `shared` memory: a float per warp.
+template <class Thread>
+FP_HD float sum_of_squares(const Thread& t, const float* row, int32_t width) {
+  float sum = 0.0f;
+  for (int32_t i = t.index() * 4; i < width; i += t.count() * 4) {
+    const auto x = *reinterpret_cast<const Vec<float, 4>*>(row + i);
+    FP_UNROLL for (int k = 0; k < 4; ++k) sum += x.v[k] * x.v[k];
+  }
+  return block_sum(t, sum, t.template shared<float>());
+}
+
+// out = hidden / rms(hidden) * weight. With `rows_in` block i norms row rows_in[i] into row i of
+// out; a negative entry is padding and gives zeros.
 template <class Thread>
 FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs& args) {
   using Float4 = Vec<float, 4>;
@@ -89,22 +100,10 @@ FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs& args) {
       *reinterpret_cast<Vec<Bf16, 4>*>(out + i) = {};
     return;
   }
-  float* hidden = args.hidden + row * args.ld_hidden;
-  const float* delta = args.delta == nullptr ? nullptr : args.delta + row * args.ld_delta;
-  float sum = 0.0f;
+  const float* hidden = args.hidden + row * args.ld_hidden;
+  const float scale = inverse_rms(sum_of_squares(t, hidden, args.width), args.width, args.eps);
   for (int32_t i = t.index() * 4; i < args.width; i += step) {
-    auto x = *reinterpret_cast<const Float4*>(hidden + i);
-    if (delta != nullptr) {
-      const auto d = *reinterpret_cast<const Float4*>(delta + i);
-      FP_UNROLL for (int k = 0; k < 4; ++k) x.v[k] += d.v[k];
-      *reinterpret_cast<Float4*>(hidden + i) = x;
-    }
-    FP_UNROLL for (int k = 0; k < 4; ++k) sum += x.v[k] * x.v[k];
-  }
-  const float scale =
-      inverse_rms(block_sum(t, sum, t.template shared<float>()), args.width, args.eps);
-  for (int32_t i = t.index() * 4; i < args.width; i += step) {
-    const auto x = *reinterpret_cast<const Float4*>(hidden + i);  // as this thread left it
+    const auto x = *reinterpret_cast<const Float4*>(hidden + i);
     const auto w = *reinterpret_cast<const Float4*>(args.weight + i);
     Vec<Bf16, 4> y;
     FP_UNROLL for (int k = 0; k < 4; ++k) y.v[k] = to_bf16(x.v[k] * scale * w.v[k]);
@@ -112,15 +111,66 @@ FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs& args) {
   }
 }
 
-// silu(gate) * up.
-FP_HD float swiglu(float gate, float up) {
-  constexpr float kLog2E = 1.44269504088896340736f;
-  return gate * up / (1.0f + exp2_of(-gate * kLog2E));
+// hidden[row] += scale * in[row], or scale * in / rms(in) * weight where there is a weight.
+template <class Thread>
+FP_HD void residual_body(const Thread& t, const ResidualArgs& args) {
+  using Float4 = Vec<float, 4>;
+  const float* in = args.in + t.block_x() * args.ld_in;
+  float* hidden = args.hidden + t.block_x() * args.ld_hidden;
+  float scale = args.scale;
+  if (args.weight != nullptr)  // the same for the whole launch
+    scale *= inverse_rms(sum_of_squares(t, in, args.width), args.width, args.eps);
+  for (int32_t i = t.index() * 4; i < args.width; i += t.count() * 4) {
+    const auto x = *reinterpret_cast<const Float4*>(in + i);
+    auto sum = *reinterpret_cast<const Float4*>(hidden + i);
+    Float4 w = {{1.0f, 1.0f, 1.0f, 1.0f}};
+    if (args.weight != nullptr)
+      w = *reinterpret_cast<const Float4*>(args.weight + i);
+    FP_UNROLL for (int k = 0; k < 4; ++k) sum.v[k] += scale * x.v[k] * w.v[k];
+    *reinterpret_cast<Float4*>(hidden + i) = sum;
+  }
 }
 
-// out = silu(gate) * up; gate and up alternate in in[row]. block_y(): columns of out.
+// out = in, rounded. block_y(): columns.
+template <class Thread>
+FP_HD void round_body(const Thread& t, const RoundArgs& args) {
+  const int32_t column = first_column(t);
+  if (column >= args.width)
+    return;
+  const float* in = args.in + t.block_x() * args.ld_in + column;
+  Vec<Bf16, kColumnsPerThread> out;
+  FP_UNROLL for (int i = 0; i < kColumnsPerThread; i += 4) {
+    const auto x = *reinterpret_cast<const Vec<float, 4>*>(in + i);
+    FP_UNROLL for (int k = 0; k < 4; ++k) out.v[i + k] = to_bf16(x.v[k]);
+  }
+  auto* to = args.out + t.block_x() * args.ld_out + column;
+  *reinterpret_cast<Vec<Bf16, kColumnsPerThread>*>(to) = out;
+}
+
+// values = cap * tanh(values / cap). block_y(): columns, four to a thread.
+template <class Thread>
+FP_HD void softcap_body(const Thread& t, const SoftcapArgs& args) {
+  const int32_t column = (t.block_y() * t.count() + t.index()) * 4;
+  if (column >= args.width)
+    return;
+  float* at = args.values + t.block_x() * args.ld_values + column;
+  auto x = *reinterpret_cast<const Vec<float, 4>*>(at);
+  FP_UNROLL for (int k = 0; k < 4; ++k) x.v[k] = soft_cap(x.v[k], args.cap, 1.0f / args.cap);
+  *reinterpret_cast<Vec<float, 4>*>(at) = x;
+}
+
+// silu(gate) * up, or gelu(gate) * up with GELU by tanh: both are gate * up / (1 + 2^e).
+FP_HD float gated(bool is_gelu, float gate, float up) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+  constexpr float kLinear = -2.0f * kLog2E * 0.797884560802865f;  // sqrt(2 / pi)
+  constexpr float kCubic = kLinear * 0.044715f;
+  const float slope = is_gelu ? kLinear + kCubic * (gate * gate) : -kLog2E;
+  return gate * up / (1.0f + exp2_of(gate * slope));
+}
+
+// out = activation(gate) * up; gate and up alternate in in[row]. block_y(): columns of out.
 template <typename In, class Thread>
-FP_HD void swiglu_body(const Thread& t, const SwigluArgs<In>& args) {
+FP_HD void gate_body(const Thread& t, const GateArgs<In>& args) {
   const int32_t column = first_column(t);
   if (column >= args.width)
     return;
@@ -130,7 +180,7 @@ FP_HD void swiglu_body(const Thread& t, const SwigluArgs<In>& args) {
   FP_UNROLL for (int from = 0; from < 2 * kColumnsPerThread; from += kWidth) {
     const auto pairs = *reinterpret_cast<const Vec<In, kWidth>*>(in + from);
     FP_UNROLL for (int i = 0; i < kWidth; i += 2) out.v[(from + i) / 2] =
-        to_bf16(swiglu(widen(pairs.v[i]), widen(pairs.v[i + 1])));
+        to_bf16(gated(args.is_gelu, widen(pairs.v[i]), widen(pairs.v[i + 1])));
   }
   auto* to = args.out + t.block_x() * args.ld_out + column;
   *reinterpret_cast<Vec<Bf16, kColumnsPerThread>*>(to) = out;

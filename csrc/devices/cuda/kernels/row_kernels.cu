@@ -22,13 +22,26 @@ __global__ void __launch_bounds__(kColumnThreads) rotary_kernel(RotaryArgs args)
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
   rms_norm_body(DeviceThread(shared_memory), args);
 }
+__global__ void __launch_bounds__(kNormThreads) residual_kernel(ResidualArgs args) {
+  residual_body(DeviceThread(shared_memory), args);
+}
+__global__ void __launch_bounds__(kColumnThreads) round_kernel(RoundArgs args) {
+  round_body(DeviceThread(nullptr), args);
+}
+__global__ void __launch_bounds__(kColumnThreads) softcap_kernel(SoftcapArgs args) {
+  softcap_body(DeviceThread(nullptr), args);
+}
 template <typename In>
 __global__ void __launch_bounds__(kRopeWarps * 32) rope_kernel(RopeArgs<In> args) {
   rope_body(DeviceThread(nullptr), args);
 }
 template <typename In>
-__global__ void __launch_bounds__(kColumnThreads) swiglu_kernel(SwigluArgs<In> args) {
-  swiglu_body(DeviceThread(nullptr), args);
+__global__ void __launch_bounds__(kRopeWarps * 32) rope_rows_kernel(RopeArgs<In> args) {
+  rope_rows_body(DeviceThread(shared_memory), args);
+}
+template <typename In>
+__global__ void __launch_bounds__(kColumnThreads) gate_kernel(GateArgs<In> args) {
+  gate_body(DeviceThread(nullptr), args);
 }
 __global__ void __launch_bounds__(kArgmaxThreads) argmax_kernel(ArgmaxArgs args) {
   argmax_body(DeviceThread(shared_memory), args);
@@ -65,20 +78,47 @@ cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename In>
-cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
+cudaError_t launch_residual(const ResidualArgs& args, cudaStream_t stream) {
   check(args);
-  const int32_t heads = args.heads + 2 * args.kv_heads;
-  const int32_t parts = (heads + kRopeWarps - 1) / kRopeWarps;
-  rope_kernel<In><<<grid(args.rows, parts), kRopeWarps * 32, 0, stream>>>(args);
+  constexpr size_t kShared = sizeof(float) * kNormThreads / 32;
+  residual_kernel<<<grid(args.rows, 1), kNormThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_round(const RoundArgs& args, cudaStream_t stream) {
+  check(args);
+  round_kernel<<<grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_softcap(const SoftcapArgs& args, cudaStream_t stream) {
+  check(args);
+  constexpr int32_t kColumns = kColumnThreads * 4;
+  const dim3 blocks = grid(args.rows, (args.width + kColumns - 1) / kColumns);
+  softcap_kernel<<<blocks, kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <typename In>
-cudaError_t launch_swiglu(const SwigluArgs<In>& args, cudaStream_t stream) {
+cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
+  check(args);
+  constexpr int kThreads = kRopeWarps * 32;
+  if (args.norms_rows) {
+    constexpr size_t kShared = sizeof(float) * kRopeWarps;
+    rope_rows_kernel<In><<<grid(args.rows, kRopeRowParts), kThreads, kShared, stream>>>(args);
+    return cudaGetLastError();
+  }
+  const int32_t heads = args.heads + 2 * args.kv_heads;
+  const int32_t parts = (heads + kRopeWarps - 1) / kRopeWarps;
+  rope_kernel<In><<<grid(args.rows, parts), kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename In>
+cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
   check(args);
   const dim3 blocks = grid(args.rows, column_parts(args.width));
-  swiglu_kernel<In><<<blocks, kColumnThreads, 0, stream>>>(args);
+  gate_kernel<In><<<blocks, kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -91,7 +131,7 @@ cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
 
 template cudaError_t launch_rope<float>(const RopeArgs<float>&, cudaStream_t);
 template cudaError_t launch_rope<Bf16>(const RopeArgs<Bf16>&, cudaStream_t);
-template cudaError_t launch_swiglu<float>(const SwigluArgs<float>&, cudaStream_t);
-template cudaError_t launch_swiglu<Bf16>(const SwigluArgs<Bf16>&, cudaStream_t);
+template cudaError_t launch_gate<float>(const GateArgs<float>&, cudaStream_t);
+template cudaError_t launch_gate<Bf16>(const GateArgs<Bf16>&, cudaStream_t);
 
 }  // namespace flowprefill
