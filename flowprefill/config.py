@@ -115,7 +115,9 @@ class EngineConfig:
         "run compute threads under SCHED_IDLE: steadier control plane, yields to every process",
     )
     policy: str = _setting("slack_edf", "one of " + ", ".join(POLICIES))
-    granularity: str = _setting("budget:2", GRANULARITIES)
+    granularity: str = _setting(
+        "auto", f"{GRANULARITIES}; auto is budget:2 on the CPU, budget:0.5 on GPUs"
+    )
     max_model_len: int = _setting(
         0, "longest prompt plus output, tokens; 0 is the model's own, on GPUs 32768 at most"
     )
@@ -159,7 +161,8 @@ class EngineConfig:
             raise _bad("device", self.device, DEVICES)
         if self.policy not in POLICIES:
             raise _bad("policy", self.policy, "one of " + ", ".join(POLICIES))
-        Granularity.parse(self.granularity)
+        if self.granularity != "auto":
+            Granularity.parse(self.granularity)
         if self.block_tokens not in (16, 32, 64, 128):
             raise _bad("block_tokens", self.block_tokens, "16, 32, 64 or 128")
         if self.admission not in ADMISSION_MODES:

@@ -49,6 +49,11 @@ class Planner {
     add({.first = first, .last = last, .row_begin = begin, .row_end = end, .base = base_});
   }
 
+  void add_segment(int32_t first, int32_t last, int32_t begin, int32_t end) {
+    begin_segment();
+    add(first, last, begin, end);
+  }
+
   // ---- rows of the prompt
 
   // With a budget no single product of a tile may exceed it, as long as slices stay efficient.
@@ -129,17 +134,21 @@ class Planner {
     }
   }
 
-  // Row-wise operators in one step if they fit the budget together, else one by one.
+  // Row-wise operators in steps of as many as fit the budget together; where products are sliced,
+  // all in one step or one by one.
   void add_chain(int32_t first, int32_t last, int32_t begin, int32_t end) {
-    if (cost_.range_s(first, last, begin, end) <= o_.budget_s) {
-      begin_segment();
-      add(first, last, begin, end);
-      return;
-    }
+    const bool fit_together = cost_.range_s(first, last, begin, end) <= o_.budget_s;
     for (int32_t i = first; i <= last; ++i) {
+      const bool fits = cost_.range_s(first, std::min(i + 1, last), begin, end) <= o_.budget_s;
+      if (i < last && (cuts_.slices_products ? fit_together : fits))
+        continue;
       const Operator& op = g_.op(i);
       const bool is_sliced = cuts_.slices_products && op.kind == OperatorKind::kLinear;
-      add_parts(i, begin, end, is_sliced ? cuts_.min_product_parts : g_.parts(op));
+      if (first == i)
+        add_parts(i, begin, end, is_sliced ? cuts_.min_product_parts : g_.parts(op));
+      else
+        add_segment(first, i, begin, end);
+      first = i + 1;
     }
   }
 

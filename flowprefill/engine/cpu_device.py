@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from flowprefill import _core
-from flowprefill.config import GIB, EngineConfig
+from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine.calibration import ProbeSizes
 from flowprefill.errors import CheckpointError, ConfigError
 
@@ -28,6 +28,7 @@ class CpuDevice:
     chooses_tokens = False
     is_exclusive = False
     probe_sizes = ProbeSizes(tokens=256, context=3072)
+    granularity = Granularity("budget", budget_s=2e-3)
 
     def __init__(self, config: EngineConfig, reason: str) -> None:
         """Settle element type and threads.

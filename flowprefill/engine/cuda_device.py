@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowprefill.config import GIB, EngineConfig
+from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine.calibration import ProbeSizes, default_cache_dir
 from flowprefill.engine.device import longest_of
 from flowprefill.errors import ConfigError
@@ -35,6 +35,7 @@ class CudaDevice:
     # Enough blocks of threads for all multiprocessors, and context enough that attention counts.
     probe_sizes = ProbeSizes(tokens=2048, context=8192, fills_context=True)
     threads = 1  # the executor's own; the GPU computes
+    granularity = Granularity("budget", budget_s=0.5e-3)  # assumed, not measured
 
     def __init__(self, config: EngineConfig, module: Any, index: int, reason: str) -> None:
         """Settle the element type.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flowprefill import _core
-    from flowprefill.config import EngineConfig
+    from flowprefill.config import EngineConfig, Granularity
     from flowprefill.engine.worker import RunHandle
     from flowprefill.models.checkpoint import Checkpoint
     from flowprefill.models.model_config import ModelConfig
@@ -69,6 +69,7 @@ class Device(Protocol):
         is_exclusive: whether nobody else computes on it, so that a work which takes longer than
             predicted is slower, not disturbed.
         probe_sizes: of calibration.
+        granularity: where the settings say ``auto``.
     """
 
     native: Any
@@ -80,6 +81,7 @@ class Device(Protocol):
     chooses_tokens: bool
     is_exclusive: bool
     probe_sizes: ProbeSizes
+    granularity: Granularity
 
     def make_model(self, checkpoint: Checkpoint) -> NativeModel:
         """Make an empty model.

@@ -276,11 +276,10 @@ class Engine:
     def _make_core(
         self, policy: Callable[[CostModel, SchedulerSettings], Policy] | None
     ) -> EngineCore:
-        granularity = Granularity.parse(self.config.granularity)
         settings = SchedulerSettings(
             max_batch_tokens=self.config.max_batch_tokens,
             max_running=self.config.max_running,
-            max_blocking_s=granularity.max_blocking_s,
+            max_blocking_s=self._worker.granularity.max_blocking_s,
         )
         worker = self._worker
         cost_model = CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)

@@ -51,8 +51,12 @@ class LocalWorker:
         """
         self._config = config
         self._model_name = checkpoint.name
-        self._granularity = Granularity.parse(config.granularity)
         self._device, self._model = open_model(config, checkpoint, progress)
+        self.granularity = (
+            self._device.granularity
+            if config.granularity == "auto"
+            else Granularity.parse(config.granularity)
+        )
         self.dtype, self.threads = self._device.dtype, self._device.threads
         self.shape = model_shape(checkpoint.graph, self.dtype)
         self.rates: MachineRates | None = None
@@ -73,7 +77,7 @@ class LocalWorker:
             rates = kept.read()
         plan = None
         if rates is not None:
-            plan = plan_options(self._device.native, self._granularity, rates)
+            plan = plan_options(self._device.native, self.granularity, rates)
         self._executor = self._device.start_executor(self._model, plan)
         if kept is not None and rates is None:
             rates = self._measure()
@@ -159,7 +163,7 @@ class LocalWorker:
 
     def set_granularity(self, granularity: Granularity) -> None:
         """Cut the runs made from now on so."""
-        self._granularity = granularity
+        self.granularity = granularity
         self._plans.clear()
 
     def stats(self) -> WorkerStats:
@@ -178,7 +182,7 @@ class LocalWorker:
 
     def describe(self) -> dict[str, Any]:
         """Return what the device says of itself, and the granularity."""
-        return {**self._device.describe(), "granularity": str(self._granularity)}
+        return {**self._device.describe(), "granularity": str(self.granularity)}
 
     # ---- making --------------------------------------------------------------------------------
 
@@ -230,6 +234,6 @@ class LocalWorker:
         if rounded not in self._plans:
             rates = self.rates or MachineRates()
             self._plans[rounded] = plan_options(
-                self._device.native, self._granularity, rates, rounded
+                self._device.native, self.granularity, rates, rounded
             )
         return self._plans[rounded]

@@ -173,11 +173,13 @@ class Worker(Protocol):
         limits: constant.
         shape: what the model asks of the machine.
         rates: the machine's speed as `start` measured it; None: not measured.
+        granularity: how prefills are cut.
     """
 
     limits: WorkerLimits
     shape: ModelShape
     rates: MachineRates | None
+    granularity: Granularity
 
     def start(self) -> None:
         """Begin to execute, and measure the machine if the settings say so."""

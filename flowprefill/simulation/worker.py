@@ -84,6 +84,7 @@ class VirtualWorker:
         self.now = 1.0
         self.halt_s = math.inf
         self._profile = profile
+        self.granularity = granularity
         self._costs = WorkCosts(profile, granularity)
         self._device = VirtualDevice(profile.segments_in_flight)
         self._events: list[WorkerEvent] = []
@@ -148,6 +149,7 @@ class VirtualWorker:
 
     def set_granularity(self, granularity: Granularity) -> None:
         """Cut the runs made from now on so."""
+        self.granularity = granularity
         self._costs = WorkCosts(self._profile, granularity)
 
     def stats(self) -> WorkerStats:

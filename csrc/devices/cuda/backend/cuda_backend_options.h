@@ -12,13 +12,14 @@
 namespace flowprefill {
 
 // Slices of whole tiles of the matrix kernels (64 to 256 rows), and not so few that most
-// multiprocessors idle. Assumed, not measured. The attention kernel takes all heads.
+// multiprocessors idle; attention by KV heads before rows, since few rows have few blocks of
+// threads. Assumed, not measured.
 inline constexpr CutRules kCudaCuts{.row_step = 256,
-                                    .max_tile_rows = 4096,
-                                    .min_tile_rows = 1024,
+                                    .max_tile_rows = 2048,
+                                    .min_tile_rows = 512,
                                     .min_product_parts = 128,
-                                    .slices_heads = false,
-                                    .embed_rows = 1 << 30,
+                                    .slices_heads = true,
+                                    .embed_rows = 16384,
                                     .costs = {.weight_element_bytes = 2, .embed_row_s = 2e-8}};
 
 struct CudaBackendOptions {

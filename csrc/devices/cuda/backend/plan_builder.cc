@@ -41,6 +41,15 @@ std::vector<AttentionRows> attention_of(const ModelGraph& graph, const Plan& pla
   return rows;
 }
 
+// Whether attention of some KV heads only is among the steps. It takes about as long as a segment
+// may, so a graph saves nothing; and the shape of several such steps does not say where their rows
+// end, so another plan's might be taken for it.
+bool cuts_heads(const ModelGraph& graph, std::span<const Step> steps) {
+  return std::ranges::any_of(steps, [&graph](const Step& step) {
+    return !step.is_whole() && graph.op(step.first).kind == OperatorKind::kAttention;
+  });
+}
+
 SegmentShape shape_of(std::span<const Step> steps, int32_t variant) {
   return {.first_op = steps.front().first,
           .last_op = steps.back().last,
@@ -201,8 +210,8 @@ CudaSegment PlanBuilder::segment(BuiltPlan& built, size_t index, int32_t bucket,
     num_kernels += static_cast<size_t>(step.last - step.first) + 1;
     kernels_.prepare(*built.shape, step);
   }
-  segment.is_capturable =
-      bucket > 0 && is_worth_graph(num_kernels, segment.label.predicted_s, options_.policy);
+  segment.is_capturable = bucket > 0 && !cuts_heads(*graph_, steps) &&
+                          is_worth_graph(num_kernels, segment.label.predicted_s, options_.policy);
   built.num_graph_kernels += segment.is_capturable ? num_kernels : 0;
   segment.launch = [shape = built.shape, own = std::vector(steps.begin(), steps.end()),
                     &kernels = kernels_](const LaunchArgs& args) {

@@ -1,0 +1,84 @@
+// The plans of a GPU for an 8B model, by rates that others published for an H100: lengths of
+// segments and what the cuts cost. Predictions of the planner; nothing here has been measured.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "../graph_fixture.h"
+#include "devices/cuda/backend/cuda_backend_options.h"
+
+namespace flowprefill::testing {
+namespace {
+
+// Operator times of Llama-3.1-8B at 8,192 tokens, ms a layer: qkv 0.54, attention 0.91, o 0.35,
+// gate_up 2.64, down 1.29, element-wise 0.56 (which rides in the rate of the products). The same
+// kernels run however they are cut into segments: what a cut costs is a launch and an event.
+constexpr MachineRates kH100{.gemm_flops_per_s = 3.573e12 / 5.38e-3,
+                             .attention_flops_per_s = 0.55e12 / 0.91e-3,
+                             .weight_bytes_per_s = 3e12,
+                             .step_overhead_s = 0};
+constexpr double kSegmentOverhead = 2.5e-6;
+constexpr double kBudget = 0.5e-3;
+
+class CutRulesTest : public ::testing::TestWithParam<int32_t> {
+ protected:
+  CutRulesTest() : options_{.budget_s = kBudget, .rates = kH100} {}
+
+  Plan plan(Granularity granularity) {
+    options_.granularity = granularity;
+    return make_plan(graph_, batch_, options_, kCudaCuts);
+  }
+  std::vector<double> seconds_of(const Plan& plan) const {
+    std::vector<double> seconds = predict_segments(graph_, batch_, options_, kCudaCuts, plan);
+    for (double& segment : seconds)
+      segment += kSegmentOverhead;
+    return seconds;
+  }
+
+  const ModelGraph graph_ = llama_graph({.vocab_size = 128256,
+                                         .hidden_size = 4096,
+                                         .intermediate_size = 14336,
+                                         .num_layers = 32,
+                                         .num_heads = 32,
+                                         .num_kv_heads = 8,
+                                         .head_dim = 128});
+  const Batch batch_ = batch_with({{GetParam(), 0}});
+  PlanOptions options_;
+};
+
+double total(const std::vector<double>& seconds) {
+  return std::accumulate(seconds.begin(), seconds.end(), 0.0);
+}
+
+TEST_P(CutRulesTest, no_segment_is_long_and_cutting_costs_little) {
+  const std::vector<double> cut = seconds_of(plan(Granularity::kBudget));
+  EXPECT_LE(*std::ranges::max_element(cut), 0.6e-3);
+  const double whole_s = total(seconds_of(plan(Granularity::kNone)));
+  EXPECT_LT(total(cut), 1.01 * whole_s);
+  EXPECT_GT(total(cut), whole_s) << "a cut costs something";
+}
+
+TEST_P(CutRulesTest, tiles_are_of_512_to_2048_rows_and_slices_of_whole_tiles_of_the_kernels) {
+  const Plan p = plan(Granularity::kBudget);
+  EXPECT_GE(p.tile_rows, 512);
+  EXPECT_LE(p.tile_rows, 2048);
+  for (const Step& step : p.steps) {
+    const bool is_cut = graph_.op(step.first).layer >= 0 && step.row_end < batch_.rows();
+    EXPECT_TRUE(!is_cut || step.rows() % kCudaCuts.row_step == 0) << step.rows();
+  }
+}
+
+TEST_P(CutRulesTest, long_contexts_are_cut_by_kv_heads) {
+  int32_t fewest = graph_.attention.kv_heads;
+  for (const Step& step : plan(Granularity::kBudget).steps) {
+    if (graph_.op(step.first).kind == OperatorKind::kAttention && !step.is_whole())
+      fewest = std::min(fewest, step.part_end - step.part_begin);
+  }
+  EXPECT_EQ(fewest<graph_.attention.kv_heads, GetParam()> 20000);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tokens, CutRulesTest, ::testing::Values(2048, 8192, 32768, 131072));
+
+}  // namespace
+}  // namespace flowprefill::testing
