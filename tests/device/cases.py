@@ -122,15 +122,35 @@ NEWER = (
     "olmo2-biases-one-kv-head",
     "granite-biases",
 )
-# Those whose every operator CUDA has, at sizes that its kernels take.
-ON_CUDA = (
-    "llama-grouped",
-    "llama-heads-of-128",
-    "llama-biases",
-    "qwen2",
-    "qwen3",
-    "mistral-window",
-)
+# Those that CUDA computes, with what makes their sizes such that its kernels take them.
+ON_CUDA: dict[str, dict[str, Any]] = {
+    "llama-grouped": {},
+    "llama-heads-of-128": {},
+    "llama-biases": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral-window": {},
+    "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 100},
+    "gemma3": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 100,
+    },
+    "phi3-window-partial": {"head_dim": 96, "partial_rotary_factor": 0.75},
+    "phi3-longrope": {
+        "num_attention_heads": 2,  # transformers has factors for hidden_size / heads dimensions
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + i / 64 for i in range(32)],
+            "long_factor": [1.0 + i / 2 for i in range(32)],
+        },
+    },
+    "glm": {"head_dim": 64},
+    "glm4": {"head_dim": 64},
+    "glm4-no-biases-quarter": {"head_dim": 128},
+    "olmo2": {},
+    "olmo2-biases-one-kv-head": {},
+    "granite-biases": {"attention_multiplier": 0.1},
+}
 # Rates at which this machine would be so slow that every budget cuts everything up.
 SLOW = MachineRates(2e6, 1e6, 1e6, 1e-4)
 
@@ -138,6 +158,12 @@ SLOW = MachineRates(2e6, 1e6, 1e6, 1e-4)
 def takes(device: Device, case: str) -> bool:
     """Whether a device computes this case."""
     return not device.is_cuda or case in ON_CUDA
+
+
+def settings_of(device: Device, case: str) -> tuple[str, dict[str, Any]]:
+    """Return the family of a case, and its configuration at the device's sizes."""
+    family, settings = CASES[case]
+    return family, {**device.shape, **settings, **(ON_CUDA[case] if device.is_cuda else {})}
 
 
 def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) -> Logits:

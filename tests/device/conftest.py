@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from cases import CASES, Runner, Saved, save
+from cases import Runner, Saved, save, settings_of
 from devices import DEVICES, Device
 from engines import assert_all_free
 from tiny_models import save_with_tokenizer, tiny_model
@@ -33,9 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Device, str], S
 
     @cache
     def save_once(case: str, is_cuda: bool) -> Saved:
-        family, settings = CASES[case]
-        device = DEVICES["cuda" if is_cuda else "cpu"]
-        shape = device.shape | settings
+        family, shape = settings_of(DEVICES["cuda" if is_cuda else "cpu"], case)
         model = tiny_model(family, spread=0.15 if is_cuda else 0.12, rounds=is_cuda, **shape)
         return save(model, tmp_path_factory.mktemp("tiny") / case)
 

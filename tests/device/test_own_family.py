@@ -11,7 +11,7 @@ import parallel_family
 import pytest
 import torch
 from cases import Logits, Runner, Saved
-from devices import DEVICES
+from devices import ONE, Device, on
 from safetensors.torch import save_file
 from test_preemption import stop_everywhere
 from torch.nn.functional import scaled_dot_product_attention, silu
@@ -24,8 +24,6 @@ CONFIG = {
     "model_type": "parallel",
     "architectures": ["ParallelForCausalLM"],
     "vocab_size": 100,
-    "hidden_size": 48,
-    "intermediate_size": 88,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -34,15 +32,15 @@ CONFIG = {
 IDS = np.random.default_rng(3).integers(0, 100, 200).tolist()
 
 
-def random_tensors() -> Tensors:
+def random_tensors(hidden: int = 48, inner: int = 88) -> Tensors:
     """Return a checkpoint's tensors by Hugging Face's names."""
-    shapes = {"norm": (48,), "self_attn.norm": (48,), "self_attn.q_proj": (48, 48),
-              "self_attn.k_proj": (24, 48), "self_attn.v_proj": (24, 48),
-              "self_attn.o_proj": (48, 48), "mlp.gate_proj": (88, 48), "mlp.up_proj": (88, 48),
-              "mlp.down_proj": (48, 88)}  # fmt: skip
+    shapes = {"norm": (hidden,), "self_attn.norm": (hidden,), "self_attn.q_proj": (hidden, hidden),
+              "self_attn.k_proj": (hidden // 2, hidden), "self_attn.v_proj": (hidden // 2, hidden),
+              "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden),
+              "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}  # fmt: skip
     found = {f"model.layers.{i}.{name}.weight": s for i in (0, 1) for name, s in shapes.items()}
-    found |= {"model.embed_tokens.weight": (100, 48), "lm_head.weight": (100, 48)}
-    found |= {"model.norm.weight": (48,)}
+    found |= {"model.embed_tokens.weight": (100, hidden), "lm_head.weight": (100, hidden)}
+    found |= {"model.norm.weight": (hidden,)}
     torch.manual_seed(4)
     return {
         name: torch.randn(shape) * 0.2 + (1.0 if len(shape) == 1 else 0.0)
@@ -55,24 +53,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    """Rotate [tokens, heads, 12] by position."""
-    angles = torch.arange(len(x))[:, None, None] * 10_000.0 ** -(torch.arange(6) / 6)
-    a, b = x[..., :6], x[..., 6:]
+    """Rotate [tokens, heads, head_dim] by position."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(len(x))[:, None, None] * 10_000.0 ** -(torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
 def reference(tensors: Tensors, ids: list[int]) -> Logits:
     """Logits of every position, written out: what the family is meant to compute."""
     hidden = tensors["model.embed_tokens.weight"][ids]
+    head_dim = hidden.shape[1] // 4
     for i in (0, 1):
         names = ("norm", "self_attn.norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
         w = {name: tensors[f"model.layers.{i}.{name}.weight"] for name in names}
         proj = {n: tensors[f"model.layers.{i}.self_attn.{n}_proj.weight"] for n in "qkvo"}
         x = rms_norm(hidden, w["norm"])
-        q, k, v = ((x @ proj[n].T).reshape(len(ids), -1, 12) for n in "qkv")
+        q, k, v = ((x @ proj[n].T).reshape(len(ids), -1, head_dim) for n in "qkv")
         q, k, v = (t.transpose(0, 1) for t in (turned(q), turned(k), v))
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        attention = mixed.transpose(0, 1).reshape(len(ids), 48) @ proj["o"].T
+        attention = mixed.transpose(0, 1).flatten(1) @ proj["o"].T
         gated = silu(x @ w["mlp.gate_proj"].T) * (x @ w["mlp.up_proj"].T)
         mlp = gated @ w["mlp.down_proj"].T
         hidden = hidden + 0.4 * rms_norm(attention, w["self_attn.norm"]) + 0.4 * mlp
@@ -82,23 +82,30 @@ def reference(tensors: Tensors, ids: list[int]) -> Logits:
     return logits
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    folder: Path = tmp_path_factory.mktemp("parallel")
-    save_file(random_tensors(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    opened = Runner(DEVICES["cpu"], Saved(folder, IDS, reference(random_tensors(), IDS)))
+@pytest.fixture
+def native(device: Device, tmp_path: Path) -> Iterator[Runner]:
+    """The family's model on the test's device, at sizes that its kernels take."""
+    hidden, inner = (256, 208) if device.is_cuda else (48, 88)
+    tensors = random_tensors(hidden, inner)
+    if device.is_cuda:
+        tensors = {name: values.bfloat16().float() for name, values in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = CONFIG | {"hidden_size": hidden, "intermediate_size": inner}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    opened = Runner(device, Saved(tmp_path, IDS, reference(tensors, IDS)))
     yield opened
     opened.close()
 
 
 @pytest.mark.parametrize("granularity", ["none", "operator", "chunk:32", "budget:0.1"])
+@on(ONE)
 def test_logits_are_those_of_the_family(native: Runner, granularity: str) -> None:
     for tokens in (1, 17, 64, 129, 200):
         native.assert_close(native.prefill(IDS[:tokens], granularity, tokens), tokens)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "operator", "budget:0.1"])
+@on(ONE)
 def test_it_stops_at_every_boundary_and_keeps_its_bits(native: Runner, granularity: str) -> None:
     stop_everywhere(native, granularity)
 

@@ -74,6 +74,16 @@ def test_families_preempted_at_the_finest_boundaries_are_bit_equal(
     stop_everywhere(runner(case), "budget:0.1")
 
 
+@on(GPUS, NEWER)
+def test_families_preempted_at_every_boundary_are_bit_equal(
+    device: Device, case: str, open_runner: GetRunner
+) -> None:
+    """One lane: what is live is spilled and restored each time."""
+    native = open_runner(case, num_lanes=1)
+    for granularity in device.granularities:
+        stop_everywhere(native, granularity)
+
+
 @pytest.mark.parametrize("has_graphs", [True, False])
 @pytest.mark.parametrize("granularity", ["operator", "layer", "chunk:64", "budget:0.1"])
 @on(GPUS)
