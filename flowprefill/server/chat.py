@@ -11,7 +11,7 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.models.chat_template import content_text
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.body import Body, check_text
-from flowprefill.server.endpoint import Endpoint, Plan, shared_prompt
+from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import chat_entry
@@ -87,7 +87,7 @@ def _read_logprobs(body: Body) -> int | None:
     return (top or 0) if wanted else None
 
 
-def plan_chat(body: Body, context: SchemaContext, max_choices: int) -> Plan:
+def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; the template runs at submission."""
     messages = read_messages(body)
     variables = read_template_variables(body)
@@ -105,7 +105,9 @@ def plan_chat(body: Body, context: SchemaContext, max_choices: int) -> Plan:
         return spec.requests([prompt], reply_id, special_tokens=add_special_tokens)
 
     chars = sum(len(message["content"]) for message in messages)
-    return Plan(spec, requests, choices=spec.n, prompt_chars=chars, is_rendered=True, echo=())
+    return GenerationOrder(
+        spec, requests, choices=spec.n, prompt_chars=chars, is_rendered=True, echo=()
+    )
 
 
 class ChatEndpoint(Endpoint):
@@ -116,9 +118,9 @@ class ChatEndpoint(Endpoint):
     reply_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
-        """See plan_chat."""
-        return plan_chat(body, context, max_choices)
+    def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
+        """See order_of_chat."""
+        return order_of_chat(body, context, max_choices)
 
     def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
         """Return the endpoint's part of a whole choice."""

@@ -1,4 +1,4 @@
-"""What a generating request is made of: its plan, its endpoint's shapes, its submitted choices.
+"""What a generating HTTP request is made of: its order, its endpoint's shapes, its choices.
 
 Completions and chat implement Endpoint; generation.py and streaming.py work on any of them.
 """
@@ -18,7 +18,7 @@ from flowprefill.server.replies import Envelope, metrics_object
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GenerationOrder:
     """A checked HTTP request, ready to submit.
 
     Attributes:
@@ -58,7 +58,7 @@ class Endpoint(ABC):
     chunk_object: ClassVar[str]
 
     @abstractmethod
-    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
+    def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
         """Check the body; raises InvalidRequest."""
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Generation:
     """One HTTP request whose choices are submitted; handles are in choice order."""
 
     endpoint: Endpoint
-    plan: Plan
+    order: GenerationOrder
     envelope: Envelope
     engine: ServedEngine
     handles: list[ServedHandle]
@@ -89,11 +89,11 @@ class Generation:
 
     def echo_text(self, choice: int) -> str:
         """Return what comes before the generated text of one choice."""
-        return self.echo_texts[choice // self.plan.spec.n] if self.echo_texts else ""
+        return self.echo_texts[choice // self.order.spec.n] if self.echo_texts else ""
 
     def logprobs(self, tokens: Sequence[Token], text_offset: int) -> Mapping[str, Any] | None:
         """Return the logprobs object of consecutive tokens, None unless asked for."""
-        if self.plan.spec.sampling.logprobs is None:
+        if self.order.spec.sampling.logprobs is None:
             return None
         return self.endpoint.logprobs(tokens, self.engine.tokenizer, text_offset)
 

@@ -138,7 +138,7 @@ def _event_of(
     choice.held.append(token)
     if not token.text and token.finish_reason is None:
         return None
-    spec = generation.plan.spec
+    spec = generation.order.spec
     text = "".join(held.text for held in choice.held)
     logprobs = generation.logprobs(choice.held, choice.text_offset)
     shown = generation.echo_text(index) + text if choice.is_first else text
@@ -164,7 +164,7 @@ def _event_of(
 
 def _closing_events(generation: Generation, choices: list[_Choice]) -> list[dict[str, Any]]:
     """Return the event after the last token that carries usage and metrics, if wanted."""
-    spec = generation.plan.spec
+    spec = generation.order.spec
     assert spec.stream is not None
     if not (spec.stream.include_usage or spec.return_metrics):
         return []

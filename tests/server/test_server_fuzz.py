@@ -1,4 +1,4 @@
-"""Random bodies through the schemas: a plan or an InvalidRequest, never anything else."""
+"""Random bodies through the schemas: an order or an InvalidRequest, never anything else."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import Request
 from flowprefill.server.body import Body, parse_json_object
-from flowprefill.server.chat import plan_chat
-from flowprefill.server.completions import plan_completions
-from flowprefill.server.endpoint import Plan
+from flowprefill.server.chat import order_of_chat
+from flowprefill.server.completions import order_of_completions
+from flowprefill.server.endpoint import GenerationOrder
 from flowprefill.server.openai_schema import IGNORED, REFUSED, SchemaContext
 
 FIELDS = (
@@ -59,10 +59,10 @@ class Renders:
         return "".join(str(message["content"]) for message in messages) or "empty"
 
 
-def check(plan: Plan) -> None:
-    """What a plan promises: requests that the engine's own checks accept."""
-    requests = plan.requests(Renders(), "reply")  # type: ignore[arg-type]
-    assert len(requests) == plan.choices
+def check(order: GenerationOrder) -> None:
+    """What an order promises: requests that the engine's own checks accept."""
+    requests = order.requests(Renders(), "reply")  # type: ignore[arg-type]
+    assert len(requests) == order.choices
     assert all(isinstance(request, Request) for request in requests)
 
 
@@ -75,11 +75,11 @@ def check_names(error: InvalidRequest, fields: set[str]) -> None:
 @pytest.mark.slow
 @settings(max_examples=300)
 @given(body=BODIES, prompt=VALUES | st.just("Hi"), headers=SENT_HEADERS)
-def test_completion_body_gives_a_plan_or_a_named_field(
+def test_completion_body_gives_an_order_or_a_named_field(
     body: dict[str, Any], prompt: Any, headers: dict[str, str]
 ) -> None:
     try:
-        check(plan_completions(Body({**body, "prompt": prompt}), context(headers), 100))
+        check(order_of_completions(Body({**body, "prompt": prompt}), context(headers), 100))
     except InvalidRequest as error:
         check_names(error, {*body, *headers, "prompt"})
 
@@ -87,12 +87,12 @@ def test_completion_body_gives_a_plan_or_a_named_field(
 @pytest.mark.slow
 @settings(max_examples=300)
 @given(body=BODIES, content=VALUES | st.just("Hi"), headers=SENT_HEADERS)
-def test_chat_body_gives_a_plan_or_a_named_field(
+def test_chat_body_gives_an_order_or_a_named_field(
     body: dict[str, Any], content: Any, headers: dict[str, str]
 ) -> None:
     messages = [{"role": "user", "content": content}]
     try:
-        check(plan_chat(Body({**body, "messages": messages}), context(headers), 100))
+        check(order_of_chat(Body({**body, "messages": messages}), context(headers), 100))
     except InvalidRequest as error:
         check_names(error, {*body, *headers, "messages"})
 
@@ -108,4 +108,4 @@ def test_any_bytes_are_an_object_or_a_bad_body(raw: bytes) -> None:
 
 @pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), 0])
 def test_seed_of_every_choice_is_valid(seed: int) -> None:
-    check(plan_completions(Body({"prompt": "a", "seed": seed, "n": 3}), context({}), 100))
+    check(order_of_completions(Body({"prompt": "a", "seed": seed, "n": 3}), context({}), 100))
