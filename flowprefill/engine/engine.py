@@ -225,6 +225,11 @@ class Engine:
         return self._is_open and is_here and not self._core.has_failed
 
     @property
+    def chat_template(self) -> str:
+        """The source of the model's chat template; empty if it has none."""
+        return self._chat_template.text or ""
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids the model knows."""
         return self.model_config.vocab_size

@@ -14,11 +14,14 @@ from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import token_label, top_labels
+from flowprefill.server.message import MessagePart
 from flowprefill.server.openai_schema import (
+    CHAT_ONLY,
     MAX_INT,
     SchemaContext,
     check_token_ids,
     generation_spec,
+    refuse_fields,
 )
 
 DEFAULT_MAX_TOKENS = 16
@@ -55,6 +58,7 @@ def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
 
 def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; touches no engine."""
+    refuse_fields(body, CHAT_ONLY, "only chats have tools")
     prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, MAX_INT)
@@ -99,19 +103,19 @@ class CompletionsEndpoint(Endpoint):
         """See order_of_completions."""
         return order_of_completions(body, context, max_choices)
 
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+    def choice(self, part: MessagePart, logprobs: Any) -> dict[str, Any]:
         """Return the endpoint's part of a whole choice."""
-        return {"text": text, "logprobs": logprobs}
+        return {"text": part.content, "logprobs": logprobs}
 
     def chunk_choice(
         self,
-        text: str,
+        part: MessagePart,
         logprobs: Any,
         *,
         is_first: bool,  # noqa: ARG002
     ) -> dict[str, Any]:
         """Return the endpoint's part of a choice in one stream event."""
-        return {"text": text, "logprobs": logprobs}
+        return {"text": part.content, "logprobs": logprobs}
 
     def logprobs(
         self, tokens: Sequence[Token], tokenizer: ServedTokenizer, text_offset: int

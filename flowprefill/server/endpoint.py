@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from flowprefill.request import Request, Token
+from flowprefill.request import FinishReason, Request, Token
 from flowprefill.server.body import Body
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle, ServedTokenizer
+from flowprefill.server.message import MessageParser, MessagePart, PlainText
 from flowprefill.server.openai_schema import GenerationSpec, SchemaContext
 from flowprefill.server.replies import Envelope, metrics_object
 
@@ -29,6 +30,7 @@ class GenerationOrder:
         prompt_chars: characters or token ids in all of them together.
         is_rendered: whether the chat template makes the prompt, which waits for another process.
         echo: prompts to repeat before the generated text; empty for none.
+        parser: makes what reads one choice's text; called after `requests`.
     """
 
     spec: GenerationSpec
@@ -37,6 +39,7 @@ class GenerationOrder:
     prompt_chars: int
     is_rendered: bool
     echo: tuple[str | list[int], ...]
+    parser: Callable[[], MessageParser] = PlainText
 
 
 def shared_prompt(
@@ -62,11 +65,11 @@ class Endpoint(ABC):
         """Check the body; raises InvalidRequest."""
 
     @abstractmethod
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+    def choice(self, part: MessagePart, logprobs: Any) -> dict[str, Any]:
         """Return a whole choice without index and finish reason."""
 
     @abstractmethod
-    def chunk_choice(self, text: str, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
+    def chunk_choice(self, part: MessagePart, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
         """Return a choice of one stream event without index and finish reason."""
 
     @abstractmethod
@@ -96,6 +99,11 @@ class Generation:
         if self.order.spec.sampling.logprobs is None:
             return None
         return self.endpoint.logprobs(tokens, self.engine.tokenizer, text_offset)
+
+    @staticmethod
+    def finish_reason(parser: MessageParser, reason: FinishReason | None) -> str | None:
+        """Return why a choice has ended; None if it has not."""
+        return "tool_calls" if reason == "stop" and parser.has_calls else reason
 
     def metrics(self, output_tokens: Sequence[int]) -> dict[str, Any]:
         """Return the opt-in timings, given each choice's number of tokens; all have ended.

@@ -104,6 +104,9 @@ async def _read_order(
         service_tiers=context.options.service_tiers,
         vocab_size=engine.vocab_size,
         rules=rules,
+        chat_template=engine.chat_template,
+        tool_parser=context.options.tool_call_parser,
+        reasoning_parser=context.options.reasoning_parser,
     )
 
     def check(raw: bytes) -> tuple[GenerationOrder, Body]:
@@ -153,6 +156,7 @@ def _is_quick(order: GenerationOrder) -> bool:
     """Whether submitting may hold the event loop: a thread would cost a short prompt more."""
     return (
         not order.is_rendered
+        and order.spec.sampling.structured is None  # a grammar may take long to compile
         and order.prompt_chars <= LONG_PROMPT_CHARS
         and order.choices <= MANY_CHOICES
     )
@@ -187,10 +191,13 @@ def _whole_choice(generation: Generation, index: int, completion: Completion) ->
     spec = generation.order.spec
     echo = generation.echo_text(index)
     logprobs = generation.logprobs(completion.tokens, len(echo))
+    parser = generation.order.parser()
+    part = parser.push(echo + completion.text)
+    part.add(parser.finish())
     choice = {
         "index": index,
-        **generation.endpoint.choice(echo + completion.text, logprobs),
-        "finish_reason": completion.finish_reason,
+        **generation.endpoint.choice(part, logprobs),
+        "finish_reason": generation.finish_reason(parser, completion.finish_reason),
     }
     if spec.return_token_ids:
         choice["token_ids"] = completion.token_ids

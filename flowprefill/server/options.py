@@ -9,6 +9,8 @@ from typing import Any
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError
 from flowprefill.server.tenants import Tenants
+from flowprefill.server.reasoning import REASONING_PARSERS
+from flowprefill.server.tool_parsers import TOOL_PARSERS
 
 MAX_CONNECTIONS = 1 << 20
 
@@ -59,6 +61,12 @@ class ServerOptions:
         "longest predicted work of one request with several choices, seconds (400 above); 0 is "
         "no limit. Counts only where the machine is calibrated",
     )
+    tool_call_parser: str = _option(
+        "auto", f"how the model writes tool calls: {', '.join(TOOL_PARSERS)} (by the chat template)"
+    )
+    reasoning_parser: str = _option(
+        "auto", f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}"
+    )
     vllm_metrics: bool = _option(False, "export the common metrics under vllm: names as well")
     debug_endpoints: bool = _option(
         True, "serve /debug/timeline, /debug/decisions and /debug/requests"
@@ -84,6 +92,10 @@ class ServerOptions:
         for name in ("vllm_metrics", "debug_endpoints", "client_slo", "client_priority"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
+        parsers = {"tool_call_parser": TOOL_PARSERS, "reasoning_parser": REASONING_PARSERS}
+        for name, known in parsers.items():
+            if getattr(self, name) not in known:
+                self._refuse(name, getattr(self, name), "one of " + ", ".join(known))
         names: object = self.served_model_names
         if not isinstance(names, tuple) or not all(isinstance(n, str) and n for n in names):
             self._refuse("served_model_names", names, "a list of names")

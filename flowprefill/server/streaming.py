@@ -21,6 +21,7 @@ from flowprefill.server.context import REQUEST_ID, SERVER
 from flowprefill.server.endpoint import Generation
 from flowprefill.server.engine_protocol import ServedHandle
 from flowprefill.server.errors import shown_error
+from flowprefill.server.message import MessageParser, MessagePart
 from flowprefill.server.replies import usage_object
 from flowprefill.server.sse import EventStream
 
@@ -38,9 +39,11 @@ class _Choice:
 
     index: int
     text_offset: int
+    parser: MessageParser
     is_first: bool = True
     output_tokens: int = 0
     held: list[Token] = field(default_factory=list)
+    unsent: MessagePart = field(default_factory=MessagePart)
 
 
 async def _pump(index: int, handle: ServedHandle, queue: asyncio.Queue[_Item]) -> None:
@@ -106,7 +109,8 @@ async def _send_tokens(
     keep_alive_s: float,
 ) -> None:
     choices = [
-        _Choice(index, len(generation.echo_text(index))) for index in range(len(generation.handles))
+        _Choice(index, len(generation.echo_text(index)), generation.order.parser())
+        for index in range(len(generation.handles))
     ]
     open_choices = len(choices)
     while open_choices:
@@ -132,20 +136,26 @@ async def _send_tokens(
 def _event_of(
     generation: Generation, choices: list[_Choice], index: int, token: Token
 ) -> dict[str, Any] | None:
-    """Return the event this token completes, or None if its text is not final yet."""
+    """Return the event this token completes, or None if what it is part of is not final yet."""
     choice = choices[index]
     choice.output_tokens += 1
     choice.held.append(token)
-    if not token.text and token.finish_reason is None:
+    if token.text:
+        choice.unsent.add(choice.parser.push(token.text))
+    if token.finish_reason is not None:
+        choice.unsent.add(choice.parser.finish())
+    elif choice.unsent.is_empty:
         return None
     spec = generation.order.spec
     text = "".join(held.text for held in choice.held)
     logprobs = generation.logprobs(choice.held, choice.text_offset)
-    shown = generation.echo_text(index) + text if choice.is_first else text
+    if choice.is_first:
+        choice.unsent.content = generation.echo_text(index) + choice.unsent.content
+    shown, choice.unsent = choice.unsent, MessagePart()
     part = {
         "index": index,
         **generation.endpoint.chunk_choice(shown, logprobs, is_first=choice.is_first),
-        "finish_reason": token.finish_reason,
+        "finish_reason": generation.finish_reason(choice.parser, token.finish_reason),
     }
     if spec.return_token_ids:
         part["token_ids"] = [held.token_id for held in choice.held]

@@ -17,7 +17,8 @@ from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.chat import order_of_chat
 from flowprefill.server.completions import order_of_completions
 from flowprefill.server.endpoint import GenerationOrder
-from flowprefill.server.openai_schema import IGNORED, REFUSED, SchemaContext
+from flowprefill.server.openai_schema import CHAT_ONLY, IGNORED, REFUSED, SchemaContext
+from flowprefill.server.structured_fields import TOP_LEVEL
 
 FIELDS = (
     *REFUSED, *IGNORED, "model", "n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed",
@@ -25,7 +26,9 @@ FIELDS = (
     "include_stop_str_in_output", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logprobs", "top_logprobs", "echo", "stream", "stream_options", "slo", "service_tier",
     "priority", "return_metrics", "return_token_ids", "add_special_tokens", "modalities",
-    "chat_template_kwargs", "add_generation_prompt", "unknown",
+    "chat_template_kwargs", "add_generation_prompt", "unknown", *CHAT_ONLY, *TOP_LEVEL,
+    "response_format", "structured_outputs", "logit_bias", "skip_special_tokens",
+    "parallel_tool_calls", "include_reasoning", "continue_final_message",
 )  # fmt: skip
 HEADERS = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-ttft-ms", "x-slo-class")
 SCALARS = (
@@ -33,7 +36,24 @@ SCALARS = (
     | st.sampled_from([0, 1, 2, 5, 0.5, "text", "none", "a"])
 )  # fmt: skip
 KEYS = st.sampled_from(
-    ["ttft_ms", "tpot_ms", "on_miss", "class", "include_usage", "type", "text", "role", "content"]
+    [
+        "ttft_ms",
+        "tpot_ms",
+        "on_miss",
+        "class",
+        "include_usage",
+        "type",
+        "text",
+        "role",
+        "content",
+        "json_schema",
+        "schema",
+        "json",
+        "regex",
+        "choice",
+        "function",
+        "name",
+    ]
 )
 VALUES = st.recursive(
     SCALARS,
@@ -54,6 +74,7 @@ class Renders:
 
     tokenizer = ByteTokenizer()
     max_model_len = 1000
+    chat_template = ""
 
     def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         return "".join(str(message["content"]) for message in messages) or "empty"
