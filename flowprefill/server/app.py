@@ -64,6 +64,8 @@ def create_app(
             web.get("/health/ready", models_routes.ready),
             web.get("/ready", models_routes.ready),
             web.get("/version", models_routes.version),
+            web.get("/load", models_routes.load),
+            web.get("/server_info", models_routes.server_info),
             web.get("/metrics", _metrics),
             web.post("/tokenize", tokens_routes.tokenize),
             web.post("/detokenize", tokens_routes.detokenize),

@@ -8,11 +8,16 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError
-from flowprefill.server.tenants import Tenants
 from flowprefill.server.reasoning import REASONING_PARSERS
+from flowprefill.server.tenants import Tenants
 from flowprefill.server.tool_parsers import TOOL_PARSERS
 
 MAX_CONNECTIONS = 1 << 20
+SECRET = ("tenants", "api_keys")  # settings that hold keys
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -110,6 +115,10 @@ class ServerOptions:
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings that everyone may see, without those that hold keys."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in SECRET}
 
     def check_classes(self, config: EngineConfig) -> None:
         """Refuse tiers and tenants that name a class the engine does not know."""
