@@ -24,6 +24,7 @@ from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.errors import error_middleware
 from flowprefill.server.metrics import ServerMetrics
 from flowprefill.server.options import ServerOptions
+from flowprefill.server.responses import responses
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def create_app(
         [
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
+            web.post("/v1/responses", responses),
             web.get("/v1/models", models_routes.list_models),
             web.get("/v1/models/{id:.+}", models_routes.get_model),
             web.get("/health", models_routes.health),

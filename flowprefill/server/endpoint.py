@@ -5,12 +5,13 @@ Completions and chat implement Endpoint; generation.py and streaming.py work on 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from flowprefill.request import FinishReason, Request, Token
+from flowprefill.request import Completion, FinishReason, Request, Token
 from flowprefill.server.body import Body
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle, ServedTokenizer
 from flowprefill.server.message import MessageParser, MessagePart, PlainText
@@ -31,6 +32,8 @@ class GenerationOrder:
         is_rendered: whether the chat template makes the prompt, which waits for another process.
         echo: prompts to repeat before the generated text; empty for none.
         parser: makes what reads one choice's text; called after `requests`.
+        whole: makes the reply of an endpoint without ``choices``; None: they all look alike.
+        writer: makes what writes such an endpoint's stream.
     """
 
     spec: GenerationSpec
@@ -40,6 +43,16 @@ class GenerationOrder:
     is_rendered: bool
     echo: tuple[str | list[int], ...]
     parser: Callable[[], MessageParser] = PlainText
+    whole: Callable[[Generation, Completion], dict[str, Any]] | None = None
+    writer: Callable[[Generation], EventWriter] | None = None
+
+    def with_shape(
+        self,
+        whole: Callable[[Generation, Completion], dict[str, Any]],
+        writer: Callable[[Generation], EventWriter],
+    ) -> GenerationOrder:
+        """Return the same for an endpoint whose replies have another shape."""
+        return dataclasses.replace(self, whole=whole, writer=writer)
 
 
 def shared_prompt(
@@ -50,6 +63,18 @@ def shared_prompt(
         return prompt
     engine.tokenizer.check_fits(prompt, engine.max_model_len)
     return engine.tokenizer.encode(prompt, special_tokens)
+
+
+class EventWriter(Protocol):
+    """Turns tokens into the events of a stream; events that have a ``type`` are named by it."""
+
+    def events_of(self, index: int, token: Token) -> list[dict[str, Any]]:
+        """Return what a choice's next token brings; nothing while it is not final."""
+        ...
+
+    def closing_events(self) -> list[dict[str, Any]]:
+        """Return what follows the last token."""
+        ...
 
 
 class Endpoint(ABC):

@@ -178,6 +178,8 @@ async def _whole_reply(context: ServerContext, generation: Generation) -> web.Re
 
 def _whole_payload(generation: Generation, completions: list[Completion]) -> dict[str, Any]:
     spec = generation.order.spec
+    if generation.order.whole is not None:
+        return generation.order.whole(generation, completions[0])
     choices = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
     payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
     output_tokens = sum(len(completion.tokens) for completion in completions)

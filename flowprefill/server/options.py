@@ -72,6 +72,9 @@ class ServerOptions:
     reasoning_parser: str = _option(
         "auto", f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}"
     )
+    max_stored_responses: int = _option(
+        1000, "replies of /v1/responses kept for previous_response_id; 0 is none"
+    )
     vllm_metrics: bool = _option(False, "export the common metrics under vllm: names as well")
     debug_endpoints: bool = _option(
         True, "serve /debug/timeline, /debug/decisions and /debug/requests"
@@ -84,12 +87,12 @@ class ServerOptions:
             "max_connections": (0, MAX_CONNECTIONS), "header_timeout_s": (0.01, 86_400),
             "idle_timeout_s": (0.01, 86_400), "write_timeout_s": (0.01, 86_400),
             "max_choices": (1, 100_000), "min_ttft_ms": (0, 86_400_000),
-            "max_request_s": (0, 31_536_000),
+            "max_request_s": (0, 31_536_000), "max_stored_responses": (0, 1_000_000),
             "keep_alive_s": (0.01, 3600), "shutdown_grace_s": (0, 86_400),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            whole = name in ("max_choices", "max_connections")
+            whole = name in ("max_choices", "max_connections", "max_stored_responses")
             kinds = (int,) if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "an integer" if whole else "a number"

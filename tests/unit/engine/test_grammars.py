@@ -66,7 +66,7 @@ def test_json_object_starts_as_one(grammars: Grammars) -> None:
     [
         (StructuredOutput("regex", "(?=a)b"), "look-ahead"),
         (StructuredOutput("regex", "[a"), "unclosed character class"),
-        (StructuredOutput("json_schema", '{"type": "objec"}'), "Invalid type: objec"),
+        (StructuredOutput("json_schema", '{"type": "text"}'), "Invalid type: text"),
         (StructuredOutput("json_schema", '{"not": {}}'), "Unimplemented keys"),
         (StructuredOutput("json_schema", "{"), "not JSON"),
         (StructuredOutput("json_schema", "[1]"), "expected a JSON schema"),
