@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import llguidance
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from flowprefill.engine.grammar_process import GrammarProcess
 from flowprefill.engine.grammar_worker import LIMITS, error_of
 from flowprefill.errors import InvalidRequest, RequestFailed
+from flowprefill.models.tokenizer import is_library_error
 
 if TYPE_CHECKING:
     from flowprefill.models.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ class Constraint:
             self._tail = self._tail[-len(self._after) :]
             return False
         self._forbidden = None
-        if not self._matcher.consume_token(token_id):
+        if not _safely(self._matcher.consume_token, token_id):
             raise RequestFailed(f"structured output: {error_of(self._matcher)}")
         return bool(self._matcher.is_stopped())
 
@@ -112,7 +113,7 @@ def forbidden_of(matcher: llguidance.LLMatcher, vocab_size: int) -> Forbidden:
     """
     bits = np.empty((vocab_size + 31) // 32, dtype=np.uint32)
     start = time.thread_time()
-    matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+    _safely(matcher.unsafe_compute_mask_ptr, bits.ctypes.data, bits.nbytes)
     taken_s = time.thread_time() - start
     if matcher.is_error():
         raise RequestFailed(f"structured output: {error_of(matcher)}")
@@ -120,6 +121,20 @@ def forbidden_of(matcher: llguidance.LLMatcher, vocab_size: int) -> Forbidden:
         raise RequestFailed(f"structured output: one step of the grammar took {taken_s:.2g} s")
     flags = np.unpackbits((~bits).view(np.uint8), count=vocab_size, bitorder="little")
     return flags.view(np.bool_)
+
+
+def _safely(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call llguidance; a panic of its code, which no ``except Exception`` sees, fails one request.
+
+    Raises:
+        RequestFailed: it panicked.
+    """
+    try:
+        return call(*arguments)
+    except BaseException as error:
+        if is_library_error(error):
+            raise RequestFailed(f"structured output: {error}") from None
+        raise
 
 
 class Grammars:
@@ -176,7 +191,10 @@ class Grammars:
         source = llguidance_grammar(wanted)
         if not self._process.can_compile(source):
             raise ValueError("compiling it takes too long or too much memory; send a simpler one")
-        matcher = llguidance.LLMatcher(self._ll_tokenizer(), source, log_level=0, limits=LIMITS)
+        tokenizer = self._ll_tokenizer()
+        matcher = _safely(
+            lambda: llguidance.LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
+        )
         if matcher.is_error():
             raise ValueError(error_of(matcher))
         forbidden = forbidden_of(matcher, self._vocab_size)

@@ -18,6 +18,8 @@ from flowprefill.server.chat import order_of_chat
 from flowprefill.server.completions import order_of_completions
 from flowprefill.server.endpoint import GenerationOrder
 from flowprefill.server.openai_schema import CHAT_ONLY, IGNORED, REFUSED, SchemaContext
+from flowprefill.server.response_store import ResponseStore
+from flowprefill.server.responses import ResponsesEndpoint
 from flowprefill.server.structured_fields import TOP_LEVEL
 
 FIELDS = (
@@ -116,6 +118,20 @@ def test_chat_body_gives_an_order_or_a_named_field(
         check(order_of_chat(Body({**body, "messages": messages}), context(headers), 100))
     except InvalidRequest as error:
         check_names(error, {*body, *headers, "messages"})
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(body=BODIES, items=VALUES, text=VALUES, tools=VALUES, choice=VALUES)
+def test_response_body_gives_an_order_or_a_named_field(
+    body: dict[str, Any], items: Any, text: Any, tools: Any, choice: Any
+) -> None:
+    sent = {**body, "input": items, "text": text, "tools": tools, "tool_choice": choice}
+    endpoint = ResponsesEndpoint(ResponseStore(10))
+    try:
+        check(endpoint.order(Body(sent), context({}), 100))
+    except InvalidRequest as error:
+        check_names(error, set(sent))
 
 
 @settings(max_examples=300)

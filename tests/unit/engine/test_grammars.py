@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from engine_models import WAIT_S, prompt_of
-from schema_generator import EOS, TOKENS, VOCAB, PieceTokenizer
+from schema_generator import EOS, HAND_MADE, TOKENS, VOCAB, PieceTokenizer
 from test_structured_suite import generate
 
 from flowprefill import Engine, InvalidRequest, Request, SamplingParams, StructuredOutput
 from flowprefill.engine.grammars import Grammars
 from flowprefill.engine.sampler import Sampler
+from flowprefill.request import StructuredKind
 
 PERSON = {
     "type": "object",
@@ -87,6 +89,27 @@ def test_what_cannot_be_compiled_is_refused_by_name(
             grammars.compile(named)
         assert caught.value.param == "response_format"
         assert len(caught.value.message) < 500
+
+
+@pytest.mark.slow
+def test_damaged_grammars_are_compiled_or_refused(grammars: Grammars) -> None:
+    rng = random.Random(5)
+    sources: list[tuple[StructuredKind, str]] = [
+        *(("json_schema", json.dumps(schema)) for schema in HAND_MADE),
+        ("grammar", 'start: "yes" | "no" B\nB: /[0-9]+/'),
+        ("grammar", 'root ::= "a" | b*\nb ::= [a-z]{2,3}'),
+        ("grammar", 'start: "a" %json {"type":"object"} <[3]>'),
+        ("regex", r"(ab|c){2}\d+\p{L}x?"),
+    ]
+    for _ in range(300):
+        kind, text = rng.choice(sources)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice('{}[]()"\\:|*+?^$%@/\n09a\0') + text[at + 1 :]
+        try:
+            grammars.compile(StructuredOutput(kind, text)).start().forbidden()
+        except InvalidRequest as error:
+            assert error.param == "structured"  # noqa: PT017
 
 
 def test_what_compiles_for_ever_is_stopped(grammars: Grammars) -> None:
