@@ -317,6 +317,9 @@ class FakeEngine:
     def warm_chat(self) -> None:
         """Nothing renders here that would have to be started."""
 
+    def warm_structured(self) -> None:
+        """Nothing compiles grammars here."""
+
     def check_load(self, tenant: str = "") -> None:
         if self.load_error is not None:
             raise self.load_error
