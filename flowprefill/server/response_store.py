@@ -28,22 +28,22 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_chars = max_chars
         self._chars = 0
-        self._kept: OrderedDict[str, tuple[list[dict[str, Any]], int]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], tuple[list[dict[str, Any]], int]] = OrderedDict()
 
-    def put(self, response_id: str, messages: list[dict[str, Any]]) -> None:
-        """Keep a chat; nothing may change its messages afterwards."""
+    def put(self, response_id: str, messages: list[dict[str, Any]], tenant: str = "") -> None:
+        """Keep a chat of a tenant; nothing may change its messages afterwards."""
         chars = _chars(messages)
         with self._lock:
-            self._kept[response_id] = (messages, chars)
+            self._kept[tenant, response_id] = (messages, chars)
             self._chars += chars
             while len(self._kept) > self._max_responses or self._chars > self._max_chars:
                 _, (_, dropped) = self._kept.popitem(last=False)
                 self._chars -= dropped
 
-    def get(self, response_id: str) -> list[dict[str, Any]]:
-        """Return a chat's messages; raises ResponseNotFound."""
+    def get(self, response_id: str, tenant: str = "") -> list[dict[str, Any]]:
+        """Return the messages of a tenant's chat; raises ResponseNotFound."""
         with self._lock:
-            found = self._kept.get(response_id)
+            found = self._kept.get((tenant, response_id))
         if found is None:
             raise ResponseNotFound(
                 f"previous_response_id: {response_id[:80]!r} is not kept here (any more)",

@@ -37,11 +37,15 @@ class ResponseReply:
     """One request's reply: what it repeats of the body, and what it keeps of the chat."""
 
     def __init__(
-        self, body: Body, messages: list[dict[str, Any]], store: ResponseStore | None
+        self,
+        body: Body,
+        messages: list[dict[str, Any]],
+        store: ResponseStore | None,
+        tenant: str,
     ) -> None:
         self._shown = {name: body.raw(name, DEFAULTS.get(name)) for name in SHOWN}
         self._messages = messages
-        self._store = store
+        self._store, self._tenant = store, tenant
 
     def payload(
         self, generation: Generation, status: str, items: list[dict[str, Any]]
@@ -82,7 +86,7 @@ class ResponseReply:
             payload |= generation.metrics([output_tokens])
         if self._store is not None:
             messages = [*self._messages, _as_message(whole)]
-            self._store.put(generation.envelope.id, messages)
+            self._store.put(generation.envelope.id, messages, self._tenant)
         return payload
 
     def whole(self, generation: Generation, completion: Completion) -> dict[str, Any]:
@@ -124,11 +128,12 @@ class ResponsesEndpoint(ChatEndpoint):
     def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
         """Translate the body and check it as a chat's."""
         refuse_fields(body, REFUSED, "this field is not supported here")
-        messages = input_messages(body)
+        messages, tenant = input_messages(body), context.rules.tenant.name
         previous = body.text("previous_response_id")
         if previous is not None:
-            messages = [*self._store.get(previous), *messages]
-        reply = ResponseReply(body, messages, self._store if body.boolean("store", True) else None)
+            messages = [*self._store.get(previous, tenant), *messages]
+        store = self._store if body.boolean("store", True) else None
+        reply = ResponseReply(body, messages, store, tenant)
         instructions = body.text("instructions")
         if instructions:
             messages = [{"role": "system", "content": instructions}, *messages]

@@ -209,3 +209,14 @@ def test_store_is_bounded(start_server: StartServer, engine: FakeEngine) -> None
     first = server.post("/v1/responses", {"input": "Hi"}).json()["id"]
     reply = server.post("/v1/responses", {"input": "Hi", "previous_response_id": first})
     assert reply.status == 404
+
+
+def test_a_tenant_continues_its_own_replies_only(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, tenants={"a": {"key": "ka"}, "b": {"key": "kb"}})
+    headers = {"Authorization": "Bearer ka"}
+    first = server.post("/v1/responses", {"input": "Hi"}, headers).json()["id"]
+    body = {"input": "More", "previous_response_id": first}
+    assert server.post("/v1/responses", body, headers).status == 200
+    assert server.post("/v1/responses", body, {"Authorization": "Bearer kb"}).status == 404
