@@ -1,29 +1,20 @@
-"""Structured output: kinds, errors, bounds, and its effect on a real engine's requests."""
+"""Structured output: its kinds, what is refused, its bounds, and what samplers make of it."""
 
 from __future__ import annotations
 
 import json
 import random
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from engine_models import WAIT_S, prompt_of
 from schema_generator import EOS, HAND_MADE, TOKENS, VOCAB, PieceTokenizer
 from test_structured_suite import generate
 
-from flowprefill import Engine, InvalidRequest, Request, SamplingParams, StructuredOutput
+from flowprefill import InvalidRequest, SamplingParams, StructuredOutput
 from flowprefill.engine.grammars import Grammars
 from flowprefill.engine.sampler import Sampler
 from flowprefill.request import StructuredKind
-
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"enum": [1, 2]}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -172,53 +163,3 @@ def test_bias_rules_a_token_in_or_out() -> None:
 def test_bias_out_of_range_is_refused(bias: dict[int, float]) -> None:
     with pytest.raises(InvalidRequest, match="logit_bias"):
         SamplingParams(logit_bias=bias)
-
-
-# ---- a real engine, its model's weights random -------------------------------------------------
-
-
-def test_engine_text_fulfils_the_schema_and_stops(engine: Engine) -> None:
-    wanted = StructuredOutput.from_schema(PERSON)
-    params = SamplingParams(structured=wanted, seed=4, max_tokens=200, logprobs=2, min_tokens=150)
-    done = engine.submit(Request(prompt_of(20), params)).result(WAIT_S)
-    assert done.finish_reason == "stop"
-    assert json.loads(done.text)["age"] in (1, 2)
-    assert all(token.logprob is not None for token in done.tokens)
-
-
-def test_engine_same_seed_same_text_in_a_batch(engine: Engine) -> None:
-    wanted = StructuredOutput.from_schema(PERSON)
-    params = SamplingParams(structured=wanted, seed=11, max_tokens=100)
-    alone = engine.submit(Request(prompt_of(9), params)).result(WAIT_S).token_ids
-    free = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
-    others = [engine.submit(Request(prompt_of(9, seed), free)) for seed in range(3)]
-    beside = engine.submit(Request(prompt_of(9), params)).result(WAIT_S).token_ids
-    assert beside == alone
-    assert [len(other.result(WAIT_S).tokens) for other in others] == [40, 40, 40]
-
-
-def test_engine_length_cuts_a_structured_text(engine: Engine) -> None:
-    params = SamplingParams(structured=StructuredOutput("regex", "a{50}"), max_tokens=3)
-    assert engine.submit(Request(prompt_of(5), params)).result(WAIT_S).finish_reason == "length"
-
-
-def test_engine_bad_grammar_is_refused_at_submit(engine: Engine) -> None:
-    params = SamplingParams(structured=StructuredOutput("regex", "[a", param="regex"))
-    with pytest.raises(InvalidRequest, match="regex: invalid regular expression: unclosed"):
-        engine.submit(Request(prompt_of(5), params))
-
-
-def test_engine_compiles_from_many_threads(engine: Engine) -> None:
-    results: list[str] = []
-
-    def ask(number: int) -> None:
-        wanted = StructuredOutput.from_choices([f"answer {number % 3}"])
-        handle = engine.submit(Request(prompt_of(5), SamplingParams(structured=wanted)))
-        results.append(handle.result(WAIT_S).text)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
-    assert sorted(results) == sorted(f"answer {number % 3}" for number in range(9))
