@@ -27,7 +27,15 @@ if TYPE_CHECKING:
         RequestCancelled,
         RequestFailed,
     )
-    from flowprefill.request import SLO, Completion, Request, SamplingParams, Timings, Token
+    from flowprefill.request import (
+        SLO,
+        Completion,
+        Request,
+        SamplingParams,
+        StructuredOutput,
+        Timings,
+        Token,
+    )
 
 _HOME = {
     "Engine": "engine",
@@ -48,6 +56,7 @@ _HOME = {
     "Completion": "request",
     "Request": "request",
     "SamplingParams": "request",
+    "StructuredOutput": "request",
     "Timings": "request",
     "Token": "request",
 }
@@ -71,6 +80,7 @@ __all__ = [
     "RequestCancelled",
     "RequestFailed",
     "SamplingParams",
+    "StructuredOutput",
     "Timings",
     "Token",
     "__version__",

@@ -207,6 +207,7 @@ def run_serve(args: argparse.Namespace) -> int:
     def load() -> ServedEngine:
         engine = load_engine(args.model, config, lambda: not is_stopped.is_set())
         engine.warm_chat()
+        engine.warm_structured()
         return engine
 
     asyncio.run(serve(load, args.host, args.port, options, announce, is_stopped.set))

@@ -1,13 +1,14 @@
-"""What a user submits and gets back: Request, SamplingParams, SLO, tokens, completions, timings.
+"""What a user submits and gets back: Request, its sampling, its SLO, tokens, completions, timings.
 
 Plain data, validated on construction; every layer may import this module, it imports only errors.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,9 +16,13 @@ from flowprefill.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "expired", "failed", "rejected"]
 OnMiss = Literal["demote", "drop"]
+StructuredKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STRUCTURED_CHARS = 128 * 1024
+STRUCTURED_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 
 
 def _is_number(value: Any) -> bool:
@@ -70,6 +75,55 @@ class SLO:
 
 
 @dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the generated text has to be; tokens that would break it are never chosen.
+
+    Attributes:
+        kind: ``json_schema``, ``json_object``, ``regex``, ``choice`` or ``grammar``.
+        text: the JSON schema; the regular expression (Rust's syntax, for the whole text); the
+            choices as a JSON list of strings; the grammar (Lark as llguidance has it, or GBNF).
+            Empty for ``json_object``.
+        after: the text is free until this was generated, e.g. ``</think>``; empty: from the start.
+        param: the field that errors name.
+    """
+
+    kind: StructuredKind
+    text: str = ""
+    after: str = ""
+    param: str = field(default="structured", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURED_KINDS:
+            raise InvalidRequest.field(self.param, self.kind, "one of " + str(STRUCTURED_KINDS))
+        if not isinstance(self.text, str) or len(self.text) > MAX_STRUCTURED_CHARS:
+            allowed = f"text of at most {MAX_STRUCTURED_CHARS} characters"
+            raise InvalidRequest.field(self.param, self.text, allowed)
+        if self.kind != "json_object" and not self.text:
+            raise InvalidRequest.field(self.param, self.text, f"a {self.kind}, not empty")
+
+    @classmethod
+    def from_schema(
+        cls, schema: Mapping[str, Any], *, after: str = "", param: str = "structured"
+    ) -> StructuredOutput:
+        """Ask for JSON that a schema describes, its properties in the schema's order."""
+        try:
+            text = json.dumps(schema, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{param}: not a JSON schema: {error}", param=param) from None
+        return cls("json_schema", text, after, param)
+
+    @classmethod
+    def from_choices(
+        cls, choices: Sequence[str], *, after: str = "", param: str = "structured"
+    ) -> StructuredOutput:
+        """Ask for one of several texts."""
+        is_list = isinstance(choices, (list, tuple)) and len(choices) > 0
+        if not is_list or not all(isinstance(choice, str) and choice for choice in choices):
+            raise InvalidRequest.field(param, choices, "a list of non-empty strings")
+        return cls("choice", json.dumps(list(choices)), after, param)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when generation ends; names and ranges as in OpenAI's API and vLLM.
 
@@ -79,6 +133,9 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k: 0 is off.
         logprobs: how many alternatives to report per token (0: only the chosen one); None is off.
+        logit_bias: token id -> what is added to its logit, -100 to 100.
+        skip_special_tokens: leave control tokens out of the text.
+        structured: what the text has to be; None: anything. Its end ends generation.
     """
 
     max_tokens: int | None = None
@@ -96,6 +153,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         limit = 2**31 - 1
@@ -122,6 +182,18 @@ class SamplingParams:
             "repetition_penalty", self.repetition_penalty, 0.0, 10.0,
             allowed="a number in (0, 10]", open_low=True,
         )  # fmt: skip
+        self._check_bias()
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InvalidRequest.field("structured", self.structured, "a StructuredOutput")
+
+    def _check_bias(self) -> None:
+        bias = self.logit_bias
+        if not isinstance(bias, Mapping) or len(bias) > MAX_LOGIT_BIAS:
+            allowed = f"at most {MAX_LOGIT_BIAS} token ids with a number each"
+            raise InvalidRequest.field("logit_bias", bias, allowed)
+        for token, value in bias.items():
+            _check_int("logit_bias", token, 0, 2**31 - 1, allowed="token ids >= 0")
+            _check_number("logit_bias", value, -100.0, 100.0, allowed="numbers in [-100, 100]")
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:

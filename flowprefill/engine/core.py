@@ -396,6 +396,8 @@ class EngineCore:
                     self._news.append(Finished(run_id, ends, executed_s))
             self._settle()
         self._deliver()
+        for request in active.requests:  # the next run executes already
+            request.prepare_sampling()
 
     def _fail_all(self, error: Exception) -> None:
         """End every request and refuse new ones: what scheduler and engine know may not agree."""

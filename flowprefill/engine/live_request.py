@@ -156,9 +156,9 @@ class LiveRequest:
             piece = side.decoder.flush()
         else:
             piece = side.decoder.push(sampled.token_id)
-            if reason == "length":
+            if reason == "length" or sampled.is_last:
                 piece += side.decoder.flush()
-        released = side.stop.push(sampled.token_id, piece)
+        released = side.stop.push(sampled.token_id, piece, is_last=sampled.is_last)
         token = Token(
             token_id=sampled.token_id,
             text=released.text,
@@ -170,6 +170,11 @@ class LiveRequest:
         self.tokens.append(token)
         self.token_times_s.append(now)
         return token
+
+    def prepare_sampling(self) -> None:
+        """Work out what the next token's sampling needs; the event thread, no lock held."""
+        if self.token_side is not None and self.error is None and not self.is_ended:
+            self.token_side.sampler.prepare()
 
     def _side(self) -> TokenSide:
         if self.token_side is None:

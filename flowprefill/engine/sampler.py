@@ -1,12 +1,14 @@
 """Sampler: chooses the next token of one request from its logits; the event thread calls it.
 
 Order of processing: logprobs are of the model's own distribution; then repetition, presence and
-frequency penalties, the mask of stop tokens before min_tokens, temperature, min_p, top_k, top_p,
-and one draw. Each filter renormalises what the one before it left.
+frequency penalties, logit_bias, the mask of stop tokens before min_tokens, the mask of structured
+output's grammar, temperature, min_p, top_k, top_p, and one draw. Each filter renormalises what the
+one before it left.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +21,7 @@ from flowprefill.errors import RequestFailed
 from flowprefill.request import TokenLogprob
 
 if TYPE_CHECKING:
+    from flowprefill.engine.grammars import Constraint
     from flowprefill.request import SamplingParams
 
 Logits = NDArray[np.float32]
@@ -56,11 +59,13 @@ class SampledToken:
         logprob: natural logarithm of its probability in the model's distribution; None when
             logprobs weren't asked for.
         top_logprobs: the most likely tokens, best first, as many as were asked for.
+        is_last: the structured output is complete with it.
     """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
+    is_last: bool = False
 
 
 class Sampler:
@@ -82,6 +87,7 @@ class Sampler:
         prompt_ids: Sequence[int] | NDArray[np.int32],
         seed: int,
         eos_token_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         """Make the sampler of one request.
 
@@ -91,6 +97,7 @@ class Sampler:
             prompt_ids: the prompt, for the repetition penalty.
             seed: used when ``params.seed`` is None; any 64-bit integer.
             eos_token_ids: the model's end-of-sequence tokens, not sampled before ``min_tokens``.
+            constraint: its position in the grammar of its structured output.
         """
         self._params = params
         self._vocab_size = vocab_size
@@ -102,6 +109,10 @@ class Sampler:
         self._seen = _make_seen(params, prompt_ids)
         stops = stop_token_ids(params, eos_token_ids) if params.min_tokens else frozenset[int]()
         self._masked = np.array(sorted(t for t in stops if t < vocab_size), dtype=np.intp)
+        bias = {t: value for t, value in params.logit_bias.items() if t < vocab_size}
+        self._biased = np.array(list(bias), dtype=np.intp)
+        self._bias = np.array(list(bias.values()), dtype=np.float32)
+        self._constraint = constraint
         self._count = 0
         self._drawn: float | None = None  # the next token's random number, if it was asked for
 
@@ -111,7 +122,7 @@ class Sampler:
         The same until `sample` or `accept` takes a token: a run that is given up costs no number.
         """
         params = self._params
-        if self._seen is not None or params.logprobs is not None or self._masks():
+        if params.logprobs is not None or self._adjusts():
             return None
         if self._uniform is None:
             return DeviceSampling()
@@ -134,6 +145,11 @@ class Sampler:
         self._count += 1
         return SampledToken(token_id)
 
+    def prepare(self) -> None:
+        """Work out now what the next `sample` would, while the device computes its logits."""
+        if self._constraint is not None:
+            self._constraint.prepare()
+
     def sample(self, logits: Logits) -> SampledToken:
         """Choose the next token.
 
@@ -142,7 +158,7 @@ class Sampler:
 
         Raises:
             RequestFailed: NaN or infinity among the logits, or nothing left to choose from; the
-                sampler is unchanged.
+                sampler is unchanged. Or the grammar has met its limits.
         """
         if logits.shape != (self._vocab_size,):
             message = f"logits: got shape {logits.shape}, expected ({self._vocab_size},)"
@@ -159,20 +175,32 @@ class Sampler:
         self._count += 1
         if self._seen is not None:
             self._seen.add(token_id)
+        is_last = self._constraint is not None and self._constraint.accept(token_id)
         if self._params.logprobs is None:
-            return SampledToken(token_id)
-        return _with_logprobs(logits, token_id, self._params.logprobs)
+            return SampledToken(token_id, is_last=is_last)
+        sampled = _with_logprobs(logits, token_id, self._params.logprobs)
+        return dataclasses.replace(sampled, is_last=True) if is_last else sampled
+
+    def _adjusts(self) -> bool:
+        """Whether it is not the model's own logits that decide."""
+        is_changed = self._seen is not None or self._constraint is not None
+        return is_changed or self._biased.size > 0 or self._masks()
 
     def _adjust(self, logits: Logits) -> Logits:
-        """Return logits after penalties and the mask; the same array when there are none."""
-        masks = self._masks()
-        if self._seen is None and not masks:
+        """Return logits after penalties, bias and masks; the same array when there are none."""
+        if not self._adjusts():
             return logits
         adjusted = logits.copy()
         if self._seen is not None:
             self._seen.penalise(adjusted, self._params)
-        if masks:
+        if self._biased.size:
+            adjusted[self._biased] += self._bias
+        if self._masks():
             adjusted[self._masked] = -np.inf
+        if self._constraint is not None:
+            forbidden = self._constraint.forbidden()
+            if forbidden is not None:
+                np.putmask(adjusted, forbidden, -np.inf)
         return adjusted
 
     def _masks(self) -> bool:
@@ -350,7 +378,7 @@ def _check_finite(logits: Logits, count: int) -> None:
 def _nothing_left(count: int) -> RequestFailed:
     return RequestFailed(
         f"sampling output token {count}: every token is ruled out (all logits are -inf, or "
-        "stop_token_ids with min_tokens leave none)"
+        "stop_token_ids with min_tokens and structured output leave none)"
     )
 
 

@@ -127,14 +127,17 @@ class StopChecker:
             return "length"
         return None
 
-    def push(self, token_id: int, piece: str) -> ReleasedText:
+    def push(self, token_id: int, piece: str, *, is_last: bool = False) -> ReleasedText:
         """Take the next token and the text that became final with it.
+
+        Args:
+            is_last: nothing may follow it: its structured output is complete.
 
         Raises:
             AssertionError: generation has ended already (a bug of ours).
         """
         assert not self._is_finished, "a token after the last one"
-        reason = self.reason_of(token_id)
+        reason = "stop" if is_last else self.reason_of(token_id)
         self._count += 1
         cut = self._find_stop(piece) if self._strings else None
         if cut is not None:

@@ -86,6 +86,11 @@ class Tokenizer:
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @property
+    def joins_words(self) -> bool:
+        """Whether decoding puts spaces between tokens, so that a text is not its tokens' bytes."""
+        return self._pieces is Pieces.WORDS
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model's vocabulary may be padded beyond it."""
         return self._inner.get_vocab_size(with_added_tokens=True)

@@ -24,6 +24,7 @@ from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.errors import error_middleware
 from flowprefill.server.metrics import ServerMetrics
 from flowprefill.server.options import ServerOptions
+from flowprefill.server.responses import responses
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,15 @@ def create_app(
         [
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
+            web.post("/v1/responses", responses),
             web.get("/v1/models", models_routes.list_models),
             web.get("/v1/models/{id:.+}", models_routes.get_model),
             web.get("/health", models_routes.health),
             web.get("/health/ready", models_routes.ready),
             web.get("/ready", models_routes.ready),
             web.get("/version", models_routes.version),
+            web.get("/load", models_routes.load),
+            web.get("/server_info", models_routes.server_info),
             web.get("/metrics", _metrics),
             web.post("/tokenize", tokens_routes.tokenize),
             web.post("/detokenize", tokens_routes.detokenize),

@@ -80,6 +80,11 @@ class Body:
         self._path = path
         self._read: set[str] = set()
 
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """All of them, unchecked; reading here marks none as known."""
+        return self._fields
+
     def raw(self, name: str, default: Any = None) -> Any:
         """Return the field unchecked, ``default`` if it is missing or null."""
         self._read.add(name)

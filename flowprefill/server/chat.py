@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,19 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.models.chat_template import content_text
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.body import Body, check_text
-from flowprefill.server.endpoint import Endpoint, Plan, shared_prompt
+from flowprefill.server.chat_turn import ChatTurn
+from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import chat_entry
+from flowprefill.server.message import CallPart, MessagePart
 from flowprefill.server.openai_schema import MAX_INT, SchemaContext, generation_spec
+from flowprefill.server.reasoning import reasoning_parser_of
+from flowprefill.server.tool_parsers import call_format_of
+from flowprefill.server.tools import read_tool_calls, read_tools
 
 MAX_MESSAGES = 10_000
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # Of the template's variables, those the server fills in itself.
 OWN_TEMPLATE_VARIABLES = ("messages", "tools", "documents", "tokenize", "chat_template")
 
@@ -40,16 +46,23 @@ def _read_message(param: str, message: Any) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequest.field(f"{param}.role", role, "one of: " + ", ".join(ROLES))
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("function_call", "audio"):
         if message.get(name):
-            allowed = "null: tools and audio are not supported"
+            allowed = "null: this field is not supported"
             raise InvalidRequest.field(f"{param}.{name}", message[name], allowed)
-    checked = {
-        "role": "system" if role == "developer" else role,
-        "content": content_text(f"{param}.content", message.get("content")),
-    }
-    if message.get("name") is not None:
-        checked["name"] = check_text(f"{param}.name", message["name"])
+    checked: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    calls = message.get("tool_calls") or None
+    if calls is not None:
+        if role != "assistant":
+            raise InvalidRequest.field(f"{param}.tool_calls", calls, "null unless it's assistant's")
+        checked["tool_calls"] = read_tool_calls(f"{param}.tool_calls", calls)
+    if calls is not None and message.get("content") is None:
+        checked["content"] = None
+    else:
+        checked["content"] = content_text(f"{param}.content", message.get("content"))
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if message.get(name) is not None:
+            checked[name] = check_text(f"{param}.{name}", message[name])
     return checked
 
 
@@ -62,9 +75,11 @@ def read_template_variables(body: Body) -> dict[str, Any]:
         if name in given:
             body.refuse(f"chat_template_kwargs.{name}", given[name], "other variables only")
     variables = dict(given)
-    variables["add_generation_prompt"] = body.boolean("add_generation_prompt", True)
-    if body.boolean("continue_final_message"):
-        body.refuse("continue_final_message", True, "false: this field is not supported")
+    continues = body.boolean("continue_final_message")
+    adds_prompt = body.boolean("add_generation_prompt", not continues)
+    if continues and adds_prompt:
+        body.refuse("add_generation_prompt", True, "false beside continue_final_message")
+    variables["add_generation_prompt"] = adds_prompt
     if body.raw("chat_template") is not None:
         body.refuse("chat_template", body.raw("chat_template"), "null: the model's own is used")
     return variables
@@ -87,25 +102,65 @@ def _read_logprobs(body: Body) -> int | None:
     return (top or 0) if wanted else None
 
 
-def plan_chat(body: Body, context: SchemaContext, max_choices: int) -> Plan:
+def read_turn(
+    body: Body, template: str, tool_parser: str = "auto", reasoning_parser: str = "auto"
+) -> ChatTurn:
+    """Read what makes the prompt of a chat; the parsers as the server's options name them."""
+    turn = ChatTurn(
+        messages=read_messages(body),
+        variables=read_template_variables(body),
+        tools=read_tools(body),
+        form=call_format_of(tool_parser, template),
+        continues=body.boolean("continue_final_message"),
+        is_thinking=reasoning_parser_of(reasoning_parser, template) == "think",
+        shows_reasoning=body.boolean("include_reasoning", True),
+    )
+    if turn.continues:
+        turn.is_thinking = False
+    return turn
+
+
+def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; the template runs at submission."""
-    messages = read_messages(body)
-    variables = read_template_variables(body)
+    turn = read_turn(body, context.chat_template, context.tool_parser, context.reasoning_parser)
     spec = generation_spec(
         body, context, max_tokens=_read_max_tokens(body), logprobs=_read_logprobs(body)
     )
     if spec.n > max_choices:
         body.refuse("n", spec.n, f"at most {max_choices} choices")
+    if spec.sampling.structured is not None and turn.tools.listed:
+        param = spec.sampling.structured.param
+        raise InvalidRequest(f"{param}: got it beside tools, expected one of the two", param=param)
     # Templates write the special tokens themselves.
     add_special_tokens = body.boolean("add_special_tokens", False)
 
     def requests(engine: ServedEngine, reply_id: str) -> list[Request]:
-        text = engine.render_chat(messages, **variables)
+        text = turn.render(engine)
+        sampling = turn.sampling(spec.sampling, engine.tokenizer)
         prompt = shared_prompt(engine, text, spec.n, special_tokens=add_special_tokens)
-        return spec.requests([prompt], reply_id, special_tokens=add_special_tokens)
+        final = dataclasses.replace(spec, sampling=sampling)
+        return final.requests([prompt], reply_id, special_tokens=add_special_tokens)
 
-    chars = sum(len(message["content"]) for message in messages)
-    return Plan(spec, requests, choices=spec.n, prompt_chars=chars, is_rendered=True, echo=())
+    return GenerationOrder(
+        spec,
+        requests,
+        choices=spec.n,
+        prompt_chars=sum(len(message["content"] or "") for message in turn.messages),
+        is_rendered=True,
+        echo=(),
+        parser=turn.parser,
+    )
+
+
+def _whole_call(call: CallPart) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _call_delta(call: CallPart) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, **_whole_call(call)}
 
 
 class ChatEndpoint(Endpoint):
@@ -116,24 +171,33 @@ class ChatEndpoint(Endpoint):
     reply_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
-        """See plan_chat."""
-        return plan_chat(body, context, max_choices)
+    def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
+        """See order_of_chat."""
+        return order_of_chat(body, context, max_choices)
 
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+    def choice(self, part: MessagePart, logprobs: Any) -> dict[str, Any]:
         """Return the endpoint's part of a whole choice."""
-        message = {"role": "assistant", "content": text, "refusal": None}
+        content = part.content if part.content or not part.calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if part.reasoning:
+            message["reasoning_content"] = part.reasoning
+        if part.calls:
+            message["tool_calls"] = [_whole_call(call) for call in part.calls]
         return {"message": message, "logprobs": logprobs}
 
-    def chunk_choice(self, text: str, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
+    def chunk_choice(self, part: MessagePart, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
         """Return the endpoint's part of a choice in one stream event.
 
         The role comes with the first text, never before: tools that time the first event and tools
         that time the first text then agree.
         """
-        delta = {"role": "assistant", "content": text} if is_first else {}
-        if text:
-            delta["content"] = text
+        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        if part.content or (is_first and part.is_empty):
+            delta["content"] = part.content
+        if part.reasoning:
+            delta["reasoning_content"] = part.reasoning
+        if part.calls:
+            delta["tool_calls"] = [_call_delta(call) for call in part.calls]
         return {"delta": delta, "logprobs": logprobs}
 
     def logprobs(

@@ -10,15 +10,18 @@ from aiohttp import web
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.body import Body, check_text
-from flowprefill.server.endpoint import Endpoint, Plan, shared_prompt
+from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import token_label, top_labels
+from flowprefill.server.message import MessagePart
 from flowprefill.server.openai_schema import (
+    CHAT_ONLY,
     MAX_INT,
     SchemaContext,
     check_token_ids,
     generation_spec,
+    refuse_fields,
 )
 
 DEFAULT_MAX_TOKENS = 16
@@ -53,8 +56,9 @@ def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
     return value
 
 
-def plan_completions(body: Body, context: SchemaContext, max_choices: int) -> Plan:
+def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; touches no engine."""
+    refuse_fields(body, CHAT_ONLY, "only chats have tools")
     prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, MAX_INT)
@@ -77,7 +81,7 @@ def plan_completions(body: Body, context: SchemaContext, max_choices: int) -> Pl
         ]
         return spec.requests(shared, reply_id, special_tokens=add_special_tokens)
 
-    return Plan(
+    return GenerationOrder(
         spec=spec,
         requests=requests,
         choices=len(prompts) * spec.n,
@@ -95,23 +99,23 @@ class CompletionsEndpoint(Endpoint):
     reply_object = "text_completion"
     chunk_object = "text_completion"
 
-    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
-        """See plan_completions."""
-        return plan_completions(body, context, max_choices)
+    def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
+        """See order_of_completions."""
+        return order_of_completions(body, context, max_choices)
 
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+    def choice(self, part: MessagePart, logprobs: Any) -> dict[str, Any]:
         """Return the endpoint's part of a whole choice."""
-        return {"text": text, "logprobs": logprobs}
+        return {"text": part.content, "logprobs": logprobs}
 
     def chunk_choice(
         self,
-        text: str,
+        part: MessagePart,
         logprobs: Any,
         *,
         is_first: bool,  # noqa: ARG002
     ) -> dict[str, Any]:
         """Return the endpoint's part of a choice in one stream event."""
-        return {"text": text, "logprobs": logprobs}
+        return {"text": part.content, "logprobs": logprobs}
 
     def logprobs(
         self, tokens: Sequence[Token], tokenizer: ServedTokenizer, text_offset: int

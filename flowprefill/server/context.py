@@ -15,6 +15,7 @@ from flowprefill.server.body import UnknownFields
 from flowprefill.server.body_memory import BodyMemory
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.options import ServerOptions
+from flowprefill.server.response_store import ResponseStore
 from flowprefill.server.slo import ClientRules
 from flowprefill.server.tenants import Tenants
 from flowprefill.version import __version__
@@ -49,6 +50,7 @@ class ServerContext:
         self.unknown_fields = UnknownFields()
         self.body_memory = BodyMemory(int(options.max_bodies_mib * 2**20))
         self._tenants = Tenants(options.tenants)
+        self.responses = ResponseStore(options.max_stored_responses)
         self.is_closing = False
         self.generating = 0
         self._workers = ThreadPoolExecutor(WORKERS, "fp-http")

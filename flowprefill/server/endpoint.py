@@ -1,24 +1,26 @@
-"""What a generating request is made of: its plan, its endpoint's shapes, its submitted choices.
+"""What a generating HTTP request is made of: its order, its endpoint's shapes, its choices.
 
 Completions and chat implement Endpoint; generation.py and streaming.py work on any of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from flowprefill.request import Request, Token
+from flowprefill.request import Completion, FinishReason, Request, Token
 from flowprefill.server.body import Body
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle, ServedTokenizer
+from flowprefill.server.message import MessageParser, MessagePart, PlainText
 from flowprefill.server.openai_schema import GenerationSpec, SchemaContext
 from flowprefill.server.replies import Envelope, metrics_object
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GenerationOrder:
     """A checked HTTP request, ready to submit.
 
     Attributes:
@@ -29,6 +31,9 @@ class Plan:
         prompt_chars: characters or token ids in all of them together.
         is_rendered: whether the chat template makes the prompt, which waits for another process.
         echo: prompts to repeat before the generated text; empty for none.
+        parser: makes what reads one choice's text; called after `requests`.
+        whole: makes the reply of an endpoint without ``choices``; None: they all look alike.
+        writer: makes what writes such an endpoint's stream.
     """
 
     spec: GenerationSpec
@@ -37,6 +42,17 @@ class Plan:
     prompt_chars: int
     is_rendered: bool
     echo: tuple[str | list[int], ...]
+    parser: Callable[[], MessageParser] = PlainText
+    whole: Callable[[Generation, Completion], dict[str, Any]] | None = None
+    writer: Callable[[Generation], EventWriter] | None = None
+
+    def with_shape(
+        self,
+        whole: Callable[[Generation, Completion], dict[str, Any]],
+        writer: Callable[[Generation], EventWriter],
+    ) -> GenerationOrder:
+        """Return the same for an endpoint whose replies have another shape."""
+        return dataclasses.replace(self, whole=whole, writer=writer)
 
 
 def shared_prompt(
@@ -49,6 +65,18 @@ def shared_prompt(
     return engine.tokenizer.encode(prompt, special_tokens)
 
 
+class EventWriter(Protocol):
+    """Turns tokens into the events of a stream; events that have a ``type`` are named by it."""
+
+    def events_of(self, index: int, token: Token) -> list[dict[str, Any]]:
+        """Return what a choice's next token brings; nothing while it is not final."""
+        ...
+
+    def closing_events(self) -> list[dict[str, Any]]:
+        """Return what follows the last token."""
+        ...
+
+
 class Endpoint(ABC):
     """What differs between /v1/completions and /v1/chat/completions."""
 
@@ -58,15 +86,15 @@ class Endpoint(ABC):
     chunk_object: ClassVar[str]
 
     @abstractmethod
-    def plan(self, body: Body, context: SchemaContext, max_choices: int) -> Plan:
+    def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
         """Check the body; raises InvalidRequest."""
 
     @abstractmethod
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+    def choice(self, part: MessagePart, logprobs: Any) -> dict[str, Any]:
         """Return a whole choice without index and finish reason."""
 
     @abstractmethod
-    def chunk_choice(self, text: str, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
+    def chunk_choice(self, part: MessagePart, logprobs: Any, *, is_first: bool) -> dict[str, Any]:
         """Return a choice of one stream event without index and finish reason."""
 
     @abstractmethod
@@ -81,7 +109,7 @@ class Generation:
     """One HTTP request whose choices are submitted; handles are in choice order."""
 
     endpoint: Endpoint
-    plan: Plan
+    order: GenerationOrder
     envelope: Envelope
     engine: ServedEngine
     handles: list[ServedHandle]
@@ -89,13 +117,18 @@ class Generation:
 
     def echo_text(self, choice: int) -> str:
         """Return what comes before the generated text of one choice."""
-        return self.echo_texts[choice // self.plan.spec.n] if self.echo_texts else ""
+        return self.echo_texts[choice // self.order.spec.n] if self.echo_texts else ""
 
     def logprobs(self, tokens: Sequence[Token], text_offset: int) -> Mapping[str, Any] | None:
         """Return the logprobs object of consecutive tokens, None unless asked for."""
-        if self.plan.spec.sampling.logprobs is None:
+        if self.order.spec.sampling.logprobs is None:
             return None
         return self.endpoint.logprobs(tokens, self.engine.tokenizer, text_offset)
+
+    @staticmethod
+    def finish_reason(parser: MessageParser, reason: FinishReason | None) -> str | None:
+        """Return why a choice has ended; None if it has not."""
+        return "tool_calls" if reason == "stop" and parser.has_calls else reason
 
     def metrics(self, output_tokens: Sequence[int]) -> dict[str, Any]:
         """Return the opt-in timings, given each choice's number of tokens; all have ended.

@@ -21,6 +21,14 @@ class ServedTokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def token_id(self, text: str) -> int | None:
+        """Id of the token spelled exactly so, or None."""
+        ...
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is a control token, which output text leaves out."""
+        ...
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, as UTF-8 that may be part of a character."""
         ...
@@ -71,6 +79,11 @@ class ServedEngine(Protocol):
 
     @property
     def tokenizer(self) -> ServedTokenizer: ...
+    @property
+    def chat_template(self) -> str:
+        """The source of the model's chat template; empty if it has none."""
+        ...
+
     @property
     def is_ready(self) -> bool: ...
     @property

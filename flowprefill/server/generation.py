@@ -16,7 +16,7 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.request import Completion, Request
 from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
-from flowprefill.server.endpoint import Endpoint, Generation, Plan
+from flowprefill.server.endpoint import Endpoint, Generation, GenerationOrder
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.incoming import json_body
 from flowprefill.server.openai_schema import SchemaContext
@@ -47,24 +47,24 @@ def _check_work(requests: Sequence[Request], engine: ServedEngine, limit_s: floa
 
 
 def _submit(
-    context: ServerContext, endpoint: Endpoint, plan: Plan, envelope: Envelope
+    context: ServerContext, endpoint: Endpoint, order: GenerationOrder, envelope: Envelope
 ) -> Generation:
     """Submit every choice, or none: what was admitted before an error is cancelled."""
     engine = context.engine
     handles: list[ServedHandle] = []
     try:
-        requests = plan.requests(engine, envelope.id)
+        requests = order.requests(engine, envelope.id)
         _check_work(requests, engine, context.options.max_request_s)
         for request in requests:
-            handles.append(engine.submit(request, plan.spec.slo))
+            handles.append(engine.submit(request, order.spec.slo))
         echo = tuple(
             prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
-            for prompt in plan.echo
+            for prompt in order.echo
         )
     except BaseException:
         cancel_all(handles)
         raise
-    return Generation(endpoint, plan, envelope, engine, handles, echo)
+    return Generation(endpoint, order, envelope, engine, handles, echo)
 
 
 def cancel_all(handles: Sequence[ServedHandle]) -> None:
@@ -80,10 +80,10 @@ def _cancel_submitted(task: asyncio.Task[Generation]) -> None:
 
 
 async def _submit_off_loop(
-    context: ServerContext, endpoint: Endpoint, plan: Plan, envelope: Envelope
+    context: ServerContext, endpoint: Endpoint, order: GenerationOrder, envelope: Envelope
 ) -> Generation:
     """Submit in a thread; if the client goes meanwhile, what was submitted is cancelled."""
-    work = context.in_thread(_submit, context, endpoint, plan, envelope)
+    work = context.in_thread(_submit, context, endpoint, order, envelope)
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)
@@ -92,7 +92,9 @@ async def _submit_off_loop(
         raise
 
 
-async def _plan(request: web.Request, endpoint: Endpoint, context: ServerContext) -> Plan:
+async def _read_order(
+    request: web.Request, endpoint: Endpoint, context: ServerContext
+) -> GenerationOrder:
     """Read and check the body, in a thread if it is long; while overloaded not even that."""
     engine = context.engine
     rules = context.rules_for(request.headers)
@@ -102,18 +104,21 @@ async def _plan(request: web.Request, endpoint: Endpoint, context: ServerContext
         service_tiers=context.options.service_tiers,
         vocab_size=engine.vocab_size,
         rules=rules,
+        chat_template=engine.chat_template,
+        tool_parser=context.options.tool_call_parser,
+        reasoning_parser=context.options.reasoning_parser,
     )
 
-    def check(raw: bytes) -> tuple[Plan, Body]:
+    def check(raw: bytes) -> tuple[GenerationOrder, Body]:
         body = Body(parse_json_object(raw, engine.max_model_len))
-        return endpoint.plan(body, schema, context.options.max_choices), body
+        return endpoint.order(body, schema, context.options.max_choices), body
 
     async with json_body(request) as raw:
         engine.check_load(rules.tenant.name)
         is_short = len(raw) <= LONG_BODY_BYTES
-        plan, body = check(raw) if is_short else await context.in_thread(check, raw)
+        order, body = check(raw) if is_short else await context.in_thread(check, raw)
     context.unknown_fields.warn(endpoint.path, body)
-    return plan
+    return order
 
 
 async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
@@ -123,23 +128,23 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
     cancelled afterwards.
     """
     context = request.app[SERVER]
-    plan = await _plan(request, endpoint, context)
+    order = await _read_order(request, endpoint, context)
     envelope = Envelope(
         id=new_reply_id(endpoint.id_prefix),
-        model=context.check_model(plan.spec.model),
+        model=context.check_model(order.spec.model),
         system_fingerprint=context.fingerprint,
-        service_tier=plan.spec.service_tier,
+        service_tier=order.spec.service_tier,
     )
     logger.debug("%s: %s %s", request[REQUEST_ID], endpoint.path, envelope.id)
     handles: list[ServedHandle] = []
     context.begin_generation()
     try:
-        if _is_quick(plan):
-            generation = _submit(context, endpoint, plan, envelope)
+        if _is_quick(order):
+            generation = _submit(context, endpoint, order, envelope)
         else:
-            generation = await _submit_off_loop(context, endpoint, plan, envelope)
+            generation = await _submit_off_loop(context, endpoint, order, envelope)
         handles = generation.handles
-        if plan.spec.stream is not None:
+        if order.spec.stream is not None:
             return await stream_reply(request, generation)
         return await _whole_reply(context, generation)
     finally:
@@ -147,12 +152,13 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
         context.end_generation()
 
 
-def _is_quick(plan: Plan) -> bool:
+def _is_quick(order: GenerationOrder) -> bool:
     """Whether submitting may hold the event loop: a thread would cost a short prompt more."""
     return (
-        not plan.is_rendered
-        and plan.prompt_chars <= LONG_PROMPT_CHARS
-        and plan.choices <= MANY_CHOICES
+        not order.is_rendered
+        and order.spec.sampling.structured is None  # a grammar may take long to compile
+        and order.prompt_chars <= LONG_PROMPT_CHARS
+        and order.choices <= MANY_CHOICES
     )
 
 
@@ -171,7 +177,9 @@ async def _whole_reply(context: ServerContext, generation: Generation) -> web.Re
 
 
 def _whole_payload(generation: Generation, completions: list[Completion]) -> dict[str, Any]:
-    spec = generation.plan.spec
+    spec = generation.order.spec
+    if generation.order.whole is not None:
+        return generation.order.whole(generation, completions[0])
     choices = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
     payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
     output_tokens = sum(len(completion.tokens) for completion in completions)
@@ -182,13 +190,16 @@ def _whole_payload(generation: Generation, completions: list[Completion]) -> dic
 
 
 def _whole_choice(generation: Generation, index: int, completion: Completion) -> dict[str, Any]:
-    spec = generation.plan.spec
+    spec = generation.order.spec
     echo = generation.echo_text(index)
     logprobs = generation.logprobs(completion.tokens, len(echo))
+    parser = generation.order.parser()
+    part = parser.push(echo + completion.text)
+    part.add(parser.finish())
     choice = {
         "index": index,
-        **generation.endpoint.choice(echo + completion.text, logprobs),
-        "finish_reason": completion.finish_reason,
+        **generation.endpoint.choice(part, logprobs),
+        "finish_reason": generation.finish_reason(parser, completion.finish_reason),
     }
     if spec.return_token_ids:
         choice["token_ids"] = completion.token_ids

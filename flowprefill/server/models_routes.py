@@ -1,7 +1,8 @@
-"""GET /v1/models, /health, /ready, /version: what is served, and whether; called by app.py."""
+"""GET /v1/models, /health, /ready, /version, /load, /server_info: what is served; for app.py."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from aiohttp import web
@@ -73,3 +74,29 @@ async def version(request: web.Request) -> web.Response:
     return web.json_response(
         {"version": __version__, "system_fingerprint": request.app[SERVER].fingerprint or None}
     )
+
+
+async def load(request: web.Request) -> web.Response:
+    """Handle GET /load: how much is being done."""
+    context = request.app[SERVER]
+    engine = context.attached_engine
+    body = {"server_load": context.generating}
+    if engine is not None:
+        stats = engine.stats()
+        body |= {"running": stats.running, "waiting": stats.waiting, "suspended": stats.suspended}
+    return web.json_response(body)
+
+
+async def server_info(request: web.Request) -> web.Response:
+    """Handle GET /server_info: what runs here, with which settings."""
+    context = request.app[SERVER]
+    engine = context.engine
+    body = {
+        "version": __version__,
+        "model": engine.model_id,
+        "max_model_len": engine.max_model_len,
+        **engine.describe(),
+        "engine_settings": dataclasses.asdict(engine.config),
+        "server_settings": context.options.shown(),
+    }
+    return web.json_response(body)

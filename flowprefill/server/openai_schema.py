@@ -12,9 +12,10 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
-from flowprefill.request import MAX_STOP_STRINGS, SLO, Request, SamplingParams
+from flowprefill.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SLO, Request, SamplingParams
 from flowprefill.server.body import Body, check_text
 from flowprefill.server.slo import NO_RULES, ClientRules, slo_of
+from flowprefill.server.structured_fields import read_structured
 
 MAX_N = 128
 MAX_INT = 2**31 - 1
@@ -30,27 +31,23 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "logit_bias": ({},),
     "prediction": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
 
+# Fields of chats, which no text completion has.
+CHAT_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+
 # OpenAI and vLLM fields that say something about the caller or the transport, not about the text.
 IGNORED = (
-    "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_key", "prompt_cache_retention",
     "reasoning_effort", "request_id", "safety_identifier", "spaces_between_special_tokens", "store",
     "user", "verbosity",
 )  # fmt: skip
@@ -129,6 +126,9 @@ class SchemaContext:
     service_tiers: Mapping[str, str]
     vocab_size: int
     rules: ClientRules = NO_RULES
+    chat_template: str = ""
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 def generation_spec(
@@ -168,12 +168,7 @@ def generation_spec(
 
 def refuse_unsupported(body: Body) -> None:
     """Refuse fields this server does not implement, and mark the harmless ones as known."""
-    for name, neutral in REFUSED.items():
-        value = body.raw(name)
-        if value is None or any(type(value) is type(v) and value == v for v in neutral):
-            continue
-        allowed = " or ".join(["null", *(repr(v) for v in neutral)])
-        body.refuse(name, value, f"{allowed}: this field is not supported")
+    refuse_fields(body, REFUSED, "this field is not supported")
     modalities = body.raw("modalities")
     if modalities is not None and modalities != ["text"]:
         body.refuse("modalities", modalities, "['text']: other kinds are not supported")
@@ -182,6 +177,16 @@ def refuse_unsupported(body: Body) -> None:
         body.refuse("metadata", metadata, f"an object of at most {MAX_METADATA} entries")
     for name in IGNORED:
         body.raw(name)
+
+
+def refuse_fields(body: Body, fields: Mapping[str, tuple[Any, ...]], why: str) -> None:
+    """Refuse fields unless they have a neutral value."""
+    for name, neutral in fields.items():
+        value = body.raw(name)
+        if value is None or any(type(value) is type(v) and value == v for v in neutral):
+            continue
+        allowed = " or ".join(["null", *(repr(v) for v in neutral)])
+        body.refuse(name, value, f"{allowed}: {why}")
 
 
 def sampling_params(
@@ -208,7 +213,24 @@ def sampling_params(
         frequency_penalty=body.raw("frequency_penalty", 0.0),
         repetition_penalty=body.raw("repetition_penalty", 1.0),
         include_stop_str_in_output=body.boolean("include_stop_str_in_output"),
+        logit_bias=_logit_bias(body, vocab_size),
+        skip_special_tokens=body.boolean("skip_special_tokens", True),
+        structured=read_structured(body),
     )
+
+
+def _logit_bias(body: Body, vocab_size: int) -> dict[int, float]:
+    """Read token ids, which JSON's objects have as text, with a number each."""
+    given = body.raw("logit_bias", {})
+    if not isinstance(given, dict) or len(given) > MAX_LOGIT_BIAS:
+        body.refuse("logit_bias", given, f"an object of at most {MAX_LOGIT_BIAS} token ids")
+    bias = {}
+    for key, value in given.items():
+        token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
+        if not 0 <= token < vocab_size:
+            body.refuse("logit_bias", key, f"token ids in [0, {vocab_size - 1}] as keys")
+        bias[token] = value
+    return bias
 
 
 def _stop_strings(body: Body) -> tuple[str, ...]:

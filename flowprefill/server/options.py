@@ -8,9 +8,16 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError
+from flowprefill.server.reasoning import REASONING_PARSERS
 from flowprefill.server.tenants import Tenants
+from flowprefill.server.tool_parsers import TOOL_PARSERS
 
 MAX_CONNECTIONS = 1 << 20
+SECRET = ("tenants", "api_keys")  # settings that hold keys
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -59,6 +66,15 @@ class ServerOptions:
         "longest predicted work of one request with several choices, seconds (400 above); 0 is "
         "no limit. Counts only where the machine is calibrated",
     )
+    tool_call_parser: str = _option(
+        "auto", f"how the model writes tool calls: {', '.join(TOOL_PARSERS)} (by the chat template)"
+    )
+    reasoning_parser: str = _option(
+        "auto", f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}"
+    )
+    max_stored_responses: int = _option(
+        1000, "replies of /v1/responses kept for previous_response_id; 0 is none"
+    )
     vllm_metrics: bool = _option(False, "export the common metrics under vllm: names as well")
     debug_endpoints: bool = _option(
         True, "serve /debug/timeline, /debug/decisions and /debug/requests"
@@ -71,12 +87,12 @@ class ServerOptions:
             "max_connections": (0, MAX_CONNECTIONS), "header_timeout_s": (0.01, 86_400),
             "idle_timeout_s": (0.01, 86_400), "write_timeout_s": (0.01, 86_400),
             "max_choices": (1, 100_000), "min_ttft_ms": (0, 86_400_000),
-            "max_request_s": (0, 31_536_000),
+            "max_request_s": (0, 31_536_000), "max_stored_responses": (0, 1_000_000),
             "keep_alive_s": (0.01, 3600), "shutdown_grace_s": (0, 86_400),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            whole = name in ("max_choices", "max_connections")
+            whole = name in ("max_choices", "max_connections", "max_stored_responses")
             kinds = (int,) if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "an integer" if whole else "a number"
@@ -84,6 +100,10 @@ class ServerOptions:
         for name in ("vllm_metrics", "debug_endpoints", "client_slo", "client_priority"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
+        parsers = {"tool_call_parser": TOOL_PARSERS, "reasoning_parser": REASONING_PARSERS}
+        for name, known in parsers.items():
+            if getattr(self, name) not in known:
+                self._refuse(name, getattr(self, name), "one of " + ", ".join(known))
         names: object = self.served_model_names
         if not isinstance(names, tuple) or not all(isinstance(n, str) and n for n in names):
             self._refuse("served_model_names", names, "a list of names")
@@ -98,6 +118,10 @@ class ServerOptions:
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings that everyone may see, without those that hold keys."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in SECRET}
 
     def check_classes(self, config: EngineConfig) -> None:
         """Refuse tiers and tenants that name a class the engine does not know."""

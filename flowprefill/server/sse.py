@@ -21,12 +21,13 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def encode_event(payload: dict[str, Any]) -> bytes:
-    """Encode one event.
+def encode_event(payload: dict[str, Any], name: str = "") -> bytes:
+    """Encode one event, with a name of its own if it has one.
 
     Kept to ASCII: readers that split lines as Unicode does would cut an event at U+2028.
     """
-    return b"data: " + json.dumps(payload, separators=(",", ":")).encode("ascii") + b"\n\n"
+    head = b"event: " + name.encode("ascii") + b"\n" if name else b""
+    return head + b"data: " + json.dumps(payload, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
 class EventStream:
@@ -51,17 +52,18 @@ class EventStream:
         # Written through to the socket at once; waits only for a client that does not read.
         await self.response.write(event)
 
-    async def send(self, payload: dict[str, Any]) -> None:
+    async def send(self, payload: dict[str, Any], name: str = "") -> None:
         """Send one event."""
-        await self._write(encode_event(payload))
+        await self._write(encode_event(payload, name))
 
     async def keep_alive(self) -> None:
         """Send a comment, which clients skip and proxies count as life."""
         await self._write(KEEP_ALIVE)
 
-    async def finish(self) -> None:
-        """Mark the stream as whole and end it."""
-        await self._write(DONE)
+    async def finish(self, *, is_marked: bool = True) -> None:
+        """End the stream, marked as whole unless its last event says so."""
+        if is_marked:
+            await self._write(DONE)
         await self.response.write_eof()
 
     async def fail(self, error: FlowPrefillError) -> None:

@@ -21,6 +21,7 @@ from flowprefill.server.context import REQUEST_ID, SERVER
 from flowprefill.server.endpoint import Generation
 from flowprefill.server.engine_protocol import ServedHandle
 from flowprefill.server.errors import shown_error
+from flowprefill.server.message import MessageParser, MessagePart
 from flowprefill.server.replies import usage_object
 from flowprefill.server.sse import EventStream
 
@@ -38,9 +39,11 @@ class _Choice:
 
     index: int
     text_offset: int
+    parser: MessageParser
     is_first: bool = True
     output_tokens: int = 0
     held: list[Token] = field(default_factory=list)
+    unsent: MessagePart = field(default_factory=MessagePart)
 
 
 async def _pump(index: int, handle: ServedHandle, queue: asyncio.Queue[_Item]) -> None:
@@ -105,10 +108,9 @@ async def _send_tokens(
     next_item: _NextItem,
     keep_alive_s: float,
 ) -> None:
-    choices = [
-        _Choice(index, len(generation.echo_text(index))) for index in range(len(generation.handles))
-    ]
-    open_choices = len(choices)
+    make_writer = generation.order.writer
+    writer = ChunkWriter(generation) if make_writer is None else make_writer(generation)
+    open_choices = len(generation.handles)
     while open_choices:
         try:
             async with asyncio.timeout(keep_alive_s):
@@ -121,57 +123,77 @@ async def _send_tokens(
         if item is None:
             open_choices -= 1
             continue
-        event = _event_of(generation, choices, index, item)
-        if event is not None:
-            await stream.send(event)
-    for event in _closing_events(generation, choices):
-        await stream.send(event)
-    await stream.finish()
+        for event in writer.events_of(index, item):
+            await stream.send(event, event.get("type", ""))
+    for event in writer.closing_events():
+        await stream.send(event, event.get("type", ""))
+    await stream.finish(is_marked=make_writer is None)
 
 
-def _event_of(
-    generation: Generation, choices: list[_Choice], index: int, token: Token
-) -> dict[str, Any] | None:
-    """Return the event this token completes, or None if its text is not final yet."""
-    choice = choices[index]
-    choice.output_tokens += 1
-    choice.held.append(token)
-    if not token.text and token.finish_reason is None:
-        return None
-    spec = generation.plan.spec
-    text = "".join(held.text for held in choice.held)
-    logprobs = generation.logprobs(choice.held, choice.text_offset)
-    shown = generation.echo_text(index) + text if choice.is_first else text
-    part = {
-        "index": index,
-        **generation.endpoint.chunk_choice(shown, logprobs, is_first=choice.is_first),
-        "finish_reason": token.finish_reason,
-    }
-    if spec.return_token_ids:
-        part["token_ids"] = [held.token_id for held in choice.held]
-    choice.is_first = False
-    choice.text_offset += len(text)
-    choice.held = []
-    event = generation.envelope.wrap(generation.endpoint.chunk_object, [part])
-    assert spec.stream is not None
-    if spec.stream.continuous_usage:
-        output_tokens = sum(c.output_tokens for c in choices)
-        event["usage"] = usage_object(generation.handles, spec.n, output_tokens)
-    elif spec.stream.include_usage:
-        event["usage"] = None
-    return event
+class ChunkWriter:
+    """The events of completions and chats: one a token; see EventWriter."""
 
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._choices = [
+            _Choice(index, len(generation.echo_text(index)), generation.order.parser())
+            for index in range(len(generation.handles))
+        ]
 
-def _closing_events(generation: Generation, choices: list[_Choice]) -> list[dict[str, Any]]:
-    """Return the event after the last token that carries usage and metrics, if wanted."""
-    spec = generation.plan.spec
-    assert spec.stream is not None
-    if not (spec.stream.include_usage or spec.return_metrics):
-        return []
-    event = generation.envelope.wrap(generation.endpoint.chunk_object, [])
-    if spec.stream.include_usage:
-        output_tokens = sum(choice.output_tokens for choice in choices)
-        event["usage"] = usage_object(generation.handles, spec.n, output_tokens)
-    if spec.return_metrics:
-        event |= generation.metrics([choice.output_tokens for choice in choices])
-    return [event]
+    def events_of(self, index: int, token: Token) -> list[dict[str, Any]]:
+        """Return the event this token completes; none if what it is part of is not final yet."""
+        generation, choice = self._generation, self._choices[index]
+        choice.output_tokens += 1
+        choice.held.append(token)
+        if token.text:
+            choice.unsent.add(choice.parser.push(token.text))
+        if token.finish_reason is not None:
+            choice.unsent.add(choice.parser.finish())
+        elif choice.unsent.is_empty:
+            return []
+        spec = generation.order.spec
+        part = self._part_of(choice, token)
+        if spec.return_token_ids:
+            part["token_ids"] = [held.token_id for held in choice.held]
+        choice.is_first = False
+        choice.held = []
+        event = generation.envelope.wrap(generation.endpoint.chunk_object, [part])
+        assert spec.stream is not None
+        if spec.stream.continuous_usage:
+            event["usage"] = self._usage()
+        elif spec.stream.include_usage:
+            event["usage"] = None
+        return [event]
+
+    def _part_of(self, choice: _Choice, token: Token) -> dict[str, Any]:
+        """Return the choice's part of the event: all that was not sent yet."""
+        generation = self._generation
+        logprobs = generation.logprobs(choice.held, choice.text_offset)
+        choice.text_offset += sum(len(held.text) for held in choice.held)
+        shown, choice.unsent = choice.unsent, MessagePart()
+        if choice.is_first:
+            shown.content = generation.echo_text(choice.index) + shown.content
+        return {
+            "index": choice.index,
+            **generation.endpoint.chunk_choice(shown, logprobs, is_first=choice.is_first),
+            "finish_reason": generation.finish_reason(choice.parser, token.finish_reason),
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        output_tokens = sum(choice.output_tokens for choice in self._choices)
+        generation = self._generation
+        return usage_object(generation.handles, generation.order.spec.n, output_tokens)
+
+    def closing_events(self) -> list[dict[str, Any]]:
+        """Return the event after the last token that carries usage and metrics, if wanted."""
+        generation = self._generation
+        spec = generation.order.spec
+        assert spec.stream is not None
+        if not (spec.stream.include_usage or spec.return_metrics):
+            return []
+        event = generation.envelope.wrap(generation.endpoint.chunk_object, [])
+        if spec.stream.include_usage:
+            event["usage"] = self._usage()
+        if spec.return_metrics:
+            event |= generation.metrics([choice.output_tokens for choice in self._choices])
+        return [event]

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from flowprefill.server.body import Body, parse_json_object
-from flowprefill.server.chat import read_messages, read_template_variables
+from flowprefill.server.chat import read_turn
 from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.incoming import json_body
@@ -21,7 +21,7 @@ def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
     if body.raw("messages") is not None:
         if body.raw("prompt") is not None:
             body.refuse("prompt", body.raw("prompt"), "null beside messages")
-        text = engine.render_chat(read_messages(body), **read_template_variables(body))
+        text = read_turn(body, engine.chat_template).render(engine)
         special_tokens = body.boolean("add_special_tokens", False)
     else:
         prompt = body.text("prompt")

@@ -48,6 +48,12 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
+    def token_id(self, text: str) -> int | None:
+        return {"<bos>": BOS, "<eos>": EOS}.get(text)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id >= BOS
+
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<bos>" if token_id == BOS else b"<eos>"
 
@@ -281,6 +287,8 @@ class FakeEngine:
         self.vocab_size = VOCAB
         self.created = 1_700_000_000
         self.tokenizer = ByteTokenizer()
+        self.chat_template = ""
+        self.rendered: list[dict[str, Any]] = []
         self.is_ready = True
         self.has_failed = False
         self.script = Script()
@@ -302,11 +310,15 @@ class FakeEngine:
     def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         if variables.get("refuse"):
             raise InvalidRequest("messages: the chat template refuses them", param="messages")
+        self.rendered.append({"messages": messages, **variables})
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return text + ("<assistant>" if variables.get("add_generation_prompt") else "")
 
     def warm_chat(self) -> None:
         """Nothing renders here that would have to be started."""
+
+    def warm_structured(self) -> None:
+        """Nothing compiles grammars here."""
 
     def check_load(self, tenant: str = "") -> None:
         if self.load_error is not None:

@@ -1,4 +1,4 @@
-"""Random bodies through the schemas: a plan or an InvalidRequest, never anything else."""
+"""Random bodies through the schemas: an order or an InvalidRequest, never anything else."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import Request
 from flowprefill.server.body import Body, parse_json_object
-from flowprefill.server.chat import plan_chat
-from flowprefill.server.completions import plan_completions
-from flowprefill.server.endpoint import Plan
-from flowprefill.server.openai_schema import IGNORED, REFUSED, SchemaContext
+from flowprefill.server.chat import order_of_chat
+from flowprefill.server.completions import order_of_completions
+from flowprefill.server.endpoint import GenerationOrder
+from flowprefill.server.openai_schema import CHAT_ONLY, IGNORED, REFUSED, SchemaContext
+from flowprefill.server.response_store import ResponseStore
+from flowprefill.server.responses import ResponsesEndpoint
+from flowprefill.server.structured_fields import TOP_LEVEL
 
 FIELDS = (
     *REFUSED, *IGNORED, "model", "n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed",
@@ -25,7 +28,9 @@ FIELDS = (
     "include_stop_str_in_output", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logprobs", "top_logprobs", "echo", "stream", "stream_options", "slo", "service_tier",
     "priority", "return_metrics", "return_token_ids", "add_special_tokens", "modalities",
-    "chat_template_kwargs", "add_generation_prompt", "unknown",
+    "chat_template_kwargs", "add_generation_prompt", "unknown", *CHAT_ONLY, *TOP_LEVEL,
+    "response_format", "structured_outputs", "logit_bias", "skip_special_tokens",
+    "parallel_tool_calls", "include_reasoning", "continue_final_message",
 )  # fmt: skip
 HEADERS = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-ttft-ms", "x-slo-class")
 SCALARS = (
@@ -33,7 +38,24 @@ SCALARS = (
     | st.sampled_from([0, 1, 2, 5, 0.5, "text", "none", "a"])
 )  # fmt: skip
 KEYS = st.sampled_from(
-    ["ttft_ms", "tpot_ms", "on_miss", "class", "include_usage", "type", "text", "role", "content"]
+    [
+        "ttft_ms",
+        "tpot_ms",
+        "on_miss",
+        "class",
+        "include_usage",
+        "type",
+        "text",
+        "role",
+        "content",
+        "json_schema",
+        "schema",
+        "json",
+        "regex",
+        "choice",
+        "function",
+        "name",
+    ]
 )
 VALUES = st.recursive(
     SCALARS,
@@ -54,15 +76,16 @@ class Renders:
 
     tokenizer = ByteTokenizer()
     max_model_len = 1000
+    chat_template = ""
 
     def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         return "".join(str(message["content"]) for message in messages) or "empty"
 
 
-def check(plan: Plan) -> None:
-    """What a plan promises: requests that the engine's own checks accept."""
-    requests = plan.requests(Renders(), "reply")  # type: ignore[arg-type]
-    assert len(requests) == plan.choices
+def check(order: GenerationOrder) -> None:
+    """What an order promises: requests that the engine's own checks accept."""
+    requests = order.requests(Renders(), "reply")  # type: ignore[arg-type]
+    assert len(requests) == order.choices
     assert all(isinstance(request, Request) for request in requests)
 
 
@@ -75,11 +98,11 @@ def check_names(error: InvalidRequest, fields: set[str]) -> None:
 @pytest.mark.slow
 @settings(max_examples=300)
 @given(body=BODIES, prompt=VALUES | st.just("Hi"), headers=SENT_HEADERS)
-def test_completion_body_gives_a_plan_or_a_named_field(
+def test_completion_body_gives_an_order_or_a_named_field(
     body: dict[str, Any], prompt: Any, headers: dict[str, str]
 ) -> None:
     try:
-        check(plan_completions(Body({**body, "prompt": prompt}), context(headers), 100))
+        check(order_of_completions(Body({**body, "prompt": prompt}), context(headers), 100))
     except InvalidRequest as error:
         check_names(error, {*body, *headers, "prompt"})
 
@@ -87,14 +110,28 @@ def test_completion_body_gives_a_plan_or_a_named_field(
 @pytest.mark.slow
 @settings(max_examples=300)
 @given(body=BODIES, content=VALUES | st.just("Hi"), headers=SENT_HEADERS)
-def test_chat_body_gives_a_plan_or_a_named_field(
+def test_chat_body_gives_an_order_or_a_named_field(
     body: dict[str, Any], content: Any, headers: dict[str, str]
 ) -> None:
     messages = [{"role": "user", "content": content}]
     try:
-        check(plan_chat(Body({**body, "messages": messages}), context(headers), 100))
+        check(order_of_chat(Body({**body, "messages": messages}), context(headers), 100))
     except InvalidRequest as error:
         check_names(error, {*body, *headers, "messages"})
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(body=BODIES, items=VALUES, text=VALUES, tools=VALUES, choice=VALUES)
+def test_response_body_gives_an_order_or_a_named_field(
+    body: dict[str, Any], items: Any, text: Any, tools: Any, choice: Any
+) -> None:
+    sent = {**body, "input": items, "text": text, "tools": tools, "tool_choice": choice}
+    endpoint = ResponsesEndpoint(ResponseStore(10))
+    try:
+        check(endpoint.order(Body(sent), context({}), 100))
+    except InvalidRequest as error:
+        check_names(error, set(sent))
 
 
 @settings(max_examples=300)
@@ -108,4 +145,4 @@ def test_any_bytes_are_an_object_or_a_bad_body(raw: bytes) -> None:
 
 @pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), 0])
 def test_seed_of_every_choice_is_valid(seed: int) -> None:
-    check(plan_completions(Body({"prompt": "a", "seed": seed, "n": 3}), context({}), 100))
+    check(order_of_completions(Body({"prompt": "a", "seed": seed, "n": 3}), context({}), 100))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -60,6 +62,54 @@ def test_whole_streamed_and_direct_text_agree(client: openai.OpenAI, engine: Eng
     assert whole.choices[0].finish_reason == direct.finish_reason == "length"
     assert whole.usage is not None
     assert whole.usage.prompt_tokens == direct.prompt_tokens
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+
+
+def test_required_tool_is_called_whole_and_streamed(client: openai.OpenAI, engine: Engine) -> None:
+    def ask(*, stream: bool) -> Any:
+        return client.chat.completions.create(
+            model=engine.model_id,
+            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+            tools=[{"type": "function", "function": {"name": "weather", "parameters": CITY}}],
+            tool_choice="required", parallel_tool_calls=False, temperature=0, max_tokens=60,
+            stream=stream,
+        )  # fmt: skip
+
+    (choice,) = ask(stream=False).choices
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "weather")
+    assert json.loads(call.function.arguments)["unit"] in ("C", "F")
+    deltas = [chunk.choices[0].delta for chunk in ask(stream=True)]
+    parts = [call.function.arguments for delta in deltas for call in delta.tool_calls or ()]
+    assert "".join(part or "" for part in parts) == call.function.arguments
+
+
+def test_schema_and_choice_bind_the_text(client: openai.OpenAI, engine: Engine) -> None:
+    reply = client.chat.completions.create(
+        model=engine.model_id,
+        messages=[{"role": "user", "content": "Describe Paris."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}},
+        max_tokens=60, n=2, seed=3,
+    )  # fmt: skip
+    for choice in reply.choices:
+        assert choice.finish_reason == "stop"
+        assert set(json.loads(choice.message.content or "")) == {"city", "unit"}
+    colour = client.completions.create(
+        model=engine.model_id, prompt="The sky is", extra_body={"guided_choice": ["red", "blue"]}
+    )
+    assert colour.choices[0].text in ("red", "blue")
+    with pytest.raises(openai.BadRequestError, match="look-around") as caught:
+        client.completions.create(
+            model=engine.model_id, prompt="a", extra_body={"guided_regex": "(?=a)b"}
+        )
+    assert caught.value.param == "guided_regex"
 
 
 def test_chat_with_class_logprobs_and_timings(client: openai.OpenAI, engine: Engine) -> None:

@@ -321,3 +321,17 @@ def test_story_of_a_request_and_of_a_reply_with_several_choices(
     listed = server.get("/debug/requests").json()["requests"]
     assert [one["id"] for one in listed] == [f"{both['id']}-1", f"{both['id']}-0", reply["id"]]
     assert server.get("/debug/requests/a%2Fb%00").status == 404
+
+
+def test_load_counts_what_is_being_done(server: RunningServer, engine: FakeEngine) -> None:
+    assert server.get("/load").json() == {
+        "server_load": 0, "running": 0, "waiting": 0, "suspended": 0,
+    }  # fmt: skip
+
+
+def test_server_info_names_model_and_settings(server: RunningServer) -> None:
+    info = server.get("/server_info").json()
+    assert (info["model"], info["device"]) == ("fake-model", "cpu")
+    assert info["engine_settings"]["policy"] == "slack_edf"
+    assert info["server_settings"]["tool_call_parser"] == "auto"
+    assert "tenants" not in info["server_settings"]

@@ -122,7 +122,7 @@ def run_example(number: str, folder: Path) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert set(EXAMPLES) == set("12345")
+    assert set(EXAMPLES) == set("123456")
 
 
 @pytest.mark.slow
@@ -155,6 +155,13 @@ def test_example_4_shorter_prompts_end_first(tmp_path: Path) -> None:
     ends = [float(one) for one in re.findall(r"first token after ([\d.]+) s", printed)]
     assert len(ends) == 4
     assert ends == sorted(ends, reverse=True)
+
+
+@pytest.mark.slow
+def test_example_6_answers_in_the_wanted_form(tmp_path: Path) -> None:
+    first, second = run_example("6", tmp_path).splitlines()
+    assert re.fullmatch(r"\{'city': .*, 'population': \d+\}", first)
+    assert second in ("red", "green", "blue")
 
 
 @pytest.fixture(scope="module")

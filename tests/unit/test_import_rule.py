@@ -39,7 +39,7 @@ PYTHON_LAYERS = {
     "scheduling": _layer("scheduling"),
     "policies": _layer("scheduling"),
     "models": _layer("models", "torch numpy safetensors tokenizers jinja2 gguf"),
-    "engine": _layer("engine scheduling models _core _cuda", "torch numpy"),
+    "engine": _layer("engine scheduling models _core _cuda", "torch numpy llguidance"),
     "server": _layer("server engine models", "aiohttp prometheus_client"),
     "traces": _layer("traces"),
     "explain": _layer(),

@@ -1,0 +1,152 @@
+"""POST /v1/responses: OpenAI's newer endpoint, made of the same parts as chats.
+
+Replies are kept in memory for ``previous_response_id``, so many of them as the settings say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from flowprefill.errors import InvalidRequest
+from flowprefill.request import Completion
+from flowprefill.server.body import Body
+from flowprefill.server.chat import ChatEndpoint, order_of_chat
+from flowprefill.server.context import SERVER
+from flowprefill.server.endpoint import EventWriter, Generation, GenerationOrder
+from flowprefill.server.generation import respond
+from flowprefill.server.message import MessagePart
+from flowprefill.server.openai_schema import SchemaContext, refuse_fields
+from flowprefill.server.replies import usage_object
+from flowprefill.server.response_events import ResponseWriter, output_items
+from flowprefill.server.response_input import REFUSED, chat_fields, input_messages, renamed
+from flowprefill.server.response_store import ResponseStore
+
+SHOWN = (
+    "instructions", "max_output_tokens", "parallel_tool_calls", "previous_response_id",
+    "temperature", "text", "tool_choice", "tools", "top_p", "metadata",
+)  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "parallel_tool_calls": True, "temperature": 1.0, "top_p": 1.0, "tool_choice": "auto",
+    "tools": [], "metadata": {}, "text": {"format": {"type": "text"}},
+}  # fmt: skip
+
+
+class ResponseReply:
+    """One request's reply: what it repeats of the body, and what it keeps of the chat."""
+
+    def __init__(
+        self,
+        body: Body,
+        messages: list[dict[str, Any]],
+        store: ResponseStore | None,
+        tenant: str,
+    ) -> None:
+        self._shown = {name: body.raw(name, DEFAULTS.get(name)) for name in SHOWN}
+        self._messages = messages
+        self._store, self._tenant = store, tenant
+
+    def payload(
+        self, generation: Generation, status: str, items: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the response object as it stands."""
+        envelope = generation.envelope
+        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return {
+            "id": envelope.id,
+            "object": "response",
+            "created_at": envelope.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": reason,
+            "model": envelope.model,
+            "output": items,
+            "store": self._store is not None,
+            "usage": None,
+            **self._shown,
+        }
+
+    def ended(
+        self, generation: Generation, whole: MessagePart, items: list[dict[str, Any]],
+        finish_reason: str | None, output_tokens: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return the whole response, and keep its chat."""
+        status = "incomplete" if finish_reason == "length" else "completed"
+        payload = self.payload(generation, status, items)
+        usage = usage_object(generation.handles, 1, output_tokens)
+        payload["usage"] = {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": output_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
+        }
+        if generation.order.spec.return_metrics:
+            payload |= generation.metrics([output_tokens])
+        if self._store is not None:
+            messages = [*self._messages, _as_message(whole)]
+            self._store.put(generation.envelope.id, messages, self._tenant)
+        return payload
+
+    def whole(self, generation: Generation, completion: Completion) -> dict[str, Any]:
+        """Return the reply that is not streamed."""
+        parser = generation.order.parser()
+        part = parser.push(completion.text)
+        part.add(parser.finish())
+        items = output_items(generation.envelope.id, part)
+        tokens = len(completion.tokens)
+        return self.ended(generation, part, items, completion.finish_reason, tokens)
+
+    def writer(self, generation: Generation) -> EventWriter:
+        """Return what writes the stream."""
+        return ResponseWriter(generation, self.payload, self.ended)
+
+
+def _as_message(whole: MessagePart) -> dict[str, Any]:
+    """Return the reply as the assistant's message of the chat."""
+    calls = [
+        {"id": call.id, "type": "function",
+         "function": {"name": call.name, "arguments": call.arguments}}
+        for call in whole.calls
+    ]  # fmt: skip
+    if calls:
+        return {"role": "assistant", "content": whole.content or None, "tool_calls": calls}
+    return {"role": "assistant", "content": whole.content}
+
+
+class ResponsesEndpoint(ChatEndpoint):
+    """The response shapes; what it reads is a chat's body after a translation."""
+
+    path = "/v1/responses"
+    id_prefix = "resp_"
+    reply_object = "response"
+
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+
+    def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
+        """Translate the body and check it as a chat's."""
+        refuse_fields(body, REFUSED, "this field is not supported here")
+        messages, tenant = input_messages(body), context.rules.tenant.name
+        previous = body.text("previous_response_id")
+        if previous is not None:
+            messages = [*self._store.get(previous, tenant), *messages]
+        store = self._store if body.boolean("store", True) else None
+        reply = ResponseReply(body, messages, store, tenant)
+        instructions = body.text("instructions")
+        if instructions:
+            messages = [{"role": "system", "content": instructions}, *messages]
+        chat = Body(chat_fields(body, body.fields, messages))
+        try:
+            order = order_of_chat(chat, context, max_choices)
+        except InvalidRequest as error:
+            raise renamed(error) from None
+        for name in set(body.fields).difference(chat.unknown()):
+            body.raw(name)  # known to one of the two
+        return order.with_shape(reply.whole, reply.writer)
+
+
+async def responses(request: web.Request) -> web.StreamResponse:
+    """Handle POST /v1/responses."""
+    return await respond(request, ResponsesEndpoint(request.app[SERVER].responses))

@@ -1,0 +1,222 @@
+"""/v1/responses through the real `openai` client: whole, streamed, continued, with tools."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from fake_engine import FakeEngine, Script
+from running_server import RunningServer, StartServer
+
+from flowprefill.errors import RequestFailed
+from flowprefill.request import StructuredOutput
+from flowprefill.server.response_store import ResponseNotFound, ResponseStore
+
+TOOLS: Any = [
+    {"type": "function", "name": "weather", "strict": True, "parameters": {"type": "object"}},
+    {"type": "function", "name": "now", "strict": True, "parameters": {"type": "object"}},
+]
+CALLS = (
+    'I look.\n<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
+    '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+)
+
+
+def test_whole_reply(client: openai.OpenAI, engine: FakeEngine) -> None:
+    reply = client.responses.create(
+        model="fake-model", input="Hi", instructions="Be short.", max_output_tokens=50,
+        temperature=0.5, metadata={"a": "b"},
+    )  # fmt: skip
+    assert (reply.status, reply.output_text, reply.object) == (
+        "completed", "Hello world", "response",
+    )  # fmt: skip
+    assert (reply.temperature, reply.max_output_tokens, reply.metadata) == (0.5, 50, {"a": "b"})
+    assert reply.usage is not None
+    assert reply.usage.output_tokens == 12
+    assert reply.usage.total_tokens == reply.usage.input_tokens + 12
+    assert engine.rendered[0]["messages"] == [
+        {"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"},
+    ]  # fmt: skip
+    sampling = engine.submitted[0].request.sampling
+    assert (sampling.max_tokens, sampling.temperature) == (50, 0.5)
+
+
+def test_cut_reply_is_incomplete(client: openai.OpenAI) -> None:
+    reply = client.responses.create(model="fake-model", input="Hi", max_output_tokens=4)
+    assert (reply.status, reply.output_text) == ("incomplete", "Hell")
+    assert reply.incomplete_details is not None
+    assert reply.incomplete_details.reason == "max_output_tokens"
+
+
+def test_stream_builds_the_whole_reply(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.chat_template = "tools <tool_call> </think>"
+    engine.script = Script(text=f"<think>Hm.</think>{CALLS}")
+    stream = client.responses.create(model="fake-model", input="Hi", tools=TOOLS, stream=True)
+    events: list[Any] = list(stream)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events][:3] == [
+        "response.created", "response.in_progress", "response.output_item.added",
+    ]  # fmt: skip
+    assert events[-1].type == "response.completed"
+    response = events[-1].response
+    assert [item.type for item in response.output] == [
+        "reasoning", "message", "function_call", "function_call",
+    ]  # fmt: skip
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert done == response.output
+    for index, item in enumerate(response.output):
+        texts = [e.delta for e in events if e.type.endswith(".delta") and e.output_index == index]
+        ids = {e.item_id for e in events if e.type.endswith(".delta") and e.output_index == index}
+        assert ids == {item.id}
+        written = item.arguments if item.type == "function_call" else item.content[0].text
+        assert "".join(texts) == written
+    whole = client.responses.create(model="fake-model", input="Hi", tools=TOOLS)
+    assert [item.type for item in whole.output] == [item.type for item in response.output]
+    assert whole.usage == response.usage
+
+
+def test_openai_stream_helper_reads_it(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="fake-model", input="Hi") as stream:
+        final = stream.get_final_response()
+    assert final.output_text == "Hello world"
+
+
+def test_previous_response_is_continued(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.chat_template = "tools <tool_call>"
+    engine.script = Script(text=CALLS)
+    first = client.responses.create(
+        model="fake-model", input="Weather?", tools=TOOLS, instructions="Only now."
+    )
+    engine.script = Script(text="Sunny.")
+    call: Any = first.output[1]
+    second = client.responses.create(
+        model="fake-model", previous_response_id=first.id, tools=TOOLS, stream=True,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}],
+    )  # fmt: skip
+    last: Any = list(second)[-1]
+    user, assistant, tool = engine.rendered[1]["messages"]
+    assert user == {"role": "user", "content": "Weather?"}
+    assert [c["function"]["name"] for c in assistant["tool_calls"]] == ["weather", "now"]
+    assert tool == {"role": "tool", "content": "sunny", "tool_call_id": call.call_id}
+    client.responses.create(
+        model="fake-model", previous_response_id=last.response.id, input="Thanks"
+    )
+    assert [m["role"] for m in engine.rendered[2]["messages"]] == [
+        "user", "assistant", "tool", "assistant", "user",
+    ]  # fmt: skip
+
+
+def test_calls_in_the_input_become_one_message(client: openai.OpenAI, engine: FakeEngine) -> None:
+    items: Any = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}"},
+        {"type": "function_call", "call_id": "b", "name": "now", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "noon"},
+    ]
+    engine.chat_template = "tools"
+    client.responses.create(model="fake-model", input=items)
+    _, assistant, _ = engine.rendered[0]["messages"]
+    assert [call["id"] for call in assistant["tool_calls"]] == ["a", "b"]
+
+
+def test_unstored_and_unknown_replies_cannot_be_continued(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    reply = client.responses.create(model="fake-model", input="Hi", store=False)
+    for previous in (reply.id, "resp_none"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.responses.create(model="fake-model", input="a", previous_response_id=previous)
+        assert caught.value.code == "previous_response_not_found"
+
+
+def test_format_and_named_tool_reach_the_engine(client: openai.OpenAI, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {}}
+    text: Any = {"format": {"type": "json_schema", "name": "a", "schema": schema, "strict": True}}
+    client.responses.create(model="fake-model", input="Hi", text=text)
+    assert engine.submitted[0].request.sampling.structured == StructuredOutput.from_schema(schema)
+    client.responses.create(
+        model="fake-model", input="Hi", tools=TOOLS,
+        tool_choice={"type": "function", "name": "now"},
+    )  # fmt: skip
+    wanted = engine.submitted[1].request.sampling.structured
+    assert wanted is not None
+    assert "weather" not in wanted.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [5]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"role": "wizard", "content": "a"}]}, "input[0].role"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"include": ["x"]}, "include"),
+        ({"temperature": 5}, "temperature"),
+        ({"store": 1}, "store"),
+    ],
+)
+def test_bad_field_is_named(server: RunningServer, fields: dict[str, Any], param: str) -> None:
+    reply = server.post("/v1/responses", {"input": "Hi", **fields})
+    assert (reply.status, reply.error["param"]) == (400, param)
+    assert reply.error["message"].startswith(param.partition("[")[0])
+
+
+def test_own_fields_work_and_unknown_ones_are_logged(
+    server: RunningServer, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"input": "Hi", "slo": {"ttft_ms": 250}, "top_k": 3, "unheard_of": 1, "user": "me"}
+    assert server.post("/v1/responses", body).status == 200
+    assert engine.submitted[0].slo.ttft == 0.25
+    assert engine.submitted[0].request.sampling.top_k == 3
+    ignored = [r.getMessage() for r in caplog.records if "unknown field" in r.getMessage()]
+    assert ignored == ["/v1/responses: ignoring unknown field 'unheard_of'"]
+
+
+def test_error_in_mid_stream_ends_it(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.script = Script(error=RequestFailed("qkv"), error_at=3)
+    with pytest.raises(openai.APIError, match="the log has it under"):
+        list(client.responses.create(model="fake-model", input="Hi", stream=True))
+
+
+def test_stream_events_carry_their_names(server: RunningServer) -> None:
+    raw = server.post("/v1/responses", {"input": "Hi", "stream": True}).body.decode()
+    for event in raw.strip().split("\n\n"):
+        name, data = event.split("\n")
+        assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
+
+
+def test_store_is_bounded(start_server: StartServer, engine: FakeEngine) -> None:
+    store = ResponseStore(max_responses=2, max_chars=1000)
+    for name, chars in (("a", 1), ("b", 1), ("c", 500), ("d", 900)):
+        store.put(name, [{"role": "user", "content": "x" * chars}])
+        if name == "c":
+            assert store.get("b")
+            assert store.get("c")
+    for name in "abcd":
+        with pytest.raises(ResponseNotFound):
+            store.get(name)
+    server = start_server(engine, max_stored_responses=0)
+    first = server.post("/v1/responses", {"input": "Hi"}).json()["id"]
+    reply = server.post("/v1/responses", {"input": "Hi", "previous_response_id": first})
+    assert reply.status == 404
+
+
+def test_a_tenant_continues_its_own_replies_only(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, tenants={"a": {"key": "ka"}, "b": {"key": "kb"}})
+    headers = {"Authorization": "Bearer ka"}
+    first = server.post("/v1/responses", {"input": "Hi"}, headers).json()["id"]
+    body = {"input": "More", "previous_response_id": first}
+    assert server.post("/v1/responses", body, headers).status == 200
+    assert server.post("/v1/responses", body, {"Authorization": "Bearer kb"}).status == 404
