@@ -224,6 +224,7 @@ class CutRules:
         min_tile_rows: int = ...,
         min_product_parts: int = ...,
         slices_heads: bool = ...,  # attention by KV heads before rows
+        slices_products: bool = ...,  # products of a tile by parts; else tiles have fewer rows
         embed_rows: int = ...,  # rows of a step before the layers
         weight_element_bytes: int = ...,
         embed_row_s: float = ...,

@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowprefill.bench.common import (
     FIRST_TOKEN_ONLY,
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cpu_profile(args: argparse.Namespace) -> Profile:
     """Return the profile of the model that the flags name on this machine."""
-    with load_engine(args) as engine:
+    with load_engine(args, device="cpu") as engine:
         return profile_of(engine)
 
 
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace, trace: Trace, configurations: Sequence[Configu
     settings = {name: getattr(args, name) for name in names}
     report = Report("simulate --against-engine", settings | {"trace": trace.name})
     for configuration in configurations:
-        chosen = {"granularity": str(configuration.granularity), "policy": configuration.policy}
+        cut, policy = str(configuration.granularity), configuration.policy
+        chosen: dict[str, Any] = {"device": "cpu", "granularity": cut, "policy": policy}
         if args.batch_tokens:
             chosen["max_batch_tokens"] = args.batch_tokens
         with load_engine(args, **chosen) as engine:

@@ -40,9 +40,9 @@ class WorkCosts:
         self._cache_token_s = shape.cache_bytes_per_token / rates.weight_bytes_per_s
         self._overhead_s = rates.run_overhead_s
         self._chunk = granularity.chunk_tokens
-        # The planner knows the experts that compute, two bytes an element; a prefill's rows read
-        # all of them. So it plans with slower memory, which would be wrong for the head.
-        self._read_share = 2.0 * (shape.linear_flops_per_token / 2.0) / shape.weight_bytes
+        # The planner knows the experts that compute; a prefill's rows read all of them. So it
+        # plans with slower memory, which would be wrong for the head.
+        self._read_share = profile.weight_bytes(1) / shape.weight_bytes
         head_s = shape.head_bytes / rates.weight_bytes_per_s
         self._head_excess_s = head_s / self._read_share - head_s
         self._planned = self._options(rates.attention_flops_per_s)

@@ -18,6 +18,7 @@ from flowprefill.simulation.device import VirtualDevice, VirtualRun
 from flowprefill.simulation.result import Outcome
 
 if TYPE_CHECKING:
+    from flowprefill.request import OnMiss
     from flowprefill.scheduling import Scheduler, SchedulerEvent, Work
     from flowprefill.simulation.costs import WorkCosts
     from flowprefill.traces import TraceRequest
@@ -56,12 +57,13 @@ class Node:
         on_end: Callable[[Outcome], None],
         *,
         role: Role = "mixed",
+        on_miss: OnMiss = "demote",
         worker: int = 0,
         seed: int = 0,
         noise: float = 0.0,
         on_blocking: Callable[[float], None] | None = None,
     ) -> None:
-        """Join the parts; see `simulate` for what role, seed and noise mean."""
+        """Join the parts; see `simulate` for what the options mean."""
         self.scheduler = scheduler
         self.device = VirtualDevice(costs.profile.segments_in_flight, on_blocking)
         self.next_s = math.inf
@@ -72,6 +74,7 @@ class Node:
         self._response_s = costs.profile.response_s
         self._on_end = on_end
         self._role = role
+        self._on_miss = on_miss
         self._worker = worker
         self._noise = noise
         self._random = random.Random(seed)
@@ -89,6 +92,8 @@ class Node:
             context_tokens=request.prompt_tokens if is_decode else 0,
             ttft_deadline_s=request.at_s + request.ttft_s,
             tpot_s=request.tpot_s,
+            on_miss=self._on_miss,
+            service_class=request.service_class,
         )
 
     def arrive(self, number: int, request: TraceRequest, job: Job, noise: float = 1.0) -> None:

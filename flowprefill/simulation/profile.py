@@ -131,7 +131,11 @@ def _number(name: str, values: Mapping[str, Any], key: str, default: float | Non
     return float(value)
 
 
-def _cuts(name: str, fields: Mapping[str, Any]) -> _core.CutRules:
+def _cuts(name: str, machine: Mapping[str, Any]) -> _core.CutRules:
+    """Return the cutting rules: those of a CPU with so many threads, or field by field."""
+    if "threads" in machine:
+        return _core.cpu_cuts("bf16", int(_number(name, machine, "threads")))
+    fields = _object(name, machine, "cuts") if "cuts" in machine else {}
     try:
         return _core.CutRules(**fields)
     except (TypeError, ValueError) as error:
@@ -172,7 +176,7 @@ def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Pr
         shape=shape,
         rates=rates,
         step_overhead_s=given("step_overhead_s", 5e-6),
-        cuts=_cuts(name, _object(name, machine, "cuts") if "cuts" in machine else {}),
+        cuts=_cuts(name, machine),
         response_s=given("response_s") if "response_s" in machine else 0.0,
         segments_in_flight=int(given("segments_in_flight", 1)),
         expert_share=share,

@@ -21,6 +21,7 @@ from flowprefill.simulation.node import ROLES, Node, Role
 from flowprefill.simulation.result import Outcome, Result
 
 if TYPE_CHECKING:
+    from flowprefill.request import OnMiss
     from flowprefill.scheduling.policies import Policy
     from flowprefill.simulation.profile import Profile
     from flowprefill.traces import TraceRequest
@@ -102,6 +103,7 @@ def simulate(
     noise: float = 0.0,
     bias: float = 1.0,
     role: Role = "prefill",
+    on_miss: OnMiss = "demote",
     costs: WorkCosts | None = None,
     keep_decisions: int = 0,
     keep_stretches: bool = False,
@@ -115,6 +117,7 @@ def simulate(
         bias: predictions are this many times as long as the truth; the scheduler may learn better.
         role: `prefill`: a request ends with its first token. `decode`: it comes with its first
             token and a full cache. `mixed`: the worker does both.
+        on_miss: of all requests, see `Job`.
         costs: of this profile and granularity, to be used again; None: made here.
         keep_decisions: how many of the last decisions the result holds.
         keep_stretches: whether the result says when which run was executing.
@@ -127,7 +130,9 @@ def simulate(
     if costs is None:
         costs = WorkCosts(profile, configuration.granularity)
     scheduler = configuration.scheduler(profile, bias)
-    node = Node(scheduler, costs, outcomes.append, role=role, seed=seed, noise=noise)
+    node = Node(
+        scheduler, costs, outcomes.append, role=role, on_miss=on_miss, seed=seed, noise=noise
+    )
     if keep_decisions:
         node.decisions = deque(maxlen=keep_decisions)
     if keep_stretches:

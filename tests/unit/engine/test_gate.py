@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
 from typing import Any
 
 import pytest
-from virtual_worker import VirtualWorker
 
-from flowprefill.config import ServiceClass
+from flowprefill import _core
+from flowprefill.config import Granularity, ServiceClass
 from flowprefill.engine.core import EngineCore
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
@@ -19,10 +20,21 @@ from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import Overloaded
 from flowprefill.request import SLO, Request, SamplingParams
-from flowprefill.scheduling import CostModel, Scheduler, SchedulerSettings
+from flowprefill.scheduling import CostModel, MachineRates, Scheduler, SchedulerSettings
 from flowprefill.scheduling.admission import AdmissionLimits
+from flowprefill.simulation import Profile
+from flowprefill.simulation.worker import VirtualWorker
 
+TOKEN_S = 1e-3  # of every new token; nothing else takes time worth mentioning
 REJECT, DEMOTE = ServiceClass(SLO(), admission="reject"), ServiceClass(SLO(), admission="demote")
+
+
+def even_profile() -> Profile:
+    """Return a machine on which a prefill takes TOKEN_S for each token."""
+    profile = Profile.load("llama-3.1-8b@a100")
+    rates = MachineRates(profile.shape.linear_flops_per_token / TOKEN_S, 1e30, 1e30, 1e-9)
+    cuts = _core.CutRules(embed_row_s=0.0)
+    return dataclasses.replace(profile, rates=rates, step_overhead_s=1e-12, cuts=cuts)
 
 
 class Letters:
@@ -39,7 +51,7 @@ class GateWorld:
     """A core on a virtual worker; each prompt has tokens of its own."""
 
     def __init__(self, limits: AdmissionLimits | None = None, policy: str = "slack_edf") -> None:
-        self.worker = VirtualWorker()
+        self.worker = VirtualWorker(even_profile(), Granularity("budget", budget_s=2e-3))
         sizes = self.worker.limits
         pool = BlockPool(sizes.num_blocks, sizes.block_tokens, True)
         cost_model = CostModel(self.worker.shape, self.worker.rates, is_calibrated=True)
@@ -92,10 +104,10 @@ class GateWorld:
 
 def test_who_would_be_late_is_refused_with_the_predicted_wait() -> None:
     world = GateWorld()
-    world.submit(2000, SLO(ttft=2.5))
+    world.submit(1000, SLO(ttft=1.5))
     with pytest.raises(Overloaded, match=r"predicted in 3\.000 s, due in 2\.600 s") as caught:
-        world.submit(1000, SLO(ttft=2.6))
-    assert caught.value.retry_after_s == pytest.approx(2.0, rel=0.01)
+        world.submit(2000, SLO(ttft=2.6))
+    assert caught.value.retry_after_s == pytest.approx(1.0, rel=0.01)
     world.submit(400, SLO(ttft=2.6))
     world.play()
     assert all(one.handle.result(0).timings.slo_met for one in world.live)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flowprefill import _core
@@ -25,6 +27,18 @@ def test_costs_are_what_the_cost_model_predicts(text: str, tokens: int) -> None:
     actual_s = costs_of(text).prefill_s(tokens, attention_pairs(tokens, 0))
     assert actual_s == pytest.approx(predicted_s, rel=0.12)  # each step has an overhead
     assert actual_s >= predicted_s - 1e-9
+
+
+def test_costs_of_a_wider_element_read_its_bytes_once() -> None:
+    machine = replace(PROFILE.rates, weight_bytes_per_s=1e9)
+    wide = replace(
+        PROFILE,
+        shape=replace(PROFILE.shape, weight_bytes=2 * PROFILE.shape.weight_bytes),
+        rates=machine,
+        cuts=_core.CutRules(weight_element_bytes=4, max_tile_rows=4096),
+    )
+    seconds = WorkCosts(wide, Granularity("none")).prefill_s(8, 0.0)
+    assert seconds == pytest.approx((wide.shape.weight_bytes + 4 * 128_256 * 4096) / 1e9, rel=0.01)
 
 
 @pytest.mark.parametrize("text", GRANULARITIES)

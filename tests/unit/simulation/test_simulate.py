@@ -94,6 +94,16 @@ def test_simulate_bias_changes_predictions_not_the_truth() -> None:
     assert plain == doubled
 
 
+def test_simulate_hopeless_requests_are_dropped_where_wanted() -> None:
+    trace = [TraceRequest(0.0, 30_000), TraceRequest(0.0, 30_000, ttft_s=1.1)]
+    none = Configuration("fcfs", Granularity("none"))
+    kept = simulate(trace, none, PROFILE).outcomes
+    first, dropped = simulate(trace, none, PROFILE, on_miss="drop").outcomes
+    assert first.ttft_s == kept[0].ttft_s
+    assert (dropped.end, dropped.ttft_s, dropped.is_on_time) == ("dropped", math.inf, False)
+    assert dropped.finished_s < 1.1 < kept[1].ttft_s
+
+
 def test_simulate_settings_given_are_taken_as_they_are() -> None:
     settings = SchedulerSettings(max_blocking_s=0.5)
     assert Configuration(settings=settings).scheduler(PROFILE).settings == settings
