@@ -52,7 +52,7 @@ class Lab:
         step: the grid's rates are ``base_rps * step**index``.
         seed: of prompts and noise; sample n gets seed + n.
         deadline_s: on the monotonic clock; inf is no budget.
-        longest_s: the longest measurement so far.
+        beyond_s: how much longer than its requests' span a measurement took, at most so far.
         places: what this run has asked for, without details.
     """
 
@@ -63,7 +63,7 @@ class Lab:
     step: float
     seed: int
     deadline_s: float = math.inf
-    longest_s: float = 0.0
+    beyond_s: float = 0.0
     places: dict[Place, Measurement] = field(default_factory=dict)
     _said_s: float = field(default_factory=time.monotonic)
 
@@ -87,16 +87,18 @@ class Lab:
         """Return the rate at an index, requests per second."""
         return float(self.base_rps * self.step**index)
 
-    @property
-    def is_out_of_time(self) -> bool:
-        """Whether another measurement like the longest so far would pass the deadline."""
-        return time.monotonic() + self.longest_s > self.deadline_s
+    def has_time_for(self, place: Place) -> bool:
+        """Whether a measurement is likely to end before the deadline."""
+        span_s = 0.0
+        if not self.backend.is_fast:
+            span_s = self.samples[place.sample].span_s / self.step**place.index
+        return time.monotonic() + span_s + self.beyond_s <= self.deadline_s
 
     def at(self, place: Place, *, is_detailed: bool = False) -> Measurement | None:
         """Return a measurement, made now if need be; None: there is no time left to make it."""
         key = place.key + (" detailed" if is_detailed else "")
         if key not in self.records:
-            if self.is_out_of_time:
+            if not self.has_time_for(place):
                 return None
             self._measure(place, key, is_detailed)
         found = self.records[key]
@@ -115,7 +117,8 @@ class Lab:
             place.setting, requests, self.seed + place.sample, is_detailed=is_detailed
         )
         self.records.add(key, found)
-        self.longest_s = max(self.longest_s, time.monotonic() - began_s)
+        span_s = 0.0 if self.backend.is_fast else found.span_s
+        self.beyond_s = max(self.beyond_s, time.monotonic() - began_s - span_s)
         if not self.backend.is_fast:
             self._say(place, found)
 
