@@ -159,9 +159,10 @@ class Lab:
                     Search(target, middle if start is None else start, stride, least, most)
                     for start in given
                 ]
-        for round_ in self._rounds(found, settings, targets):
+        began_s = time.monotonic()
+        for _ in self._rounds(found, settings, targets):
             done = sum(one.is_done for ones in found.values() for one in ones)
-            self._say_progress(done, sum(map(len, found.values())), round_)
+            self._say_progress(done, sum(map(len, found.values())), began_s)
         return found
 
     def _rounds(
@@ -169,9 +170,8 @@ class Lab:
         searches: dict[tuple[Setting, float], list[Search]],
         settings: Sequence[Setting],
         targets: Sequence[float],
-    ) -> Iterator[int]:
+    ) -> Iterator[None]:
         """Advance every search by one measurement per round, sample after sample."""
-        round_ = 0
         for target in targets:
             for sample in range(len(self.samples)):
                 active = {one: searches[one, target][sample] for one in settings}
@@ -179,8 +179,7 @@ class Lab:
                     for setting, search in list(active.items()):
                         if search.is_done or not self._advance(setting, sample, search):
                             del active[setting]
-                    round_ += 1
-                    yield round_
+                    yield
 
     def _advance(self, setting: Setting, sample: int, search: Search) -> bool:
         index = search.next_index
@@ -190,7 +189,9 @@ class Lab:
         search.tell(index, measured.attainment)
         return True
 
-    def _say_progress(self, done: int, total: int, round_: int) -> None:
-        if time.monotonic() - self._said_s > SAID_EVERY_S:
-            self._said_s = time.monotonic()
-            say(f"round {round_}: {done} of {total} searches, {len(self.records)} measurements")
+    def _say_progress(self, done: int, total: int, began_s: float) -> None:
+        now = time.monotonic()
+        if now - self._said_s > SAID_EVERY_S and done:
+            self._said_s = now
+            left_min = (now - began_s) / done * (total - done) / 60
+            say(f"{done} of {total} searches, about {left_min:.1f} min left for them")
