@@ -19,6 +19,7 @@ from flowprefill.traces.trace import Trace, TraceRequest
 
 QWEN_BLOCK_TOKENS = 16  # of one entry of the Qwen traces' hash_ids
 MOONCAKE_GRID_S = 3.0  # its conversation file states times as multiples of this
+GRID_ERROR_S = 0.002
 SINGLE_TURN_CLASSES = frozenset({"text"})  # the others keep their whole prompt at later turns
 
 
@@ -51,13 +52,19 @@ def read_trace(path: str | Path, format: str = "auto", *, seed: int = 0) -> Trac
 def _off_the_grid(requests: list[TraceRequest], grid_s: float, seed: int) -> list[TraceRequest]:
     """Give each request a uniform place in its step, if all times are multiples of grid_s.
 
-    On the grid itself all requests of a step would arrive at once, which they did not.
+    On the grid itself all requests of a step would arrive at once, which they did not. Times that
+    were cut to milliseconds may lie one beside it.
     """
     times_s = {request.at_s for request in requests}
-    if grid_s == 0 or len(times_s) < 2 or any(time_s % grid_s for time_s in times_s):
+    if grid_s == 0 or len(times_s) < 2:
+        return requests
+    if any(abs(time_s - grid_s * round(time_s / grid_s)) > GRID_ERROR_S for time_s in times_s):
         return requests
     rng = random.Random(seed)
-    return [replace(request, at_s=request.at_s + rng.uniform(0.0, grid_s)) for request in requests]
+    return [
+        replace(request, at_s=grid_s * (round(request.at_s / grid_s) + rng.random()))
+        for request in requests
+    ]
 
 
 def _from_zero(requests: Iterable[TraceRequest]) -> list[TraceRequest]:

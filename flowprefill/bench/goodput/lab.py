@@ -52,7 +52,7 @@ class Lab:
         step: the grid's rates are ``base_rps * step**index``.
         seed: of prompts and noise; sample n gets seed + n.
         deadline_s: on the monotonic clock; inf is no budget.
-        longest_s: the longest measurement so far.
+        beyond_s: how much longer than its requests' span a measurement took, at most so far.
         places: what this run has asked for, without details.
     """
 
@@ -63,7 +63,7 @@ class Lab:
     step: float
     seed: int
     deadline_s: float = math.inf
-    longest_s: float = 0.0
+    beyond_s: float = 0.0
     places: dict[Place, Measurement] = field(default_factory=dict)
     _said_s: float = field(default_factory=time.monotonic)
 
@@ -87,16 +87,18 @@ class Lab:
         """Return the rate at an index, requests per second."""
         return float(self.base_rps * self.step**index)
 
-    @property
-    def is_out_of_time(self) -> bool:
-        """Whether another measurement like the longest so far would pass the deadline."""
-        return time.monotonic() + self.longest_s > self.deadline_s
+    def has_time_for(self, place: Place) -> bool:
+        """Whether a measurement is likely to end before the deadline."""
+        span_s = 0.0
+        if not self.backend.is_fast:
+            span_s = self.samples[place.sample].span_s / self.step**place.index
+        return time.monotonic() + span_s + self.beyond_s <= self.deadline_s
 
     def at(self, place: Place, *, is_detailed: bool = False) -> Measurement | None:
         """Return a measurement, made now if need be; None: there is no time left to make it."""
         key = place.key + (" detailed" if is_detailed else "")
         if key not in self.records:
-            if self.is_out_of_time:
+            if not self.has_time_for(place):
                 return None
             self._measure(place, key, is_detailed)
         found = self.records[key]
@@ -115,7 +117,8 @@ class Lab:
             place.setting, requests, self.seed + place.sample, is_detailed=is_detailed
         )
         self.records.add(key, found)
-        self.longest_s = max(self.longest_s, time.monotonic() - began_s)
+        span_s = 0.0 if self.backend.is_fast else found.span_s
+        self.beyond_s = max(self.beyond_s, time.monotonic() - began_s - span_s)
         if not self.backend.is_fast:
             self._say(place, found)
 
@@ -156,9 +159,10 @@ class Lab:
                     Search(target, middle if start is None else start, stride, least, most)
                     for start in given
                 ]
-        for round_ in self._rounds(found, settings, targets):
+        began_s = time.monotonic()
+        for _ in self._rounds(found, settings, targets):
             done = sum(one.is_done for ones in found.values() for one in ones)
-            self._say_progress(done, sum(map(len, found.values())), round_)
+            self._say_progress(done, sum(map(len, found.values())), began_s)
         return found
 
     def _rounds(
@@ -166,9 +170,8 @@ class Lab:
         searches: dict[tuple[Setting, float], list[Search]],
         settings: Sequence[Setting],
         targets: Sequence[float],
-    ) -> Iterator[int]:
+    ) -> Iterator[None]:
         """Advance every search by one measurement per round, sample after sample."""
-        round_ = 0
         for target in targets:
             for sample in range(len(self.samples)):
                 active = {one: searches[one, target][sample] for one in settings}
@@ -176,8 +179,7 @@ class Lab:
                     for setting, search in list(active.items()):
                         if search.is_done or not self._advance(setting, sample, search):
                             del active[setting]
-                    round_ += 1
-                    yield round_
+                    yield
 
     def _advance(self, setting: Setting, sample: int, search: Search) -> bool:
         index = search.next_index
@@ -187,7 +189,9 @@ class Lab:
         search.tell(index, measured.attainment)
         return True
 
-    def _say_progress(self, done: int, total: int, round_: int) -> None:
-        if time.monotonic() - self._said_s > SAID_EVERY_S:
-            self._said_s = time.monotonic()
-            say(f"round {round_}: {done} of {total} searches, {len(self.records)} measurements")
+    def _say_progress(self, done: int, total: int, began_s: float) -> None:
+        now = time.monotonic()
+        if now - self._said_s > SAID_EVERY_S and done:
+            self._said_s = now
+            left_min = (now - began_s) / done * (total - done) / 60
+            say(f"{done} of {total} searches, about {left_min:.1f} min left for them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -104,6 +105,17 @@ def test_no_measurement_begins_that_may_end_after_the_budget() -> None:
     found = lab.searches([OURS], [0.9], stride=16)
     assert lab.at(Place(OURS, 0, 0)) is None
     assert rows_of(lab, found)[0]["samples"] == 0
+
+
+def test_budget_counts_the_span_of_what_is_sent_in_real_time() -> None:
+    lab = make_lab()
+    lab.backend.is_fast = False
+    lab.deadline_s = time.monotonic() + 60.0
+    span_s = lab.samples[0].span_s  # 9.5 s at the trace's own rate
+    assert lab.has_time_for(Place(OURS, 0, 0))
+    assert not lab.has_time_for(Place(OURS, 0, lab.index_of(2.0 * span_s / 70.0)))
+    lab.beyond_s = 55.0
+    assert not lab.has_time_for(Place(OURS, 0, 0))
 
 
 def test_sweep_compares_with_ours_at_equal_places() -> None:

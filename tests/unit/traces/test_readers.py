@@ -81,7 +81,7 @@ def mooncake(*times_ms: int) -> list[object]:
 
 
 def test_mooncake_grid_is_spread_by_seed(tmp_path: Path) -> None:
-    path = write_rows(tmp_path, *mooncake(0, 0, 3000, 3000, 9000))
+    path = write_rows(tmp_path, *mooncake(0, 0, 3000, 2999, 9000))
     times = [one.at_s for one in read_trace(path, seed=1).requests]
     assert times == [one.at_s for one in read_trace(path, seed=1).requests]
     assert times != [one.at_s for one in read_trace(path, seed=2).requests]
