@@ -6,7 +6,6 @@ import ctypes
 import gc
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -109,23 +108,6 @@ def test_a_cuda_call_that_fails_ends_one_request_only(
         engine.submit(Request(prompt_of(1500, 4), greedy(1))).result(WAIT_S)
     assert controls.double_num_faults() == faults + 1
     assert ids_of(engine, prompt_of(40, 2), 3) == expected, "the executor lives on"
-    assert_all_free(engine)
-
-
-@on(DOUBLES)
-@pytest.mark.parametrize("settings", [{}, {"max_model_len": 20, "max_batch_tokens": 8}])
-def test_calibration_probes_run_on_the_device(
-    open_engine: OpenEngine,
-    set_options: Callable[..., None],
-    tmp_path: Path,
-    settings: dict[str, int],
-) -> None:
-    # Measuring matrix kernels takes minutes on the double; the C++ tests do it on small shapes.
-    set_options(measures_gemms=False)
-    engine = open_engine(device="cuda", calibrate=True, granularity="budget:2", **settings)
-    (kept,) = tmp_path.glob("rates-*.json")
-    assert '"gpu": "double"' in kept.read_text()
-    assert len(ids_of(engine, prompt_of(10), 3)) == 3
     assert_all_free(engine)
 
 

@@ -19,6 +19,7 @@ from tiny_models import save_with_tokenizer, tiny_model
 
 from flowprefill import SLO, Engine, Request, SamplingParams
 from flowprefill.errors import InvalidRequest, PromptTooLong, RequestCancelled
+from flowprefill.scheduling import MachineRates
 
 OpenEngine = Callable[..., Engine]
 
@@ -53,6 +54,26 @@ def test_packed_prompts_and_decode_steps_do_not_disturb_each_other(open_engine: 
     handles = [engine.submit(Request(prompt, greedy(5))) for prompt in prompts]
     assert [handle.result(WAIT_S).token_ids for handle in handles] == alone
     assert_all_free(engine)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"kv_cache_gib": 0.001}, {"max_model_len": 20, "max_batch_tokens": 8}]
+)
+@on(ONE)
+def test_an_engine_calibrates_itself_and_serves(
+    open_engine: OpenEngine,
+    set_options: Callable[..., None],
+    tmp_path: Path,
+    settings: dict[str, float],
+) -> None:
+    set_options(measures_gemms=False)  # takes minutes on the double; C++ tests do it
+    engine = open_engine(calibrate=True, granularity="budget:2", **settings)
+    assert len(list(tmp_path.glob("rates-*.json"))) == 1
+    assert engine.rates != MachineRates()
+    assert len(ids_of(engine, prompt_of(10), 3)) == 3
+    assert_all_free(engine)
+    again = open_engine(calibrate=True, granularity="budget:2", **settings)
+    assert again.rates == engine.rates
 
 
 def test_iterating_awaiting_and_result_agree(engine: Engine) -> None:

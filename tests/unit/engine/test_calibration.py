@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engines import WAIT_S, greedy, prompt_of
 
-from flowprefill import Engine, Request, _core
+from flowprefill import _core
 from flowprefill.engine import calibration
 from flowprefill.engine.calibration import ProbeSizes, RatesFile
 from flowprefill.engine.cpu_device import CpuDevice
@@ -189,16 +187,3 @@ def test_only_a_device_of_our_own_is_planned_slower_than_calibrated() -> None:
         assert slowdown_of(0.01, is_exclusive) == 0.1
     assert slowdown_of(2.64, is_exclusive=True) == 2.6
     assert slowdown_of(2.64, is_exclusive=False) == 1.0, "others use the cores"
-
-
-@pytest.mark.parametrize("settings", [{}, {"kv_cache_gib": 0.001}, {"max_model_len": 20}])
-def test_an_engine_calibrates_itself_and_serves(
-    open_engine: Callable[..., Engine], tmp_path: Path, settings: dict[str, float]
-) -> None:
-    engine = open_engine(calibrate=True, cache_dir=str(tmp_path), **settings)
-    assert len(list(tmp_path.glob("rates-*.json"))) == 1
-    assert engine.rates != MachineRates()
-    assert len(engine.submit(Request(prompt_of(10), greedy(3))).result(WAIT_S).token_ids) == 3
-    assert engine.stats().kv_blocks_used == 0
-    again = open_engine(calibrate=True, cache_dir=str(tmp_path), **settings)
-    assert again.rates == engine.rates
