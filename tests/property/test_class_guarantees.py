@@ -74,7 +74,7 @@ def test_guaranteed_share_is_what_makes_them_on_time() -> None:
     honest = conforming(rng, 6.0)
     device = VirtualDevice(make(), [*honest, *adversary("tight stream", rng, 6.0)])
     device.play()
-    assert sum(not client.is_on_time for client in honest) > len(honest) / 4
+    assert any(not client.is_on_time for client in honest)
 
 
 @pytest.mark.parametrize("kind", ADVERSARIES)
@@ -85,17 +85,14 @@ def test_late_and_best_effort_end_within_the_documented_bound(
 ) -> None:
     rng = random.Random(seed)
     scheduler = make() if share is None else make(batch=share)
-    victims = []
-    for number in range(4):
-        at, tokens = 1.0 + 0.2 * number, rng.choice((200, 1_000, 2_500))
+    victims: list[Client] = []
+    for number in range(4):  # without a share all come first: the stream turns late and joins them
+        at = 1.0 if share is None else 1.0 + 0.2 * number
         ttft = math.inf if share is not None else rng.choice((math.inf, 1e-3))
+        tokens = rng.choice((200, 1_000, 2_500))
         job = Job(f"victim-{number}", at, tokens, 0, at + ttft, service_class="batch")
         victims.append(Client(job))
-    # The stream is always on time when it arrives, so none of it stands in line before a victim.
-    stream = [
-        c for c in adversary(kind, rng, 20.0) if c.job.ttft_deadline_s > c.job.arrival_s + 2e-3
-    ]
-    VirtualDevice(scheduler, [*victims, *stream]).play()
+    VirtualDevice(scheduler, [*victims, *adversary(kind, rng, 20.0)]).play()
     share = LATE_SHARE if share is None else share
     patience = 0.5 if share == LATE_SHARE else 0.0
     line_s = 0.0

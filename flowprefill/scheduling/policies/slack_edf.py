@@ -29,9 +29,10 @@ MIN_LOOK_S = 1e-3  # how soon a verdict that rests on a prediction is looked at 
 class SlackEdf(BasePolicy):
     """On time first, by deadline, as many as can be kept; then the rest; then background.
 
-    *On time* is who can still meet its deadline by prediction. The plan: the running prefill, if
-    it is on time, and those of the first 16 waiting that are, one after another by deadline; where
-    one would end late, the one with the most time per weight is given up (Moore-Hodgson).
+    *On time* is a prefill that can still meet its deadline by prediction. The plan: the running
+    one, if it is on time, and those of the first 16 waiting that are, one after another by
+    deadline; where one would end late, the one with the most time per weight is given up
+    (`planning.plan`). Time is set aside for arrivals that are likely to be due sooner (`Forecast`).
 
     The rest, late or without a deadline, go by arrival + 16 times their own predicted time, the
     online correction left out: equal ones in order of arrival, shorter ones earlier, and none is
@@ -39,19 +40,17 @@ class SlackEdf(BasePolicy):
     than one without a deadline, so that asking for the impossible gains nothing.
 
     Preemption of a prefill that
-      - is on time: if the plan gives it up, or if one the plan keeps would miss were it to end
-        first, by as much longer than predicted as one work in ten took lately;
+      - is on time: if the plan gives it up, or if it would take more than a quarter of the slack of
+        one the plan puts before it, were it as late as one in ten was lately;
       - is late or best effort: at once for any that is on time, else only for one that is before
         it and needs at most half of what it still needs;
       - is background: at once for any that is not.
     One suspended for other prefills max_suspensions times goes on for late_slice_s each time
     before it is suspended for one again.
 
-    No starvation, background aside: the rest are in a `LateLine` with late_share, late_patience_s
-    and late_slice_s, so that, decode steps aside, who turns late at t has finished by
-
-        t + late_patience_s + (predicted time of all in line up to itself) / late_share
-          + one slice for each of those + the longest work that is granted no slice
+    Promises, decode steps aside, by prediction: what a class's guaranteed share protects is on time
+    (`GuaranteedShares`); who is late or best effort, background aside, ends within the bound of
+    `LateLines` plus the longest prefill that is granted no slice.
 
     Source: own, after the paper's S-EDF.
     """
