@@ -17,10 +17,12 @@ rules both sides keep:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flowprefill.request import OnMiss
     from flowprefill.scheduling.work import Work
 
@@ -162,6 +164,8 @@ class SchedulerSettings:
             meet their deadline never let up.
         late_patience_s: how long a late or best-effort job waits before that share counts for it.
         late_slice_s: the piece in which that share is granted.
+        class_shares: service class -> share of the prefill time it is guaranteed (slack_edf); with
+            late_share less than 1 in all.
         decode_share: most of the time that decode steps take while prefills wait.
         idle_share: what decode steps without a TPOT objective aim at while prefills wait.
         max_stall_s: longest wait of a sequence without a TPOT objective for its next step.
@@ -175,6 +179,7 @@ class SchedulerSettings:
     late_share: float = 0.005
     late_patience_s: float = 5.0
     late_slice_s: float = 0.05
+    class_shares: Mapping[str, float] = field(default_factory=dict)
     decode_share: float = 0.7
     idle_share: float = 0.25
     max_stall_s: float = 0.5
@@ -194,6 +199,17 @@ class SchedulerSettings:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a number >= 0")
+        for name, share in self.class_shares.items():
+            if not 0.0 < share < 1.0 or name == BACKGROUND:
+                raise ValueError(
+                    f"class_shares: got {share} for {name!r}, expected a share in (0, 1) for a "
+                    f"class that is not {BACKGROUND!r}"
+                )
+        if sum(self.class_shares.values()) + self.late_share >= 1.0:
+            raise ValueError(
+                f"class_shares: got {dict(self.class_shares)}, with late_share {self.late_share}: "
+                "expected less than 1 in all"
+            )
 
 
 @dataclass(slots=True)

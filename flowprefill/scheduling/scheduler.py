@@ -315,6 +315,7 @@ class Scheduler:
         merged = Work(jobs, head.serial, seconds, nominal_s=nominal_s)
         since = [member.late_since_s for member in members if member.late_since_s is not None]
         merged.late_since_s = min(since, default=None)
+        merged.is_protected = any(member.is_protected for member in members)
         for member in members:
             member.has_ended = True
         self._prefills.update((job.id, merged) for job in jobs)

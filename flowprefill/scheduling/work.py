@@ -72,6 +72,7 @@ class Work:
         suspended_s: how long it was suspended in all, up to its last resume.
         late_since_s: since when it is known to miss its deadline, or has none (slack_edf).
         is_in_line: whether slack_edf has noted that.
+        is_protected: whether its class's guaranteed share promises that it is on time (slack_edf).
         has_ended: it is done with, or went into a packed prefill.
         rank: as of the last ranking in the queue.
         version: which of the queue's records of it counts; -1 when it is not in the queue.
@@ -98,6 +99,7 @@ class Work:
     suspended_s: float = 0.0
     late_since_s: float | None = None
     is_in_line: bool = False
+    is_protected: bool = False
     has_ended: bool = False
     rank: Rank = UNRANKED
     version: int = -1

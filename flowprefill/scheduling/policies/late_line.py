@@ -1,4 +1,4 @@
-"""The line of late and best-effort prefills: slack_edf grants its first a share of the time."""
+"""The lines of late and best-effort prefills: slack_edf grants their first ones slices of time."""
 
 from __future__ import annotations
 
@@ -8,56 +8,91 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flowprefill.scheduling.interface import SchedulerSettings
+    from flowprefill.scheduling.policies.shares import GuaranteedShares
     from flowprefill.scheduling.work import Work
 
-_COMPACT_AT = 64
+COMPACT_AT = 64
 
 
-class LateLine:
-    """Works in the order in which they turned late (best effort: arrived).
+class LateLines:
+    """One line for each class with a guaranteed share, and one for all others.
 
-    However busy the device is, the first in line is granted a slice of `slice_s` in every
-    `slice_s / share` from `patience_s` after it turned late. A grant that must wait is made up for
-    afterwards. So who turns late at t has received all its time by
+    Works stand in the order in which they turned late (best effort: arrived). However busy the
+    device is, the first in line is granted a slice of `late_slice_s` in every `late_slice_s /
+    share`; the line of all others has `late_share`, and no grant before `late_patience_s`. A grant
+    that must wait is made up for afterwards. So who turns late at t has received all its time by
 
-        t + patience_s + (time of all in line up to itself) / share + one slice for each of those
+        t + late_patience_s + (time of all in line up to itself + one slice) / share
+          + one slice for each of those
+
+    and for a class with a share, without the patience, plus (time of its protected) / share.
     """
 
-    def __init__(self, share: float, patience_s: float, slice_s: float) -> None:
-        self._share, self._patience_s, self._slice_s = share, patience_s, slice_s
-        self._line: list[tuple[float, int, Work]] = []  # heap of (late since, number, work)
-        self._records = count()
-        self._compact_at = _COMPACT_AT
-        self._next_grant_s = -math.inf
+    def __init__(self, settings: SchedulerSettings, shares: GuaranteedShares) -> None:
+        self._settings, self._shares = settings, shares
+        self._lines = {name: _Line() for name in ("", *settings.class_shares)}
+        self._granted = -1  # serial of the work whose slice has come
+        self._granted_at = math.inf  # when it came
+        self._slice_from_s: float | None = None  # the granted work's executed_s when it began
 
     def add(self, work: Work, now: float) -> None:
         """Put a work in line, where it stood before if it was in one; O(log n) amortised."""
         work.is_in_line = True
         if work.late_since_s is None:
             work.late_since_s = now
-        heapq.heappush(self._line, (work.late_since_s, next(self._records), work))
-        if len(self._line) > self._compact_at:
-            self._line = [record for record in self._line if not record[2].has_ended]
-            heapq.heapify(self._line)
-            self._compact_at = 2 * len(self._line) + _COMPACT_AT
+        name = work.jobs[0].service_class
+        self._lines[name if name in self._lines else ""].add(work)
+
+    def next_grant(self) -> tuple[Work | None, float]:
+        """Return (who is granted the next slice, from when on); none while the first runs."""
+        found: tuple[Work | None, float] = (None, math.inf)
+        for name, line in self._lines.items():
+            first = line.first()
+            if first is None:
+                if not name:
+                    self._shares.forget_slices()
+                continue
+            assert first.late_since_s is not None
+            patience_s = 0.0 if name else self._settings.late_patience_s
+            at = max(first.late_since_s + patience_s, self._shares.free_at(name))
+            if first.version >= 0 and at < found[1]:
+                found = (first, at)
+        return found
+
+    def grant(self, work: Work, due_at: float) -> None:
+        """Note that a work is to run now because its slice was due."""
+        self._granted, self._granted_at, self._slice_from_s = work.serial, due_at, None
+
+    def slice_end(self, current: Work, now: float) -> float:
+        """Return when the running work's slice ends; -inf if it has none. Starts it if need be."""
+        if current.serial != self._granted or current.is_decode:
+            return -math.inf
+        if self._slice_from_s is None:
+            self._slice_from_s = current.executed_s
+            name = current.jobs[0].service_class
+            self._shares.count_slice(name if name in self._lines else "", self._granted_at)
+        return now + self._settings.late_slice_s - (current.executed_s - self._slice_from_s)
+
+
+class _Line:
+    """Works by late_since_s; those that have ended are dropped when they come up."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Work]] = []
+        self._records = count()
+        self._compact_at = COMPACT_AT
+
+    def add(self, work: Work) -> None:
+        assert work.late_since_s is not None
+        heapq.heappush(self._heap, (work.late_since_s, next(self._records), work))
+        if len(self._heap) > self._compact_at:
+            self._heap = [record for record in self._heap if not record[2].has_ended]
+            heapq.heapify(self._heap)
+            self._compact_at = 2 * len(self._heap) + COMPACT_AT
 
     def first(self) -> Work | None:
-        """Return who has waited longest and has not ended, running or not; None: no work."""
-        while self._line and self._line[0][2].has_ended:
-            heapq.heappop(self._line)
-        if not self._line:
-            self._next_grant_s = -math.inf
-            return None
-        return self._line[0][2]
-
-    def grant_at(self, first: Work) -> float:
-        """Return when the first in line is granted its next slice."""
-        assert first.late_since_s is not None
-        eligible = first.late_since_s + self._patience_s
-        if self._next_grant_s == -math.inf:
-            self._next_grant_s = eligible
-        return max(self._next_grant_s, eligible)
-
-    def count_slice(self) -> None:
-        """Note that a slice has begun: the next is due slice / share later."""
-        self._next_grant_s += self._slice_s / self._share
+        """Return who has waited longest and has not ended, running or not."""
+        while self._heap and self._heap[0][2].has_ended:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None

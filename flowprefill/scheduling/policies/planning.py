@@ -15,13 +15,18 @@ if TYPE_CHECKING:
 def plan(works: Sequence[Work], start_s: float, now: float, forecast: Forecast) -> Sequence[Work]:
     """Return those to be kept on time, one after another from `start_s` on; never none of some.
 
-    First with the time set aside that arrivals are expected to take before each deadline; if that
-    leaves none, without. While none are expected it returns as many as can be on time.
+    First with the time set aside that arrivals are expected to take before each deadline (protected
+    ones have theirs set aside already); if that leaves none, without.
 
     Args:
         works: in order of their deadlines.
     """
-    limits = [work.deadline_s - forecast.before_s(work.deadline_s, now) for work in works]
+    limits = [
+        work.deadline_s
+        if work.is_protected
+        else work.deadline_s - forecast.before_s(work.deadline_s, now)
+        for work in works
+    ]
     kept = keepable(works, start_s, limits)
     if not kept:
         kept = keepable(works, start_s, [work.deadline_s for work in works])
@@ -31,9 +36,10 @@ def plan(works: Sequence[Work], start_s: float, now: float, forecast: Forecast) 
 def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> Sequence[Work]:
     """Return those that all end by their limits if they run one after another from `start_s` on.
 
-    Where one ends late, the one with the most time left per weight among those so far is given up.
-    With equal weights and limits that never decrease no other choice keeps more (Moore and Hodgson,
-    1968); with unequal weights this is a heuristic, as the exact problem is NP-hard.
+    Where one ends late, the one with the most time left per weight among those so far is given up,
+    protected ones last. With equal weights, limits that never decrease and none protected no other
+    choice keeps more (Moore and Hodgson, 1968); with unequal weights this is a heuristic, as the
+    exact problem is NP-hard.
 
     Cost: O(n) when all can be kept, else O(n log n).
     """
@@ -47,14 +53,15 @@ def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> 
 
 def _most(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> list[Work]:
     at = start_s
-    heaviest: list[tuple[float, int, float]] = []  # (-time per weight, serial, time)
+    heaviest: list[tuple[bool, float, int, float]] = []  # (, -time per weight, serial, time)
     given_up: set[int] = set()
     for work, limit in zip(works, limits, strict=True):
         seconds = work.remaining_s
         at += seconds
-        heapq.heappush(heaviest, (-seconds / work.weight, work.serial, seconds))
+        per_weight = seconds / work.weight
+        heapq.heappush(heaviest, (work.is_protected, -per_weight, work.serial, seconds))
         while at > limit and heaviest:
-            _, serial, freed_s = heapq.heappop(heaviest)
+            _, _, serial, freed_s = heapq.heappop(heaviest)
             at -= freed_s
             given_up.add(serial)
     return [work for work in works if work.serial not in given_up]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.policies.base import BasePolicy, Packing
 from flowprefill.scheduling.policies.forecast import Forecast
-from flowprefill.scheduling.policies.late_line import LateLine
+from flowprefill.scheduling.policies.late_line import LateLines
 from flowprefill.scheduling.policies.planning import plan
+from flowprefill.scheduling.policies.shares import NO_TIME_S, GuaranteedShares
 from flowprefill.scheduling.work import UNRANKED, Rank, Verdict, Work
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ MIN_LOOK_S = 1e-3  # how soon a verdict that rests on a prediction is looked at 
 class SlackEdf(BasePolicy):
     """On time first, by deadline, as many as can be kept; then the rest; then background.
 
-    *On time* is who can still meet its deadline by prediction. The plan: the running prefill, if
-    it is on time, and those of the first 16 waiting that are, one after another by deadline; where
-    one would end late, the one with the most time per weight is given up (Moore-Hodgson).
+    *On time* is a prefill that can still meet its deadline by prediction. The plan: the running
+    one, if it is on time, and those of the first 16 waiting that are, one after another by
+    deadline; where one would end late, the one with the most time per weight is given up
+    (`planning.plan`). Time is set aside for arrivals that are likely to be due sooner (`Forecast`).
 
     The rest, late or without a deadline, go by arrival + 16 times their own predicted time, the
     online correction left out: equal ones in order of arrival, shorter ones earlier, and none is
@@ -38,19 +40,17 @@ class SlackEdf(BasePolicy):
     than one without a deadline, so that asking for the impossible gains nothing.
 
     Preemption of a prefill that
-      - is on time: if the plan gives it up, or if one the plan keeps would miss were it to end
-        first, by as much longer than predicted as one work in ten took lately;
+      - is on time: if the plan gives it up, or if it would take more than a quarter of the slack of
+        one the plan puts before it, were it as late as one in ten was lately;
       - is late or best effort: at once for any that is on time, else only for one that is before
         it and needs at most half of what it still needs;
       - is background: at once for any that is not.
     One suspended for other prefills max_suspensions times goes on for late_slice_s each time
     before it is suspended for one again.
 
-    No starvation, background aside: the rest are in a `LateLine` with late_share, late_patience_s
-    and late_slice_s, so that, decode steps aside, who turns late at t has finished by
-
-        t + late_patience_s + (predicted time of all in line up to itself) / late_share
-          + one slice for each of those + the longest work that is granted no slice
+    Promises, decode steps aside, by prediction: what a class's guaranteed share protects is on time
+    (`GuaranteedShares`); who is late or best effort, background aside, ends within the bound of
+    `LateLines` plus the longest prefill that is granted no slice.
 
     Source: own, after the paper's S-EDF.
     """
@@ -59,10 +59,9 @@ class SlackEdf(BasePolicy):
 
     def __init__(self, cost_model: CostModel, settings: SchedulerSettings) -> None:
         super().__init__(cost_model, settings)
-        self._line = LateLine(settings.late_share, settings.late_patience_s, settings.late_slice_s)
         self._forecast = Forecast()
-        self._granted = -1  # serial of the work whose slice has come
-        self._slice_left_from_s: float | None = None  # its executed_s at which the slice ends
+        self._shares = GuaranteedShares(settings)
+        self._lines = LateLines(settings, self._shares)
 
     def rank(self, work: Work, now: float) -> Rank:
         """Order by band, then deadline or arrival and length."""
@@ -70,19 +69,23 @@ class SlackEdf(BasePolicy):
             return Rank((BEHIND, work.arrival_s + OVERTAKING * work.nominal_s))
         if work.rank is UNRANKED and work.serial >= 0 and not work.is_started:
             self._forecast.note(work, now)
+            self._shares.note(work, now)
         latest = work.latest_start_s(self.settings.max_blocking_s)
         if now < latest < math.inf:
             return Rank((ON_TIME, work.deadline_s), latest)
         if not work.is_in_line and work.serial >= 0:
-            self._line.add(work, now)
+            self._lines.add(work, now)
         return Rank((REST, work.arrival_s + OVERTAKING * work.nominal_s))
 
     def pick(self, waiting: Sequence[Work], now: float) -> Work:
-        """Return who is granted a slice, or the first of those that can be kept on time."""
-        first = self._line.first()
-        if first is not None and first.version >= 0 and self._line.grant_at(first) <= now:
-            self._grant(first)
+        """Return who is granted a slice, who must go now, or the first that can be kept on time."""
+        first, grant_at = self._lines.next_grant()
+        if first is not None and grant_at <= now:
+            self._lines.grant(first, grant_at)
             return first
+        spare_s, protected = self._shares.spare_s(now), self._shares.first()
+        if spare_s <= NO_TIME_S and protected is not None:
+            return protected
         on_time = self._on_time(waiting, now)
         return plan(on_time, now, now, self._forecast)[0] if on_time else waiting[0]
 
@@ -94,7 +97,7 @@ class SlackEdf(BasePolicy):
         if current.is_decode:
             verdict = self._weigh_step(current, waiting, now)
         else:
-            verdict = self._weigh(current, waiting, now)
+            verdict = self._weigh_protected(current, waiting, now)
         return self._weigh_grant(current, verdict, now)
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
@@ -121,6 +124,21 @@ class SlackEdf(BasePolicy):
             if on_time and now + packing.seconds <= latest:
                 end_by = min(end_by, latest)  # it goes after this prefill: don't make it miss
         return packing.members
+
+    def _weigh_protected(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
+        if current.is_protected:
+            self._shares.adopt(current)
+        spare_s, protected = self._shares.spare_s(now), self._shares.first()
+        if spare_s <= NO_TIME_S and protected is not None and protected is not current:
+            return Verdict(True, "its class is guaranteed this time", by=protected)
+        verdict = self._weigh(current, waiting, now)
+        if protected is current and verdict.by is not None and not verdict.by.is_protected:
+            if verdict.by.remaining_s + 2 * self.settings.max_blocking_s > spare_s:
+                return Verdict(False, "the running work's class is guaranteed this time")
+        elif protected is not None and protected is not current:
+            again_at = now + max(spare_s, MIN_LOOK_S)
+            return verdict._replace(again_at=min(verdict.again_at, again_at))
+        return verdict
 
     def _weigh(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         on_time = self._on_time(waiting, now)
@@ -190,35 +208,25 @@ class SlackEdf(BasePolicy):
 
     def _weigh_grant(self, current: Work, verdict: Verdict, now: float) -> Verdict:
         """Give way to the first in line when its slice has come; else look again when it has."""
-        first = self._line.first()
-        if first is None or first.version < 0:  # none in line, or it is the one that runs
+        first, grant_at = self._lines.next_grant()
+        if first is None or first is current:
             return verdict
-        grant_at = self._line.grant_at(first)
         if grant_at > now:
             return verdict._replace(again_at=min(verdict.again_at, grant_at))
         needed = min(first.remaining_s, self.settings.late_slice_s)
         ends_at = now + current.remaining_s
         is_lost = any(ends_at <= job.ttft_deadline_s < ends_at + needed for job in current.jobs)
         if verdict.preempt or not (current.is_decode or is_lost):
-            self._grant(first)
+            self._lines.grant(first, grant_at)
             return Verdict(True, "is granted a slice, late for long", by=first)
         return verdict
 
-    def _grant(self, first: Work) -> None:
-        self._granted, self._slice_left_from_s = first.serial, None
-
     def _slice_end(self, current: Work, now: float) -> float:
-        """Return when the running work's slice ends; -inf if it has none. Starts it if need be."""
-        slice_s = self.settings.late_slice_s
-        end = -math.inf
+        """Return until when no prefill suspends the running work; -inf if one may."""
+        end = self._lines.slice_end(current, now)
         if current.prefill_suspensions >= self.settings.max_suspensions:
-            end = now + slice_s - current.stretch_s
-        if current.serial != self._granted or current.is_decode:
-            return end
-        if self._slice_left_from_s is None:
-            self._slice_left_from_s = current.executed_s + slice_s
-            self._line.count_slice()
-        return max(end, now + self._slice_left_from_s - current.executed_s)
+            end = max(end, now + self.settings.late_slice_s - current.stretch_s)
+        return end
 
     def _on_time(self, waiting: Sequence[Work], now: float) -> Sequence[Work]:
         """Return the leading works that can still meet their deadlines; they are in order."""

@@ -224,3 +224,36 @@ def test_timer_is_asked_for_when_a_deadline_rests_on_a_prediction() -> None:
     later = scheduler.on_event(TimerFired(), decision.wake_at)  # it overran
     assert later.dispatch is not None
     assert later.dispatch.job_ids == ("second",)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"a": 0.0}, "'a'"),
+        ({"a": 1.0}, "'a'"),
+        ({"background": 0.1}, "background"),
+        ({"a": 0.6, "b": 0.4}, "less than 1"),
+    ],
+)
+def test_class_shares_that_cannot_be_kept_are_refused(
+    shares: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SchedulerSettings(class_shares=shares)
+
+
+def test_protected_one_is_not_given_up_for_many_short_ones() -> None:
+    def order(**shares: float) -> list[str]:
+        scheduler = make(max_batch_tokens=1, class_shares=shares)
+        arrive(scheduler, "running", 1_000, 60.0)
+        arrive(scheduler, "long", 8_000, 4.0, at=0.01, service_class="search")
+        for number in range(75):
+            arrive(scheduler, f"short{number}", 500, 3.9, at=0.02)
+        at, ended = 0.1, []
+        for _ in range(76):
+            at += work.predicted_s if (work := scheduler.current) is not None else 0.0
+            ended += end_current(scheduler, at).job_ids if at < 4.0 else ()
+        return ended
+
+    assert "long" not in order()
+    assert "long" in order(search=0.3)

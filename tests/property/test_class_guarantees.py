@@ -1,0 +1,130 @@
+"""Guaranteed shares and the line of the late, against adversaries on the virtual device."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from virtual_device import Client, VirtualDevice, cost_model
+
+from flowprefill.scheduling import Job, Scheduler, SchedulerSettings
+
+SHARE, LATE_SHARE, SLICE_S, BLOCKING_S = 0.3, 0.1, 0.02, 0.002
+ADVERSARIES = ("tight stream", "gaming", "ping-pong", "long")
+
+
+def conforming(rng: random.Random, until: float) -> list[Client]:
+    """Return requests of the class `api`, each within its share by the documented formula."""
+    clients: list[Client] = []
+    at, end = 1.0, 0.0
+    while at < until:
+        tokens, objective = rng.choice((50, 300, 1_000, 3_000)), rng.choice((0.4, 1.0, 3.0))
+        needed = cost_model().prefill_s(tokens) + 2 * BLOCKING_S
+        ends = max(end, at) + needed / SHARE
+        if ends <= at + objective - BLOCKING_S - SLICE_S - 1e-6:
+            end = ends
+            job = Job(f"api-{len(clients)}", at, tokens, 0, at + objective, service_class="api")
+            clients.append(Client(job))
+        at += rng.choice((0.0, 0.01, 0.1, 0.4))
+    return clients
+
+
+def adversary(kind: str, rng: random.Random, until: float) -> list[Client]:
+    """Return 2.5 times what the device can do, of requests that want to be served first."""
+    clients: list[Client] = []
+    at = 1.0
+    while at < until:
+        tokens, objective, weight = 500, 0.1, 1.0
+        if kind == "gaming":
+            tokens, objective, weight = 1_000, rng.choice((1e-4, 0.15)), 1000.0
+        elif kind == "ping-pong":
+            tokens, objective = rng.choice(((60, 0.012), (2_000, 0.3)))
+        elif kind == "long":
+            tokens, objective = 8_000, 1.0
+        name = f"other-{len(clients)}"
+        clients.append(Client(Job(name, at, tokens, 0, at + objective, weight=weight)))
+        at += cost_model().prefill_s(tokens) / 2.5
+    return clients
+
+
+def make(**shares: float) -> Scheduler:
+    limits = SchedulerSettings(
+        late_share=LATE_SHARE, late_patience_s=0.5, late_slice_s=SLICE_S, class_shares=shares
+    )
+    return Scheduler("slack_edf", cost_model(), limits)
+
+
+@pytest.mark.parametrize("kind", ADVERSARIES)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000))
+def test_guaranteed_share_conforming_requests_are_on_time(kind: str, seed: int) -> None:
+    rng = random.Random(seed)
+    honest = conforming(rng, 6.0)
+    late = Client(Job("late", 1.0, 3_000, 0, 1.001))
+    device = VirtualDevice(make(api=SHARE), [*honest, late, *adversary(kind, rng, 6.0)])
+    device.play()
+    assert [c.job.id for c in honest if not c.is_on_time] == []
+
+
+def test_guaranteed_share_is_what_makes_them_on_time() -> None:
+    rng = random.Random(1)
+    honest = conforming(rng, 6.0)
+    device = VirtualDevice(make(), [*honest, *adversary("tight stream", rng, 6.0)])
+    device.play()
+    assert any(not client.is_on_time for client in honest)
+
+
+@pytest.mark.parametrize("kind", ADVERSARIES)
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10_000), share=st.sampled_from([None, SHARE]))
+def test_late_and_best_effort_end_within_the_documented_bound(
+    kind: str, seed: int, share: float | None
+) -> None:
+    rng = random.Random(seed)
+    scheduler = make() if share is None else make(batch=share)
+    victims: list[Client] = []
+    for number in range(4):  # without a share all come first: the stream turns late and joins them
+        at = 1.0 if share is None else 1.0 + 0.2 * number
+        ttft = math.inf if share is not None else rng.choice((math.inf, 1e-3))
+        tokens = rng.choice((200, 1_000, 2_500))
+        job = Job(f"victim-{number}", at, tokens, 0, at + ttft, service_class="batch")
+        victims.append(Client(job))
+    VirtualDevice(scheduler, [*victims, *adversary(kind, rng, 20.0)]).play()
+    share = LATE_SHARE if share is None else share
+    patience = 0.5 if share == LATE_SHARE else 0.0
+    line_s = 0.0
+    longest = cost_model().prefill_s(8_000)
+    for number, victim in enumerate(victims):
+        line_s += cost_model().prefill_s(victim.job.prompt_tokens)
+        ahead_of_it = max(v.job.arrival_s for v in victims[: number + 1])
+        bound = ahead_of_it + patience + (line_s + SLICE_S) / share + (number + 1) * SLICE_S
+        assert victim.first_token_s <= bound + longest, victim
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000))
+def test_background_never_reduces_who_is_on_time(seed: int) -> None:
+    rng = random.Random(seed)
+    foreground: list[Job] = []
+    at = 1.0
+    while at < 4.0:
+        tokens = rng.choice((100, 800, 3_000))
+        ttft = rng.choice((0.1, 0.5, 2.0, math.inf))
+        foreground.append(Job(f"job-{len(foreground)}", at, tokens, 0, at + ttft))
+        at += rng.choice((0.02, 0.1, 0.2))
+    background = [
+        Client(Job(f"background-{n}", 0.9 + 0.1 * n, 5_000, service_class="background"))
+        for n in range(20)
+    ]
+
+    def on_time(extra: list[Client]) -> set[str]:
+        clients = [Client(job) for job in foreground]
+        limits = SchedulerSettings(max_blocking_s=0.0)  # what is left is a segment per arrival
+        VirtualDevice(Scheduler("slack_edf", cost_model(), limits), [*clients, *extra]).play()
+        return {client.job.id for client in clients if client.is_on_time}
+
+    assert on_time(background) >= on_time([])
+    assert all(client.ends for client in background)
