@@ -136,14 +136,6 @@ ON_CUDA: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 100,
     },
     "phi3-window-partial": {"head_dim": 96, "partial_rotary_factor": 0.75},
-    "phi3-longrope": {
-        "num_attention_heads": 2,  # transformers has factors for hidden_size / heads dimensions
-        "rope_scaling": {
-            "rope_type": "longrope",
-            "short_factor": [1.0 + i / 64 for i in range(32)],
-            "long_factor": [1.0 + i / 2 for i in range(32)],
-        },
-    },
     "glm": {"head_dim": 64},
     "glm4": {"head_dim": 64},
     "glm4-no-biases-quarter": {"head_dim": 128},
