@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flowprefill import _core
 from flowprefill.config import Granularity, ServiceClass
 from flowprefill.engine.core import EngineCore
 from flowprefill.engine.handle import Handle
@@ -18,12 +17,19 @@ from flowprefill.engine.kv_blocks import BlockPool
 from flowprefill.engine.live_request import LiveRequest, TokenSide
 from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.stop import StopChecker
+from flowprefill.engine.worker import Batch
 from flowprefill.errors import Overloaded
 from flowprefill.request import SLO, Request, SamplingParams
-from flowprefill.scheduling import CostModel, MachineRates, Scheduler, SchedulerSettings
+from flowprefill.scheduling import (
+    CostModel,
+    MachineRates,
+    ModelShape,
+    Scheduler,
+    SchedulerSettings,
+)
 from flowprefill.scheduling.admission import AdmissionLimits
 from flowprefill.simulation import Profile
-from flowprefill.simulation.worker import VirtualWorker
+from flowprefill.simulation.worker import VirtualWorker, WorkerRun
 
 TOKEN_S = 1e-3  # of every new token; nothing else takes time worth mentioning
 REJECT, DEMOTE = ServiceClass(SLO(), admission="reject"), ServiceClass(SLO(), admission="demote")
@@ -47,11 +53,25 @@ class Letters:
         return ""
 
 
+class SteadyWorker(VirtualWorker):
+    """A millisecond for each new token of a batch, a boundary after each."""
+
+    def __init__(self) -> None:
+        super().__init__(Profile.load("llama-3.1-8b@h100"), Granularity("budget", budget_s=2e-3))
+        self.shape = ModelShape(1e6, 1.0, 1e-9, 1e-9, 1e-9)
+        self.rates: MachineRates = MachineRates(1e9, 1e12, 1e12, 1e-9)
+
+    def make_run(self, batch: Batch) -> WorkerRun:
+        rows = sum(len(sequence.tokens) for sequence in batch.sequences)
+        bounds = [(row + 1) / rows for row in range(rows)]
+        return WorkerRun(batch.run_id, rows * 1e-3, lambda: bounds, len(batch.sequences))
+
+
 class GateWorld:
     """A core on a virtual worker; each prompt has tokens of its own."""
 
     def __init__(self, limits: AdmissionLimits | None = None, policy: str = "slack_edf") -> None:
-        self.worker = VirtualWorker(even_profile(), Granularity("budget", budget_s=2e-3))
+        self.worker = SteadyWorker()
         sizes = self.worker.limits
         pool = BlockPool(sizes.num_blocks, sizes.block_tokens, True)
         cost_model = CostModel(self.worker.shape, self.worker.rates, is_calibrated=True)
