@@ -124,11 +124,11 @@ class GateWorld:
 
 def test_who_would_be_late_is_refused_with_the_predicted_wait() -> None:
     world = GateWorld()
-    world.submit(1000, SLO(ttft=1.5))
-    with pytest.raises(Overloaded, match=r"predicted in 3\.000 s, due in 2\.600 s") as caught:
-        world.submit(2000, SLO(ttft=2.6))
-    assert caught.value.retry_after_s == pytest.approx(1.0, rel=0.01)
-    world.submit(400, SLO(ttft=2.6))
+    world.submit(500, SLO(ttft=0.6))
+    with pytest.raises(Overloaded, match=r"predicted in 1\.500 s, due in 1\.400 s") as caught:
+        world.submit(1000, SLO(ttft=1.4))
+    assert caught.value.retry_after_s == pytest.approx(0.5, rel=0.01)
+    world.submit(800, SLO(ttft=1.4))
     world.play()
     assert all(one.handle.result(0).timings.slo_met for one in world.live)
 
@@ -169,7 +169,7 @@ def test_mode_off_admits_and_best_effort_is_never_late() -> None:
     world.submit(2000, SLO(), REJECT)
 
 
-def test_cached_prefix_counts_in_the_forecast() -> None:
+def test_cached_prefix_counts_in_the_outlook() -> None:
     world = GateWorld()
     world.submit(1000, SLO(), first=5)
     world.play()
