@@ -222,9 +222,9 @@ def test_ten_times_the_load_leaves_promises_kept_and_refusals_honest(
     end_s = now + 40.0
     while (now := now + rng.expovariate(40.0)) < end_s:
         world.play(now)
-        slo = SLO(ttft=60.0)
-        if has_classes:
-            slo = SLO(ttft=rng.choice((1.0, 4.0, 12.0))) if rng.random() < 0.5 else SLO()
+        slo = SLO()
+        if has_classes and rng.random() < 0.5:
+            slo = SLO(ttft=rng.choice((1.0, 4.0, 12.0)))
         try:
             world.submit(lengths(rng), slo, max_tokens=output_tokens)
         except Overloaded as error:
