@@ -12,7 +12,7 @@ from flowprefill.explain import sentences
 from flowprefill.request import SLO
 
 
-def whats(story: dict[str, Any]) -> list[str]:
+def kinds_of(story: dict[str, Any]) -> list[str]:
     return [event["what"] for event in story["events"]]
 
 
@@ -34,7 +34,7 @@ def test_who_was_suspended_for_whom_and_why_is_told_on_both_sides() -> None:
     assert story_of(world, 1)["state"] == "running"
     world.play()
     story = story_of(world, 0)
-    assert whats(story) == ["started", "suspended", "resumed"]
+    assert kinds_of(story) == ["started", "suspended", "resumed"]
     suspended = story["events"][1]
     assert (suspended["at_ms"], suspended["requests"]) == (1000.0, [short.id])
     assert suspended["reason"]
@@ -57,7 +57,7 @@ def test_whom_a_request_waited_for_is_looked_up_when_asked() -> None:
     assert story_of(world, 1)["state"] == "waiting"
     world.play()
     story = story_of(world, 1)
-    assert whats(story)[:2] == ["waits", "started"]
+    assert kinds_of(story)[:2] == ["waits", "started"]
     assert story["events"][0]["requests"] == [running.id]
     assert [one["requests"] for one in story["waited_for"]] == [[running.id], [urgent.id]]
     assert story["queue_ms"] == pytest.approx(1900.0, rel=0.01)
@@ -70,7 +70,7 @@ def test_demoted_and_decode_steps_are_told() -> None:
     world.submit(3000, SLO(ttft=1.0), DEMOTE)
     world.play()
     story = story_of(world, 1)
-    assert whats(story)[0] == "demoted"
+    assert kinds_of(story)[0] == "demoted"
     suspensions = [event for event in story["events"] if event["what"] == "suspended"]
     assert {(event["kind"], event["count"]) for event in suspensions} == {("decode", 1)}
     assert story["slo_met"] is False
