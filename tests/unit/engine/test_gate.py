@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import random
@@ -31,16 +30,7 @@ from flowprefill.scheduling.admission import AdmissionLimits
 from flowprefill.simulation import Profile
 from flowprefill.simulation.worker import VirtualWorker, WorkerRun
 
-TOKEN_S = 1e-3  # of every new token; nothing else takes time worth mentioning
 REJECT, DEMOTE = ServiceClass(SLO(), admission="reject"), ServiceClass(SLO(), admission="demote")
-
-
-def even_profile() -> Profile:
-    """Return a machine on which a prefill takes TOKEN_S for each token."""
-    profile = Profile.load("llama-3.1-8b@a100")
-    rates = MachineRates(profile.shape.linear_flops_per_token / TOKEN_S, 1e30, 1e30, 1e-9)
-    cuts = _core.CutRules(embed_row_s=0.0)
-    return dataclasses.replace(profile, rates=rates, step_overhead_s=1e-12, cuts=cuts)
 
 
 class Letters:
