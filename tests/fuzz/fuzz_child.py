@@ -50,7 +50,10 @@ FILES: dict[str, mutations.Mutation] = {
 }
 PROMPT = "Hello  world 123\u00a0\u00e9\n" * 20
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi " * 50}]
-PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/debug/requests/x")
+PATHS = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize",
+    "/debug/requests/x",
+)  # fmt: skip
 HEADERS: dict[str, list[str]] = {
     "x-slo-ttft-ms": ["1", "0", "nan", "1e999", "x", "\u00e9"],
     "x-slo-class": ["a", "b", ""],
