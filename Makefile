@@ -80,6 +80,10 @@ test: test-packages build test-cpp $(TOOLS)  ## build, then every test that need
 test-cpp: $(DEPENDENCIES) | test-packages  ## the C++ tests of the runtime
 	$(call CPP_TESTS,cpp,)
 
+.PHONY: test-fuzz
+test-fuzz: test-packages build $(TOOLS)  ## 500 mutations of each kind of model file and 2,000 of HTTP bodies, in bounded memory
+	FLOWPREFILL_FUZZ=500 $(BIN)/python -m pytest tests/fuzz/test_fuzz.py
+
 .PHONY: test-sanitizers
 test-sanitizers: $(DEPENDENCIES) | test-packages  ## the C++ tests under ThreadSanitizer, then under Address- and UBSanitizer
 	$(call CPP_TESTS,cpp-thread,thread)

@@ -230,6 +230,11 @@ class EngineConfig:
             raise _bad(f"{key}.background", True, f"false, or a class {allowed}")
         return ServiceClass(slo, weight, share, is_background, admission)
 
+    def class_shares(self) -> dict[str, float]:
+        """Return the guaranteed shares of the classes that have one."""
+        shares = {name: self.service_class(name).share for name in self.classes}
+        return {name: share for name, share in shares.items() if share}
+
     def default_slo(self) -> SLO:
         """Return the SLO of requests that name none: class ``default``, else the defaults."""
         if "default" in self.classes:

@@ -42,7 +42,7 @@ from flowprefill.scheduling import (
     SchedulerSettings,
 )
 from flowprefill.scheduling.admission import AdmissionLimits
-from flowprefill.scheduling.forecast import work_s
+from flowprefill.scheduling.outlook import work_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

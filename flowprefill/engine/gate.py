@@ -110,8 +110,8 @@ class Gate:
         job = replace(
             request.job(), prompt_tokens=request.num_prompt - cached, context_tokens=cached
         )
-        forecast = self._scheduler.forecast(job, now, self._stretch())
-        lateness = lateness_of(job, forecast, queued, now)
+        outlook = self._scheduler.outlook(job, now, self._stretch())
+        lateness = lateness_of(job, outlook, queued, now)
         if lateness is None or mode == "reject":
             return lateness
         if request.slo.on_miss == "demote":  # who wants to be dropped is, once all hope is gone

@@ -1,6 +1,6 @@
 """Admission: whether one more job may wait; the engine's gate asks before anything is reserved.
 
-Pure, like the rest of the package: load and forecast in, refusal or None out.
+Pure, like the rest of the package: load and outlook in, refusal or None out.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from flowprefill.scheduling.forecast import Forecast
     from flowprefill.scheduling.interface import Job
+    from flowprefill.scheduling.outlook import Outlook
 
 RefusalReason = Literal["waiting", "tokens", "backlog", "tenant", "deadline"]
 HALF_LIFE_S = 5.0  # after so much time with work, what was seen before counts half
@@ -119,25 +119,25 @@ def tenant_overload_of(
     return Refusal("tenant", f"of tenant {tenant!r} {refusal.message}", refusal.retry_after_s)
 
 
-def lateness_of(job: Job, forecast: Forecast, queued: Queued, now: float) -> Refusal | None:
+def lateness_of(job: Job, outlook: Outlook, queued: Queued, now: float) -> Refusal | None:
     """Return why admitting the job would break a promise, or None if all admitted stay on time.
 
     A promise is a deadline that an admitted job meets by prediction. The job itself must meet its
     own, and must make none that is on time late.
     """
     due_in_s = job.ttft_deadline_s - now
-    if forecast.ttft_s <= due_in_s and not forecast.made_late:
+    if outlook.ttft_s <= due_in_s and not outlook.made_late:
         return None
-    if forecast.alone_s > due_in_s:
+    if outlook.alone_s > due_in_s:
         text = (
             f"the first token is due in {due_in_s:.3f} s, and the prefill alone takes "
-            f"{forecast.alone_s:.3f} s"
+            f"{outlook.alone_s:.3f} s"
         )
         return Refusal("deadline", text, math.inf)
-    if forecast.ttft_s > due_in_s:
-        text = f"the first token is predicted in {forecast.ttft_s:.3f} s, due in {due_in_s:.3f} s"
+    if outlook.ttft_s > due_in_s:
+        text = f"the first token is predicted in {outlook.ttft_s:.3f} s, due in {due_in_s:.3f} s"
     else:
-        text = f"{forecast.made_late} admitted requests would miss their deadline because of it"
+        text = f"{outlook.made_late} admitted requests would miss their deadline because of it"
     return Refusal("deadline", text, queued.backlog_s)
 
 

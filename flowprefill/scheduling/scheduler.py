@@ -13,7 +13,6 @@ from itertools import count, islice
 from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.decoding import Decoding
-from flowprefill.scheduling.forecast import Forecast, forecast_of
 from flowprefill.scheduling.interface import (
     Arrival,
     Cancelled,
@@ -23,6 +22,7 @@ from flowprefill.scheduling.interface import (
     Load,
     SchedulerSettings,
 )
+from flowprefill.scheduling.outlook import Outlook, outlook_of
 from flowprefill.scheduling.policies import make_policy
 from flowprefill.scheduling.ready_queue import ReadyQueue
 from flowprefill.scheduling.work import Verdict, Work
@@ -136,7 +136,7 @@ class Scheduler:
             ahead_s += max(current.remaining_s - max(now - current.since_s, 0.0), 0.0)
         return ahead_s + work.remaining_s
 
-    def forecast(self, job: Job, now: float, stretch: float) -> Forecast:
+    def outlook(self, job: Job, now: float, stretch: float) -> Outlook:
         """Return what would become of a job that arrived now, and of the others; decides nothing.
 
         Args:
@@ -145,7 +145,7 @@ class Scheduler:
         if self._current is not None:
             self._current.account_run(now)  # as its next event would, for the policy to look at
         work, queue = self._new_work(job, -1), self._queue
-        return forecast_of(
+        return outlook_of(
             work, self._current, queue.in_order(), queue.total_s, self.policy, now, stretch
         )
 

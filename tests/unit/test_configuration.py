@@ -71,6 +71,7 @@ def test_class_promises_and_allows_what_it_says() -> None:
     assert (chat.weight, chat.share, chat.admission) == (3.0, 0.2, "reject")
     assert (batch.weight, batch.is_background, batch.admission) == (1.0, True, "demote")
     assert config.service_class("unheard of").slo.ttft is None
+    assert config.class_shares() == {"chat": 0.2}
 
 
 def test_class_named_background_is_background() -> None:

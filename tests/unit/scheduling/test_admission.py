@@ -16,8 +16,8 @@ from flowprefill.scheduling.admission import (
     overload_of,
     tenant_overload_of,
 )
-from flowprefill.scheduling.forecast import Forecast, work_s
 from flowprefill.scheduling.interface import Arrival, TimerFired
+from flowprefill.scheduling.outlook import Outlook, work_s
 
 BUSY = Queued(5, 500, 10.0)
 
@@ -56,15 +56,15 @@ def test_tenant_may_use_its_share_of_each_bound() -> None:
 
 def test_late_job_is_told_its_wait_or_that_it_is_no_use() -> None:
     job = Job("a", 10.0, 100, 0, 10.5)
-    assert lateness_of(job, Forecast(0.5, 0.1, 0), BUSY, 10.0) is None
-    late = lateness_of(job, Forecast(0.6, 0.1, 0), BUSY, 10.0)
+    assert lateness_of(job, Outlook(0.5, 0.1, 0), BUSY, 10.0) is None
+    late = lateness_of(job, Outlook(0.6, 0.1, 0), BUSY, 10.0)
     assert late is not None
     assert "predicted in 0.600 s, due in 0.500 s" in late.message
     assert late.retry_after_s == 10.0
-    harm = lateness_of(job, Forecast(0.2, 0.1, 2), BUSY, 10.0)
+    harm = lateness_of(job, Outlook(0.2, 0.1, 2), BUSY, 10.0)
     assert harm is not None
     assert "2 admitted requests" in harm.message
-    hopeless = lateness_of(job, Forecast(9.0, 0.7, 0), BUSY, 10.0)
+    hopeless = lateness_of(job, Outlook(9.0, 0.7, 0), BUSY, 10.0)
     assert hopeless is not None
     assert hopeless.retry_after_s == math.inf
 
@@ -122,37 +122,37 @@ def arrive(scheduler: Scheduler, now: float, name: str, tokens: int, due_s: floa
     scheduler.on_event(Arrival(Job(name, now, tokens, 0, due_s)), now)
 
 
-def test_forecast_counts_whom_a_newcomer_would_make_late() -> None:
+def test_outlook_counts_whom_a_newcomer_would_make_late() -> None:
     one = scheduler("edf")
     arrive(one, 0.0, "running", 1000, 2.0)
     arrive(one, 0.0, "tight", 1000, 2.1)
     arrive(one, 0.0, "loose", 1000, 9.0)
-    later = one.forecast(Job("new", 0.5, 1000, 0, 5.0), 0.5, 1.0)
+    later = one.outlook(Job("new", 0.5, 1000, 0, 5.0), 0.5, 1.0)
     assert later.ttft_s == pytest.approx(2.5, rel=1e-3)
     assert (later.made_late, later.alone_s) == (0, pytest.approx(1.0, rel=1e-3))
-    urgent = one.forecast(Job("new", 0.5, 1000, 0, 1.6), 0.5, 1.0)
+    urgent = one.outlook(Job("new", 0.5, 1000, 0, 1.6), 0.5, 1.0)
     assert urgent.ttft_s == pytest.approx(1.0, rel=1e-3)
     assert urgent.made_late == 2, "the running and the tight one"
 
 
-def test_forecast_decides_nothing() -> None:
+def test_outlook_decides_nothing() -> None:
     one, other = scheduler("slack_edf"), scheduler("slack_edf")
     for each in (one, other):
         arrive(each, 0.0, "running", 1000, 5.0)
         arrive(each, 0.0, "late", 1000, 0.5)
     for tokens in (10, 1000, 5000):
-        one.forecast(Job("new", 0.2, tokens, 0, 1.0), 0.2, 1.0)
+        one.outlook(Job("new", 0.2, tokens, 0, 1.0), 0.2, 1.0)
     assert str(one.on_event(TimerFired(), 1.5)) == str(other.on_event(TimerFired(), 1.5))
     assert one.load().backlog_s == pytest.approx(other.load().backlog_s)
     assert one.load().waiting_jobs == other.load().waiting_jobs == 1
 
 
-def test_forecast_of_best_effort_in_a_long_queue_counts_all_of_it() -> None:
+def test_outlook_of_best_effort_in_a_long_queue_counts_all_of_it() -> None:
     one = scheduler("slack_edf")
     for index in range(1500):
         arrive(one, 0.0, f"r{index}", 10, 1000.0 + index)
-    forecast = one.forecast(Job("new", 0.0, 10), 0.0, 2.0)
-    assert forecast.ttft_s == pytest.approx(2 * 15.01, rel=0.01)
+    outlook = one.outlook(Job("new", 0.0, 10), 0.0, 2.0)
+    assert outlook.ttft_s == pytest.approx(2 * 15.01, rel=0.01)
 
 
 def test_work_of_many_choices_is_their_prompts_and_full_decode_steps() -> None:

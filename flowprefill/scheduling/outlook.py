@@ -1,4 +1,4 @@
-"""Forecast: what one more job would mean to itself and to the others; the scheduler makes it."""
+"""Outlook: what one more job would mean to itself and to the others; the scheduler makes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCAN = 1024  # waiting works that are looked at one by one
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Outlook:
     """What is predicted for a job that arrives now.
 
     Attributes:
@@ -31,7 +31,7 @@ class Forecast:
     made_late: int
 
 
-def forecast_of(
+def outlook_of(
     work: Work,
     current: Work | None,
     waiting: Iterable[Work],
@@ -39,7 +39,7 @@ def forecast_of(
     policy: Policy,
     now: float,
     stretch: float,
-) -> Forecast:
+) -> Outlook:
     """Lay all works out in the policy's order, with the new one and without; changes nothing.
 
     Args:
@@ -72,7 +72,7 @@ def forecast_of(
     for other in others[place:]:
         end_s += other.remaining_s
         made_late += _made_late(other, now, end_s, work.remaining_s, stretch)
-    return Forecast(ttft_s, work.remaining_s, made_late)
+    return Outlook(ttft_s, work.remaining_s, made_late)
 
 
 def _made_late(other: Work, now: float, end_s: float, more_s: float, stretch: float) -> int:
