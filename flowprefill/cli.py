@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from flowprefill.server.options import ServerOptions
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+LOADING_END_S = 0.5
+SHOW_CURSOR = "\x1b[?25h\n"
 DEFAULT_MODEL = "smollm2-135m"
 ENGINE, SERVER = "engine.", "server."
 
@@ -169,7 +173,7 @@ def load_engine(
 def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a model over an OpenAI-compatible API")
     parser.add_argument(
-        "model", nargs="?", default=DEFAULT_MODEL, help="name, folder or .gguf file"
+        "model", nargs="?", default=DEFAULT_MODEL, help="name, folder, .gguf file, or ORG/NAME"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0 lets the system choose")
@@ -202,16 +206,53 @@ def run_serve(args: argparse.Namespace) -> int:
         sys.stderr.write(f"serving {args.model} at {url}\n")
         sys.stderr.flush()
 
-    is_stopped = threading.Event()
+    is_stopped, is_loaded = threading.Event(), threading.Event()
 
     def load() -> ServedEngine:
-        engine = load_engine(args.model, config, lambda: not is_stopped.is_set())
-        engine.warm_chat()
-        engine.warm_structured()
+        try:
+            engine = load_engine(args.model, config, lambda: not is_stopped.is_set())
+            engine.warm_chat()
+            engine.warm_structured()
+        finally:
+            is_loaded.set()
         return engine
 
-    asyncio.run(serve(load, args.host, args.port, options, announce, is_stopped.set))
+    def stop() -> None:
+        is_stopped.set()
+        threading.Thread(target=_end_loading, args=(is_loaded,), daemon=True).start()
+
+    asyncio.run(serve(load, args.host, args.port, options, announce, stop))
     return 0
+
+
+def _end_loading(is_loaded: threading.Event) -> None:
+    """End the process if it still loads a little after it was told to stop.
+
+    Loading looks for that between weights only; a tokenizer or a calibration takes seconds. There
+    is nothing to save yet, and what the process has started ends with it.
+    """
+    if not is_loaded.wait(LOADING_END_S):
+        _end_process(0)
+
+
+def _end_process(status: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(SHOW_CURSOR)  # which the loading bar has hidden
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@contextmanager
+def _ends_at_interrupt() -> Iterator[None]:
+    """While a model loads on the main thread: Ctrl-C ends the process, and no traceback waits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: _end_process(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _add_generate(commands: Any) -> None:
@@ -247,7 +288,8 @@ def run_generate(args: argparse.Namespace) -> int:
     if not prompt:
         raise InvalidRequest("prompt: empty, expected text as an argument or on stdin")
     config, _ = read_settings(args)
-    engine = load_engine(args.model, config)
+    with _ends_at_interrupt():
+        engine = load_engine(args.model, config)
     try:
         if args.chat:
             messages = [{"role": "user", "content": prompt}]

@@ -153,6 +153,9 @@ class EngineConfig:
     )
     calibrate: bool = _setting(True, "measure this machine at start (cached on disk)")
     cache_dir: str = _setting("", "where calibration is kept; empty is the user's cache folder")
+    chat_template: str = _setting(
+        "", "file of a jinja2 chat template to use instead of the model's own; empty is that"
+    )
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "bf16", "f32"):

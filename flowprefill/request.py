@@ -131,6 +131,7 @@ class SamplingParams:
         max_tokens: most tokens to generate, >= 1; None means up to the model's length.
         min_tokens: no stop condition counts before this many tokens.
         temperature: 0 is greedy.
+        top_p: 0 is greedy, 1 is off.
         top_k: 0 is off.
         logprobs: how many alternatives to report per token (0: only the chosen one); None is off.
         logit_bias: token id -> what is added to its logit, -100 to 100.
@@ -167,7 +168,7 @@ class SamplingParams:
                 "min_tokens", self.min_tokens, f"at most max_tokens = {self.max_tokens}"
             )
         _check_number("temperature", self.temperature, 0.0, 2.0, allowed="a number in [0, 2]")
-        _check_number("top_p", self.top_p, 0.0, 1.0, allowed="a number in (0, 1]", open_low=True)
+        _check_number("top_p", self.top_p, 0.0, 1.0, allowed="a number in [0, 1]")
         _check_int("top_k", self.top_k, 0, limit, allowed="an integer >= 0 (0 is off)")
         _check_number("min_p", self.min_p, 0.0, 1.0, allowed="a number in [0, 1]")
         if self.seed is not None:

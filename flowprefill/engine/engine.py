@@ -33,6 +33,7 @@ from flowprefill.engine.records import (
 from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import InvalidRequest, NotReady, PromptTooLong
+from flowprefill.models.chat_template import read_template_file
 from flowprefill.models.checkpoint import Progress, open_checkpoint
 from flowprefill.request import SLO, Request
 from flowprefill.scheduling import (
@@ -62,6 +63,8 @@ class Engine:
         model_config: shape and constants of the model.
         max_model_len: longest prompt plus output, tokens.
         created: when the model was loaded, seconds since the epoch.
+        sampling_defaults: how the model's authors want it sampled (generation_config.json); what
+            SamplingParams does not name is not taken from there, the HTTP server does that.
     """
 
     def __init__(
@@ -75,7 +78,8 @@ class Engine:
         """Load a model and start the executor; returns when requests can be submitted.
 
         Args:
-            model: packaged name, Hugging Face folder, or GGUF file.
+            model: packaged name, Hugging Face folder, GGUF file, or ``ORG/NAME`` of a downloaded
+                model on the hub.
             policy: makes a scheduling policy of one's own; None: the one the settings name.
             progress: called while loading with bytes done and bytes in all.
 
@@ -87,7 +91,11 @@ class Engine:
         self.model_id = checkpoint.name
         self.model_config = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
+        self.sampling_defaults = checkpoint.sampling_defaults
         self._chat_template = checkpoint.chat_template
+        if self.config.chat_template:
+            text = read_template_file(self.config.chat_template)
+            self._chat_template = self._chat_template.with_text(text)
         self._worker = LocalWorker(self.config, checkpoint, progress)
         self._worker.start()
         self.dtype, self.threads = self._worker.dtype, self._worker.threads

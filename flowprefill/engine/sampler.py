@@ -101,14 +101,15 @@ class Sampler:
         """
         self._params = params
         self._vocab_size = vocab_size
-        self._is_greedy = params.temperature < GREEDY_BELOW
+        # The narrowest nucleus is the most likely token.
+        self._is_greedy = params.temperature < GREEDY_BELOW or params.top_p == 0
         self._uniform: np.random.Generator | None = None
         if not self._is_greedy:
             chosen = seed if params.seed is None else params.seed
             self._uniform = np.random.Generator(np.random.PCG64(chosen % 2**64))
         self._seen = _make_seen(params, prompt_ids)
         stops = stop_token_ids(params, eos_token_ids) if params.min_tokens else frozenset[int]()
-        self._masked = np.array(sorted(t for t in stops if t < vocab_size), dtype=np.intp)
+        self._masked = np.array(sorted(t for t in stops if 0 <= t < vocab_size), dtype=np.intp)
         bias = {t: value for t, value in params.logit_bias.items() if t < vocab_size}
         self._biased = np.array(list(bias), dtype=np.intp)
         self._bias = np.array(list(bias.values()), dtype=np.float32)

@@ -30,7 +30,15 @@ class CheckpointReader(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """``bos_token`` and ``eos_token`` texts that chat templates may name; absent if unknown."""
+        """Texts that chat templates may name, ``bos_token`` and its like; absent if unknown."""
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Templates by name: ``default``, and perhaps ``tool_use`` for chats with tools."""
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """How the model is to be sampled where a request does not say; see sampling_defaults.py."""
 
     def read_tokenizer(self) -> Tokenizer:
         """Build the tokenizer; raises CheckpointError."""
@@ -89,7 +97,13 @@ class Checkpoint:
     @property
     def chat_template(self) -> ChatTemplate:
         """Renders messages; its ``render`` raises InvalidRequest if the model has no template."""
-        return ChatTemplate(self.config.chat_template, self._reader.special_tokens)
+        texts, names = self._reader.chat_templates, self._reader.special_tokens
+        return ChatTemplate(texts.get("default"), names, texts.get("tool_use"))
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """How the model's authors want it sampled, by the names of generation_config.json."""
+        return self._reader.sampling_defaults
 
     @property
     def total_bytes(self) -> int:
@@ -149,7 +163,8 @@ def open_checkpoint(source: str | Path, max_context: int = 0) -> Checkpoint:
     """Open a model by name or path.
 
     Args:
-        source: ``smollm2-135m`` (the embedded default), a Hugging Face folder, or a ``.gguf`` file.
+        source: ``smollm2-135m`` (the embedded default), a Hugging Face folder, a ``.gguf`` file, or
+            ``ORG/NAME`` of a downloaded model on the hub.
         max_context: see Checkpoint.
 
     Raises:

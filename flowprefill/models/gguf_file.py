@@ -1,4 +1,4 @@
-"""GgufFile: reads one GGUF file (metadata, quantised weights, tokenizer); used by checkpoint."""
+"""GgufFile: reads a GGUF model (metadata, quantised weights, tokenizer); used by checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ import torch
 from flowprefill.errors import CheckpointError
 from flowprefill.models.families import Family, GgufForm, family_of_gguf
 from flowprefill.models.gguf_metadata import GgufMetadata, has_values
+from flowprefill.models.gguf_parts import read_gguf
 from flowprefill.models.gguf_tokenizer import build_tokenizer
-from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers
+from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers, known_ids
 from flowprefill.models.rope import RopeScaling
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import gguf_name
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_TEMPLATE = "tokenizer.chat_template"
+# Names that templates know tokens by, and those in GGUF's keys.
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
 
 
 class GgufFile:
-    """One file; it stays memory-mapped while this lives, weights are dequantised one at a time."""
+    """One model; its file, or the files it is split into, stay memory-mapped while this lives.
+
+    Weights are dequantised one at a time.
+    """
 
     def __init__(self, path: Path) -> None:
         """Parse the header and check that every tensor's quantisation can be read.
@@ -32,7 +39,7 @@ class GgufFile:
         Raises:
             CheckpointError: damaged, truncated or not supported; names file, key or tensor.
         """
-        self._metadata = GgufMetadata(path)
+        self._metadata = read_gguf(path)
         self._check_quantisations()
         family = family_of_gguf(self._metadata.get("general.architecture", str))
         assert family.gguf is not None
@@ -40,9 +47,11 @@ class GgufFile:
         self.config = _model_config(self._metadata, family, self._form)
         self.special_tokens: Mapping[str, str] = {
             f"{name}_token": text
-            for name in ("bos", "eos")
-            if (text := self._token_text(name)) is not None
+            for name, key in _NAMED.items()
+            if (text := self._token_text(key)) is not None
         }
+        self.chat_templates = _chat_templates(self._metadata)
+        self.sampling_defaults: Mapping[str, float] = {}
 
     def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, in torch's order."""
@@ -102,8 +111,6 @@ def _model_config(metadata: GgufMetadata, family: Family, form: GgufForm) -> Mod
     refused = has_values(metadata.values, f"{architecture}.expert_count")
     if refused is not None:
         raise bad_field(refused, metadata.values[refused], "0: no mixture of experts")
-    if metadata.values.get("split.count", 1) not in (0, 1):
-        raise bad_field("split.count", metadata.values["split.count"], "1: merge the parts first")
 
     def integer(key: str, default: int | None = None) -> int:
         return int(metadata.get(f"{architecture}.{key}", int, default))
@@ -137,14 +144,26 @@ def _model_config(metadata: GgufMetadata, family: Family, form: GgufForm) -> Mod
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "bos_token_id": next(iter(_token_ids(metadata, "bos")), None),
         "eos_token_ids": _token_ids(metadata, "eos", "eot", "eom"),
-        "chat_template": metadata.get("tokenizer.chat_template", str, "") or None,
     }
     return ModelConfig(**(common | form.read(metadata, common)))
 
 
 def _token_ids(metadata: GgufMetadata, *names: str) -> tuple[int, ...]:
     keys = (f"tokenizer.ggml.{name}_token_id" for name in names)
-    return tuple(dict.fromkeys(metadata.get(key, int) for key in keys if key in metadata.values))
+    ids = [metadata.get(key, int) for key in keys if key in metadata.values]
+    tokens = metadata.values.get("tokenizer.ggml.tokens", [])
+    return known_ids(ids, len(tokens) if isinstance(tokens, list) else 0)
+
+
+def _chat_templates(metadata: GgufMetadata) -> dict[str, str]:
+    """Read the template, and those for certain uses, such as ``….tool_use``."""
+    names = {"default": _TEMPLATE} | {
+        key.removeprefix(f"{_TEMPLATE}."): key
+        for key in metadata.values
+        if key.startswith(f"{_TEMPLATE}.")
+    }
+    found = {name: metadata.get(key, str, "") for name, key in names.items()}
+    return {name: text for name, text in found.items() if text}
 
 
 def _rope_factors(metadata: GgufMetadata) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class GgufTensor:
         kind: its quantisation.
         offset: from the start of the file, bytes.
         size_bytes: in the file.
+        part: which file of a model that is split into several, 0 the first.
     """
 
     name: str
@@ -43,6 +44,7 @@ class GgufTensor:
     kind: gguf.GGMLQuantizationType
     offset: int
     size_bytes: int
+    part: int = 0
 
 
 class GgufMetadata:
@@ -50,7 +52,7 @@ class GgufMetadata:
 
     Attributes:
         values: key -> int, float, bool, str or list of these.
-        tensors: name -> where it lies; in the file's order.
+        tensors: name -> where it lies; in the file's order. With further parts theirs too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,10 +74,20 @@ class GgufMetadata:
             self._parse()
         except (struct.error, UnicodeDecodeError, ValueError, OverflowError) as error:
             raise self._damaged(f"{error} at byte {self._at}") from None
+        self._parts = [self._bytes]
+
+    def add_part(self, part: GgufMetadata) -> None:
+        """Take in the tensors of the next file of a split model; its keys are not looked at."""
+        for name, tensor in part.tensors.items():
+            if name in self.tensors:
+                raise part._damaged(f"tensor {name} is in another part, too")
+            self.tensors[name] = replace(tensor, part=len(self._parts))
+        self._parts.append(part._bytes)
 
     def raw(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
         """Map one tensor's bytes: [rows, bytes per row], read-only."""
-        flat = np.frombuffer(self._bytes, np.uint8, tensor.size_bytes, tensor.offset)
+        mapped = self._parts[tensor.part]
+        flat = np.frombuffer(mapped, np.uint8, tensor.size_bytes, tensor.offset)
         return flat.reshape(*tensor.shape[:-1], -1)
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:

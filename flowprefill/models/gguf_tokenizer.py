@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from flowprefill.models.model_config import ModelConfig
 from flowprefill.models.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+_LITERAL = (_UNKNOWN, _CONTROL, _USER_DEFINED)  # their text is plain text, in no spelling
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 
 # Published in the models' own tokenizer.json files; the GGUF key names which one was used.
@@ -28,6 +29,25 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+# Tokens that end a text by their name, whatever the file's keys say: converters of years left
+# out which tokens end a turn. As in llama.cpp.
+_END_NAMES = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+})  # fmt: skip
+# Names that end a text only where none of these sets is in the vocabulary.
+_NO_END_BESIDE = {
+    "<|end|>": ({"<|return|>", "<|call|>"}, {"<|return|>", "<|calls|>"},
+                {"<|flush|>", "<|call|>"}, {"<|flush|>", "<|calls|>"}),
+    "</s>": ({"<|tool_response>"},),
+}  # fmt: skip
+# Markers of code models: what comes after them is another file.
+_FILE_MARKS = frozenset({
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>",
+    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+})  # fmt: skip
 
 # Finding what a token is merged from costs the square of its length.
 MAX_TOKEN_CHARS = 4096
@@ -93,11 +113,25 @@ def build_tokenizer(metadata: GgufMetadata, config: ModelConfig) -> Tokenizer:
         inner, add_bos = _sentencepiece(metadata, vocabulary), True
     else:
         raise _bad("tokenizer.ggml.model", kind, "gpt2 or llama")
-    _add_special(inner, vocabulary)
+    ends = end_tokens(vocabulary.ids)
+    _add_special(inner, vocabulary, ends)
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, add_bos)
     return Tokenizer(
-        inner, bos_id=config.bos_token_id, eos_ids=config.eos_token_ids, add_bos=add_bos
+        inner,
+        bos_id=config.bos_token_id,
+        eos_ids=(*config.eos_token_ids, *ends),
+        add_bos=add_bos,
+        literal_ids=[i for i, kind in enumerate(vocabulary.types) if kind in _LITERAL],
     )
+
+
+def end_tokens(ids: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the tokens of a vocabulary that end a text by their name, ascending."""
+    names = {name for name in _END_NAMES | _FILE_MARKS if name in ids}
+    for name, others in _NO_END_BESIDE.items():
+        if any(other <= names for other in others):
+            names.discard(name)
+    return tuple(sorted(ids[name] for name in names))
 
 
 def _vocabulary(metadata: GgufMetadata) -> _Vocabulary:
@@ -183,11 +217,13 @@ def _ranked_merges(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tup
     return [pair for _, _, _, pair in ranked]
 
 
-def _add_special(inner: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
+def _add_special(
+    inner: tokenizers.Tokenizer, vocabulary: _Vocabulary, ends: Collection[int]
+) -> None:
     special: list[str | AddedToken] = []
     plain: list[str | AddedToken] = []
-    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind in (_CONTROL, _UNKNOWN) and token:
+    for token_id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        if token and (kind in (_CONTROL, _UNKNOWN) or token_id in ends):
             special.append(AddedToken(token, special=True, normalized=False))
         elif kind == _USER_DEFINED and token:
             plain.append(AddedToken(token, special=False, normalized=False))

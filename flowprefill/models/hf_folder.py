@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.families import family_of, read_config
 from flowprefill.models.hf_config import HfConfig
-from flowprefill.models.model_config import bad_field
-from flowprefill.models.tokenizer import Tokenizer, is_library_error
-from flowprefill.models.tokenizer_file import check_tokenizer_file
+from flowprefill.models.hf_tokenizer import HfTokenizer
+from flowprefill.models.json_file import read_json
+from flowprefill.models.model_config import known_ids
+from flowprefill.models.sampling_defaults import read_sampling_defaults
+from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import hf_name
 
 _INDEX = "model.safetensors.index.json"
@@ -36,16 +36,13 @@ class HfFolder:
             CheckpointError: a file is missing, truncated, not JSON or not supported; names it.
         """
         self._path = path
-        values = self._read_json("config.json")
-        self._tokenizer_config = self._read_json("tokenizer_config.json", required=False)
-        self.special_tokens = {
-            name: text
-            for name in ("bos_token", "eos_token")
-            if (text := self._special_token(name)) is not None
-        }
-        config = read_config(values)
+        config = read_config(read_json(path / "config.json", required=True))
+        self._tokenizer = HfTokenizer(path)
+        self.special_tokens = self._tokenizer.special_tokens
+        self.chat_templates = self._tokenizer.chat_templates
         self._family = family_of(config)
-        generation = HfConfig(self._read_json("generation_config.json", required=False))
+        generation = HfConfig(read_json(path / "generation_config.json"))
+        self.sampling_defaults = read_sampling_defaults(generation.values)
         eos = config.eos_token_ids + generation.token_ids("eos_token_id")
         bos = generation.token_ids("bos_token_id")
         self._files: dict[str, Any] = {}
@@ -56,8 +53,7 @@ class HfFolder:
         self.config = replace(
             config,
             bos_token_id=bos[0] if bos else config.bos_token_id,
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-            chat_template=self._chat_template(),
+            eos_token_ids=known_ids(eos, config.vocab_size),
             tie_embeddings=config.tie_embeddings and not self._has_own_head(),
         )
 
@@ -91,69 +87,8 @@ class HfFolder:
         return tensor
 
     def read_tokenizer(self) -> Tokenizer:
-        """Build the tokenizer from tokenizer.json and tokenizer_config.json."""
-        path = self._path / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path}: missing, expected the tokenizer", param="tokenizer.json"
-            )
-        try:
-            check_tokenizer_file(path)
-            inner = tokenizers.Tokenizer.from_file(str(path))
-        except BaseException as error:
-            if not is_library_error(error):
-                raise
-            message = f"{path}: not a tokenizer ({error})"
-            raise CheckpointError(message, param="tokenizer.json") from None
-        bos, eos = (self.special_tokens.get(name) for name in ("bos_token", "eos_token"))
-        bos_id = inner.token_to_id(bos) if bos is not None else self.config.bos_token_id
-        eos_id = inner.token_to_id(eos) if eos is not None else None
-        eos_ids = self.config.eos_token_ids + (() if eos_id is None else (eos_id,))
-        add_bos = self._tokenizer_config.get("add_bos_token")
-        if add_bos is not None and not isinstance(add_bos, bool):
-            raise bad_field("tokenizer_config.json: add_bos_token", add_bos, "true or false")
-        return Tokenizer(inner, bos_id=bos_id, eos_ids=eos_ids, add_bos=add_bos)
-
-    def _read_json(self, name: str, required: bool = True) -> dict[str, Any]:
-        path = self._path / name
-        if not path.is_file():
-            if required:
-                raise CheckpointError(f"{path}: missing", param=name)
-            return {}
-        try:
-            values = json.loads(path.read_bytes())
-        except (ValueError, OSError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON ({error})", param=name) from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: expected a JSON object", param=name)
-        return values
-
-    def _special_token(self, name: str) -> str | None:
-        """Text of a special token: a string, or an object with ``content``."""
-        value = self._tokenizer_config.get(name)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if value is not None and not _is_text(value):
-            raise bad_field(f"tokenizer_config.json: {name}", value, "text")
-        return value
-
-    def _chat_template(self) -> str | None:
-        path = self._path / "chat_template.jinja"
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError) as error:
-                raise CheckpointError(f"{path}: {error}", param=path.name) from None
-        value = self._tokenizer_config.get("chat_template")
-        if isinstance(value, list):
-            if not all(isinstance(entry, dict) for entry in value):
-                allowed = "text, or a list of objects {name, template}"
-                raise bad_field("tokenizer_config.json: chat_template", value, allowed)
-            named = (entry.get("template") for entry in value if entry.get("name") == "default")
-            value = next(named, None)
-        if value is not None and not _is_text(value):
-            raise bad_field("tokenizer_config.json: chat_template", value, "text")
-        return value
+        """Build the tokenizer from tokenizer.json and the files beside it."""
+        return self._tokenizer.build(self.config)
 
     def _has_own_head(self) -> bool:
         """Whether an output projection is stored that is not the embedding."""
@@ -163,9 +98,10 @@ class HfFolder:
         return not torch.equal(self._read(_HEAD), self._read(embed))
 
     def _weight_files(self) -> list[str]:
-        if not (self._path / _INDEX).is_file():
+        # As in transformers, the whole file counts: an index beside it is of other days.
+        if (self._path / _SINGLE).is_file() or not (self._path / _INDEX).is_file():
             return [_SINGLE]
-        weight_map = self._read_json(_INDEX).get("weight_map")
+        weight_map = read_json(self._path / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(
                 f"{self._path / _INDEX}: weight_map: expected an object of tensor: file",
@@ -207,10 +143,3 @@ class HfFolder:
         for extent in shape:
             size *= extent
         self._shapes[name], self._bytes[name] = shape, size
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is text, without lone surrogates, which UTF-8 cannot hold."""
-    if not isinstance(value, str):
-        return False
-    return value.isascii() or value.encode(errors="ignore").decode() == value

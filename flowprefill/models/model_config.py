@@ -7,6 +7,7 @@ and the engine.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,11 @@ def bad_field(name: str, value: Any, allowed: str) -> CheckpointError:
     """Build the error for one field of a model's configuration."""
     message = f"model config: {name}: got {shortened(value)}, expected {allowed}"
     return CheckpointError(message, param=name)
+
+
+def known_ids(ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """Return the ids that are tokens, each once: old files write -1 for "none"."""
+    return tuple(token for token in dict.fromkeys(ids) if 0 <= token < vocab_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,6 @@ class ModelConfig:
         max_position: longest context, tokens.
         bos_token_id: None if the model has none.
         eos_token_ids: every id that ends a text; may be empty.
-        chat_template: jinja2 text, or None.
     """
 
     family: str
@@ -108,7 +113,6 @@ class ModelConfig:
     sliding_layers: tuple[bool, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         checked_layers("num_layers", self.num_layers)

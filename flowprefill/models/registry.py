@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowprefill.errors import CheckpointError
+from flowprefill.models.gguf_parts import model_name, one_model
+from flowprefill.models.hub_cache import HubName, find_in_hub_cache
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -32,7 +34,8 @@ class ModelSource:
     """Where a model lies.
 
     Attributes:
-        model_id: what the API calls it: the packaged name, or the folder's or file's stem.
+        model_id: what the API calls it: the packaged name, the hub's, or the folder's or file's
+            stem.
         path: a Hugging Face folder or a GGUF file; exists.
     """
 
@@ -41,30 +44,43 @@ class ModelSource:
 
 
 def resolve_model(source: str | Path) -> ModelSource:
-    """Find a model by packaged name or path.
+    """Find a model by packaged name, path, or name on the hub if it has been downloaded.
 
-    A path wins only when it is not a packaged name; a folder without config.json that holds
-    exactly one ``.gguf`` file stands for that file.
+    A path wins only when it is not a packaged name, and over a name on the hub.
 
     Raises:
-        CheckpointError: no such name or path; says what is allowed or how to install it.
+        CheckpointError: no such name or path; says what is allowed, or how to install or download.
     """
     if isinstance(source, str) and source in PACKAGED_MODELS:
         return ModelSource(source, _packaged_path(source))
     path = Path(source).expanduser()
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and len(ggufs) == 1:
-            return ModelSource(ggufs[0].stem, ggufs[0])
-        return ModelSource(path.resolve().name, path)
+        found = _model_of(path)
+        return ModelSource(path.resolve().name if found == path else model_name(found), found)
     if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(path.stem, path)
+        return ModelSource(model_name(path), path)
+    name = HubName.parse(source) if isinstance(source, str) else None
+    if name is not None:
+        cached = find_in_hub_cache(name)
+        return ModelSource(name.repo, _model_of(cached) if cached.is_dir() else cached)
     names = ", ".join(PACKAGED_MODELS)
     raise CheckpointError(
         f"model: got {str(source)!r}, expected {names}, a folder with config.json and safetensors, "
-        "or a .gguf file that exists",
+        "a .gguf file that exists, or the name of a downloaded model on the hub, ORG/NAME",
         param="model",
     )
+
+
+def _model_of(folder: Path) -> Path:
+    """Return what to open in a folder: itself, or the GGUF it holds, whole or split."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    if (folder / "config.json").exists() or not ggufs:
+        return folder
+    one = one_model(ggufs)
+    if one is None:
+        names = ", ".join(sorted({model_name(path) + ".gguf" for path in ggufs})[:10])
+        raise CheckpointError(f"model: {folder} holds several: {names}; name one", param="model")
+    return one
 
 
 def _packaged_path(name: str) -> Path:

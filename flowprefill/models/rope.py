@@ -16,7 +16,7 @@ import torch
 
 from flowprefill.errors import CheckpointError, shortened
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,11 @@ class RopeScaling:
 
     Attributes:
         kind: one of ROPE_KINDS; fields that a kind does not use keep their default.
-        factor: context extension, > 0 (linear, llama3, yarn, longrope).
+        factor: context extension, > 0 (linear, dynamic, llama3, yarn, longrope).
         low_freq_factor: llama3; wavelengths above original_max_position / this get
             divided by factor.
         high_freq_factor: llama3; wavelengths below original_max_position / this stay.
-        original_max_position: positions of pre-training, tokens (llama3, yarn, longrope).
+        original_max_position: positions of pre-training, tokens (dynamic, llama3, yarn, longrope).
         beta_fast: yarn; dimensions turning more often than this over the original context stay.
         beta_slow: yarn; dimensions turning less often than this are divided by factor.
         attention_factor: yarn, longrope; multiplies cos and sin; None derives it from factor (and
@@ -42,6 +42,8 @@ class RopeScaling:
         long_factors: longrope; those in models served beyond it.
         is_long: longrope; which of both hold. One choice for all requests: keys in the cache
             keep the angles they were stored with.
+        served: dynamic; the longest context of all requests, which the base follows, for the same
+            reason; 0: up to original_max_position, where nothing is scaled.
     """
 
     kind: str = "default"
@@ -58,13 +60,17 @@ class RopeScaling:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     is_long: bool = False
+    served: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise _bad("rope_type", self.kind, "one of " + ", ".join(ROPE_KINDS))
         if self.kind != "default" and not self.factor > 0:
             raise _bad("factor", self.factor, "a number > 0")
-        if self.kind in ("llama3", "yarn", "longrope") and self.original_max_position < 1:
+        if (
+            self.kind in ("dynamic", "llama3", "yarn", "longrope")
+            and self.original_max_position < 1
+        ):
             raise _bad(
                 "original_max_position_embeddings", self.original_max_position, "an integer >= 1"
             )
@@ -89,11 +95,11 @@ class RopeScaling:
         """Return the tokens that the scaled model reaches.
 
         Args:
-            max_position: what the file names. Under linear the context before scaling; under yarn
-                and longrope that in some files, the one that is reached in others.
+            max_position: what the file names. Under linear and dynamic the context before scaling;
+                under yarn and longrope that in some files, the one that is reached in others.
         """
         reached = float(max_position)
-        if self.kind == "linear":
+        if self.kind in ("linear", "dynamic"):
             reached = max_position * max(self.factor, 1.0)
         elif self.kind in ("yarn", "longrope"):
             reached = max(reached, self.original_max_position * self.factor)
@@ -101,7 +107,7 @@ class RopeScaling:
 
     def served_up_to(self, tokens: int) -> RopeScaling:
         """Return the scaling of a model whose requests have at most so many tokens."""
-        return replace(self, is_long=tokens > self.original_max_position)
+        return replace(self, is_long=tokens > self.original_max_position, served=tokens)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], max_position: int) -> RopeScaling:
@@ -133,6 +139,8 @@ class RopeScaling:
         factor = _number(values, "factor")
         if kind == "linear":
             return cls(kind, factor)
+        if kind == "dynamic":
+            return cls(kind, factor, original_max_position=max_position)
         if kind == "yarn":
             return cls._yarn(values, factor, original)
         low, high = _number(values, "low_freq_factor"), _number(values, "high_freq_factor")
@@ -228,12 +236,13 @@ def inverse_frequencies(
 
     Source:
         default: Su et al. 2021 (RoFormer), eq. 15. linear: Chen et al. 2023 (position
-        interpolation), eq. 4. llama3: Llama 3.1's published reference. yarn: Peng et al. 2023,
+        interpolation), eq. 4. dynamic: NTK-aware interpolation of Peng et al. 2023, section 3.1, by
+        the length. llama3: Llama 3.1's published reference. yarn: Peng et al. 2023,
         section 3.2 "NTK-by-parts", and eq. 22 for the attention factor. longrope: Ding et al. 2024,
         with the attention factor of Phi-3's published configuration.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    periods = torch.pow(theta, exponents)
+    periods = torch.pow(_dynamic_base(theta, head_dim, scaling), exponents)
     inverse = 1.0 / periods
     attention = 1.0
     if scaling.kind == "linear":
@@ -252,6 +261,14 @@ def inverse_frequencies(
     if not (torch.isfinite(inverse).all() and math.isfinite(attention)):
         raise _bad("factor", scaling.factor, "one that leaves every rotary frequency finite")
     return inverse.numpy(), attention
+
+
+def _dynamic_base(theta: float, head_dim: int, scaling: RopeScaling) -> float:
+    stretched = scaling.served / max(scaling.original_max_position, 1)
+    if scaling.kind != "dynamic" or stretched <= 1.0 or head_dim <= 2:
+        return theta
+    growth = scaling.factor * stretched - (scaling.factor - 1.0)
+    return float(theta * max(growth, 1e-30) ** (head_dim / (head_dim - 2)))
 
 
 def _llama3(inverse: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

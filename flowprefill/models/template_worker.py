@@ -2,6 +2,11 @@
 
 It imports jinja2 and the standard library alone, so it is up in a tenth of a second. Requests and
 replies are frames on the socket that is its standard input: eight bytes of length, then JSON.
+
+A message's content may be a list of text parts. A template that goes through the parts gets the
+list, as from transformers; one that writes content as it is gets the joined text (transformers
+would have it write the list as Python does). A template that knows parts only, and does not ask
+whether content is a string, gets one part for a string: it would go through its characters.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ import resource
 import socket
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
@@ -30,13 +36,17 @@ MAX_MESSAGE_CHARS = 300
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` blocks mark assistant text for training; here they are plain."""
+    """``{% generation %}`` blocks mark assistant text for training; here they are only a scope."""
 
     tags = {"generation"}  # noqa: RUF012 - declared so by the base class
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+
+    def _written(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class TemplateRefused(jinja2.TemplateError):
@@ -47,9 +57,17 @@ def _raise_exception(message: str) -> None:
     raise TemplateRefused(message)
 
 
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # jinja2's own filter escapes for HTML, which would change what the model reads.
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _strftime_now(pattern: str) -> str:
@@ -66,9 +84,119 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+class Form(NamedTuple):
+    """What a template takes as content.
+
+    Attributes:
+        lists: it goes through the parts of a list.
+        only_lists: it does so without asking whether there is a list.
+    """
+
+    lists: bool
+    only_lists: bool
+
+
+class _ContentReader:
+    """Finds out how a template reads the content of messages."""
+
+    def __init__(self, tree: nodes.Template) -> None:
+        self._tree = tree
+        self._aliases: set[str] = set()
+        while self._find_aliases():
+            pass
+
+    def form(self) -> Form:
+        tree = self._tree
+        loops = [loop for loop in tree.find_all(nodes.For) if self._is_content(_source(loop.iter))]
+        picks = (item for item in tree.find_all(nodes.Getitem) if self._is_content(item.node))
+        filters = list(tree.find_all(nodes.Filter))
+        lists = (
+            bool(loops)
+            or any(isinstance(item.arg, nodes.Const) and type(item.arg.value) is int
+                   for item in picks)
+            or any(f.name in _PART_FILTERS and self._is_content(_source(f.node)) for f in filters)
+            or any(f.name == "tojson" and _is_message(f.node) for f in filters)
+        )  # fmt: skip
+        asks = any(
+            test.name == "string" and self._is_content(test.node)
+            for test in tree.find_all(nodes.Test)
+        )
+        return Form(lists, not asks and any(map(_reads_text, loops)))
+
+    def _is_content(self, node: nodes.Node | None) -> bool:
+        if isinstance(node, nodes.Getattr):
+            return node.attr == "content"
+        if isinstance(node, nodes.Getitem):
+            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        if isinstance(node, nodes.CondExpr):
+            return self._is_content(node.expr1) or self._is_content(node.expr2)
+        return isinstance(node, nodes.Name) and node.name in self._aliases
+
+    def _find_aliases(self) -> bool:
+        """Add names that stand for content: set to it, or called with it; whether there are new."""
+        known = len(self._aliases)
+        for assigned in self._tree.find_all(nodes.Assign):
+            if isinstance(assigned.target, nodes.Name) and self._is_content(assigned.node):
+                self._aliases.add(assigned.target.name)
+        macros = {macro.name: macro.args for macro in self._tree.find_all(nodes.Macro)}
+        for call in self._tree.find_all(nodes.Call):
+            names = macros.get(getattr(call.node, "name", ""), [])
+            pairs = [(name.name, given) for name, given in zip(names, call.args, strict=False)]
+            pairs += [(keyword.key, keyword.value) for keyword in call.kwargs if names]
+            self._aliases |= {name for name, given in pairs if self._is_content(given)}
+        return len(self._aliases) > known
+
+
+_PART_FILTERS = ("map", "select", "selectattr", "reject", "rejectattr", "groupby")
+
+
+def _source(node: nodes.Node | None) -> nodes.Node | None:
+    """What a chain of filters starts from."""
+    while isinstance(node, nodes.Filter):
+        node = node.node
+    return node
+
+
+def _is_message(node: nodes.Node | None) -> bool:
+    """Whether an expression is a message, or all of them, by the names templates give them."""
+    node = _source(node)
+    if isinstance(node, nodes.Getitem):
+        is_number = isinstance(node.arg, (nodes.Const, nodes.Slice, nodes.Neg, nodes.Name))
+        return is_number and getattr(node.node, "name", "") == "messages"
+    return isinstance(node, nodes.Name) and node.name in ("messages", "message", "m", "msg")
+
+
+def _reads_text(loop: nodes.For) -> bool:
+    """Whether a loop reads ``text`` of what it goes through."""
+    name = getattr(loop.target, "name", None)
+    reads = [read for body in loop.body for read in _with_inner(body, nodes.Getattr)
+             if read.attr == "text"]  # fmt: skip
+    reads += [read for body in loop.body for read in _with_inner(body, nodes.Getitem)
+              if isinstance(read.arg, nodes.Const) and read.arg.value == "text"]  # fmt: skip
+    return any(getattr(read.node, "name", "") == name for read in reads)
+
+
+def _with_inner(node: nodes.Node, kind: Any) -> Iterator[Any]:
+    if isinstance(node, kind):
+        yield node
+    yield from node.find_all(kind)
+
+
+def _shaped(message: dict[str, Any], form: Form) -> dict[str, Any]:
+    """Give a message's content the form that the template reads."""
+    content = message.get("content")
+    if isinstance(content, list) and not form.lists:
+        return message | {"content": "".join(part["text"] for part in content)}
+    if isinstance(content, str) and form.only_lists:
+        return message | {"content": [{"type": "text", "text": content}]}
+    return message
+
+
 @functools.lru_cache(maxsize=8)
-def _compiled(text: str) -> jinja2.Template:
-    return _environment().from_string(text)
+def _compiled(text: str) -> tuple[jinja2.Template, Form]:
+    environment = _environment()
+    template = environment.from_string(text)
+    return template, _ContentReader(environment.parse(text)).form()
 
 
 def _said(error: BaseException) -> str:
@@ -81,13 +209,14 @@ def _said(error: BaseException) -> str:
 def render(text: str, variables: dict[str, Any], max_chars: int) -> dict[str, str]:
     """Render a template; returns ``{"text": …}``, or ``{"refused": why}``."""
     try:
-        template = _compiled(text)
+        template, form = _compiled(text)
     except jinja2.TemplateSyntaxError as error:
         where = f"line {error.lineno}: {_said(error)}"
         return {"refused": f"the model's chat template is broken: {where}"}
     except Exception as error:  # Python's own compiler refuses what jinja2 made of it
         kind = type(error).__name__
         return {"refused": f"the model's chat template is broken: {kind}: {_said(error)}"}
+    variables["messages"] = [_shaped(message, form) for message in variables["messages"]]
     pieces: list[str] = []
     left = max_chars
     try:

@@ -58,6 +58,7 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Iterable[int] = (),
         add_bos: bool | None = None,
+        literal_ids: Iterable[int] = (),
     ) -> None:
         """Wrap a tokenizer.
 
@@ -67,6 +68,7 @@ class Tokenizer:
             eos_ids: ids that end a text.
             add_bos: whether encoding with special tokens starts with bos_id; None leaves that to
                 ``inner``'s own post-processor.
+            literal_ids: tokens whose string is their text, not a spelling of it.
 
         Raises:
             CheckpointError: its decoder is of a kind that cannot be streamed.
@@ -82,6 +84,7 @@ class Tokenizer:
         self._bytes_table = byte_of_character()
         self._bound = prompt_bound(description, self._bytes_table)
         self._cache: dict[int, bytes] = {}
+        self._literal = frozenset(literal_ids)
         added = inner.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
 
@@ -182,6 +185,8 @@ class Tokenizer:
         token = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
         if token is None:
             return b""
+        if token_id in self._literal:
+            return token.encode()
         if self._pieces is Pieces.BYTE_LEVEL:
             table = self._bytes_table
             if all(character in table for character in token):

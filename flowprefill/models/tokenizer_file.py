@@ -1,4 +1,4 @@
-"""check_tokenizer_file: looks at tokenizer.json before the tokenizers library does; by hf_folder.
+"""read_tokenizer_json: looks at tokenizer.json before the tokenizers library does; by hf_tokenizer.
 
 The library makes room for every id up to the largest one, so a single id of four thousand million
 would take all memory, or abort the process. Its patterns may take a time that grows exponentially
@@ -22,8 +22,8 @@ MAX_GROWTH = 64
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
-def check_tokenizer_file(path: Path) -> None:
-    """Check the token ids, the patterns and the replacements of a ``tokenizer.json``.
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
+    """Read a ``tokenizer.json`` and check its token ids, patterns and replacements.
 
     Raises:
         CheckpointError: not a JSON object, an id that is no integer in 0..MAX_TOKEN_ID, a pattern
@@ -42,6 +42,7 @@ def check_tokenizer_file(path: Path) -> None:
             raise _bad(path, f"{name}: got {shortened(token_id)}, expected {allowed}")
     for part in PARTS:
         _check_steps(path, part, values.get(part))
+    return values
 
 
 def _check_steps(path: Path, part: str, value: Any) -> None:

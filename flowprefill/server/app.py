@@ -20,6 +20,7 @@ from flowprefill.server.connections import (
     raise_file_limit,
 )
 from flowprefill.server.context import SERVER, ServerContext
+from flowprefill.server.cors import add_cors_headers, cors_middleware
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.errors import error_middleware
 from flowprefill.server.metrics import ServerMetrics
@@ -52,7 +53,8 @@ def create_app(
     handlers that their client has gone, and prompts of nobody would be computed.
     """
     options = options or ServerOptions()
-    app = web.Application(middlewares=[error_middleware])
+    app = web.Application(middlewares=[error_middleware, cors_middleware])
+    app.on_response_prepare.append(add_cors_headers)
     metrics = ServerMetrics(vllm_names=options.vllm_metrics)
     app[SERVER] = ServerContext(engine, options, metrics, ConnectionTable(options))
     app.add_routes(

@@ -9,12 +9,17 @@ from typing import Any
 from aiohttp import web
 
 from flowprefill.errors import InvalidRequest
-from flowprefill.models.chat_template import content_text
+from flowprefill.models.chat_template import (
+    REASONING,
+    checked_content,
+    text_chars,
+)
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.body import Body, check_text
 from flowprefill.server.chat_turn import ChatTurn
 from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
+from flowprefill.server.foreign_fields import NOT_OF_CHAT, refuse_fields
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import chat_entry
 from flowprefill.server.message import CallPart, MessagePart
@@ -23,14 +28,14 @@ from flowprefill.server.reasoning import reasoning_parser_of
 from flowprefill.server.tool_parsers import call_format_of
 from flowprefill.server.tools import read_tool_calls, read_tools
 
-MAX_MESSAGES = 10_000
+MAX_MESSAGES = MAX_DOCUMENTS = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Of the template's variables, those the server fills in itself.
 OWN_TEMPLATE_VARIABLES = ("messages", "tools", "documents", "tokenize", "chat_template")
 
 
 def read_messages(body: Body) -> list[dict[str, Any]]:
-    """Read ``messages`` into role, content and, if given, name.
+    """Read ``messages``; what else than role and content is in one is for the chat template.
 
     ``developer`` is OpenAI's newer word for ``system``; templates know only the latter.
     """
@@ -50,17 +55,16 @@ def _read_message(param: str, message: Any) -> dict[str, Any]:
         if message.get(name):
             allowed = "null: this field is not supported"
             raise InvalidRequest.field(f"{param}.{name}", message[name], allowed)
-    checked: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    calls = message.get("tool_calls") or None
+    checked = dict(message) | {"role": "system" if role == "developer" else role}
+    calls = checked.pop("tool_calls", None) or None
     if calls is not None:
         if role != "assistant":
             raise InvalidRequest.field(f"{param}.tool_calls", calls, "null unless it's assistant's")
         checked["tool_calls"] = read_tool_calls(f"{param}.tool_calls", calls)
-    if calls is not None and message.get("content") is None:
-        checked["content"] = None
-    else:
-        checked["content"] = content_text(f"{param}.content", message.get("content"))
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    content = message.get("content")
+    if content is not None or role != "assistant":
+        checked["content"] = checked_content(f"{param}.content", content)
+    for name in ("name", "tool_call_id", *REASONING):
         if message.get(name) is not None:
             checked[name] = check_text(f"{param}.{name}", message[name])
     return checked
@@ -75,6 +79,15 @@ def read_template_variables(body: Body) -> dict[str, Any]:
         if name in given:
             body.refuse(f"chat_template_kwargs.{name}", given[name], "other variables only")
     variables = dict(given)
+    effort = body.text("reasoning_effort")
+    if effort is not None:
+        variables.setdefault("reasoning_effort", effort)
+    documents = body.listed("documents", MAX_DOCUMENTS, "objects with title and text")
+    for index, document in enumerate(documents):
+        if not isinstance(document, dict):
+            body.refuse(f"documents[{index}]", document, "an object with title and text")
+    if documents:
+        variables["documents"] = documents
     continues = body.boolean("continue_final_message")
     adds_prompt = body.boolean("add_generation_prompt", not continues)
     if continues and adds_prompt:
@@ -122,6 +135,7 @@ def read_turn(
 
 def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; the template runs at submission."""
+    refuse_fields(body, NOT_OF_CHAT)
     turn = read_turn(body, context.chat_template, context.tool_parser, context.reasoning_parser)
     spec = generation_spec(
         body, context, max_tokens=_read_max_tokens(body), logprobs=_read_logprobs(body)
@@ -145,7 +159,7 @@ def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> Gener
         spec,
         requests,
         choices=spec.n,
-        prompt_chars=sum(len(message["content"] or "") for message in turn.messages),
+        prompt_chars=text_chars([turn.messages, turn.variables.get("documents")]),
         is_rendered=True,
         echo=(),
         parser=turn.parser,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowprefill.errors import InvalidRequest
+from flowprefill.models.chat_template import content_text
 from flowprefill.request import SamplingParams
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.message import MessageParser, PlainText
@@ -52,7 +53,7 @@ class ChatTurn:
             messages = messages_without_tools(messages, self.tools)
         text = engine.render_chat(messages, **given, **self.variables)
         if self.continues:
-            text = _cut_after(text, messages[-1]["content"] or "")
+            text = _cut_after(text, content_text(messages[-1]))
         self.prompt_tail = text[-200:].rstrip()
         return text
 

@@ -9,9 +9,10 @@ from aiohttp import web
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGPROBS, Request, Token
-from flowprefill.server.body import Body, check_text
+from flowprefill.server.body import Body, check_text, whole_ids
 from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
+from flowprefill.server.foreign_fields import NOT_OF_COMPLETIONS, refuse_fields
 from flowprefill.server.generation import respond
 from flowprefill.server.logprobs import token_label, top_labels
 from flowprefill.server.message import MessagePart
@@ -21,7 +22,6 @@ from flowprefill.server.openai_schema import (
     SchemaContext,
     check_token_ids,
     generation_spec,
-    refuse_fields,
 )
 
 DEFAULT_MAX_TOKENS = 16
@@ -34,7 +34,8 @@ def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
     value = body.raw("prompt")
     if isinstance(value, str):
         value = [value]
-    elif isinstance(value, list) and set(map(type, value)) == {int}:
+    elif isinstance(value, list) and value and set(map(type, value)) <= {int, float}:
+        value = whole_ids(value)
         check_token_ids("prompt", value, vocab_size)
         return [value]
     if not isinstance(value, list) or not value:
@@ -43,6 +44,8 @@ def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
         body.refuse("prompt", value, f"at most {max_prompts} prompts")
     is_single = len(value) == 1 and not isinstance(body.raw("prompt"), list)
     kind = type(value[0])
+    if kind is list:
+        value = [whole_ids(prompt) if type(prompt) is list else prompt for prompt in value]
     for index, prompt in enumerate(value):
         name = "prompt" if is_single else f"prompt[{index}]"
         if kind not in (str, list) or type(prompt) is not kind:
@@ -59,6 +62,7 @@ def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
 def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; touches no engine."""
     refuse_fields(body, CHAT_ONLY, "only chats have tools")
+    refuse_fields(body, NOT_OF_COMPLETIONS)
     prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, MAX_INT)

@@ -78,6 +78,11 @@ class ServedEngine(Protocol):
         ...
 
     @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """How the model's authors want it sampled; see models/sampling_defaults.py."""
+        ...
+
+    @property
     def tokenizer(self) -> ServedTokenizer: ...
     @property
     def chat_template(self) -> str:

@@ -107,6 +107,9 @@ async def _read_order(
         chat_template=engine.chat_template,
         tool_parser=context.options.tool_call_parser,
         reasoning_parser=context.options.reasoning_parser,
+        sampling_defaults=(
+            engine.sampling_defaults if context.options.generation_config == "auto" else {}
+        ),
     )
 
     def check(raw: bytes) -> tuple[GenerationOrder, Body]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SLO, Request, SamplingParams
-from flowprefill.server.body import Body, check_text
+from flowprefill.server.body import Body, check_text, whole_ids, whole_number
+from flowprefill.server.foreign_fields import FOREIGN, refuse_fields
 from flowprefill.server.slo import NO_RULES, ClientRules, slo_of
 from flowprefill.server.structured_fields import read_structured
 
@@ -24,7 +25,8 @@ MAX_METADATA = 64
 METRICS_HEADER = "x-return-metrics"
 
 # Fields that would change the output if they did anything. Ignoring them silently would be wrong,
-# so anything but a neutral value is refused. None (null) is neutral everywhere.
+# so anything but a neutral value is refused. None (null) is neutral everywhere. Those of other
+# servers are in foreign_fields.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
@@ -34,8 +36,10 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
+    "structural_tag": (),
     "suffix": ("",),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 
@@ -48,8 +52,7 @@ CHAT_ONLY: Mapping[str, tuple[Any, ...]] = {
 # OpenAI and vLLM fields that say something about the caller or the transport, not about the text.
 IGNORED = (
     "prompt_cache_key", "prompt_cache_retention",
-    "reasoning_effort", "request_id", "safety_identifier", "spaces_between_special_tokens", "store",
-    "user", "verbosity",
+    "request_id", "safety_identifier", "spaces_between_special_tokens", "store", "user",
 )  # fmt: skip
 
 
@@ -119,7 +122,12 @@ def _shifted_seed(seed: int, choice: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SchemaContext:
-    """What checking a body needs to know about the server."""
+    """What checking a body needs to know about the server.
+
+    Attributes:
+        sampling_defaults: hold where a body names none, instead of OpenAI's; ``max_new_tokens``
+            among them is the most any request generates.
+    """
 
     headers: Mapping[str, str]
     config: EngineConfig
@@ -129,6 +137,7 @@ class SchemaContext:
     chat_template: str = ""
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
 
 def generation_spec(
@@ -154,7 +163,7 @@ def generation_spec(
     tier = body.text("service_tier")
     return GenerationSpec(
         model=body.text("model"),
-        sampling=sampling_params(body, context.vocab_size, max_tokens, logprobs),
+        sampling=sampling_params(body, context, max_tokens, logprobs),
         slo=slo,
         n=n,
         stream=_stream_options(body),
@@ -168,7 +177,8 @@ def generation_spec(
 
 def refuse_unsupported(body: Body) -> None:
     """Refuse fields this server does not implement, and mark the harmless ones as known."""
-    refuse_fields(body, REFUSED, "this field is not supported")
+    refuse_fields(body, REFUSED)
+    refuse_fields(body, FOREIGN)
     modalities = body.raw("modalities")
     if modalities is not None and modalities != ["text"]:
         body.refuse("modalities", modalities, "['text']: other kinds are not supported")
@@ -179,41 +189,35 @@ def refuse_unsupported(body: Body) -> None:
         body.raw(name)
 
 
-def refuse_fields(body: Body, fields: Mapping[str, tuple[Any, ...]], why: str) -> None:
-    """Refuse fields unless they have a neutral value."""
-    for name, neutral in fields.items():
-        value = body.raw(name)
-        if value is None or any(type(value) is type(v) and value == v for v in neutral):
-            continue
-        allowed = " or ".join(["null", *(repr(v) for v in neutral)])
-        body.refuse(name, value, f"{allowed}: {why}")
-
-
 def sampling_params(
-    body: Body, vocab_size: int, max_tokens: int | None, logprobs: int | None
+    body: Body, context: SchemaContext, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
     """Read the sampling fields; -1 and 0 both switch ``top_k`` off.
 
     SamplingParams checks those that have its names and ranges.
     """
-    top_k = body.integer("top_k", 0, -1, MAX_INT)
+    defaults = context.sampling_defaults
+    top_k = body.integer("top_k", int(defaults.get("top_k", 0)), -1, MAX_INT)
+    most = defaults.get("max_new_tokens")
+    if most is not None:
+        max_tokens = int(most) if max_tokens is None else min(max_tokens, int(most))
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=body.raw("min_tokens", 0),
-        temperature=body.raw("temperature", 1.0),
-        top_p=body.raw("top_p", 1.0),
+        min_tokens=whole_number(body.raw("min_tokens", 0)),
+        temperature=body.raw("temperature", defaults.get("temperature", 1.0)),
+        top_p=body.raw("top_p", defaults.get("top_p", 1.0)),
         top_k=max(top_k, 0),
-        min_p=body.raw("min_p", 0.0),
-        seed=body.raw("seed"),
+        min_p=body.raw("min_p", defaults.get("min_p", 0.0)),
+        seed=whole_number(body.raw("seed")),
         stop=_stop_strings(body),
-        stop_token_ids=_stop_token_ids(body, vocab_size),
+        stop_token_ids=_stop_token_ids(body, context.vocab_size),
         ignore_eos=body.boolean("ignore_eos"),
         logprobs=logprobs,
         presence_penalty=body.raw("presence_penalty", 0.0),
         frequency_penalty=body.raw("frequency_penalty", 0.0),
-        repetition_penalty=body.raw("repetition_penalty", 1.0),
+        repetition_penalty=body.raw("repetition_penalty", defaults.get("repetition_penalty", 1.0)),
         include_stop_str_in_output=body.boolean("include_stop_str_in_output"),
-        logit_bias=_logit_bias(body, vocab_size),
+        logit_bias=_logit_bias(body, context.vocab_size),
         skip_special_tokens=body.boolean("skip_special_tokens", True),
         structured=read_structured(body),
     )
@@ -246,7 +250,7 @@ def _stop_strings(body: Body) -> tuple[str, ...]:
 
 
 def _stop_token_ids(body: Body, vocab_size: int) -> tuple[int, ...]:
-    ids = body.listed("stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids")
+    ids = whole_ids(body.listed("stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids"))
     check_token_ids("stop_token_ids", ids, vocab_size)
     return tuple(ids)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,6 +15,7 @@ from flowprefill.server.tool_parsers import TOOL_PARSERS
 
 MAX_CONNECTIONS = 1 << 20
 SECRET = ("tenants", "api_keys")  # settings that hold keys
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
 def _plain(value: Any) -> Any:
@@ -79,6 +81,14 @@ class ServerOptions:
     debug_endpoints: bool = _option(
         True, "serve /debug/timeline, /debug/decisions and /debug/requests"
     )
+    allowed_origins: tuple[str, ...] = _option(
+        (), "origins whose browser pages may call the server, or '*' for all; empty is none"
+    )
+    generation_config: str = _option(
+        "auto",
+        "auto: sampling fields that a request does not name are those of the model's "
+        "generation_config.json; none: they are OpenAI's",
+    )
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
@@ -104,9 +114,7 @@ class ServerOptions:
         for name, known in parsers.items():
             if getattr(self, name) not in known:
                 self._refuse(name, getattr(self, name), "one of " + ", ".join(known))
-        names: object = self.served_model_names
-        if not isinstance(names, tuple) or not all(isinstance(n, str) and n for n in names):
-            self._refuse("served_model_names", names, "a list of names")
+        self._check_texts()
         tiers = self.service_tiers
         if not isinstance(tiers, Mapping) or not all(isinstance(v, str) for v in tiers.values()):
             self._refuse("service_tiers", tiers, "an object of tier: class")
@@ -114,6 +122,20 @@ class ServerOptions:
         if not isinstance(tenants, Mapping):
             self._refuse("tenants", type(tenants).__name__, "an object of name: tenant")
         Tenants(self.tenants)
+
+    def _check_texts(self) -> None:
+        for name, allowed in (
+            ("served_model_names", "a list of names"),
+            ("allowed_origins", "a list of origins such as 'http://localhost:3000', or '*'"),
+        ):
+            texts: object = getattr(self, name)
+            if not isinstance(texts, tuple) or not all(isinstance(t, str) and t for t in texts):
+                self._refuse(name, texts, allowed)
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                self._refuse("allowed_origins", origin, "an origin, SCHEME://HOST[:PORT], or '*'")
+        if self.generation_config not in ("auto", "none"):
+            self._refuse("generation_config", self.generation_config, "auto or none")
 
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:
@@ -142,6 +164,7 @@ class ServerOptions:
                 allowed = "one of " + ", ".join(sorted(known))
                 raise ConfigError(f"setting: got {key!r}, expected {allowed}", param=key)
         checked = dict(values)
-        if isinstance(checked.get("served_model_names"), list):
-            checked["served_model_names"] = tuple(checked["served_model_names"])
+        for name in ("served_model_names", "allowed_origins"):
+            if isinstance(checked.get(name), list):
+                checked[name] = tuple(checked[name])
         return cls(**checked)

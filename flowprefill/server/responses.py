@@ -15,9 +15,10 @@ from flowprefill.server.body import Body
 from flowprefill.server.chat import ChatEndpoint, order_of_chat
 from flowprefill.server.context import SERVER
 from flowprefill.server.endpoint import EventWriter, Generation, GenerationOrder
+from flowprefill.server.foreign_fields import refuse_fields
 from flowprefill.server.generation import respond
 from flowprefill.server.message import MessagePart
-from flowprefill.server.openai_schema import SchemaContext, refuse_fields
+from flowprefill.server.openai_schema import SchemaContext
 from flowprefill.server.replies import usage_object
 from flowprefill.server.response_events import ResponseWriter, output_items
 from flowprefill.server.response_input import REFUSED, chat_fields, input_messages, renamed

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from flowprefill.server.body import Body, parse_json_object
+from flowprefill.server.body import Body, parse_json_object, whole_ids
 from flowprefill.server.chat import read_turn
 from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
@@ -42,6 +42,7 @@ def _detokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
     tokens = body.raw("tokens")
     if not isinstance(tokens, list):
         body.refuse("tokens", tokens, "a list of token ids")
+    tokens = whole_ids(tokens)
     check_token_ids("tokens", tokens, engine.vocab_size)
     return {"prompt": engine.tokenizer.decode(tokens)}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowprefill.errors import InvalidRequest
+from flowprefill.models.chat_template import content_text
 from flowprefill.request import StructuredOutput
 from flowprefill.server.body import Body, check_text
 from flowprefill.server.engine_protocol import ServedTokenizer
@@ -197,7 +198,7 @@ def messages_without_tools(
         return plain
     described = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools.listed)
     if plain and plain[0]["role"] == "system":
-        system = {**plain[0], "content": f"{plain[0]['content']}\n\n{PREAMBLE}{described}"}
+        system = {**plain[0], "content": f"{content_text(plain[0])}\n\n{PREAMBLE}{described}"}
         return [system, *plain[1:]]
     return [{"role": "system", "content": PREAMBLE + described}, *plain]
 
@@ -205,9 +206,9 @@ def messages_without_tools(
 def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if message["role"] == "tool":
         name = message.get("name") or message.get("tool_call_id") or "the function"
-        return {"role": "user", "content": f"Result of {name}: {message['content']}"}
+        return {"role": "user", "content": f"Result of {name}: {content_text(message)}"}
     if not message.get("tool_calls"):
         return dict(message)
     calls = [call["function"] for call in message["tool_calls"]]
     text = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
-    return {"role": message["role"], "content": (message.get("content") or "") + text}
+    return {"role": message["role"], "content": content_text(message) + text}

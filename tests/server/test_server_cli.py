@@ -22,7 +22,7 @@ from fake_engine import FakeEngine, Script
 from flowprefill import cli
 from flowprefill.bench import doctor
 from flowprefill.config import EngineConfig
-from flowprefill.errors import CheckpointError, RequestFailed
+from flowprefill.errors import CheckpointError, NotReady, RequestFailed
 from flowprefill.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +208,46 @@ def test_signal_ends_the_loading_of_a_model(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("flowprefill.engine.Engine", Loading)
     assert cli.main(["serve", "some-model", "--port", "0"]) == 0
     assert weights < 9_000
+
+
+def test_signal_ends_a_load_that_looks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    has_ended = threading.Event()
+
+    def end(status: int) -> None:
+        ended.append(status)
+        has_ended.set()
+
+    class Loading:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert has_ended.wait(20)  # a tokenizer or a calibration, which nobody can stop
+            raise NotReady("nobody waits for it")
+
+    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr("flowprefill.engine.Engine", Loading)
+    assert cli.main(["serve", "some-model", "--port", "0"]) == 0
+    assert ended == [0]
+
+
+def test_interrupt_ends_generate_while_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(Exception):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    def load(*_: Any) -> FakeEngine:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+        raise AssertionError("loads on")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr(cli, "load_engine", load)
+    with pytest.raises(Ended, match="130"):
+        cli.main(["generate", "Hi"])
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_generate_streams_the_text(capsys: pytest.CaptureFixture[str], engine: FakeEngine) -> None:

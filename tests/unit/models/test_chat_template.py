@@ -57,7 +57,7 @@ def test_generation_blocks_and_today_are_supported() -> None:
 
 def test_content_may_be_absent_beside_tool_calls() -> None:
     call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
-    assert ChatTemplate("{{ messages[0].content is none }}").render([call]) == "True"
+    assert ChatTemplate("{{ messages[0].content is defined }}").render([call]) == "False"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_template_that_computes_too_long_is_stopped_and_holds_nobody(text: str) 
         ("{{ messages[0].content * 10000000000 }}", "MemoryError"),
         (
             "{% for a in range(9999) %}{{ '%999d' % a }}{% endfor %}",
-            "writes more than 1048592 char",
+            "writes more than 1048624 char",
         ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "template is broken: RecursionError"),

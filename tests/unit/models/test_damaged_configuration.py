@@ -27,8 +27,16 @@ FIELDS = {
         "layer_types", "max_window_layers", "hidden_act", "quantization_config", "bos_token_id",
         "eos_token_id", "tie_word_embeddings", "attention_bias", "mlp_bias",
     ],
-    "tokenizer_config.json": ["bos_token", "eos_token", "add_bos_token", "chat_template"],
-    "generation_config.json": ["bos_token_id", "eos_token_id"],
+    "tokenizer_config.json": [
+        "bos_token", "eos_token", "pad_token", "image_token", "add_bos_token", "chat_template",
+        "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder",
+    ],
+    "special_tokens_map.json": ["eos_token", "image_token", "additional_special_tokens"],
+    "added_tokens.json": ["<x>", ""],
+    "generation_config.json": [
+        "bos_token_id", "eos_token_id", "temperature", "top_p", "top_k", "min_p",
+        "repetition_penalty", "max_new_tokens",
+    ],
     "tokenizer.json": ["model", "added_tokens", "normalizer", "pre_tokenizer", "decoder"],
 }  # fmt: skip
 VALUES: list[Any] = [

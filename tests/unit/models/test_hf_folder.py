@@ -140,16 +140,16 @@ def test_chat_template_is_found_in_each_place(save_tiny: Save) -> None:
 
 @pytest.mark.parametrize("file_adds", [True, False])
 @pytest.mark.parametrize("setting", [True, False, None])
-def test_add_bos_token_overrules_the_post_processor(
+def test_the_post_processor_alone_adds_bos(
     save_tiny: Save, file_adds: bool, setting: bool | None
 ) -> None:
+    """As in transformers 5, which does not look at add_bos_token beside a tokenizer.json."""
     _, folder = save_tiny("llama")
     write_tokenizer(folder, adds_bos=file_adds)
     change_json(folder / "tokenizer_config.json", add_bos_token=setting)
     tokenizer = open_checkpoint(folder).tokenizer
     plain = tokenizer.encode("hi", add_special_tokens=False)
-    expected = file_adds if setting is None else setting
-    assert tokenizer.encode("hi") == ([0, *plain] if expected else plain)
+    assert tokenizer.encode("hi") == ([0, *plain] if file_adds else plain)
     assert tokenizer.decode(tokenizer.encode("hi")) == "hi"
 
 

@@ -112,7 +112,7 @@ def test_token_ids_accepts_one_many_or_none() -> None:
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits", "bf16"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "yarn"]),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, ["spiral", "yarn"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor", "None", "a number"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["factor", "-1", "> 0"]),
         ({"rope_scaling": [1]}, ["rope_scaling", "[1]", "an object"]),

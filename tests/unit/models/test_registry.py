@@ -28,6 +28,9 @@ def test_folder_of_one_gguf_stands_for_it(tmp_path: Path) -> None:
     (tmp_path / "only.gguf").write_bytes(b"GGUF")
     assert resolve_model(tmp_path).path == tmp_path / "only.gguf"
     (tmp_path / "second.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"several: only\.gguf, second\.gguf"):
+        resolve_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     assert resolve_model(tmp_path).path == tmp_path
 
 

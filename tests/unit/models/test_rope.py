@@ -134,7 +134,7 @@ def test_yarn_factor_defaults_to_the_ratio_of_contexts() -> None:
         ("yarn", {"beta_fast": 1.0, "beta_slow": 1.0}, "beta_fast"),
         ("yarn", {"factor": float("nan")}, "factor"),
         ("longrope", {}, "long_factor"),
-        ("dynamic", {}, "rope_type"),
+        ("spiral", {}, "rope_type"),
     ],
 )
 def test_bad_scaling_names_the_field(kind: str, values: dict[str, Any], name: str) -> None:

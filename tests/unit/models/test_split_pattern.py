@@ -10,7 +10,7 @@ import pytest
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.split_pattern import why_slow
-from flowprefill.models.tokenizer_file import check_tokenizer_file
+from flowprefill.models.tokenizer_file import read_tokenizer_json
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
@@ -70,7 +70,7 @@ def test_file_of_a_slow_tokenizer_is_refused(
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(values))
     with pytest.raises(CheckpointError) as caught:
-        check_tokenizer_file(path)
+        read_tokenizer_json(path)
     assert words in caught.value.message
     assert str(path) in caught.value.message
 
@@ -78,4 +78,4 @@ def test_file_of_a_slow_tokenizer_is_refused(
 def test_file_with_marks_for_spaces_passes(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(replacing("\u2581") | splitting(r"\s+(?!\S)|\s+")))
-    check_tokenizer_file(path)
+    read_tokenizer_json(path)

@@ -1,0 +1,41 @@
+"""read_sampling_defaults: how a model's authors say it is to be sampled; by hf_folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flowprefill.models.model_config import bad_field
+from flowprefill.models.rope import as_float
+
+# Of generation_config.json, what a server takes over as vLLM does: lowest and highest value.
+FIELDS: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-6, 10.0),
+    "max_new_tokens": (1, 2**31 - 1),
+}
+_WHOLE = ("top_k", "max_new_tokens")
+
+
+def read_sampling_defaults(values: Mapping[str, Any]) -> dict[str, float]:
+    """Read the fields of generation_config.json that say how tokens are chosen, without nulls.
+
+    Raises:
+        CheckpointError: a value of the wrong kind or out of its range; names file and field.
+    """
+    found: dict[str, float] = {}
+    for name, (low, high) in FIELDS.items():
+        if values.get(name) is None:
+            continue
+        number = as_float(values[name])
+        is_whole = number is not None and math.isfinite(number) and number == int(number)
+        if number is None or not low <= number <= high or (name in _WHOLE and not is_whole):
+            kind = "an integer" if name in _WHOLE else "a number"
+            allowed = f"{kind} in [{low:g}, {high:g}] or null"
+            raise bad_field(f"generation_config.json: {name}", values[name], allowed)
+        found[name] = int(number) if name in _WHOLE else number
+    return found

@@ -1,0 +1,158 @@
+"""Fields beyond OpenAI's: done, or refused by name; numbers as JSON has them; sampling defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from running_server import RunningServer, StartServer
+
+from flowprefill.errors import ConfigError
+from flowprefill.server.foreign_fields import FOREIGN, NOT_OF_CHAT, NOT_OF_COMPLETIONS
+from flowprefill.server.openai_schema import REFUSED
+from flowprefill.server.options import ServerOptions
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = [{"role": "user", "content": "Hi"}]
+BASE: dict[str, dict[str, Any]] = {COMPLETIONS: {"prompt": "Hi"}, CHAT: {"messages": USER}}
+
+
+def sampled(server: RunningServer, engine: FakeEngine, path: str, **fields: Any) -> Any:
+    reply = server.post(path, {**BASE[path], **fields})
+    assert reply.status == 200, reply.body
+    return engine.submitted[-1].request.sampling
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_every_field_that_is_not_done_is_refused_by_name(
+    server: RunningServer, engine: FakeEngine, path: str
+) -> None:
+    own = NOT_OF_COMPLETIONS if path == COMPLETIONS else NOT_OF_CHAT
+    for name, neutral in (REFUSED | FOREIGN | own).items():
+        reply = server.post(path, {**BASE[path], name: ["a value", 7]})
+        assert reply.status == 400, name
+        assert reply.error["param"] == name
+        assert name in reply.error["message"]
+        for value in (None, *neutral) if name not in BASE[path] else ():
+            assert server.post(path, {**BASE[path], name: value}).status == 200, (name, value)
+    assert len(FOREIGN) > 100
+    assert all(handle.request.prompt for handle in engine.submitted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_beams", 1.0), ("repeat_penalty", 1.0), ("mirostat", 0), ("lora", []), ("options", {})],
+)
+def test_neutral_numbers_are_compared_as_numbers(
+    server: RunningServer, name: str, value: Any
+) -> None:
+    assert server.post(COMPLETIONS, {"prompt": "Hi", name: value}).status == 200
+    assert server.post(COMPLETIONS, {"prompt": "Hi", name: True}).status == 400
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_whole_floats_are_integers(server: RunningServer, engine: FakeEngine, path: str) -> None:
+    sampling = sampled(
+        server, engine, path, max_tokens=4.0, min_tokens=1.0, top_k=3.0, seed=7.0, n=1.0,
+        stop_token_ids=[5.0, 6], priority=-2.0,
+    )  # fmt: skip
+    assert sampling.max_tokens == 4
+    assert type(sampling.max_tokens) is int
+    assert (sampling.min_tokens, sampling.top_k, sampling.seed) == (1, 3, 7)
+    assert sampling.stop_token_ids == (5, 6)
+    assert engine.submitted[-1].request.priority == -2
+    for name, value in (("max_tokens", 4.5), ("max_tokens", 1e300), ("seed", 0.5)):
+        reply = server.post(path, {**BASE[path], name: value})
+        assert (reply.status, reply.error["param"]) == (400, name)
+
+
+def test_token_ids_may_be_whole_floats(server: RunningServer, engine: FakeEngine) -> None:
+    for prompt in ([72.0, 105], [[72, 105.0]]):
+        assert server.post(COMPLETIONS, {"prompt": prompt}).status == 200
+        assert engine.submitted[-1].request.prompt == [72, 105]
+    assert server.post("/detokenize", {"tokens": [72.0]}).json() == {"prompt": "H"}
+    assert server.post(COMPLETIONS, {"prompt": [72.5]}).error["param"] == "prompt[0]"
+
+
+def test_top_p_0_is_the_narrowest_nucleus(server: RunningServer, engine: FakeEngine) -> None:
+    assert sampled(server, engine, COMPLETIONS, top_p=0).top_p == 0
+    assert sampled(server, engine, CHAT, top_p=0.0).top_p == 0
+
+
+DEFAULTS = {
+    "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1,
+    "max_new_tokens": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_the_models_sampling_defaults_hold_where_a_request_names_none(
+    server: RunningServer, engine: FakeEngine, path: str
+) -> None:
+    engine.sampling_defaults = dict(DEFAULTS)
+    sampling = sampled(server, engine, path)
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        assert getattr(sampling, name) == DEFAULTS[name]
+    assert sampling.max_tokens == 9
+    own = sampled(server, engine, path, temperature=0, top_k=0, top_p=1, max_tokens=5)
+    assert (own.temperature, own.top_k, own.top_p, own.min_p) == (0, 0, 1, 0.05)
+    assert own.max_tokens == 5
+    assert sampled(server, engine, path, max_tokens=50).max_tokens == 9
+
+
+def test_the_models_sampling_defaults_can_be_switched_off(
+    engine: FakeEngine, start_server: StartServer
+) -> None:
+    engine.sampling_defaults = dict(DEFAULTS)
+    server = start_server(engine, generation_config="none")
+    sampling = sampled(server, engine, CHAT)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
+    assert sampling.max_tokens is None
+    with pytest.raises(ConfigError, match="generation_config: got 'vllm', expected auto or none"):
+        ServerOptions(generation_config="vllm")
+
+
+class SeeingEngine(FakeEngine):
+    """Keeps what the chat template is given."""
+
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
+        self.seen = messages, variables
+        return "prompt"
+
+
+def test_the_template_gets_all_of_a_message(start_server: StartServer) -> None:
+    engine = SeeingEngine()
+    server = start_server(engine)
+    answer = {
+        "role": "assistant", "content": None, "reasoning_content": "why", "refusal": None,
+        "own": {"a": [1]},
+    }  # fmt: skip
+    messages = [*USER, answer, {"role": "assistant", "content": "b", "thinking": "t"}, *USER]
+    body = {"messages": messages, "reasoning_effort": "low", "documents": [{"text": "d"}]}
+    assert server.post(CHAT, body).status == 200
+    seen, variables = engine.seen
+    assert seen == messages
+    assert variables["reasoning_effort"] == "low"
+    assert variables["documents"] == [{"text": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": 7}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning_content": 7}]},
+            "messages[0].reasoning_content",
+        ),
+        ({"documents": [5]}, "documents[0]"),
+        ({"documents": {}}, "documents"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
+    ],
+)
+def test_what_the_template_gets_is_checked(
+    server: RunningServer, change: dict[str, Any], param: str
+) -> None:
+    reply = server.post(CHAT, {"messages": USER, **change})
+    assert (reply.status, reply.error["param"]) == (400, param)
