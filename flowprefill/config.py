@@ -18,7 +18,7 @@ from flowprefill.request import SLO
 AdmissionMode = Literal["off", "demote", "reject"]
 
 GIB = 1 << 30  # bytes
-POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first")
+POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first", "priority")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
 COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
 DEVICES = "auto, cpu, cuda or cuda:N"

@@ -11,6 +11,9 @@ A decode step is one short work over the sequences that wait for a token. Agains
 - While prefills wait, a step starts (1 / decode_share - 1) step times after the last one's end at
   the earliest: prefills keep at least 1 - decode_share of the time.
 
+Sequences of the class `background` are never due: they take part where a step has room, and have
+steps of their own only while nothing is to be prefilled.
+
 Bound: a decode step starts no later than max(due time, that pause) + one boundary; and one
 prefill's deadline never makes another sequence wait past its own due time. Sequences over
 max_running take turns, the earliest due first.
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
+from flowprefill.scheduling.interface import BACKGROUND
 from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
@@ -161,11 +165,11 @@ class Decoding:
         return self._idle[0][2] if self._idle else None
 
     def _wait(self, sequence: DecodingJob) -> None:
-        wanted = sequence.job.tpot_s
-        is_best_effort = math.isinf(wanted)
-        sequence.due_s = sequence.last_token_s + (
-            self._settings.max_stall_s if is_best_effort else wanted
-        )
+        is_best_effort = _is_best_effort(sequence.job)
+        wanted = self._settings.max_stall_s if is_best_effort else sequence.job.tpot_s
+        if sequence.job.service_class == BACKGROUND:
+            wanted = math.inf
+        sequence.due_s = sequence.last_token_s + wanted
         sequence.version = next(self._versions)
         heapq.heappush(self._idle, (sequence.due_s, sequence.version, sequence))
         self._idle_count += 1
@@ -176,4 +180,8 @@ class Decoding:
         sequence.version = -1
         self._idle_count -= 1
         self._idle_context -= sequence.context_tokens
-        self._idle_best_effort -= math.isinf(sequence.job.tpot_s)
+        self._idle_best_effort -= _is_best_effort(sequence.job)
+
+
+def _is_best_effort(job: Job) -> bool:
+    return math.isinf(job.tpot_s) and job.service_class != BACKGROUND

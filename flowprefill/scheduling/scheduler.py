@@ -1,8 +1,8 @@
 """Scheduler: decides what runs next; engine, simulator and tests give it events and carry it out.
 
 Long because it is one state machine: every method changes the same few queues. Pure: no clock,
-thread, tensor or I/O. One call at a time (the engine holds its lock). Each event
-costs O(log n) in the number of waiting jobs, plus O(k log k) in the size k of a batch or step.
+thread, tensor or I/O. One call at a time (the engine holds its lock). Each event costs O(log n)
+steps in the number of waiting jobs, plus O(k log k) in the size k of a batch or step.
 """
 
 from __future__ import annotations

@@ -128,3 +128,13 @@ def test_background_never_reduces_who_is_on_time(seed: int) -> None:
 
     assert on_time(background) >= on_time([])
     assert all(client.ends for client in background)
+
+
+def test_background_decodes_only_while_nothing_is_to_be_prefilled() -> None:
+    talker = Client(Job("talker", 1.0, 10, service_class="background"), output_tokens=20)
+    stream = [  # the device is never idle before it has ended
+        Client(Job(f"job-{n}", 1.0 + n * 0.05, 1_000, 0, 1.0 + n * 0.05 + 30.0)) for n in range(60)
+    ]
+    VirtualDevice(Scheduler("slack_edf", cost_model()), [talker, *stream]).play()
+    last_prefill = max(client.first_token_s for client in stream)
+    assert sum(at > last_prefill for at in talker.token_times) >= 19

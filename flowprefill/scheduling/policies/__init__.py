@@ -9,6 +9,7 @@ from flowprefill.errors import ConfigError
 from flowprefill.scheduling.policies.base import BasePolicy, Packing, Policy
 from flowprefill.scheduling.policies.edf import EarliestDeadlineFirst
 from flowprefill.scheduling.policies.fcfs import FirstComeFirstServed
+from flowprefill.scheduling.policies.priority import FixedPriority
 from flowprefill.scheduling.policies.s_edf_paper import PublishedSlackEdf
 from flowprefill.scheduling.policies.shortest_first import ShortestFirst
 from flowprefill.scheduling.policies.slack_edf import SlackEdf
@@ -23,6 +24,7 @@ _BY_NAME: dict[str, type[BasePolicy]] = {
     policy.name: policy
     for policy in (
         SlackEdf, PublishedSlackEdf, EarliestDeadlineFirst, FirstComeFirstServed, ShortestFirst,
+        FixedPriority,
     )
 }  # fmt: skip
 

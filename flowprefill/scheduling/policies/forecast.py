@@ -6,9 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flowprefill.scheduling.work import Work
 
 MEMORY_S = 5.0  # how long an arrival counts; longer reacts late, shorter takes chance for a trend
+NEVER = (math.inf, 0.0)
 NEGLIGIBLE = 1e-3  # share of the device's time that is not worth counting
 
 
@@ -25,10 +28,8 @@ class Forecast:
     """
 
     def __init__(self) -> None:
-        self._shares: dict[int, float] = {}  # by rounded D, as of _at
+        self._shares: dict[int, float] = {}  # by rounded D, ascending, as of _at
         self._at = -math.inf
-        self._now = -math.inf
-        self._current: list[tuple[float, float]] = []  # (D, share) as of _now
 
     def note(self, work: Work, now: float) -> None:
         """Count an arrival with a deadline."""
@@ -40,16 +41,30 @@ class Forecast:
         step = round(2 * math.log2(objective_s))
         seconds = min(work.predicted_s, objective_s)
         shares[step] = shares.get(step, 0.0) + seconds / MEMORY_S
-        self._shares, self._at, self._now = shares, now, -math.inf
+        self._shares, self._at = dict(sorted(shares.items())), now
 
-    def before_s(self, deadline_s: float, now: float) -> float:
-        """Return the time expected to be taken by arrivals from now on that are due before."""
-        if now != self._now:
-            fade = self._fade(now)
-            self._current = [(2 ** (k / 2), s * fade) for k, s in self._shares.items()]
-            self._now = now
-        ahead_s = deadline_s - now
-        return sum([s * (ahead_s - due_s) for due_s, s in self._current if due_s < ahead_s])
+    def limits(self, works: Sequence[Work], now: float) -> list[float]:
+        """Return each one's deadline less the time that arrivals due before it are to take.
+
+        Args:
+            works: in order of their deadlines. Protected ones keep theirs.
+
+        Cost: O(works + rounded Ds).
+        """
+        fade = self._fade(now)
+        shares = iter([(2 ** (step / 2), share * fade) for step, share in self._shares.items()])
+        due_s, share = next(shares, NEVER)
+        total = moment = 0.0
+        limits = []
+        for work in works:
+            ahead_s = work.deadline_s - now
+            while due_s < ahead_s:
+                total += share
+                moment += share * due_s
+                due_s, share = next(shares, NEVER)
+            taken_s = 0.0 if work.is_protected else total * ahead_s - moment
+            limits.append(work.deadline_s - taken_s)
+        return limits
 
     def _fade(self, now: float) -> float:
         return math.exp((self._at - now) / MEMORY_S) if self._shares else 0.0

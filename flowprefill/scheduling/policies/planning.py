@@ -21,13 +21,7 @@ def plan(works: Sequence[Work], start_s: float, now: float, forecast: Forecast) 
     Args:
         works: in order of their deadlines.
     """
-    limits = [
-        work.deadline_s
-        if work.is_protected
-        else work.deadline_s - forecast.before_s(work.deadline_s, now)
-        for work in works
-    ]
-    kept = keepable(works, start_s, limits)
+    kept = keepable(works, start_s, forecast.limits(works, now))
     if not kept:
         kept = keepable(works, start_s, [work.deadline_s for work in works])
     return kept or works[:1]

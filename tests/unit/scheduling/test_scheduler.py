@@ -284,6 +284,13 @@ def test_priority_breaks_ties_between_equally_urgent() -> None:
     assert work.job_ids == ("sooner",)
 
 
+def test_priority_policy_preempts_for_a_smaller_number_and_never_for_an_equal_one() -> None:
+    scheduler = make("priority")
+    running = dispatched(arrive(scheduler, "running", 1_000, priority=5))
+    assert arrive(scheduler, "equal", 10, 0.1, priority=5).dispatch is None
+    assert arrive(scheduler, "smaller", 5_000, priority=1).preempted is running
+
+
 def test_predicted_ttft_counts_what_is_ahead_and_changes_nothing() -> None:
     scheduler = make("fcfs")
     arrive(scheduler, "a", 10_000)

@@ -106,10 +106,14 @@ def test_plan_sets_time_aside_for_arrivals_due_before() -> None:
     for number in range(20):  # half of the device's time, each due within a second
         tight = work("tight", 0.5 * MEMORY_S / 20, 1.0, 2 + number)
         forecast.note(tight, 0.0)
-    assert forecast.before_s(6.0, 0.0) == pytest.approx(0.5 * (6.0 - 1.0))
-    assert forecast.before_s(0.9, 0.0) == 0.0
+    soon = work("soon", 0.1, 0.9, 30)
+    assert forecast.limits([soon, short], 0.0) == pytest.approx([0.9, 6.0 - 0.5 * (6.0 - 1.0)])
+    short.is_protected = True
+    assert forecast.limits([short], 0.0) == [6.0]
+    short.is_protected = False
     assert plan([short, long], 0.0, 0.0, forecast) == [short]
-    assert forecast.before_s(5 * MEMORY_S, 4 * MEMORY_S) < 0.05  # what is past counts no more
+    later = work("later", 1.0, 8 * MEMORY_S, 40)  # by then they count no more
+    assert forecast.limits([later], 7 * MEMORY_S) == pytest.approx([8 * MEMORY_S], abs=0.01)
     assert plan([long], 0.0, 0.0, forecast) == [long]  # better than none
 
 
