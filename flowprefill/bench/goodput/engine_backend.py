@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import random
 import time
@@ -115,6 +116,21 @@ class EngineBackend:
         """Submit each request at its time, whatever became of the others; wait for all."""
         rng = random.Random(seed)
         prompts = [random_ids(rng, one.prompt_tokens, self.vocab_size) for one in requests]
+        try:
+            return self._measured(setting, requests, prompts, is_detailed)
+        finally:
+            # What `freeze_garbage` keeps would stay for good: an engine's weights and cache, each
+            # time.
+            gc.unfreeze()
+            gc.collect()
+
+    def _measured(
+        self,
+        setting: Setting,
+        requests: Sequence[TraceRequest],
+        prompts: Sequence[list[int]],
+        is_detailed: bool,
+    ) -> Measurement:
         with self._made(setting) as engine:
             engine.freeze_garbage()
             self._warm(engine, max(one.prompt_tokens for one in requests))
