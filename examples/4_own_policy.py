@@ -1,7 +1,4 @@
-"""A scheduling policy of one's own: the prompt with the fewest tokens left goes first.
-
-You should see the requests end in order of length although they were submitted longest first.
-"""
+"""A scheduling policy of one's own: the shortest prompt goes first; they end in order of length."""
 
 # ruff: noqa: ARG002 (this order needs no clock)
 
@@ -24,8 +21,7 @@ class FewestTokensFirst(BasePolicy):
 
     def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Preempt for a prompt of less than half the length."""
-        first = waiting[0]
-        return Verdict(2 * first.prompt_tokens < current.prompt_tokens, "shorter", by=first)
+        return Verdict(2 * waiting[0].prompt_tokens < current.prompt_tokens, "shorter")
 
 
 def main() -> None:
