@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MEASUREMENT = 2  # raise it when rates come to mean something else: those kept are void then
+MEASUREMENT = 3  # raise it when rates come to mean something else: those kept are void then
 ROUNDS = 3
 MIN_CONTEXT = 256  # below it is too short to tell attention from the rest, and to matter
 OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's own is far below
