@@ -42,6 +42,7 @@ ENGINE, SERVER = "engine.", "server."
 BENCHES: Mapping[str, str] = {
     "hol": "short prompts arriving beside a long one, for each granularity",
     "prefill": "prefill throughput by prompt length, against transformers",
+    "where": "where a prefill's time goes, by operator, against the machine's peak",
     "control": "from submit() to the executor seeing it, while all cores compute",
     "load": "requests over HTTP at a rate, with SLO attainment",
     "goodput": "the highest rate at which policies meet their objectives, on a trace",
