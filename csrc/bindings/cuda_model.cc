@@ -26,7 +26,7 @@ auto into(V& field) {
   return [&field](const py::dict& values, const char* key) { field = get<V>(values, key); };
 }
 
-// Every option may be left out; one that nobody knows is an error.
+// Every option may be left out; an unknown one is an error.
 CudaBackendOptions backend_options_from(const py::dict& values) {
   CudaBackendOptions o;
   const std::map<std::string, std::function<void(const py::dict&, const char*)>> fields = {

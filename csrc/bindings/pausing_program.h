@@ -12,7 +12,7 @@ namespace flowprefill {
 
 class PausingProgram final : public Program {
  public:
-  // boundaries: the segments before which the run stops as if somebody had called suspend().
+  // boundaries: the segments before which the run stops as after suspend().
   PausingProgram(std::unique_ptr<Program> program, std::unordered_set<size_t> boundaries)
       : program_(std::move(program)), boundaries_(std::move(boundaries)) {}
 

@@ -1,5 +1,5 @@
-// Binds the planner by itself: how a batch would be cut, in predicted seconds, with no weights and
-// no device. The simulator calls it.
+// Binds the planner without weights or device: how it would cut a batch, in predicted seconds.
+// The simulator calls it.
 #include <memory>
 #include <string>
 #include <utility>

@@ -1,5 +1,5 @@
-// Cost: predicted time of operators on a batch. Called by the planner and by whoever makes a
-// program of a plan for another batch.
+// Cost: predicted time of operators on a batch. Called by the planner: to cut a batch, and
+// to predict the segments of a plan for another batch.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Step {
   bool is_whole() const { return part_end == 0; }
 };
 
-// Row-wise work rides in the measured rate of the products beside it, so only products, attention
+// Row-wise work is in the measured rate of the products next to it, so only products, attention
 // and embedding have a cost of their own.
 class Cost {
  public:

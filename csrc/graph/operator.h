@@ -37,7 +37,7 @@ struct Operator {
   int32_t table = -1;   // kRotary: the graph's rotary table
   int32_t weight = -1;
   int32_t bias = -1;    // kLinear's; kRope's: of the projection it reads, before the first rounding
-  int32_t q_norm = -1;  // kRope: [head_dim] for each head by itself, or all heads' columns at once
+  int32_t q_norm = -1;  // kRope: [head_dim] for a norm of each head, or all heads' columns at once
   int32_t k_norm = -1;
   Epilogue epilogue = Epilogue::kStore;
   Activation activation = Activation::kSilu;
@@ -52,7 +52,7 @@ constexpr bool is_row_wise(const Operator& op) {
   return op.kind != OperatorKind::kAttention;
 }
 
-// Whether it costs next to nothing beside a product: it never gets a segment of its own.
+// Whether it costs next to nothing compared with a product: it never gets a segment of its own.
 constexpr bool is_light(const Operator& op) {
   return op.kind != OperatorKind::kLinear && op.kind != OperatorKind::kAttention;
 }

@@ -1,4 +1,4 @@
-// Timeline: the last N segments executed, written by the executor, read by anybody.
+// Timeline: the last N segments executed, written by the executor, read from any thread.
 #pragma once
 
 #include <array>

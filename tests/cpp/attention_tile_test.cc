@@ -166,7 +166,7 @@ TEST_P(AttentionTileTest, IsTheSoftmaxOfTheKeysEachRowSees) {
   }
 }
 
-TEST_P(AttentionTileTest, ARowHasTheSameBitsWhateverIsBesideIt) {
+TEST_P(AttentionTileTest, ARowHasTheSameBitsWhateverTheOtherRows) {
   constexpr int kRows = 15;
   const Problem problem(GetParam(), kRows, 3, 2);
   const std::vector<float> together = problem.attended(0, kRows);

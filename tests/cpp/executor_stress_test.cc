@@ -30,7 +30,7 @@ struct Witness {
   std::atomic<uint64_t> num_wrong{0};   // overlapping, repeated, skipped or late segments
 };
 
-// Checks from inside that its segments come one by one, in order, never beside another run's.
+// Checks from inside that its segments come one by one, in order, never during another run's.
 // next_ is deliberately not atomic: two threads executing one run are a race for ThreadSanitizer.
 class CheckedProgram : public Program {
  public:
@@ -188,7 +188,7 @@ TEST_F(ExecutorStress, chaos_keeps_every_invariant) {
   }
   executor_->stop();
   for (const RunRef& run : runs) {
-    executor_->cancel(*run);  // whatever nobody brought to its end
+    executor_->cancel(*run);  // those that have not ended
   }
   executor_->events().pop_all(events);
   note(events);

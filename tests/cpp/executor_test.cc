@@ -41,7 +41,7 @@ TEST_F(ExecutorTest, run_without_segments_finishes_at_once) {
   EXPECT_EQ(events_[0].kind, EventKind::kFinished);
 }
 
-TEST_F(ExecutorTest, run_without_segments_dispatched_beside_another_finishes_too) {
+TEST_F(ExecutorTest, run_without_segments_dispatched_during_another_finishes_too) {
   start();
   const RunRef empty = make(2, 0);
   const RunRef run = make(1, 3, at(0, [&] { executor_->dispatch(empty); }));

@@ -1,4 +1,4 @@
-// The operators in the order of execution.
+// CpuOperators: products, attention and row kernels, in the order in which a layer executes them.
 #include "devices/cpu/cpu_operators.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ const float* offset_or_null(const float* values, int64_t offset) {
   return values == nullptr ? nullptr : values + offset;
 }
 
-// Head h of several; inverse_rms: of the row they are in, 0: the norm is of each head by itself.
+// Head h of several; inverse_rms: of the row they are in, 0: each head has a norm of its own.
 RopeHead head_of(const RopeHead& heads, int64_t h, float inverse_rms) {
   RopeHead head = heads;
   head.bias = offset_or_null(heads.bias, h * heads.dim);
@@ -98,7 +98,6 @@ void CpuOperators<T>::norm(const Operator& op, const Step& step, RowRange rows) 
 }
 
 // ---- products
-// --------------------------------------------------------------------------------------------
 
 template <typename T>
 void CpuOperators<T>::store_product(const Operator& op, const Step& step, RowRange rows,
@@ -167,7 +166,6 @@ void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, 
 }
 
 // ---- attention
-// -------------------------------------------------------------------------------------------
 
 template <typename T>
 void CpuOperators<T>::rope(const Operator& op, const Step& step, RowRange rows) {

@@ -55,7 +55,7 @@ class CpuOperators {
   // all.
   void execute(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
 
-  // The pieces of attention of a step, for a team of so many threads; each is attend()ed by itself.
+  // The pieces of attention of a step, for a team of so many threads; one attend() takes one piece.
   std::vector<AttentionItem> attention_items(const Operator& op, const Step& step, int threads);
   AttentionArgs<T> attention_args(const Operator& op);
 

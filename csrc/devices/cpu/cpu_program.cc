@@ -52,7 +52,6 @@ CpuProgram<T>::~CpuProgram() {
 }
 
 // ---- memory
-// ----------------------------------------------------------------------------------------------
 
 template <typename T>
 size_t CpuProgram<T>::tensor_bytes(int32_t tensor) const {
@@ -118,7 +117,6 @@ const float* CpuProgram<T>::logits() const {
 }
 
 // ---- steps
-// -----------------------------------------------------------------------------------------------
 
 template <typename T>
 void CpuProgram<T>::execute(size_t i, const ExecutionContext& context) {

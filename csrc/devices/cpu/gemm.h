@@ -1,6 +1,6 @@
-// The matrix kernel everything stands on: ATen's brgemm (oneDNN's batch-reduce micro-kernel) on
-// packed operands. Reaches the processor's peak for row counts from 16 up; AMX is used where there
-// is one.
+// The matrix kernel of all products and of attention on the CPU: ATen's brgemm (oneDNN's
+// batch-reduce micro-kernel) on packed operands. Reaches the processor's peak for row counts from
+// 16 up; AMX is used where there is one.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>

@@ -79,8 +79,8 @@ inline float tanh_of(float y) {
 }
 
 #ifdef __AVX512F__
-// The same for 16 numbers by instructions that no compiler finds by itself; under- and overflow are
-// right.
+// The same for 16 numbers, by instructions that no compiler makes of the plain loop; under- and
+// overflow are right.
 inline __m512 exp2_of(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);

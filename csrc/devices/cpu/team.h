@@ -16,9 +16,9 @@ void enter_background();
 
 // A loop shared out is a region. Items are claimed one by one, so a thread that the kernel
 // deschedules holds back the item it has, and one that sleeps holds back nothing. Threads that wait
-// spin for some microseconds, then sleep: an idle team takes no core from anybody.
+// spin for some microseconds, then sleep: an idle team takes no core from other threads.
 //
-// Threads: one caller at a time; the destructor too must not run beside a region.
+// Threads: one caller at a time; the destructor too must not run during a region.
 class Team {
  public:
   // Starts threads - 1 workers, named fp-compute. Throws std::invalid_argument unless threads >= 1,

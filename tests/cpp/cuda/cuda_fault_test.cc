@@ -226,8 +226,7 @@ TEST_F(CudaFaultTest, fault_at_every_call_of_the_end_leaves_nothing) {
   }
 }
 
-// Times are told from event to event; launches that were given up must not be what later ones refer
-// to.
+// Times are measured between events; a later launch must not refer to one that was given up.
 TEST_F(CudaFaultTest, times_after_a_failure_start_from_a_new_anchor) {
   ToyModel model(3);
   start(2);

@@ -138,7 +138,7 @@ TEST_F(CudaPreemptionTest, suspended_run_waits_in_its_lane_and_goes_on) {
   expect_finished(model, 1);
 }
 
-TEST_F(CudaPreemptionTest, run_cancelled_at_any_segment_frees_its_lane_and_disturbs_nobody) {
+TEST_F(CudaPreemptionTest, run_cancelled_at_any_segment_frees_its_lane_and_disturbs_no_other_run) {
   ToyModel model(2);
   for (size_t at = 0; at < model.num_segments(); ++at) {
     options_.lanes.num_lanes = 1;

@@ -127,7 +127,7 @@ TEST_F(FakeCudart, thread_local_capture_stands_queries_of_other_threads) {
   EXPECT_NO_THROW(capture(stream.get(), record, {}));
 }
 
-// The trap: somebody (torch, say) captures in global mode while the executor asks for an event.
+// The trap: a library such as torch captures in global mode while the executor asks for an event.
 TEST_F(FakeCudart, query_of_another_thread_breaks_a_global_capture_unless_its_mode_is_relaxed) {
   const Stream stream = Stream::make();
   const StreamEvent event = StreamEvent::make();

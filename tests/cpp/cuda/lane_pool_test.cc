@@ -1,4 +1,4 @@
-// LanePool by itself: who gets which lane, what is copied, where spills go, what happens on errors.
+// LanePool: who gets which lane, what is copied, where spills go, what happens on errors.
 #include <gtest/gtest.h>
 
 #include <algorithm>

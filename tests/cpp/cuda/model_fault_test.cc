@@ -111,7 +111,7 @@ TEST_F(ModelFaultTest, fault_at_every_call_ends_as_one_failed_run_or_as_an_eager
   EXPECT_GT(num_fallbacks, 0u);
 }
 
-// No run to fail: whoever calls gets the error, and nothing stays.
+// No run to fail: the call throws the error, and nothing stays.
 TEST_F(ModelFaultTest, fault_at_every_call_of_the_set_up_is_thrown_and_leaves_nothing) {
   plan_options_.granularity = Granularity::kNone;
   const auto set_up = [&] {
@@ -150,7 +150,7 @@ TEST_F(ModelFaultTest, fault_at_every_call_of_the_set_up_is_thrown_and_leaves_no
   EXPECT_GT(num_thrown, num_calls / kEvery / 2);
 }
 
-TEST_F(ModelFaultTest, too_little_memory_is_told_by_whoever_takes_it) {
+TEST_F(ModelFaultTest, call_that_takes_too_much_memory_throws) {
   const auto out_of_memory = [](const std::function<void()>& call) {
     try {
       call();

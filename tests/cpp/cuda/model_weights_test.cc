@@ -97,7 +97,7 @@ TEST_F(ModelWeightsTest, values_are_rounded_to_nearest_even_and_tied_embeddings_
   EXPECT_EQ(DeviceWeights(untied, 0).bytes() - weights.bytes(), size_t{208} * 64 * 2);
 }
 
-TEST_F(ModelWeightsTest, models_that_share_weights_compute_the_same_whoever_ends_first) {
+TEST_F(ModelWeightsTest, models_that_share_weights_compute_the_same_whichever_ends_first) {
   const TinyModel tiny(Kind::kQwen, 2);
   auto first = std::make_unique<CudaBackend>(tiny.graph(), options_);
   EXPECT_THROW(CudaBackend(*first, options_), std::logic_error) << "not finished";

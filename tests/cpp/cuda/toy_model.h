@@ -146,7 +146,7 @@ class ToyModel {
           "cudaLaunchKernel");
   }
 
-  // Overwrites the whole lane: whoever's activations were here must have been saved.
+  // Overwrites the whole lane: activations of another run must have been saved before.
   void embed(const LaunchArgs& args) {
     note_launch(0);
     launch_last(args, 0, [lane = args.activations, in = args.inputs] {

@@ -70,7 +70,7 @@ TEST_F(LayoutTest, no_two_tensors_that_hold_something_at_once_overlap) {
   }
 }
 
-TEST_F(LayoutTest, tensors_of_the_prompt_and_of_sequences_lie_by_themselves) {
+TEST_F(LayoutTest, tensors_of_the_prompt_and_of_sequences_overlap_no_others) {
   for (const ModelGraph& graph : graphs()) {
     const Layout layout(graph, kRules, {.rows = 50, .tile_rows = 20, .sequences = 3});
     for (int32_t a = 0; a < static_cast<int32_t>(graph.tensors.size()); ++a) {
@@ -170,7 +170,7 @@ TEST_F(LayoutTest, final_norm_reads_the_last_rows_or_any) {
 }
 
 // Executes plans on bytes: each written byte gets the number of its segment. What a segment reads
-// must be what was live before it, and nothing that is read may have been written by nobody.
+// must be what was live before it, and a segment before it must have written all that it reads.
 TEST_F(LayoutTest, live_sets_are_exactly_the_bytes_that_are_read_later) {
   const ModelGraph graph = with_sampling(llama_graph());
   const Batch batch = batch_with({{20, 0}, {13, 5}});
@@ -193,7 +193,7 @@ TEST_F(LayoutTest, live_sets_are_exactly_the_bytes_that_are_read_later) {
       accesses.push_back(access);
     }
     const std::vector<LiveSet> live = live_sets(accesses, LiveSet({layout.result()}));
-    ASSERT_EQ(live.front().bytes(), 0u) << "something is read that nobody wrote";
+    ASSERT_EQ(live.front().bytes(), 0u) << "something is read that no segment wrote";
     std::vector<bool> needed(layout.bytes());  // from behind: read later, before it is written
     const auto mark = [&](const LiveSet& set, bool value) {
       for (const LiveRange& range : set.ranges())

@@ -217,7 +217,7 @@ TEST(SampleEdges, UniformOfOneAndHugeRangesStayInside) {
   }
 }
 
-// A row's token does not depend on the rows beside it, nor on the order in which threads run.
+// A row's token does not depend on the other rows, nor on the order in which threads run.
 TEST(SampleEdges, ARowIsTheSameInAnyCompany) {
   std::mt19937 engine(5);
   std::normal_distribution<float> normal(0, 2);

@@ -49,7 +49,7 @@ void DeviceTest::SetUp() {
   stream_ = Stream::make();
 }
 
-// An error that nobody asked for would be charged to the next test.
+// An error that no test expected would be charged to the next test.
 void DeviceTest::TearDown() {
   operands_.clear();
   if (!stream_)

@@ -27,7 +27,7 @@ class Model : public DeviceTest {
   void SetUp() override {
     DeviceTest::SetUp();
 #ifdef FP_GPU_DOUBLE
-    fake_kernels::use_bodies(false);  // plain loops: the tests beside this one run the bodies
+    fake_kernels::use_bodies(false);  // plain loops: the other tests here run the bodies
 #endif
     options_.max_tokens = 128;
     options_.max_sequences = 4;

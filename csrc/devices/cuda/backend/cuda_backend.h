@@ -18,7 +18,7 @@
 
 namespace flowprefill {
 
-// Beside the order that Backend wants: make_device() once, after finish() and allocate_cache().
+// Order of calls: as Backend wants, and make_device() once, after finish() and allocate_cache().
 // Each of its calls may throw CudaError too.
 class CudaBackend final : public Backend {
  public:
@@ -44,8 +44,8 @@ class CudaBackend final : public Backend {
   // Takes memory for the KV cache and for the lanes. block_tokens: a power of two.
   void allocate_cache(int32_t block_tokens, int32_t blocks) override;
   size_t bytes_per_block(int32_t block_tokens) const override;
-  // Device memory of the lanes, their inputs and scratch, which allocate_cache() takes beside the
-  // cache, for blocks of this many tokens.
+  // Device memory of the lanes, their inputs and scratch, which allocate_cache() takes in addition
+  // to the cache, for blocks of this many tokens.
   size_t lane_bytes(int32_t block_tokens) const;
   KvStore* kv() override;
 

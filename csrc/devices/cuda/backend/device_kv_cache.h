@@ -40,7 +40,7 @@ class DeviceKvCache final : public KvStore {
   const int device_;
   DeviceBuffer memory_;
   PinnedPool pinned_;
-  Stream stream_;  // for clearing and copying: beside what the executor launches
+  Stream stream_;  // for clearing and copying; segments are launched on another
 };
 
 }  // namespace flowprefill

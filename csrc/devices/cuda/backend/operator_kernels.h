@@ -34,7 +34,7 @@ class OperatorKernels {
     return product(shape, weights, shape.graph.op(step.first), step, lane);
   }
 
-  // What nobody reads or writes.
+  // An address that no kernel reads or writes: it is in arguments that are never launched.
   static std::byte* nowhere() { return reinterpret_cast<std::byte*>(uintptr_t{1} << 30); }
 
  private:

@@ -37,14 +37,14 @@ class AttentionBody {
     copy(args_.cache.keys, keys(), begin, end);
     for (int32_t key = begin; key < end; key += kKeys) {
       t_.wait_for_copies();
-      t_.sync();  // the keys are here, and nobody reads the last values any more
+      t_.sync();  // the keys are here, and no thread reads the last values any more
       copy(args_.cache.values, values(), key, end);
       multiply_queries();
       cap();
       mask(key);
       update_softmax();
       t_.wait_for_copies();
-      t_.sync();  // the values are here, and nobody reads the keys any more
+      t_.sync();  // the values are here, and no thread reads the keys any more
       if (key + kKeys < end)
         copy(args_.cache.keys, keys(), key + kKeys, end);
       multiply_values();

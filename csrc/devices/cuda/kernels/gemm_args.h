@@ -1,5 +1,5 @@
 // GemmArgs and GemmTile: one matrix product with its fused epilogue, and which kernel computes it.
-// Used by gemm_sm80.cu and gemm_sm90.cu, by whoever launches them, and by host tests.
+// Filled by OperatorKernels and host tests, read by gemm_sm80.cu and gemm_sm90.cu.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,8 @@ const char* gemm_tile_name(GemmTile tile);
 
 // Which kernels take these arguments on a device of this compute capability (major * 10 + minor),
 // best guess first.
-// Nobody has measured them on a GPU: the order is a guess by blocks per multiprocessor, meant as
-// the start of a measurement. Empty below 80.
+// The order is a guess by blocks per multiprocessor, not measured on a GPU; GemmSelector can
+// measure which is fastest. Empty below 80.
 std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
                                  int num_multiprocessors);
 

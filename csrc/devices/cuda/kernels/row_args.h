@@ -1,5 +1,5 @@
-// Arguments of the row kernels: raw pointers and strides, in elements. Filled by whoever launches
-// (kernels.h), read by the bodies. Every ld_* is the distance between rows.
+// Arguments of the row kernels: raw pointers and strides, in elements. Filled by OperatorKernels,
+// which launches them (kernels.h), read by the bodies. Every ld_* is the distance between rows.
 #pragma once
 
 #include "devices/cuda/kernels/batch_view.h"

@@ -1,5 +1,5 @@
-// SampleArgs: choosing the next token of each row of logits. Filled by whoever launches
-// (kernels.h), read by sample_body.h.
+// SampleArgs: choosing the next token of each row of logits. Filled by OperatorKernels, which
+// launches the kernel (kernels.h), read by sample_body.h.
 #pragma once
 
 #include "devices/cuda/kernels/portable.h"

@@ -6,7 +6,7 @@
 // those with lower ids stay; then the distribution in order of ids is inverted. The same uniform
 // number so gives the same token, unless it, or a threshold, falls within the rounding of the
 // weights. Here a weight is a fixed-point number of 40 bits below the largest: sums are exact and
-// do not depend on the order of adding, so a row gives the same token whatever runs beside it.
+// do not depend on the order of adding, so a row gives the same token in any batch.
 #pragma once
 
 #include "devices/cuda/kernels/block_sums.h"

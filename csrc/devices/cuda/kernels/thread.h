@@ -1,5 +1,5 @@
-// DeviceThread: what a kernel body asks of the thread it runs as. Given to the bodies by kernels.cu
-// and attention.cu; tests/cpp/kernels has the same interface for the host (SimtThread), so that the
+// DeviceThread: what a kernel body asks of the thread it runs as. Given to the bodies by the .cu
+// files here; tests/cpp/kernels has the same interface for the host (SimtThread), so that the
 // bodies themselves run on a CPU.
 #pragma once
 

@@ -1,5 +1,5 @@
-// Which token bucket a run is padded to, and which segments are worth a graph. Called by whoever
-// makes a CudaPlan, and by the estimate.
+// Which token bucket a run is padded to, and which segments are worth a graph. Called by
+// PlanBuilder.
 #pragma once
 
 #include <cstddef>

@@ -29,9 +29,9 @@ struct CudaDeviceOptions {
 
 // Errors: a call that fails ends the run that made it. What fails on the device is found by a later
 // call, mostly the wait for the oldest segment in flight, and is charged to that one: it was this
-// segment or one of the run_ahead beside it (run_ahead = 1 and CUDA_LAUNCH_BLOCKING=1 say which).
-// After any failure drain() waits for the whole stream, once. A device beyond use (an illegal
-// address) fails every later run and nothing else.
+// segment or one of the run_ahead in flight with it (run_ahead = 1 and CUDA_LAUNCH_BLOCKING=1 say
+// which). After any failure drain() waits for the whole stream, once. A device beyond use (an
+// illegal address) fails every later run and nothing else.
 class CudaDevice final : public Device {
  public:
   static constexpr int kMaxRunAhead = 4;
@@ -40,7 +40,7 @@ class CudaDevice final : public Device {
   CudaDevice(std::shared_ptr<CudaResources> resources, CudaDeviceOptions options);
 
   // Sets the thread's device and its capture mode to relaxed: the queries of this thread then never
-  // break somebody else's capture.
+  // break a capture of another thread, such as torch's.
   void attach() override;
   void detach() noexcept override;
   void launch(Program& program, size_t i) override;
@@ -78,7 +78,7 @@ class CudaDevice final : public Device {
   size_t num_done_ = 0;
   bool is_broken_ = false;  // something failed since the stream was last known to be idle
 
-  // Times nobody took yet; the executor takes them after each throttle() and drain().
+  // Times that the executor has yet to take; it does after each throttle() and drain().
   std::array<SegmentTime, kMaxRunAhead + 2> times_;
   size_t num_times_ = 0;
 };

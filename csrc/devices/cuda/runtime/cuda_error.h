@@ -35,8 +35,8 @@ class CudaError : public std::runtime_error {
 };
 
 // Throws CudaError unless `code` is cudaSuccess. `call` is the call's text; its name is kept.
-// CUDA's own record of the error is cleared, so that the next check of anybody on this thread does
-// not find it again.
+// CUDA's own record of the error is cleared, so that the next check on this thread, ours or
+// torch's, does not find it again.
 void check(cudaError_t code, const char* call, const CallContext& context = {});
 
 // For destructors, which cannot throw: what destroying reports is an earlier failure, and a device

@@ -47,7 +47,7 @@ class CudaPlan {
   // bucket: tokens that all segments are made for; 0: made for one size, never captured.
   // result: range of the lane that CudaProgram::result() is a copy of.
   // Throws std::invalid_argument without segments, for one without launch, and for one that reads
-  // bytes nobody wrote before.
+  // bytes that no segment wrote before.
   CudaPlan(int32_t bucket, std::vector<CudaSegment> segments, LiveRange result);
 
   int32_t bucket() const { return bucket_; }

@@ -97,7 +97,7 @@ void CudaProgram::execute(size_t i, const ExecutionContext&) {
     throw;
   }
   if (i + 1 == size()) {
-    resources_->lanes().leave(tenant_);  // whoever enters next comes behind in the stream
+    resources_->lanes().leave(tenant_);  // the next tenant comes behind in the stream
   } else {
     tenant_.keep(&plan_->live(i + 1));
   }

@@ -19,7 +19,7 @@ class CudaProgram final : public Program {
   // tokens: of this run; at most the plan's bucket if it has one. inputs: copied to
   // LaunchArgs::inputs before the first segment, padding included. Throws std::invalid_argument
   // naming what does not fit the lanes or the bucket, CudaError if no pinned memory for the result
-  // can be had. fetched: what of the plan's result range result() shall be; empty: all of it.
+  // can be had. fetched: the ranges of the plan's result that result() returns; empty: all of it.
   CudaProgram(std::shared_ptr<CudaResources> resources, std::shared_ptr<const CudaPlan> plan,
               int32_t tokens, std::vector<std::byte> inputs, std::vector<LiveRange> fetched = {});
 

@@ -1,5 +1,5 @@
 // CudaResources: what the device and all programs of one model share: stream, graphs, lanes, pinned
-// memory. Made by whoever makes the CudaDevice; lives as long as the last program.
+// memory. Made by CudaBackend before the CudaDevice; lives as long as the last program.
 #pragma once
 
 #include <memory>

@@ -113,7 +113,7 @@ class GraphCache {
   void note_failure(Entry& entry, const std::string& message);
 
   const GraphCacheOptions options_;
-  const Stream stream_;  // for captures alone: nothing else is ever launched there by anybody
+  const Stream stream_;  // for captures alone: nothing is ever launched there
   std::unordered_map<GraphKey, Entry, GraphKeyHash> entries_;
   uint64_t tick_ = 0;
   mutable Mutex mutex_;

@@ -80,8 +80,8 @@ class Tenant {
 // nothing else, are copied aside in stream order, and copied back, perhaps into another lane, when
 // it goes on. No step of this waits for the device.
 //
-// The executor lets nothing in flight when a run leaves the device, so whoever is in a lane but not
-// running has its activations complete there, and what was freed by then is used by nobody.
+// The executor lets nothing in flight when a run leaves the device, so a tenant that is in a lane
+// but not running has its activations complete there, and no kernel uses what was freed by then.
 class LanePool {
  public:
   // Throws std::invalid_argument for num_lanes < 1, CudaError.
@@ -96,8 +96,8 @@ class LanePool {
   // device has none. Before the first enter(). Throws CudaError.
   void prepare(cudaStream_t stream);
 
-  // The tenant's lane, taken now if it has none. If it throws the tenant has no lane, and everybody
-  // else's state is as it was or properly spilled. Cost when it has one: nothing.
+  // The tenant's lane, taken now if it has none. If it throws the tenant has no lane, and every
+  // other tenant's state is as it was or properly spilled. Cost when it has one: nothing.
   const LaneView& enter(Tenant& tenant, cudaStream_t stream, const CallContext& context);
 
   // Frees the tenant's lane and forgets its activations; work in flight may still use them.
