@@ -40,7 +40,7 @@ ENGINE, SERVER = "engine.", "server."
 
 # Modules of flowprefill.bench: name -> one line of help. A module is imported when it is named.
 BENCHES: Mapping[str, str] = {
-    "hol": "short prompts arriving beside a long one, for each granularity",
+    "hol": "short prompts arriving during a long one, for each granularity",
     "prefill": "prefill throughput by prompt length, against transformers",
     "where": "where a prefill's time goes, by operator, against the machine's peak",
     "control": "from submit() to the executor seeing it, while all cores compute",

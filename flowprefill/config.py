@@ -229,7 +229,7 @@ class EngineConfig:
         share = _number(f"{key}.share", spec.get("share", 0.0), 0.0, MAX_SHARES)
         slo = _class_slo(name, spec)
         if is_background and (share or slo.ttft is not None or slo.tpot is not None):
-            allowed = "without ttft_ms, tpot_ms and share: background waits for everybody"
+            allowed = "without ttft_ms, tpot_ms and share: background waits for all other classes"
             raise _bad(f"{key}.background", True, f"false, or a class {allowed}")
         return ServiceClass(slo, weight, share, is_background, admission)
 

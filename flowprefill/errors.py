@@ -127,7 +127,7 @@ class NotReady(FlowPrefillError):
 
 
 class RequestCancelled(FlowPrefillError):
-    """The request was cancelled; raised to whoever still waits for its result."""
+    """The request was cancelled; raised to every caller that still waits for its result."""
 
     status = 499
     type = "request_cancelled"

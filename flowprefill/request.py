@@ -217,7 +217,7 @@ class Request:
         add_special_tokens: whether the tokenizer adds its own (BOS) to a text prompt; chat
             templates write them themselves.
         priority: among equally urgent requests the smaller goes first (as in vLLM).
-        tenant: whom it belongs to, for fair shares of the queue; empty: nobody in particular.
+        tenant: whom it belongs to, for fair shares of the queue; empty: no tenant.
     """
 
     prompt: str | Sequence[int]

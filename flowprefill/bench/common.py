@@ -81,6 +81,6 @@ def first_token_s(engine: Engine, ids: list[int], slo: SLO | None = None) -> flo
 
 
 def say(text: str) -> None:
-    """Tell on stderr what is going on, for whoever waits."""
+    """Tell the user on stderr what is going on."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

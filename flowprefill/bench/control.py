@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     engine: Engine, granularity: str, args: argparse.Namespace, rng: random.Random, into: Samples
 ) -> None:
-    """Prefill one long prompt and submit short ones beside it, until enough or it has ended."""
+    """Prefill one long prompt and submit short ones meanwhile, until enough or it has ended."""
     engine.set_granularity(granularity)
     short = [random_ids(rng, args.short_tokens, engine.vocab_size) for _ in range(args.shorts)]
     alone_s = median([first_token_s(engine, ids) for ids in short[:5]][1:])

@@ -1,8 +1,8 @@
-"""`make demo`: one answer of the real model, then short prompts beside a long one, twice.
+"""`make demo`: one answer of the real model, then short prompts during a long one, twice.
 
 First with preemption off (granularity ``none``), then on (``budget:2``): the same prompts at the
 same times. Prints a table and leaves a picture and a trace of both timelines in a folder. Runs as
-``python -m flowprefill.bench.demo`` and ends by itself.
+``python -m flowprefill.bench.demo`` and ends after the second time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUESTION = "What is the capital of France? Answer in one sentence."
 COLUMNS = {
     "case": "preemption",
     "alone_s": "short alone ms",
-    "beside_s": "beside the long one ms",
+    "during_s": "during the long one ms",
     "worst_s": "worst ms",
     "blocking_s": "longest blocking ms",
     "long_s": "long prompt s",
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         greet(engine, console)
         rounds = measure(engine, args, console)
     print_table(
-        f"Short prompts of {args.short_tokens} tokens beside one of {args.long_tokens:,} tokens",
+        f"Short prompts of {args.short_tokens} tokens during one of {args.long_tokens:,} tokens",
         [_row(one) for one in rounds],
         COLUMNS,
     )
@@ -104,12 +104,12 @@ def _measure(
 
 
 def _row(one: Round) -> Row:
-    beside = [short.ttft_s for short in one.shorts]
+    during = [short.ttft_s for short in one.shorts]
     return {
         "case": f"{'off' if one.granularity == OFF else 'on'} ({one.granularity})",
         "alone_s": median(one.short_alone_s),
-        "beside_s": median(beside),
-        "worst_s": max(beside),
+        "during_s": median(during),
+        "worst_s": max(during),
         "blocking_s": max(one.blocking_s(), default=None),
         "long_s": one.long.ttft_s,
     }
@@ -129,7 +129,7 @@ def _write(rounds: list[Round], folder: Path, console: Console) -> None:
 
 def main() -> int:
     """Parse the command line and run; every expected error is one line."""
-    parser = argparse.ArgumentParser(description="Short prompts beside a long one, twice.")
+    parser = argparse.ArgumentParser(description="Short prompts during a long one, twice.")
     add_arguments(parser)
     try:
         return run(parser.parse_args())

@@ -5,9 +5,9 @@ Rows of four tables, told apart by their key `table`:
 - `gemm`: the matrix kernels measured for each shape of product, and which was chosen;
 - `prefill`: tokens per second by prompt length, from dispatch to result, with graphs and without;
 - `run_ahead`: by how many segments the host may be ahead of the GPU: the gaps between launches that
-  this hides, and the blocking time that it costs, from the dispatch of a short prompt beside a long
+  this hides, and the blocking time that it costs, from the dispatch of a short prompt during a long
   one to its first segment. Times are the GPU's own, by events;
-- `hol`: short prompts beside a long one through the whole engine, see `bench hol`.
+- `hol`: short prompts during a long one through the whole engine, see `bench hol`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ TITLES = {
     "gemm": "Matrix kernels",
     "prefill": "Prefill",
     "run_ahead": "Segments that the host is ahead",
-    "hol": "Short prompts beside a long one",
+    "hol": "Short prompts during a long one",
 }
 
 # Makes a model with these options for the length of a `with`.

@@ -67,7 +67,7 @@ class GpuModel:
             weights: the loaded model, see `load_weights`.
             longest: tokens of the longest prompt; the cache holds two of them, or of the longest
                 probe.
-            options: of the native model beside those that follow from the prompt.
+            options: of the native model, added to those that follow from the prompt.
         """
         assert choice.module is not None
         config = checkpoint.config

@@ -1,4 +1,4 @@
-"""`flowprefill bench hol`: head-of-line blocking, short prompts beside a long one by granularity.
+"""`flowprefill bench hol`: head-of-line blocking, short prompts during a long one by granularity.
 
 In every round each granularity gets the same random prompts and arrival times (mixed_round.py), in
 an order that changes from round to round; the rows hold medians over rounds and percentiles over
@@ -40,10 +40,10 @@ FEASIBLE = 4.0  # a short prompt's objective, in units of its time alone
 COLUMNS = {
     "granularity": "granularity",
     "short_alone_p50_s": "short alone p50 ms",
-    "short_beside_p50_s": "beside p50 ms",
+    "short_beside_p50_s": "during the long one p50 ms",
     "short_beside_p99_s": "p99 ms",
     "long_alone_s": "long alone s",
-    "long_beside_s": "beside s",
+    "long_beside_s": "long with shorts s",
     "blocking_p50_s": "blocking p50 ms",
     "blocking_p99_s": "p99 ms ",
     "blocking_max_s": "max ms",
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         report.settings["engine"] = engine.describe()
         rounds = measure(engine, args, granularities)
     report.rows = [row_of(name, rounds) for name in granularities]
-    print_table(f"Short prompts beside one of {args.long_tokens:,} tokens", report.rows, COLUMNS)
+    print_table(f"Short prompts during one of {args.long_tokens:,} tokens", report.rows, COLUMNS)
     report.write(args.json)
     return 0
 
@@ -131,19 +131,19 @@ def prepare(engine: Engine, args: argparse.Namespace) -> tuple[Workload, float]:
 def row_of(name: str, rounds: Sequence[Sequence[Round]]) -> Row:
     """Return the row of one granularity."""
     mine = [one for found in rounds for one in found if one.granularity == name]
-    beside = [short.ttft_s for one in mine for short in one.shorts]
+    during = [short.ttft_s for one in mine for short in one.shorts]
     blocking = [seconds for one in mine for seconds in one.blocking_s()]
     return {
         "granularity": name,
         "short_alone_p50_s": median(s for one in mine for s in one.short_alone_s),
-        "short_beside_p50_s": median(beside),
-        "short_beside_p99_s": percentile(beside, 0.99),
+        "short_beside_p50_s": median(during),
+        "short_beside_p99_s": percentile(during, 0.99),
         "long_alone_s": median(one.long_alone_s for one in mine),
         "long_beside_s": median(one.long.ttft_s for one in mine),
         **quantiles("blocking", blocking, (0.5, 0.99, 1)),
         "prefill_tokens_per_s": median(one.tokens / one.elapsed_s for one in mine),
         "throughput_vs_none": _versus_none(name, rounds),
-        "shorts": len(beside),
+        "shorts": len(during),
         "blocked": len(blocking),
     }
 

@@ -74,10 +74,10 @@ class Round:
         granularity: how prefills were cut.
         short_alone_s: TTFT of short prompts on an idle engine.
         long_alone_s: TTFT of the long prompt on an idle engine.
-        long: the long prompt with short ones beside it.
+        long: the long prompt, during which short ones arrived.
         shorts: those, in order of arrival; at least one, and only while the long one was live.
         segments: what the executor did meanwhile.
-        tokens: prompt tokens of the long and the short ones beside it.
+        tokens: prompt tokens of the long one and of `shorts` together.
     """
 
     granularity: str
@@ -206,7 +206,7 @@ def _together(
     for number, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True), start=1):
         request = Request(prompt, FIRST_TOKEN_ONLY, id=f"short-{number}")
         time.sleep(max(start_s + offset - time.monotonic(), 0.0))
-        if shorts and long.done:  # faster than before: the rest would not be beside it
+        if shorts and long.done:  # faster than before: the rest would come too late
             break
         submitted_s = time.monotonic()
         shorts.append((submitted_s, engine.submit(request, workload.short_slo)))

@@ -75,7 +75,7 @@ def _draw_head(figure: Any, off: Round, on: Round) -> None:
 
     medians = [seconds_text(median(short.ttft_s for short in one.shorts)) for one in (off, on)]
     figure.suptitle(
-        f"A short prompt beside a long one: first token after {medians[1]} instead of {medians[0]}"
+        f"A short prompt during a long one: first token after {medians[1]} instead of {medians[0]}"
         " (median)",
         fontsize=11.5, fontweight="bold", x=0.5, y=1 - 0.1 / figure.get_figheight(), va="top",
     )  # fmt: skip

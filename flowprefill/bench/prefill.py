@@ -3,8 +3,8 @@
 All engines run the same weights in the same element type on the same threads, in turn within every
 round, so that a change of the machine's speed meets all of them. A row's time for `flowprefill` is
 the time to first token, from `submit`; for transformers it is the forward call and the choice of
-the token. Beside them: the machine's measured matrix product rate, and the tokens per second that
-it would allow if every operation of the model went at that rate (`ceiling`).
+the token. The report adds the machine's measured matrix product rate, and the tokens per second
+that it would allow if every operation of the model went at that rate (`ceiling`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--granularity", default="budget:2", help="of flowprefill")
     parser.add_argument(
-        "--only-flowprefill", action="store_true", help="do not run transformers beside it"
+        "--only-flowprefill", action="store_true", help="do not measure transformers"
     )
 
 

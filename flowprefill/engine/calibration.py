@@ -72,7 +72,7 @@ def probes_of(native: Any, model: NativeModel, num_blocks: int, vocab_size: int)
 
 
 def execute(executor: NativeExecutor, run: RunHandle) -> float:
-    """Execute one run on an executor that nobody else uses; returns its running time, seconds."""
+    """Execute one run on an executor without other users; returns its running time, seconds."""
     executor.dispatch(run)
     while run.state not in ("finished", "cancelled", "failed"):
         select.select([executor.event_fd], [], [])
@@ -93,7 +93,7 @@ def measure(
     """Measure the four rates: one token, a short prompt, a short prompt on a long context.
 
     Args:
-        executor: started, idle, with nobody else taking its events.
+        executor: started, idle; no other thread takes its events.
         max_context: tokens that the KV cache and the model allow; probes keep to it.
     """
 
@@ -133,7 +133,7 @@ class RatesFile:
         """Name the file; it need not exist.
 
         Args:
-            key: whatever the rates depend on beside processor and version.
+            key: what the rates depend on apart from processor and version.
         """
         measured = {"cpu": _processor(), "version": __version__, "measurement": MEASUREMENT}
         whole = {**key, **measured}

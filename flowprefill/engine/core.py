@@ -78,7 +78,7 @@ class EngineCore:
         self._memory = MemoryQueue(pool)
         self._gate = Gate(scheduler, self._memory, pool, limits)
         self._runs: dict[int, LiveRun] = {}
-        self._news: deque[SchedulerEvent] = deque()
+        self._scheduler_events: deque[SchedulerEvent] = deque()
         self._outbox = Outbox()
         self.has_failed = False  # for good: see _fail_all
         self._refusal = ""  # why new requests are refused; empty: they are not
@@ -121,7 +121,7 @@ class EngineCore:
             self._stories.arrived(request, request.arrival_s)
             self._memory.push(request)
             self._settle()
-            if not request.is_ended:  # after the dispatch: nobody waits for a prediction
+            if not request.is_ended:  # after the dispatch, which must not wait for a prediction
                 predicted_s = self._gate.predicted_ttft_s(request, self._worker.now_s())
                 request.handle.predicted_ttft = predicted_s
         self._deliver()
@@ -206,22 +206,22 @@ class EngineCore:
             if not request.tokens:
                 request.cached_tokens = request.handle.cached_tokens = request.computed
             request.is_scheduled = True
-            self._news.append(Arrival(request.job()))
+            self._scheduler_events.append(Arrival(request.job()))
 
     def _settle(self) -> None:
-        """Admit what fits and tell the scheduler all news, until nothing is new. Lock held."""
+        """Admit what fits and tell the scheduler all events, until none is left. Lock held."""
         try:
-            self._settle_news()
-        except Exception as error:  # ours, or of a policy: nobody may wait for ever because of it
+            self._tell_scheduler()
+        except Exception as error:  # ours, or of a policy: no client may wait for ever
             log.exception("the engine has failed")
             self._fail_all(error)
         if not self._live:
             self._idle.notify_all()
 
-    def _settle_news(self) -> None:
+    def _tell_scheduler(self) -> None:
         self._admit()
-        while self._news:
-            event = self._news.popleft()
+        while self._scheduler_events:
+            event = self._scheduler_events.popleft()
             start = self._worker.now_s()
             self._gate.note(start)
             decision = self._scheduler.on_event(event, start)
@@ -229,7 +229,7 @@ class EngineCore:
             self._carry_out(decision)
             self._stories.decided(event, decision, self._scheduler.current, start)
             self.decisions.append(decision_entry(event, decision, start))
-            if not self._news:
+            if not self._scheduler_events:
                 self._admit()
 
     def _carry_out(self, decision: Decision) -> None:
@@ -240,7 +240,7 @@ class EngineCore:
             request = self._live.get(job_id)
             if request is None:
                 continue  # it has failed in this moment
-            request.is_scheduled = False  # the scheduler has ended its job by itself
+            request.is_scheduled = False  # the scheduler has already ended its job
             self._end_early(request, DeadlinePassed(f"request {job_id}: {reason}"), "expired")
         if decision.dispatch is not None:
             self._dispatch(decision, decision.dispatch)
@@ -269,7 +269,7 @@ class EngineCore:
         except Exception as error:  # whatever it is: these requests fail, the engine goes on
             for request in requests:
                 self._fail(request, RequestFailed(f"request {request.id}: {error}"))
-            self._news.append(Failed(work.id))
+            self._scheduler_events.append(Failed(work.id))
             return None
         for request in requests:
             request.work_id = work.id
@@ -296,7 +296,7 @@ class EngineCore:
         for request in evicted:
             request.is_scheduled = False
             self._stories.note(request.id, self._worker.now_s(), "lost_memory")
-            self._news.append(Cancelled(request.id))
+            self._scheduler_events.append(Cancelled(request.id))
         return kept
 
     # ---- ends ----------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class EngineCore:
         request.finish_reason = reason
         if request.is_scheduled:
             request.is_scheduled = False
-            self._news.append(Cancelled(request.id))
+            self._scheduler_events.append(Cancelled(request.id))
         if request.work_id is None:
             self._free(request)
 
@@ -363,7 +363,7 @@ class EngineCore:
 
     def _handle_timer(self) -> None:
         with self._lock:
-            self._news.append(TimerFired())
+            self._scheduler_events.append(TimerFired())
             self._settle()
         self._deliver()
 
@@ -374,7 +374,7 @@ class EngineCore:
         self._deliver()
 
     def _handle_end_of_run(self, run_id: int, kind: str) -> None:
-        """Tokens first, then the scheduler: whoever waits for a first token gets it at once."""
+        """Tokens first, then the scheduler: a client gets its first token at once."""
         active = self._runs[run_id]
         failures: dict[str, FlowPrefillError] = {}
         if kind == "finished":
@@ -388,12 +388,12 @@ class EngineCore:
                 for request in active.requests:
                     message = f"request {request.id}: {active.run.error}"
                     self._fail(request, RequestFailed(message))
-                self._news.append(Failed(run_id))
+                self._scheduler_events.append(Failed(run_id))
             else:
                 ends = self._release_requests(active, failures, is_finished=kind == "finished")
                 executed_s = active.run.accounting().running_s
                 if kind == "finished":
-                    self._news.append(Finished(run_id, ends, executed_s))
+                    self._scheduler_events.append(Finished(run_id, ends, executed_s))
             self._settle()
         self._deliver()
         for request in active.requests:  # the next run executes already
@@ -403,7 +403,7 @@ class EngineCore:
         """End every request and refuse new ones: what scheduler and engine know may not agree."""
         self.has_failed = True
         self._refusal = f"the engine has failed: {error}"
-        self._news.clear()
+        self._scheduler_events.clear()
         for active in self._runs.values():
             self._worker.cancel(active.run)
         for request in tuple(self._live.values()):

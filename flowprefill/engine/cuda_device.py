@@ -97,7 +97,7 @@ class CudaDevice:
         if left <= 0:
             raise ConfigError(
                 f"kv_cache_gib: no memory for the KV cache is left on {self.name}: "
-                f"{free / GIB:.2f} GiB are free beside the weights, activations of max_model_len "
+                f"{free / GIB:.2f} GiB are free after the weights, activations of max_model_len "
                 f"tokens take {lanes / GIB:.2f}, graphs {GRAPH_BYTES / GIB:.2f}; set a smaller "
                 "max_model_len, or kv_cache_gib",
                 param="kv_cache_gib",

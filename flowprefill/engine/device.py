@@ -66,8 +66,8 @@ class Device(Protocol):
             model's own.
         chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
             `sampling` and `fetch_logits`.
-        is_exclusive: whether nobody else computes on it, so that a work which takes longer than
-            predicted is slower, not disturbed.
+        is_exclusive: whether no other process computes on it, so that a work which takes longer
+            than predicted is slower, not disturbed.
         probe_sizes: of calibration.
         granularity: where the settings say ``auto``.
     """
@@ -107,7 +107,7 @@ class Device(Protocol):
         """Return a finished run's logits, [sequences, vocab], or the tokens it has chosen."""
 
     def workspace_bytes(self, model: Any) -> int:
-        """Return the memory that live runs hold beside the KV cache."""
+        """Return the memory that live runs hold outside the KV cache."""
 
     def identity(self) -> Mapping[str, Any]:
         """Return what the speed of a model depends on; calibration is kept by it."""

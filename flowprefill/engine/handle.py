@@ -65,7 +65,7 @@ class Handle:
         self._completion: Completion | None = None
         self._error: FlowPrefillError | None = None
         self._timings: Timings | None = None
-        # Made only when somebody waits: there may be 10,000 handles with nobody looking.
+        # Made only when a client waits: there may be 10,000 handles that no client waits for.
         self._token_wakers: list[Waker] | None = None
         self._end_wakers: list[Waker] | None = None
 
@@ -180,7 +180,7 @@ class Handle:
         def waker() -> None:
             try:
                 loop.call_soon_threadsafe(_resolve, future)
-            except RuntimeError:  # the loop was closed: nobody waits there any more
+            except RuntimeError:  # the loop was closed: no task waits there any more
                 if not loop.is_closed():
                     raise
 

@@ -2,9 +2,9 @@
 
 Accounting only: blocks are ids ``0 .. num_blocks - 1`` whose storage is the native KV cache's.
 Every block is in exactly one of three places: held by at least one reservation, on the free list,
-or *evictable* (nobody holds it, its content is still findable by its hash). A block's hash covers
-all tokens up to its end, by chaining the hash of the block before it, and is a 128-bit
-cryptographic one: nobody can craft a prompt that collides with another user's.
+or *evictable* (no reservation holds it, its content is still findable by its hash). A block's
+hash covers all tokens up to its end, by chaining the hash of the block before it, and is a 128-bit
+cryptographic one: no client can craft a prompt that collides with another user's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class BlockStats:
         total: blocks in the pool; always ``used + free + cached``.
         used: held by at least one reservation.
         free: hold nothing of use.
-        cached: evictable: held by nobody, findable by hash.
+        cached: evictable: held by no reservation, findable by hash.
         queried_tokens: prompt tokens of all reservations made so far.
         hit_tokens: those of them found in the cache.
     """

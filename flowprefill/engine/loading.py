@@ -19,10 +19,10 @@ def slowdown_of(correction: float, is_exclusive: bool) -> float:
 
     Args:
         correction: measured over predicted time of late.
-        is_exclusive: whether nobody else uses the device. Then it is as slow as it was measured to
-            be, and segments planned by its calibration would be too long. Where others use the
-            cores too, they make segments longer without the work being more, and shorter segments
-            would only add to that: no slowdown over 1.
+        is_exclusive: whether no other process uses the device. Then it is as slow as it was
+            measured to be, and segments planned by its calibration would be too long. Where others
+            use the cores too, they make segments longer without the work being more, and shorter
+            segments would only add to that: no slowdown over 1.
     """
     return max(round(correction if is_exclusive else min(correction, 1.0), 1), 0.1)
 

@@ -202,8 +202,8 @@ class LocalWorker:
             self._model.allocate_cache(block_tokens, blocks)
         except RuntimeError as error:
             raise ConfigError(
-                f"kv_cache_gib: {blocks * block_bytes / GIB:.2f} GiB beside the activations of "
-                f"{longest} tokens (max_model_len): {error}",
+                f"kv_cache_gib: {blocks * block_bytes / GIB:.2f} GiB in addition to the "
+                f"activations of {longest} tokens (max_model_len): {error}",
                 param="kv_cache_gib",
             ) from None
         return blocks

@@ -1,7 +1,7 @@
 """MemoryQueue: requests that wait for KV blocks, by deadline; the engine's core drains it.
 
 A request that does not fit lets later ones that do pass it, until it has waited for PATIENCE_S:
-from then on nobody passes, so that a large prompt gets its blocks in the end.
+from then on no request passes it, so that a large prompt gets its blocks in the end.
 """
 
 from __future__ import annotations

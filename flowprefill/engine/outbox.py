@@ -30,11 +30,11 @@ class Outbox:
     decisions_s: list[float] = field(default_factory=list)
 
     def deliver(self, observers: list[EngineObserver], now: float) -> None:
-        """Tell the observers, then the handles: whoever has a result finds it counted."""
+        """Tell the observers, then the handles: a client that has a result finds it counted."""
         for observer in observers:
             try:
                 self._tell(observer, now)
-            except Exception:  # an observer's bug must not cost anybody a result
+            except Exception:  # an observer's bug must not cost a client its result
                 log.exception("an observer of the engine failed")
         for request in self.ended:
             request.deliver(now)

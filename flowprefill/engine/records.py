@@ -20,7 +20,7 @@ class EngineStats:
         waiting: requests whose prefill has not started, those waiting for KV blocks included.
         suspended: requests whose prefill is suspended.
         kv_blocks_used: blocks held by live requests.
-        kv_blocks_cached: blocks held by nobody and reusable by their content.
+        kv_blocks_cached: blocks that no request holds, reusable by their content.
         prefix_cache_queries: prompt tokens looked up in the prefix cache.
         prefix_cache_hits: prompt tokens found there.
         workspace_bytes: activations of all live runs.

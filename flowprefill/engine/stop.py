@@ -113,7 +113,7 @@ class StopChecker:
         self._is_finished = False
 
     def reason_of(self, token_id: int) -> FinishReason | None:
-        """Say whether the next token ends generation by itself, whatever its text; changes nothing.
+        """Say whether the next token ends generation, whatever its text; changes nothing.
 
         Returns:
             ``stop`` for an end-of-sequence or stop token: give `push` the decoder's flush without

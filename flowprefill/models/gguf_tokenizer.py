@@ -38,7 +38,7 @@ _END_NAMES = frozenset({
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
 })  # fmt: skip
 # Names that end a text only where none of these sets is in the vocabulary.
-_NO_END_BESIDE = {
+_NO_END_WITH = {
     "<|end|>": ({"<|return|>", "<|call|>"}, {"<|return|>", "<|calls|>"},
                 {"<|flush|>", "<|call|>"}, {"<|flush|>", "<|calls|>"}),
     "</s>": ({"<|tool_response>"},),
@@ -128,7 +128,7 @@ def build_tokenizer(metadata: GgufMetadata, config: ModelConfig) -> Tokenizer:
 def end_tokens(ids: Mapping[str, int]) -> tuple[int, ...]:
     """Return the tokens of a vocabulary that end a text by their name, ascending."""
     names = {name for name in _END_NAMES | _FILE_MARKS if name in ids}
-    for name, others in _NO_END_BESIDE.items():
+    for name, others in _NO_END_WITH.items():
         if any(other <= names for other in others):
             names.discard(name)
     return tuple(sorted(ids[name] for name in names))

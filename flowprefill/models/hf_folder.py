@@ -87,7 +87,7 @@ class HfFolder:
         return tensor
 
     def read_tokenizer(self) -> Tokenizer:
-        """Build the tokenizer from tokenizer.json and the files beside it."""
+        """Build the tokenizer from tokenizer.json and the files next to it."""
         return self._tokenizer.build(self.config)
 
     def _has_own_head(self) -> bool:
@@ -98,7 +98,7 @@ class HfFolder:
         return not torch.equal(self._read(_HEAD), self._read(embed))
 
     def _weight_files(self) -> list[str]:
-        # As in transformers, the whole file counts: an index beside it is of other days.
+        # As in transformers, the whole file counts: an index next to it is a leftover.
         if (self._path / _SINGLE).is_file() or not (self._path / _INDEX).is_file():
             return [_SINGLE]
         weight_map = read_json(self._path / _INDEX).get("weight_map")

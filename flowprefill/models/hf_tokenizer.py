@@ -43,7 +43,7 @@ class HfTokenizer:
         """Build the tokenizer; raises CheckpointError.
 
         What stands around a plain prompt (BOS) is up to the post-processor in tokenizer.json; as in
-        transformers 5, ``add_bos_token`` in tokenizer_config.json says nothing beside it.
+        transformers 5, ``add_bos_token`` in tokenizer_config.json then has no effect.
         """
         path = self._folder / "tokenizer.json"
         if not path.is_file():

@@ -1,9 +1,9 @@
-"""SpecialTokens: the tokens a model folder declares beside tokenizer.json; by hf_tokenizer.
+"""SpecialTokens: the tokens a model folder declares outside tokenizer.json; by hf_tokenizer.
 
 They lie in up to four places, of which older checkpoints use one and newer ones another:
 tokenizer_config.json (``bos_token`` and its like, ``additional_special_tokens`` or
 ``extra_special_tokens``, ``added_tokens_decoder``), special_tokens_map.json and added_tokens.json.
-Which of them count beside each other is as in transformers 5: with an ``added_tokens_decoder``
+Which of them count together is as in transformers 5: with an ``added_tokens_decoder``
 the two older files are not looked at.
 """
 

@@ -103,7 +103,7 @@ class CostModel:
         self.rates = rates if rates is not None else MachineRates()
         self.is_calibrated = is_calibrated
         self._correction: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
-        self._attention = 1.0  # of prefills, beside their correction
+        self._attention = 1.0  # of attention in prefills; their correction multiplies it too
         self._ratios: dict[WorkKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
         self._seen = dict.fromkeys(KINDS, 0)
         self._overrun: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)

@@ -50,7 +50,7 @@ def create_app(
         options: settings; their defaults when None.
 
     Run it with ``handler_cancellation=True`` (as serve() does): without it aiohttp does not tell
-    handlers that their client has gone, and prompts of nobody would be computed.
+    handlers that their client has gone, and their prompts would be computed for nothing.
     """
     options = options or ServerOptions()
     app = web.Application(middlewares=[error_middleware, cors_middleware])
@@ -89,7 +89,7 @@ class Server:
     def __init__(self, engine: ServedEngine | None, options: ServerOptions | None = None) -> None:
         self.app = create_app(engine, options)
         self.context = self.app[SERVER]
-        # What still runs when it is cleaned up waits for a body or a thread, for nobody's good.
+        # What still runs when it is cleaned up waits for a body or a thread, and no client gets it.
         self._runner = web.AppRunner(
             self.app, handler_cancellation=True, shutdown_timeout=CLOSING_WRITE_S
         )
@@ -182,7 +182,8 @@ async def serve(
         port: 0 lets the system choose.
         options: settings of the server.
         on_ready: called with the URL once requests are taken.
-        on_stop: called with the first signal; ``load`` may then raise, nobody waits for its engine.
+        on_stop: called with the first signal; ``load`` may then raise, as serve() no
+            longer waits for its engine.
 
     Raises:
         OSError: cannot listen.

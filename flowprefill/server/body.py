@@ -145,7 +145,7 @@ class Body:
         return value
 
     def listed(self, name: str, most: int, of: str) -> list[Any]:
-        """Read a list, empty by default; its length is checked before anybody looks at its items.
+        """Read a list, empty by default; its length is checked before its items are read.
 
         Args:
             name: the field.
@@ -183,7 +183,7 @@ class UnknownFields:
         self._seen: set[str] = set()
 
     def warn(self, endpoint: str, body: Body) -> None:
-        """Log every field of ``body`` that nobody read and that was not logged before."""
+        """Log every field of ``body`` that no schema read and that was not logged before."""
         fresh = (name for name in body.unknown() if name not in self._seen)
         # Names come from the network: what is logged for one body and remembered is bounded.
         for name in islice(fresh, MAX_LOGGED_FIELDS):

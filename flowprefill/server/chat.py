@@ -91,7 +91,7 @@ def read_template_variables(body: Body) -> dict[str, Any]:
     continues = body.boolean("continue_final_message")
     adds_prompt = body.boolean("add_generation_prompt", not continues)
     if continues and adds_prompt:
-        body.refuse("add_generation_prompt", True, "false beside continue_final_message")
+        body.refuse("add_generation_prompt", True, "false with continue_final_message")
     variables["add_generation_prompt"] = adds_prompt
     if body.raw("chat_template") is not None:
         body.refuse("chat_template", body.raw("chat_template"), "null: the model's own is used")
@@ -144,7 +144,8 @@ def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> Gener
         body.refuse("n", spec.n, f"at most {max_choices} choices")
     if spec.sampling.structured is not None and turn.tools.listed:
         param = spec.sampling.structured.param
-        raise InvalidRequest(f"{param}: got it beside tools, expected one of the two", param=param)
+        message = f"{param}: got it together with tools, expected one of the two"
+        raise InvalidRequest(message, param=param)
     # Templates write the special tokens themselves.
     add_special_tokens = body.boolean("add_special_tokens", False)
 

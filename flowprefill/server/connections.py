@@ -1,7 +1,7 @@
 """Connections: how many there may be, and how long a client may say nothing or read nothing.
 
 app.py listens with connection_factory(); the middleware in errors.py tells when requests begin and
-end. aiohttp closes idle connections by itself (keepalive_timeout); this adds what it lacks: a cap,
+end. aiohttp closes idle connections (keepalive_timeout); this adds what it lacks: a cap,
 a time for the first request, a time for a client that does not read, and quiet bad requests.
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 RESERVED_FILES = 256
 MOST_CONNECTIONS = 16_384
 MOST_FILES = 1 << 20
-# Once the server stops, nobody waits longer for a client that does not read.
+# Once the server stops, it waits no longer than this for a client that does not read.
 CLOSING_WRITE_S = 1.0
 # Errors of which there is one for each connection are logged once in this time.
 QUIET_S = 60.0

@@ -125,7 +125,7 @@ class ServerContext:
         return await loop.run_in_executor(self._workers, work, *args)
 
     def end_threads(self) -> None:
-        """Take no more work off the event loop; what runs ends by itself."""
+        """Take no more work off the event loop; do not wait for what runs."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     def begin_generation(self) -> None:

@@ -53,7 +53,8 @@ def chrome_trace(entries: Iterable[TimelineEntry]) -> dict[str, Any]:
 
 
 def _row_name(run: str) -> str:
-    # Decode steps differ only in how many sequences they hold; a row for each number helps nobody.
+    # Decode steps differ only in how many sequences they hold; a row for each number would hide
+    # the prefills.
     return "decode" if run.startswith("decode") else run
 
 

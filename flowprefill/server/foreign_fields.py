@@ -1,7 +1,7 @@
 """Fields of other servers and endpoints that would change the answer; each is refused by name.
 
 Ignoring one would answer something else than was asked for, so it is a 400 unless its value is
-neutral: what it is where nobody sets it. Fields that only tune another one (such as
+neutral: what it is where the client leaves it out. Fields that only tune another one (such as
 ``dry_base``, which does nothing without ``dry_multiplier``) need no entry. openai_schema's REFUSED
 has the fields of our own endpoints' specifications.
 """

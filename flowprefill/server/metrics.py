@@ -157,7 +157,7 @@ class _Families(Collector):
 
     def collect(self) -> Iterable[Metric]:
         for metric in self._metrics.families():
-            # The client library adds when each counter was made, which nobody asked for.
+            # The client library adds when each counter was made: series that docs/metrics.md lacks.
             metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
             yield metric
             if metric.name in self._vllm:

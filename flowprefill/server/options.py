@@ -58,7 +58,7 @@ class ServerOptions:
     )
     tenants: Mapping[str, Any] = _text_map(
         "who may ask, as JSON: name -> {key, classes}; keys come as Authorization: Bearer; empty "
-        "is everybody"
+        "lets every client ask"
     )
     client_slo: bool = _option(True, "clients may state objectives; classes do if they may not")
     client_priority: bool = _option(True, "clients may state a priority")
@@ -142,7 +142,7 @@ class ServerOptions:
         raise ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
 
     def shown(self) -> dict[str, Any]:
-        """Return the settings that everyone may see, without those that hold keys."""
+        """Return the settings that every client may see, without those that hold keys."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in SECRET}
 
     def check_classes(self, config: EngineConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from flowprefill.errors import InvalidRequest
 
 MAX_CHARS = 64 << 20  # of all chats together
-MESSAGE_CHARS = 200  # what a message counts beside its texts
+MESSAGE_CHARS = 200  # what a message counts in addition to its texts
 
 
 class ResponseNotFound(InvalidRequest):

@@ -12,7 +12,7 @@ from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import SLO
 from flowprefill.server.body import Body
-from flowprefill.server.tenants import EVERYBODY, Tenant
+from flowprefill.server.tenants import ONLY_TENANT, Tenant
 
 MAX_OBJECTIVE_MS = 86_400_000.0
 SLO_FIELDS = ("ttft_ms", "tpot_ms", "on_miss", "class")
@@ -28,7 +28,7 @@ class ClientRules:
 
     Attributes:
         may_state_objectives: else its class alone does.
-        may_state_priority: else nobody goes first among equals.
+        may_state_priority: else its priority must be 0.
         min_ttft_ms: smallest objective it may state.
         tenant: who it is, and which classes it may use.
     """
@@ -36,7 +36,7 @@ class ClientRules:
     may_state_objectives: bool = True
     may_state_priority: bool = True
     min_ttft_ms: float = 0.0
-    tenant: Tenant = EVERYBODY
+    tenant: Tenant = ONLY_TENANT
 
     def check_priority(self, priority: int) -> int:
         """Return the priority; raises InvalidRequest if it may not be stated."""

@@ -12,7 +12,7 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.request import StructuredOutput
 from flowprefill.server.body import Body, check_text
 
-# Field -> kind; OpenAI's response_format comes first, read by itself.
+# Field -> kind; OpenAI's response_format comes first, and has a function of its own.
 TOP_LEVEL = {
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice",
     "guided_grammar": "grammar", "json_schema": "json", "regex": "regex", "grammar": "grammar",
@@ -36,7 +36,7 @@ def read_structured(body: Body) -> StructuredOutput | None:
     wanted = [one for one in found if one is not None]
     if len(wanted) > 1:
         raise InvalidRequest(
-            f"{wanted[1].param}: got it beside {wanted[0].param}, expected one of the two",
+            f"{wanted[1].param}: got it together with {wanted[0].param}, expected one of the two",
             param=wanted[1].param,
         )
     return wanted[0] if wanted else None

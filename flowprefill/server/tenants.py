@@ -33,11 +33,11 @@ class Tenant:
     classes: tuple[str, ...] = ()
 
 
-EVERYBODY = Tenant()
+ONLY_TENANT = Tenant()  # of all clients, where none are configured
 
 
 class Tenants:
-    """The tenants of one server; with none configured everybody is the same one, without a key."""
+    """The tenants of one server; with none configured all clients are one, without a key."""
 
     def __init__(self, specs: Mapping[str, Any]) -> None:
         """Read the setting ``tenants``; raises ConfigError."""
@@ -56,7 +56,7 @@ class Tenants:
             Unauthorized: tenants are configured, and it is no key of theirs.
         """
         if not self._by_digest:
-            return EVERYBODY
+            return ONLY_TENANT
         given = headers.get("Authorization", "")
         if given[: len(BEARER)].lower() != BEARER:
             message = "authorization: missing, expected 'Bearer' and the key of a tenant"

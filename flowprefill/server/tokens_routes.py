@@ -20,7 +20,7 @@ def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
     """Encode ``prompt``, or ``messages`` through the chat template."""
     if body.raw("messages") is not None:
         if body.raw("prompt") is not None:
-            body.refuse("prompt", body.raw("prompt"), "null beside messages")
+            body.refuse("prompt", body.raw("prompt"), "null with messages")
         text = read_turn(body, engine.chat_template).render(engine)
         special_tokens = body.boolean("add_special_tokens", False)
     else:
@@ -57,7 +57,7 @@ async def _answer(request: web.Request, work: Any) -> web.Response:
         return long_json(work(engine, body)), body
 
     # Always in a thread: a chat template waits for another process, encoding is slower than
-    # parsing, and nobody waits for this with a stopwatch.
+    # parsing, and clients of these endpoints are in no hurry.
     async with json_body(request) as raw:
         reply, body = await context.in_thread(run, raw)
     context.unknown_fields.warn(request.path, body)

@@ -53,7 +53,7 @@ def _off_the_grid(requests: list[TraceRequest], grid_s: float, seed: int) -> lis
     """Give each request a uniform place in its step, if all times are multiples of grid_s.
 
     On the grid itself all requests of a step would arrive at once, which they did not. Times that
-    were cut to milliseconds may lie one beside it.
+    were cut to milliseconds may lie one off it.
     """
     times_s = {request.at_s for request in requests}
     if grid_s == 0 or len(times_s) < 2:

@@ -51,7 +51,7 @@ class Records:
             self.write()
 
     def write(self) -> None:
-        """Write the file now; whoever reads it meanwhile sees the old or the new one whole."""
+        """Write the file now; a reader meanwhile sees the old or the new one whole."""
         self._written_s = time.monotonic()
         if self._path is None:
             return
