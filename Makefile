@@ -175,8 +175,7 @@ CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*
 TIDY_FILES ?= $(shell git ls-files 'csrc/*.cc' ':!csrc/devices/cuda' ':!csrc/bindings/cuda_*')
 
 # Where tests/not_plain.txt is kept to: words that hide who does what, each with what to write instead.
-PROSE := '*.md' Makefile '*.cmake' '*CMakeLists.txt' .ci setup.py pyproject.toml examples csrc/runtime \
-  flowprefill/scheduling flowprefill/models
+PROSE := . ':!LICENSE' ':!tests/not_plain.txt'
 
 .PHONY: lint
 lint: lint-packages build tidy  ## format, style, types, spelling and clang-tidy, without changing anything

@@ -28,7 +28,7 @@ class Toolchain:
         root: folder with bin/ and include/.
         nvcc: the compiler driver.
         cudart: static runtime that the module links.
-        cuobjdump: reader of machine code; nvdisasm lies beside it or in PATH.
+        cuobjdump: reader of machine code; nvdisasm lies next to it or in PATH.
     """
 
     root: Path
@@ -55,9 +55,9 @@ def _roots() -> list[Path]:
     """Return folders that may be a toolkit, the one named by the user first."""
     named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = shutil.which("nvcc")
-    beside = [Path(on_path).resolve().parent.parent] if on_path else []
+    around = [Path(on_path).resolve().parent.parent] if on_path else []
     usual = sorted(Path("/usr/local").glob("cuda*"), reverse=True)
-    return [*named, *beside, *usual, packaged_root()]
+    return [*named, *around, *usual, packaged_root()]
 
 
 def _find_cudart(root: Path) -> Path | None:

@@ -270,7 +270,7 @@ class Runner:
             select.select([self.executor.event_fd], [], [], 0.002)
 
     def _is_event_taken(self, run: Any) -> bool:
-        """Take events; an event that nobody takes would keep its run, and that its workspace."""
+        """Take events; one left in the queue would keep its run, and that its workspace."""
         self._ended.update(
             event.run.id for event in self.executor.pop_events() if event.kind != "suspended"
         )

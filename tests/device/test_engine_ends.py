@@ -280,7 +280,7 @@ class Raising:
         return getattr(self._inner, name)
 
 
-def test_a_policy_that_raises_leaves_nobody_waiting(
+def test_a_policy_that_raises_leaves_no_client_waiting(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine()
@@ -301,7 +301,7 @@ def test_a_policy_that_raises_leaves_nobody_waiting(
     assert_all_free(engine)
 
 
-def test_an_observer_that_raises_costs_nobody_a_result(
+def test_an_observer_that_raises_costs_no_client_its_result(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:

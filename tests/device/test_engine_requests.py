@@ -203,13 +203,13 @@ def test_longrope_takes_the_factors_of_the_contexts_that_are_served(tmp_path: Pa
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-def test_seed_decides_whatever_runs_beside(engine: Engine) -> None:
+def test_seed_decides_whatever_else_runs(engine: Engine) -> None:
     params = SamplingParams(max_tokens=10, temperature=1.0, seed=42, ignore_eos=True)
     prompt = prompt_of(45, 1)
     alone = engine.submit(Request(prompt, params)).result(WAIT_S).token_ids
     others = [engine.submit(Request(prompt_of(10 + n, 50 + n), greedy(20))) for n in range(9)]
-    beside = [engine.submit(Request(prompt, params)) for _ in range(3)]
-    assert [handle.result(WAIT_S).token_ids for handle in beside] == [alone] * 3
+    together = [engine.submit(Request(prompt, params)) for _ in range(3)]
+    assert [handle.result(WAIT_S).token_ids for handle in together] == [alone] * 3
     for other in others:
         other.result(WAIT_S)
     another = SamplingParams(max_tokens=10, temperature=1.0, seed=43, ignore_eos=True)

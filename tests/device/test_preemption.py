@@ -258,7 +258,7 @@ def test_no_segment_starts_after_a_dispatch_but_the_newcomers(
 @pytest.mark.parametrize("tokens", [1, 2, 15, 17, 31, 33, 70])
 @on(ON_CPU)
 def test_what_a_block_held_before_does_not_matter(tokens: int, runner: GetRunner) -> None:
-    """Blocks come back full of another request's values, infinities included; nobody sees them."""
+    """Blocks come back full of another request's values, infinities included; no run reads them."""
     native = runner("mistral-no-window")
     ids = native.ids
     table = native.tables([96])[0]

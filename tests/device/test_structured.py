@@ -1,4 +1,4 @@
-"""Structured output of requests on a real engine, beside others, from many threads."""
+"""Structured output of requests on a real engine, among others, from many threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PERSON = {
 
 
 @on(ONE)
-def test_text_fulfils_its_schema_beside_free_ones(open_engine: Callable[..., Engine]) -> None:
+def test_text_fulfils_its_schema_among_free_ones(open_engine: Callable[..., Engine]) -> None:
     engine = open_engine()
     wanted = StructuredOutput.from_schema(PERSON)
     free = [
@@ -51,8 +51,8 @@ def test_same_seed_same_text_in_a_batch(engine: Engine) -> None:
     alone = engine.submit(Request(prompt_of(9), params)).result(WAIT_S).token_ids
     free = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
     others = [engine.submit(Request(prompt_of(9, seed), free)) for seed in range(3)]
-    beside = engine.submit(Request(prompt_of(9), params)).result(WAIT_S).token_ids
-    assert beside == alone
+    among_others = engine.submit(Request(prompt_of(9), params)).result(WAIT_S).token_ids
+    assert among_others == alone
     assert [len(other.result(WAIT_S).tokens) for other in others] == [40, 40, 40]
 
 

@@ -17,7 +17,7 @@ from flowprefill import _core
 
 GetRunner = Callable[..., Runner]
 TRIES = 200
-MANY_REGIONS = "chunk:16"  # few rows: every operator is shared out by itself
+MANY_REGIONS = "chunk:16"  # few rows: every operator is a region of its own
 
 
 def thread_statuses() -> list[dict[str, str]]:

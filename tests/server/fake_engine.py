@@ -149,7 +149,7 @@ class FakeHandle:
         for loop, event in waiters:
             try:
                 loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # the loop has ended; nobody waits there
+            except RuntimeError:  # the loop has ended; no task waits there
                 pass
 
     def _hold(self, gate: threading.Event | None) -> None:

@@ -143,7 +143,7 @@ def test_list_too_long_is_refused_by_its_length(
     ],
     ids=["lists", "objects", "texts", "keys", "numbers", "digits"],
 )
-def test_crowded_body_is_refused_and_nobody_waits_for_it(
+def test_crowded_body_is_refused_and_no_client_waits_for_it(
     server: RunningServer, engine: FakeEngine, raw: bytes, words: str
 ) -> None:
     engine.max_model_len = 4096
@@ -263,7 +263,7 @@ def test_number_of_hundreds_of_digits_is_a_400(
     assert (reply.status, reply.error["param"]) == (400, field if digits <= 400 else "body")
 
 
-def test_chat_template_without_end_holds_nobody_up(
+def test_chat_template_without_end_holds_no_client_up(
     server: RunningServer, engine: FakeEngine
 ) -> None:
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -221,8 +221,8 @@ def test_signal_ends_a_load_that_looks_for_none(monkeypatch: pytest.MonkeyPatch)
     class Loading:
         def __init__(self, *_: Any, **__: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert has_ended.wait(20)  # a tokenizer or a calibration, which nobody can stop
-            raise NotReady("nobody waits for it")
+            assert has_ended.wait(20)  # a tokenizer or a calibration, which serve() cannot stop
+            raise NotReady("serve() waits no longer")
 
     monkeypatch.setattr(cli.os, "_exit", end)
     monkeypatch.setattr("flowprefill.engine.Engine", Loading)

@@ -62,7 +62,7 @@ def test_call_in_a_stream_equals_the_whole(client: openai.OpenAI, hermes: FakeEn
     assert len(chunks) > 10  # the arguments come as they are generated
 
 
-def test_text_beside_tools_stays_text(client: openai.OpenAI, hermes: FakeEngine) -> None:
+def test_text_in_answer_to_tools_stays_text(client: openai.OpenAI, hermes: FakeEngine) -> None:
     hermes.script = Script(text="It is < 20 degrees.")
     (choice,) = ask(client, tools=TOOLS).choices
     assert (choice.finish_reason, choice.message.tool_calls) == ("stop", None)

@@ -110,8 +110,8 @@ def readelf(*arguments: str) -> str:
 
 @pytest.mark.parametrize("module", native_modules(), ids=lambda path: path.name.split(".")[0])
 def test_module_loads_libraries_from_full_paths_only(module: Path) -> None:
-    # An empty element of the run path means the current folder: whoever can write there would
-    # choose the libraries.
+    # An empty element of the run path means the current folder: a user who can write there
+    # would choose the libraries.
     for line in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", readelf("--dynamic", str(module))):
         assert all(part.startswith(("/", "$ORIGIN/")) for part in line.split(":")), line
 
@@ -142,7 +142,7 @@ def isa_objects() -> list[Path]:
 def test_isa_objects_share_no_inline_code() -> None:
     # A weak symbol is merged with its namesakes: the linker might keep this copy, with instructions
     # that an older machine lacks, for callers all over the module. A name with the level in it is
-    # safe, nobody else has it.
+    # safe: no other object has it.
     for path in isa_objects():
         listing = subprocess.run(
             ["nm", str(path)], capture_output=True, text=True, check=True

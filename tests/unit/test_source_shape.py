@@ -25,7 +25,7 @@ def source_files() -> list[Path]:
 
 
 def has_head(path: Path) -> bool:
-    """Tell whether the file has to say what it holds; x.cc beside x.h leaves that to the header."""
+    """Tell whether the file has to say what it holds; x.cc leaves that to x.h, if any."""
     return path.suffix != ".cc" or not path.with_suffix(".h").exists()
 
 

@@ -1,4 +1,4 @@
-"""Makes rounds as `beside` would measure them, with exact times; for tests of this folder."""
+"""Makes rounds as `measure_round` would measure them, with exact times; for this folder's tests."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_hol_measures_every_granularity_in_every_round(folder: Path, tmp_path: P
     assert report["rows"][0]["throughput_vs_none"] == 1.0
 
 
-def test_prefill_measures_transformers_beside_it(folder: Path, tmp_path: Path) -> None:
+def test_prefill_measures_transformers_too(folder: Path, tmp_path: Path) -> None:
     report = bench(folder, tmp_path, "prefill", "--rounds", "1", "--tokens", "16", "40")
     found = [(row["engine"], row["tokens"], row["samples"]) for row in report["rows"]]
     engines = ("flowprefill", "transformers f32 eager", "transformers f32 sdpa")

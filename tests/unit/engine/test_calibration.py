@@ -102,8 +102,8 @@ class Machine:
         return linear_s + pairs * 1e2 / RATES.attention_flops_per_s
 
     def measure(self, sizes: ProbeSizes, max_context: int) -> MachineRates:
-        nobody: Any = None
-        return calibration.measure(nobody, self.make_probe, self.shape, max_context, sizes)
+        no_executor: Any = None
+        return calibration.measure(no_executor, self.make_probe, self.shape, max_context, sizes)
 
 
 @pytest.fixture

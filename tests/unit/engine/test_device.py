@@ -19,7 +19,7 @@ from flowprefill.engine.device_choice import choose_device
 TOO_OLD = (False, "Old GPU has compute capability 7.5, 8.0 or higher is needed")
 
 
-def test_cpu_is_the_cpu_even_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_is_the_cpu_even_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch, [fake_cuda.USABLE])
     choice = choose_device("cpu")
     assert (choice.name, choice.module) == ("cpu", None)

@@ -258,7 +258,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert reservation.cached_tokens == WIDTH * len(found)
         assert reservation.block_ids[: len(found)] == [self.cached[p] for p in found]
         self.recency = [p for p in self.recency if p not in idle]
-        # free() counts the revived blocks as free: nobody in `live` holds them yet.
+        # free() counts the revived blocks as free: none in `live` holds them yet.
         self.take(needed - len(found) + len(idle))
         entry = Held(reservation, list(tokens))
         self.check_private(reservation.block_ids[len(found) :])
@@ -269,7 +269,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def check_private(self, blocks: list[int]) -> None:
         for block in blocks:
-            assert self.holders(block) == 0, "a fresh block is somebody else's"
+            assert self.holders(block) == 0, "another reservation holds a fresh block"
             assert block not in self.cached.values(), "a fresh block is still findable"
             self.storage[block] = None
 

@@ -81,13 +81,13 @@ def test_smaller_ones_pass_one_that_does_not_fit_until_it_has_waited(
     assert names(queue.admit(PATIENCE_S + 1)) == []
 
 
-def test_it_tries_only_after_news(queue: MemoryQueue, pool: BlockPool) -> None:
+def test_it_tries_only_after_an_event(queue: MemoryQueue, pool: BlockPool) -> None:
     holder = pool.reserve(list(range(150)), 1)
     assert holder is not None
     push(queue, FakeSequence("waits", 20))
     assert names(queue.admit(0.0)) == []
     pool.release(holder)
-    assert names(queue.admit(0.0)) == [], "nobody said that blocks were freed"
+    assert names(queue.admit(0.0)) == [], "blocks_freed() was not called"
     queue.blocks_freed()
     assert names(queue.admit(0.0)) == ["waits"]
 

@@ -55,7 +55,7 @@ def test_generation_blocks_and_today_are_supported() -> None:
     assert abs(int(year) - dt.datetime.now().year) <= 1
 
 
-def test_content_may_be_absent_beside_tool_calls() -> None:
+def test_content_may_be_absent_with_tool_calls() -> None:
     call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
     assert ChatTemplate("{{ messages[0].content is defined }}").render([call]) == "False"
 
@@ -158,7 +158,7 @@ def render_and_tick(text: str) -> tuple[str, int]:
     ],
     ids=["loops", "constant", "power"],
 )
-def test_template_that_computes_too_long_is_stopped_and_holds_nobody(text: str) -> None:
+def test_template_that_computes_too_long_is_stopped_and_blocks_no_loop(text: str) -> None:
     message, ticks = render_and_tick(text)
     assert "computed longer than 2 s" in message
     assert ticks > 20

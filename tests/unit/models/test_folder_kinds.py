@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize("shards", ["gone", "old", "nonsense"])
-def test_a_whole_file_wins_over_an_index_beside_it(save_tiny: Save, shards: str) -> None:
+def test_a_whole_file_wins_over_an_index_next_to_it(save_tiny: Save, shards: str) -> None:
     _, folder = save_tiny("llama")
     weights = load_file(folder / "model.safetensors")
     names = dict.fromkeys(weights, "model-00001-of-00001.safetensors")

@@ -143,7 +143,7 @@ def test_chat_template_is_found_in_each_place(save_tiny: Save) -> None:
 def test_the_post_processor_alone_adds_bos(
     save_tiny: Save, file_adds: bool, setting: bool | None
 ) -> None:
-    """As in transformers 5, which does not look at add_bos_token beside a tokenizer.json."""
+    """As in transformers 5, which ignores add_bos_token where there is a tokenizer.json."""
     _, folder = save_tiny("llama")
     write_tokenizer(folder, adds_bos=file_adds)
     change_json(folder / "tokenizer_config.json", add_bos_token=setting)

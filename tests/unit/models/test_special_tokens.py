@@ -1,4 +1,4 @@
-"""Special tokens declared beside tokenizer.json: ids, ends and skipping equal transformers'."""
+"""Special tokens declared outside tokenizer.json: ids, ends and skipping equal transformers'."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowprefill.models.hf_tokenizer import HfTokenizer
 from flowprefill.models.model_config import ModelConfig
 from flowprefill.models.special_tokens import read_special_tokens
 
-# In the vocabulary; whether they are special, only the files beside it may say.
+# In the vocabulary; whether they are special, only the files next to it may say.
 CANDIDATES = ["<s>", "</s>", "<|turn|>", "<|call|>", "[PAD]", "<unk>", "<img>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 CONFIG = ModelConfig(
@@ -81,7 +81,7 @@ lists = st.lists(texts, max_size=3, unique=True)
 
 @st.composite
 def folders(draw: st.DrawFn) -> Files:
-    """What the files beside tokenizer.json may hold, of older and of newer checkpoints."""
+    """What the files next to tokenizer.json may hold, of older and of newer checkpoints."""
     config: dict[str, Any] = draw(named)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if draw(st.booleans()):
