@@ -1,4 +1,4 @@
-"""The command line: serve, generate, bench, simulate, doctor, explain; `flowprefill` calls main().
+"""The command line: serve, chat, generate, bench and the others; `flowprefill` calls main().
 
 Flags of engine and server are made from their settings' dataclasses. Torch, aiohttp and rich are
 imported by the command that needs them, so that ``--help`` is quick. Every expected error is one
@@ -20,8 +20,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from flowprefill.argument_parser import Parser, UsageError, add_settings
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, FlowPrefillError, InvalidRequest, NotReady
 from flowprefill.request import SLO, Request, SamplingParams, Token
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from flowprefill.server.engine_protocol import ServedEngine
     from flowprefill.server.options import ServerOptions
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell shows signals
 LOADING_END_S = 0.5
 SHOW_CURSOR = "\x1b[?25h\n"
 DEFAULT_MODEL = "smollm2-135m"
@@ -49,57 +50,6 @@ BENCHES: Mapping[str, str] = {
     "compare": "two reports of one bench as ratios, e.g. before and after a change",
     "gpu": "one GPU: kernels, prefill, blocking by run-ahead, hol; the report to send us",
 }
-
-
-class UsageError(Exception):
-    """The command line itself is wrong."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are raised, so that main() shows all errors alike."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object")
-    return value
-
-
-def add_settings(parser: argparse.ArgumentParser, settings: type[Any], prefix: str) -> None:
-    """Add one flag per field of a settings dataclass; only flags that were given are set.
-
-    Args:
-        parser: a command or an argument group of it.
-        settings: dataclass whose fields carry their help in ``metadata['doc']``.
-        prefix: of the flags' names in the parsed namespace, so that two classes do not mix.
-    """
-    group = parser.add_argument_group(f"{prefix.rstrip('.')} settings")
-    for field in dataclasses.fields(settings):
-        has_default = field.default is not dataclasses.MISSING
-        default = field.default if has_default else {}
-        shown = "" if default in ("", (), {}) else f" (default {default})"
-        options: dict[str, Any] = {
-            "dest": prefix + field.name,
-            "default": argparse.SUPPRESS,
-            "help": (field.metadata["doc"] + shown).replace("%", "%%"),
-        }
-        if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple):
-            options |= {"nargs": "+", "metavar": "NAME"}
-        elif isinstance(default, dict):
-            options |= {"type": _json_object, "metavar": "JSON"}
-        else:
-            options |= {"type": type(default), "metavar": field.name.rsplit("_", 1)[-1].upper()}
-        group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def _given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
@@ -376,18 +326,36 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status. Without a command it prints the help."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in ([], ["bench"]):
+        arguments.append("--help")
     try:
-        args = build_parser(arguments).parse_args(arguments)
-        return int(args.run(args))
-    except SystemExit as end:  # --help and --version
-        return int(end.code or 0)
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _end_output()
     except KeyboardInterrupt:
         return INTERRUPTED
     except (UsageError, FlowPrefillError, OSError) as error:
         sys.stderr.write(f"flowprefill: {' '.join(str(error).split())}\n")
         return USAGE_ERROR
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+        return int(args.run(args))
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+
+
+def _end_output() -> int:
+    """Say nothing of a reader that has gone, e.g. ``head``; the interpreter flushes once more."""
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return PIPE_CLOSED
 
 
 if __name__ == "__main__":

@@ -75,6 +75,35 @@ def test_serve_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         assert "--" + name.replace("_", "-") in shown
 
 
+@pytest.mark.parametrize("argv", [(), ("bench",)])
+def test_no_command_prints_the_help(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
+) -> None:
+    assert cli.main(argv) == 0
+    bare = capsys.readouterr()
+    assert cli.main([*argv, "--help"]) == 0
+    assert bare.out == capsys.readouterr().out
+    assert "usage: flowprefill" in bare.out
+    assert bare.err == ""
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["doctor", "--json"]])
+def test_reader_that_leaves_is_no_error(argv: list[str]) -> None:
+    # Buffered, as in a shell's pipe; argparse drops the errors of what it writes at once.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "flowprefill", *argv], stdout=theirs, stderr=subprocess.PIPE,
+            text=True, cwd=ROOT, env=environment, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(theirs)
+    assert done.stderr == ""
+    assert done.returncode == cli.PIPE_CLOSED
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"flowprefill {__version__}\n"
@@ -110,8 +139,12 @@ def test_settings_default_is_the_dataclass() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ((), "COMMAND"),
         (("bake",), "invalid choice: 'bake'"),
+        (("srve",), "did you mean serve? (see flowprefill --help)"),
+        (("bench", "goodputt"), "did you mean goodput? (see flowprefill bench --help)"),
+        (("serve", "--granularty", "whole"), "did you mean --granularity? (see flowprefill serve"),
+        (("serve", "--kv-cach-gib=3"), "did you mean --kv-cache-gib?"),
+        (("serve", "--log-level", "wanring"), "did you mean warning?"),
         (("serve", "--policy", "nope"), "policy: got 'nope', expected one of"),
         (("serve", "--granularity", "chunk:1"), "granularity: got 'chunk:1'"),
         (("serve", "--dtype", "fp8"), "dtype: got 'fp8'"),
@@ -125,7 +158,6 @@ def test_settings_default_is_the_dataclass() -> None:
         (("serve", "--service-tiers", '{"flex": "x"}'), "service_tiers.flex: got 'x'"),
         (("serve", "--config", "/nowhere.json"), "config file /nowhere.json: No such file"),
         (("serve", "--unheard-of"), "--unheard-of"),
-        (("bench",), "NAME"),
         (("bench", "speed"), "invalid choice: 'speed'"),
         (("generate", "Hi", "--temperature", "9"), "temperature: got 9.0"),
         (("generate", "Hi", "--max-tokens", "0"), "max_tokens: got 0"),

@@ -43,6 +43,7 @@ PYTHON_LAYERS = {
     "server": _layer("server engine models", "aiohttp prometheus_client"),
     "traces": _layer("traces"),
     "explain": _layer(),
+    "argument_parser": _layer(),
     "simulation": _layer("simulation traces scheduling engine models _core", "numpy"),
 }
 # They join layers, so they may import any; `__init__` is the lazy front door (test_packaging.py).
