@@ -302,6 +302,12 @@ def _add_explain(commands: Any, arguments: Sequence[str]) -> None:
         _attach_module(parser, "flowprefill.explain")
 
 
+def _add_chat(commands: Any, arguments: Sequence[str]) -> None:
+    parser = commands.add_parser("chat", help="talk with a model, of a server or loaded here")
+    if list(arguments[:1]) == ["chat"]:
+        _attach_module(parser, "flowprefill.chat.command")
+
+
 def _attach_module(parser: argparse.ArgumentParser, module_name: str) -> None:
     """Let a module with ``add_arguments(parser)`` and ``run(args) -> int`` fill a command."""
     if importlib.util.find_spec(module_name) is None:
@@ -318,6 +324,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_generate(commands)
+    _add_chat(commands, arguments)
     _add_bench(commands, arguments)
     _add_simulate(commands, arguments)
     _add_doctor(commands, arguments)

@@ -1,0 +1,181 @@
+"""`flowprefill chat` against a server with a fake engine, and with an engine in its process."""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, Script
+from rich.console import Console
+from running_server import RunningServer, StartServer
+
+from flowprefill import cli
+from flowprefill.chat.command import Conversation
+from flowprefill.chat.talks import EngineTalk, Message, ServerTalk, TalkSettings
+from flowprefill.config import EngineConfig
+from flowprefill.errors import FlowPrefillError, InvalidRequest, RequestFailed
+
+SETTINGS = TalkSettings(max_tokens=20, temperature=0.0)
+HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
+
+
+class Screen:
+    """A conversation that writes into a text."""
+
+    def __init__(self, engine: FakeEngine, system: str = "") -> None:
+        self.written = io.StringIO()
+        console = Console(file=self.written)
+        self.chat = Conversation(EngineTalk(engine), SETTINGS, system, console)
+
+    def take(self, line: str) -> str:
+        """Give one line; returns what appears."""
+        before = len(self.written.getvalue())
+        self.chat.take(line)
+        return self.written.getvalue()[before:]
+
+
+def test_server_streams_an_answer_with_its_objective(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    talk = ServerTalk(server.url)
+    assert talk.model == "fake-model"
+    parts = list(talk.answer(HELLO, TalkSettings(20, 0.0, ttft_ms=250)))
+    assert "".join(parts) == "Hello world"
+    assert len(parts) > 1
+    assert engine.submitted[0].slo.ttft == 0.25
+
+
+def test_server_refusal_is_told_in_its_words(server: RunningServer) -> None:
+    with pytest.raises(InvalidRequest, match="max_tokens: got 0"):
+        list(ServerTalk(server.url).answer(HELLO, TalkSettings(0, 0.0)))
+    with pytest.raises(FlowPrefillError, match="refused"):
+        ServerTalk("http://127.0.0.1:9")
+    with pytest.raises(InvalidRequest, match="--url: got 'localhost:8000'"):
+        ServerTalk("localhost:8000")
+
+
+def test_server_stream_that_fails_is_told(start_server: StartServer) -> None:
+    engine = FakeEngine()
+    engine.script = Script(error=RequestFailed("device lost"), error_at=3)
+    with pytest.raises(FlowPrefillError, match="the request failed"):
+        list(ServerTalk(start_server(engine).url).answer(HELLO, SETTINGS))
+
+
+def test_server_key_is_sent(start_server: StartServer) -> None:
+    tenants = {"team": {"key": "secret-key-of-the-team"}}
+    server = start_server(FakeEngine(), tenants=tenants)
+    talk = ServerTalk(server.url, "secret-key-of-the-team")
+    assert "".join(talk.answer(HELLO, SETTINGS)) == "Hello world"
+    with pytest.raises(InvalidRequest):
+        list(ServerTalk(server.url, model="fake-model").answer(HELLO, SETTINGS))
+
+
+def test_answer_that_is_closed_is_cancelled(engine: FakeEngine) -> None:
+    answer = EngineTalk(engine).answer(HELLO, SETTINGS)
+    next(answer)
+    answer.close()
+    assert engine.submitted[0].cancels == 1
+
+
+def test_conversation_keeps_what_was_said(engine: FakeEngine) -> None:
+    screen = Screen(engine, system="Be brief.")
+    shown = screen.take("Hello")
+    assert shown.startswith("Hello world\nfirst token after ")
+    assert [m["role"] for m in screen.chat.messages] == ["system", "user", "assistant"]
+    screen.take("/clear")
+    assert [m["role"] for m in screen.chat.messages] == ["system"]
+    screen.take("/system")
+    assert screen.chat.messages == []
+
+
+def test_slo_command_sets_the_objective(engine: FakeEngine) -> None:
+    screen = Screen(engine)
+    assert "within 250 ms" in screen.take("/slo 250")
+    shown = screen.take("Hello")
+    assert engine.submitted[-1].slo.ttft == 0.25
+    assert shown.strip().endswith((", within 250 ms", ", over 250 ms"))
+    assert "no objective" in screen.take("/slo off")
+    screen.take("Hello")
+    assert engine.submitted[-1].slo.ttft is None
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-3", "0", "nan", "1e99"])
+def test_slo_command_refuses_what_is_no_objective(engine: FakeEngine, value: str) -> None:
+    assert "expected milliseconds" in Screen(engine).take(f"/slo {value}")
+
+
+def test_answer_is_shown_as_it_is_but_cannot_steer_the_terminal(engine: FakeEngine) -> None:
+    engine.script = Script(text="\x1b[2J[b]:no:\x07 \u00e4\n")
+    assert Screen(engine).take("Hello").startswith("[2J[b]:no: \u00e4\n")
+
+
+def test_commands_are_listed_and_guessed(engine: FakeEngine) -> None:
+    screen = Screen(engine)
+    assert "/slo 250" in screen.take("/help")
+    assert "did you mean /clear?" in screen.take("/claer")
+    assert screen.take("") == ""
+    assert engine.submitted == []
+
+
+def test_failed_answer_leaves_the_conversation(engine: FakeEngine) -> None:
+    screen = Screen(engine)
+    engine.script = Script(error=RequestFailed("device lost"))
+    assert "device lost" in screen.take("Hello")
+    assert screen.chat.messages == []
+
+
+def test_ctrl_c_ends_the_answer_only(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(engine)
+
+    class Interrupted(EngineTalk):
+        def answer(self, *args: Any) -> Any:
+            yield "Hel"
+            raise KeyboardInterrupt
+
+    screen.chat = Conversation(Interrupted(engine), SETTINGS, "", screen.chat._console)
+    assert screen.take("Hello").startswith("Hel [stopped]\n")
+    assert screen.chat.messages[-1] == {"role": "assistant", "content": "Hel"}
+
+
+def test_command_talks_with_lines_from_a_pipe(
+    server: RunningServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/quit\nnever read\n"))
+    assert cli.main(["chat", "--url", server.url, "--slo", "250"]) == 0
+    assert capsys.readouterr().out.startswith("Hello world\nfirst token after ")
+
+
+def test_command_loads_a_model_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    loaded = threading.Event()
+
+    def load(model: str, config: EngineConfig) -> FakeEngine:
+        assert (model, config.threads) == ("some-model", 2)
+        loaded.set()
+        return engine
+
+    monkeypatch.setattr(cli, "load_engine", load)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
+    assert cli.main(["chat", "some-model", "--threads", "2"]) == 0
+    assert loaded.is_set()
+    assert "Hello world" in capsys.readouterr().out
+    assert not engine.is_ready
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--slo", "-1"), "slo: got -1"),
+        (("--url", "nowhere"), "--url: got 'nowhere'"),
+        (("--url", "http://127.0.0.1:9"), "refused"),
+    ],
+)
+def test_bad_chat_flags_are_one_line(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: str
+) -> None:
+    assert cli.main(["chat", *argv]) == 2
+    assert words in capsys.readouterr().err
