@@ -95,6 +95,11 @@ class Handle:
         return self._is_done
 
     @property
+    def output_tokens(self) -> int:
+        """How many tokens have been generated so far."""
+        return len(self._tokens)
+
+    @property
     def timings(self) -> Timings | None:
         """Where the time went; None before the end."""
         return self._timings

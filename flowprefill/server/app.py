@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from aiohttp import web
 
 from flowprefill.server import debug_routes, models_routes, tokens_routes
+from flowprefill.server.access_log import access_log_middleware
 from flowprefill.server.chat import chat_completions
 from flowprefill.server.completions import completions
 from flowprefill.server.connections import (
@@ -53,7 +54,8 @@ def create_app(
     handlers that their client has gone, and their prompts would be computed for nothing.
     """
     options = options or ServerOptions()
-    app = web.Application(middlewares=[error_middleware, cors_middleware])
+    logs = [access_log_middleware] if options.log_requests else []
+    app = web.Application(middlewares=[*logs, error_middleware, cors_middleware])
     app.on_response_prepare.append(add_cors_headers)
     metrics = ServerMetrics(vllm_names=options.vllm_metrics)
     app[SERVER] = ServerContext(engine, options, metrics, ConnectionTable(options))

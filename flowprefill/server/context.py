@@ -13,7 +13,7 @@ from aiohttp import web
 from flowprefill.errors import ModelNotFound, NotReady
 from flowprefill.server.body import UnknownFields
 from flowprefill.server.body_memory import BodyMemory
-from flowprefill.server.engine_protocol import ServedEngine
+from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.options import ServerOptions
 from flowprefill.server.response_store import ResponseStore
 from flowprefill.server.slo import ClientRules
@@ -151,3 +151,5 @@ class ServerContext:
 
 SERVER = web.AppKey("server", ServerContext)
 REQUEST_ID = web.RequestKey("request_id", str)
+# What the request submitted to the engine, for the access log.
+HANDLES = web.RequestKey("handles", list[ServedHandle])

@@ -48,6 +48,11 @@ class ServedHandle(Protocol):
     @property
     def cached_tokens(self) -> int: ...
     @property
+    def output_tokens(self) -> int:
+        """How many tokens have been generated so far."""
+        ...
+
+    @property
     def timings(self) -> Timings | None:
         """Where the time went; None before the end."""
         ...

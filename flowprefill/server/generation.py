@@ -15,7 +15,7 @@ from aiohttp import web
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import Completion, Request
 from flowprefill.server.body import Body, parse_json_object
-from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
+from flowprefill.server.context import HANDLES, REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.endpoint import Endpoint, Generation, GenerationOrder
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.incoming import json_body
@@ -146,7 +146,7 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
             generation = _submit(context, endpoint, order, envelope)
         else:
             generation = await _submit_off_loop(context, endpoint, order, envelope)
-        handles = generation.handles
+        handles = request[HANDLES] = generation.handles
         if order.spec.stream is not None:
             return await stream_reply(request, generation)
         return await _whole_reply(context, generation)

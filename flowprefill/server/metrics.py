@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -38,6 +44,7 @@ class ServerMetrics:
                 self._counters[spec.name] = counter
         self._engine: ServedEngine | None = None
         self.registry.register(_Families(self, vllm_names))
+        ProcessCollector(registry=self.registry)  # process_*: memory, CPU time, open files
 
     def observe(self, engine: ServedEngine) -> None:
         """Start counting what ``engine`` does."""

@@ -15,6 +15,7 @@ from flowprefill.server.tool_parsers import TOOL_PARSERS
 
 MAX_CONNECTIONS = 1 << 20
 SECRET = ("tenants", "api_keys")  # settings that hold keys
+_FLAGS = ("vllm_metrics", "log_requests", "debug_endpoints", "client_slo", "client_priority")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
@@ -78,6 +79,9 @@ class ServerOptions:
         1000, "replies of /v1/responses kept for previous_response_id; 0 is none"
     )
     vllm_metrics: bool = _option(False, "export the common metrics under vllm: names as well")
+    log_requests: bool = _option(
+        False, "log one line for each request: id, route, status, tokens, times, objectives met"
+    )
     debug_endpoints: bool = _option(
         True, "serve /debug/timeline, /debug/decisions and /debug/requests"
     )
@@ -107,7 +111,7 @@ class ServerOptions:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "an integer" if whole else "a number"
                 self._refuse(name, value, f"{kind} in [{low:g}, {high:g}]")
-        for name in ("vllm_metrics", "debug_endpoints", "client_slo", "client_priority"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
         parsers = {"tool_call_parser": TOOL_PARSERS, "reasoning_parser": REASONING_PARSERS}

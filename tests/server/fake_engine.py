@@ -131,6 +131,10 @@ class FakeHandle:
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.timings: Timings | None = None
 
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens)
+
     def _timings(self, ttft: float | None) -> Timings:
         met = None if self.slo.ttft is None else ttft is not None and ttft <= self.slo.ttft
         return Timings(

@@ -181,6 +181,13 @@ def test_metrics_of_ended_requests(start_server: StartServer) -> None:
     assert value(server, error, direction="late") == pytest.approx(2 * 0.003)
 
 
+def test_metrics_of_the_process(server: RunningServer) -> None:
+    found = {name: number for (name, labels), number in samples(server).items() if not labels}
+    assert found["process_resident_memory_bytes"] > 1e6
+    assert 0 < found["process_open_fds"] <= found["process_max_fds"]
+    assert found["process_cpu_seconds_total"] > 0
+
+
 def test_goodput_counts_what_met_its_objectives(server: RunningServer) -> None:
     server.post("/v1/completions", {"prompt": "Hi", "slo": {"ttft_ms": 9}})
     server.post("/v1/completions", {"prompt": "Hi", "slo": {"ttft_ms": 7}})
