@@ -94,7 +94,7 @@ def test_native_module_needs_no_openmp_runtime() -> None:
 def test_torch_version_is_the_same_everywhere() -> None:
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     pinned = next(r for r in requires if r.startswith("torch=="))
-    for name in ("Makefile", "setup.py", "cmake/FindTorchWheel.cmake"):
+    for name in ("Makefile", "setup.py", "cmake/FindTorchWheel.cmake", "deploy/Dockerfile"):
         assert set(re.findall(r"torch==[\d.]+\d", (ROOT / name).read_text())) == {pinned}, name
 
 
