@@ -1,8 +1,9 @@
-"""A server in a process of its own and a client that sends it planned requests; for `load`."""
+"""A server in a process of its own, and a client that sends planned requests; for `load`."""
 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import random
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +23,11 @@ import aiohttp
 
 from flowprefill.bench.arrivals import Planned
 from flowprefill.bench.common import random_ids
-from flowprefill.errors import FlowPrefillError
+from flowprefill.errors import ConfigError, FlowPrefillError
 
 READY = re.compile(r"^serving .* at (http://\S+)$")
 STOP_TIMEOUT_S = 30
+FACTS_TIMEOUT_S = 10
 
 
 @dataclass
@@ -107,10 +110,51 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a running server says about itself in ``/server_info``."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    policy: str
+    granularity: str
+
+
+def server_facts(url: str, api_key: str = "") -> ServerFacts:
+    """Ask a running server what it serves.
+
+    Raises:
+        ConfigError: there is no server of FlowPrefill at ``url``.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"url: got {url!r}, expected http://HOST:PORT", param="url")
+    request = urllib.request.Request(url.rstrip("/") + "/server_info", headers=_bearer(api_key))
+    try:
+        with urllib.request.urlopen(request, timeout=FACTS_TIMEOUT_S) as reply:
+            told = json.load(reply)
+        settings = told["engine_settings"]
+        return ServerFacts(
+            str(told["model"]), int(told["max_model_len"]), int(told["vocab_size"]),
+            str(settings["policy"]), str(settings["granularity"]),
+        )  # fmt: skip
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        message = f"url: {url}/server_info: {type(error).__name__}: {error}"
+        raise ConfigError(message, param="url") from None
+
+
+def _bearer(api_key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 async def send_all(
-    url: str, planned: Sequence[Planned], vocab_size: int, seed: int
+    url: str, planned: Sequence[Planned], vocab_size: int, seed: int, api_key: str = ""
 ) -> tuple[list[Outcome], float]:
     """Send every request at its time, whatever became of the others.
+
+    Args:
+        vocab_size: prompts are random token ids below it.
+        api_key: sent with every request; empty for none.
 
     Returns:
         The outcomes, in the order planned; seconds from the first sending to the last end.
@@ -119,7 +163,9 @@ async def send_all(
     bodies = [_body(one, random_ids(rng, one.prompt_tokens, vocab_size)) for one in planned]
     timeout = aiohttp.ClientTimeout(total=None)
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
+    async with aiohttp.ClientSession(
+        url, connector=connector, timeout=timeout, headers=_bearer(api_key)
+    ) as session:
         start_s = time.monotonic()
         tasks = [
             asyncio.create_task(_send(session, one, body, start_s))

@@ -1,7 +1,8 @@
 """`flowprefill bench load`: requests over HTTP at a rate, with SLO attainment and goodput by class.
 
 Each combination of policy and granularity is served by a fresh process on this machine; the client
-shares its cores. All get the same requests at the same times: a random mix, or a trace.
+shares its cores. With ``--url`` one server that already runs is measured as it is. All get the same
+requests at the same times: a random mix, or a trace.
 A request meets its SLO if the client saw its first token, and its tokens on average, in time; those
 whose client went away are not counted. Goodput is how many met it, per second.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,13 @@ from flowprefill.bench.arrivals import (
     trace_plan,
 )
 from flowprefill.bench.common import check_least, say
-from flowprefill.bench.http_client import Outcome, running_server, send_all
+from flowprefill.bench.http_client import (
+    Outcome,
+    ServerFacts,
+    running_server,
+    send_all,
+    server_facts,
+)
 from flowprefill.bench.report import Report, Row, json_path, print_table
 from flowprefill.bench.statistics import quantiles
 from flowprefill.config import POLICIES, EngineConfig, Granularity
@@ -49,6 +57,8 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``flowprefill bench load``."""
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
+    parser.add_argument("--url", help="measure this running server: http://HOST:PORT")
+    parser.add_argument("--api-key", default="", help="for that server")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
     parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
     parser.add_argument("--policy", action="append", choices=POLICIES, help="several times")
@@ -68,8 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the JSON."""
     _check(args)
-    model = open_checkpoint(args.model).config
-    planned, unscaled = _plan(args, model.max_position)
+    facts = server_facts(args.url, args.api_key) if args.url else None
+    if facts is not None:
+        args.model, max_tokens, vocab_size = facts.model, facts.max_model_len, facts.vocab_size
+    else:
+        model = open_checkpoint(args.model).config
+        max_tokens, vocab_size = model.max_position, model.vocab_size
+    planned, unscaled = _plan(args, max_tokens)
     classes = {
         name: {key: value * args.slo_scale for key, value in objectives.items()}
         for name, objectives in unscaled.items()
@@ -77,20 +92,59 @@ def run(args: argparse.Namespace) -> int:
     names = ("model", "seed", "requests", "rate", "cancelled", "scale", "time_scale", "slo_scale")
     settings = {name: getattr(args, name) for name in names}
     trace = str(args.trace) if args.trace else None
-    report = Report("load", settings | {"trace": trace, "classes": classes})
+    report = Report("load", settings | {"trace": trace, "url": args.url, "classes": classes})
+    if facts is not None:
+        _measure_running(args, facts, planned, classes, report)
+    else:
+        _measure_each(args, vocab_size, planned, classes, report)
+    print_table("Requests over HTTP", report.rows, COLUMNS)
+    report.write(args.json)
+    return 0
+
+
+def _measure_each(
+    args: argparse.Namespace,
+    vocab_size: int,
+    planned: Sequence[Planned],
+    classes: Classes,
+    report: Report,
+) -> None:
+    """Measure every combination, each in a server of its own."""
     for policy in args.policy or ["slack_edf"]:
         for granularity in args.granularity or ["budget:2"]:
             say(f"{policy}, {granularity}: {len(planned)} requests in {planned[-1].at_s:.0f} s")
             config = _engine_settings(args, policy, granularity, classes)
             with running_server(args.model, config) as url:
-                outcomes, elapsed_s = asyncio.run(
-                    send_all(url, planned, model.vocab_size, args.seed)
-                )
+                outcomes, elapsed_s = asyncio.run(send_all(url, planned, vocab_size, args.seed))
             combination = {"policy": policy, "granularity": granularity}
             report.rows += rows_of(outcomes, classes, elapsed_s, combination)
-    print_table("Requests over HTTP", report.rows, COLUMNS)
-    report.write(args.json)
-    return 0
+
+
+def _measure_running(
+    args: argparse.Namespace,
+    facts: ServerFacts,
+    planned: Sequence[Planned],
+    classes: Classes,
+    report: Report,
+) -> None:
+    """Measure one server that runs already; it does not know our classes, so objectives are sent.
+
+    Prompts that are too long for its model are cut.
+    """
+    sent = [
+        dataclasses.replace(
+            one,
+            prompt_tokens=min(one.prompt_tokens, facts.max_model_len - one.output_tokens),
+            slo=classes[one.service_class],
+        )
+        for one in planned
+    ]
+    say(f"{args.url}, {facts.model}: {len(sent)} requests in {sent[-1].at_s:.0f} s")
+    outcomes, elapsed_s = asyncio.run(
+        send_all(args.url, sent, facts.vocab_size, args.seed, args.api_key)
+    )
+    combination = {"policy": facts.policy, "granularity": facts.granularity}
+    report.rows += rows_of(outcomes, classes, elapsed_s, combination)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -105,6 +159,9 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not 0 < value <= 1000:
             raise ConfigError(f"{name}: got {value}, expected a number in (0, 1000]", param=name)
+    if args.url and (args.policy or args.granularity):
+        message = f"url: got {args.url!r} with --policy or --granularity, which that server has set"
+        raise ConfigError(message, param="url")
     if args.quick:
         args.requests, args.rate = min(args.requests, 20), 4.0
 

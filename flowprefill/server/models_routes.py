@@ -95,6 +95,7 @@ async def server_info(request: web.Request) -> web.Response:
         "version": __version__,
         "model": engine.model_id,
         "max_model_len": engine.max_model_len,
+        "vocab_size": engine.vocab_size,
         **engine.describe(),
         "engine_settings": dataclasses.asdict(engine.config),
         "server_settings": context.options.shown(),
