@@ -81,6 +81,7 @@ class ServerOptions:
     debug_endpoints: bool = _option(
         True, "serve /debug/timeline, /debug/decisions and /debug/requests"
     )
+    page: bool = _option(True, "serve the page at / and what it shows, /live")
     allowed_origins: tuple[str, ...] = _option(
         (), "origins whose browser pages may call the server, or '*' for all; empty is none"
     )
@@ -107,7 +108,7 @@ class ServerOptions:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "an integer" if whole else "a number"
                 self._refuse(name, value, f"{kind} in [{low:g}, {high:g}]")
-        for name in ("vllm_metrics", "debug_endpoints", "client_slo", "client_priority"):
+        for name in ("vllm_metrics", "debug_endpoints", "page", "client_slo", "client_priority"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
         parsers = {"tool_call_parser": TOOL_PARSERS, "reasoning_parser": REASONING_PARSERS}
