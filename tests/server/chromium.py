@@ -100,9 +100,11 @@ async def opened(url: str, profile: Path) -> AsyncIterator[Tab]:
             async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as ws:
                 tab = Tab(ws)
                 listening = asyncio.create_task(tab.listen())
-                await tab.open(url)
-                yield tab
-                listening.cancel()
+                try:
+                    await tab.open(url)
+                    yield tab
+                finally:
+                    listening.cancel()
     finally:
         process.terminate()
         await process.wait()
