@@ -265,10 +265,14 @@ class Engine:
         """Have an observer told of ended requests, preemptions and decisions."""
         self._core.observers.append(observer)
 
-    def timeline(self) -> list[TimelineEntry]:
-        """Return the segments executed last, oldest first."""
+    def timeline(self, since: int = 0) -> list[TimelineEntry]:
+        """Return the segments executed last, oldest first.
+
+        Args:
+            since: leave out that many of all since the start; `stats().segments` counts them.
+        """
         names = dict(self._core.run_names)
-        return [timeline_entry(record, names) for record in self._worker.timeline()]
+        return [timeline_entry(record, names) for record in self._worker.timeline(since)]
 
     def decisions(self) -> list[dict[str, Any]]:
         """Return the scheduler's latest decisions with their reasons, oldest first."""

@@ -176,9 +176,9 @@ class LocalWorker:
             max_blocking_s=native.max_blocking_s,
         )
 
-    def timeline(self) -> list[Any]:
-        """Return what the executor's ring holds."""
-        return self._executor.timeline().records
+    def timeline(self, since: int = 0) -> list[Any]:
+        """Return what the executor's ring holds of the segments from that one on."""
+        return self._executor.timeline(since).records
 
     def describe(self) -> dict[str, Any]:
         """Return what the device says of itself, and the granularity."""

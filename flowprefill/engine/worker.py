@@ -234,8 +234,8 @@ class Worker(Protocol):
     def stats(self) -> WorkerStats:
         """Return counts and sizes."""
 
-    def timeline(self) -> list[TimelineRecord]:
-        """Return the segments executed last, oldest first."""
+    def timeline(self, since: int = 0) -> list[TimelineRecord]:
+        """Return the segments executed last, oldest first; since: none before that many."""
 
     def describe(self) -> Mapping[str, Any]:
         """Return device, element type, granularity and why, in words."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from aiohttp import web
 
-from flowprefill.server import debug_routes, models_routes, tokens_routes
+from flowprefill.server import debug_routes, models_routes, page_routes, tokens_routes
 from flowprefill.server.access_log import access_log_middleware
 from flowprefill.server.chat import chat_completions
 from flowprefill.server.completions import completions
@@ -77,6 +77,9 @@ def create_app(
             web.post("/detokenize", tokens_routes.detokenize),
         ]
     )
+    if options.page:
+        app.router.add_get("/", page_routes.page_handler())
+        app.router.add_get("/live", page_routes.live)
     if options.debug_endpoints:
         app.router.add_get("/debug/timeline", debug_routes.timeline)
         app.router.add_get("/debug/decisions", debug_routes.decisions)

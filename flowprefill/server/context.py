@@ -14,6 +14,7 @@ from flowprefill.errors import ModelNotFound, NotReady
 from flowprefill.server.body import UnknownFields
 from flowprefill.server.body_memory import BodyMemory
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
+from flowprefill.server.live_feed import LiveFeed
 from flowprefill.server.options import ServerOptions
 from flowprefill.server.response_store import ResponseStore
 from flowprefill.server.slo import ClientRules
@@ -50,6 +51,7 @@ class ServerContext:
         self.unknown_fields = UnknownFields()
         self.body_memory = BodyMemory(int(options.max_bodies_mib * 2**20))
         self._tenants = Tenants(options.tenants)
+        self.live = LiveFeed()
         self.responses = ResponseStore(options.max_stored_responses)
         self.is_closing = False
         self.generating = 0
@@ -68,6 +70,8 @@ class ServerContext:
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._engine = engine
         self.metrics.observe(engine)
+        if self.options.page:
+            engine.subscribe(self.live)
 
     @property
     def attached_engine(self) -> ServedEngine | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from flowprefill.config import EngineConfig
@@ -128,7 +128,9 @@ class ServedEngine(Protocol):
 
     def subscribe(self, observer: EngineObserver) -> None: ...
 
-    def timeline(self) -> Iterable[TimelineEntry]: ...
+    def timeline(self, since: int = 0) -> Sequence[TimelineEntry]:
+        """The segments executed last, oldest first, without the first `since` of all."""
+        ...
 
     def decisions(self) -> list[dict[str, Any]]:
         """The most recent scheduling decisions with their reasons, oldest first."""

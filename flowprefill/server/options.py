@@ -15,7 +15,9 @@ from flowprefill.server.tool_parsers import TOOL_PARSERS
 
 MAX_CONNECTIONS = 1 << 20
 SECRET = ("tenants", "api_keys")  # settings that hold keys
-_FLAGS = ("vllm_metrics", "log_requests", "debug_endpoints", "client_slo", "client_priority")
+_FLAGS = (
+    "vllm_metrics", "log_requests", "debug_endpoints", "page", "client_slo", "client_priority"
+)  # fmt: skip
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
@@ -85,6 +87,7 @@ class ServerOptions:
     debug_endpoints: bool = _option(
         True, "serve /debug/timeline, /debug/decisions and /debug/requests"
     )
+    page: bool = _option(True, "serve the page at / and what it shows, /live")
     allowed_origins: tuple[str, ...] = _option(
         (), "origins whose browser pages may call the server, or '*' for all; empty is none"
     )

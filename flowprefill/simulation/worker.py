@@ -157,7 +157,7 @@ class VirtualWorker:
         device = self._device
         return WorkerStats(device.preemptions, 0, 0, max(device.blocking_s, default=0.0))
 
-    def timeline(self) -> list[Any]:
+    def timeline(self, since: int = 0) -> list[Any]:  # noqa: ARG002
         """Return none: segments are not kept."""
         return []
 

@@ -109,6 +109,7 @@ class Segment:
     start_s: float
     end_s: float
     predicted_s: float = 0.0
+    run_id: int = 0
 
 
 class FakeHandle:
@@ -305,6 +306,9 @@ class FakeEngine:
         self.ends: list[Record] = []
         self.current_stats = Stats()
         self.segments: list[Segment] = []
+        self.decided: list[dict[str, Any]] = [
+            {"event": "arrival", "reason": "nothing runs", "run": "a"}
+        ]
         self._observers: list[Any] = []
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
@@ -386,11 +390,11 @@ class FakeEngine:
             observer.on_decision(2e-5)
             observer.on_preemption(reason, ack_s)
 
-    def timeline(self) -> list[Segment]:
-        return self.segments
+    def timeline(self, since: int = 0) -> list[Segment]:
+        return self.segments[since:]
 
     def decisions(self) -> list[dict[str, Any]]:
-        return [{"event": "arrival", "reason": "nothing runs", "run": "a"}]
+        return self.decided
 
     def story(self, request_id: str) -> dict[str, Any] | None:
         known = {handle.request_id for handle in self.submitted}
