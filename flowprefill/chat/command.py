@@ -1,6 +1,6 @@
 """The command `flowprefill chat`: reads lines and commands, shows answers as they stream.
 
-Every answer is followed by one line: how long its first token took, beside the objective that
+Every answer is followed by one line: how long its first token took, next to the objective that
 ``/slo`` has set. Ctrl-C ends an answer; at the prompt it ends the conversation.
 """
 
