@@ -200,3 +200,21 @@ def test_explain_tells_what_happened_to_a_request(
     assert reply["id"] in capsys.readouterr().out
     assert cli.main(["explain", "no-such-id", "--url", server.url]) == 2
     assert "none of the last requests" in capsys.readouterr().err
+
+
+def test_live_shows_the_prefill_of_a_prompt(server: RunningServer, engine: Engine) -> None:
+    segments = engine.stats().segments
+    assert len(engine.timeline(segments)) == 0
+    body = {"prompt": LONG_IDS[:700], "max_tokens": 3, "slo": {"class": "chat"}}
+    assert server.post("/v1/completions", body).status == 200
+    assert len(engine.timeline(segments)) == engine.stats().segments - segments > 0
+
+    def state() -> dict[str, Any]:
+        return dict(server.get("/live").json())
+
+    wait_for(lambda: any(bar["prompt_tokens"] == 700 for bar in state()["bars"]))
+    wait_for(lambda: state()["bars"][-1]["name"] == "decode")
+    now_s, bars = state()["now_s"], state()["bars"]
+    assert all(now_s - 12 < bar["start_s"] <= bar["end_s"] <= now_s + 1 for bar in bars)
+    (chat,) = (one for one in state()["classes"] if one["name"] == "chat")
+    assert (chat["slo_requests"], chat["slo_met"], chat["slo_ttft_ms"]) == (1, 1, 60_000.0)
