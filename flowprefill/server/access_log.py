@@ -20,8 +20,8 @@ from flowprefill.server.engine_protocol import ServedHandle
 logger = logging.getLogger("flowprefill.access")
 
 CLIENT_GONE = 499  # what proxies log for a client that left before it had a status
-# Asked every few seconds by what watches the server.
-QUIET_PATHS = ("/health", "/health/ready", "/ready", "/metrics")
+# Asked again and again by what watches the server, the page among it.
+QUIET_PATHS = ("/health", "/health/ready", "/ready", "/metrics", "/live")
 
 
 @web.middleware

@@ -79,7 +79,7 @@ def test_client_that_leaves_is_logged(
 
 
 def test_probes_are_not_logged(logged: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
-    for path in ("/health", "/ready", "/health/ready", "/metrics"):
+    for path in ("/health", "/ready", "/health/ready", "/metrics", "/live"):
         assert logged.get(path).status == 200
     logged.get("/v1/models/fake-model", ID)
     assert lines_of(caplog, 1) == ["mine GET /v1/models/{id} 200 total=T"]
