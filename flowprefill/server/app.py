@@ -10,23 +10,24 @@ from collections.abc import Callable, Iterator
 
 from aiohttp import web
 
-from flowprefill.server import debug_routes, models_routes, page_routes, tokens_routes
-from flowprefill.server.access_log import access_log_middleware
-from flowprefill.server.chat import chat_completions
-from flowprefill.server.completions import completions
-from flowprefill.server.connections import (
+from flowprefill.server.context import SERVER, ServerContext
+from flowprefill.server.engine_protocol import ServedEngine
+from flowprefill.server.http.access_log import access_log_middleware
+from flowprefill.server.http.connections import (
     CLOSING_WRITE_S,
     ConnectionTable,
     connection_factory,
     raise_file_limit,
 )
-from flowprefill.server.context import SERVER, ServerContext
-from flowprefill.server.cors import add_cors_headers, cors_middleware
-from flowprefill.server.engine_protocol import ServedEngine
-from flowprefill.server.errors import error_middleware
-from flowprefill.server.metrics import ServerMetrics
+from flowprefill.server.http.cors import add_cors_headers, cors_middleware
+from flowprefill.server.http.error_middleware import error_middleware
+from flowprefill.server.observe import debug_routes, page_routes
+from flowprefill.server.observe.metrics import ServerMetrics
+from flowprefill.server.openai import models_routes, tokens_routes
+from flowprefill.server.openai.chat import chat_completions
+from flowprefill.server.openai.completions import completions
 from flowprefill.server.options import ServerOptions
-from flowprefill.server.responses import responses
+from flowprefill.server.responses.responses import responses
 
 logger = logging.getLogger(__name__)
 

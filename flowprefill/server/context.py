@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiohttp import web
 
 from flowprefill.errors import ModelNotFound, NotReady
-from flowprefill.server.body import UnknownFields
-from flowprefill.server.body_memory import BodyMemory
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
-from flowprefill.server.live_feed import LiveFeed
+from flowprefill.server.http.body import UnknownFields
+from flowprefill.server.http.body_memory import BodyMemory
+from flowprefill.server.observe.live_feed import LiveFeed
 from flowprefill.server.options import ServerOptions
-from flowprefill.server.response_store import ResponseStore
+from flowprefill.server.responses.response_store import ResponseStore
 from flowprefill.server.slo import ClientRules
 from flowprefill.server.tenants import Tenants
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
-    from flowprefill.server.connections import ConnectionTable
-    from flowprefill.server.metrics import ServerMetrics
+    from flowprefill.server.http.connections import ConnectionTable
+    from flowprefill.server.observe.metrics import ServerMetrics
 
 
 T = TypeVar("T")

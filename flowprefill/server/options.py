@@ -9,9 +9,9 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError
-from flowprefill.server.reasoning import REASONING_PARSERS
+from flowprefill.server.openai.reasoning import REASONING_PARSERS
+from flowprefill.server.openai.tool_parsers import TOOL_PARSERS
 from flowprefill.server.tenants import Tenants
-from flowprefill.server.tool_parsers import TOOL_PARSERS
 
 MAX_CONNECTIONS = 1 << 20
 SECRET = ("tenants", "api_keys")  # settings that hold keys

@@ -11,7 +11,7 @@ from typing import Any
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import SLO
-from flowprefill.server.body import Body
+from flowprefill.server.http.body import Body
 from flowprefill.server.tenants import ONLY_TENANT, Tenant
 
 MAX_OBJECTIVE_MS = 86_400_000.0

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import Request
-from flowprefill.server.body import Body, parse_json_object
-from flowprefill.server.chat import order_of_chat
-from flowprefill.server.completions import order_of_completions
-from flowprefill.server.endpoint import GenerationOrder
-from flowprefill.server.openai_schema import CHAT_ONLY, IGNORED, REFUSED, SchemaContext
-from flowprefill.server.response_store import ResponseStore
-from flowprefill.server.responses import ResponsesEndpoint
-from flowprefill.server.structured_fields import TOP_LEVEL
+from flowprefill.server.http.body import Body, parse_json_object
+from flowprefill.server.http.endpoint import GenerationOrder
+from flowprefill.server.openai.chat import order_of_chat
+from flowprefill.server.openai.completions import order_of_completions
+from flowprefill.server.openai.openai_schema import CHAT_ONLY, IGNORED, REFUSED, SchemaContext
+from flowprefill.server.openai.structured_fields import TOP_LEVEL
+from flowprefill.server.responses.response_store import ResponseStore
+from flowprefill.server.responses.responses import ResponsesEndpoint
 
 FIELDS = (
     *REFUSED, *IGNORED, "model", "n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed",

@@ -16,7 +16,7 @@ from running_server import RunningServer, StartServer
 
 from flowprefill.errors import InvalidRequest, NotReady, shortened
 from flowprefill.models.chat_template import ChatTemplate
-from flowprefill.server import json_text
+from flowprefill.server.http import json_text
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -17,7 +17,7 @@ import pytest
 from fake_engine import WAIT_S, FakeEngine, Script
 from running_server import RunningServer, StartServer
 
-from flowprefill.server.connections import ConnectionTable, default_limit, raise_file_limit
+from flowprefill.server.http.connections import ConnectionTable, default_limit, raise_file_limit
 from flowprefill.server.options import ServerOptions
 
 COMPLETIONS = "/v1/completions"

@@ -9,8 +9,8 @@ from fake_engine import FakeEngine
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import ConfigError
-from flowprefill.server.foreign_fields import FOREIGN, NOT_OF_CHAT, NOT_OF_COMPLETIONS
-from flowprefill.server.openai_schema import REFUSED
+from flowprefill.server.openai.foreign_fields import FOREIGN, NOT_OF_CHAT, NOT_OF_COMPLETIONS
+from flowprefill.server.openai.openai_schema import REFUSED
 from flowprefill.server.options import ServerOptions
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

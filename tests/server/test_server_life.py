@@ -17,8 +17,8 @@ from fake_engine import WAIT_S, FakeEngine, Script
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import CheckpointError, FlowPrefillError
-from flowprefill.server import generation
 from flowprefill.server.app import serve
+from flowprefill.server.openai import generation
 
 COMPLETIONS = "/v1/completions"
 

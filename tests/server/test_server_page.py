@@ -17,7 +17,7 @@ from fake_engine import FakeEngine, Segment, Stats
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import ConfigError
-from flowprefill.server import live_feed
+from flowprefill.server.observe import live_feed
 from flowprefill.server.options import ServerOptions
 
 

@@ -217,4 +217,5 @@ def test_live_shows_the_prefill_of_a_prompt(server: RunningServer, engine: Engin
     now_s, bars = state()["now_s"], state()["bars"]
     assert all(now_s - 12 < bar["start_s"] <= bar["end_s"] <= now_s + 1 for bar in bars)
     (chat,) = (one for one in state()["classes"] if one["name"] == "chat")
-    assert (chat["slo_requests"], chat["slo_met"], chat["slo_ttft_ms"]) == (1, 1, 60_000.0)
+    assert chat["slo_requests"] == chat["slo_met"] >= 1  # other tests' requests are in it too
+    assert chat["slo_ttft_ms"] == 60_000.0

@@ -12,7 +12,7 @@ from running_server import RunningServer, StartServer
 
 from flowprefill.errors import RequestFailed
 from flowprefill.request import StructuredOutput
-from flowprefill.server.response_store import ResponseNotFound, ResponseStore
+from flowprefill.server.responses.response_store import ResponseNotFound, ResponseStore
 
 TOOLS: Any = [
     {"type": "function", "name": "weather", "strict": True, "parameters": {"type": "object"}},

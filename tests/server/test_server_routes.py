@@ -15,8 +15,8 @@ from running_server import RunningServer, StartServer
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, DeadlinePassed, FlowPrefillError, Overloaded
 from flowprefill.server.app import create_app
-from flowprefill.server.metric_table import METRICS, metrics_markdown
-from flowprefill.server.openai_schema import REFUSED
+from flowprefill.server.observe.metric_table import METRICS, metrics_markdown
+from flowprefill.server.openai.openai_schema import REFUSED
 from flowprefill.server.options import ServerOptions
 from flowprefill.version import __version__
 

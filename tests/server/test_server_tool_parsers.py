@@ -7,10 +7,10 @@ import json
 import pytest
 from fake_engine import ByteTokenizer
 
-from flowprefill.server.message import MessageParser, MessagePart, PlainText
-from flowprefill.server.reasoning import Thinking, reasoning_parser_of
-from flowprefill.server.tool_parsers import FORMATS, ToolCalls, call_format_of
-from flowprefill.server.tools import Tools, call_grammar
+from flowprefill.server.openai.message import MessageParser, MessagePart, PlainText
+from flowprefill.server.openai.reasoning import Thinking, reasoning_parser_of
+from flowprefill.server.openai.tool_parsers import FORMATS, ToolCalls, call_format_of
+from flowprefill.server.openai.tools import Tools, call_grammar
 
 NAMES = ("weather", "add", "now")
 ARGS = '{"city": "Zürich \\"x\\" }", "days": [1, {"a": "]"}]}'

@@ -19,7 +19,7 @@ import yaml
 
 from flowprefill import cli
 from flowprefill.server.app import create_app
-from flowprefill.server.metric_table import METRICS, PREFIX, MetricSpec
+from flowprefill.server.observe.metric_table import METRICS, PREFIX, MetricSpec
 from flowprefill.server.options import ServerOptions
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ from schema_generator import VOCAB, PieceTokenizer
 from test_structured_suite import generate
 
 from flowprefill.engine.grammars import Grammars
-from flowprefill.server.message import MessagePart
-from flowprefill.server.tool_parsers import FORMATS, ToolCalls
-from flowprefill.server.tools import Tools, call_grammar
+from flowprefill.server.openai.message import MessagePart
+from flowprefill.server.openai.tool_parsers import FORMATS, ToolCalls
+from flowprefill.server.openai.tools import Tools, call_grammar
 
 CITY = {
     "type": "object",

@@ -11,18 +11,23 @@ from aiohttp import web
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import Completion
-from flowprefill.server.body import Body
-from flowprefill.server.chat import ChatEndpoint, order_of_chat
 from flowprefill.server.context import SERVER
-from flowprefill.server.endpoint import EventWriter, Generation, GenerationOrder
-from flowprefill.server.foreign_fields import refuse_fields
-from flowprefill.server.generation import respond
-from flowprefill.server.message import MessagePart
-from flowprefill.server.openai_schema import SchemaContext
-from flowprefill.server.replies import usage_object
-from flowprefill.server.response_events import ResponseWriter, output_items
-from flowprefill.server.response_input import REFUSED, chat_fields, input_messages, renamed
-from flowprefill.server.response_store import ResponseStore
+from flowprefill.server.http.body import Body
+from flowprefill.server.http.endpoint import EventWriter, Generation, GenerationOrder
+from flowprefill.server.openai.chat import ChatEndpoint, order_of_chat
+from flowprefill.server.openai.foreign_fields import refuse_fields
+from flowprefill.server.openai.generation import respond
+from flowprefill.server.openai.message import MessagePart
+from flowprefill.server.openai.openai_schema import SchemaContext
+from flowprefill.server.openai.replies import usage_object
+from flowprefill.server.responses.response_events import ResponseWriter, output_items
+from flowprefill.server.responses.response_input import (
+    REFUSED,
+    chat_fields,
+    input_messages,
+    renamed,
+)
+from flowprefill.server.responses.response_store import ResponseStore
 
 SHOWN = (
     "instructions", "max_output_tokens", "parallel_tool_calls", "previous_response_id",

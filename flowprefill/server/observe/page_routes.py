@@ -10,7 +10,7 @@ from importlib.resources import files
 from aiohttp import web
 
 from flowprefill.server.context import SERVER
-from flowprefill.server.errors import Handler
+from flowprefill.server.http.error_middleware import Handler
 
 
 def content_security_policy(html: str) -> str:
@@ -29,7 +29,7 @@ def content_security_policy(html: str) -> str:
 
 def page_handler() -> Handler:
     """Return the handler of GET /, with the page read once."""
-    html = (files("flowprefill.server") / "page.html").read_text("utf-8")
+    html = (files("flowprefill.server.observe") / "page.html").read_text("utf-8")
     headers = {
         "Content-Security-Policy": content_security_policy(html),
         "X-Content-Type-Options": "nosniff",

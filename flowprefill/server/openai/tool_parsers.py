@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from flowprefill.server.call_object import CallObject
-from flowprefill.server.message import CallPart, MessagePart, partial_mark
+from flowprefill.server.openai.call_object import CallObject
+from flowprefill.server.openai.message import CallPart, MessagePart, partial_mark
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Any
 from flowprefill.errors import InvalidRequest
 from flowprefill.models.chat_template import content_text
 from flowprefill.request import StructuredOutput
-from flowprefill.server.body import Body, check_text
 from flowprefill.server.engine_protocol import ServedTokenizer
-from flowprefill.server.tool_parsers import CallFormat
+from flowprefill.server.http.body import Body, check_text
+from flowprefill.server.openai.tool_parsers import CallFormat
 
 MAX_TOOLS = 128
 MAX_CALLS = 128  # of one message

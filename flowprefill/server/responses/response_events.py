@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from flowprefill.request import Token
-from flowprefill.server.endpoint import Generation
-from flowprefill.server.message import CallPart, MessagePart
+from flowprefill.server.http.endpoint import Generation
+from flowprefill.server.openai.message import CallPart, MessagePart
 
 Event = dict[str, Any]
 

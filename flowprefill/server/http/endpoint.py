@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from flowprefill.request import Completion, FinishReason, Request, Token
-from flowprefill.server.body import Body
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle, ServedTokenizer
-from flowprefill.server.message import MessageParser, MessagePart, PlainText
-from flowprefill.server.openai_schema import GenerationSpec, SchemaContext
-from flowprefill.server.replies import Envelope, metrics_object
+from flowprefill.server.http.body import Body
+from flowprefill.server.openai.message import MessageParser, MessagePart, PlainText
+from flowprefill.server.openai.openai_schema import GenerationSpec, SchemaContext
+from flowprefill.server.openai.replies import Envelope, metrics_object
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from aiohttp import web
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.errors import InvalidRequest
 from flowprefill.server.context import SERVER
-from flowprefill.server.replies import long_json
+from flowprefill.server.openai.replies import long_json
 
 EXECUTOR_PROCESS = 1
 

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from flowprefill.errors import FlowPrefillError
 from flowprefill.server.context import REQUEST_ID
-from flowprefill.server.errors import REQUEST_ID_HEADER, error_body
+from flowprefill.server.http.errors import REQUEST_ID_HEADER, error_body
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",

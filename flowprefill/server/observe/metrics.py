@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from flowprefill.engine.records import EngineStats, RequestRecord
 from flowprefill.server.engine_protocol import ServedEngine
-from flowprefill.server.metric_table import METRICS, PREFIX, VLLM_PREFIX, MetricSpec
+from flowprefill.server.observe.metric_table import METRICS, PREFIX, VLLM_PREFIX, MetricSpec
 
 _SUCCESS = ("stop", "length")
 

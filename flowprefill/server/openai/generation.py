@@ -14,14 +14,14 @@ from aiohttp import web
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import Completion, Request
-from flowprefill.server.body import Body, parse_json_object
 from flowprefill.server.context import HANDLES, REQUEST_ID, SERVER, ServerContext
-from flowprefill.server.endpoint import Endpoint, Generation, GenerationOrder
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
-from flowprefill.server.incoming import json_body
-from flowprefill.server.openai_schema import SchemaContext
-from flowprefill.server.replies import Envelope, long_json, new_reply_id, usage_object
-from flowprefill.server.streaming import stream_reply
+from flowprefill.server.http.body import Body, parse_json_object
+from flowprefill.server.http.endpoint import Endpoint, Generation, GenerationOrder
+from flowprefill.server.http.incoming import json_body
+from flowprefill.server.openai.openai_schema import SchemaContext
+from flowprefill.server.openai.replies import Envelope, long_json, new_reply_id, usage_object
+from flowprefill.server.openai.streaming import stream_reply
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowprefill.server.message import MessageParser, MessagePart, partial_mark
+from flowprefill.server.openai.message import MessageParser, MessagePart, partial_mark
 
 REASONING_PARSERS = ("auto", "none", "think")
 OPEN, CLOSE = "<think>", "</think>"

@@ -1,15 +1,12 @@
-"""Errors to HTTP: the JSON body, status and retry headers of every error; the app's middleware."""
+"""The app's middleware that turns every exception into an OpenAI error; streams use its parts."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import re
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from aiohttp import web
 
@@ -23,78 +20,19 @@ from flowprefill.errors import (
     RequestFailed,
 )
 from flowprefill.server.context import REQUEST_ID, SERVER, ServerContext
+from flowprefill.server.http.errors import (
+    ENGINE_FAILED,
+    REQUEST_ID_HEADER,
+    InternalError,
+    UnknownRoute,
+    WrongMethod,
+    error_response,
+)
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID_HEADER = "x-request-id"
-NOT_READY_RETRY_S = 5
-ENGINE_FAILED = "the engine has failed and has to be restarted; its log says why"
 _SAFE_REQUEST_ID = re.compile(r"[!-~]{1,200}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class UnknownRoute(InvalidRequest):
-    """No such path."""
-
-    status = 404
-    code = "unknown_url"
-
-
-class WrongMethod(InvalidRequest):
-    """The path exists, the method does not; ``allowed`` goes into the header ``Allow``."""
-
-    status = 405
-    code = "method_not_allowed"
-
-    def __init__(self, message: str, *, allowed: str, param: str | None = None) -> None:
-        super().__init__(message, param=param)
-        self.allowed = allowed
-
-
-class InternalError(FlowPrefillError):
-    """A bug of ours; the message names the request id under which the log has the traceback."""
-
-
-def error_body(error: FlowPrefillError) -> dict[str, Any]:
-    """Return the OpenAI error object."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
-
-
-def error_headers(error: FlowPrefillError) -> dict[str, str]:
-    """Return the headers that tell clients whether and when to try again."""
-    if isinstance(error, Overloaded):
-        if math.isinf(error.retry_after_s):
-            return {"x-should-retry": "false"}
-        seconds = max(error.retry_after_s, 0.001)
-        return {
-            "Retry-After": str(math.ceil(seconds)),
-            "retry-after-ms": str(math.ceil(seconds * 1e3)),
-        }
-    if isinstance(error, NotReady):
-        return {"Retry-After": str(NOT_READY_RETRY_S)}
-    if isinstance(error, WrongMethod):
-        return {"Allow": error.allowed}
-    if isinstance(error, DeadlinePassed):
-        # The openai client would send the lost request twice more.
-        return {"x-should-retry": "false"}
-    return {}
-
-
-def error_response(error: FlowPrefillError) -> web.Response:
-    """Build the whole response for one error."""
-    return web.Response(
-        status=error.status,
-        text=json.dumps(error_body(error)),
-        content_type="application/json",
-        headers=error_headers(error),
-    )
 
 
 def _of_http(error: web.HTTPException, request: web.Request) -> FlowPrefillError:

@@ -6,14 +6,14 @@ from typing import Any
 
 from aiohttp import web
 
-from flowprefill.server.body import Body, parse_json_object, whole_ids
-from flowprefill.server.chat import read_turn
 from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
-from flowprefill.server.incoming import json_body
-from flowprefill.server.logprobs import token_label
-from flowprefill.server.openai_schema import check_token_ids
-from flowprefill.server.replies import long_json
+from flowprefill.server.http.body import Body, parse_json_object, whole_ids
+from flowprefill.server.http.incoming import json_body
+from flowprefill.server.openai.chat import read_turn
+from flowprefill.server.openai.logprobs import token_label
+from flowprefill.server.openai.openai_schema import check_token_ids
+from flowprefill.server.openai.replies import long_json
 
 
 def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:

@@ -15,18 +15,18 @@ from flowprefill.models.chat_template import (
     text_chars,
 )
 from flowprefill.request import MAX_LOGPROBS, Request, Token
-from flowprefill.server.body import Body, check_text
-from flowprefill.server.chat_turn import ChatTurn
-from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
-from flowprefill.server.foreign_fields import NOT_OF_CHAT, refuse_fields
-from flowprefill.server.generation import respond
-from flowprefill.server.logprobs import chat_entry
-from flowprefill.server.message import CallPart, MessagePart
-from flowprefill.server.openai_schema import MAX_INT, SchemaContext, generation_spec
-from flowprefill.server.reasoning import reasoning_parser_of
-from flowprefill.server.tool_parsers import call_format_of
-from flowprefill.server.tools import read_tool_calls, read_tools
+from flowprefill.server.http.body import Body, check_text
+from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
+from flowprefill.server.openai.chat_turn import ChatTurn
+from flowprefill.server.openai.foreign_fields import NOT_OF_CHAT, refuse_fields
+from flowprefill.server.openai.generation import respond
+from flowprefill.server.openai.logprobs import chat_entry
+from flowprefill.server.openai.message import CallPart, MessagePart
+from flowprefill.server.openai.openai_schema import MAX_INT, SchemaContext, generation_spec
+from flowprefill.server.openai.reasoning import reasoning_parser_of
+from flowprefill.server.openai.tool_parsers import call_format_of
+from flowprefill.server.openai.tools import read_tool_calls, read_tools
 
 MAX_MESSAGES = MAX_DOCUMENTS = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, NoReturn
 
 from flowprefill.errors import InvalidRequest
-from flowprefill.server.json_text import MAX_NUMBERS, parse_json
+from flowprefill.server.http.json_text import MAX_NUMBERS, parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from aiohttp import web
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGPROBS, Request, Token
-from flowprefill.server.body import Body, check_text, whole_ids
-from flowprefill.server.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
-from flowprefill.server.foreign_fields import NOT_OF_COMPLETIONS, refuse_fields
-from flowprefill.server.generation import respond
-from flowprefill.server.logprobs import token_label, top_labels
-from flowprefill.server.message import MessagePart
-from flowprefill.server.openai_schema import (
+from flowprefill.server.http.body import Body, check_text, whole_ids
+from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
+from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS, refuse_fields
+from flowprefill.server.openai.generation import respond
+from flowprefill.server.openai.logprobs import token_label, top_labels
+from flowprefill.server.openai.message import MessagePart
+from flowprefill.server.openai.openai_schema import (
     CHAT_ONLY,
     MAX_INT,
     SchemaContext,

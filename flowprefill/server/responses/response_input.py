@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowprefill.errors import InvalidRequest
-from flowprefill.server.body import Body
+from flowprefill.server.http.body import Body
 
 MAX_ITEMS = 10_000
 # Anything but a neutral value is refused.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flowprefill.server.body import Body
+from flowprefill.server.http.body import Body
 
 Fields = dict[str, tuple[Any, ...]]  # name -> its neutral values, besides null
 

@@ -13,10 +13,10 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.models.chat_template import content_text
 from flowprefill.request import SamplingParams
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
-from flowprefill.server.message import MessageParser, PlainText
-from flowprefill.server.reasoning import CLOSE, OPEN, Thinking
-from flowprefill.server.tool_parsers import CallFormat, ToolCalls
-from flowprefill.server.tools import (
+from flowprefill.server.openai.message import MessageParser, PlainText
+from flowprefill.server.openai.reasoning import CLOSE, OPEN, Thinking
+from flowprefill.server.openai.tool_parsers import CallFormat, ToolCalls
+from flowprefill.server.openai.tools import (
     Tools,
     call_grammar,
     control_token,

@@ -19,7 +19,7 @@ from typing import Any
 from aiohttp import web
 
 from flowprefill.errors import InvalidRequest, NotReady
-from flowprefill.server.errors import error_body
+from flowprefill.server.http.errors import error_body
 from flowprefill.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from typing import Any
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SLO, Request, SamplingParams
-from flowprefill.server.body import Body, check_text, whole_ids, whole_number
-from flowprefill.server.foreign_fields import FOREIGN, refuse_fields
+from flowprefill.server.http.body import Body, check_text, whole_ids, whole_number
+from flowprefill.server.openai.foreign_fields import FOREIGN, refuse_fields
+from flowprefill.server.openai.structured_fields import read_structured
 from flowprefill.server.slo import NO_RULES, ClientRules, slo_of
-from flowprefill.server.structured_fields import read_structured
 
 MAX_N = 128
 MAX_INT = 2**31 - 1

@@ -18,12 +18,12 @@ from aiohttp import web
 
 from flowprefill.request import Token
 from flowprefill.server.context import REQUEST_ID, SERVER
-from flowprefill.server.endpoint import Generation
 from flowprefill.server.engine_protocol import ServedHandle
-from flowprefill.server.errors import shown_error
-from flowprefill.server.message import MessageParser, MessagePart
-from flowprefill.server.replies import usage_object
-from flowprefill.server.sse import EventStream
+from flowprefill.server.http.endpoint import Generation
+from flowprefill.server.http.error_middleware import shown_error
+from flowprefill.server.http.sse import EventStream
+from flowprefill.server.openai.message import MessageParser, MessagePart
+from flowprefill.server.openai.replies import usage_object
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import StructuredOutput
-from flowprefill.server.body import Body, check_text
+from flowprefill.server.http.body import Body, check_text
 
 # Field -> kind; OpenAI's response_format comes first, and has a function of its own.
 TOP_LEVEL = {

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from flowprefill.errors import NotReady
 from flowprefill.server.context import SERVER, ServerContext
-from flowprefill.server.errors import ENGINE_FAILED, error_headers
+from flowprefill.server.http.errors import ENGINE_FAILED, error_headers
 from flowprefill.version import __version__
 
 
