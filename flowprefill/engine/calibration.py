@@ -10,7 +10,7 @@ import os
 import platform
 import select
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from flowprefill.scheduling.cost_model import MachineRates, ModelShape, attentio
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
-    from flowprefill.engine.device import NativeExecutor, NativeModel
+    from flowprefill.engine.device import NativeExecutor, NativeModel, ProbeSizes
     from flowprefill.engine.worker import RunHandle
 
 log = logging.getLogger(__name__)
@@ -34,22 +34,6 @@ OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's 
 
 # Builds the run that computes so many tokens on so much context.
 MakeProbe = Callable[[int, int], "RunHandle"]
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeSizes:
-    """How much work tells a device's speed: with less of it, a wide device is half idle.
-
-    Attributes:
-        tokens: rows of one probe.
-        context: tokens in the cache that those rows attend to.
-        fills_context: whether the context is computed first. On a GPU zeros are faster than keys
-            and values as they come, since they switch no wires and so take less power.
-    """
-
-    tokens: int
-    context: int
-    fills_context: bool = False
 
 
 def probes_of(native: Any, model: NativeModel, num_blocks: int, vocab_size: int) -> MakeProbe:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowprefill import _core
 from flowprefill.config import GIB, EngineConfig, Granularity
-from flowprefill.engine.calibration import ProbeSizes
+from flowprefill.engine.device import ProbeSizes
 from flowprefill.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

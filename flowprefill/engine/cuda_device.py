@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.config import GIB, EngineConfig, Granularity
-from flowprefill.engine.calibration import ProbeSizes, default_cache_dir
-from flowprefill.engine.device import longest_of
+from flowprefill.engine.calibration import default_cache_dir
+from flowprefill.engine.device import ProbeSizes, longest_of
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import SchedulerSettings
 

@@ -6,12 +6,12 @@ implement Device; device_choice.py chooses one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from flowprefill.engine.calibration import ProbeSizes
 from flowprefill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from flowprefill.models.model_config import ModelConfig
 
 FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSizes:
+    """How much work tells a device's speed: with less of it, a wide device is half idle.
+
+    Attributes:
+        tokens: rows of one probe.
+        context: tokens in the cache that those rows attend to.
+        fills_context: whether the context is computed first. On a GPU zeros are faster than keys
+            and values as they come, since they switch no wires and so take less power.
+    """
+
+    tokens: int
+    context: int
+    fills_context: bool = False
 
 
 class NativeExecutor(Protocol):

@@ -16,7 +16,7 @@ from flowprefill.config import PLAIN_CLASS, ServiceClass
 from flowprefill.engine.worker import BatchSequence
 from flowprefill.request import Completion, Timings, Token
 from flowprefill.scheduling import Job
-from flowprefill.scheduling.interface import BACKGROUND
+from flowprefill.scheduling.job import BACKGROUND
 
 if TYPE_CHECKING:
     from collections.abc import Callable

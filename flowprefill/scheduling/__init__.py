@@ -13,13 +13,12 @@ from flowprefill.scheduling.interface import (
     Decision,
     Failed,
     Finished,
-    Job,
     Load,
     SchedulerEvent,
     SchedulerSettings,
     TimerFired,
-    WorkKind,
 )
+from flowprefill.scheduling.job import Job, WorkKind
 from flowprefill.scheduling.scheduler import Scheduler
 from flowprefill.scheduling.work import Work
 

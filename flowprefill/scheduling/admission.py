@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from flowprefill.scheduling.interface import Job
+    from flowprefill.scheduling.job import Job
     from flowprefill.scheduling.outlook import Outlook
 
 RefusalReason = Literal["waiting", "tokens", "backlog", "tenant", "deadline"]

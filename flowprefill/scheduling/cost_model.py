@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from flowprefill.scheduling.interface import WorkKind
+    from flowprefill.scheduling.job import WorkKind
 
 KINDS: tuple[WorkKind, ...] = ("prefill", "decode")
 LEARNING_RATE = 0.1  # share of an observed log error that goes into the correction

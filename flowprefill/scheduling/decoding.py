@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
-from flowprefill.scheduling.interface import BACKGROUND
+from flowprefill.scheduling.job import BACKGROUND
 from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
     from flowprefill.scheduling.cost_model import CostModel
-    from flowprefill.scheduling.interface import Job, SchedulerSettings
+    from flowprefill.scheduling.interface import SchedulerSettings
+    from flowprefill.scheduling.job import Job
 
 
 @dataclass(slots=True, eq=False)

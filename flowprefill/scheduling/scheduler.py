@@ -29,7 +29,8 @@ from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
     from flowprefill.scheduling.cost_model import CostModel
-    from flowprefill.scheduling.interface import Job, SchedulerEvent
+    from flowprefill.scheduling.interface import SchedulerEvent
+    from flowprefill.scheduling.job import Job
     from flowprefill.scheduling.policies import Policy
 
 LOOKAHEAD = 16  # waiting entries a policy weighs when it picks or preempts

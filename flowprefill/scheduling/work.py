@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from flowprefill.scheduling.interface import BACKGROUND
+from flowprefill.scheduling.job import BACKGROUND
 
 if TYPE_CHECKING:
-    from flowprefill.scheduling.interface import Job, WorkKind
+    from flowprefill.scheduling.job import Job, WorkKind
 
 OVERRUN = 0.05  # a work past its prediction is taken to need this share of its time so far
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from flowprefill import Engine, EngineConfig, _core
-from flowprefill.engine.calibration import ProbeSizes
 from flowprefill.engine.cuda_device import CudaDevice
+from flowprefill.engine.device import ProbeSizes
 
 DOUBLE = os.environ.get("FLOWPREFILL_CUDA_DOUBLE", "")
 NAME = "flowprefill._cuda"

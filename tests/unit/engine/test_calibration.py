@@ -14,9 +14,10 @@ import pytest
 
 from flowprefill import _core
 from flowprefill.engine import calibration
-from flowprefill.engine.calibration import ProbeSizes, RatesFile
+from flowprefill.engine.calibration import RatesFile
 from flowprefill.engine.cpu_device import CpuDevice
 from flowprefill.engine.cuda_device import CudaDevice
+from flowprefill.engine.device import ProbeSizes
 from flowprefill.engine.loading import slowdown_of
 from flowprefill.scheduling import MachineRates, ModelShape
 from flowprefill.scheduling.cost_model import attention_pairs
