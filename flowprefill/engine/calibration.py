@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 MEASUREMENT = 3  # raise it when rates come to mean something else: those kept are void then
 ROUNDS = 3
 MIN_CONTEXT = 256  # below it is too short to tell attention from the rest, and to matter
+CHECKED_TOKENS = 128  # few, so that a start stays quick
+TOO_SLOW = 1.25  # kept rates that predict so many times what is measured come from a busy machine
 OVERHEAD_S = 3e-4  # of one run, from its dispatch to its event; the executor's own is far below
 
 # Builds the run that computes so many tokens on so much context.
@@ -102,6 +104,24 @@ def measure(
     attention_s = max(seconds(tokens, context) - alone_s, 1e-6)
     attention = pairs * shape.attention_flops_per_pair / attention_s
     return MachineRates(gemm, attention, weight_bytes_per_s, OVERHEAD_S)
+
+
+def were_measured_busy(
+    executor: NativeExecutor,
+    make_probe: MakeProbe,
+    shape: ModelShape,
+    max_context: int,
+    rates: MachineRates,
+) -> bool:
+    """Return whether rates kept from earlier are far below what one short prompt shows now.
+
+    The opposite says nothing: the machine may be busy at this moment.
+    """
+    tokens = min(CHECKED_TOKENS, max_context)
+    execute(executor, make_probe(tokens, 0))  # the first touch of weights and kernels
+    measured_s = min(execute(executor, make_probe(tokens, 0)) for _ in range(2))
+    linear_s = tokens * shape.linear_flops_per_token / rates.gemm_flops_per_s
+    return linear_s > TOO_SLOW * measured_s
 
 
 def default_cache_dir() -> Path:

@@ -79,7 +79,7 @@ class LocalWorker:
         if rates is not None:
             plan = plan_options(self._device.native, self.granularity, rates)
         self._executor = self._device.start_executor(self._model, plan)
-        if kept is not None and rates is None:
+        if kept is not None and (rates is None or self._is_too_slow(rates)):
             rates = self._measure()
             kept.write(rates)
         self.rates = rates
@@ -219,14 +219,26 @@ class LocalWorker:
         }
         return calibration.RatesFile(folder, key)
 
+    def _is_too_slow(self, rates: MachineRates) -> bool:
+        """Return whether kept rates are of a busy machine; those of a device of our own never."""
+        return not self._device.is_exclusive and calibration.were_measured_busy(
+            self._executor, self._probes(), self.shape, self._longest_probe(), rates
+        )
+
     def _measure(self) -> MachineRates:
-        capacity = self.limits.num_blocks * self.limits.block_tokens
-        most = min(capacity, self._max_position)
-        make_probe = calibration.probes_of(
+        sizes = self._device.probe_sizes
+        return calibration.measure(
+            self._executor, self._probes(), self.shape, self._longest_probe(), sizes
+        )
+
+    def _probes(self) -> calibration.MakeProbe:
+        return calibration.probes_of(
             self._device.native, self._model, self.limits.num_blocks, self._vocab_size
         )
-        sizes = self._device.probe_sizes
-        return calibration.measure(self._executor, make_probe, self.shape, most, sizes)
+
+    def _longest_probe(self) -> int:
+        capacity = self.limits.num_blocks * self.limits.block_tokens
+        return min(capacity, self._max_position)
 
     def _plan(self, slowdown: float) -> Any:
         """Return the planner's options, by the rates measured of late."""

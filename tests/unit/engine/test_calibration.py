@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_probes_have_the_devices_sizes_and_tell_its_rates(
     assert last == (500, 1300)
     assert before == [(500, 0), (1, 0), (500, 0), *fills[1:]]
     assert machine.asked.count((500, 0)) == 7 + len(fills[:1])
+
+
+@pytest.mark.parametrize(("kept", "is_busy"), [(1.0, False), (0.4, True), (2.0, False)])
+def test_kept_rates_far_below_what_is_measured_are_of_a_busy_machine(
+    machine: Machine, kept: float, is_busy: bool
+) -> None:
+    executor: Any = None
+    rates = dataclasses.replace(RATES, gemm_flops_per_s=kept * RATES.gemm_flops_per_s)
+    told = calibration.were_measured_busy(
+        executor, machine.make_probe, machine.shape, 10_000, rates
+    )
+    assert told == is_busy
+    assert set(machine.asked) == {(128, 0)}
 
 
 @pytest.mark.parametrize(
