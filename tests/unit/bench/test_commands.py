@@ -83,10 +83,11 @@ def test_prefill_measures_transformers_too(folder: Path, tmp_path: Path) -> None
 
 
 def test_control_counts_what_it_submitted(folder: Path, tmp_path: Path) -> None:
-    report = bench(folder, tmp_path, "control", "--rounds", "1", "--shorts", "3")
+    # So small a model's long prompt may end before one short prompt meets it; hardly six of them.
+    report = bench(folder, tmp_path, "control", "--rounds", "6", "--shorts", "3")
     assert [row["granularity"] for row in report["rows"]] == ["budget:2", "budget:0.2"]
     for row in report["rows"]:
-        assert 0 < row["samples"] <= 3
+        assert 0 < row["samples"] <= 18
         assert 0 < row["submit_to_dispatch_p50_s"] <= row["submit_to_start_p50_s"]
 
 
