@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from flowprefill.bench.report import json_path
@@ -31,6 +32,14 @@ def add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
         "--quick", action="store_true", help="a smoke test: the figures mean little"
     )
     parser.add_argument("--json", type=json_path, metavar="FILE", help="write the report there")
+
+
+def add_lengths(parser: argparse.ArgumentParser, lengths: Sequence[int]) -> None:
+    """Add the flag ``--tokens`` for the lengths of the prompts."""
+    default = " ".join(map(str, lengths))
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", metavar="N", help=f"prompt lengths, default {default}"
+    )
 
 
 def check_common(args: argparse.Namespace) -> None:

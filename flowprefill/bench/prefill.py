@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 from flowprefill.bench.common import (
     add_common_arguments,
+    add_lengths,
     check_common,
     check_lengths,
     first_token_s,
@@ -55,10 +56,7 @@ Prefill = Callable[[list[int]], float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``flowprefill bench prefill``."""
     add_common_arguments(parser, rounds=3)
-    default = " ".join(map(str, LENGTHS))
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", metavar="N", help=f"prompt lengths, default {default}"
-    )
+    add_lengths(parser, LENGTHS)
     parser.add_argument("--granularity", default="budget:2", help="of flowprefill")
     parser.add_argument(
         "--only-flowprefill", action="store_true", help="do not measure transformers"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from flowprefill.bench.common import (
     add_common_arguments,
+    add_lengths,
     check_common,
     check_lengths,
     first_token_s,
@@ -43,10 +44,7 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``flowprefill bench where``."""
     add_common_arguments(parser, rounds=3)
-    default = " ".join(map(str, LENGTHS))
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", metavar="N", help=f"prompt lengths, default {default}"
-    )
+    add_lengths(parser, LENGTHS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _segments_of_one(engine: Engine, rng: random.Random, tokens: int) -> list[TimelineEntry]:
     """Prefill one prompt; returns its segments in order."""
+    before = engine.stats().segments
     first_token_s(engine, random_ids(rng, tokens, engine.vocab_size))
-    entries = engine.timeline()
-    return [entry for entry in entries if entry.run_id == entries[-1].run_id]
+    return engine.timeline(before)
 
 
 def rows_of(

@@ -17,7 +17,7 @@ from flowprefill.simulation.costs import WorkCosts
 from flowprefill.simulation.digest import Digest
 from flowprefill.simulation.node import Node, Role
 from flowprefill.simulation.routers import ROUTERS, Router, check_router
-from flowprefill.simulation.simulator import Configuration, check_noise, noises
+from flowprefill.simulation.simulator import Configuration, arrivals, check_noise
 
 if TYPE_CHECKING:
     from flowprefill.request import OnMiss
@@ -166,13 +166,10 @@ def simulate_cluster(
         for worker in range(workers)
     ]  # fmt: skip
     cluster = _Cluster(nodes, ROUTERS[router](nodes, seed))
-    first_s = last_s = -math.inf
-    for number, (request, slower) in enumerate(zip(requests, noises(seed, noise), strict=False)):
-        if request.at_s < last_s:
-            raise ConfigError(f"requests: one at {request.at_s} s comes after one at {last_s} s")
-        last_s = request.at_s
-        first_s = first_s if number else last_s
-        cluster.run_until(last_s)
+    first_s = math.inf
+    for number, request, slower in arrivals(requests, seed, noise):
+        first_s = min(first_s, request.at_s)
+        cluster.run_until(request.at_s)
         cluster.arrive(number, request, slower)
     cluster.run_until(math.inf)
     result.busy_s = [node.device.busy_s for node in nodes]

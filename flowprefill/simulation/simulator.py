@@ -84,6 +84,22 @@ def noises(seed: int, sigma: float) -> Iterator[float]:
         yield math.exp(source.gauss(0.0, sigma) - sigma**2 / 2)
 
 
+def arrivals(
+    requests: Iterable[TraceRequest], seed: int, sigma: float
+) -> Iterator[tuple[int, TraceRequest, float]]:
+    """Yield each request with its number and its noise.
+
+    Raises:
+        ConfigError: requests are not in order of arrival.
+    """
+    last_s = -math.inf
+    for number, (request, slower) in enumerate(zip(requests, noises(seed, sigma), strict=False)):
+        if request.at_s < last_s:
+            raise ConfigError(f"requests: one at {request.at_s} s comes after one at {last_s} s")
+        last_s = request.at_s
+        yield number, request, slower
+
+
 def check_noise(noise: float, bias: float, role: str) -> None:
     """Raise ConfigError for what a simulation cannot take."""
     if not (math.isfinite(noise) and 0 <= noise <= 3):
@@ -137,13 +153,10 @@ def simulate(
         node.decisions = deque(maxlen=keep_decisions)
     if keep_stretches:
         node.device.stretches = []
-    first_s, last_s = math.inf, -math.inf
-    for number, (request, slower) in enumerate(zip(requests, noises(seed, noise), strict=False)):
-        at_s = request.at_s
-        if at_s < last_s:
-            raise ConfigError(f"requests: one at {at_s} s comes after one at {last_s} s")
-        first_s, last_s = min(first_s, at_s), at_s
-        while node.next_s <= at_s:
+    first_s = math.inf
+    for number, request, slower in arrivals(requests, seed, noise):
+        first_s = min(first_s, request.at_s)
+        while node.next_s <= request.at_s:
             node.step()
         node.arrive(number, request, node.job_of(number, request), slower)
     while node.next_s < math.inf:

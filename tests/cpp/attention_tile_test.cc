@@ -55,8 +55,8 @@ class Problem {
   std::vector<float> attended(int begin, int end) const {
     const int rows = end - begin;
     const auto n = static_cast<size_t>(rows);
-    std::vector<float> row_max(n, -1e30f);
-    std::vector<float> row_sum(n * 16, 0.0f);
+    std::vector<float> row_max(n, kNoMaximum);
+    std::vector<float> row_sum(n * kSumLanes, 0.0f);
     std::vector<float> output(n * static_cast<size_t>(s_.dim), 0.0f);
     std::vector<int> valid_lo(n);
     std::vector<int> valid_hi(n);
@@ -81,8 +81,8 @@ class Problem {
     }
     for (size_t r = 0; r < n; ++r) {
       float sum = 0.0f;
-      for (size_t lane = 0; lane < 16; ++lane)
-        sum += row_sum[r * 16 + lane];
+      for (size_t lane = 0; lane < kSumLanes; ++lane)
+        sum += row_sum[r * kSumLanes + lane];
       for (int d = 0; d < s_.dim; ++d)
         output[r * static_cast<size_t>(s_.dim) + static_cast<size_t>(d)] /= sum;
     }

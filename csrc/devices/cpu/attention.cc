@@ -13,7 +13,6 @@ namespace {
 constexpr int32_t kTileKeys =
     256;  // keys per softmax tile: scores and probabilities stay in the L2 cache
 constexpr int32_t kTargetRows = 96;  // query rows times heads per item
-constexpr int32_t kSumLanes = 16;    // of a running sum, see AttentionTile
 
 template <typename T>
 struct Scratch {
@@ -26,11 +25,11 @@ struct Scratch {
   std::vector<int> valid_lo;
   std::vector<int> valid_hi;
 
-  void prepare(size_t rows, size_t dim, float no_maximum) {
+  void prepare(size_t rows, size_t dim, float no_maximum, size_t sums) {
     q.assign(rows * dim, T{});
     output.assign(rows * dim, 0.0f);
     row_max.assign(rows, no_maximum);
-    row_sum.assign(rows, 0.0f);
+    row_sum.assign(rows * sums, 0.0f);
     valid_lo.assign(rows, 0);
     valid_hi.assign(rows, 0);
   }
@@ -79,8 +78,7 @@ class Attender {
   void run_blocks() {
     if constexpr (sizeof(T) == sizeof(Bf16)) {
       rows_ = live_;
-      s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_), -1e30f);
-      s_.row_sum.assign(static_cast<size_t>(rows_) * kSumLanes, 0.0f);
+      s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_), kNoMaximum, kSumLanes);
       gather_q();
       prefetch(first_);
       for (int32_t key = first_; key < end_; key += block_tokens_) {
@@ -112,7 +110,7 @@ class Attender {
   void run_tiles() {
     rows_ = live_ <= 4 ? live_ : (live_ + 15) / 16 * 16;
     s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_),
-               -std::numeric_limits<float>::infinity());
+               -std::numeric_limits<float>::infinity(), 1);
     s_.prepare_tiles(static_cast<size_t>(rows_));
     gather_q();
     const int32_t tile = std::max(kTileKeys / block_tokens_, 1) * block_tokens_;

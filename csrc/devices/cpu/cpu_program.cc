@@ -165,6 +165,7 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
       execute_shared(step, graph.op(i));
     return;
   }
+  // Equal chunks of at most kRowChunk rows, as many for each member, in whole row blocks.
   const int32_t rounds = (step.rows() + kRowChunk * threads_ - 1) / (kRowChunk * threads_);
   const int32_t share = (step.rows() + rounds * threads_ - 1) / (rounds * threads_);
   const int32_t rows = (share + kRowStep - 1) / kRowStep * kRowStep;

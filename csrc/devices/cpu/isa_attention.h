@@ -9,11 +9,11 @@ namespace flowprefill {
 namespace FP_ISA_NAMESPACE {
 namespace {
 
-constexpr int kLanes = 16;            // floats of a vector
-constexpr int kTileRows = 6;          // with 4 vectors a row: 24 sums, the rest holds operands
-constexpr int kTileVectors = 4;       // 64 keys, or 64 columns of the output
-constexpr float kMaxGrowth = 8.0f;    // log2 of what a probability may exceed 1 by
-constexpr float kNoMaximum = -1e30f;  // of a row that has seen no key
+constexpr int kLanes = 16;  // floats of a vector
+static_assert(kLanes == kSumLanes);
+constexpr int kTileRows = 6;        // with 4 vectors a row: 24 sums, the rest holds operands
+constexpr int kTileVectors = 4;     // 64 keys, or 64 columns of the output
+constexpr float kMaxGrowth = 8.0f;  // log2 of what a probability may exceed 1 by
 
 // 2^f on [-0.5, 0.5], minimax in relative error: 7.5e-5 (own fit); bf16 rounds by 2e-3.
 constexpr float kExp2Short[4] = {9.999280729e-1f, 6.932609864e-1f, 2.426111328e-1f,

@@ -37,6 +37,9 @@ struct SoftmaxTile {
   float softcap;  // of the scores as they come in, see soft_cap; 0: none
 };
 
+inline constexpr float kNoMaximum = -1e30f;  // row_max of an AttentionTile's row without a key yet
+inline constexpr int kSumLanes = 16;         // running sums of a row, to be added up at the end
+
 // Query rows of one kv head against one block of its keys and values, in bf16 (kv_cache.h has the
 // layouts). What is running is carried from block to block.
 struct AttentionTile {
@@ -48,8 +51,8 @@ struct AttentionTile {
   int tokens;           // of the block; a multiple of 16
   const int* valid_lo;  // [rows] first token each row sees (may be < 0)
   const int* valid_hi;  // [rows] one past the last (may be <= valid_lo, or > tokens)
-  float* row_max;       // [rows] running maximum, or somewhat less; -1e30 at first
-  float* row_sum;       // [rows, 16] running sums, to be added up at the end
+  float* row_max;       // [rows] running maximum, or somewhat less; kNoMaximum at first
+  float* row_sum;       // [rows, kSumLanes]
   float* output;        // [rows, dim] running, not yet divided by the sum
   float softcap;        // of the scores, see soft_cap; 0: none
 };

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
+from hand_made import arrive, make
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flowprefill.scheduling import (
-    Arrival,
-    CostModel,
-    Decision,
     Finished,
     Job,
-    MachineRates,
-    ModelShape,
     Scheduler,
     SchedulerSettings,
     TimerFired,
@@ -25,28 +20,6 @@ from flowprefill.scheduling import (
 )
 from flowprefill.scheduling.policies.forecast import MEMORY_S, Forecast
 from flowprefill.scheduling.policies.planning import keepable, plan
-
-TOKENS_PER_S = 10_000
-
-
-def make(**settings: Any) -> Scheduler:
-    model = CostModel(
-        ModelShape(1e6, 1e6, 1e-3, 1.0, 1.0),
-        MachineRates(1e6 * TOKENS_PER_S, 1e10, 1e9, 1e-3),
-        is_calibrated=True,
-    )
-    return Scheduler("slack_edf", model, SchedulerSettings(**settings))
-
-
-def arrive(
-    scheduler: Scheduler,
-    name: str,
-    tokens: int,
-    ttft: float = math.inf,
-    at: float = 0.0,
-    **more: Any,
-) -> Decision:
-    return scheduler.on_event(Arrival(Job(name, at, tokens, 0, at + ttft, **more)), at)
 
 
 def end_current(scheduler: Scheduler, at: float) -> Work:
