@@ -61,6 +61,8 @@ class Work:
         weight: the jobs' weights added up.
         is_background: whether all its jobs are of the class `background`.
         remaining_s: predicted time that is left.
+        fair_arrival_s: from when it counts among those of other tenants: its arrival, or later if
+            its tenant has more work than one device does (slack_edf).
         nominal_s: predicted time of the whole without the online correction, so that equal prompts
             have equal ones whenever they arrive.
         executed_s: time it has been executing.
@@ -85,6 +87,7 @@ class Work:
     nominal_s: float = 0.0
     id: int = 0
     arrival_s: float = field(init=False)
+    fair_arrival_s: float = field(init=False)
     deadline_s: float = field(init=False)
     priority: int = field(init=False)
     weight: float = field(init=False)
@@ -107,6 +110,7 @@ class Work:
     def __post_init__(self) -> None:
         self.remaining_s = self.predicted_s
         self.arrival_s = min(job.arrival_s for job in self.jobs)
+        self.fair_arrival_s = self.arrival_s
         self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
         self.priority = min(job.priority for job in self.jobs)
         self.weight = sum(job.weight for job in self.jobs)

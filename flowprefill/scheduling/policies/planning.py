@@ -31,9 +31,9 @@ def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> 
     """Return those that all end by their limits if they run one after another from `start_s` on.
 
     Where one ends late, the one with the most time left per weight among those so far is given up,
-    protected ones last. With equal weights, limits that never decrease and none protected no other
-    choice keeps more (Moore and Hodgson, 1968); with unequal weights this is a heuristic, as the
-    exact problem is NP-hard.
+    of equal ones that of the tenant with the longest backlog, protected ones last. With equal
+    weights, limits that never decrease and none protected no other choice keeps more (Moore and
+    Hodgson, 1968); with unequal weights this is a heuristic, as the exact problem is NP-hard.
 
     Cost: O(n) when all can be kept, else O(n log n).
     """
@@ -47,15 +47,18 @@ def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> 
 
 def _most(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> list[Work]:
     at = start_s
-    heaviest: list[tuple[bool, float, int, float]] = []  # (, -time per weight, serial, time)
+    # (, -time per weight, -backlog of its tenant, serial, time)
+    heaviest: list[tuple[bool, float, float, int, float]] = []
     given_up: set[int] = set()
     for work, limit in zip(works, limits, strict=True):
         seconds = work.remaining_s
         at += seconds
         per_weight = seconds / work.weight
-        heapq.heappush(heaviest, (work.is_protected, -per_weight, work.serial, seconds))
+        ahead_s = work.fair_arrival_s - work.arrival_s
+        entry = (work.is_protected, -per_weight, -ahead_s, work.serial, seconds)
+        heapq.heappush(heaviest, entry)
         while at > limit and heaviest:
-            _, _, serial, freed_s = heapq.heappop(heaviest)
+            _, _, _, serial, freed_s = heapq.heappop(heaviest)
             at -= freed_s
             given_up.add(serial)
     return [work for work in works if work.serial not in given_up]

@@ -10,6 +10,7 @@ from flowprefill.scheduling.policies.forecast import Forecast
 from flowprefill.scheduling.policies.late_line import LateLines
 from flowprefill.scheduling.policies.planning import plan
 from flowprefill.scheduling.policies.shares import NO_TIME_S, GuaranteedShares
+from flowprefill.scheduling.policies.tenant_clock import TenantClock
 from flowprefill.scheduling.work import UNRANKED, Rank, Verdict, Work
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class SlackEdf(BasePolicy):
     The rest, late or without a deadline, go by arrival + 16 times their own predicted time, the
     online correction left out: equal ones in order of arrival, shorter ones earlier, and none is
     overtaken by one that arrives more than 16 of its own times later. A late one is no more urgent
-    than one without a deadline, so that asking for the impossible gains nothing.
+    than one without a deadline, so that asking for the impossible gains nothing. Where a tenant
+    sends more than one device can serve, its prefills count from when a device of its own would
+    come to them (`TenantClock`), and of equally long ones the plan gives up its first.
 
     Preemption of a prefill that
       - is on time: if the plan gives it up, or if it would take more than a quarter of the slack of
@@ -62,20 +65,20 @@ class SlackEdf(BasePolicy):
         self._forecast = Forecast()
         self._shares = GuaranteedShares(settings)
         self._lines = LateLines(settings, self._shares)
+        self._tenants = TenantClock()
 
     def rank(self, work: Work, now: float) -> Rank:
         """Order by band, then deadline or arrival and length."""
-        if work.is_background:
-            return Rank((BEHIND, work.arrival_s + OVERTAKING * work.nominal_s))
         if work.rank is UNRANKED and work.serial >= 0 and not work.is_started:
-            self._forecast.note(work, now)
-            self._shares.note(work, now)
+            self._note_arrival(work, now)
+        if work.is_background:
+            return Rank((BEHIND, work.fair_arrival_s + OVERTAKING * work.nominal_s))
         latest = work.latest_start_s(self.settings.max_blocking_s)
         if now < latest < math.inf:
             return Rank((ON_TIME, work.deadline_s), latest)
         if not work.is_in_line and work.serial >= 0:
             self._lines.add(work, now)
-        return Rank((REST, work.arrival_s + OVERTAKING * work.nominal_s))
+        return Rank((REST, work.fair_arrival_s + OVERTAKING * work.nominal_s))
 
     def pick(self, waiting: Sequence[Work], now: float) -> Work:
         """Return who is granted a slice, who must go now, or the first that can be kept on time."""
@@ -124,6 +127,12 @@ class SlackEdf(BasePolicy):
             if on_time and now + packing.seconds <= latest:
                 end_by = min(end_by, latest)  # it goes after this prefill: don't make it miss
         return packing.members
+
+    def _note_arrival(self, work: Work, now: float) -> None:
+        self._tenants.note(work, now)
+        if not work.is_background:
+            self._forecast.note(work, now)
+            self._shares.note(work, now)
 
     def _weigh_protected(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         if current.is_protected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from flowprefill.scheduling import (
 )
 from flowprefill.scheduling.policies.forecast import MEMORY_S, Forecast
 from flowprefill.scheduling.policies.planning import keepable, plan
+from flowprefill.scheduling.policies.tenant_clock import COMPACT_AT, TenantClock
 
 
 def end_current(scheduler: Scheduler, at: float) -> Work:
@@ -147,6 +149,35 @@ def test_rest_shorter_one_overtakes_within_sixteen_times_the_time_and_not_after(
     arrive(scheduler, "later", 90, at=1.8)
     order = [end_current(scheduler, 2.0 + 0.1 * number).job_ids for number in range(3)]
     assert order == [("soon",), ("long",), ("later",)]
+
+
+def test_rest_a_tenants_backlog_does_not_delay_another_tenant() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 1_000, 60.0)
+    for number in range(20):
+        arrive(scheduler, f"heavy{number}", 1_000, at=0.01, tenant="heavy")
+    for number in range(2):
+        arrive(scheduler, f"light{number}", 1_000, at=0.05 + 0.15 * number, tenant="light")
+    arrive(scheduler, "nobody's", 1_000, at=0.06)
+    order = [end_current(scheduler, 0.1 * (number + 2)).job_ids[0] for number in range(6)]
+    assert order == ["heavy0", "light0", "nobody's", "heavy1", "light1", "heavy2"]
+
+
+def test_rest_tenants_that_ask_for_less_than_a_device_go_by_arrival() -> None:
+    clock, now = TenantClock(), 0.0
+    for number in range(2 * COMPACT_AT):
+        item = work(str(number), 0.5, math.inf, number)
+        item.jobs[0].tenant, item.arrival_s, item.nominal_s = f"tenant{number % 400}", now, 0.5
+        item.fair_arrival_s = now
+        clock.note(item, now)
+        assert item.fair_arrival_s == now
+        now += 0.5
+
+
+def test_plan_of_equal_ones_gives_up_the_tenant_with_the_longest_backlog() -> None:
+    works = [work(str(number), 1.0, 3.0, number) for number in range(4)]
+    works[1].fair_arrival_s += 2.0
+    assert keepable(works, 0.0, [3.0] * 4) == [works[0], *works[2:]]
 
 
 def test_rest_impossible_deadline_is_no_more_urgent_than_none() -> None:
