@@ -1,12 +1,10 @@
-"""TemplateProcesses: chat templates rendered by small processes that can be ended; by ChatTemplate.
+"""TemplateProcesses: chat templates rendered by processes that can be ended; by ChatTemplate.
 
 A template is a program that comes with a checkpoint, over data that comes from a client. jinja2's
 sandbox keeps it from files and attributes, not from computing: nested loops, ``'x' * 10**10`` or
-``9 ** (9 ** 9)`` (which even compiling works out). Within our process nothing stops that: a thread
-cannot be killed, and such an operation of Python's C code never looks at a request to stop. A
-process can be killed, whatever it does. A short chat takes 0.05 ms that way instead of 0.01, one of
-40 KB 0.2 ms. A process (15 MB, no torch) is up in 0.1 s, is started with the first chat unless
-warm() did, kept, and replaced when it had to be ended.
+``9 ** (9 ** 9)`` (which even compiling works out). A short chat takes 0.05 ms this way instead of
+0.01, one of 40 KB 0.2 ms. A process is started with the first chat unless warm() did, kept, and
+replaced when it had to be ended.
 """
 
 from __future__ import annotations
@@ -14,92 +12,25 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.models import template_worker
-from flowprefill.models.template_worker import CPU_LIMIT_S, LENGTH_BYTES
+from flowprefill.models.bounded_process import BoundedProcess, ProcessEnded
 
 MOST_PROCESSES = 2
-# In addition to the limit on the process's CPU time: for a machine that gives it none.
-WALL_LIMIT_S = 30.0
+# What one rendering may take; a template that repeats a text or a loop without end meets these.
+CPU_LIMIT_S = 2
+MEMORY_LIMIT_BYTES = 1 << 30
 
 
-class _Ended(Exception):
-    """The process is gone, or had to be ended; says why."""
-
-
-class _Process:
-    """One process; one thread at a time."""
-
-    def __init__(self) -> None:
-        """Start it; it is ready to be asked at once, and answers when it is up."""
-        self._socket, theirs = socket.socketpair()
-        # Our module path, so that it finds the same jinja2; -S and -P: nothing else is imported.
-        paths = os.pathsep.join(path for path in sys.path if path)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-S", "-P", template_worker.__file__],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": paths},
-                start_new_session=True,  # a Ctrl-C is for us, not for it
-            )
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def ask(self, request: bytes) -> bytes:
-        """Send a request and wait for its reply; raises _Ended."""
-        until = time.monotonic() + WALL_LIMIT_S
-        try:
-            self._socket.settimeout(WALL_LIMIT_S)
-            self._socket.sendall(len(request).to_bytes(LENGTH_BYTES) + request)
-            return self._receive(int.from_bytes(self._receive(LENGTH_BYTES, until)), until)
-        except TimeoutError:
-            raise _Ended(f"ran longer than {WALL_LIMIT_S:g} s") from None
-        except OSError:
-            raise _Ended(self._why()) from None
-
-    def _receive(self, size: int, until: float) -> bytes:
-        received = bytearray()
-        while len(received) < size:
-            self._socket.settimeout(max(until - time.monotonic(), 1e-3))
-            part = self._socket.recv(min(size - len(received), 1 << 20))
-            if not part:
-                raise _Ended(self._why())
-            received += part
-        return bytes(received)
-
-    def _why(self) -> str:
-        """Say how it ended, once its socket is closed."""
-        try:
-            status = self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            status = 0
-        if status == -signal.SIGXCPU:
-            return f"computed longer than {CPU_LIMIT_S} s"
-        return f"ended its process (status {status})"
-
-    def end(self) -> None:
-        """Kill it."""
-        self._socket.close()
-        self._process.kill()
-        self._process.wait()
-
-    def forget(self) -> None:
-        """Let go of it in a forked child: it is the parent's."""
-        self._socket.close()
-        self._process.returncode = 0
+def start_process() -> BoundedProcess:
+    """Start one; it can be asked at once."""
+    return BoundedProcess(
+        template_worker.__file__, cpu_limit_s=CPU_LIMIT_S, memory_limit_bytes=MEMORY_LIMIT_BYTES
+    )
 
 
 class TemplateProcesses:
@@ -107,7 +38,7 @@ class TemplateProcesses:
 
     def __init__(self) -> None:
         self._free = threading.BoundedSemaphore(MOST_PROCESSES)
-        self._idle: list[_Process] = []  # append and pop are atomic
+        self._idle: list[BoundedProcess] = []  # append and pop are atomic
 
     def render(self, template: str, variables: Mapping[str, Any], max_chars: int) -> str:
         """Render a template.
@@ -129,7 +60,7 @@ class TemplateProcesses:
             raise InvalidRequest(message, param="chat_template_kwargs") from None
         try:
             reply = json.loads(self._ask(raw))
-        except _Ended as error:
+        except ProcessEnded as error:
             message = f"messages: the chat template {error} on them and was stopped"
             raise InvalidRequest(message, param="messages") from None
         if "text" in reply:
@@ -139,7 +70,7 @@ class TemplateProcesses:
     def warm(self) -> None:
         """Start a process now, so that the first chat does not wait for it."""
         if not self._idle:
-            self._idle.append(_Process())
+            self._idle.append(start_process())
 
     def _ask(self, request: bytes) -> bytes:
         with self._free:
@@ -152,13 +83,13 @@ class TemplateProcesses:
             self._idle.append(process)
             return reply
 
-    def _take(self) -> _Process:
+    def _take(self) -> BoundedProcess:
         while self._idle:
             process = self._idle.pop()
             if process.is_alive:
                 return process
             process.end()
-        return _Process()
+        return start_process()
 
     def close(self) -> None:
         """End all idle processes; those in use end when their callers are done."""

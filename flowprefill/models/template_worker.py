@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of its own; template_process.py starts it as a script.
+"""Renders chat templates; template_process.py has BoundedProcesses run it.
 
 It imports jinja2 and the standard library alone, so it is up in a tenth of a second. Requests and
-replies are frames on the socket that is its standard input: eight bytes of length, then JSON.
+replies are JSON.
 
 A message's content may be a list of text parts. A template that goes through the parts gets the
 list, as from transformers; one that writes content as it is gets the joined text (transformers
@@ -14,11 +14,6 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import json
-import math
-import resource
-import socket
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,10 +23,6 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LENGTH_BYTES = 8
-# What one rendering may take; a template that repeats a text or a loop without end meets these.
-CPU_LIMIT_S = 2
-MEMORY_LIMIT_BYTES = 1 << 30
 MAX_MESSAGE_CHARS = 300
 
 
@@ -232,38 +223,12 @@ def render(text: str, variables: dict[str, Any], max_chars: int) -> dict[str, st
         return {"refused": f"the chat template failed with {type(error).__name__}: {_said(error)}"}
 
 
-def _answer(raw: bytes) -> dict[str, str]:
+def answer(request: bytes) -> bytes:
+    """Render what a request asks for; see `render`."""
     try:
-        request = json.loads(raw)
+        asked = json.loads(request)
     except RecursionError:
-        return {"refused": "what the chat template gets is nested too deeply"}
-    return render(request["template"], request["variables"], request["max_chars"])
-
-
-def _limit_cpu() -> None:
-    """Have the system end this process if the next rendering computes for too long."""
-    most = math.ceil(time.process_time() + CPU_LIMIT_S)
-    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
-
-
-def serve(connection: socket.socket) -> None:
-    """Answer requests until the other side closes."""
-    stream = connection.makefile("rwb")
-    while len(head := stream.read(LENGTH_BYTES)) == LENGTH_BYTES:
-        request = stream.read(int.from_bytes(head))
-        _limit_cpu()
-        raw = json.dumps(_answer(request)).encode()
-        stream.write(len(raw).to_bytes(LENGTH_BYTES) + raw)
-        stream.flush()
-
-
-def main() -> None:
-    """Set the limits of this process and serve."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    serve(socket.socket(fileno=sys.stdin.fileno()))
-
-
-if __name__ == "__main__":
-    main()
+        reply = {"refused": "what the chat template gets is nested too deeply"}
+    else:
+        reply = render(asked["template"], asked["variables"], asked["max_chars"])
+    return json.dumps(reply).encode()

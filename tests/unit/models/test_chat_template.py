@@ -245,7 +245,7 @@ def test_many_threads_share_a_few_processes() -> None:
 
 
 def test_process_ends_with_its_last_connection() -> None:
-    process = template_process._Process()
+    process = template_process.start_process()
     process._socket.close()
     deadline = time.monotonic() + 20
     while process.is_alive:
