@@ -11,6 +11,7 @@
 #include "bindings/pausing_program.h"
 #include "devices/cpu/cpu_backend.h"
 #include "devices/cpu/cpu_program.h"
+#include "devices/cpu/gemm.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,9 @@
 
 #include "devices/cpu/cpu_program.h"
 #include "devices/cpu/cpu_weights.h"
+#include "devices/cpu/gemm.h"
 #include "devices/cpu/kv_cache.h"
+#include "devices/cpu/packed_linear.h"
 
 namespace flowprefill {
 namespace {
@@ -23,6 +25,13 @@ std::string refusal_of(const ModelGraph& graph, const Operator& op) {
   return "";
 }
 
+// In which form the CPU keeps and multiplies a weight.
+template <typename T>
+std::unique_ptr<Linear<T>> make_linear(const ModelGraph& graph, int32_t index) {
+  const Weight& weight = graph.weights.weight(index);
+  return std::make_unique<PackedLinear<T>>(weight.columns, weight.rows());
+}
+
 template <typename T>
 class CpuBackend final : public Backend {
  public:
@@ -32,7 +41,7 @@ class CpuBackend final : public Backend {
         cuts_(
             cpu_cuts(threads, sizeof(T) == sizeof(float) ? CpuElement::kFloat : CpuElement::kBf16)),
         weights_((check_operators(*graph_, refusal_of),
-                  std::make_shared<CpuWeights<T>>(graph_, threads))),
+                  std::make_shared<CpuWeights<T>>(graph_, make_linear<T>, threads))),
         pool_(std::make_shared<BufferPool>(kKeptWorkspaceBytes)) {}
 
   const ModelGraph& graph() const override { return *graph_; }

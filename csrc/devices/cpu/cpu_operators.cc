@@ -27,7 +27,7 @@ RopeHead head_of(const RopeHead& heads, int64_t h, float inverse_rms) {
 
 template <typename T>
 void CpuOperators<T>::execute(const Operator& op, const Step& step, RowRange rows, int64_t begin,
-                              int64_t end) {
+                              int64_t end, const std::byte* input) {
   switch (op.kind) {
     case OperatorKind::kEmbed:
       return embed(op, step, rows);
@@ -36,15 +36,7 @@ void CpuOperators<T>::execute(const Operator& op, const Step& step, RowRange row
     case OperatorKind::kNorm:
       return norm(op, step, rows);
     case OperatorKind::kLinear:
-      switch (op.epilogue) {
-        case Epilogue::kStore:
-          return store_product(op, step, rows, begin, end);
-        case Epilogue::kAdd:
-          return add_product(op, step, rows, begin, end);
-        case Epilogue::kGate:
-          return gate(op, step, rows, begin, end);
-      }
-      return;
+      return linear(op, step, rows, begin, end, input);
     case OperatorKind::kRope:
       return rope(op, step, rows);
     case OperatorKind::kResidual:
@@ -100,12 +92,41 @@ void CpuOperators<T>::norm(const Operator& op, const Step& step, RowRange rows) 
 // ---- products
 
 template <typename T>
+void CpuOperators<T>::prepare_input(const Operator& op, const Step& step, RowRange rows,
+                                    std::byte* prepared) {
+  a_.weights.matrix(op.weight).prepare(rows.end - rows.begin,
+                                       a_.template at<T>(op.input, step, rows.begin), prepared);
+}
+
+template <typename T>
+void CpuOperators<T>::linear(const Operator& op, const Step& step, RowRange rows, int64_t begin,
+                             int64_t end, const std::byte* prepared) {
+  const void* input = prepared;
+  if (const size_t row_bytes = a_.weights.matrix(op.weight).prepared_row_bytes(); row_bytes == 0) {
+    input = a_.template at<T>(op.input, step, rows.begin);
+  } else if (input == nullptr) {
+    thread_local std::vector<std::byte> own;
+    own.resize(row_bytes * static_cast<size_t>(rows.end - rows.begin));
+    prepare_input(op, step, rows, own.data());
+    input = own.data();
+  }
+  switch (op.epilogue) {
+    case Epilogue::kStore:
+      return store_product(op, step, rows, begin, end, input);
+    case Epilogue::kAdd:
+      return add_product(op, step, rows, begin, end, input);
+    case Epilogue::kGate:
+      return gate(op, step, rows, begin, end, input);
+  }
+}
+
+template <typename T>
 void CpuOperators<T>::store_product(const Operator& op, const Step& step, RowRange rows,
-                                    int64_t begin, int64_t end) {
-  const PackedLinear<T>& linear = a_.weights.matrix(op.weight);
+                                    int64_t begin, int64_t end, const void* input) {
+  const Linear<T>& linear = a_.weights.matrix(op.weight);
   const int64_t width = linear.columns();
-  linear.multiply(begin, end, rows.end - rows.begin, a_.template at<T>(op.input, step, rows.begin),
-                  linear.depth(), a_.template at<float>(op.output, step, rows.begin), width, false);
+  linear.multiply(begin, end, rows.end - rows.begin, input,
+                  a_.template at<float>(op.output, step, rows.begin), width, false);
   const float* bias = a_.weights.vector(op.bias);
   const auto scale = static_cast<float>(op.scale);
   if (bias == nullptr && scale == 1.0f && op.softcap == 0.0f)
@@ -125,8 +146,8 @@ void CpuOperators<T>::store_product(const Operator& op, const Step& step, RowRan
 // every layer costs more accuracy than everything else together.
 template <typename T>
 void CpuOperators<T>::add_product(const Operator& op, const Step& step, RowRange rows,
-                                  int64_t begin, int64_t end) {
-  const PackedLinear<T>& linear = a_.weights.matrix(op.weight);
+                                  int64_t begin, int64_t end, const void* input) {
+  const Linear<T>& linear = a_.weights.matrix(op.weight);
   if (const float* bias = a_.weights.vector(op.bias); bias != nullptr) {
     const int64_t first = begin * kPackColumns;
     const int64_t last = std::min<int64_t>(end * kPackColumns, linear.columns());
@@ -136,15 +157,14 @@ void CpuOperators<T>::add_product(const Operator& op, const Step& step, RowRange
         out[i] += bias[i];
     }
   }
-  linear.multiply(begin, end, rows.end - rows.begin, a_.template at<T>(op.input, step, rows.begin),
-                  linear.depth(), a_.template at<float>(op.output, step, rows.begin),
-                  linear.columns(), true);
+  linear.multiply(begin, end, rows.end - rows.begin, input,
+                  a_.template at<float>(op.output, step, rows.begin), linear.columns(), true);
 }
 
 template <typename T>
 void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, int64_t begin,
-                           int64_t end) {
-  const PackedLinear<T>& linear = a_.weights.matrix(op.weight);
+                           int64_t end, const void* input) {
+  const Linear<T>& linear = a_.weights.matrix(op.weight);
   const float* all_bias = a_.weights.vector(op.bias);
   const int32_t count = rows.end - rows.begin;
   const int32_t width_out = a_.graph.output_of(op).columns;
@@ -157,12 +177,11 @@ void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, 
     const float* bias = offset_or_null(all_bias, block * kPackColumns);
     for (int32_t r = 0; bias != nullptr && r < count; ++r)
       std::copy_n(bias, width, product.data() + r * width);
-    linear.multiply_block(block, count, a_.template at<T>(op.input, step, rows.begin),
-                          linear.depth(), product.data(), width, bias != nullptr);
+    linear.multiply_block(block, count, input, product.data(), width, bias != nullptr);
     activate(product.data(), width, count, static_cast<int>(width / 2),
              a_.template at<T>(op.output, step, rows.begin) + block * kGateColumns, width_out);
   }
-  brgemm_end<T>();
+  linear.end_series();
 }
 
 // ---- attention

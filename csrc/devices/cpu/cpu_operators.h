@@ -2,6 +2,7 @@
 // by CpuProgram on the threads of the compute team.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -52,8 +53,12 @@ class CpuOperators {
   explicit CpuOperators(CpuActivations<T>& activations) : a_(activations) {}
 
   // Executes all but attention. Products make column blocks [begin, end) of their output, others
-  // all.
-  void execute(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
+  // all. input: those rows as prepare_input() makes them, or null: a product prepares its own.
+  void execute(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end,
+               const std::byte* input = nullptr);
+
+  // Brings rows of a product's input into the form its weight wants (Linear::prepare).
+  void prepare_input(const Operator& op, const Step& step, RowRange rows, std::byte* prepared);
 
   // The pieces of attention of a step, for a team of so many threads; one attend() takes one piece.
   std::vector<AttentionItem> attention_items(const Operator& op, const Step& step, int threads);
@@ -63,10 +68,14 @@ class CpuOperators {
   void embed(const Operator& op, const Step& step, RowRange rows);
   void rotary(const Operator& op, const Step& step, RowRange rows);
   void norm(const Operator& op, const Step& step, RowRange rows);
+  void linear(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end,
+              const std::byte* input);
   void store_product(const Operator& op, const Step& step, RowRange rows, int64_t begin,
-                     int64_t end);
-  void add_product(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
-  void gate(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
+                     int64_t end, const void* input);
+  void add_product(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end,
+                   const void* input);
+  void gate(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end,
+            const void* input);
   void rope(const Operator& op, const Step& step, RowRange rows);
   void rotate_queries(const Operator& op, const Step& step, RowRange rows);
   void store_keys_and_values(const Operator& op, const Step& step, RowRange rows,

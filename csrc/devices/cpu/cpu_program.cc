@@ -4,6 +4,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "devices/cpu/team.h"
 
@@ -199,10 +200,32 @@ void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
     return;
   }
   const int32_t end = step.is_whole() ? compiled_.graph().parts(op) : step.part_end;
+  const std::byte* input = op.kind == OperatorKind::kLinear ? prepare_input(step, op) : nullptr;
   team_->for_each(end - step.part_begin, [&](int64_t part) {
     const int64_t block = step.part_begin + part;
-    operators_.execute(op, step, {step.row_begin, step.row_end}, block, block + 1);
+    operators_.execute(op, step, {step.row_begin, step.row_end}, block, block + 1, input);
   });
+}
+
+// The input of a product whose columns are shared out, prepared once for all of them. A product in
+// several steps prepares it in each, with the same bits: a preempted run keeps nothing of it. The
+// bytes belong to the executor's thread and last until its next product.
+template <typename T>
+const std::byte* CpuProgram<T>::prepare_input(const Step& step, const Operator& op) {
+  const size_t row_bytes = weights_->matrix(op.weight).prepared_row_bytes();
+  if (row_bytes == 0)
+    return nullptr;
+  thread_local std::vector<std::byte> input;
+  input.resize(std::max(input.size(), row_bytes * static_cast<size_t>(step.rows())));
+  std::byte* prepared = input.data();
+  const int32_t items = (step.rows() + kRowOpChunk - 1) / kRowOpChunk;
+  team_->for_each(items, [&](int64_t item) {
+    const int32_t first = static_cast<int32_t>(item) * kRowOpChunk;
+    const RowRange rows{step.row_begin + first,
+                        std::min(step.row_begin + first + kRowOpChunk, step.row_end)};
+    operators_.prepare_input(op, step, rows, prepared + row_bytes * static_cast<size_t>(first));
+  });
+  return prepared;
 }
 
 template <typename T>

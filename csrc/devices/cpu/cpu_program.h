@@ -48,6 +48,7 @@ class CpuProgram final : public ModelProgram {
   void execute_step(const Step& step);
   void execute_chain(const Step& step, int32_t first, int32_t last);
   void execute_shared(const Step& step, const Operator& op);
+  const std::byte* prepare_input(const Step& step, const Operator& op);
   size_t weight_bytes(int32_t first, int32_t last) const;
   void execute_attention(const Step& step, const Operator& op);
 

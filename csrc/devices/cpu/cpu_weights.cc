@@ -26,12 +26,13 @@ std::function<int64_t(int64_t)> places(const Weight& weight, int32_t part) {
 }  // namespace
 
 template <typename T>
-CpuWeights<T>::CpuWeights(std::shared_ptr<const ModelGraph> graph, int threads)
+CpuWeights<T>::CpuWeights(std::shared_ptr<const ModelGraph> graph, const MakeLinear<T>& make_linear,
+                          int threads)
     : graph_(std::move(graph)), team_(std::make_unique<Team>(threads)) {
   for (const Weight& weight : graph_->weights.weights()) {
     switch (weight.kind) {
       case WeightKind::kMatrix:
-        storage_.emplace_back(PackedLinear<T>(weight.columns, weight.rows()));
+        storage_.emplace_back(make_linear(*graph_, static_cast<int32_t>(storage_.size())));
         break;
       case WeightKind::kTable:
         storage_.emplace_back(
@@ -68,8 +69,8 @@ void CpuWeights<T>::put(int32_t index, int32_t part, const float* values) {
   const int64_t rows = weight.parts[static_cast<size_t>(part)].rows;
   const auto place = places(weight, part);
   auto& storage = storage_[static_cast<size_t>(index)];
-  if (auto* matrix = std::get_if<PackedLinear<T>>(&storage)) {
-    matrix->pack(values, rows, *team_, place);
+  if (auto* matrix = std::get_if<Matrix>(&storage)) {
+    (*matrix)->pack(values, rows, *team_, place);
   } else if (auto* table = std::get_if<Buffer>(&storage)) {
     const auto width = static_cast<int>(weight.columns);
     team_->for_each(rows, [&](int64_t row) {
@@ -87,8 +88,8 @@ template <typename T>
 size_t CpuWeights<T>::bytes() const {
   size_t total = 0;
   for (const auto& storage : storage_) {
-    if (const auto* matrix = std::get_if<PackedLinear<T>>(&storage))
-      total += matrix->bytes();
+    if (const auto* matrix = std::get_if<Matrix>(&storage))
+      total += (*matrix)->bytes();
     else if (const auto* table = std::get_if<Buffer>(&storage))
       total += table->bytes();
     else

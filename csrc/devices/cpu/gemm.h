@@ -8,12 +8,8 @@
 #include <cstdint>
 
 #include "devices/cpu/row_kernels.h"
-#include "graph/model_graph.h"
 
 namespace flowprefill {
-
-// Columns of one packed block of a weight matrix: of a part of its product.
-inline constexpr int kPackColumns = kPartColumns;
 
 // One block product: c[m, n] (+)= a[m, k] * b[k, n]; b packed: float as [k][n], Bf16 as [k /
 // 2][n][2].

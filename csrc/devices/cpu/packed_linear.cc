@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "devices/cpu/gemm.h"
+
 namespace flowprefill {
 namespace {
 
@@ -16,32 +18,23 @@ constexpr int64_t kDepthStep = (int64_t{1} << 18) /
 
 template <typename T>
 PackedLinear<T>::PackedLinear(int64_t depth, int64_t columns)
-    : depth_(depth), columns_(columns), packed_(static_cast<size_t>(depth * columns) * sizeof(T)) {}
-
-template <typename T>
-int64_t PackedLinear<T>::block_columns(int64_t block) const {
-  return std::min<int64_t>(kPackColumns, columns_ - block * kPackColumns);
-}
-
-template <typename T>
-const T* PackedLinear<T>::block_data(int64_t block) const {
-  return packed_.as<T>() + block * kPackColumns * depth_;
-}
+    : Linear<T>(depth, columns), packed_(static_cast<size_t>(depth * columns) * sizeof(T)) {}
 
 template <typename T>
 void PackedLinear<T>::pack(const float* weight, int64_t rows, Team& team,
                            const std::function<int64_t(int64_t)>& place) {
   const auto& kernels = row_kernels<T>();
+  const int64_t depth = this->depth();
   team.for_each(rows, [&](int64_t row) {
     thread_local std::vector<T> narrow;
-    narrow.resize(static_cast<size_t>(depth_));
-    kernels.narrow(weight + row * depth_, static_cast<int>(depth_), narrow.data());
+    narrow.resize(static_cast<size_t>(depth));
+    kernels.narrow(weight + row * depth, static_cast<int>(depth), narrow.data());
     const int64_t column = place(row);
     const int64_t block = column / kPackColumns;
-    const int64_t width = block_columns(block);
-    T* out = packed_.as<T>() + block * kPackColumns * depth_;
+    const int64_t width = this->block_columns(block);
+    T* out = packed_.as<T>() + block * kPackColumns * depth;
     const int64_t c = column % kPackColumns;
-    for (int64_t k = 0; k < depth_; ++k) {
+    for (int64_t k = 0; k < depth; ++k) {
       const int64_t at =
           sizeof(T) == sizeof(Bf16) ? (k / 2 * width + c) * 2 + k % 2 : k * width + c;
       out[at] = narrow[static_cast<size_t>(k)];
@@ -50,26 +43,25 @@ void PackedLinear<T>::pack(const float* weight, int64_t rows, Team& team,
 }
 
 template <typename T>
-void PackedLinear<T>::multiply_block(int64_t block, int64_t rows, const T* a, int64_t lda, float* c,
+void PackedLinear<T>::multiply_block(int64_t block, int64_t rows, const void* input, float* c,
                                      int64_t ldc, bool add) const {
-  const int64_t width = block_columns(block);
-  for (int64_t k = 0; k < depth_; k += kDepthStep<T>) {
+  const int64_t depth = this->depth();
+  const int64_t width = this->block_columns(block);
+  const T* a = static_cast<const T*>(input);
+  const T* data = packed_.as<T>() + block * kPackColumns * depth;
+  for (int64_t k = 0; k < depth; k += kDepthStep<T>) {
     const Block<T> shape{.n = width,
-                         .k = std::min(kDepthStep<T>, depth_ - k),
-                         .lda = lda,
+                         .k = std::min(kDepthStep<T>, depth - k),
+                         .lda = depth,
                          .ldb = width,
                          .ldc = ldc,
                          .add = add || k > 0};
-    brgemm_rows(shape, rows, a + k, block_data(block) + k * width, c);
+    brgemm_rows(shape, rows, a + k, data + k * width, c);
   }
 }
 
 template <typename T>
-void PackedLinear<T>::multiply(int64_t begin, int64_t end, int64_t rows, const T* a, int64_t lda,
-                               float* c, int64_t ldc, bool add) const {
-  for (int64_t block = begin; block < end; ++block) {
-    multiply_block(block, rows, a, lda, c + block * kPackColumns, ldc, add);
-  }
+void PackedLinear<T>::end_series() const {
   brgemm_end<T>();
 }
 
