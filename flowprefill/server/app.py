@@ -21,6 +21,7 @@ from flowprefill.server.http.connections import (
 )
 from flowprefill.server.http.cors import add_cors_headers, cors_middleware
 from flowprefill.server.http.error_middleware import error_middleware
+from flowprefill.server.http.guard import Guard, guard_middleware
 from flowprefill.server.observe import debug_routes, page_routes
 from flowprefill.server.observe.metrics import ServerMetrics
 from flowprefill.server.openai import models_routes, tokens_routes
@@ -56,10 +57,11 @@ def create_app(
     """
     options = options or ServerOptions()
     logs = [access_log_middleware] if options.log_requests else []
-    app = web.Application(middlewares=[*logs, error_middleware, cors_middleware])
+    app = web.Application(middlewares=[*logs, error_middleware, guard_middleware, cors_middleware])
     app.on_response_prepare.append(add_cors_headers)
     metrics = ServerMetrics(vllm_names=options.vllm_metrics)
-    app[SERVER] = ServerContext(engine, options, metrics, ConnectionTable(options))
+    guard = Guard(options.allowed_hosts, options.allowed_origins)
+    app[SERVER] = ServerContext(engine, options, metrics, ConnectionTable(options), guard)
     app.add_routes(
         [
             web.post("/v1/completions", completions),
@@ -117,7 +119,9 @@ class Server:
             await self._runner.cleanup()
             raise
         loop.set_exception_handler(context.connections.on_loop_error)
-        return int(self._listening.sockets[0].getsockname()[1])
+        addresses = [one.getsockname() for one in self._listening.sockets]
+        context.guard.listens_on(str(address[0]) for address in addresses)
+        return int(addresses[0][1])
 
     async def stop(
         self, grace_s: float | None = None, *, hurry: asyncio.Event | None = None

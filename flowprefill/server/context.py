@@ -23,6 +23,7 @@ from flowprefill.version import __version__
 
 if TYPE_CHECKING:
     from flowprefill.server.http.connections import ConnectionTable
+    from flowprefill.server.http.guard import Guard
     from flowprefill.server.observe.metrics import ServerMetrics
 
 
@@ -44,9 +45,11 @@ class ServerContext:
         options: ServerOptions,
         metrics: ServerMetrics,
         connections: ConnectionTable,
+        guard: Guard,
     ) -> None:
         self.options = options
         self.connections = connections
+        self.guard = guard
         self.metrics = metrics
         self.unknown_fields = UnknownFields()
         self.body_memory = BodyMemory(int(options.max_bodies_mib * 2**20))

@@ -18,6 +18,7 @@ SECRET = ("tenants", "api_keys")  # settings that hold keys
 _FLAGS = (
     "vllm_metrics", "log_requests", "debug_endpoints", "page", "client_slo", "client_priority"
 )  # fmt: skip
+_HOST = re.compile(r"[\w.-]+|\[?[0-9a-f:.]+\]?|\*", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
@@ -91,6 +92,11 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = _option(
         (), "origins whose browser pages may call the server, or '*' for all; empty is none"
     )
+    allowed_hosts: tuple[str, ...] = _option(
+        (),
+        "names by which clients may call the server besides localhost and loopback addresses, or "
+        "'*' for any; empty is none on a loopback address, any elsewhere",
+    )
     generation_config: str = _option(
         "auto",
         "auto: sampling fields that a request does not name are those of the model's "
@@ -134,6 +140,7 @@ class ServerOptions:
         for name, allowed in (
             ("served_model_names", "a list of names"),
             ("allowed_origins", "a list of origins such as 'http://localhost:3000', or '*'"),
+            ("allowed_hosts", "a list of host names or addresses, or '*'"),
         ):
             texts: object = getattr(self, name)
             if not isinstance(texts, tuple) or not all(isinstance(t, str) and t for t in texts):
@@ -141,6 +148,9 @@ class ServerOptions:
         for origin in self.allowed_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 self._refuse("allowed_origins", origin, "an origin, SCHEME://HOST[:PORT], or '*'")
+        for host in self.allowed_hosts:
+            if not _HOST.fullmatch(host):
+                self._refuse("allowed_hosts", host, "a host's name or address, no port, or '*'")
         if self.generation_config not in ("auto", "none"):
             self._refuse("generation_config", self.generation_config, "auto or none")
 
@@ -171,7 +181,7 @@ class ServerOptions:
                 allowed = "one of " + ", ".join(sorted(known))
                 raise ConfigError(f"setting: got {key!r}, expected {allowed}", param=key)
         checked = dict(values)
-        for name in ("served_model_names", "allowed_origins"):
+        for name in ("served_model_names", "allowed_origins", "allowed_hosts"):
             if isinstance(checked.get(name), list):
                 checked[name] = tuple(checked[name])
         return cls(**checked)

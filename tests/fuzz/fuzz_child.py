@@ -62,8 +62,10 @@ HEADERS: dict[str, list[str]] = {
     "Content-Encoding": ["gzip", "identity"],
     "Authorization": ["Bearer x", "Basic \u00ff"],
     "Expect": ["100-continue"],
+    "Host": ["localhost", "evil.test", "[::1", "\u00ff", ":"],
+    "Origin": ["https://evil.test", "null", "http://[", "x"],
 }
-GOOD_STATUS = {200, 400, 401, 404, 405, 408, 413, 415, 417, 429, 503}
+GOOD_STATUS = {200, 400, 401, 403, 404, 405, 408, 413, 415, 417, 429, 503}
 
 
 def rng_of(kind: str, index: int) -> random.Random:

@@ -22,8 +22,8 @@ def engine() -> FakeEngine:
 def start_server() -> Iterator[StartServer]:
     servers: list[RunningServer] = []
 
-    def start(engine: FakeEngine | None, **options: Any) -> RunningServer:
-        servers.append(RunningServer(engine, ServerOptions(**options)))
+    def start(engine: FakeEngine | None, host: str = "127.0.0.1", **options: Any) -> RunningServer:
+        servers.append(RunningServer(engine, ServerOptions(**options), host))
         return servers[-1]
 
     yield start

@@ -44,12 +44,17 @@ class Reply:
 class RunningServer:
     """A server with its own event loop in its own thread."""
 
-    def __init__(self, engine: FakeEngine | None, options: ServerOptions | None = None) -> None:
+    def __init__(
+        self,
+        engine: FakeEngine | None,
+        options: ServerOptions | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.server = self.call(self._make(engine, options))
-        self.port = self.call(self.server.start("127.0.0.1", 0))
+        self.port = self.call(self.server.start(host, 0))
         self._is_stopped = False
 
     @staticmethod
@@ -105,7 +110,7 @@ class RunningServer:
         """Open a connection, send a whole request, and leave the reply to the caller."""
         raw = json.dumps(body).encode()
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(raw)}\r\n\r\n"
         )
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)

@@ -314,7 +314,7 @@ def test_huge_body_is_a_413(start_server: StartServer, engine: FakeEngine, path:
 def test_huge_chunked_body_is_a_413(start_server: StartServer, engine: FakeEngine) -> None:
     server = start_server(engine, max_body_mib=0.01)
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         "Transfer-Encoding: chunked\r\n\r\n"
     )
     import socket

@@ -205,7 +205,7 @@ def test_small_value_is_shown_whole(value: Any) -> None:
 
 def test_slow_body_is_a_408(start_server: StartServer, engine: FakeEngine) -> None:
     server = start_server(engine, body_timeout_s=0.2)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(head)
         reply = connection.recv(4096)
@@ -289,7 +289,8 @@ def test_bodies_together_take_bounded_memory(engine: FakeEngine, start_server: S
     server = start_server(engine, max_bodies_mib=1.0, body_timeout_s=WAIT_S)
     held = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
     half = b" " * (700 * 1024)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: {2 * len(half)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Length: {2 * len(half)}\r\n\r\n"
     held.sendall(head.encode() + half)
     memory = server.server.context.body_memory
     deadline = time.monotonic() + WAIT_S

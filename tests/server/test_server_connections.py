@@ -21,7 +21,7 @@ from flowprefill.server.http.connections import ConnectionTable, default_limit, 
 from flowprefill.server.options import ServerOptions
 
 COMPLETIONS = "/v1/completions"
-GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LONG_TEXT = "a long answer " * 3_000
 
 
@@ -45,7 +45,8 @@ def read_to_end(connection: socket.socket) -> bytes:
 def never_reading(server: RunningServer) -> socket.socket:
     """Ask for a long stream with a small receive buffer and do not read it."""
     body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 10**6}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(WAIT_S)
@@ -168,7 +169,7 @@ def test_stalled_streams_and_half_bodies_do_not_hold_up_the_shutdown(
     server = start_server(engine)
     engine.script = Script(text=LONG_TEXT)
     stalled = [never_reading(server) for _ in range(3)]
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
     half = connect(server, head)
     wait_until(lambda: sum(c.writing_paused for c in server.server.context.connections._open) == 3)
     start = time.monotonic()

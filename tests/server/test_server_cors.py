@@ -60,6 +60,7 @@ def test_other_pages_are_told_nothing(
         assert reply.headers["Allow"] == "POST"
         assert "Access-Control-Allow-Origin" not in reply.headers
         reply = server.post(COMPLETIONS, {"prompt": "a"}, {"Origin": origin})
+        assert (reply.status, reply.error["code"]) == (403, "origin_not_allowed")
         assert "Access-Control-Allow-Origin" not in reply.headers
         assert ("Vary" in reply.headers) is bool(allowed)
 

@@ -261,7 +261,8 @@ async def test_serve_second_signal_skips_the_grace() -> None:
         port = int(url.rsplit(":", 1)[1])
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         body = json.dumps({"prompt": "x"}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         writers.append(writer)
         await asyncio.to_thread(engine.wait_submitted, 1)
