@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import urllib.error
 import urllib.parse
@@ -15,6 +16,7 @@ from flowprefill.errors import InvalidRequest
 
 TIMEOUT_S = 10.0
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "FLOWPREFILL_API_KEY"
 MAX_SHOWN = 8  # of the prefills that a request waited for
 Story = Mapping[str, Any]
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "id", nargs="?", help="id of a request, as its reply gave it; left out: list the last ones"
     )
     parser.add_argument("--url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
+    parser.add_argument("--api-key", help=f"else from {KEY_VARIABLE}, where the server wants one")
     parser.add_argument("--json", action="store_true", help="print what the server answers instead")
 
 
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     path = "/debug/requests"
     if args.id:
         path += "/" + urllib.parse.quote(args.id, safe="")
-    answer = _fetch(args.url.rstrip("/") + path)
+    answer = _fetch(args.url.rstrip("/") + path, args.api_key or os.environ.get(KEY_VARIABLE, ""))
     if args.json:
         lines = [json.dumps(answer, indent=2)]
     else:
@@ -42,12 +45,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(url: str) -> Any:
+def _fetch(url: str, key: str) -> Any:
     """Get JSON; raises InvalidRequest with what the server says."""
     if not url.startswith(("http://", "https://")):
         raise InvalidRequest.field("--url", url, "http://HOST:PORT")
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as reply:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
         try:

@@ -83,11 +83,10 @@ def create_app(
     if options.page:
         app.router.add_get("/", page_routes.page_handler())
         app.router.add_get("/live", page_routes.live)
-    if options.debug_endpoints:
-        app.router.add_get("/debug/timeline", debug_routes.timeline)
-        app.router.add_get("/debug/decisions", debug_routes.decisions)
-        app.router.add_get("/debug/requests", debug_routes.requests)
-        app.router.add_get("/debug/requests/{id:.+}", debug_routes.one_request)
+    app.router.add_get("/debug/timeline", debug_routes.timeline)
+    app.router.add_get("/debug/decisions", debug_routes.decisions)
+    app.router.add_get("/debug/requests", debug_routes.requests)
+    app.router.add_get("/debug/requests/{id:.+}", debug_routes.one_request)
     return app
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
-from flowprefill.errors import ModelNotFound, NotReady
+from flowprefill.errors import InvalidRequest, ModelNotFound, NotReady
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.http.body import UnknownFields
 from flowprefill.server.http.body_memory import BodyMemory
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+
+class DebugOff(InvalidRequest):
+    """The server keeps to itself what it knows about the requests of others."""
+
+    status = 404
+    code = "debug_routes_off"
+
 
 # Threads for what would hold the event loop. Few: such work is short, and mostly holds the GIL.
 WORKERS = 4
@@ -104,6 +112,18 @@ class ServerContext:
             options.min_ttft_ms,
             self._tenants.of(headers),
         )
+
+    def check_debug(self, headers: Mapping[str, str]) -> None:
+        """Let a client see what concerns the requests of all.
+
+        Raises:
+            DebugOff: ``debug_routes`` keeps it from everyone.
+            Unauthorized: there are tenants, and the client has no key of theirs.
+        """
+        wanted = self.options.debug_routes
+        if wanted == "off" or (wanted == "auto" and not self.guard.is_local):
+            raise DebugOff("debug routes are off here; --debug-routes on serves them", param="url")
+        self._tenants.of(headers)
 
     def model_names(self) -> tuple[str, ...]:
         """Return the names the model answers to, the reported one first."""

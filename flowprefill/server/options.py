@@ -16,7 +16,7 @@ from flowprefill.server.tenants import Tenants
 MAX_CONNECTIONS = 1 << 20
 SECRET = ("tenants", "api_keys")  # settings that hold keys
 _FLAGS = (
-    "vllm_metrics", "log_requests", "debug_endpoints", "page", "client_slo", "client_priority"
+    "vllm_metrics", "log_requests", "page", "client_slo", "client_priority"
 )  # fmt: skip
 _HOST = re.compile(r"[\w.-]+|\[?[0-9a-f:.]+\]?|\*", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
@@ -85,8 +85,10 @@ class ServerOptions:
     log_requests: bool = _option(
         False, "log one line for each request: id, route, status, tokens, times, objectives met"
     )
-    debug_endpoints: bool = _option(
-        True, "serve /debug/timeline, /debug/decisions and /debug/requests"
+    debug_routes: str = _option(
+        "auto",
+        "on, off or auto: serve /debug/... and /live, which show ids, lengths and times of all "
+        "requests; auto is on where the server listens on a loopback address only",
     )
     page: bool = _option(True, "serve the page at / and what it shows, /live")
     allowed_origins: tuple[str, ...] = _option(
@@ -151,8 +153,12 @@ class ServerOptions:
         for host in self.allowed_hosts:
             if not _HOST.fullmatch(host):
                 self._refuse("allowed_hosts", host, "a host's name or address, no port, or '*'")
-        if self.generation_config not in ("auto", "none"):
-            self._refuse("generation_config", self.generation_config, "auto or none")
+        for name, known in (
+            ("generation_config", ("auto", "none")),
+            ("debug_routes", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in known:
+                self._refuse(name, getattr(self, name), "one of " + ", ".join(known))
 
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:

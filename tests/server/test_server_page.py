@@ -186,6 +186,22 @@ def test_page_asks_for_a_key_where_there_are_keys(
     asyncio.run(asyncio.wait_for(_give_key(server, tmp_path), 120))
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+def test_page_without_a_timeline_still_chats(
+    engine: FakeEngine, start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(engine, debug_routes="off")
+    asyncio.run(asyncio.wait_for(_chat_only(server, tmp_path), 120))
+
+
+async def _chat_only(server: RunningServer, folder: Path) -> None:
+    async with opened(f"{server.url}/", folder / "profile") as tab:
+        await tab.until("model === 'fake-model' && $('show').disabled")
+        assert "--debug-routes on" in await tab.value("$('state').textContent")
+        await tab.value("$('text').value = 'Hi'; send(); 0")
+        await tab.until("reply === null && $('log').innerText.includes('Hello world')")
+
+
 async def _give_key(server: RunningServer, folder: Path) -> None:
     async with opened(f"{server.url}/", folder / "profile") as tab:
         await tab.until("document.readyState === 'complete' && !$('key').hidden")

@@ -12,6 +12,7 @@ from fake_engine import EOS, FakeEngine, Script, Segment, Stats
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import RunningServer, StartServer
 
+from flowprefill import cli
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, DeadlinePassed, FlowPrefillError, Overloaded
 from flowprefill.server.app import create_app
@@ -149,13 +150,67 @@ def test_timeline_is_a_chrome_trace(server: RunningServer, engine: FakeEngine) -
     assert slices[0]["args"] == {"run": "prefill long", "predicted_ms": 1.5}
 
 
-def test_decisions_are_shown_and_debugging_can_be_off(
-    server: RunningServer, engine: FakeEngine, start_server: StartServer
+DEBUG_PATHS = (
+    "/debug/decisions",
+    "/debug/timeline",
+    "/debug/requests",
+    "/debug/requests/a",
+    "/live",
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "wanted", "is_on"),
+    [
+        ("127.0.0.1", "auto", True),
+        ("127.0.0.1", "off", False),
+        ("0.0.0.0", "auto", False),
+        ("0.0.0.0", "on", True),
+    ],
+)
+def test_debug_routes_are_for_this_machine_unless_it_is_said(
+    engine: FakeEngine, start_server: StartServer, host: str, wanted: str, is_on: bool
 ) -> None:
-    assert server.get("/debug/decisions").json() == {"decisions": engine.decisions()}
-    closed = start_server(engine, debug_endpoints=False)
-    assert closed.get("/debug/decisions").status == 404
-    assert closed.get("/debug/timeline").status == 404
+    server = start_server(engine, host, debug_routes=wanted)
+    codes = {}
+    for path in DEBUG_PATHS:
+        reply = server.get(path)
+        codes[path] = "" if reply.status == 200 else reply.error["code"]
+        if not is_on:
+            assert "--debug-routes on" in reply.error["message"]
+    of_one = "request_not_found"
+    shown = dict.fromkeys(DEBUG_PATHS, "") | {"/debug/requests/a": of_one}
+    assert codes == (shown if is_on else dict.fromkeys(DEBUG_PATHS, "debug_routes_off"))
+    for path in ("/health", "/ready", "/metrics", "/"):
+        assert server.get(path).status == 200
+    if is_on:
+        assert server.get("/debug/decisions").json() == {"decisions": engine.decisions()}
+
+
+def test_debug_routes_want_a_key_where_tenants_have_them(
+    engine: FakeEngine, start_server: StartServer
+) -> None:
+    server = start_server(engine, tenants={"a": {"key": "secret"}})
+    for path in DEBUG_PATHS:
+        assert server.get(path).status == 401, path
+        assert server.get(path, {"Authorization": "Bearer secret"}).status != 401, path
+    for path in ("/health", "/ready", "/metrics", "/v1/models"):
+        assert server.get(path).status == 200, path
+
+
+def test_explain_sends_a_key(
+    engine: FakeEngine,
+    start_server: StartServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = start_server(engine, tenants={"a": {"key": "secret"}})
+    command = ["explain", "--json", "--url", server.url]
+    assert cli.main(command) == 2
+    assert "authorization: missing" in capsys.readouterr().err
+    assert cli.main([*command, "--api-key", "secret"]) == 0
+    monkeypatch.setenv("FLOWPREFILL_API_KEY", "secret")
+    assert cli.main(command) == 0
 
 
 def test_metrics_of_ended_requests(start_server: StartServer) -> None:
@@ -301,6 +356,7 @@ def test_metrics_document_has_the_table_of_the_code() -> None:
         ({"served_model_names": [""]}, "served_model_names"),
         ({"service_tiers": {"flex": 1}}, "service_tiers"),
         ({"service_tiers": []}, "service_tiers"),
+        ({"debug_routes": True}, "debug_routes"),
         ({"colour": "blue"}, "colour"),
     ],
 )

@@ -61,6 +61,7 @@ def _row_name(run: str) -> str:
 async def timeline(request: web.Request) -> web.Response:
     """Handle GET /debug/timeline."""
     context = request.app[SERVER]
+    context.check_debug(request.headers)
     engine = context.engine
     # Tens of thousands of segments: not on the event loop.
     text = await context.in_thread(lambda: long_json(chrome_trace(engine.timeline())))
@@ -70,6 +71,7 @@ async def timeline(request: web.Request) -> web.Response:
 async def decisions(request: web.Request) -> web.Response:
     """Handle GET /debug/decisions."""
     context = request.app[SERVER]
+    context.check_debug(request.headers)
     engine = context.engine
     text = await context.in_thread(lambda: long_json({"decisions": engine.decisions()}))
     return web.json_response(text=text)
@@ -78,6 +80,7 @@ async def decisions(request: web.Request) -> web.Response:
 async def requests(request: web.Request) -> web.Response:
     """Handle GET /debug/requests: the last ones in short."""
     context = request.app[SERVER]
+    context.check_debug(request.headers)
     engine = context.engine
     text = await context.in_thread(lambda: long_json({"requests": engine.recent_requests()}))
     return web.json_response(text=text)
@@ -86,6 +89,7 @@ async def requests(request: web.Request) -> web.Response:
 async def one_request(request: web.Request) -> web.Response:
     """Handle GET /debug/requests/{id}: what happened to it and why."""
     context = request.app[SERVER]
+    context.check_debug(request.headers)
     engine, wanted = context.engine, request.match_info["id"]
 
     def find() -> str:

@@ -45,9 +45,9 @@ def page_handler() -> Handler:
 
 
 async def live(request: web.Request) -> web.Response:
-    """Handle GET /live; where tenants are configured, only for their keys: it names requests."""
+    """Handle GET /live; it names requests, so it is open to whom the debug routes are."""
     context = request.app[SERVER]
-    context.rules_for(request.headers)
+    context.check_debug(request.headers)
     engine, feed = context.engine, context.live
     text = await context.in_thread(lambda: feed.text(engine))
     return web.json_response(text=text, headers={"Cache-Control": "no-store"})
