@@ -22,6 +22,7 @@ from flowprefill.server.http.connections import (
 from flowprefill.server.http.cors import add_cors_headers, cors_middleware
 from flowprefill.server.http.error_middleware import error_middleware
 from flowprefill.server.http.guard import Guard, guard_middleware
+from flowprefill.server.http.tls import tls_context
 from flowprefill.server.observe import debug_routes, page_routes
 from flowprefill.server.observe.metrics import ServerMetrics
 from flowprefill.server.openai import models_routes, tokens_routes
@@ -94,6 +95,8 @@ class Server:
     """One listening server; all methods run on its event loop."""
 
     def __init__(self, engine: ServedEngine | None, options: ServerOptions | None = None) -> None:
+        """Read the certificates; `start` listens. Raises ConfigError where a file is wrong."""
+        self.tls = tls_context(options or ServerOptions())
         self.app = create_app(engine, options)
         self.context = self.app[SERVER]
         # What still runs when it is cleaned up waits for a body or a thread, and no client gets it.
@@ -113,7 +116,15 @@ class Server:
         context, loop = self.context, asyncio.get_running_loop()
         make = connection_factory(context.connections, self._runner.server, context.options)
         try:
-            self._listening = await loop.create_server(make, host, port, backlog=BACKLOG)
+            self._listening = await loop.create_server(
+                make,
+                host,
+                port,
+                backlog=BACKLOG,
+                ssl=self.tls,
+                ssl_handshake_timeout=context.options.header_timeout_s if self.tls else None,
+                ssl_shutdown_timeout=CLOSING_WRITE_S if self.tls else None,
+            )
         except OSError:
             await self._runner.cleanup()
             raise
@@ -216,7 +227,7 @@ async def serve(
             if not stop.is_set():
                 server.context.attach(loading.result())
                 if on_ready is not None:
-                    on_ready(f"http://{host}:{port}")
+                    on_ready(f"{'https' if server.tls else 'http'}://{host}:{port}")
                 await stop.wait()
         finally:
             stopping.cancel()

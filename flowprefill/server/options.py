@@ -99,6 +99,11 @@ class ServerOptions:
         "names by which clients may call the server besides localhost and loopback addresses, or "
         "'*' for any; empty is none on a loopback address, any elsewhere",
     )
+    ssl_certfile: str = _option("", "PEM file of the server's certificate chain; empty is no TLS")
+    ssl_keyfile: str = _option("", "PEM file of its private key; empty: it is in ssl_certfile")
+    ssl_ca_certs: str = _option(
+        "", "PEM file of authorities, one of which must have signed a client's certificate"
+    )
     generation_config: str = _option(
         "auto",
         "auto: sampling fields that a request does not name are those of the model's "
@@ -150,6 +155,10 @@ class ServerOptions:
         for origin in self.allowed_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 self._refuse("allowed_origins", origin, "an origin, SCHEME://HOST[:PORT], or '*'")
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+            path: object = getattr(self, name)
+            if not isinstance(path, str) or "\0" in path:
+                self._refuse(name, path, "the path of a PEM file, or an empty text")
         for host in self.allowed_hosts:
             if not _HOST.fullmatch(host):
                 self._refuse("allowed_hosts", host, "a host's name or address, no port, or '*'")

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class RunningServer:
         self.server = self.call(self._make(engine, options))
         self.port = self.call(self.server.start(host, 0))
         self._is_stopped = False
+        self.tls: ssl.SSLContext | None = None  # what `request` trusts, of a server with TLS
 
     @staticmethod
     async def _make(engine: FakeEngine | None, options: ServerOptions | None) -> Server:
@@ -71,7 +73,7 @@ class RunningServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.server.tls else 'http'}://127.0.0.1:{self.port}"
 
     def stop(self, grace_s: float = 0.0) -> None:
         if not self._is_stopped:
@@ -91,6 +93,10 @@ class RunningServer:
     ) -> Reply:
         """Send one request; dictionaries and lists go as JSON, bytes as they are."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+        if self.tls is not None:
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=WAIT_S, context=self.tls
+            )
         try:
             sent = {"Content-Type": "application/json"} if body is not None else {}
             raw = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
