@@ -109,7 +109,9 @@ class EngineConfig:
         "auto", "auto, bf16 or f32; auto is bf16 on GPUs and where the CPU computes it fast"
     )
     device: str = _setting("auto", f"{DEVICES}; auto is the first usable GPU, else the CPU")
-    threads: int = _setting(0, "compute threads; 0 is one per available core")
+    threads: int = _setting(
+        0, "compute threads; 0 is one per available core, no more than a control group's quota"
+    )
     background: bool = _setting(
         False,
         "run compute threads under SCHED_IDLE: steadier control plane, yields to every process",
@@ -122,7 +124,9 @@ class EngineConfig:
         0, "longest prompt plus output, tokens; 0 is the model's own, on GPUs 32768 at most"
     )
     kv_cache_gib: float = _setting(
-        0.0, "memory for the KV cache, GiB; 0 is 1 on the CPU, and most of what is free on a GPU"
+        0.0,
+        "memory for the KV cache, GiB; 0 is 1 on the CPU, or half of what a control group's limit "
+        "leaves if that is less, and most of what is free on a GPU",
     )
     block_tokens: int = _setting(64, "tokens of one KV block: 16, 32, 64 or 128")
     prefix_cache: bool = _setting(True, "reuse KV blocks of equal prompt prefixes")

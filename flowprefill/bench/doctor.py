@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flowprefill.config import GIB
+from flowprefill.engine.control_groups import memory_left, usable_cores
 from flowprefill.engine.device_choice import choose_device, cuda_module
 from flowprefill.errors import CheckpointError
 from flowprefill.version import __version__
@@ -71,9 +73,11 @@ def examine() -> dict[str, Any]:
         "processor": _first(r"model name\s*:\s*(.+)", cpuinfo) or platform.processor() or "unknown",
         "instruction_sets": isa_flags(cpuinfo),
         "cores_available": len(os.sched_getaffinity(0)),
+        "cores_usable": usable_cores(),
         "cores_online": os.cpu_count() or 0,
         "memory_gib": _memory_gib("MemTotal"),
         "memory_available_gib": _memory_gib("MemAvailable"),
+        "memory_left_to_group_gib": _group_memory_gib(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
@@ -109,6 +113,11 @@ def isa_flags(cpuinfo: str) -> list[str]:
 def _memory_gib(field: str) -> float | None:
     kib = _first(rf"{field}:\s*(\d+) kB", _read("/proc/meminfo"))
     return round(int(kib) / 2**20, 1) if kib else None
+
+
+def _group_memory_gib() -> float | None:
+    left = memory_left()
+    return None if left is None else round(left / GIB, 1)
 
 
 def openmp_libraries(maps: str) -> list[str]:

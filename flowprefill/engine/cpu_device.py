@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from flowprefill import _core
 from flowprefill.config import GIB, EngineConfig, Granularity
+from flowprefill.engine.control_groups import memory_left, usable_cores
 from flowprefill.engine.device import ProbeSizes
 from flowprefill.errors import CheckpointError, ConfigError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
     from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_GIB = 1.0  # of the KV cache, where the settings name none
 
@@ -49,9 +53,20 @@ class CpuDevice:
             raise CheckpointError(str(error)) from None
 
     def cache_bytes(self, model: _core.Model) -> int:
-        """Return a fixed size: what else wants the machine's memory cannot be known."""
+        """Return a fixed size, or half of what a control group leaves if that is less.
+
+        What else wants the machine's memory cannot be known. The other half is for activations,
+        Python, and the processes that render chats. Called when the weights are loaded.
+        """
         del model
-        return int(DEFAULT_CACHE_GIB * GIB)
+        left, wanted = memory_left(), int(DEFAULT_CACHE_GIB * GIB)
+        if left is None or left // 2 >= wanted:
+            return wanted
+        log.info(
+            "the KV cache gets %.2f GiB: half of what the limit of the control group leaves",
+            left / 2 / GIB,
+        )
+        return left // 2
 
     def start_executor(self, model: _core.Model, plan: _core.PlanOptions | None) -> _core.Executor:
         """Start an executor; it runs any model's runs, and has nothing to prepare."""
@@ -103,4 +118,4 @@ def resolve_dtype(dtype: str) -> str:
 
 def resolve_threads(threads: int) -> int:
     """Return the compute threads: those asked for, or one per core this process may use."""
-    return threads or len(os.sched_getaffinity(0))
+    return threads or usable_cores()
