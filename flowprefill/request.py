@@ -10,7 +10,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flowprefill.errors import InvalidRequest
 
@@ -41,6 +41,43 @@ def _check_number(
 def _check_int(name: str, value: Any, low: int, high: int, *, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequest.field(name, value, allowed)
+
+
+class Range(NamedTuple):
+    """What one number of SamplingParams may be; ``allowed`` says so in errors."""
+
+    low: float
+    high: float
+    allowed: str
+    is_whole: bool = False
+    open_low: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise InvalidRequest unless the value is in the range."""
+        if self.is_whole:
+            _check_int(name, value, int(self.low), int(self.high), allowed=self.allowed)
+        else:
+            allowed, open_low = self.allowed, self.open_low
+            _check_number(name, value, self.low, self.high, allowed=allowed, open_low=open_low)
+
+
+_INT_MAX = 2**31 - 1
+# The one place of these ranges: the HTTP API's description is made from them too.
+SAMPLING_RANGES: Mapping[str, Range] = {
+    "max_tokens": Range(1, _INT_MAX, "an integer >= 1", is_whole=True),
+    "min_tokens": Range(0, _INT_MAX, "an integer >= 0", is_whole=True),
+    "temperature": Range(0.0, 2.0, "a number in [0, 2]"),
+    "top_p": Range(0.0, 1.0, "a number in [0, 1]"),
+    "top_k": Range(0, _INT_MAX, "an integer >= 0 (0 is off)", is_whole=True),
+    "min_p": Range(0.0, 1.0, "a number in [0, 1]"),
+    "seed": Range(-(2**63), 2**64 - 1, "a 64-bit integer", is_whole=True),
+    "logprobs": Range(0, MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}", is_whole=True),
+    "presence_penalty": Range(-2.0, 2.0, "a number in [-2, 2]"),
+    "frequency_penalty": Range(-2.0, 2.0, "a number in [-2, 2]"),
+    "repetition_penalty": Range(0.0, 10.0, "a number in (0, 10]", open_low=True),
+}
+MAX_BIAS = 100.0
+_MAY_BE_NONE = ("max_tokens", "seed", "logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,30 +196,15 @@ class SamplingParams:
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
-        limit = 2**31 - 1
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, limit, allowed="an integer >= 1")
-        _check_int("min_tokens", self.min_tokens, 0, limit, allowed="an integer >= 0")
+        for name, range_ in SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                range_.check(name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest.field(
                 "min_tokens", self.min_tokens, f"at most max_tokens = {self.max_tokens}"
             )
-        _check_number("temperature", self.temperature, 0.0, 2.0, allowed="a number in [0, 2]")
-        _check_number("top_p", self.top_p, 0.0, 1.0, allowed="a number in [0, 1]")
-        _check_int("top_k", self.top_k, 0, limit, allowed="an integer >= 0 (0 is off)")
-        _check_number("min_p", self.min_p, 0.0, 1.0, allowed="a number in [0, 1]")
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**64 - 1, allowed="a 64-bit integer")
         self._check_stops()
-        if self.logprobs is not None:
-            allowed = f"an integer in 0..{MAX_LOGPROBS}"
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, allowed=allowed)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check_number(name, getattr(self, name), -2.0, 2.0, allowed="a number in [-2, 2]")
-        _check_number(
-            "repetition_penalty", self.repetition_penalty, 0.0, 10.0,
-            allowed="a number in (0, 10]", open_low=True,
-        )  # fmt: skip
         self._check_bias()
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise InvalidRequest.field("structured", self.structured, "a StructuredOutput")
@@ -194,7 +216,9 @@ class SamplingParams:
             raise InvalidRequest.field("logit_bias", bias, allowed)
         for token, value in bias.items():
             _check_int("logit_bias", token, 0, 2**31 - 1, allowed="token ids >= 0")
-            _check_number("logit_bias", value, -100.0, 100.0, allowed="numbers in [-100, 100]")
+            _check_number(
+                "logit_bias", value, -MAX_BIAS, MAX_BIAS, allowed="numbers in [-100, 100]"
+            )
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:

@@ -108,6 +108,24 @@ class Body:
         """Raise the error for one field."""
         raise InvalidRequest.field(self._path + name, value, allowed)
 
+    def only_neutral(
+        self,
+        table: Mapping[str, tuple[Any, ...]],
+        why: str = "this field is not supported",
+    ) -> None:
+        """Refuse the fields of a table that are given with another than a neutral value.
+
+        Args:
+            table: field -> its neutral values besides null: what it is where it is left out.
+            why: the end of the error, which names the field and its neutral values.
+        """
+        for name, neutral in table.items():
+            value = self.raw(name)
+            if value is None or any(_is_same(value, one) for one in neutral):
+                continue
+            allowed = " or ".join(["null", *(repr(one) for one in neutral)])
+            self.refuse(name, value, f"{allowed}: {why}")
+
     def text(self, name: str, default: str | None = None) -> str | None:
         """Read a string."""
         value = self.raw(name)
@@ -174,6 +192,15 @@ class Body:
         """Refuse fields that were never read; for our own objects, where a typo must not pass."""
         for name in self.unknown():
             self.refuse(name, self._fields[name], "only " + ", ".join(sorted(allowed)))
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Compare as JSON does: 1 is 1.0, and true is neither."""
+    if isinstance(value, bool) or isinstance(neutral, bool):
+        return value is neutral
+    if isinstance(value, (int, float)) and isinstance(neutral, (int, float)):
+        return value == neutral
+    return type(value) is type(neutral) and bool(value == neutral)
 
 
 class UnknownFields:

@@ -19,7 +19,7 @@ from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.http.body import Body, check_text
 from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.openai.chat_turn import ChatTurn
-from flowprefill.server.openai.foreign_fields import NOT_OF_CHAT, refuse_fields
+from flowprefill.server.openai.foreign_fields import NOT_OF_CHAT
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.logprobs import chat_entry
 from flowprefill.server.openai.message import CallPart, MessagePart
@@ -135,7 +135,7 @@ def read_turn(
 
 def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; the template runs at submission."""
-    refuse_fields(body, NOT_OF_CHAT)
+    body.only_neutral(NOT_OF_CHAT)
     turn = read_turn(body, context.chat_template, context.tool_parser, context.reasoning_parser)
     spec = generation_spec(
         body, context, max_tokens=_read_max_tokens(body), logprobs=_read_logprobs(body)

@@ -12,7 +12,7 @@ from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.http.body import Body, check_text, whole_ids
 from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
-from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS, refuse_fields
+from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.logprobs import token_label, top_labels
 from flowprefill.server.openai.message import MessagePart
@@ -61,8 +61,8 @@ def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
 
 def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; touches no engine."""
-    refuse_fields(body, CHAT_ONLY, "only chats have tools")
-    refuse_fields(body, NOT_OF_COMPLETIONS)
+    body.only_neutral(CHAT_ONLY, "only chats have tools")
+    body.only_neutral(NOT_OF_COMPLETIONS)
     prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, MAX_INT)

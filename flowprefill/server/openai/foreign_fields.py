@@ -8,10 +8,7 @@ has the fields of our own endpoints' specifications.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from flowprefill.server.http.body import Body
 
 Fields = dict[str, tuple[Any, ...]]  # name -> its neutral values, besides null
 
@@ -83,28 +80,3 @@ NOT_OF_COMPLETIONS: Fields = {
     "messages": ([],), "reasoning_effort": (), "top_logprobs": (0,),
 }  # fmt: skip
 NOT_OF_CHAT: Fields = {"echo": (False,), "prompt": ("",)}
-
-
-def refuse_fields(
-    body: Body, table: Mapping[str, tuple[Any, ...]], why: str = "this field is not supported"
-) -> None:
-    """Refuse the fields of a table that are given with another than a neutral value.
-
-    Raises:
-        InvalidRequest: names the field and its neutral values.
-    """
-    for name, neutral in table.items():
-        value = body.raw(name)
-        if value is None or any(_is_same(value, one) for one in neutral):
-            continue
-        allowed = " or ".join(["null", *(repr(one) for one in neutral)])
-        body.refuse(name, value, f"{allowed}: {why}")
-
-
-def _is_same(value: Any, neutral: Any) -> bool:
-    """Compare as JSON does: 1 is 1.0, and true is neither."""
-    if isinstance(value, bool) or isinstance(neutral, bool):
-        return value is neutral
-    if isinstance(value, (int, float)) and isinstance(neutral, (int, float)):
-        return value == neutral
-    return type(value) is type(neutral) and bool(value == neutral)

@@ -14,7 +14,7 @@ from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SLO, Request, SamplingParams
 from flowprefill.server.http.body import Body, check_text, whole_ids, whole_number
-from flowprefill.server.openai.foreign_fields import FOREIGN, refuse_fields
+from flowprefill.server.openai.foreign_fields import FOREIGN
 from flowprefill.server.openai.structured_fields import read_structured
 from flowprefill.server.slo import NO_RULES, ClientRules, slo_of
 
@@ -177,8 +177,8 @@ def generation_spec(
 
 def refuse_unsupported(body: Body) -> None:
     """Refuse fields this server does not implement, and mark the harmless ones as known."""
-    refuse_fields(body, REFUSED)
-    refuse_fields(body, FOREIGN)
+    body.only_neutral(REFUSED)
+    body.only_neutral(FOREIGN)
     modalities = body.raw("modalities")
     if modalities is not None and modalities != ["text"]:
         body.refuse("modalities", modalities, "['text']: other kinds are not supported")

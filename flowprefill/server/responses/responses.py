@@ -15,7 +15,6 @@ from flowprefill.server.context import SERVER
 from flowprefill.server.http.body import Body
 from flowprefill.server.http.endpoint import EventWriter, Generation, GenerationOrder
 from flowprefill.server.openai.chat import ChatEndpoint, order_of_chat
-from flowprefill.server.openai.foreign_fields import refuse_fields
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.message import MessagePart
 from flowprefill.server.openai.openai_schema import SchemaContext
@@ -133,7 +132,7 @@ class ResponsesEndpoint(ChatEndpoint):
 
     def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
         """Translate the body and check it as a chat's."""
-        refuse_fields(body, REFUSED, "this field is not supported here")
+        body.only_neutral(REFUSED, "this field is not supported here")
         messages, tenant = input_messages(body), context.rules.tenant.name
         previous = body.text("previous_response_id")
         if previous is not None:
