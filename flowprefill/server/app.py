@@ -28,6 +28,7 @@ from flowprefill.server.observe.metrics import ServerMetrics
 from flowprefill.server.openai import models_routes, tokens_routes
 from flowprefill.server.openai.chat import chat_completions
 from flowprefill.server.openai.completions import completions
+from flowprefill.server.openapi.document import openapi
 from flowprefill.server.options import ServerOptions
 from flowprefill.server.responses.responses import responses
 
@@ -77,6 +78,7 @@ def create_app(
             web.get("/load", models_routes.load),
             web.get("/server_info", models_routes.server_info),
             web.get("/metrics", _metrics),
+            web.get("/openapi.json", openapi),
             web.post("/tokenize", tokens_routes.tokenize),
             web.post("/detokenize", tokens_routes.detokenize),
         ]

@@ -20,10 +20,11 @@ TOP_LEVEL = {
 }  # fmt: skip
 # vLLM's object; its further members choose between ways that we don't have.
 NESTED = ("json", "regex", "choice", "grammar", "json_object")
-NESTED_OFF = (
-    "disable_any_whitespace", "disable_fallback", "disable_additional_properties",
-    "whitespace_pattern", "structural_tag",
-)  # fmt: skip
+NESTED_OFF: dict[str, tuple[Any, ...]] = {
+    "disable_any_whitespace": (False,), "disable_fallback": (False,),
+    "disable_additional_properties": (False,), "whitespace_pattern": (False,),
+    "structural_tag": (False,),
+}  # fmt: skip
 
 
 def read_structured(body: Body) -> StructuredOutput | None:
@@ -70,10 +71,7 @@ def _structured_outputs(body: Body) -> list[StructuredOutput | None]:
     form = body.object("structured_outputs")
     if form is None:
         return []
-    for name in NESTED_OFF:
-        value = form.raw(name)
-        if value is not None and value is not False:
-            form.refuse(name, value, "null or false: this member is not supported")
+    form.only_neutral(NESTED_OFF, "this member is not supported")
     found = [_of_kind(kind, f"structured_outputs.{kind}", form.raw(kind)) for kind in NESTED]
     form.refuse_unknown((*NESTED, *NESTED_OFF))
     if not any(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -11,40 +12,60 @@ from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.http.body import Body, parse_json_object, whole_ids
 from flowprefill.server.http.incoming import json_body
 from flowprefill.server.openai.chat import read_turn
+from flowprefill.server.openai.chat_turn import ChatTurn
 from flowprefill.server.openai.logprobs import token_label
 from flowprefill.server.openai.openai_schema import check_token_ids
 from flowprefill.server.openai.replies import long_json
 
 
+@dataclass(frozen=True, slots=True)
+class TextOrder:
+    """A checked body of /tokenize: a text, or a chat whose template makes it."""
+
+    source: str | ChatTurn
+    special_tokens: bool
+    with_strings: bool
+
+
+def read_tokenize(body: Body, chat_template: str) -> TextOrder:
+    """Read ``prompt``, or ``messages`` and the other fields of a chat."""
+    source: str | ChatTurn | None = body.text("prompt")
+    is_chat = body.raw("messages") is not None
+    if is_chat:
+        if source is not None:
+            body.refuse("prompt", source, "null with messages")
+        source = read_turn(body, chat_template)
+    if source is None:
+        body.refuse("prompt", None, "a string, or messages instead")
+    return TextOrder(
+        source, body.boolean("add_special_tokens", not is_chat), body.boolean("return_token_strs")
+    )
+
+
+def read_detokenize(body: Body, vocab_size: int) -> list[int]:
+    """Read ``tokens``."""
+    tokens = body.raw("tokens")
+    if not isinstance(tokens, list):
+        body.refuse("tokens", tokens, "a list of token ids")
+    tokens = whole_ids(tokens)
+    check_token_ids("tokens", tokens, vocab_size)
+    return tokens
+
+
 def _tokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
-    """Encode ``prompt``, or ``messages`` through the chat template."""
-    if body.raw("messages") is not None:
-        if body.raw("prompt") is not None:
-            body.refuse("prompt", body.raw("prompt"), "null with messages")
-        text = read_turn(body, engine.chat_template).render(engine)
-        special_tokens = body.boolean("add_special_tokens", False)
-    else:
-        prompt = body.text("prompt")
-        if prompt is None:
-            body.refuse("prompt", None, "a string, or messages instead")
-        text, special_tokens = prompt, body.boolean("add_special_tokens", True)
+    order = read_tokenize(body, engine.chat_template)
+    text = order.source if isinstance(order.source, str) else order.source.render(engine)
     engine.tokenizer.check_fits(text, engine.max_model_len)
-    ids = engine.tokenizer.encode(text, special_tokens)
+    ids = engine.tokenizer.encode(text, order.special_tokens)
     reply: dict[str, Any] = {"count": len(ids), "max_model_len": engine.max_model_len}
     reply["tokens"] = ids
-    if body.boolean("return_token_strs"):
+    if order.with_strings:
         reply["token_strs"] = [token_label(engine.tokenizer, token) for token in ids]
     return reply
 
 
 def _detokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
-    """Decode ``tokens``."""
-    tokens = body.raw("tokens")
-    if not isinstance(tokens, list):
-        body.refuse("tokens", tokens, "a list of token ids")
-    tokens = whole_ids(tokens)
-    check_token_ids("tokens", tokens, engine.vocab_size)
-    return {"prompt": engine.tokenizer.decode(tokens)}
+    return {"prompt": engine.tokenizer.decode(read_detokenize(body, engine.vocab_size))}
 
 
 async def _answer(request: web.Request, work: Any) -> web.Response:

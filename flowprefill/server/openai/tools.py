@@ -20,7 +20,7 @@ from flowprefill.server.openai.tool_parsers import CallFormat
 
 MAX_TOOLS = 128
 MAX_CALLS = 128  # of one message
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+TOOL_NAME = r"[A-Za-z0-9_.-]{1,128}"
 NAME_ALLOWED = "1..128 letters, digits, _, - or ."
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -94,7 +94,7 @@ def _check_tool(param: str, tool: Any) -> None:
     if not isinstance(function, dict):
         raise InvalidRequest.field(f"{param}.function", function, "an object with a name")
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(TOOL_NAME, name):
         raise InvalidRequest.field(f"{param}.function.name", name, NAME_ALLOWED)
     if function.get("description") is not None:
         check_text(f"{param}.function.description", function["description"])
