@@ -74,9 +74,10 @@ class Tab:
         return reply["result"].get("value")
 
     async def until(self, expression: str, limit_s: float = START_S) -> None:
-        """Wait until JavaScript in the page is true."""
+        """Wait until JavaScript in the page is true; false until the page has loaded."""
+        loaded = "document.URL !== 'about:blank' && document.readyState === 'complete'"
         async with asyncio.timeout(limit_s):
-            while not await self.value(expression):
+            while not await self.value(f"{loaded} && ({expression})"):
                 await asyncio.sleep(0.05)
 
     async def screenshot(self) -> bytes:
