@@ -204,7 +204,7 @@ async def _chat_only(server: RunningServer, folder: Path) -> None:
 
 async def _give_key(server: RunningServer, folder: Path) -> None:
     async with opened(f"{server.url}/", folder / "profile") as tab:
-        await tab.until("document.readyState === 'complete' && !$('key').hidden")
+        await tab.until("!$('key').hidden")
         assert "authorization: missing" in await tab.value("$('state').textContent")
         await tab.value("$('key').value = 'secret'; 0")
         await tab.until("model === 'fake-model' && $('state').textContent === ''")
@@ -216,7 +216,7 @@ async def _visit(engine: FakeEngine, server: RunningServer, folder: Path) -> Non
     engine.segments = [segment(1, "prefill long", 2.0, 0.5), segment(2, "prefill b", 1.5, 0.3)]
     engine.decided = [decided(1.5, 1, 2)]
     async with opened(f"{server.url}/", folder / "profile") as tab:
-        await tab.until("document.readyState === 'complete' && model === 'fake-model'")
+        await tab.until("model === 'fake-model'")
         await tab.value("$('text').value = 'Hi'; send(); 0")
         await tab.until("reply === null && $('log').innerText.includes('Hello world')")
         await tab.until("$('classes').innerText.includes('8 ms')")
