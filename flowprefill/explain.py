@@ -172,7 +172,8 @@ def _ending(story: Story) -> Iterator[str]:
         )
     else:
         yield _line(story["total_ms"], f"Now it is {story['state']}.")
-    ran = f"waited {_time(story['queue_ms'])}, computed {_time(story['prefill_run_ms'])}"
+    ran = f"preprocessed {_time(story['preprocess_ms'])}, waited {_time(story['waiting_ms'])}"
+    ran += f", computed {_time(story['prefill_run_ms'])}"
     stood = f"suspended {_time(story['suspended_ms'])} in {story['preemptions']} times"
     blocked = story["blocking_ms"]
     blocking = "" if blocked is None else f"; from dispatch to first segment {_time(blocked)}"

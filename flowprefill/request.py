@@ -295,7 +295,7 @@ class Timings:
     ``queue + prefill_run + suspended`` is ``ttft`` up to the sampling of the first token.
 
     Attributes:
-        queue: submit to the first segment starting.
+        queue: submit to the first segment starting; `preprocess` and `waiting` are its parts.
         prefill_run: time its prefill's segments were executing.
         suspended: time its prefill was suspended.
         preemptions: how many times it was suspended.
@@ -306,6 +306,9 @@ class Timings:
         slo_met: whether TTFT (and mean time per output token, if asked for) were within the SLO;
             None without an objective.
         cached_tokens: prompt tokens found in the prefix cache.
+        preprocess: submit to the scheduler knowing of it: tokenising, compiling a grammar.
+        suspensions: when its prefill was told to suspend and when to go on, since submit; the
+            first ones.
     """
 
     queue: float
@@ -318,6 +321,13 @@ class Timings:
     mean_itl: float | None
     slo_met: bool | None
     cached_tokens: int
+    preprocess: float = 0.0
+    suspensions: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def waiting(self) -> float:
+        """The part of `queue` in which the scheduler, or the KV cache, served others."""
+        return max(self.queue - self.preprocess, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ class EngineCore:
                 raise InvalidRequest.field("id", request.id, "an id that no live request has")
             self._gate.check(self._worker.now_s(), request.request.tenant, request)
             self._gate.enter(request)
+            request.considered_s = self._worker.now_s()
             self._live[request.id] = request
             self._stories.arrived(request, request.arrival_s)
             self._memory.push(request)

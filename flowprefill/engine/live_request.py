@@ -58,6 +58,8 @@ class LiveRequest:
         predicted_s: predicted time of its prefill, nothing cached.
         is_demoted: admitted as best effort, since it was predicted late.
         is_queued: waits for its first token and counts as such in its tenant's share.
+        considered_s: when the scheduler, or the queue for KV blocks, first knew of it.
+        suspensions: see Timings; known at its end.
     """
 
     request: Request
@@ -81,6 +83,7 @@ class LiveRequest:
     error: FlowPrefillError | None = None
     tokens: list[Token] = field(default_factory=list)
     token_times_s: list[float] = field(default_factory=list)
+    considered_s: float | None = None
     queue_s: float | None = None
     prefill_run_s: float = 0.0
     suspended_s: float = 0.0
@@ -89,6 +92,7 @@ class LiveRequest:
     cancelled_at_s: float | None = None
     cancel_to_free_s: float | None = None
     blocking_s: float | None = None
+    suspensions: tuple[tuple[float, float], ...] = ()
 
     @property
     def id(self) -> str:
@@ -206,6 +210,8 @@ class LiveRequest:
             mean_itl=mean_itl,
             slo_met=self._slo_met(ttft, mean_itl),
             cached_tokens=self.cached_tokens,
+            preprocess=(now if self.considered_s is None else self.considered_s) - self.arrival_s,
+            suspensions=self.suspensions,
         )
 
     def _slo_met(self, ttft: float | None, mean_itl: float | None) -> bool | None:

@@ -169,6 +169,7 @@ class Stories:
         story = self._stories.get(request.id)
         if story is None or story.live is not request:
             return
+        request.suspensions = _suspensions(story, now)
         story.live = None
         story.end = End(
             now,
@@ -230,6 +231,8 @@ class Stories:
             "predicted_ttft_ms": _ms(timings.predicted_ttft),
             "ttft_ms": _ms(timings.ttft),
             "queue_ms": _ms(timings.queue),
+            "preprocess_ms": _ms(timings.preprocess),
+            "waiting_ms": _ms(timings.waiting),
             "prefill_run_ms": _ms(timings.prefill_run),
             "suspended_ms": _ms(timings.suspended),
             "preemptions": timings.preemptions,
@@ -262,6 +265,21 @@ def _entry(
     named = [job.id for job in work.jobs[: MAX_NAMES + 1] if job.id != own]
     count = len(work.jobs) - bool(own)
     return Entry(now, what, reason, "prefill", tuple(named[:MAX_NAMES]), count, preempted)
+
+
+def _suspensions(story: Story, now: float) -> tuple[tuple[float, float], ...]:
+    """Return when its prefill was suspended, as told in the entries; seconds since the arrival."""
+    found: list[tuple[float, float]] = []
+    since: float | None = None
+    for entry in story.entries:
+        if entry.what == "suspended":
+            since = entry.at_s
+        elif since is not None and entry.what in ("resumed", "started"):
+            found.append((since - story.arrival_s, entry.at_s - story.arrival_s))
+            since = None
+    if since is not None and not story.left_out:
+        found.append((since - story.arrival_s, now - story.arrival_s))
+    return tuple(found)
 
 
 def _timings(story: Story, now: float) -> Timings:

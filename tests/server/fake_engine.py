@@ -141,7 +141,8 @@ class FakeHandle:
         return Timings(
             queue=0.001, prefill_run=0.004, suspended=0.002, preemptions=1, ttft=ttft,
             predicted_ttft=0.005, total=0.02, mean_itl=0.001, slo_met=met,
-            cached_tokens=self.cached_tokens,
+            cached_tokens=self.cached_tokens, preprocess=0.00025,
+            suspensions=((0.003, 0.005),),
         )  # fmt: skip
 
     def cancel(self) -> None:

@@ -43,7 +43,7 @@ def test_line_tells_tokens_times_and_objective(
     (line,) = lines_of(caplog, 1)
     assert line == (
         "mine POST /v1/completions 200 total=T prompt=3 cached=0 output=12 queue=1.0ms "
-        "prefill=4.0ms suspended=2.0ms preemptions=1 ttft=8.0ms slo=met"
+        "waiting=0.8ms prefill=4.0ms suspended=2.0ms preemptions=1 ttft=8.0ms slo=met"
     )
 
 

@@ -187,6 +187,25 @@ def test_urgent_request_passes_a_running_long_one(server: RunningServer, engine:
     assert "flowprefill:preemptions_total" in server.get("/metrics").body.decode()
 
 
+def test_slow_tokenising_counts_as_preprocessing_not_as_waiting(
+    server: RunningServer, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = engine.tokenizer.encode
+
+    def slowly(text: str, add_special_tokens: bool = True) -> list[int]:
+        time.sleep(0.2)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(engine.tokenizer, "encode", slowly)
+    body = {"prompt": PROMPT, "max_tokens": 1, "return_metrics": True}
+    metrics = server.post("/v1/completions", body).json()["metrics"]
+    assert metrics["preprocess_time_ms"] >= 200
+    assert metrics["waiting_time_ms"] == pytest.approx(
+        metrics["queue_time_ms"] - metrics["preprocess_time_ms"], abs=0.01
+    )
+    assert metrics["waiting_time_ms"] < metrics["queue_time_ms"] - 199
+
+
 def test_explain_tells_what_happened_to_a_request(
     server: RunningServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

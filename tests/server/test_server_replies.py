@@ -176,6 +176,8 @@ def test_metrics_object_is_opt_in_by_field_or_header(server: RunningServer) -> N
     metrics = complete(server, return_metrics=True)["metrics"]
     assert metrics == {
         "queue_time_ms": 1.0,
+        "preprocess_time_ms": 0.25,
+        "waiting_time_ms": 0.75,
         "prefill_run_ms": 4.0,
         "suspended_ms": 2.0,
         "preemptions": 1,

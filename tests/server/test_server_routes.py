@@ -135,7 +135,8 @@ def test_timeline_is_a_chrome_trace(server: RunningServer, engine: FakeEngine) -
         Segment("decode of 1", "layer 0", 1.005, 1.006),
         Segment("decode of 2", "layer 0", 1.006, 1.007),
     ]
-    events = server.get("/debug/timeline").json()["traceEvents"]
+    trace = server.get("/debug/timeline").json()
+    events = trace["traceEvents"]
     rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     slices = [event for event in events if event["ph"] == "X"]
     assert [rows[event["tid"]] for event in slices] == [
@@ -145,7 +146,8 @@ def test_timeline_is_a_chrome_trace(server: RunningServer, engine: FakeEngine) -
         "decode",
         "decode",
     ]
-    assert slices[0]["ts"] == 1e6
+    assert (trace["otherData"]["origin_s"], slices[0]["ts"]) == (1, 0)
+    assert slices[1]["ts"] == slices[0]["dur"]
     assert slices[0]["dur"] == pytest.approx(2000)
     assert slices[0]["args"] == {"run": "prefill long", "predicted_ms": 1.5}
 
@@ -228,6 +230,9 @@ def test_metrics_of_ended_requests(start_server: StartServer) -> None:
     assert value(server, met, class_="chat", slo="tpot", met="false") == 1
     ttft = prefix + "time_to_first_token_seconds"
     assert value(server, ttft + "_sum", class_="chat") == pytest.approx(0.008)
+    for part, seconds in (("queue", 0.001), ("preprocess", 0.00025), ("waiting", 0.00075)):
+        name = f"{prefix}request_{part}_time_seconds_sum"
+        assert value(server, name, class_="chat") == pytest.approx(seconds)
     assert value(server, ttft + "_bucket", class_="chat", le="0.01") == 1
     assert value(server, ttft + "_bucket", class_="chat", le="0.005") == 0
     itl = prefix + "inter_token_latency_seconds_count"
@@ -294,7 +299,7 @@ def test_vllm_names_are_behind_their_option(start_server: StartServer, engine: F
         "vllm:time_to_first_token_seconds_bucket",
         "vllm:inter_token_latency_seconds_count",
         "vllm:e2e_request_latency_seconds_sum",
-        "vllm:request_queue_time_seconds_sum",
+        "vllm:request_queue_time_seconds_sum",  # in its scheduler's queue, as vLLM counts it
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",

@@ -75,6 +75,7 @@ def _of_choices(handles: Sequence[ServedHandle]) -> list[str]:
 def _of_timings(timings: Timings) -> list[str]:
     return [
         f"queue={_ms(timings.queue)}",
+        f"waiting={_ms(timings.waiting)}",
         f"prefill={_ms(timings.prefill_run)}",
         f"suspended={_ms(timings.suspended)}",
         f"preemptions={timings.preemptions}",

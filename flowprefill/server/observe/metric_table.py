@@ -144,7 +144,17 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _histogram(
         "request_queue_time_seconds",
-        "submission to the first segment",
+        "submission to the first segment: the next two together",
+        "class",
+    ),
+    _histogram(
+        "request_preprocess_time_seconds",
+        "submission to the scheduler knowing of the request: tokenising, compiling a grammar",
+        "class",
+    ),
+    _histogram(
+        "request_waiting_time_seconds",
+        "from then to the first segment: others were served, or the KV cache was full",
         "class",
         vllm="request_queue_time_seconds",
     ),

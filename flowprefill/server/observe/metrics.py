@@ -89,6 +89,8 @@ class ServerMetrics:
     def _see_timings(self, record: RequestRecord, group: dict[str, str]) -> None:
         timings = record.timings
         self._see("request_queue_time_seconds", timings.queue, **group)
+        self._see("request_preprocess_time_seconds", timings.preprocess, **group)
+        self._see("request_waiting_time_seconds", timings.waiting, **group)
         self._see("request_prefill_time_seconds", timings.prefill_run, **group)
         self._see("request_suspended_seconds", timings.suspended, **group)
         self._see("request_preemptions", float(timings.preemptions), **group)

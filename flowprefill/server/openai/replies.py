@@ -33,6 +33,8 @@ def metrics_object(timings: Timings, output_tokens: int) -> dict[str, Any]:
         rate = round((output_tokens - 1) / generation_s, 3)
     return {
         "queue_time_ms": _ms(timings.queue),
+        "preprocess_time_ms": _ms(timings.preprocess),
+        "waiting_time_ms": _ms(timings.waiting),
         "prefill_run_ms": _ms(timings.prefill_run),
         "suspended_ms": _ms(timings.suspended),
         "preemptions": timings.preemptions,

@@ -41,6 +41,8 @@ def test_who_was_suspended_for_whom_and_why_is_told_on_both_sides() -> None:
     assert suspended["reason"] == story_of(world, 1)["events"][0]["reason"]
     assert story["events"][2]["at_ms"] == pytest.approx(1100.0, abs=1.5)  # at a boundary
     assert story["suspended_ms"] == pytest.approx(100.0)
+    ((from_s, to_s),) = world.live[0].timings(world.worker.now).suspensions
+    assert (1e3 * from_s, 1e3 * to_s) == (story["events"][1]["at_ms"], story["events"][2]["at_ms"])
     assert story["ttft_ms"] == pytest.approx(2100.0)
     assert (story["state"], story["finish_reason"]) == ("ended", "length")
     other = story_of(world, 1)
@@ -61,6 +63,7 @@ def test_whom_a_request_waited_for_is_looked_up_when_asked() -> None:
     assert story["events"][0]["requests"] == [running.id]
     assert [one["requests"] for one in story["waited_for"]] == [[running.id], [urgent.id]]
     assert story["queue_ms"] == pytest.approx(1900.0, rel=0.01)
+    assert story["queue_ms"] == story["preprocess_ms"] + story["waiting_ms"]
     assert waiting.handle.result(0)
 
 
