@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowprefill.bench.mixed_round import LONG_RUN, Answer, Round
+from flowprefill.bench.mixed_round import LONG_RUN, Round
+from flowprefill.server.observe.trace_slices import TraceSlices, row_name
 
 Event = dict[str, Any]
 LONG_ROW, PACKED_ROW = 0, 1000  # rows are shown in this order; short prompts lie between
@@ -26,39 +27,25 @@ def write_trace(rounds: Sequence[Round], path: Path) -> None:
 
 
 def _events_of(one: Round, process: int) -> list[Event]:
-    start_s = one.long.submitted_s
-    events = [_named("process_name", f"granularity {one.granularity}", process, 0)]
+    slices = TraceSlices(one.long.submitted_s)
+    events = [row_name("process_name", f"granularity {one.granularity}", process, 0)]
     rows = {LONG_RUN: LONG_ROW}
-    events.append(_named("thread_name", "long prompt", process, LONG_ROW))
+    events.append(row_name("thread_name", "long prompt", process, LONG_ROW))
     for row, short in enumerate(one.shorts, start=1):
         rows[f"prefill {short.request_id}"] = row
-        events.append(_named("thread_name", short.request_id, process, row))
-        events.append(_waiting(short, start_s, process, row))
+        events.append(row_name("thread_name", short.request_id, process, row))
+        wait_s, details = (short.submitted_s, short.started_s), _ms("ttft_ms", short.ttft_s)
+        events.append(slices.slice((process, row), "waiting", wait_s, details))
     for segment in one.segments:
         row = rows.get(segment.run, PACKED_ROW)
-        event = _span(segment.segment, segment.start_s, segment.end_s, start_s)
         request = segment.run.removeprefix("prefill ")
-        details = {"request": request, "predicted_ms": round(segment.predicted_s * 1e3, 3)}
-        events.append(event | {"pid": process, "tid": row, "args": details})
+        details = {"request": request, **_ms("predicted_ms", segment.predicted_s)}
+        times_s = (segment.start_s, segment.end_s)
+        events.append(slices.slice((process, row), segment.segment, times_s, details))
     if any(segment.run not in rows for segment in one.segments):
-        events.append(_named("thread_name", "several short prompts", process, PACKED_ROW))
+        events.append(row_name("thread_name", "several short prompts", process, PACKED_ROW))
     return events
 
 
-def _waiting(short: Answer, start_s: float, process: int, row: int) -> Event:
-    details = {"ttft_ms": round(short.ttft_s * 1e3, 3)}
-    event = _span("waiting", short.submitted_s, short.started_s, start_s)
-    return event | {"pid": process, "tid": row, "args": details}
-
-
-def _span(name: str, begin_s: float, end_s: float, zero_s: float) -> Event:
-    return {
-        "name": name,
-        "ph": "X",
-        "ts": round((begin_s - zero_s) * 1e6, 1),
-        "dur": round(max(end_s - begin_s, 0.0) * 1e6, 1),
-    }
-
-
-def _named(kind: str, name: str, process: int, row: int) -> Event:
-    return {"name": kind, "ph": "M", "pid": process, "tid": row, "args": {"name": name}}
+def _ms(name: str, seconds: float) -> Event:
+    return {name: round(seconds * 1e3, 3)}

@@ -11,10 +11,10 @@ from aiohttp import web
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.errors import InvalidRequest
 from flowprefill.server.context import SERVER
+from flowprefill.server.observe.trace_slices import TraceSlices, row_name
 from flowprefill.server.openai.replies import long_json
 
 EXECUTOR_PROCESS = 1
-TICKS_PER_US = 8
 
 
 class UnknownRequest(InvalidRequest):
@@ -27,50 +27,22 @@ class UnknownRequest(InvalidRequest):
 def chrome_trace(entries: Sequence[TimelineEntry]) -> dict[str, Any]:
     """Return a trace for ui.perfetto.dev: one row per prefill, one for decoding.
 
-    Slices of a row follow each other and never overlap: viewers drop what does. They add start and
-    duration, after rounding each for itself to nanoseconds; so both are whole eighths of a
-    microsecond, which no rounding changes, and a slice that would begin before the last one's end,
-    by the clock's error, begins there. Times count from ``origin_s`` on the server's clock, so that
-    they stay exact after months.
+    Times count from ``origin_s`` on the server's clock.
     """
     rows: dict[str, int] = {}
     origin_s = math.floor(min((entry.start_s for entry in entries), default=0.0))
-    ends: dict[int, int] = {}  # of each row's last slice
-    events: list[dict[str, Any]] = []
+    slices, events = TraceSlices(origin_s), []
     for entry in entries:
         row = rows.setdefault(_row_name(entry.run), len(rows) + 1)
-        begin = max(_ticks(entry.start_s - origin_s), ends.get(row, 0))
-        end = ends[row] = max(_ticks(entry.end_s - origin_s), begin)
-        events.append(
-            {
-                "name": entry.segment,
-                "ph": "X",
-                "ts": begin / TICKS_PER_US,
-                "dur": (end - begin) / TICKS_PER_US,
-                "pid": EXECUTOR_PROCESS,
-                "tid": row,
-                "args": {"run": entry.run, "predicted_ms": entry.predicted_s * 1e3},
-            }
-        )
-    names = [
-        {
-            "name": "thread_name",
-            "ph": "M",
-            "pid": EXECUTOR_PROCESS,
-            "tid": row,
-            "args": {"name": run},
-        }
-        for run, row in rows.items()
-    ]
+        times_s = (entry.start_s, entry.end_s)
+        args = {"run": entry.run, "predicted_ms": entry.predicted_s * 1e3}
+        events.append(slices.slice((EXECUTOR_PROCESS, row), entry.segment, times_s, args))
+    names = [row_name("thread_name", run, EXECUTOR_PROCESS, row) for run, row in rows.items()]
     return {
         "displayTimeUnit": "ms",
         "otherData": {"origin_s": origin_s},
         "traceEvents": names + events,
     }
-
-
-def _ticks(seconds: float) -> int:
-    return round(seconds * 1e6 * TICKS_PER_US)
 
 
 def _row_name(run: str) -> str:

@@ -31,6 +31,15 @@ def test_trace_has_a_process_per_round_and_a_row_per_request(tmp_path: Path) -> 
     assert runs[0]["args"]["request"] == "long"
 
 
+@pytest.mark.parametrize("waits_s", [0.1234567891, 1 / 3, 0.00001234])
+def test_slices_of_one_row_touch_as_a_viewer_counts(tmp_path: Path, waits_s: float) -> None:
+    path = tmp_path / "trace.json"
+    write_trace([make_round("budget:2", waits_s)], path)
+    spans = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+    waiting, short = (e for e in spans if e["tid"] == 1)
+    assert int(waiting["ts"] * 1000.0) + int(waiting["dur"] * 1000.0) == int(short["ts"] * 1000.0)
+
+
 def test_merged_joins_what_touches() -> None:
     assert merged([(0, 1), (1.05, 2), (2.5, 3)], 0.1) == [(0, 2), (2.5, 3)]
     assert merged([], 1.0) == []
