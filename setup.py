@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,4 +111,16 @@ class CMakeBuild(build_ext):
             fresh.replace(target)  # never writes into a file that a running process has mapped
 
 
-setup(ext_modules=[Extension("flowprefill._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def description() -> str:
+    """Return the README for a page without files beside it: no pictures, links as their text."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n+", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
+setup(
+    ext_modules=[Extension("flowprefill._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

@@ -128,7 +128,7 @@ class Engine:
             Overloaded: too much waits, or it is predicted late and its class rejects it; says when
                 to come back.
             NotReady: the engine is closing, has failed, or is that of the process we are a fork of.
-            In each case nothing else is disturbed.
+                In each case nothing else is disturbed.
         """
         arrival_s = self._worker.now_s()
         if os.getpid() != self._process:
@@ -188,8 +188,8 @@ class Engine:
             text: as the setting ``granularity``.
 
         Raises:
-            ConfigError: it is not a granularity. RuntimeError: requests are live. Nothing has
-            changed then.
+            ConfigError: it is not a granularity.
+            RuntimeError: requests are live. Nothing has changed then.
         """
         granularity = Granularity.parse(text)
         self._core.set_max_blocking(granularity.max_blocking_s)

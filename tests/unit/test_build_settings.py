@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -122,3 +123,15 @@ def test_a_bad_setting_names_itself(tmp_path: Path, setting: str, words: str) ->
     status, said = configure(tmp_path / "build", f"-D{setting}")
     assert status != 0
     assert words in said
+
+
+def test_description_of_the_package_leads_to_no_file_of_the_repository(
+    setup_script: dict[str, Any],
+) -> None:
+    text, readme = setup_script["description"](), (ROOT / "README.md").read_text()
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    headings = re.findall(r"^#+ .*$", readme, re.MULTILINE)
+    assert re.findall(r"^#+ .*$", text, re.MULTILINE) == headings
+    assert "](docs/" in readme  # else the rule above would say nothing
+    assert "docs/scheduling.md" in text
