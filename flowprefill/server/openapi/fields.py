@@ -247,7 +247,7 @@ MEANINGS: Mapping[str, str] = {
     "previous_response_id": "Continue a reply that was made here and is still kept.",
     "store": "Keep the reply for `previous_response_id`.",
     "text": "What the text has to be.",
-    "text.format": "As `response_format`, the members of `json_schema` beside `type`.",
+    "text.format": "As `response_format`, the members of `json_schema` next to `type`.",
     "text.verbosity": "Accepted without effect.",
     "reasoning": "Accepted without effect.",
     "tokens": "The token ids to decode.",
