@@ -89,15 +89,17 @@ def answer_text(response: dict[str, Any]) -> str:
 
 
 def table(schema: Schema) -> list[str]:
-    """Return the table of an object's fields, those of inner objects with a dot."""
-    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    """Return the table of an object's fields, inner ones after a dot; without empty columns."""
+    cells = [["field", "type", "default", "meaning"]]
     for name, one, is_required in rows(schema):
         default = "required" if is_required else ""
         if "default" in one:
             default = f"`{json.dumps(one['default'])}`"
-        meaning = cell(one.get("description", ""))
-        lines.append(f"| `{name}` | {type_text(one)} | {default} | {meaning} |")
-    return lines
+        shown = "`<br>`.".join(name.split("."))
+        cells.append([f"`{shown}`", type_text(one), default, cell(one.get("description", ""))])
+    kept = [i for i in range(4) if i < 2 or any(line[i] for line in cells[1:])]
+    lines = ["| " + " | ".join(line[i] for i in kept) + " |" for line in cells]
+    return [lines[0], "|---" * len(kept) + "|", *lines[1:]]
 
 
 def rows(schema: Schema, prefix: str = "") -> Iterator[tuple[str, Schema, bool]]:
@@ -129,6 +131,8 @@ def type_text(schema: Schema) -> str:
         return f"[{name}](#{name.lower()})" if name != "Document" else "this document"
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(one)}`" for one in schema["enum"] if one is not None)
+    if "title" in schema:
+        return str(schema["title"])
     if "const" in schema:
         return f"`{json.dumps(schema['const'])}`"
     if "anyOf" in schema or "oneOf" in schema:

@@ -18,7 +18,7 @@ from flowprefill.server.responses.response_input import MAX_ITEMS, PART_TYPES
 
 Schema = dict[str, Any]
 
-TOKEN_ID: Schema = {"type": "integer", "minimum": 0}
+TOKEN_ID: Schema = {"title": "token id", "type": "integer", "minimum": 0}
 IDS: Schema = {"type": "array", "items": TOKEN_ID}
 TEXT: Schema = {"type": "string"}
 SOME_TEXT: Schema = {"type": "string", "minLength": 1}
