@@ -109,7 +109,9 @@ def test_the_models_sampling_defaults_can_be_switched_off(
     sampling = sampled(server, engine, CHAT)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
     assert sampling.max_tokens is None
-    with pytest.raises(ConfigError, match="generation_config: got 'vllm', expected one of auto, none"):
+    with pytest.raises(
+        ConfigError, match="generation_config: got 'vllm', expected one of auto, none"
+    ):
         ServerOptions(generation_config="vllm")
 
 

@@ -16,8 +16,10 @@ from flowprefill.errors import (
     RequestCancelled,
     RequestFailed,
 )
+from flowprefill.server.context import DebugOff
 from flowprefill.server.http.body_memory import TooManyBodies
 from flowprefill.server.http.errors import InternalError
+from flowprefill.server.http.guard import HostNotAllowed, OriginNotAllowed
 from flowprefill.server.http.incoming import BodyTooLarge, BodyTooSlow, UnsupportedCoding
 from flowprefill.server.observe.debug_routes import UnknownRequest
 from flowprefill.server.responses.response_store import ResponseNotFound
@@ -25,11 +27,11 @@ from flowprefill.server.tenants import Unauthorized
 
 Errors = tuple[type[FlowPrefillError], ...]
 
-_ANY: Errors = (InternalError,)
-_ENGINE: Errors = (NotReady, InternalError)
+_ANY: Errors = (HostNotAllowed, InternalError)
+_ENGINE: Errors = (HostNotAllowed, NotReady, InternalError)
 _BODY: Errors = (
-    InvalidRequest, ModelNotFound, BodyTooSlow, BodyTooLarge, UnsupportedCoding, NotReady,
-    TooManyBodies, InternalError,
+    InvalidRequest, HostNotAllowed, OriginNotAllowed, ModelNotFound, BodyTooSlow, BodyTooLarge,
+    UnsupportedCoding, NotReady, TooManyBodies, InternalError,
 )  # fmt: skip
 _GENERATION: Errors = (
     *_BODY, PromptTooLong, Unauthorized, Overloaded, RequestCancelled, RequestFailed,
@@ -72,7 +74,8 @@ def _generation(summary: str, reply: str, event: str, *more: type[FlowPrefillErr
 
 
 def _debug(summary: str, reply: str, *more: type[FlowPrefillError]) -> Operation:
-    return Operation(summary, reply, (*_ENGINE, *more), tag="Looking inside")
+    errors = (*_ENGINE, DebugOff, Unauthorized, *more)
+    return Operation(summary, reply, errors, has_key=True, tag="Looking inside")
 
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
@@ -118,10 +121,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "A page for a browser: a chat, and what the executor does.", "", media=HTML,
         tag="Looking inside",
     ),
-    ("GET", "/live"): Operation(
-        "What the page shows.", "Live", (*_ENGINE, Unauthorized), has_key=True,
-        tag="Looking inside",
-    ),
+    ("GET", "/live"): _debug("What the page shows.", "Live"),
     ("GET", "/debug/timeline"): _debug("What the executor ran, as a Chrome trace.", "Trace"),
     ("GET", "/debug/decisions"): _debug("The latest scheduling decisions.", "Decisions"),
     ("GET", "/debug/requests"): _debug("The last 100 requests in short.", "Requests"),
