@@ -9,8 +9,7 @@
 #include "fake_cudart.h"
 #include "plain_kernels.h"
 #ifdef FP_SIMT
-#include "../kernels/simt.h"
-#include "devices/cuda/kernels/attention_body.h"
+#include "../kernels/attention_on_host.h"
 #include "devices/cuda/kernels/rope_body.h"
 #include "devices/cuda/kernels/row_bodies.h"
 #include "devices/cuda/kernels/sample_body.h"
@@ -184,16 +183,11 @@ cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
   check(args);
-  return launch("attention", stream,
-                FP_KERNEL((simt::Grid{.x = args.num_tiles,
-                                      .y = args.kv_end - args.kv_begin,
-                                      .threads = 128,
-                                      .shared_bytes = attention_shared_bytes(args.head_dim)}),
-                          fake_kernels::attention(args),
-                          (args.head_dim == 64    ? attention_body<64>(t, args)
-                           : args.head_dim == 96  ? attention_body<96>(t, args)
-                           : args.head_dim == 128 ? attention_body<128>(t, args)
-                                                  : attention_body<256>(t, args))));
+#ifdef FP_SIMT
+  if (with_bodies())
+    return launch("attention", stream, [args] { simt::run_attention(args); });
+#endif
+  return launch("attention", stream, [args] { fake_kernels::attention(args); });
 }
 
 // Every tile computes the same here.

@@ -125,9 +125,10 @@ TEST_F(ModelPlanTest, live_bytes_are_what_the_operators_left_need) {
 TEST_F(ModelPlanTest, inputs_hold_the_batch_and_padding_elsewhere) {
   const ModelGraph graph = tiny_.graph();
   const std::vector<AttentionRows> attention = {{0, 8, 0}, {8, 16, 8}};
-  const PlanShape shape(graph, {.rows = 16, .tile_rows = 8, .sequences = 4}, 16, attention);
+  const AttentionRules rules(graph, 4, kBlockTokens);
+  const PlanShape shape(graph, {.rows = 16, .tile_rows = 8, .sequences = 4}, 16, rules, attention);
   Batch batch = batch_of({{2, {1, 2, 3}, {11, 12, 13, 14, 15}}, {3, {}, {21, 22, 23, 24, 25}}});
-  const std::vector<std::byte> bytes = batch_inputs(shape, batch, kBlockTokens, {});
+  const std::vector<std::byte> bytes = batch_inputs(shape, batch, {});
   ASSERT_EQ(bytes.size(), shape.inputs.bytes);
   const auto words = [&](size_t offset, size_t count) {
     std::vector<int32_t> out(count);
@@ -145,10 +146,74 @@ TEST_F(ModelPlanTest, inputs_hold_the_batch_and_padding_elsewhere) {
   EXPECT_EQ(words(shape.inputs.block_tables + 64, 3),
             (Words{batch.sequences[1].block_table[0], batch.sequences[1].block_table[1], 0}));
   // The second slice: rows 8 and 9, of the second sequence, at the start of the tile buffers.
-  ASSERT_EQ(shape.inputs.num_tiles[1], max_attention_tiles(8, 4, 2));
-  EXPECT_EQ(words(shape.inputs.tiles[1], 5), (Words{0, 3, 2, 0, 4}));
-  const size_t padding = static_cast<size_t>(shape.inputs.num_tiles[1]) - 1;
-  EXPECT_EQ(words(shape.inputs.tiles[1] + sizeof(AttentionTile), padding * 5), Words(padding * 5));
+  ASSERT_EQ(shape.inputs.attention[1].lists.size(), 1u);
+  const AttentionLists& lists = shape.inputs.attention[1].lists[0];
+  ASSERT_EQ(lists.num_tiles, max_attention_tiles(8, 4, 2)) << "64 keys are never split";
+  EXPECT_EQ(lists.num_merges, 0);
+  EXPECT_EQ(words(lists.tiles, 8), (Words{0, 3, 2, 0, 4, 0, 0, 0}));
+  const size_t padding = static_cast<size_t>(lists.num_tiles) - 1;
+  EXPECT_EQ(words(lists.tiles + sizeof(AttentionTile), padding * 8), Words(padding * 8));
+}
+
+// Random batches of long and short sequences, cut anywhere: each sequence's chunks are those of its
+// own sizes, whatever it is batched with; every launch's partial results fit; nothing is left out.
+TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
+  ModelGraph graph = tiny_.graph();
+  graph.attention = {.heads = 32, .kv_heads = 8, .head_dim = 128};
+  std::mt19937 random(5);
+  bool has_several = false;
+  for (int round = 0; round < 60; ++round) {
+    const AttentionRules rules(graph, 132, 16);
+    const bool is_many = round % 4 == 0;  // more partial results than one launch has room for
+    Batch batch;
+    for (uint32_t i = is_many ? 100 : random() % 6 + 1; i > 0; --i) {
+      const auto rows =
+          static_cast<int32_t>(is_many ? 80 : random() % (random() % 2 ? 2 : 300) + 1);
+      const auto context = static_cast<int32_t>(is_many ? 30000 : random() % 32000);
+      batch.sequences.push_back(
+          {.row_begin = batch.rows(), .rows = rows, .context = context, .block_table = {}});
+      batch.sequences.back().block_table.resize(static_cast<size_t>((context + rows) / 16 + 1));
+      batch.tokens.resize(batch.tokens.size() + static_cast<size_t>(rows));
+    }
+    const int32_t end = batch.rows();
+    const auto cut = static_cast<int32_t>(random() % static_cast<uint32_t>(end));
+    std::vector<AttentionRows> rows = {{cut, end, cut}};
+    if (cut > 0)
+      rows.insert(rows.begin(), {0, cut, 0});
+    const PlanSizes sizes{
+        .rows = end, .tile_rows = end, .sequences = batch.num_sequences() + round % 3};
+    const PlanShape shape(graph, sizes, 2048, rules, rows);
+    ASSERT_LE(shape.inputs.bytes, InputLayout::max_bytes(graph, sizes, 2048, rules));
+    const std::vector<std::byte> bytes = batch_inputs(shape, batch, {});
+    ASSERT_EQ(bytes.size(), shape.inputs.bytes);
+    const auto list = [&](size_t offset, int32_t count) {
+      std::vector<AttentionTile> out(static_cast<size_t>(count));
+      std::memcpy(out.data(), bytes.data() + offset, out.size() * sizeof(AttentionTile));
+      std::erase_if(out, [](const AttentionTile& tile) { return tile.sequence == 0; });
+      return out;
+    };
+    std::vector<int64_t> entries(batch.sequences.size());  // computed of all keys
+    for (const AttentionLaunches& launches : shape.inputs.attention) {
+      has_several |= launches.lists.size() > 1;
+      ASSERT_LE(rules.scratch_bytes(rules.needs(end, sizes.sequences, 2048)), size_t{257} << 20);
+      for (const AttentionLists& lists : launches.lists) {
+        const std::vector<AttentionTile> tiles = list(lists.tiles, lists.num_tiles);
+        ASSERT_EQ(list(lists.merges, lists.num_merges).size(), attention_merges(tiles).size());
+        for (const AttentionTile& tile : tiles) {
+          const auto of = static_cast<size_t>(tile.sequence) - 1;
+          const Sequence& s = batch.sequences[of];
+          ASSERT_EQ(tile.chunk_keys, rules.split.chunk_keys(s.rows, s.length()));
+          ASSERT_LE(tile.chunk_keys == 0 ? 0 : tile.partial + (tile.chunk + 1) * tile.entries,
+                    launches.partial_rows);
+          if (tile.chunk == 0)
+            entries[of] += std::min(kAttentionEntries, tile.entries - tile.entry);
+        }
+      }
+    }
+    for (size_t i = 0; i < entries.size(); ++i)
+      ASSERT_EQ(entries[i], batch.sequences[i].rows * 4);
+  }
+  EXPECT_TRUE(has_several);
 }
 
 TEST_F(ModelPlanTest, buckets_share_graphs_between_budgets_that_cut_alike) {

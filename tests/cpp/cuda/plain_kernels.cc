@@ -104,7 +104,8 @@ void rope_row(const RopeArgs<In>& args, int32_t row) {
   }
 }
 
-// One (row, query head) of a tile over the keys it sees.
+// One (row, query head) of a tile over the keys it sees. Chunks are not this reference's: the first
+// one stands for all keys.
 void attend(const AttentionArgs& args, const AttentionTile& tile, int32_t entry, int32_t kv_head) {
   const int32_t group = args.heads / args.kv_heads;
   const int32_t row = tile.row + entry / group;
@@ -252,7 +253,7 @@ void sample(const SampleArgs& args) {
 void attention(const AttentionArgs& args) {
   for (int32_t i = 0; i < args.num_tiles; ++i) {
     const AttentionTile& tile = args.tiles[i];
-    if (tile.sequence <= 0)
+    if (tile.sequence <= 0 || tile.chunk > 0)
       continue;
     const int32_t end = std::min(tile.entry + kAttentionEntries, tile.entries);
     for (int32_t entry = tile.entry; entry < end; ++entry) {

@@ -1,12 +1,14 @@
 // Index logic of the attention kernel without ATen: tiles, fragment maps, page walk.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <random>
 #include <set>
 
 #include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/attention_split.h"
 #include "devices/cuda/kernels/mma_layout.h"
 
 namespace flowprefill {
@@ -49,6 +51,89 @@ TEST(AttentionTiles, CoverEveryRowAndHeadOnceLongestFirst) {
   }
 }
 
+// (kv heads, heads per KV head) of models.
+constexpr std::pair<int32_t, int32_t> kHeads[] = {{8, 4}, {1, 8}, {2, 16}, {32, 1}, {5, 3}};
+
+// Every key that an entry sees lies in one tile of the entry, every partial row has one writer.
+TEST(AttentionSplit, ChunksCoverEveryKeyOnce) {
+  std::mt19937 random(4);
+  for (int round = 0; round < 300; ++round) {
+    const auto [kv_heads, group] = kHeads[random() % std::size(kHeads)];
+    const AttentionSplit split{132, group, kv_heads};
+    std::vector<AttentionSlice> slices;
+    int64_t partial_rows = 0;
+    int32_t rows = 0;
+    for (uint32_t i = random() % 4 + 1; i > 0; --i) {
+      const auto count = static_cast<int32_t>(random() % (random() % 2 == 0 ? 3 : 90) + 1);
+      const auto context = static_cast<int32_t>(random() % 9000);
+      slices.push_back({rows, count, context, static_cast<int32_t>(slices.size()),
+                        split.chunk_keys(count, context + count)});
+      rows += count;
+      partial_rows += partial_rows_of(slices.back(), group);
+    }
+    const auto tiles = attention_tiles(slices, group);
+    const auto count = static_cast<int32_t>(slices.size());
+    const AttentionNeeds needs = split.needs(rows, count, 9100);
+    EXPECT_LE(static_cast<int32_t>(tiles.size()), needs.num_tiles);
+    EXPECT_LE(static_cast<int32_t>(attention_merges(tiles).size()), needs.num_merges);
+    EXPECT_LE(partial_rows, needs.partial_rows);
+    std::map<std::pair<int32_t, int32_t>, int32_t> keys;  // of (row, head in group): seen so far
+    std::set<int64_t> written;
+    auto by_chunk = tiles;
+    std::ranges::sort(by_chunk, {}, &AttentionTile::chunk);
+    for (const AttentionTile& tile : by_chunk) {
+      for (int32_t e = tile.entry; e <= last_entry(tile); ++e) {
+        const int32_t end = tile.position + e / group + 1;
+        int32_t& before = keys[{tile.row + e / group, e % group}];
+        if (tile.chunk_keys == 0) {
+          before += end;
+          continue;
+        }
+        const int32_t begin = tile.chunk * tile.chunk_keys;
+        EXPECT_EQ(before, std::min(begin, end)) << "a chunk was left out";
+        before += std::max(0, std::min(end, begin + tile.chunk_keys) - begin);
+        const int64_t row = tile.partial + int64_t{tile.chunk} * tile.entries + e;
+        EXPECT_TRUE(written.insert(row).second);
+        EXPECT_LT(row, partial_rows);
+      }
+    }
+    EXPECT_EQ(keys.size(), static_cast<size_t>(rows * group));
+    for (const AttentionSlice& s : slices) {
+      for (int32_t i = 0; i < s.rows * group; ++i)
+        EXPECT_EQ((keys[{s.row + i / group, i % group}]), s.position + i / group + 1);
+    }
+  }
+}
+
+// Of an H100, an A100 and a B200: one sequence at 32k keys has a block for every multiprocessor.
+TEST(AttentionSplit, FewRowsOnALongContextFillTheCard) {
+  for (const int32_t units : {132, 108, 148}) {
+    for (const auto& [kv_heads, group] : kHeads) {
+      for (const int32_t rows : {1, 2, 16, 64}) {
+        const AttentionSplit split{units, group, kv_heads};
+        const std::vector<AttentionSlice> slice = {
+            {0, rows, 32768 - rows, 0, split.chunk_keys(rows, 32768)}};
+        const auto blocks = static_cast<int32_t>(attention_tiles(slice, group).size()) * kv_heads;
+        EXPECT_GE(blocks, units) << kv_heads << " KV heads, " << rows << " rows";
+      }
+    }
+  }
+}
+
+TEST(AttentionSplit, ManyRowsOrFewKeysAreNotSplit) {
+  const AttentionSplit split{132, 4, 8};
+  EXPECT_EQ(split.chunk_keys(2048, 131072), 0);
+  EXPECT_EQ(split.chunk_keys(272, 131072), 0) << "17 tiles of 8 KV heads are 136 blocks";
+  EXPECT_GT(split.chunk_keys(256, 131072), 0) << "16 are 128";
+  EXPECT_EQ(split.chunk_keys(1, 383), 0);
+  EXPECT_EQ(split.chunk_keys(1, 384), 192);
+  EXPECT_EQ((AttentionSplit{0, 4, 8}.chunk_keys(1, 131072)), 0) << "a device that is not known";
+  const AttentionNeeds short_ones = split.needs(64, 64, 383);
+  EXPECT_EQ(short_ones.num_merges, 0);
+  EXPECT_EQ(short_ones.partial_rows, 0);
+  EXPECT_EQ(short_ones.num_tiles, max_attention_tiles(64, 64, 4));
+}
+
 TEST(AttentionTiles, RefusesWhatNoKernelCanTake) {
   const auto message = [](const AttentionSlice& slice, int32_t group) -> std::string {
     try {
@@ -62,6 +147,8 @@ TEST(AttentionTiles, RefusesWhatNoKernelCanTake) {
   EXPECT_EQ(message({-1, 1, 0, 0}, 1), "row: got -1, expected at least 0");
   EXPECT_EQ(message({0, 1, -4, 0}, 1), "position: got -4, expected at least 0");
   EXPECT_EQ(message({0, 1, 0, -1}, 1), "sequence: got -1, expected at least 0");
+  EXPECT_EQ(message({0, 1, 0, 0, 100}, 1),
+            "chunk_keys: got 100, expected a multiple of 64 (0: not split)");
   EXPECT_EQ(message({0, 1, 0, 0}, 0), "heads_per_kv: got 0, expected at least 1");
   EXPECT_EQ(message({0, INT32_MAX, 0, 0}, 2),
             "rows: got 2147483647, expected rows times query heads per KV head below 2^31");

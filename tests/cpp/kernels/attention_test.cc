@@ -1,6 +1,6 @@
 // The attention kernel's body, run thread by thread, against ATen's scaled_dot_product_attention:
-// ragged batches, paged cache, grouped heads, windows, capped scores; and what must hold to the
-// bit.
+// ragged batches, paged cache, grouped heads, windows, capped scores, split keys; and what must
+// hold to the bit.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
@@ -9,8 +9,8 @@
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
-#include "devices/cuda/kernels/attention_body.h"
-#include "simt.h"
+#include "attention_on_host.h"
+#include "devices/cuda/kernels/attention_split.h"
 #include "tensors.h"
 
 namespace flowprefill {
@@ -106,26 +106,34 @@ struct Case {
     AttentionArgs a = args(tiles, out);
     a.kv_begin = kv_begin;
     a.kv_end = kv_end < 0 ? a.kv_heads : kv_end;
+    const std::vector<AttentionTile> merges = attention_merges(tiles);
+    const int64_t partial_rows = partial_rows_in(tiles);
+    const int32_t heads = a.kv_end - a.kv_begin;
+    const at::Tensor partials = nan_filled(
+        {static_cast<int64_t>(attention_partial_bytes(partial_rows, heads, a.head_dim)) / 4 + 4},
+        at::kFloat);
+    a.merges = merges.data();
+    a.num_merges = static_cast<int32_t>(merges.size());
+    a.num_blocks = 1 + static_cast<int32_t>(seed % 5);  // fewer than tiles, or more
+    a.partials = partials.data_ptr<float>();
+    a.partial_rows = static_cast<int32_t>(partial_rows);
     check(a);
-    simt::launch({.x = a.num_tiles,
-                  .y = a.kv_end - a.kv_begin,
-                  .threads = 128,
-                  .shared_bytes = attention_shared_bytes(a.head_dim),
-                  .seed = seed},
-                 [&](const simt::Thread& t) {
-                   switch (a.head_dim) {
-                     case 64:
-                       return attention_body<64>(t, a);
-                     case 96:
-                       return attention_body<96>(t, a);
-                     case 128:
-                       return attention_body<128>(t, a);
-                     default:
-                       return attention_body<256>(t, a);
-                   }
-                 });
+    simt::run_attention(a, seed);
+    EXPECT_EQ(count_finite(partials.slice(0, partials.numel() - 4)), 0) << "written beyond the end";
     return out;
   }
+
+  // Rows up to the last that any of the tiles writes.
+  static int64_t partial_rows_in(const std::vector<AttentionTile>& tiles) {
+    int64_t rows = 0;
+    for (const AttentionTile& t : tiles) {
+      if (t.chunk_keys > 0)
+        rows = std::max(rows, t.partial + int64_t{t.chunk + 1} * t.entries);
+    }
+    return rows;
+  }
+  // Splits the keys of sequence `i` into chunks of so many keys.
+  void split(size_t i, int32_t chunk_keys) { slices[i].chunk_keys = chunk_keys; }
   at::Tensor run(uint32_t seed) const {
     return run(attention_tiles(slices, shape.heads / shape.kv_heads), seed);
   }
@@ -183,6 +191,25 @@ TEST_P(Attention, IsAtensWithinRoundingOnRandomBatches) {
   expect_is_atens(c, c.run(GetParam()));
 }
 
+// Some sequences split, others not, as batches have them.
+TEST_P(Attention, OverSplitKeysIsAtensWithinRoundingOnRandomBatches) {
+  Random random(100 + GetParam());
+  const int32_t kv_heads = random.integer(1, 2);
+  Shape shape{.heads = kv_heads * random.integer(1, 5),
+              .kv_heads = kv_heads,
+              .head_dim = std::vector{64, 96, 128, 256}[GetParam() % 4],
+              .block_shift = random.integer(0, 7),
+              .window = random.coin() ? random.integer(1, 250) : 0,
+              .softcap = random.coin() ? 3.0f : 0.0f,
+              .sequences = {}};
+  for (int32_t i = random.integer(1, 3); i > 0; --i)
+    shape.sequences.push_back({random.integer(0, 400), random.integer(1, 20)});
+  Case c(shape, random);
+  for (size_t i = 0; i < c.slices.size(); ++i)
+    c.split(i, i > 0 && random.coin() ? 0 : 64 * random.integer(1, 3));
+  expect_is_atens(c, c.run(GetParam()));
+}
+
 INSTANTIATE_TEST_SUITE_P(Seeds, Attention, testing::Range(1u, 17u));
 
 TEST(AttentionEdges, LengthsAroundTheTileSizes) {
@@ -232,6 +259,31 @@ TEST(AttentionEdges, LargeScoresDoNotOverflow) {
   expect_is_atens(c, c.run(1));
 }
 
+// The last key of one chunk, and the first of the next, count once.
+TEST(AttentionEdges, EverySeenKeyCountsOnceAcrossChunks) {
+  Random random(16);
+  for (const int32_t window : {0, 1, 64, 100}) {
+    for (const int32_t context : {0, 1, 62, 63, 64, 126, 127, 128, 190, 191, 192}) {
+      Case c({.heads = 1, .window = window, .sequences = {{context, 3}}}, random);
+      c.split(0, 64);
+      c.q.zero_();
+      c.place(c.values, 0, at::arange(context + 3).view({1, -1, 1}).expand({1, -1, 64}));
+      const at::Tensor last = at::arange(context, context + 3).to(at::kDouble);
+      const at::Tensor first = window > 0 ? (last - window + 1).clamp_min(0) : at::zeros_like(last);
+      const at::Tensor want = ((first + last) / 2).view({3, 1, 1}).expand({3, 1, 64});
+      expect_close(c.run(1), want, kBf16Rounding, 1e-5);
+    }
+  }
+}
+
+TEST(AttentionEdges, LargeScoresDoNotOverflowAcrossChunks) {
+  Random random(17);
+  Case c({.sequences = {{200, 20}}}, random);
+  c.split(0, 64);
+  c.q.mul_(500.0);
+  expect_is_atens(c, c.run(1));
+}
+
 // Design: a slice, a batch or a preemption must not change a row's bits.
 TEST(AttentionBits, RowsDoNotDependOnSlicingOrBatch) {
   for (const auto& [dim, window, cap] :
@@ -250,6 +302,37 @@ TEST(AttentionBits, RowsDoNotDependOnSlicingOrBatch) {
       out.slice(0, begin, end).copy_(whole.run(attention_tiles(slice, 3), 2).slice(0, begin, end));
     }
     expect_equal(out.slice(0, 0, 90), want.slice(0, 0, 90));
+  }
+}
+
+// Of a sequence whose keys are split: wherever its rows and heads are cut, whatever it is batched
+// with, and however few blocks there are.
+TEST(AttentionBits, OverSplitKeysRowsDoNotDependOnSlicingBatchOrHeads) {
+  for (const auto& [dim, window] : {std::pair{64, 0}, {128, 150}, {256, 0}}) {
+    Random random(18);
+    Case c({.heads = 6,
+            .kv_heads = 2,
+            .head_dim = dim,
+            .window = window,
+            .sequences = {{217, 40}, {300, 1}, {0, 11}}},
+           random);
+    c.split(0, 128);
+    c.split(1, 64);
+    const at::Tensor want = c.run(1);
+    const at::Tensor out = nan_filled(c.q.sizes(), at::kBFloat16);
+    for (const auto& [begin, end] : {std::pair{0, 13}, {13, 14}, {14, 40}}) {
+      const std::vector<AttentionSlice> slice = {{begin, end - begin, 217 + begin, 0, 128}};
+      const std::vector<AttentionTile> tiles = attention_tiles(slice, 3);
+      out.slice(0, begin, end)
+          .slice(1, 0, 3)
+          .copy_(c.run(tiles, 2, 0, 1).slice(0, begin, end).slice(1, 0, 3));
+      out.slice(0, begin, end)
+          .slice(1, 3)
+          .copy_(c.run(tiles, 3, 1, 2).slice(0, begin, end).slice(1, 3));
+    }
+    expect_equal(out.slice(0, 0, 40), want.slice(0, 0, 40));
+    const std::vector<AttentionSlice> alone = {c.slices[1]};
+    expect_equal(c.run(attention_tiles(alone, 3), 4).slice(0, 40, 41), want.slice(0, 40, 41));
   }
 }
 

@@ -29,6 +29,7 @@ class Block;
 class Thread {
  public:
   int32_t index() const { return index_; }
+  void recompute() {}
   int32_t count() const;
   int32_t lane() const { return index_ % 32; }
   int32_t warp() const { return index_ / 32; }

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "device_test.h"
+#include "devices/cuda/kernels/attention_split.h"
 
 namespace flowprefill::testing {
 namespace {
@@ -79,7 +80,20 @@ class Attention : public DeviceTest {
     }
   }
 
-  void set_tiles(std::vector<AttentionTile> tiles) { tiles_ = &add("tiles", std::move(tiles)); }
+  void set_tiles(std::vector<AttentionTile> tiles) {
+    merges_ = attention_merges(tiles);
+    partial_rows_ = 0;
+    for (const AttentionTile& tile : tiles) {
+      if (tile.chunk_keys > 0)
+        partial_rows_ = std::max(partial_rows_, tile.partial + (tile.chunk + 1) * tile.entries);
+    }
+    tiles_ = &add("tiles", std::move(tiles));
+    if (merges_.empty())
+      return;
+    device_merges_ = &add("merges", merges_);
+    partials_ =
+        DeviceBuffer(attention_partial_bytes(partial_rows_, shape_.kv_heads, shape_.head_dim));
+  }
 
   AttentionArgs args(Place p) {
     return {.q = q_->at(p),
@@ -91,6 +105,11 @@ class Attention : public DeviceTest {
             .block_table_stride = table_stride_,
             .tiles = tiles_->at(p),
             .num_tiles = static_cast<int32_t>(tiles_->initial().size()),
+            .merges = merges_.empty() ? nullptr : device_merges_->at(p),
+            .num_merges = static_cast<int32_t>(merges_.size()),
+            .num_blocks = 7,  // so that some take several tiles
+            .partials = reinterpret_cast<float*>(partials_.get()),
+            .partial_rows = partial_rows_,
             .heads = shape_.heads,
             .kv_heads = shape_.kv_heads,
             .kv_end = shape_.kv_heads,
@@ -145,6 +164,10 @@ class Attention : public DeviceTest {
   Array<Bf16>* values_ = nullptr;
   Array<Bf16>* out_ = nullptr;  // the fifth operand
   Array<AttentionTile>* tiles_ = nullptr;
+  std::vector<AttentionTile> merges_;
+  Array<AttentionTile>* device_merges_ = nullptr;
+  DeviceBuffer partials_{0};
+  int32_t partial_rows_ = 0;
 };
 
 TEST_F(Attention, OfRaggedBatchesInEveryHeadSize) {
@@ -222,6 +245,46 @@ TEST_F(Attention, AGraphReadsTablesAndTilesAtEachReplay) {
   const auto plain = [&] { fake_kernels::attention(args(Place::kHost)); };
   expect_kernel(launch, plain);
   expect_after_change(launch, plain, [&] { tiles_->initial() = first; });
+}
+
+// Flash-decoding: some sequences split, one not.
+TEST_F(Attention, OverSplitKeys) {
+  for (const int32_t head_dim : {64, 96, 128, 256}) {
+    for (const int32_t window : {0, 150}) {
+      make({.heads = 6,
+            .kv_heads = 2,
+            .head_dim = head_dim,
+            .window = window,
+            .softcap = window > 0 ? 3.0f : 0.0f,
+            .parts = {{400, 1}, {13, 20}, {290, 25}}});
+      slices_[0].chunk_keys = 64;
+      slices_[2].chunk_keys = 128;
+      expect_is_plain();
+    }
+  }
+}
+
+TEST_F(Attention, OverSplitKeysRowsDoNotDependOnSlicesOrBatch) {
+  make({.heads = 3, .window = 200, .parts = {{237, 90}, {0, 11}}});
+  slices_[0].chunk_keys = 64;
+  const std::vector<Bf16> want = bits_of(slices_);
+  for (const auto& [begin, end] : {std::pair{0, 13}, {13, 14}, {14, 78}, {78, 90}}) {
+    const std::vector<AttentionSlice> slice = {{begin, end - begin, 237 + begin, 0, 64}};
+    const std::vector<Bf16> got = bits_of(slice);
+    EXPECT_TRUE(std::equal(got.begin() + begin * ld(), got.begin() + end * ld(),
+                           want.begin() + begin * ld()))
+        << "rows " << begin << " to " << end;
+  }
+}
+
+// As the backend splits them.
+TEST_F(Attention, OfOneRowOnALongContext) {
+  const int32_t context = kIsDouble ? 900 : 32767;
+  make({.heads = 8, .kv_heads = 2, .head_dim = 128, .parts = {{context, 1}}});
+  const AttentionSplit split{132, 4, 2};
+  slices_[0].chunk_keys = split.chunk_keys(1, context + 1);
+  ASSERT_GT(slices_[0].chunk_keys, 0);
+  expect_is_plain();
 }
 
 // A context that spans many tiles of keys.

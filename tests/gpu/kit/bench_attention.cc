@@ -3,6 +3,7 @@
 #include <numeric>
 #include <random>
 
+#include "devices/cuda/kernels/attention_split.h"
 #include "kernel_bench.h"
 
 namespace flowprefill {
@@ -19,12 +20,23 @@ constexpr Case kCases[] = {{"prefill 2k", 1, 0, 2048},           {"prefill 8k", 
                            {"decode 1 on 2k", 1, 2047, 1},       {"decode 1 on 32k", 1, 32767, 1},
                            {"decode 32 on 2k", 32, 2047, 1},     {"decode 64 on 8k", 64, 8191, 1}};
 
-std::vector<AttentionTile> tiles_of(const Case& one) {
+int multiprocessors() {
+  int count = 0;
+  FP_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
+  return count;
+}
+
+// chunk_keys: 0: the keys are not split.
+std::vector<AttentionSlice> slices_of(const Case& one, int32_t chunk_keys) {
   std::vector<AttentionSlice> slices;
-  for (int i = 0; i < one.sequences; ++i)
-    slices.push_back(
-        {.row = i * one.rows, .rows = one.rows, .position = one.context, .sequence = i});
-  return attention_tiles(slices, kHeads / kKv);
+  for (int i = 0; i < one.sequences; ++i) {
+    slices.push_back({.row = i * one.rows,
+                      .rows = one.rows,
+                      .position = one.context,
+                      .sequence = i,
+                      .chunk_keys = chunk_keys});
+  }
+  return slices;
 }
 
 // Blocks of the cache in no order, as a server has them after a while.
@@ -35,13 +47,34 @@ std::vector<int32_t> shuffled_blocks(int count) {
   return out;
 }
 
-void tell(const Case& one, double us) {
+void tell(const Case& one, const char* how, double us) {
   const double rows = one.rows, length = one.context + rows;
   const double pairs = one.sequences * (rows * one.context + rows * (rows + 1) / 2);
   const double kv_bytes = one.sequences * length * kKv * kDim * 4;
-  say("attention", one.name,
+  say("attention", std::string(one.name) + how,
       text("%.1f us\t%.1f TFLOP/s\t%.0f GB/s of KV read once", us,
            pairs * 4 * kHeads * kDim / us / 1e6, kv_bytes / us / 1e3));
+}
+
+void bench_tiles(const Case& one, const char* how, const std::vector<AttentionSlice>& slices,
+                 AttentionArgs args, cudaStream_t stream) {
+  constexpr int kGroup = kHeads / kKv;
+  const std::vector<AttentionTile> tiles = attention_tiles(slices, kGroup);
+  const std::vector<AttentionTile> merges = attention_merges(tiles);
+  int64_t rows = 0;
+  for (const AttentionSlice& slice : slices)
+    rows += partial_rows_of(slice, kGroup);
+  const DeviceBuffer tile_list = on_device(tiles), merge_list = on_device(merges);
+  const DeviceBuffer partials(attention_partial_bytes(rows, kKv, kDim));
+  const int units = multiprocessors() * AttentionSplit::kBlocksPerUnit;
+  args.tiles = as<const AttentionTile>(tile_list);
+  args.num_tiles = static_cast<int32_t>(tiles.size());
+  args.merges = as<const AttentionTile>(merge_list);
+  args.num_merges = static_cast<int32_t>(merges.size());
+  args.num_blocks = std::min(args.num_tiles, std::max(one.sequences, (units + kKv - 1) / kKv));
+  args.partials = as<float>(partials);
+  args.partial_rows = static_cast<int32_t>(rows);
+  tell(one, how, device_us([&](cudaStream_t s) { FP_CUDA(launch_attention(args, s)); }, stream, 5));
 }
 
 void bench_case(const Case& one, cudaStream_t stream) {
@@ -52,9 +85,7 @@ void bench_case(const Case& one, cudaStream_t stream) {
   const size_t q_elements = size_t(one.sequences) * size_t(one.rows) * kHeads * kDim;
   const DeviceBuffer q = random_halves(q_elements, 0.13f, 8), out(q.bytes());
   const DeviceBuffer tables = on_device(shuffled_blocks(blocks * one.sequences));
-  const std::vector<AttentionTile> tiles = tiles_of(one);
-  const DeviceBuffer tile_list = on_device(tiles);
-  const AttentionArgs args{
+  AttentionArgs args{
       .q = halves(q),
       .ld_q = kHeads * kDim,
       .out = halves(out),
@@ -62,13 +93,14 @@ void bench_case(const Case& one, cudaStream_t stream) {
       .cache = {halves(cache), halves(cache) + half, 2 * half, kDim, kBlockTokens * kDim, 4},
       .block_tables = as<const int32_t>(tables),
       .block_table_stride = blocks,
-      .tiles = as<const AttentionTile>(tile_list),
-      .num_tiles = static_cast<int32_t>(tiles.size()),
       .heads = kHeads,
       .kv_heads = kKv,
       .kv_end = kKv,
       .head_dim = kDim};
-  tell(one, device_us([&](cudaStream_t s) { FP_CUDA(launch_attention(args, s)); }, stream, 5));
+  const AttentionSplit split{multiprocessors(), kHeads / kKv, kKv};
+  bench_tiles(one, "", slices_of(one, 0), args, stream);
+  if (const int32_t chunk_keys = split.chunk_keys(one.rows, one.context + one.rows))
+    bench_tiles(one, ", keys split", slices_of(one, chunk_keys), args, stream);
 }
 
 }  // namespace

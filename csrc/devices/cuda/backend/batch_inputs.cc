@@ -27,8 +27,9 @@ class Writer {
   std::vector<std::byte>& bytes_;
 };
 
-// What of the sequences lies in the rows.
-std::vector<AttentionSlice> slices_in(const Batch& batch, const AttentionRows& rows) {
+// What of the sequences lies in the rows. Their keys are split by the sequences' own sizes.
+std::vector<AttentionSlice> slices_in(const Batch& batch, const AttentionRows& rows,
+                                      const AttentionSplit& split) {
   std::vector<AttentionSlice> slices;
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
     const Sequence& s = batch.sequences[i];
@@ -39,16 +40,36 @@ std::vector<AttentionSlice> slices_in(const Batch& batch, const AttentionRows& r
     slices.push_back({.row = begin - rows.base,
                       .rows = end - begin,
                       .position = s.context + begin - s.row_begin,
-                      .sequence = static_cast<int32_t>(i)});
+                      .sequence = static_cast<int32_t>(i),
+                      .chunk_keys = split.chunk_keys(s.rows, s.length())});
   }
   return slices;
 }
 
+// How many of the slices, from the first on, have room for their partial results in one launch.
+size_t slices_of_launch(std::span<const AttentionSlice> slices, int64_t room, int32_t group) {
+  size_t count = 0;
+  for (; count < slices.size(); ++count) {
+    room -= partial_rows_of(slices[count], group);
+    if (room < 0)
+      break;
+  }
+  return count;
+}
+
 void put_tiles(Writer& out, const PlanShape& shape, const Batch& batch) {
+  const int32_t group = shape.graph.attention.heads_per_kv();
   for (size_t i = 0; i < shape.attention.size(); ++i) {
-    const std::vector<AttentionTile> tiles =
-        attention_tiles(slices_in(batch, shape.attention[i]), shape.graph.attention.heads_per_kv());
-    out.put_all<AttentionTile>(shape.inputs.tiles[i], tiles);
+    const std::vector<AttentionSlice> all = slices_in(batch, shape.attention[i], shape.rules.split);
+    std::span<const AttentionSlice> rest = all;
+    const AttentionLaunches& launches = shape.inputs.attention[i];
+    for (const AttentionLists& lists : launches.lists) {
+      const size_t count = slices_of_launch(rest, launches.partial_rows, group);
+      const std::vector<AttentionTile> tiles = attention_tiles(rest.first(count), group);
+      out.put_all<AttentionTile>(lists.tiles, tiles);
+      out.put_all<AttentionTile>(lists.merges, attention_merges(tiles));
+      rest = rest.subspan(count);
+    }
   }
 }
 
@@ -76,7 +97,6 @@ int32_t longest_table(const Batch& batch, int32_t block_tokens) {
 }
 
 std::vector<std::byte> batch_inputs(const PlanShape& shape, const Batch& batch,
-                                    int32_t block_tokens,
                                     std::span<const SamplingParams> sampling) {
   const InputLayout& layout = shape.inputs;
   std::vector<std::byte> bytes(layout.bytes);
@@ -85,7 +105,7 @@ std::vector<std::byte> batch_inputs(const PlanShape& shape, const Batch& batch,
   for (size_t i = 0; i < static_cast<size_t>(shape.sizes().sequences); ++i)
     out.put(layout.last_rows, i, int32_t{-1});
   for (size_t i = 0; i < batch.sequences.size(); ++i)
-    put_sequence(out, layout, batch, i, block_tokens);
+    put_sequence(out, layout, batch, i, shape.rules.block_tokens);
   out.put_all(layout.sampling, sampling);
   put_tiles(out, shape, batch);
   return bytes;

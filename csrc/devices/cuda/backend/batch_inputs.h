@@ -19,6 +19,6 @@ int32_t longest_table(const Batch& batch, int32_t block_tokens);
 // Laid out by shape.inputs. Whatever the batch does not fill is zero, which kernels take as
 // padding; -1 in last_rows. The batch has been checked and fits shape.sizes().
 std::vector<std::byte> batch_inputs(const PlanShape& shape, const Batch& batch,
-                                    int32_t block_tokens, std::span<const SamplingParams> sampling);
+                                    std::span<const SamplingParams> sampling);
 
 }  // namespace flowprefill

@@ -29,6 +29,7 @@ std::shared_ptr<const ModelGraph> lowered(ModelGraph graph) {
 }
 
 GemmDevice gemm_device(int device) {
+  FP_CUDA(cudaSetDevice(device));
   cudaDeviceProp properties = {};
   FP_CUDA(cudaGetDeviceProperties(&properties, device));
   GemmDevice found{.compute_capability = properties.major * 10 + properties.minor,
@@ -44,11 +45,10 @@ GemmDevice gemm_device(int device) {
   return found;
 }
 
-std::unique_ptr<GemmSelector> selector_of(const CudaBackendOptions& options) {
-  FP_CUDA(cudaSetDevice(options.device));
-  return make_gemm_selector(
-      gemm_device(options.device),
-      {.cache_path = options.gemm_cache_path, .cublas_lt_libraries = options.cublas_lt_libraries});
+std::unique_ptr<GemmSelector> selector_of(const CudaBackendOptions& options,
+                                          const GemmDevice& device) {
+  return make_gemm_selector(device, {.cache_path = options.gemm_cache_path,
+                                     .cublas_lt_libraries = options.cublas_lt_libraries});
 }
 
 }  // namespace
@@ -58,13 +58,15 @@ struct CudaBackend::State {
   State(ModelGraph model, CudaBackendOptions model_options)
       : graph(lowered(std::move(model))),
         options(checked(std::move(model_options))),
-        gemms(selector_of(options)),
+        card(gemm_device(options.device)),
+        gemms(selector_of(options, card)),
         shared_weights(std::make_shared<DeviceWeights>(*graph, options.device)),
         weights(*shared_weights) {}
   State(const State& other, CudaBackendOptions model_options)
       : graph(other.graph),
         options(checked(other.shared_with(std::move(model_options)))),
-        gemms(selector_of(options)),
+        card(gemm_device(options.device)),
+        gemms(selector_of(options, card)),
         shared_weights(other.shared_weights),
         weights(*shared_weights),
         is_finished(true) {}
@@ -88,15 +90,21 @@ struct CudaBackend::State {
                           .tile_rows = options.max_tokens,
                           .sequences = options.max_sequences};
     const int32_t longest = std::max(options.max_context, options.max_tokens);
-    return {*graph, sizes, PlanBuilder::table_stride(longest, block_tokens), {}};
+    return {
+        *graph, sizes, PlanBuilder::table_stride(longest, block_tokens), rules(block_tokens), {}};
+  }
+
+  AttentionRules rules(int32_t block_tokens) const {
+    return {*graph, card.num_multiprocessors, block_tokens};
   }
 
   LaneOptions lane_options(int32_t block_tokens) const {
     const PlanShape shape = largest(block_tokens);
     return {.num_lanes = options.num_lanes,
             .lane_bytes = shape.lane.bytes(),
-            .input_bytes = InputLayout::max_bytes(*graph, shape.sizes(), shape.inputs.table_stride),
-            .scratch_bytes = scratch_bytes(*gemms, shape, weights),
+            .input_bytes = InputLayout::max_bytes(*graph, shape.sizes(), shape.inputs.table_stride,
+                                                  shape.rules),
+            .scratch_bytes = std::max(scratch_bytes(*gemms, shape, weights), shape.scratch_bytes()),
             .device_spill_bytes = options.device_spill_bytes};
   }
 
@@ -110,6 +118,7 @@ struct CudaBackend::State {
     kernels = std::make_unique<OperatorKernels>(weights, *cache, *gemms, lanes.scratch_bytes);
     PlanBuilderOptions plans{.max_sequences = options.max_sequences,
                              .block_tokens = layout.block_tokens,
+                             .multiprocessors = card.num_multiprocessors,
                              .cuts = options.cuts};
     if (options.has_graphs)
       plans.buckets = options.buckets;
@@ -159,6 +168,7 @@ struct CudaBackend::State {
 
   const std::shared_ptr<const ModelGraph> graph;
   const CudaBackendOptions options;
+  const GemmDevice card;
   const std::unique_ptr<GemmSelector> gemms;
   const std::shared_ptr<DeviceWeights> shared_weights;  // with models made from this one
   DeviceWeights& weights;
@@ -258,8 +268,7 @@ std::unique_ptr<ModelProgram> CudaBackend::make_program(Batch batch, const PlanO
   check(batch, state_->limits());
   check(program.sampling, batch.num_sequences());
   PlannedBatch planned = state_->builder->plan_for(batch, options);
-  std::vector<std::byte> inputs = batch_inputs(
-      *planned.plan->shape, batch, state_->cache->layout().block_tokens, program.sampling);
+  std::vector<std::byte> inputs = batch_inputs(*planned.plan->shape, batch, program.sampling);
   return std::make_unique<CudaModelProgram>(state_, state_->resources, std::move(planned), batch,
                                             std::move(inputs), program);
 }

@@ -247,10 +247,23 @@ void OperatorKernels::rope(const Call& call) const {
 }
 
 void OperatorKernels::attention(const Call& call) const {
+  const size_t index = call.shape.attention_index(call.step);
+  const AttentionLaunches& launches = call.shape.inputs.attention[index];
+  for (const AttentionLists& lists : launches.lists)
+    attention(call, lists, launches.partial_rows);
+}
+
+// Enough blocks for a tile each where keys are not split, and to fill the multiprocessors where
+// they are.
+void OperatorKernels::attention(const Call& call, const AttentionLists& lists,
+                                int32_t partial_rows) const {
   const Operator& op = call.op;
   const InputLayout& in = call.shape.inputs;
-  const size_t slice = call.shape.attention_index(call.step);
   const int32_t kv_heads = call.attention().kv_heads;
+  const int32_t kv_end = call.step.is_whole() ? kv_heads : call.step.part_end;
+  const int32_t units = call.shape.rules.split.multiprocessors * AttentionSplit::kBlocksPerUnit;
+  const int32_t heads = kv_end - call.step.part_begin;
+  const int32_t blocks = std::max(lists.num_whole, (units + heads - 1) / heads);
   // Tiles count their rows from the step's base.
   FP_CUDA(launch_attention({.q = call.row<Bf16>(op.input, call.step.base),
                             .ld_q = call.stride(op.input),
@@ -259,12 +272,17 @@ void OperatorKernels::attention(const Call& call) const {
                             .cache = cache_.layer(op.layer),
                             .block_tables = call.input<int32_t>(in.block_tables),
                             .block_table_stride = in.table_stride,
-                            .tiles = call.input<AttentionTile>(in.tiles[slice]),
-                            .num_tiles = in.num_tiles[slice],
+                            .tiles = call.input<AttentionTile>(lists.tiles),
+                            .num_tiles = lists.num_tiles,
+                            .merges = call.input<AttentionTile>(lists.merges),
+                            .num_merges = lists.num_merges,
+                            .num_blocks = std::min(lists.num_tiles, blocks),
+                            .partials = reinterpret_cast<float*>(call.args.scratch),
+                            .partial_rows = partial_rows,
                             .heads = call.attention().heads,
                             .kv_heads = kv_heads,
                             .kv_begin = call.step.part_begin,
-                            .kv_end = call.step.is_whole() ? kv_heads : call.step.part_end,
+                            .kv_end = kv_end,
                             .head_dim = call.attention().head_dim,
                             .window = op.window,
                             .softcap = static_cast<float>(kLog2E * op.softcap)},

@@ -51,6 +51,7 @@ class OperatorKernels {
   void round(const Call& call) const;
   void rope(const Call& call) const;
   void attention(const Call& call) const;
+  void attention(const Call& call, const AttentionLists& lists, int32_t partial_rows) const;
   void sample(const Call& call) const;
 
   const DeviceWeights& weights_;

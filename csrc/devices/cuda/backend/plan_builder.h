@@ -39,6 +39,7 @@ struct PlanBuilderOptions {
   std::vector<int32_t> buckets = {};  // ascending; empty: every plan is of exact size
   int32_t max_sequences = 0;
   int32_t block_tokens = 0;
+  int32_t multiprocessors = 0;
   CutRules cuts = {};
   GraphPolicy policy = {};
 };

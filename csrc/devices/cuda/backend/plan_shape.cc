@@ -11,6 +11,8 @@ namespace flowprefill {
 namespace {
 
 constexpr size_t kAlignment = 256;
+constexpr int64_t kPartialBytes = int64_t{256}
+                                  << 20;  // of one launch, unless one sequence has more
 
 // Gives out one place after another.
 class Arena {
@@ -36,6 +38,13 @@ size_t different_windows(const ModelGraph& graph) {
   return windows.size();
 }
 
+// Each tile of a chunk has partial results of its own, of a whole row's entries at least, or of 64.
+int32_t tiles_of_launch(const AttentionNeeds& needs, int32_t whole, const AttentionRules& rules) {
+  const int32_t entries = std::min(rules.split.heads_per_kv, kAttentionEntries / 2);
+  const int64_t chunks = rules.partial_rows(needs) / entries;
+  return static_cast<int32_t>(std::min<int64_t>(needs.num_tiles, whole + chunks));
+}
+
 }  // namespace
 
 LayoutRules lane_rules(const ModelGraph& graph) {
@@ -44,8 +53,41 @@ LayoutRules lane_rules(const ModelGraph& graph) {
           .logits_stride = static_cast<int32_t>(padded_to_8(graph.vocab_size))};
 }
 
-InputLayout::InputLayout(const ModelGraph& graph, const PlanSizes& sizes, int32_t stride,
-                         const std::vector<AttentionRows>& attention)
+AttentionRules::AttentionRules(const ModelGraph& graph, int32_t multiprocessors,
+                               int32_t tokens_per_block)
+    : split{.multiprocessors = multiprocessors,
+            .heads_per_kv = graph.attention.heads_per_kv(),
+            .kv_heads = graph.attention.kv_heads},
+      head_dim(graph.attention.head_dim),
+      block_tokens(tokens_per_block) {}
+
+AttentionNeeds AttentionRules::needs(int32_t rows, int32_t sequences, int32_t table_stride) const {
+  const int64_t keys = int64_t{table_stride} * block_tokens;
+  return split.needs(rows, sequences, static_cast<int32_t>(std::min<int64_t>(keys, INT32_MAX)));
+}
+
+int64_t AttentionRules::partial_rows(const AttentionNeeds& needs) const {
+  const auto row_bytes = static_cast<int64_t>(attention_partial_bytes(1, split.kv_heads, head_dim));
+  return std::min(needs.partial_rows,
+                  std::max(kPartialBytes / row_bytes, 2 * needs.rows_of_sequence));
+}
+
+// A launch ends where the next sequence does not fit, so each but the last is filled but for less
+// than one sequence's rows.
+int32_t AttentionRules::num_launches(const AttentionNeeds& needs) const {
+  const int64_t room = partial_rows(needs);
+  if (needs.partial_rows <= room)
+    return 1;
+  const int64_t filled = room - needs.rows_of_sequence;
+  return static_cast<int32_t>((needs.partial_rows + filled - 1) / filled);
+}
+
+size_t AttentionRules::scratch_bytes(const AttentionNeeds& needs) const {
+  return attention_partial_bytes(partial_rows(needs), split.kv_heads, head_dim);
+}
+
+InputLayout::InputLayout(const PlanSizes& sizes, int32_t stride, const AttentionRules& rules,
+                         const std::vector<AttentionRows>& all_rows)
     : table_stride(stride) {
   Arena block;
   tokens = block.take(sizes.rows, sizeof(int32_t));
@@ -55,30 +97,54 @@ InputLayout::InputLayout(const ModelGraph& graph, const PlanSizes& sizes, int32_
   block_tables = block.take(int64_t{sizes.sequences} * stride, sizeof(int32_t));
   sampling = block.take(sizes.sequences, sizeof(SamplingParams));
   bytes = block.end();
-  for (const AttentionRows& rows : attention) {
-    num_tiles.push_back(max_attention_tiles(rows.end - rows.begin, sizes.sequences,
-                                            graph.attention.heads_per_kv()));
-    tiles.push_back(bytes);
-    bytes += static_cast<size_t>(num_tiles.back()) * sizeof(AttentionTile);
+  const auto take = [this](int32_t count) {
+    const size_t place = bytes;
+    bytes += static_cast<size_t>(count) * sizeof(AttentionTile);
+    return place;
+  };
+  for (const AttentionRows& rows : all_rows) {
+    const int32_t count = rows.end - rows.begin;
+    const AttentionNeeds needs = rules.needs(count, sizes.sequences, stride);
+    AttentionLaunches launches{.lists = {},
+                               .partial_rows = static_cast<int32_t>(rules.partial_rows(needs))};
+    const int32_t whole = max_attention_tiles(count, sizes.sequences, rules.split.heads_per_kv);
+    for (int32_t i = 0; i < rules.num_launches(needs); ++i) {
+      const int32_t num_tiles = tiles_of_launch(needs, whole, rules);
+      launches.lists.push_back({.tiles = take(num_tiles),
+                                .merges = take(needs.num_merges),
+                                .num_tiles = num_tiles,
+                                .num_merges = needs.num_merges,
+                                .num_whole = whole});
+    }
+    attention.push_back(std::move(launches));
   }
 }
 
-// Slices have at least one row each and leave at most one tile per row unfilled; layers of one
-// window have the same slices.
-size_t InputLayout::max_bytes(const ModelGraph& graph, const PlanSizes& sizes,
-                              int32_t table_stride) {
-  const size_t without_tiles = InputLayout(graph, sizes, table_stride, {}).bytes;
+// Layers of one window have the same slices. Those have at least one row each, leave at most one
+// tile per row unfilled, and a row alone has the most chunks. The lists of several launches are at
+// most three times as long together as that of one: see num_launches() and tiles_of_launch().
+size_t InputLayout::max_bytes(const ModelGraph& graph, const PlanSizes& sizes, int32_t table_stride,
+                              const AttentionRules& rules) {
+  const size_t without_lists = InputLayout(sizes, table_stride, rules, {}).bytes;
+  const AttentionNeeds all = rules.needs(sizes.rows, sizes.sequences, table_stride);
+  const int64_t launches = rules.num_launches(all);
   const int64_t entries = int64_t{sizes.rows} * graph.attention.heads_per_kv();
-  const auto tiles = static_cast<size_t>(entries / kAttentionEntries + sizes.rows);
-  return without_tiles + different_windows(graph) * tiles * sizeof(AttentionTile);
+  const int64_t whole = entries / kAttentionEntries + sizes.rows;
+  const int64_t chunks = sizes.rows * int64_t{rules.needs(1, 1, table_stride).num_tiles};
+  const int64_t merges = all.num_merges == 0 ? 0 : whole;
+  const auto tiles =
+      static_cast<size_t>(launches * (whole + merges) + std::min<int64_t>(launches, 3) * chunks);
+  return without_lists + different_windows(graph) * tiles * sizeof(AttentionTile);
 }
 
 PlanShape::PlanShape(const ModelGraph& model, const PlanSizes& sizes, int32_t table_stride,
+                     const AttentionRules& attention_rules,
                      std::vector<AttentionRows> attention_rows)
     : graph(model),
+      rules(attention_rules),
       attention(std::move(attention_rows)),
       lane(model, lane_rules(model), sizes),
-      inputs(model, sizes, table_stride, attention) {}
+      inputs(sizes, table_stride, rules, attention) {}
 
 size_t PlanShape::attention_index(const Step& step) const {
   const AttentionRows rows{.begin = step.row_begin, .end = step.row_end, .base = step.base};

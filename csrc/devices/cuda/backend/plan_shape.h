@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "devices/cuda/kernels/attention_split.h"
 #include "graph/layout.h"
 #include "graph/model_graph.h"
 
@@ -28,37 +29,78 @@ constexpr int64_t padded_to_8(int64_t count) {
 // How a graph's activations lie in a lane.
 LayoutRules lane_rules(const ModelGraph& graph);
 
+// How a model's attention is cut on a device: into chunks of keys, and into launches whose partial
+// results fit the scratch.
+struct AttentionRules {
+  // multiprocessors: of the device; 0: keys are not split.
+  AttentionRules(const ModelGraph& graph, int32_t multiprocessors, int32_t block_tokens);
+
+  // Of `rows` rows of a batch with block tables of table_stride blocks.
+  AttentionNeeds needs(int32_t rows, int32_t sequences, int32_t table_stride) const;
+  // Launches that share these among them, so that each has at most partial_rows().
+  int32_t num_launches(const AttentionNeeds& needs) const;
+  // Rows of partial results of one launch.
+  int64_t partial_rows(const AttentionNeeds& needs) const;
+  // Scratch of partial results of one launch.
+  size_t scratch_bytes(const AttentionNeeds& needs) const;
+
+  AttentionSplit split = {};
+  int32_t head_dim = 0;
+  int32_t block_tokens = 0;
+};
+
+// The lists of one launch of attention: offsets into the inputs block, and counts that are the same
+// in every run: the rest is padding.
+struct AttentionLists {
+  size_t tiles = 0;   // AttentionTile [num_tiles]
+  size_t merges = 0;  // AttentionTile [num_merges]
+  int32_t num_tiles = 0;
+  int32_t num_merges = 0;
+  int32_t num_whole = 0;  // tiles there are without chunks, at most
+};
+
+// The launches of one AttentionRows.
+struct AttentionLaunches {
+  std::vector<AttentionLists> lists;
+  int32_t partial_rows = 0;  // of each
+};
+
 // Bytes of the inputs block; all int32 but for `sampling`.
 struct InputLayout {
   // table_stride: KV blocks of a sequence's block table.
-  InputLayout(const ModelGraph& graph, const PlanSizes& sizes, int32_t table_stride,
+  InputLayout(const PlanSizes& sizes, int32_t table_stride, const AttentionRules& rules,
               const std::vector<AttentionRows>& attention);
 
   int32_t table_stride = 0;
-  size_t tokens = 0;               // [rows]
-  size_t sequences = 0;            // [rows] 1 + row of the block tables, 0: padding
-  size_t positions = 0;            // [rows]
-  size_t last_rows = 0;            // [sequences] a sequence's last row, -1: padding
-  size_t block_tables = 0;         // [sequences, table_stride]
-  size_t sampling = 0;             // SamplingParams [sequences]
-  std::vector<size_t> tiles;       // of each AttentionRows: AttentionTile [num_tiles]
-  std::vector<int32_t> num_tiles;  // that many in every run: the rest is padding
+  size_t tokens = 0;                         // [rows]
+  size_t sequences = 0;                      // [rows] 1 + row of the block tables, 0: padding
+  size_t positions = 0;                      // [rows]
+  size_t last_rows = 0;                      // [sequences] a sequence's last row, -1: padding
+  size_t block_tables = 0;                   // [sequences, table_stride]
+  size_t sampling = 0;                       // SamplingParams [sequences]
+  std::vector<AttentionLaunches> attention;  // of each AttentionRows
   size_t bytes = 0;
 
   // At least `bytes` of any plan of these sizes or smaller ones, whatever its slices.
-  static size_t max_bytes(const ModelGraph& graph, const PlanSizes& sizes, int32_t table_stride);
+  static size_t max_bytes(const ModelGraph& graph, const PlanSizes& sizes, int32_t table_stride,
+                          const AttentionRules& rules);
 };
 
 struct PlanShape {
   // graph: lives as long as this.
   PlanShape(const ModelGraph& graph, const PlanSizes& sizes, int32_t table_stride,
-            std::vector<AttentionRows> attention);
+            const AttentionRules& rules, std::vector<AttentionRows> attention);
 
   const PlanSizes& sizes() const { return lane.sizes(); }
-  // Index into attention, inputs.tiles and inputs.num_tiles.
+  // Scratch of attention over any of its rows.
+  size_t scratch_bytes() const {
+    return rules.scratch_bytes(rules.needs(sizes().rows, sizes().sequences, inputs.table_stride));
+  }
+  // Index into attention and inputs.attention.
   size_t attention_index(const Step& step) const;
 
   const ModelGraph& graph;
+  const AttentionRules rules;
   const std::vector<AttentionRows> attention;  // sorted
   const Layout lane;
   const InputLayout inputs;

@@ -1,6 +1,7 @@
 #include "devices/cuda/kernels/attention_args.h"
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 
 #include "devices/cuda/kernels/expect.h"
@@ -8,41 +9,80 @@
 namespace flowprefill {
 namespace {
 
-// Keys up to the tile's last entry.
-int32_t key_end(const AttentionTile& tile, int32_t heads_per_kv) {
+// Keys that the tile's last entry sees, of the tile's chunk.
+int32_t num_keys(const AttentionTile& tile, int32_t heads_per_kv) {
   const int32_t last = std::min(tile.entry + kAttentionEntries, tile.entries) - 1;
-  return tile.position + last / heads_per_kv + 1;
+  const int32_t end = tile.position + last / heads_per_kv + 1;
+  return tile.chunk_keys == 0 ? end : std::min(tile.chunk_keys, end - tile.chunk * tile.chunk_keys);
+}
+
+// Chunks of the keys up to the last row's.
+int32_t num_chunks(const AttentionSlice& slice) {
+  const int32_t keys = slice.position + slice.rows;
+  return slice.chunk_keys == 0 ? 1 : (keys + slice.chunk_keys - 1) / slice.chunk_keys;
+}
+
+// The tiles of 64 entries from `entry` on, one for each chunk of keys that they see.
+void add_tiles(std::vector<AttentionTile>& tiles, const AttentionSlice& slice, int32_t entry,
+               int32_t heads_per_kv, int32_t partial) {
+  AttentionTile tile{.row = slice.row,
+                     .position = slice.position,
+                     .sequence = slice.sequence + 1,
+                     .entry = entry,
+                     .entries = slice.rows * heads_per_kv,
+                     .chunk_keys = slice.chunk_keys,
+                     .partial = slice.chunk_keys == 0 ? 0 : partial};
+  for (; tile.chunk < num_chunks(slice) && num_keys(tile, heads_per_kv) > 0; ++tile.chunk)
+    tiles.push_back(tile);
 }
 
 }  // namespace
+
+int64_t partial_rows_of(const AttentionSlice& slice, int32_t heads_per_kv) {
+  return slice.chunk_keys == 0 ? 0 : int64_t{slice.rows} * heads_per_kv * num_chunks(slice);
+}
+
+size_t attention_partial_bytes(int64_t partial_rows, int32_t kv_heads, int32_t head_dim) {
+  return static_cast<size_t>(partial_rows) * static_cast<size_t>(kv_heads) *
+         static_cast<size_t>(head_dim + 2) * sizeof(float);
+}
 
 std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slices,
                                            int32_t heads_per_kv) {
   expect(heads_per_kv >= 1, "heads_per_kv", heads_per_kv, "at least 1");
   std::vector<AttentionTile> tiles;
+  int64_t partial = 0;
   for (const AttentionSlice& slice : slices) {
     expect(slice.rows >= 1, "rows", slice.rows, "at least 1");
     expect(slice.row >= 0, "row", slice.row, "at least 0");
     expect(slice.position >= 0, "position", slice.position, "at least 0");
     expect(slice.sequence >= 0, "sequence", slice.sequence, "at least 0");
+    expect(slice.chunk_keys >= 0 && slice.chunk_keys % kChunkStep == 0, "chunk_keys",
+           slice.chunk_keys, "a multiple of 64 (0: not split)");
     const int64_t entries = int64_t{slice.rows} * heads_per_kv;
     expect(entries <= INT32_MAX - kAttentionEntries, "rows", slice.rows,
            "rows times query heads per KV head below 2^31");
-    for (int64_t entry = 0; entry < entries; entry += kAttentionEntries) {
-      tiles.push_back({.row = slice.row,
-                       .position = slice.position,
-                       .sequence = slice.sequence + 1,
-                       .entry = static_cast<int32_t>(entry),
-                       .entries = static_cast<int32_t>(entries)});
-    }
+    for (int64_t entry = 0; entry < entries; entry += kAttentionEntries)
+      add_tiles(tiles, slice, static_cast<int32_t>(entry), heads_per_kv,
+                static_cast<int32_t>(partial));
+    partial += partial_rows_of(slice, heads_per_kv);
+    expect(partial <= INT32_MAX, "partial rows", partial, "at most 2^31 - 1");
   }
   std::sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
     const auto rank = [&](const AttentionTile& tile) {
-      return std::tuple(-key_end(tile, heads_per_kv), tile.row, tile.entry);
+      return std::tuple(-num_keys(tile, heads_per_kv), tile.row, tile.entry, tile.chunk);
     };
     return rank(a) < rank(b);
   });
   return tiles;
+}
+
+std::vector<AttentionTile> attention_merges(std::span<const AttentionTile> tiles) {
+  std::vector<AttentionTile> merges;
+  std::ranges::copy_if(tiles, std::back_inserter(merges), [](const AttentionTile& tile) {
+    return tile.chunk_keys > 0 && tile.chunk == 0;
+  });
+  return merges;
 }
 
 int32_t max_attention_tiles(int32_t rows, int32_t sequences, int32_t heads_per_kv) {
@@ -69,6 +109,13 @@ void check(const AttentionArgs& args) {
   expect(args.kv_begin >= 0 && args.kv_begin < args.kv_end && args.kv_end <= args.kv_heads,
          "kv_end", args.kv_end, "more than kv_begin, at most kv_heads");
   expect(args.num_tiles >= 1, "num_tiles", args.num_tiles, "at least 1");
+  expect(args.num_merges >= 0, "num_merges", args.num_merges, "at least 0 (0: no chunks)");
+  if (args.num_merges > 0) {
+    expect(args.num_blocks >= 1, "num_blocks", args.num_blocks, "at least 1");
+    expect(args.partial_rows >= 1, "partial_rows", args.partial_rows, "at least 1");
+    expect(args.partials != nullptr, "partials", 0, "an address");
+    expect_aligned("partials", args.partials);
+  }
   expect(args.window >= 0, "window", args.window, "at least 0 (0: all keys)");
   expect(args.softcap >= 0, "softcap", static_cast<int64_t>(args.softcap), "at least 0 (0: none)");
   expect(args.ld_q % 8 == 0 && args.ld_out % 8 == 0, "ld_q, ld_out", args.ld_q | args.ld_out,

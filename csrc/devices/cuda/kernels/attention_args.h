@@ -1,5 +1,6 @@
 // AttentionArgs, AttentionTile: causal attention of ragged rows over the paged KV cache, cut into
 // tiles. Tiles are made on the host per run (attention_tiles), uploaded, and read by the kernel.
+// Where few rows have many keys, the keys are split into chunks too (attention_split.h).
 #pragma once
 
 #include <cstddef>
@@ -12,6 +13,7 @@
 namespace flowprefill {
 
 constexpr int32_t kAttentionEntries = 64;  // (row, query head) pairs of one tile
+constexpr int32_t kChunkStep = 64;         // chunks are whole steps of keys of every kernel
 
 // Keys that a tile takes at once: fewer where its output fills the registers. Such a tile keeps its
 // queries in shared memory for the same reason.
@@ -24,20 +26,24 @@ constexpr bool shares_queries(int32_t head_dim) {
 
 // Rows of one sequence that attend together: all of a slice's new rows.
 struct AttentionSlice {
-  int32_t row;       // first row, index into q and out
-  int32_t rows;      // at least 1
-  int32_t position;  // of the first row in its sequence
-  int32_t sequence;  // row of the block tables
+  int32_t row;             // first row, index into q and out
+  int32_t rows;            // at least 1
+  int32_t position;        // of the first row in its sequence
+  int32_t sequence;        // row of the block tables
+  int32_t chunk_keys = 0;  // of AttentionSplit; 0: the keys are not split
 };
 
 // One block's work for one KV head. The entries of a slice are its (row, query head of the group)
 // pairs in that order, so that short slices and single rows fill a tile as well as long ones do.
 struct AttentionTile {
-  int32_t row;       // of the slice
-  int32_t position;  // of the slice
-  int32_t sequence;  // 1 + row of the block tables; 0: nothing to do (padding of the list)
-  int32_t entry;     // first entry
-  int32_t entries;   // of the whole slice: where the last tile ends
+  int32_t row;             // of the slice
+  int32_t position;        // of the slice
+  int32_t sequence;        // 1 + row of the block tables; 0: nothing to do (padding of the list)
+  int32_t entry;           // first entry
+  int32_t entries;         // of the whole slice: where the last tile ends
+  int32_t chunk_keys = 0;  // 0: all keys; else those of one chunk, from chunk * chunk_keys on
+  int32_t chunk = 0;
+  int32_t partial = 0;  // the slice's first row of the partial results: one per chunk and entry
 };
 
 struct AttentionArgs {
@@ -50,6 +56,12 @@ struct AttentionArgs {
   int64_t block_table_stride = 0;
   const AttentionTile* tiles = nullptr;  // [num_tiles]
   int32_t num_tiles = 0;
+  // What follows is for tiles with chunks; num_merges 0: there are none.
+  const AttentionTile* merges = nullptr;  // [num_merges] of attention_merges()
+  int32_t num_merges = 0;
+  int32_t num_blocks = 0;     // of threads, per KV head, that share the tiles
+  float* partials = nullptr;  // attention_partial_bytes()
+  int32_t partial_rows = 0;   // that the partials have room for
   int32_t heads = 0;
   int32_t kv_heads = 0;  // a divisor of heads
   int32_t kv_begin = 0;  // KV heads [kv_begin, kv_end) and their query heads are computed
@@ -63,6 +75,17 @@ struct AttentionArgs {
 // (the last blocks of a launch should be short ones). Throws std::invalid_argument for bad slices.
 std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slices,
                                            int32_t heads_per_kv);
+
+// Of these tiles, the first chunk of each 64 entries: what the partial results are merged by.
+std::vector<AttentionTile> attention_merges(std::span<const AttentionTile> tiles);
+
+// Rows of partial results that a slice takes.
+int64_t partial_rows_of(const AttentionSlice& slice, int32_t heads_per_kv);
+
+// Of the partial results of some KV heads: per row and query head's entry the output, not yet
+// divided by its sum [partial_rows, kv_heads, head_dim], then maximum and sum of the exponentials
+// [partial_rows, kv_heads, 2], all float.
+size_t attention_partial_bytes(int64_t partial_rows, int32_t kv_heads, int32_t head_dim);
 
 // Most tiles that `rows` rows of at most `sequences` sequences can need: what a captured graph's
 // tile list is padded to.

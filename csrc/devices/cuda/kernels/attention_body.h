@@ -8,9 +8,14 @@
 //
 // Key tiles start at multiples of their size of the position, so a row's result has the same bits
 // however its prompt is sliced or batched: tiles in which it may see nothing change nothing.
+//
+// Where keys are split (flash-decoding), a block takes tiles of one chunk of the keys in turn and
+// writes maximum, sum and output of its chunk as float; attention_merge_body.h puts them together.
+// Chunks start at multiples of their size of the position, for the same reason.
 #pragma once
 
 #include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/attention_merge_body.h"
 #include "devices/cuda/kernels/mma_layout.h"
 #include "devices/cuda/kernels/thread.h"
 
@@ -21,19 +26,32 @@ namespace flowprefill {
 template <int kDim>
 constexpr int32_t kSharedStride = kDim + 8;
 
-template <int kDim, class Thread>
+template <int kDim, bool kSplits, class Thread>
 class AttentionBody {
  public:
-  FP_HD AttentionBody(const Thread& t, const AttentionArgs& args)
-      : t_(t), args_(args), tile_(args.tiles[t.block_x()]), group_(args.heads / args.kv_heads) {}
+  // index: of the tile.
+  FP_HD AttentionBody(const Thread& t, const AttentionArgs& args, int32_t index)
+      : t_(t),
+        args_(args),
+        index_(index),
+        tile_(args.tiles[index]),
+        group_(args.heads / args.kv_heads) {}
 
+  // The tile is no padding.
   FP_HD void run() {
-    if (tile_.sequence <= 0)
-      return;
-    load_queries();
     const int32_t last = smaller(tile_.entry + kAttentionEntries, tile_.entries) - 1;
-    const int32_t end = position_of(last) + 1;
-    const int32_t begin = first_key() / kKeys * kKeys;
+    int32_t end = position_of(last) + 1;
+    int32_t begin = first_key();
+    if constexpr (kSplits) {
+      if (tile_.chunk_keys > 0) {
+        begin = larger(begin, tile_.chunk * tile_.chunk_keys);
+        end = smaller(end, (tile_.chunk + 1) * tile_.chunk_keys);
+        if (begin >= end)  // the chunk lies before the window
+          return;
+      }
+    }
+    begin = begin / kKeys * kKeys;
+    load_queries();
     copy(args_.cache.keys, keys(), begin, end);
     for (int32_t key = begin; key < end; key += kKeys) {
       t_.wait_for_copies();
@@ -49,7 +67,7 @@ class AttentionBody {
         copy(args_.cache.keys, keys(), key + kKeys, end);
       multiply_values();
     }
-    store_output();
+    store();
   }
 
  private:
@@ -139,7 +157,7 @@ class AttentionBody {
     }
   }
 
-  FP_HD void store_output() {
+  FP_HD void store() {
     FP_UNROLL for (int half = 0; half < 2; ++half) {
       float sum = sums_[half];
       sum += t_.shuffle_xor(sum, 1);
@@ -147,13 +165,32 @@ class AttentionBody {
       const int32_t e = entry(half);
       if (e >= tile_.entries)
         continue;
-      const float scale = 1.0f / sum;
-      Bf16* out = args_.out + offset_of(e, args_.ld_out) + c_column(t_.lane(), 0);
-      FP_UNROLL for (int n = 0; n < kOutColumns; ++n) {
-        const float* o = out_[n] + 2 * half;
-        *reinterpret_cast<uint32_t*>(out + n * 8) = pack_bf16(o[0] * scale, o[1] * scale);
-      }
+      // Read again: registers are scarce while keys are multiplied.
+      if (kSplits && args_.tiles[index_].chunk_keys > 0)
+        store_partial(half, e, sum);
+      else
+        store_output(half, e, 1.0f / sum);
     }
+  }
+
+  FP_HD void store_output(int half, int32_t e, float scale) {
+    Bf16* out = args_.out + offset_of(e, args_.ld_out) + c_column(t_.lane(), 0);
+    FP_UNROLL for (int n = 0; n < kOutColumns; ++n) {
+      const float* o = out_[n] + 2 * half;
+      *reinterpret_cast<uint32_t*>(out + n * 8) = pack_bf16(o[0] * scale, o[1] * scale);
+    }
+  }
+
+  FP_HD void store_partial(int half, int32_t e, float sum) {
+    const AttentionTile& tile = args_.tiles[index_];
+    const AttentionPartial<kDim> partial(args_, tile, tile.chunk, e, t_.block_y());
+    FP_UNROLL for (int n = 0; n < kOutColumns; ++n) {
+      const float* o = out_[n] + 2 * half;
+      *reinterpret_cast<Vec<float, 2>*>(partial.out + n * 8 + c_column(t_.lane(), 0)) = {o[0],
+                                                                                         o[1]};
+    }
+    if (t_.lane() % 4 == 0)
+      *reinterpret_cast<Vec<float, 2>*>(partial.peak_and_sum) = {peaks_[half], sum};
   }
 
   // ---- products
@@ -268,6 +305,7 @@ class AttentionBody {
 
   const Thread& t_;
   const AttentionArgs& args_;
+  const int32_t index_;
   const AttentionTile tile_;
   const int32_t group_;
   uint32_t queries_[kSharesQueries ? 1 : kDepthSteps][4];
@@ -277,10 +315,24 @@ class AttentionBody {
   float sums_[2] = {};
 };
 
-// block_x(): tile; block_y(): KV head, from kv_begin on; 128 threads.
+// block_x(): tile; block_y(): KV head, from kv_begin on; 128 threads. No tile has chunks.
 template <int kDim, class Thread>
 FP_HD void attention_body(const Thread& t, const AttentionArgs& args) {
-  AttentionBody<kDim, Thread>(t, args).run();
+  if (args.tiles[t.block_x()].sequence > 0)
+    AttentionBody<kDim, false, Thread>(t, args, t.block_x()).run();
+}
+
+// block_x(): of args.num_blocks, which take the tiles in turn: a graph's list has room for far more
+// chunks than most batches have, and blocks for all of them would cost more than the attention.
+// Padding comes last. Else as attention_body().
+template <int kDim, class Thread>
+FP_HD void attention_split_body(Thread t, const AttentionArgs& args) {
+  for (int32_t i = t.block_x(); i < args.num_tiles; i += args.num_blocks) {
+    if (args.tiles[i].sequence <= 0)
+      return;
+    t.recompute();
+    AttentionBody<kDim, true, Thread>(t, args, i).run();
+  }
 }
 
 }  // namespace flowprefill

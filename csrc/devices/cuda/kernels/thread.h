@@ -18,9 +18,12 @@ namespace flowprefill {
 class DeviceThread {
  public:
   // `shared`: the block's dynamic shared memory.
-  FP_HD explicit DeviceThread(unsigned char* shared) : shared_(shared) {}
+  FP_HD explicit DeviceThread(unsigned char* shared)
+      : index_(FP_DEVICE_ONLY(static_cast<int32_t>(threadIdx.x) +) 0), shared_(shared) {}
 
-  FP_HD int32_t index() const { return FP_DEVICE_ONLY(static_cast<int32_t>(threadIdx.x) +) 0; }
+  FP_HD int32_t index() const { return index_; }
+  // Keeps the compiler from holding what follows from index() in registers across this call.
+  FP_HD void recompute() { FP_DEVICE_ONLY(asm volatile("" : "+r"(index_));) }
   FP_HD int32_t count() const { return FP_DEVICE_ONLY(static_cast<int32_t>(blockDim.x) +) 0; }
   FP_HD int32_t lane() const { return index() % 32; }
   FP_HD int32_t warp() const { return index() / 32; }
@@ -98,6 +101,7 @@ class DeviceThread {
     return out;
   }
 
+  int32_t index_;
   unsigned char* shared_;
 };
 

@@ -1,0 +1,67 @@
+// Body of the kernel that merges the partial results of attention over split keys, and where those
+// lie. Called by attention.cu on the device, by tests/cpp/kernels on the host.
+#pragma once
+
+#include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/thread.h"
+
+namespace flowprefill {
+
+// The partial result of one entry of a tile's slice over one chunk, for one KV head of the launch.
+template <int kDim>
+struct AttentionPartial {
+  FP_HD AttentionPartial(const AttentionArgs& args, const AttentionTile& tile, int32_t chunk,
+                         int32_t entry, int32_t head) {
+    const int64_t heads = args.kv_end - args.kv_begin;
+    const int64_t row = tile.partial + int64_t{chunk} * tile.entries + entry;
+    out = args.partials + (row * heads + head) * kDim;
+    peak_and_sum = args.partials + args.partial_rows * heads * kDim + (row * heads + head) * 2;
+  }
+
+  float* out;  // [kDim]
+  float* peak_and_sum;
+};
+
+// One entry's output: sums over its chunks in ascending order, each scaled to the largest maximum.
+// Which chunks there are depends on the entry's own position and window, and every one of them
+// holds a key that the entry sees. 32 lanes; lane i takes dimensions i, i + 32, ...
+template <int kDim, class Thread>
+FP_HD void merge_entry(const Thread& t, const AttentionArgs& args, const AttentionTile& tile,
+                       int32_t entry) {
+  constexpr int kColumns = kDim / 32;
+  const int32_t group = args.heads / args.kv_heads;
+  const int32_t position = tile.position + entry / group;
+  const int32_t first_key = args.window > 0 ? larger(0, position - args.window + 1) : 0;
+  const int32_t begin = first_key / tile.chunk_keys;
+  const int32_t end = position / tile.chunk_keys + 1;
+  float peak = minus_infinity();
+  for (int32_t chunk = begin; chunk < end; ++chunk) {
+    const float other = *AttentionPartial<kDim>(args, tile, chunk, entry, t.block_y()).peak_and_sum;
+    peak = other > peak ? other : peak;
+  }
+  float out[kColumns] = {};
+  float sum = 0.0f;
+  for (int32_t chunk = begin; chunk < end; ++chunk) {
+    const AttentionPartial<kDim> partial(args, tile, chunk, entry, t.block_y());
+    const float scale = exp2_of(partial.peak_and_sum[0] - peak);
+    sum += partial.peak_and_sum[1] * scale;
+    FP_UNROLL for (int i = 0; i < kColumns; ++i) out[i] += partial.out[t.lane() + 32 * i] * scale;
+  }
+  const int32_t head = (args.kv_begin + t.block_y()) * group + entry % group;
+  Bf16* to = args.out + (tile.row + entry / group) * args.ld_out + int64_t{head} * kDim;
+  const float inverse = 1.0f / sum;
+  FP_UNROLL for (int i = 0; i < kColumns; ++i) store(out[i] * inverse, to + t.lane() + 32 * i);
+}
+
+// block_x(): one of args.merges; block_y(): KV head, from kv_begin on; a warp per entry in turn.
+template <int kDim, class Thread>
+FP_HD void attention_merge_body(const Thread& t, const AttentionArgs& args) {
+  const AttentionTile& tile = args.merges[t.block_x()];
+  if (tile.sequence <= 0)
+    return;
+  const int32_t end = smaller(tile.entry + kAttentionEntries, tile.entries);
+  for (int32_t entry = tile.entry + t.warp(); entry < end; entry += t.count() / 32)
+    merge_entry<kDim>(t, args, tile, entry);
+}
+
+}  // namespace flowprefill
