@@ -25,6 +25,11 @@ from flowprefill.server.http.guard import Guard, guard_middleware
 from flowprefill.server.http.tls import tls_context
 from flowprefill.server.observe import debug_routes, page_routes
 from flowprefill.server.observe.metrics import ServerMetrics
+from flowprefill.server.observe.telemetry import (
+    TELEMETRY,
+    open_telemetry,
+    telemetry_middleware,
+)
 from flowprefill.server.openai import models_routes, tokens_routes
 from flowprefill.server.openai.chat import chat_completions
 from flowprefill.server.openai.completions import completions
@@ -59,11 +64,18 @@ def create_app(
     """
     options = options or ServerOptions()
     logs = [access_log_middleware] if options.log_requests else []
-    app = web.Application(middlewares=[*logs, error_middleware, guard_middleware, cors_middleware])
+    telemetry = open_telemetry(options)
+    spans = [] if telemetry is None else [telemetry_middleware]
+    app = web.Application(
+        middlewares=[*logs, *spans, error_middleware, guard_middleware, cors_middleware]
+    )
     app.on_response_prepare.append(add_cors_headers)
     metrics = ServerMetrics(vllm_names=options.vllm_metrics)
     guard = Guard(options.allowed_hosts, options.allowed_origins)
     app[SERVER] = ServerContext(engine, options, metrics, ConnectionTable(options), guard)
+    if telemetry is not None:
+        app[TELEMETRY] = telemetry
+        app[SERVER].on_attach(telemetry)
     app.add_routes(
         [
             web.post("/v1/completions", completions),
@@ -166,6 +178,9 @@ class Server:
             self._listening.close()
         await self._runner.cleanup()
         context.end_threads()
+        telemetry = self.app.get(TELEMETRY)
+        if telemetry is not None:
+            await asyncio.to_thread(telemetry.close)
 
 
 async def _until_set(event: asyncio.Event) -> bool:

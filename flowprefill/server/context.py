@@ -22,6 +22,7 @@ from flowprefill.server.tenants import Tenants
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
+    from flowprefill.engine.records import EngineObserver
     from flowprefill.server.http.connections import ConnectionTable
     from flowprefill.server.http.guard import Guard
     from flowprefill.server.observe.metrics import ServerMetrics
@@ -70,6 +71,7 @@ class ServerContext:
         self._idle = asyncio.Event()
         self._idle.set()
         self._engine: ServedEngine | None = None
+        self._observers: list[EngineObserver] = []
         self.fingerprint = ""
         if engine is not None:
             self.attach(engine)
@@ -83,6 +85,14 @@ class ServerContext:
         self.metrics.observe(engine)
         if self.options.page:
             engine.subscribe(self.live)
+        for observer in self._observers:
+            engine.subscribe(observer)
+
+    def on_attach(self, observer: EngineObserver) -> None:
+        """Have an observer told what the engine does, also if it is attached later."""
+        self._observers.append(observer)
+        if self._engine is not None:
+            self._engine.subscribe(observer)
 
     @property
     def attached_engine(self) -> ServedEngine | None:

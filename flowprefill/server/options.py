@@ -14,11 +14,12 @@ from flowprefill.server.openai.tool_parsers import TOOL_PARSERS
 from flowprefill.server.tenants import Tenants
 
 MAX_CONNECTIONS = 1 << 20
-SECRET = ("tenants", "api_keys")  # settings that hold keys
+SECRET = ("tenants", "api_keys", "otlp_endpoint")  # settings that hold keys
 _FLAGS = (
     "vllm_metrics", "log_requests", "page", "client_slo", "client_priority"
 )  # fmt: skip
 _HOST = re.compile(r"[\w.-]+|\[?[0-9a-f:.]+\]?|\*", re.IGNORECASE)
+_URL = re.compile(r"https?://[^/\s]+(/\S*)?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
@@ -99,6 +100,11 @@ class ServerOptions:
         "names by which clients may call the server besides localhost and loopback addresses, or "
         "'*' for any; empty is none on a loopback address, any elsewhere",
     )
+    otlp_endpoint: str = _option(
+        "",
+        "URL of an OpenTelemetry collector (OTLP over HTTP) for traces and metrics, e.g. "
+        "http://localhost:4318; empty: the OTEL_* variables decide",
+    )
     ssl_certfile: str = _option("", "PEM file of the server's certificate chain; empty is no TLS")
     ssl_keyfile: str = _option("", "PEM file of its private key; empty: it is in ssl_certfile")
     ssl_ca_certs: str = _option(
@@ -155,6 +161,9 @@ class ServerOptions:
         for origin in self.allowed_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 self._refuse("allowed_origins", origin, "an origin, SCHEME://HOST[:PORT], or '*'")
+        url: object = self.otlp_endpoint
+        if not isinstance(url, str) or (url and not _URL.fullmatch(url)):
+            self._refuse("otlp_endpoint", url, "http://HOST[:PORT][/PATH], https too, or ''")
         for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
             path: object = getattr(self, name)
             if not isinstance(path, str) or "\0" in path:

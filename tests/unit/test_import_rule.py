@@ -40,7 +40,7 @@ PYTHON_LAYERS = {
     "policies": _layer("scheduling"),
     "models": _layer("models", "torch numpy safetensors tokenizers jinja2 gguf"),
     "engine": _layer("engine scheduling models _core _cuda", "torch numpy llguidance"),
-    "server": _layer("server engine models", "aiohttp prometheus_client"),
+    "server": _layer("server engine models", "aiohttp prometheus_client opentelemetry"),
     "traces": _layer("traces"),
     "explain": _layer(),
     "argument_parser": _layer(),

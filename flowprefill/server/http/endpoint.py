@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from aiohttp import web
+
 from flowprefill.request import Completion, FinishReason, Request, Token
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle, ServedTokenizer
 from flowprefill.server.http.body import Body
@@ -106,7 +108,10 @@ class Endpoint(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One HTTP request whose choices are submitted; handles are in choice order."""
+    """One HTTP request whose choices are submitted; handles are in choice order.
+
+    ``submitted_s`` is when the first choice was, on the monotonic clock.
+    """
 
     endpoint: Endpoint
     order: GenerationOrder
@@ -114,6 +119,7 @@ class Generation:
     engine: ServedEngine
     handles: list[ServedHandle]
     echo_texts: tuple[str, ...]
+    submitted_s: float = 0.0
 
     def echo_text(self, choice: int) -> str:
         """Return what comes before the generated text of one choice."""
@@ -142,3 +148,7 @@ class Generation:
         ]
         several = {"choice_metrics": each} if len(each) > 1 else {}
         return {"metrics": each[0], **several}
+
+
+# Set once a request's choices are submitted, for the telemetry.
+GENERATION = web.RequestKey("generation", Generation)

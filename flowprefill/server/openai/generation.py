@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from flowprefill.request import Completion, Request
 from flowprefill.server.context import HANDLES, REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.http.body import Body, parse_json_object
-from flowprefill.server.http.endpoint import Endpoint, Generation, GenerationOrder
+from flowprefill.server.http.endpoint import GENERATION, Endpoint, Generation, GenerationOrder
 from flowprefill.server.http.incoming import json_body
 from flowprefill.server.openai.openai_schema import SchemaContext
 from flowprefill.server.openai.replies import Envelope, long_json, new_reply_id, usage_object
@@ -55,6 +56,7 @@ def _submit(
     try:
         requests = order.requests(engine, envelope.id)
         _check_work(requests, engine, context.options.max_request_s)
+        submitted_s = time.monotonic()
         for request in requests:
             handles.append(engine.submit(request, order.spec.slo))
         echo = tuple(
@@ -64,7 +66,7 @@ def _submit(
     except BaseException:
         cancel_all(handles)
         raise
-    return Generation(endpoint, order, envelope, engine, handles, echo)
+    return Generation(endpoint, order, envelope, engine, handles, echo, submitted_s)
 
 
 def cancel_all(handles: Sequence[ServedHandle]) -> None:
@@ -146,6 +148,7 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
             generation = _submit(context, endpoint, order, envelope)
         else:
             generation = await _submit_off_loop(context, endpoint, order, envelope)
+        request[GENERATION] = generation
         handles = request[HANDLES] = generation.handles
         if order.spec.stream is not None:
             return await stream_reply(request, generation)

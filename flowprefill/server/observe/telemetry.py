@@ -1,0 +1,233 @@
+"""Telemetry: hands each ended generating request to OpenTelemetry, from a thread of its own.
+
+Off unless `--otlp-endpoint` or the standard environment variables switch it on; then neither the
+event loop nor the engine's threads do more than append to a queue. otel.py makes the spans and
+metrics; OpenTelemetry is an optional dependency and imported there only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from flowprefill.engine.records import RequestRecord
+from flowprefill.errors import ConfigError
+from flowprefill.server.http.access_log import CLIENT_GONE
+from flowprefill.server.http.endpoint import GENERATION, Generation
+from flowprefill.server.options import ServerOptions
+
+logger = logging.getLogger(__name__)
+
+EXTRA = "opentelemetry is not installed: pip install 'flowprefill[otel]'"
+MAX_QUEUED = 4096  # calls and records; what comes while so many wait is left out
+KEPT_RECORDS = 4096
+RECORD_WAIT_S = 5.0  # for the end of a request whose client has gone
+FLUSH_S = 2.0
+OPERATIONS = {
+    "/v1/completions": "text_completion",
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request to generate, when its reply has ended.
+
+    Attributes:
+        trace_headers: ``traceparent`` and ``tracestate`` of the caller.
+        start_ns: arrival, nanoseconds since the epoch.
+        start_s: arrival on the monotonic clock, like all times of the engine.
+        end_s: end of the reply.
+        generation: None if it was refused before it was submitted.
+    """
+
+    route: str
+    trace_headers: Mapping[str, str]
+    start_ns: int
+    start_s: float
+    end_s: float
+    status: int
+    generation: Generation | None
+
+    @property
+    def operation(self) -> str:
+        """What the semantic conventions call it."""
+        return OPERATIONS[self.route]
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The engine's requests, in choice order."""
+        return (
+            [] if self.generation is None else [one.request_id for one in self.generation.handles]
+        )
+
+
+class Sink(Protocol):
+    """Where calls go; used from the telemetry thread only."""
+
+    def write(self, call: Call, records: list[RequestRecord]) -> None:
+        """Export a call and what the engine told of its choices."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left, and stop."""
+        ...
+
+
+class Telemetry:
+    """Joins calls and the engine's records; `add` and `on_end` from any thread, neither waits."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        # Unbounded by itself, so that a put never waits; `_put` bounds it.
+        self._queue: queue.SimpleQueue[Call | RequestRecord | None] = queue.SimpleQueue()
+        self._records: OrderedDict[str, RequestRecord] = OrderedDict()
+        self._waiting: list[Call] = []
+        self.left_out = 0
+        self._thread = threading.Thread(target=self._run, name="fp-telemetry", daemon=True)
+        self._thread.start()
+
+    def add(self, call: Call) -> None:
+        """Take a call whose reply has ended."""
+        self._put(call)
+
+    def on_end(self, record: RequestRecord) -> None:
+        """Take what the engine tells of one choice; it comes before its reply ends."""
+        self._put(record)
+
+    def on_preemption(self, reason: str, ack_s: float) -> None:
+        """Nothing: the record tells when its request was suspended."""
+
+    def on_decision(self, seconds: float) -> None:
+        """Nothing."""
+
+    def close(self, timeout_s: float = FLUSH_S) -> None:
+        """Send what is left, for so long; a collector that does not answer holds nothing up."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _put(self, item: Call | RequestRecord) -> None:
+        if self._queue.qsize() < MAX_QUEUED:
+            self._queue.put(item)
+            return
+        if self.left_out == 0:
+            logger.warning("telemetry: %d entries wait, some are left out", MAX_QUEUED)
+        self.left_out += 1
+
+    # ---- the telemetry thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            is_open = self._take()
+            now_s = time.monotonic()
+            for call in [one for one in self._waiting if self._is_due(one, now_s)]:
+                self._waiting.remove(call)
+                self._write(call)
+        for call in self._waiting:
+            self._write(call)
+        self._sink.close()
+
+    def _take(self) -> bool:
+        """Wait for the next item; returns False at the end."""
+        try:
+            item = self._queue.get(timeout=RECORD_WAIT_S if self._waiting else None)
+        except queue.Empty:
+            return True
+        if isinstance(item, Call):
+            self._waiting.append(item)
+        elif item is not None:
+            self._records[item.request_id] = item
+            if len(self._records) > KEPT_RECORDS:
+                self._records.popitem(last=False)
+        return item is not None
+
+    def _is_due(self, call: Call, now_s: float) -> bool:
+        has_all = all(one in self._records for one in call.request_ids)
+        return has_all or now_s - call.end_s > RECORD_WAIT_S
+
+    def _write(self, call: Call) -> None:
+        found = [self._records.pop(one, None) for one in call.request_ids]
+        try:
+            self._sink.write(call, [record for record in found if record is not None])
+        except Exception:  # whatever it is: the next call may go better
+            logger.exception("telemetry: a request could not be exported")
+
+
+@web.middleware
+async def telemetry_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Tell the telemetry of every generating request, however it ends; outermost."""
+    telemetry: Telemetry | None = request.app.get(TELEMETRY)
+    if telemetry is None or request.path not in OPERATIONS or request.method != "POST":
+        return await handler(request)
+    start_ns, start_s, status = time.time_ns(), time.monotonic(), 500
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    except asyncio.CancelledError:
+        status = CLIENT_GONE
+        raise
+    finally:
+        names = ("traceparent", "tracestate")
+        headers = {name: request.headers[name] for name in names if name in request.headers}
+        generation = request.get(GENERATION)
+        end_s = time.monotonic()
+        telemetry.add(Call(request.path, headers, start_ns, start_s, end_s, status, generation))
+
+
+TELEMETRY = web.AppKey("telemetry", Telemetry)
+
+
+def open_telemetry(
+    options: ServerOptions, environment: Mapping[str, str] = os.environ
+) -> Telemetry | None:
+    """Return the telemetry that the settings or the environment ask for; None: neither does.
+
+    Raises:
+        ConfigError: the setting asks for it, and OpenTelemetry is not installed.
+    """
+    traces, metrics = wanted_signals(options.otlp_endpoint, environment)
+    if not traces and not metrics:
+        return None
+    try:
+        from flowprefill.server.observe import otel
+    except ImportError as error:
+        if options.otlp_endpoint:
+            message = f"otlp_endpoint: {EXTRA} ({error})"
+            raise ConfigError(message, param="otlp_endpoint") from None
+        # The variables may be meant for others: a server that runs is worth more than its traces.
+        logger.warning("OTEL_* variables ask for telemetry, but %s (%s)", EXTRA, error)
+        return None
+    return Telemetry(otel.otlp_sink(options.otlp_endpoint, traces=traces, metrics=metrics))
+
+
+def wanted_signals(endpoint: str, environment: Mapping[str, str]) -> tuple[bool, bool]:
+    """Return whether traces, and whether metrics, are to be exported.
+
+    By OpenTelemetry's rules: ``OTEL_SDK_DISABLED`` switches all off, ``OTEL_TRACES_EXPORTER`` and
+    ``OTEL_METRICS_EXPORTER`` are ``none`` or ``otlp``, an endpoint switches on what is not off.
+    """
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False, False
+
+    def is_wanted(signal: str) -> bool:
+        exporters = environment.get(f"OTEL_{signal}_EXPORTER", "").strip().lower()
+        if exporters:
+            return "otlp" in exporters.split(",")
+        names = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
+        return bool(endpoint) or any(environment.get(name, "").strip() for name in names)
+
+    return is_wanted("TRACES"), is_wanted("METRICS")
