@@ -11,7 +11,7 @@ from flowprefill.server.options import ServerOptions
 
 
 class _Encrypted(Exception):
-    """The key wants a passphrase, and nobody is there to type it."""
+    """The key wants a passphrase, and a server has no one to type it."""
 
 
 def tls_context(options: ServerOptions) -> ssl.SSLContext | None:

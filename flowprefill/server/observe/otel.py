@@ -86,7 +86,7 @@ class OtelSink:
         time.sleep(0)  # lets go of the GIL: there may be a next call at once
 
     def close(self) -> None:
-        """Send what is left; takes as long as the exporter's time-outs where nobody listens."""
+        """Send what is left; without a collector it takes as long as the exporter's time-outs."""
         for provider in self._providers:
             provider.shutdown()
 
@@ -117,7 +117,7 @@ class OtelSink:
         def phase(name: str, begin_s: float, end_s: float, under: Span = parent) -> Span:
             context = set_span_in_context(under)
             begin = _ns(call, begin_s)
-            span = self._tracer.start_span(
+            span: Span = self._tracer.start_span(
                 name, context=context, attributes=marks, start_time=begin
             )
             span.end(end_time=max(_ns(call, end_s), begin))

@@ -91,7 +91,7 @@ class Telemetry:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        # Unbounded by itself, so that a put never waits; `_put` bounds it.
+        # It has no bound, so that a put never waits; `_put` keeps it short.
         self._queue: queue.SimpleQueue[Call | RequestRecord | None] = queue.SimpleQueue()
         self._records: OrderedDict[str, RequestRecord] = OrderedDict()
         self._waiting: list[Call] = []
