@@ -48,7 +48,7 @@ $(DEPENDENCIES): pyproject.toml | build-packages
 	touch $@
 
 $(TOOLS): pyproject.toml | $(DEPENDENCIES)
-	$(call PIP_INSTALL,test dev)
+	$(call PIP_INSTALL,test dev otel)
 	touch $@
 
 $(EDITABLE): pyproject.toml setup.py | $(DEPENDENCIES)

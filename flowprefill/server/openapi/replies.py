@@ -109,6 +109,8 @@ _GENERATION: dict[str, Schema] = {
     "Metrics": obj(
         {
             "queue_time_ms": MS,
+            "preprocess_time_ms": MS,
+            "waiting_time_ms": MS,
             "prefill_run_ms": MS,
             "suspended_ms": MS,
             "preemptions": INT,
@@ -257,7 +259,13 @@ _OTHERS: dict[str, Schema] = {
         {"count": INT, "max_model_len": INT, "tokens": IDS}, {"token_strs": list_of(TEXT)}
     ),
     "Text": obj({"prompt": TEXT}),
-    "Trace": obj({"displayTimeUnit": TEXT, "traceEvents": list_of(ANY_OBJECT)}),
+    "Trace": obj(
+        {
+            "displayTimeUnit": TEXT,
+            "otherData": obj({"origin_s": INT}),
+            "traceEvents": list_of(ANY_OBJECT),
+        }
+    ),
     "Decisions": obj({"decisions": list_of(ANY_OBJECT)}),
     "Requests": obj({"requests": list_of(ANY_OBJECT)}),
     "Story": {**obj({"id": TEXT, "events": list_of(ANY_OBJECT)}), "additionalProperties": True},
