@@ -250,6 +250,7 @@ wheel: build $(PACKAGING)  ## build a manylinux wheel into dist/, install it in 
 sdist: $(PACKAGING)  ## build a source distribution into dist/, and a wheel from it alone
 	rm -rf dist *.egg-info
 	$(BIN)/python setup.py -q sdist
+	rm -rf *.egg-info
 	$(call MAKE_WHEEL,dist/*.tar.gz)
 
 # ---- documentation
