@@ -114,6 +114,7 @@ class CMakeBuild(build_ext):
 def description() -> str:
     """Return the README for a page that has no files with it: no pictures, links as their text."""
     text = (ROOT / "README.md").read_text()
+    text = re.sub(r":\n\n(?=!\[)", ".\n\n", text)  # a sentence that announces a picture
     text = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n+", "", text, flags=re.MULTILINE)
     return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
 

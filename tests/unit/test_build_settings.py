@@ -135,3 +135,4 @@ def test_description_of_the_package_leads_to_no_file_of_the_repository(
     assert re.findall(r"^#+ .*$", text, re.MULTILINE) == headings
     assert "](docs/" in readme  # else the rule above would say nothing
     assert "docs/scheduling.md" in text
+    assert re.findall(r":\n\n#", text) == []  # no colon before a picture that is left out
