@@ -84,6 +84,13 @@ test-cpp: $(DEPENDENCIES) | test-packages  ## the C++ tests of the runtime
 test-fuzz: test-packages build $(TOOLS)  ## 500 mutations of each kind of model file and 2,000 of HTTP bodies, in bounded memory
 	FLOWPREFILL_FUZZ=500 $(BIN)/python -m pytest tests/fuzz/test_fuzz.py
 
+# The best one is what `make test` runs; each of the others in a process of its own.
+.PHONY: test-isa
+test-isa: test-packages build $(TOOLS)  ## logits, preemption and reference on the CPU with each lesser instruction set that it has
+	set -e; for isa in $$($(BIN)/python -c 'from flowprefill._core import available_isas as a; print(*a()[:-1])'); do \
+	  echo "FLOWPREFILL_ISA=$$isa"; FLOWPREFILL_ISA=$$isa $(BIN)/python -m pytest -q -k 'not cuda' \
+	    tests/device/test_logits.py tests/device/test_preemption.py tests/device/test_reference.py; done
+
 .PHONY: test-sanitizers
 test-sanitizers: $(DEPENDENCIES) | test-packages  ## the C++ tests under ThreadSanitizer, then under Address- and UBSanitizer
 	$(call CPP_TESTS,cpp-thread,thread)

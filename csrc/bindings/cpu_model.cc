@@ -12,6 +12,7 @@
 #include "devices/cpu/cpu_backend.h"
 #include "devices/cpu/cpu_program.h"
 #include "devices/cpu/gemm.h"
+#include "devices/cpu/isa.h"
 
 namespace py = pybind11;
 
@@ -96,7 +97,13 @@ void bind_cpu_model(py::module_& m) {
   m.def("logits", &logits, py::arg("run"));
   m.def("live_workspace_bytes", &live_workspace_bytes);
   m.def("has_bf16_gemm", &has_bf16_gemm);
-  m.def("row_kernel_isa", &row_kernel_isa);
+  m.def("isa", [] { return std::string(name_of(isa())); });
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const Isa one : available_isas())
+      names.emplace_back(name_of(one));
+    return names;
+  });
 }
 
 }  // namespace flowprefill

@@ -38,7 +38,8 @@ class CpuDevice:
         """Settle element type and threads.
 
         Raises:
-            ConfigError: bf16 on a processor that does not multiply it.
+            ConfigError: bf16 on a processor that does not multiply it; FLOWPREFILL_ISA names no
+                instruction set, or one that it does not have.
         """
         self.reason = reason
         self.dtype = resolve_dtype(config.dtype)
@@ -88,7 +89,7 @@ class CpuDevice:
         """Return threads, instruction set and cores."""
         return {
             "threads": self.threads,
-            "isa": _core.row_kernel_isa(),
+            "isa": _core.isa(),
             "cores": len(os.sched_getaffinity(0)),
         }
 
@@ -99,18 +100,21 @@ class CpuDevice:
             "reason": self.reason,
             "dtype": self.dtype,
             "threads": self.threads,
-            "isa": _core.row_kernel_isa(),
+            "isa": _core.isa(),
         }
 
 
 def resolve_dtype(dtype: str) -> str:
     """Return ``bf16`` or ``f32``; ``auto`` is bf16 where the processor multiplies it natively."""
-    has_bf16 = _core.has_bf16_gemm()
+    try:
+        has_bf16 = _core.has_bf16_gemm()
+    except ValueError as error:
+        raise ConfigError(str(error), param="FLOWPREFILL_ISA") from None
     if dtype == "auto":
         return "bf16" if has_bf16 else "f32"
     if dtype == "bf16" and not has_bf16:
         raise ConfigError(
-            "dtype: got 'bf16', but this processor does not multiply bf16 natively, expected 'f32'",
+            f"dtype: got 'bf16', but {_core.isa()} does not multiply bf16, expected 'f32'",
             param="dtype",
         )
     return dtype

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "devices/cpu/isa.h"
 #include "reference.h"
 
 namespace flowprefill {
@@ -26,26 +27,26 @@ FP_DECLARE_ISA(isa_avx512bf16)
 
 namespace {
 
-struct Isa {
+struct Level {
   const char* name;
   const RowKernels<float>* kernels;
 };
 
-std::vector<Isa> isas() {
-  std::vector<Isa> found{{"baseline", &isa_baseline::kRowKernelsF32}};
+std::vector<Level> levels() {
+  std::vector<Level> found{{"baseline", &isa_baseline::kRowKernelsF32}};
 #if FP_ISA_LEVELS > 1
-  const std::string best = row_kernel_isa();
-  if (best != "baseline")
+  const Isa best = available_isas().back();
+  if (best >= Isa::kAvx2)
     found.push_back({"avx2", &isa_avx2::kRowKernelsF32});
-  if (best == "avx512" || best == "avx512bf16")
+  if (best >= Isa::kAvx512)
     found.push_back({"avx512", &isa_avx512::kRowKernelsF32});
-  if (best == "avx512bf16")
+  if (best >= Isa::kAvx512Bf16)
     found.push_back({"avx512bf16", &isa_avx512bf16::kRowKernelsF32});
 #endif
   return found;
 }
 
-class RowKernelsTest : public testing::TestWithParam<Isa> {
+class RowKernelsTest : public testing::TestWithParam<Level> {
  protected:
   const RowKernels<float>& kernels() const { return *GetParam().kernels; }
 };
@@ -108,6 +109,74 @@ TEST_P(RowKernelsTest, SoftCapIsWithinFloatRoundingAndNeverBeyondTheCap) {
       EXPECT_NEAR(out[i], wanted, 5e-7 * std::fabs(wanted)) << in[i];
       EXPECT_LE(std::fabs(out[i]), cap);
     }
+  }
+}
+
+// [rows, columns] by plain sums; row-major with these strides.
+double product_at(const Product<float>& p, int64_t row, int64_t column, double before) {
+  double sum = p.add ? before : 0.0;
+  for (int64_t k = 0; k < p.k; ++k)
+    sum += double{p.a[row * p.lda + k]} * double{p.b[k * p.ldb + column]};
+  return sum;
+}
+
+// Full tiles, rows and columns that fill none, one column, padding that must stay as it was.
+TEST_P(RowKernelsTest, ProductsAreWithinFloatRounding) {
+  constexpr int64_t kRows = 14;
+  constexpr int64_t kDepth = 70;
+  constexpr int64_t kPadding = 3;
+  for (const int64_t n : {1, 5, 16, 44, 64, 67}) {
+    const std::vector<float> a = random_row(kRows * (kDepth + kPadding), 1.0f, 1);
+    const std::vector<float> b = random_row(static_cast<int>(kDepth * (n + kPadding)), 1.0f, 2);
+    const std::vector<float> before = random_row(static_cast<int>(kRows * (n + kPadding)), 1.0f, 3);
+    for (int64_t rows = 1; rows <= kRows; ++rows) {
+      std::vector<float> c = before;
+      const Product<float> p{.rows = rows,
+                             .n = n,
+                             .k = kDepth,
+                             .lda = kDepth + kPadding,
+                             .ldb = n + kPadding,
+                             .ldc = n + kPadding,
+                             .add = rows % 2 == 0,
+                             .a = a.data(),
+                             .b = b.data(),
+                             .c = c.data()};
+      kernels().multiply(p);
+      for (int64_t i = 0; i < kRows * (n + kPadding); ++i) {
+        const auto at = static_cast<size_t>(i);
+        const int64_t row = i / (n + kPadding);
+        const int64_t column = i % (n + kPadding);
+        if (row < rows && column < n)
+          ASSERT_NEAR(c[at], product_at(p, row, column, before[at]), 5e-5) << row << ' ' << column;
+        else
+          ASSERT_EQ(c[at], before[at]) << row << ' ' << column;
+      }
+    }
+  }
+}
+
+TEST_P(RowKernelsTest, ProductsOfARowHaveTheSameBitsWhateverIsBesideIt) {
+  constexpr int64_t kDepth = 333;
+  const std::vector<float> a = random_row(13 * kDepth, 1.0f, 1);
+  const std::vector<float> b = random_row(64 * kDepth, 1.0f, 2);
+  const auto multiplied = [&](int64_t first, int64_t rows) {
+    std::vector<float> c(static_cast<size_t>(rows) * 64);
+    kernels().multiply({.rows = rows,
+                        .n = 64,
+                        .k = kDepth,
+                        .lda = kDepth,
+                        .ldb = 64,
+                        .ldc = 64,
+                        .add = false,
+                        .a = a.data() + first * kDepth,
+                        .b = b.data(),
+                        .c = c.data()});
+    return c;
+  };
+  const std::vector<float> all = multiplied(0, 13);
+  for (int64_t rows = 1; rows <= 13; ++rows) {
+    const std::vector<float> last = multiplied(13 - rows, rows);
+    EXPECT_TRUE(std::equal(last.rbegin(), last.rend(), all.rbegin())) << rows;
   }
 }
 
@@ -224,7 +293,7 @@ TEST_P(RowKernelsTest, InverseRmsIsThatOfTheSumWithTheBias) {
               reference::inverse_rms(sum, 1e-5), 1e-6);
 }
 
-INSTANTIATE_TEST_SUITE_P(EveryIsa, RowKernelsTest, testing::ValuesIn(isas()),
+INSTANTIATE_TEST_SUITE_P(EveryIsa, RowKernelsTest, testing::ValuesIn(levels()),
                          [](const auto& isa) { return std::string(isa.param.name); });
 
 }  // namespace

@@ -1,13 +1,16 @@
 #include "devices/cpu/gemm.h"
 
-#include <c10/util/Exception.h>
-
 #include <array>
+#include <exception>
+
+#include "devices/cpu/isa.h"
 
 namespace flowprefill {
 
 bool has_bf16_gemm() {
   static const bool has = [] {
+    if (isa() < Isa::kAvx512Bf16)
+      return false;
     std::array<Bf16, 64> a{};
     std::array<Bf16, 64> b{};
     std::array<float, 4> c{};
@@ -16,7 +19,7 @@ bool has_bf16_gemm() {
              b.data(), c.data());
       brgemm_end<Bf16>();
       return true;
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {  // c10::Error from ATen, dnnl::error from oneDNN
       return false;
     }
   }();
@@ -24,12 +27,7 @@ bool has_bf16_gemm() {
 }
 
 bool has_amx() {
-#ifdef __x86_64__
-  static const bool has = has_bf16_gemm() && __builtin_cpu_supports("amx-bf16");
-  return has;
-#else
-  return false;
-#endif
+  return isa() == Isa::kAmx && has_bf16_gemm();
 }
 
 }  // namespace flowprefill

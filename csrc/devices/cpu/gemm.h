@@ -1,6 +1,6 @@
-// The matrix kernel of all products and of attention on the CPU: ATen's brgemm (oneDNN's
-// batch-reduce micro-kernel) on packed operands. Reaches the processor's peak for row counts from
-// 16 up; AMX is used where there is one.
+// The matrix kernel of all products and of attention on the CPU, on packed operands: for bf16
+// ATen's brgemm (oneDNN's batch-reduce micro-kernel; AMX is used where there is one), for float our
+// own, which every processor has. Both reach the processor's peak for row counts from 16 up.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -20,7 +20,16 @@ struct Block {
 };
 
 inline void brgemm(const Block<float>& s, int64_t m, const float* a, const float* b, float* c) {
-  at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add, a, b, c, false);
+  row_kernels<float>().multiply({.rows = m,
+                                 .n = s.n,
+                                 .k = s.k,
+                                 .lda = s.lda,
+                                 .ldb = s.ldb,
+                                 .ldc = s.ldc,
+                                 .add = s.add,
+                                 .a = a,
+                                 .b = b,
+                                 .c = c});
 }
 
 inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b, float* c) {
@@ -32,13 +41,16 @@ inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b
 // Ends a series of brgemm calls on this thread (frees the AMX tiles).
 template <typename T>
 void brgemm_end() {
-  at::native::cpublas::brgemm_release(sizeof(T) == sizeof(Bf16));
+  if constexpr (sizeof(T) == sizeof(Bf16))
+    at::native::cpublas::brgemm_release(true);
 }
 
-// Same as brgemm for any row count, from at most seven shapes: each shape is compiled once per
+// Same as brgemm for any row count. In bf16 from at most seven shapes: each is compiled once per
 // thread, and a prompt of unseen length must not wait for a compiler.
 template <typename T>
 void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const T* b, float* c) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return brgemm(shape, rows, a, b, c);
   for (int64_t done = 0, step = 64; done < rows; done += step) {
     while (step > rows - done)
       step /= 2;
@@ -46,10 +58,10 @@ void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const T* b, fl
   }
 }
 
-// Whether this processor multiplies packed bf16 natively (AVX-512 BF16 or AMX). Cost: one probe per
-// process.
+// Whether this processor multiplies packed bf16 natively (AVX-512 BF16 or AMX), and may: see
+// isa(). Cost: one probe per process.
 bool has_bf16_gemm();
-// Whether it multiplies it by AMX tiles.
+// Whether it multiplies it by AMX tiles, and may.
 bool has_amx();
 
 }  // namespace flowprefill

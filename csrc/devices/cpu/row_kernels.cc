@@ -1,5 +1,7 @@
-// Chooses the row kernels for this processor, once.
+// Chooses the row kernels for the instruction set in use, once.
 #include "devices/cpu/row_kernels.h"
+
+#include "devices/cpu/isa.h"
 
 namespace flowprefill {
 
@@ -19,28 +21,25 @@ FP_DECLARE_ISA(isa_avx512bf16)
 namespace {
 
 struct Choice {
-  const char* isa;
   const RowKernels<float>* f32;
   const RowKernels<Bf16>* bf16;
 };
 
 Choice choose() {
 #if FP_ISA_LEVELS > 1
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512cd")) {
-    if (__builtin_cpu_supports("avx512bf16")) {
-      return {"avx512bf16", &isa_avx512bf16::kRowKernelsF32, &isa_avx512bf16::kRowKernelsBf16};
-    }
-    return {"avx512", &isa_avx512::kRowKernelsF32, &isa_avx512::kRowKernelsBf16};
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2")) {
-    return {"avx2", &isa_avx2::kRowKernelsF32, &isa_avx2::kRowKernelsBf16};
+  switch (isa()) {
+    case Isa::kAmx:
+    case Isa::kAvx512Bf16:
+      return {&isa_avx512bf16::kRowKernelsF32, &isa_avx512bf16::kRowKernelsBf16};
+    case Isa::kAvx512:
+      return {&isa_avx512::kRowKernelsF32, &isa_avx512::kRowKernelsBf16};
+    case Isa::kAvx2:
+      return {&isa_avx2::kRowKernelsF32, &isa_avx2::kRowKernelsBf16};
+    case Isa::kBaseline:
+      break;
   }
 #endif
-  return {"baseline", &isa_baseline::kRowKernelsF32, &isa_baseline::kRowKernelsBf16};
+  return {&isa_baseline::kRowKernelsF32, &isa_baseline::kRowKernelsBf16};
 }
 
 const Choice& choice() {
@@ -58,10 +57,6 @@ const RowKernels<float>& row_kernels<float>() {
 template <>
 const RowKernels<Bf16>& row_kernels<Bf16>() {
   return *choice().bf16;
-}
-
-const char* row_kernel_isa() {
-  return choice().isa;
 }
 
 }  // namespace flowprefill

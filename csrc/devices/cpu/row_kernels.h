@@ -1,6 +1,6 @@
-// Row kernels: norm, rope, gates, softmax, embedding on raw rows; one build per instruction set,
-// chosen once. Called by the operators in this folder. Every kernel is single-threaded and touches
-// only the rows it is given.
+// Row kernels: norm, rope, gates, softmax, float products on raw rows; one build per instruction
+// set, chosen once. Called by the operators in this folder. Every kernel is single-threaded and
+// touches only the rows it is given.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +57,16 @@ struct AttentionTile {
   float softcap;        // of the scores, see soft_cap; 0: none
 };
 
+// c[rows, n] (+)= a[rows, k] * b[k, n], row-major with these strides.
+template <typename T>
+struct Product {
+  int64_t rows, n, k, lda, ldb, ldc;
+  bool add;
+  const T* a;
+  const T* b;
+  float* c;
+};
+
 template <typename T>  // T: float or Bf16, the element type of activations and KV cache
 struct RowKernels {
   // out[i] = x[i] / rms(x) * weight[i]; n elements.
@@ -88,17 +98,17 @@ struct RowKernels {
   // One block of attention, scores kept in registers; null where the processor has no instruction
   // for it.
   void (*attend)(const AttentionTile& tile);
+  // Any sizes; each sum runs over k in order, so a row's bits do not depend on its neighbours. Null
+  // where ATen's micro-kernel multiplies this type.
+  void (*multiply)(const Product<T>& product);
   // out[i] = table[i] as float.
   void (*widen)(const T* row, int n, float* out);
   // out[i] = row[i] rounded to T.
   void (*narrow)(const float* row, int n, T* out);
 };
 
-// The kernels of the best instruction set this processor has. Thread-safe; cost: one load.
+// The kernels for isa(). Throws what that throws. Thread-safe; cost: one load.
 template <typename T>
 const RowKernels<T>& row_kernels();
-
-// "avx512bf16", "avx512", "avx2" or "baseline": what row_kernels() chose.
-const char* row_kernel_isa();
 
 }  // namespace flowprefill

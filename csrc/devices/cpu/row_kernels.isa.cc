@@ -6,6 +6,7 @@
 
 #include "devices/cpu/isa_attention.h"
 #include "devices/cpu/isa_math.h"
+#include "devices/cpu/isa_product.h"
 #include "devices/cpu/row_kernels.h"
 
 namespace flowprefill {
@@ -308,6 +309,13 @@ constexpr void (*attend_of())(const AttentionTile&) {
 }
 
 template <typename T>
+constexpr void (*multiply_of())(const Product<T>&) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return multiply;
+  return nullptr;
+}
+
+template <typename T>
 constexpr RowKernels<T> make_table() {
   return {.rms_norm = rms_norm<T>,
           .inverse_rms = inverse_rms,
@@ -321,6 +329,7 @@ constexpr RowKernels<T> make_table() {
           .softmax = softmax<T>,
           .normalise = normalise<T>,
           .attend = attend_of<T>(),
+          .multiply = multiply_of<T>(),
           .widen = widen<T>,
           .narrow = narrow<T>};
 }
