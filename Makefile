@@ -26,8 +26,8 @@ help:  ## list the targets
 # ---- environment
 
 # Debian's packages, as far as they are missing.
-.PHONY: build-packages test-packages lint-packages
-build-packages test-packages lint-packages: %-packages:
+.PHONY: build-packages test-packages lint-packages aarch64-packages
+build-packages test-packages lint-packages aarch64-packages: %-packages:
 	@PYTHON=$(PYTHON) .ci/debian-packages $*
 
 # $(1): lists of requirements in pyproject.toml: build, run and the optional ones by their names.
@@ -79,6 +79,15 @@ test: test-packages build test-cpp $(TOOLS)  ## build, then every test that need
 .PHONY: test-cpp
 test-cpp: $(DEPENDENCIES) | test-packages  ## the C++ tests of the runtime
 	$(call CPP_TESTS,cpp,)
+
+# Sources that include torch's headers (bf16 products, the model) are not compiled: there is no torch for another machine.
+# Left out: tests that hold times against each other, which an emulator does not keep.
+.PHONY: test-aarch64
+test-aarch64: $(DEPENDENCIES) | aarch64-packages  ## the C++ tests for 64-bit Arm, compiled here and executed in QEMU
+	cmake -S tests/cpp -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	  -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/Aarch64Toolchain.cmake -DFP_WERROR=$(if $(CI),ON,OFF)
+	cmake --build build/aarch64 -j 2
+	ctest --test-dir build/aarch64 --output-on-failure --timeout 300 -E 'AccountingTest|Stress'
 
 .PHONY: test-fuzz
 test-fuzz: test-packages build $(TOOLS)  ## 500 mutations of each kind of model file and 2,000 of HTTP bodies, in bounded memory

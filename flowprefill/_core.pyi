@@ -1,7 +1,7 @@
 """Python view of the native module (csrc/bindings). Times are seconds on the monotonic clock."""
 
 from collections.abc import Set as AbstractSet
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -247,4 +247,11 @@ def isa() -> str:
 def available_isas() -> list[str]:
     """Return those that this processor has, least first."""
 
+class Ceilings(TypedDict):
+    f32: float  # operations per second
+    bf16: float
+    int8: float  # 0: no instruction
+    reads: list[tuple[int, float]]  # bytes read over and over, bytes per second
+
+def measure_ceilings(threads: int) -> Ceilings: ...
 def now_s() -> float: ...

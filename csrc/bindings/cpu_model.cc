@@ -9,6 +9,7 @@
 #include "bindings/graph_arguments.h"
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
+#include "devices/cpu/ceilings.h"
 #include "devices/cpu/cpu_backend.h"
 #include "devices/cpu/cpu_program.h"
 #include "devices/cpu/gemm.h"
@@ -64,6 +65,19 @@ py::array_t<float> logits(const py::object& object) {
   return py::array_t<float>({rows, columns}, program.logits(), object);
 }
 
+py::dict ceilings(int threads) {
+  Ceilings found;
+  {
+    const py::gil_scoped_release released;
+    found = measure_ceilings(threads);
+  }
+  py::list reads;
+  for (const Ceilings::Read& read : found.reads)
+    reads.append(py::make_tuple(read.bytes, read.bytes_per_s));
+  return py::dict(py::arg("f32") = found.f32, py::arg("bf16") = found.bf16,
+                  py::arg("int8") = found.int8, py::arg("reads") = reads);
+}
+
 }  // namespace
 
 void bind_cpu_model(py::module_& m) {
@@ -104,6 +118,7 @@ void bind_cpu_model(py::module_& m) {
       names.emplace_back(name_of(one));
     return names;
   });
+  m.def("measure_ceilings", &ceilings, py::arg("threads"));
 }
 
 }  // namespace flowprefill

@@ -1,5 +1,7 @@
-"""`flowprefill doctor`: processor, memory, GPUs, torch, matrix product rate, default model.
+"""`flowprefill doctor`: processor, its ceilings, memory, GPUs, torch, default model.
 
+Ceilings are the peak of each element type and the bandwidth of caches and DRAM, by one thread and
+by all, measured by our own kernels; `flowprefill bench where` holds operators against them.
 Of GPUs it says which device the setting ``auto`` chooses and why, what the module for them was
 compiled for, and of each GPU whether it can be used.
 """
@@ -57,11 +59,13 @@ def run(args: argparse.Namespace) -> int:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_shown(of)}" for name, of in value.items())
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def examine() -> dict[str, Any]:
-    """Return every finding by name; takes about a second."""
+    """Return every finding by name; takes one or two seconds."""
     import torch
 
     cpuinfo = _read("/proc/cpuinfo")
@@ -86,6 +90,7 @@ def examine() -> dict[str, Any]:
         **gpu_findings(),
         "gemm_f32_gflops": gemm_gflops(torch.float32),
         "gemm_bf16_gflops": gemm_gflops(torch.bfloat16),
+        **ceilings(),
         "default_model": default_model(),
     }
 
@@ -152,6 +157,32 @@ def gpu_findings() -> dict[str, Any]:
             for index, (is_usable, about) in enumerate(gpus)
         ],
     }
+
+
+def ceilings() -> dict[str, Any]:
+    """Return the instruction set in use, and what this machine can do at most with it.
+
+    Rates are GFLOP/s (GOP/s for int8, 0 without an instruction for it) and GB/s of reading memory
+    of each size over and over; other work on the machine lowers them.
+    """
+    from flowprefill import _core
+
+    try:
+        found: dict[str, Any] = {"isa": _core.isa(), "isas_available": _core.available_isas()}
+    except ValueError as error:
+        return {"isa": str(error)}
+    cores = len(os.sched_getaffinity(0))
+    for name, threads in {"peak_one_thread": 1, f"peak_{cores}_threads": cores}.items():
+        rates = _core.measure_ceilings(threads)
+        found[name] = {
+            "f32_gflops": round(rates["f32"] / 1e9, 1),
+            "bf16_gflops": round(rates["bf16"] / 1e9, 1),
+            "int8_gops": round(rates["int8"] / 1e9, 1),
+            "read_gb_per_s": {
+                f"{size / 2**20:g} MiB": round(rate / 1e9, 1) for size, rate in rates["reads"]
+            },
+        }
+    return found
 
 
 def gemm_gflops(dtype: Any) -> float:

@@ -55,7 +55,12 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.mark.parametrize(
     ("purpose", "packages"),
-    [("build", "g++"), ("test", "g++ libgtest-dev"), ("lint", "g++ git")],
+    [
+        ("build", "g++"),
+        ("test", "g++ libgtest-dev"),
+        ("lint", "g++ git"),
+        ("aarch64", "g++ libgtest-dev g++-aarch64-linux-gnu qemu-user"),
+    ],
 )
 def test_user_without_rights_gets_one_line_to_type(
     machine: Machine, purpose: str, packages: str
