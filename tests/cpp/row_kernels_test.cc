@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <random>
 #include <string>
@@ -177,6 +178,60 @@ TEST_P(RowKernelsTest, ProductsOfARowHaveTheSameBitsWhateverIsBesideIt) {
   for (int64_t rows = 1; rows <= 13; ++rows) {
     const std::vector<float> last = multiplied(13 - rows, rows);
     EXPECT_TRUE(std::equal(last.rbegin(), last.rend(), all.rbegin())) << rows;
+  }
+}
+
+Bf16 narrowed(float value) {
+  return static_cast<Bf16>(std::bit_cast<uint32_t>(value) >> 16);
+}
+double widened(Bf16 value) {
+  return double{std::bit_cast<float>(static_cast<uint32_t>(value) << 16)};
+}
+
+TEST(Bf16ProductTest, IsWithinFloatRoundingAndARowDependsOnNoOther) {
+  const RowKernels<Bf16>& kernels = row_kernels<Bf16>();
+  if (kernels.multiply == nullptr)
+    GTEST_SKIP() << "no instruction for it";
+  constexpr int64_t kRows = 14;
+  constexpr int64_t kDepth = 70;
+  std::vector<Bf16> a;
+  std::vector<Bf16> b;
+  for (const float x : random_row(kRows * kDepth, 1.0f, 1))
+    a.push_back(narrowed(x));
+  for (const float x : random_row(kDepth * 80, 1.0f, 2))
+    b.push_back(narrowed(x));
+  for (const int64_t n : {16, 32, 64, 80}) {
+    const std::vector<float> before = random_row(static_cast<int>(kRows * n), 1.0f, 3);
+    const auto multiplied = [&](int64_t first, int64_t rows, bool add) {
+      std::vector<float> c(before.begin() + first * n, before.begin() + (first + rows) * n);
+      kernels.multiply({.rows = rows,
+                        .n = n,
+                        .k = kDepth,
+                        .lda = kDepth,
+                        .ldb = n,
+                        .ldc = n,
+                        .add = add,
+                        .a = a.data() + first * kDepth,
+                        .b = b.data(),
+                        .c = c.data()});
+      return c;
+    };
+    for (const bool add : {false, true}) {
+      const std::vector<float> all = multiplied(0, kRows, add);
+      for (int64_t i = 0; i < kRows * n; ++i) {
+        double sum = add ? before[static_cast<size_t>(i)] : 0.0;
+        for (int64_t k = 0; k < kDepth; ++k) {
+          const int64_t at = (k / 2 * n + i % n) * 2 + k % 2;
+          sum += widened(a[static_cast<size_t>(i / n * kDepth + k)]) *
+                 widened(b[static_cast<size_t>(at)]);
+        }
+        ASSERT_NEAR(all[static_cast<size_t>(i)], sum, 5e-5) << i / n << ' ' << i % n;
+      }
+      for (int64_t rows = 1; rows <= kRows; ++rows) {
+        const std::vector<float> last = multiplied(kRows - rows, rows, add);
+        EXPECT_TRUE(std::equal(last.rbegin(), last.rend(), all.rbegin())) << rows;
+      }
+    }
   }
 }
 

@@ -9,6 +9,7 @@
 #include "devices/cpu/buffer.h"
 #include "devices/cpu/gemm.h"
 #include "devices/cpu/isa.h"
+#include "devices/cpu/linear.h"
 #include "devices/cpu/team.h"
 
 #if FP_ISA_LEVELS > 1

@@ -19,17 +19,22 @@ struct Block {
   bool add;
 };
 
+template <typename T>
+Product<T> product_of(const Block<T>& s, int64_t rows, const T* a, const T* b, float* c) {
+  return {.rows = rows,
+          .n = s.n,
+          .k = s.k,
+          .lda = s.lda,
+          .ldb = s.ldb,
+          .ldc = s.ldc,
+          .add = s.add,
+          .a = a,
+          .b = b,
+          .c = c};
+}
+
 inline void brgemm(const Block<float>& s, int64_t m, const float* a, const float* b, float* c) {
-  row_kernels<float>().multiply({.rows = m,
-                                 .n = s.n,
-                                 .k = s.k,
-                                 .lda = s.lda,
-                                 .ldb = s.ldb,
-                                 .ldc = s.ldc,
-                                 .add = s.add,
-                                 .a = a,
-                                 .b = b,
-                                 .c = c});
+  row_kernels<float>().multiply(product_of(s, m, a, b, c));
 }
 
 inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b, float* c) {
@@ -45,23 +50,34 @@ void brgemm_end() {
     at::native::cpublas::brgemm_release(true);
 }
 
-// Same as brgemm for any row count. In bf16 from at most seven shapes: each is compiled once per
+// Whether this processor multiplies packed bf16 natively (AVX-512 BF16 or AMX), and may: see
+// isa(). Cost: one probe per process.
+bool has_bf16_gemm();
+// Whether it multiplies it by AMX tiles, and may.
+bool has_amx();
+
+// Up to so many rows a product waits for its weights: ours asks for them ahead.
+inline constexpr int64_t kFewRows = 16;
+
+inline bool is_ours(const Block<float>&, int64_t) {
+  return true;
+}
+// AMX's sums may round otherwise.
+inline bool is_ours(const Block<Bf16>& s, int64_t rows) {
+  return rows <= kFewRows && s.n % 16 == 0 && row_kernels<Bf16>().multiply != nullptr && !has_amx();
+}
+
+// Same as brgemm for any row count. ATen's from at most seven shapes: each is compiled once per
 // thread, and a prompt of unseen length must not wait for a compiler.
 template <typename T>
 void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const T* b, float* c) {
-  if constexpr (sizeof(T) == sizeof(float))
-    return brgemm(shape, rows, a, b, c);
+  if (is_ours(shape, rows))
+    return row_kernels<T>().multiply(product_of(shape, rows, a, b, c));
   for (int64_t done = 0, step = 64; done < rows; done += step) {
     while (step > rows - done)
       step /= 2;
     brgemm(shape, step, a + done * shape.lda, b, c + done * shape.ldc);
   }
 }
-
-// Whether this processor multiplies packed bf16 natively (AVX-512 BF16 or AMX), and may: see
-// isa(). Cost: one probe per process.
-bool has_bf16_gemm();
-// Whether it multiplies it by AMX tiles, and may.
-bool has_amx();
 
 }  // namespace flowprefill

@@ -98,8 +98,9 @@ struct RowKernels {
   // One block of attention, scores kept in registers; null where the processor has no instruction
   // for it.
   void (*attend)(const AttentionTile& tile);
-  // Any sizes; each sum runs over k in order, so a row's bits do not depend on its neighbours. Null
-  // where ATen's micro-kernel multiplies this type.
+  // Each sum runs over k in order, so a row's bits do not depend on its neighbours. Of floats any
+  // sizes; of Bf16 packed as [k / 2][n][2] with k even and n a multiple of 16, with the bits of
+  // ATen's micro-kernel, null where the processor has no instruction for it.
   void (*multiply)(const Product<T>& product);
   // out[i] = table[i] as float.
   void (*widen)(const T* row, int n, float* out);

@@ -310,9 +310,12 @@ constexpr void (*attend_of())(const AttentionTile&) {
 
 template <typename T>
 constexpr void (*multiply_of())(const Product<T>&) {
-  if constexpr (sizeof(T) == sizeof(float))
-    return multiply;
-  return nullptr;
+#ifndef __AVX512BF16__
+  if constexpr (sizeof(T) == sizeof(Bf16))
+    return nullptr;
+  else
+#endif
+    return multiply<T>;
 }
 
 template <typename T>
