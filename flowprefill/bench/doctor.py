@@ -68,6 +68,19 @@ def examine() -> dict[str, Any]:
     """Return every finding by name; takes one or two seconds."""
     import torch
 
+    return {
+        **system_findings(),
+        "gemm_f32_gflops": gemm_gflops(torch.float32),
+        "gemm_bf16_gflops": gemm_gflops(torch.bfloat16),
+        **ceilings(),
+        "default_model": default_model(),
+    }
+
+
+def system_findings() -> dict[str, Any]:
+    """Return the findings that nothing has to be measured for."""
+    import torch
+
     cpuinfo = _read("/proc/cpuinfo")
     return {
         "flowprefill": __version__,
@@ -88,10 +101,6 @@ def examine() -> dict[str, Any]:
         "openmp": openmp_libraries(_read("/proc/self/maps")),
         "torch_cuda": torch_cuda(),
         **gpu_findings(),
-        "gemm_f32_gflops": gemm_gflops(torch.float32),
-        "gemm_bf16_gflops": gemm_gflops(torch.bfloat16),
-        **ceilings(),
-        "default_model": default_model(),
     }
 
 

@@ -28,7 +28,7 @@ MACHINE_FIELDS = (
 
 def machine() -> dict[str, Any]:
     """Return what timings depend on: processor, cores, instruction sets, memory, torch."""
-    found = doctor.examine()
+    found = doctor.system_findings()
     return {name: found[name] for name in MACHINE_FIELDS}
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from flowprefill.bench.where import flops_of_groups, rows_of
+from flowprefill.bench.where import (
+    bytes_of_groups,
+    decode_rows_of,
+    flops_of_groups,
+    rows_of,
+)
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.models.graph import ModelGraph, WeightPart
 
@@ -38,6 +43,25 @@ def test_groups_hold_their_heavy_operators_and_operations() -> None:
         "down_proj": ("down_proj", 2 * 2 * 6 * 16 * 16.0),
         "final_norm": ("lm_head", 2 * 10 * 16.0),
     }
+
+
+def test_groups_of_a_decode_step_hold_the_bytes_that_they_read() -> None:
+    found = bytes_of_groups(two_layers(), FIRSTS, sequences=3, context=10, element_bytes=2)
+    assert found == {
+        "embed": ("embed", 0.0),
+        "attn_norm": ("qkv_proj", 2 * 2 * 32 * 16.0),
+        "attention": ("attention", 3 * (10 + 4) * 2 * 8 * 2.0),
+        "down_proj": ("down_proj", 2 * 2 * 16 * 16.0),
+        "final_norm": ("lm_head", 2 * 10 * 16.0),
+    }
+
+
+def test_rows_of_decode_hold_rates_and_end_with_all_together() -> None:
+    step = [TimelineEntry("decode of 3", 1, "final_norm", 10.0, 12.0, 0.0)]
+    one, whole = decode_rows_of(two_layers(), 3, 10, 2, [step], 1000.0)
+    assert one["operators"] == "lm_head"
+    assert (one["seconds"], one["gb_per_s"], one["of_read"]) == (2.0, 160e-9, 0.16)
+    assert whole == one | {"operators": "all"}
 
 
 def test_rows_are_sums_over_layers_and_medians_over_runs() -> None:
