@@ -34,7 +34,8 @@ SKIPPED = 77
 # Kernels by architecture, and the matrix instruction that those in the last column must use.
 PORTABLE = (
     "argmax_kernel", "attention_merge_kernel<64>", "attention_merge_kernel<96>",
-    "attention_merge_kernel<128>", "attention_merge_kernel<256>", "embed_kernel", "gate_kernel<bf16>", "gate_kernel<float>",
+    "attention_merge_kernel<128>", "attention_merge_kernel<256>", "embed_kernel",
+    "gate_kernel<bf16>", "gate_kernel<float>",
     "residual_kernel", "rms_norm_kernel", "rotary_kernel", "round_kernel",
     "rope_kernel<bf16>", "rope_kernel<float>", "rope_rows_kernel<bf16>", "rope_rows_kernel<float>",
     "sample_kernel", "softcap_kernel",

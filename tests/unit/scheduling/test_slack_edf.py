@@ -158,9 +158,9 @@ def test_rest_a_tenants_backlog_does_not_delay_another_tenant() -> None:
         arrive(scheduler, f"heavy{number}", 1_000, at=0.01, tenant="heavy")
     for number in range(2):
         arrive(scheduler, f"light{number}", 1_000, at=0.05 + 0.15 * number, tenant="light")
-    arrive(scheduler, "nobody's", 1_000, at=0.06)
+    arrive(scheduler, "unnamed", 1_000, at=0.06)
     order = [end_current(scheduler, 0.1 * (number + 2)).job_ids[0] for number in range(6)]
-    assert order == ["heavy0", "light0", "nobody's", "heavy1", "light1", "heavy2"]
+    assert order == ["heavy0", "light0", "unnamed", "heavy1", "light1", "heavy2"]
 
 
 def test_rest_tenants_that_ask_for_less_than_a_device_go_by_arrival() -> None:
