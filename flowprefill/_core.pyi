@@ -54,7 +54,14 @@ class PlanOptions:
 class BatchSequence:
     """One request's part of a batch: new rows, tokens in the cache before them, KV blocks."""
 
-    def __init__(self, *, rows: int, context: int, block_table: Int32Array) -> None: ...
+    def __init__(
+        self,
+        *,
+        rows: int,
+        context: int,
+        block_table: Int32Array,
+        next_token: int = -1,  # that follows the last row, for its score; -1: not known
+    ) -> None: ...
 
 class Batch:
     """What one run computes: the sequences' new tokens, packed in their order."""
@@ -209,6 +216,7 @@ class Model:
         *,
         fail_at: int = -1,  # tests: this segment throws
         pause_at: AbstractSet[int] = ...,  # tests: suspended before these segments
+        output: Literal["logits", "scores", "last", "mean"] = "logits",
     ) -> Run: ...
     @property
     def weight_bytes(self) -> int: ...
@@ -239,6 +247,8 @@ class PlanPredictor:
 def spin_run(id: int, segments: int, segment_s: float, fail_at: int = -1) -> Run: ...
 def cpu_cuts(dtype: str, threads: int) -> CutRules: ...  # of a model on the CPU
 def logits(run: Run) -> FloatArray: ...
+def scores(run: Run) -> Int32Array: ...  # [rows, 43], as csrc/graph/prompt_score.h has them
+def embeddings(run: Run) -> FloatArray: ...  # [sequences, hidden]
 def live_workspace_bytes() -> int: ...
 def has_bf16_gemm() -> bool: ...  # natively, with the instruction set in use
 def isa() -> str:

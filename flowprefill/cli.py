@@ -226,6 +226,8 @@ def _add_generate(commands: Any) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """Stream one completion to stdout."""
     prompt = args.prompt if args.prompt is not None else _read_stdin()
+    if args.max_tokens < 1:
+        raise InvalidRequest.field("max_tokens", args.max_tokens, "an integer >= 1")
     sampling = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,

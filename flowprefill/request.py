@@ -16,12 +16,16 @@ from flowprefill.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "expired", "failed", "rejected"]
 OnMiss = Literal["demote", "drop"]
+Pooling = Literal["last", "mean"]
+# What a prefill gives: the last token's logits; those and scores of every token; an embedding.
+RunOutput = Literal["logits", "scores", "last", "mean"]
 StructuredKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STRUCTURED_CHARS = 128 * 1024
+POOLINGS = ("last", "mean")
 STRUCTURED_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 
 
@@ -64,7 +68,7 @@ class Range(NamedTuple):
 _INT_MAX = 2**31 - 1
 # The one place of these ranges: the HTTP API's description is made from them too.
 SAMPLING_RANGES: Mapping[str, Range] = {
-    "max_tokens": Range(1, _INT_MAX, "an integer >= 1", is_whole=True),
+    "max_tokens": Range(0, _INT_MAX, "an integer >= 0", is_whole=True),
     "min_tokens": Range(0, _INT_MAX, "an integer >= 0", is_whole=True),
     "temperature": Range(0.0, 2.0, "a number in [0, 2]"),
     "top_p": Range(0.0, 1.0, "a number in [0, 1]"),
@@ -72,12 +76,13 @@ SAMPLING_RANGES: Mapping[str, Range] = {
     "min_p": Range(0.0, 1.0, "a number in [0, 1]"),
     "seed": Range(-(2**63), 2**64 - 1, "a 64-bit integer", is_whole=True),
     "logprobs": Range(0, MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}", is_whole=True),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}", is_whole=True),
     "presence_penalty": Range(-2.0, 2.0, "a number in [-2, 2]"),
     "frequency_penalty": Range(-2.0, 2.0, "a number in [-2, 2]"),
     "repetition_penalty": Range(0.0, 10.0, "a number in (0, 10]", open_low=True),
 }
 MAX_BIAS = 100.0
-_MAY_BE_NONE = ("max_tokens", "seed", "logprobs")
+_MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +170,15 @@ class SamplingParams:
     """How tokens are chosen and when generation ends; names and ranges as in OpenAI's API and vLLM.
 
     Attributes:
-        max_tokens: most tokens to generate, >= 1; None means up to the model's length.
+        max_tokens: most tokens to generate; 0: the prompt is computed and nothing generated; None
+            means up to the model's length.
         min_tokens: no stop condition counts before this many tokens.
         temperature: 0 is greedy.
         top_p: 0 is greedy, 1 is off.
         top_k: 0 is off.
         logprobs: how many alternatives to report per token (0: only the chosen one); None is off.
+        prompt_logprobs: report the log-probability of each prompt token but the first, given those
+            before it, and so many alternatives; None is off.
         logit_bias: token id -> what is added to its logit, -100 to 100.
         skip_special_tokens: leave control tokens out of the text.
         structured: what the text has to be; None: anything. Its end ends generation.
@@ -187,6 +195,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -242,6 +251,8 @@ class Request:
             templates write them themselves.
         priority: among equally urgent requests the smaller goes first (as in vLLM).
         tenant: whom it belongs to, for fair shares of the queue; empty: no tenant.
+        pooling: nothing is generated, the answer is an embedding of the prompt: of its ``last``
+            token, or the ``mean`` of all. None: the prompt is continued.
     """
 
     prompt: str | Sequence[int]
@@ -250,14 +261,29 @@ class Request:
     add_special_tokens: bool = True
     priority: int = 0
     tenant: str = ""
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise InvalidRequest.field("pooling", self.pooling, "'last' or 'mean'")
         _check_int("priority", self.priority, -(2**31), 2**31 - 1, allowed="a 32-bit integer")
         is_bytes = isinstance(self.prompt, (bytes, bytearray))
         if is_bytes or not isinstance(self.prompt, (str, Sequence)):
             raise InvalidRequest.field("prompt", self.prompt, "text or a list of token ids")
         if len(self.prompt) == 0:
             raise InvalidRequest.field("prompt", self.prompt, "at least one token")
+
+    @property
+    def generates(self) -> bool:
+        """Whether any token is to be generated."""
+        return self.pooling is None and self.sampling.max_tokens != 0
+
+    @property
+    def output(self) -> RunOutput:
+        """What its prefill has to give."""
+        if self.pooling is not None:
+            return self.pooling
+        return "logits" if self.sampling.prompt_logprobs is None else "scores"
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +292,22 @@ class TokenLogprob:
 
     token_id: int
     logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """One prompt token given those before it, under the model's distribution.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        rank: 1 if no token is more likely.
+        top_logprobs: the most likely tokens in its place, best first, as many as asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +379,9 @@ class Completion:
     Attributes:
         text: the generated text, stop string removed unless asked for.
         tokens: every generated token in order.
+        prompt_logprobs: PromptLogprobs, a sequence with a PromptLogprob for each prompt token, None
+            for the first, and the same as arrays; None unless asked for.
+        embedding: NumPy array, float32 [hidden], of length 1; None unless ``pooling`` asked for it.
     """
 
     request_id: str
@@ -345,6 +390,8 @@ class Completion:
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
     timings: Timings
+    prompt_logprobs: Any = None
+    embedding: Any = None
 
     @property
     def token_ids(self) -> list[int]:

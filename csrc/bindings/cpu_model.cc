@@ -28,6 +28,18 @@ CpuElement element_of(const std::string& dtype) {
   throw std::invalid_argument("dtype: got " + dtype + ", expected bf16 or f32");
 }
 
+RunOutput output_of(const std::string& name) {
+  if (name == "logits")
+    return RunOutput::kLogits;
+  if (name == "scores")
+    return RunOutput::kScores;
+  if (name == "last")
+    return RunOutput::kLast;
+  if (name == "mean")
+    return RunOutput::kMean;
+  throw std::invalid_argument("output: got " + name + ", expected logits, scores, last or mean");
+}
+
 class Model {
  public:
   Model(const py::object& graph, const std::string& dtype, int threads)
@@ -45,9 +57,11 @@ class Model {
   }
 
   RunRef make(uint64_t id, Batch batch, const PlanOptions& options, int64_t fail_at,
-              const std::unordered_set<size_t>& pause_at) {
+              const std::unordered_set<size_t>& pause_at, const std::string& output) {
+    const RunOutput wanted = output_of(output);
     py::gil_scoped_release release;
-    auto program = backend_->make_program(std::move(batch), options, {.fail_at = fail_at});
+    auto program =
+        backend_->make_program(std::move(batch), options, {.output = wanted, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
 
@@ -60,6 +74,8 @@ class Model {
 // A view of the run's logits that keeps the run alive.
 py::array_t<float> logits(const py::object& object) {
   const auto& program = finished<ModelProgram>(object, "logits");
+  if (program.logits() == nullptr)
+    throw std::invalid_argument("run: has no logits, it was made for embeddings");
   const py::ssize_t rows = program.num_sequences();
   const auto columns = static_cast<py::ssize_t>(program.vocab_size());
   return py::array_t<float>({rows, columns}, program.logits(), object);
@@ -76,6 +92,29 @@ py::dict ceilings(int threads) {
     reads.append(py::make_tuple(read.bytes, read.bytes_per_s));
   return py::dict(py::arg("f32") = found.f32, py::arg("bf16") = found.bf16,
                   py::arg("int8") = found.int8, py::arg("reads") = reads);
+}
+
+// Views that keep the run alive, as logits() is.
+py::array_t<int32_t> scores(const py::object& object) {
+  const auto scores = finished<ModelProgram>(object, "scores").scores();
+  if (scores.empty())
+    throw std::invalid_argument("run: has no scores, it was made without output=\"scores\"");
+  const auto rows = static_cast<py::ssize_t>(scores.size());
+  const py::ssize_t columns = PromptScore::kColumns;
+  return py::array_t<int32_t>({rows, columns}, reinterpret_cast<const int32_t*>(scores.data()),
+                              object);
+}
+
+py::array_t<float> embeddings(const py::object& object) {
+  const auto& program = finished<ModelProgram>(object, "embeddings");
+  const auto values = program.embeddings();
+  if (values.empty())
+    throw std::invalid_argument(
+        "run: has no embeddings, it was made without output=\"last\" or "
+        "\"mean\"");
+  const py::ssize_t rows = program.num_sequences();
+  const auto columns = static_cast<py::ssize_t>(values.size()) / rows;
+  return py::array_t<float>({rows, columns}, values.data(), object);
 }
 
 }  // namespace
@@ -101,7 +140,7 @@ void bind_cpu_model(py::module_& m) {
       .def("zero_blocks", &Model::zero_blocks, py::arg("blocks"))
       .def("make_run", &Model::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
            py::kw_only(), py::arg("fail_at") = -1,
-           py::arg("pause_at") = std::unordered_set<size_t>())
+           py::arg("pause_at") = std::unordered_set<size_t>(), py::arg("output") = "logits")
       .def_property_readonly("weight_bytes",
                              [](Model& model) { return model.get().weight_bytes(); });
   m.def(
@@ -109,6 +148,8 @@ void bind_cpu_model(py::module_& m) {
       [](const std::string& dtype, int threads) { return cpu_cuts(threads, element_of(dtype)); },
       py::arg("dtype"), py::arg("threads"));
   m.def("logits", &logits, py::arg("run"));
+  m.def("scores", &scores, py::arg("run"));
+  m.def("embeddings", &embeddings, py::arg("run"));
   m.def("live_workspace_bytes", &live_workspace_bytes);
   m.def("has_bf16_gemm", &has_bf16_gemm);
   m.def("isa", [] { return std::string(name_of(isa())); });

@@ -62,11 +62,12 @@ PlanOptions make_options(const py::object& granularity, const MachineRates& rate
 }
 
 Sequence make_sequence(const py::object& rows, const py::object& context,
-                       const py::object& block_table) {
+                       const py::object& block_table, const py::object& next_token) {
   Sequence s;
   s.rows = value_from<int32_t>("rows", rows);
   s.context = value_from<int32_t>("context", context);
   s.block_table = ids_from("block_table", block_table);
+  s.next_token = value_from<int32_t>("next_token", next_token);
   return s;
 }
 
@@ -110,7 +111,7 @@ void bind_run_arguments(py::module_& m) {
       .def_readonly("chunk_tokens", &PlanOptions::chunk_tokens);
   py::class_<Sequence>(m, "BatchSequence", py::module_local())
       .def(py::init(&make_sequence), py::kw_only(), py::arg("rows"), py::arg("context"),
-           py::arg("block_table"));
+           py::arg("block_table"), py::arg("next_token") = -1);
   py::class_<Batch>(m, "Batch", py::module_local())
       .def(py::init(&make_batch), py::arg("tokens"), py::arg("sequences"));
 }

@@ -9,20 +9,22 @@
 #include <string>
 
 #include "graph/batch.h"
+#include "graph/graph_variants.h"
 #include "graph/kv_store.h"
 #include "graph/model_graph.h"
 #include "graph/planner.h"
+#include "graph/prompt_score.h"
 #include "graph/sampling_params.h"
 #include "runtime/segment.h"
 
 namespace flowprefill {
 
-// A program over one batch, whose result is one row of logits per sequence. May outlive its
-// backend.
+// A program over one batch, whose result is one row of logits per sequence unless another output
+// was asked for. May outlive its backend.
 class ModelProgram : public Program {
  public:
   // [sequences, logits_stride()] float on the host, the first vocab_size() of each row; null if
-  // they were not asked for. Meaningful once the run has finished.
+  // they were not asked for, or the output has none. Meaningful once the run has finished.
   virtual const float* logits() const = 0;
   virtual int64_t logits_stride() const = 0;
   virtual int32_t num_sequences() const = 0;
@@ -30,6 +32,11 @@ class ModelProgram : public Program {
   // [sequences] the tokens chosen on the device, -1 where the logits have no answer (NaN); empty
   // where the device does not choose. Meaningful once the run has finished.
   virtual std::span<const int32_t> sampled() const { return {}; }
+  // [rows] of what each row's logits say of the token after it; empty unless asked for. Meaningful
+  // once the run has finished, as are the embeddings.
+  virtual std::span<const PromptScore> scores() const { return {}; }
+  // [sequences, columns] row-major; empty unless asked for.
+  virtual std::span<const float> embeddings() const { return {}; }
   // Bytes of activations that it holds now.
   virtual size_t workspace_bytes() const = 0;
 };
@@ -38,6 +45,7 @@ struct ProgramOptions {
   // One per sequence, or none: the most likely tokens. Where the device chooses.
   std::span<const SamplingParams> sampling = {};
   bool fetch_logits = true;
+  RunOutput output = RunOutput::kLogits;
   int64_t fail_at = -1;  // >= 0: that segment throws (tests)
 };
 

@@ -38,6 +38,9 @@ void check_sequence(const std::string& name, const Sequence& s, const BatchLimit
   if (length > std::numeric_limits<int32_t>::max())
     invalid(name + "tokens", length, "fewer than 2^31");
   check_at_most(name + "tokens", length, limits.max_context, "max_context");
+  if (s.next_token >= limits.vocab_size)
+    invalid(name + "next_token", s.next_token,
+            "a token below " + std::to_string(limits.vocab_size) + ", or -1");
   check_blocks(name, s, limits);
 }
 

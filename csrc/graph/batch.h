@@ -12,6 +12,7 @@ struct Sequence {
   int32_t rows = 0;       // new tokens
   int32_t context = 0;    // tokens already in the cache: position of the first row
   std::vector<int32_t> block_table;
+  int32_t next_token = -1;  // that follows its last row, if it is known: see PromptScore
 
   int32_t row_end() const { return row_begin + rows; }
   int32_t length() const { return context + rows; }

@@ -16,7 +16,9 @@ uint64_t reads_of(const Operator& op) {
 // Whether the step writes the first of what its tensor will hold: what was there before is dead,
 // since steps fill a tensor in ascending order before anything reads it.
 bool begins_anew(const ModelGraph& graph, const Operator& op, const Step& step) {
-  const int32_t first = graph.output_of(op).extent == Extent::kTile ? step.base : 0;
+  const Extent extent = graph.output_of(op).extent;
+  const bool is_of_tile = extent == Extent::kTile || extent == Extent::kHeadTile;
+  const int32_t first = is_of_tile ? step.base : 0;
   return step.row_begin == first && step.part_begin == 0;
 }
 
@@ -31,6 +33,28 @@ uint64_t sequence_tensors(const ModelGraph& graph) {
 }
 
 }  // namespace
+
+CompiledProgram::CompiledProgram(std::shared_ptr<const ModelGraph> graph, Plan plan)
+    : graph_(std::move(graph)), plan_(std::move(plan)) {
+  uint64_t missing = graph_->results();
+  for (size_t s = 0; s < plan_.steps.size() && missing != 0; ++s) {
+    const Step& step = plan_.steps[s];
+    for (int32_t i = std::max(step.first, graph_->rows_after_layers().begin); i <= step.last; ++i) {
+      const int32_t output = graph_->op(i).output;
+      if ((missing & bit(output)) == 0)
+        continue;
+      result_starts_.push_back({output, s});
+      missing &= ~bit(output);
+    }
+  }
+}
+
+uint64_t CompiledProgram::live_results(size_t cursor) const {
+  uint64_t live = 0;
+  for (const ResultStart& start : result_starts_)
+    live |= start.step < plan_.segments[cursor] ? bit(start.tensor) : 0;
+  return live;
+}
 
 bool CompiledProgram::is_per_sequence(size_t segment) const {
   return graph_->is_per_sequence(graph_->op(steps(segment).front().first));
@@ -56,11 +80,11 @@ uint64_t CompiledProgram::live_tensors(size_t cursor) const {
   if (cursor == 0)
     return 0;
   if (cursor == size())
-    return bit(graph_->logits());
+    return graph_->results();
   const size_t num_tensors = graph_->tensors.size();
   const uint64_t all = num_tensors == 64 ? ~uint64_t{0} : (uint64_t{1} << num_tensors) - 1;
-  uint64_t live = 0;
-  uint64_t settled = is_per_sequence(cursor) ? 0 : sequence_tensors(*graph_);
+  uint64_t live = live_results(cursor);
+  uint64_t settled = graph_->results() | (is_per_sequence(cursor) ? 0 : sequence_tensors(*graph_));
   for (size_t s = plan_.segments[cursor]; s < plan_.steps.size() && settled != all; ++s) {
     const Step& step = plan_.steps[s];
     for (int32_t i = step.first; i <= step.last; ++i) {

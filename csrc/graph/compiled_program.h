@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "graph/model_graph.h"
 #include "graph/planner.h"
@@ -16,8 +17,7 @@ namespace flowprefill {
 // Thread: any; constant after construction.
 class CompiledProgram {
  public:
-  CompiledProgram(std::shared_ptr<const ModelGraph> graph, Plan plan)
-      : graph_(std::move(graph)), plan_(std::move(plan)) {}
+  CompiledProgram(std::shared_ptr<const ModelGraph> graph, Plan plan);
 
   const ModelGraph& graph() const { return *graph_; }
   const Plan& plan() const { return plan_; }
@@ -30,14 +30,24 @@ class CompiledProgram {
   bool is_per_sequence(size_t segment) const;
 
   // Tensors (bit i: tensor i of the graph) of which something is read after the boundary before
-  // segment `cursor` that was written before it; between chunks the prompt's tensors too, since any
-  // of their rows may be a sequence's last. Cost: a look at each step up to the end of the next
-  // tile.
+  // segment `cursor` that was written before it, and what is there of the result; between chunks
+  // the prompt's tensors too, since any of their rows may be a sequence's last. Cost: a look at
+  // each step up to the end of the next tile.
   uint64_t live_tensors(size_t cursor) const;
 
  private:
+  // Results of which something was written before segment `cursor`.
+  uint64_t live_results(size_t cursor) const;
+
+  // A tensor of the result, and the first step that writes it.
+  struct ResultStart {
+    int32_t tensor = 0;
+    size_t step = 0;
+  };
+
   std::shared_ptr<const ModelGraph> graph_;
   Plan plan_;
+  std::vector<ResultStart> result_starts_;
 };
 
 }  // namespace flowprefill

@@ -38,6 +38,10 @@ double Cost::operator_s(const Operator& op, int32_t begin, int32_t end) const {
       return linear_s(op, end - begin);
     case OperatorKind::kAttention:
       return attention_s(op, begin, end);
+    case OperatorKind::kScore:
+    case OperatorKind::kPool:
+      return static_cast<double>(end - begin) * graph_.tensor(op.input).columns *
+             rules_.kept_element_s;
     case OperatorKind::kRotary:
     case OperatorKind::kNorm:
     case OperatorKind::kRope:

@@ -22,7 +22,8 @@ struct MachineRates {
 // How a device spends time that the rates do not tell.
 struct CostRules {
   int32_t weight_element_bytes = 2;
-  double embed_row_s = 1.5e-6;  // embedding and rotary table of one row
+  double embed_row_s = 1.5e-6;    // embedding and rotary table of one row
+  double kept_element_s = 5e-10;  // scoring and pooling: each element that they read
 };
 
 // A range of operators over a range of rows. The planner makes steps, a device executes them.
@@ -40,8 +41,8 @@ struct Step {
   bool is_whole() const { return part_end == 0; }
 };
 
-// Row-wise work is in the measured rate of the products next to it, so only products, attention
-// and embedding have a cost of their own.
+// Row-wise work is in the measured rate of the products next to it, so only products, attention,
+// embedding, scoring and pooling have a cost of their own.
 class Cost {
  public:
   // All three live as long as this.

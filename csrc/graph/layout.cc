@@ -16,10 +16,20 @@ int32_t rows_of(Extent extent, const PlanSizes& sizes) {
       return sizes.rows;
     case Extent::kTile:
       return sizes.tile_rows;
+    case Extent::kHeadTile:
+      return sizes.head_tile_rows;
     case Extent::kSequence:
       break;
   }
   return sizes.sequences;
+}
+
+bool is_of_tile(Extent extent) {
+  return extent == Extent::kTile || extent == Extent::kHeadTile;
+}
+
+bool is_result_of(const ModelGraph& graph, size_t tensor) {
+  return (graph.results() >> tensor & 1) != 0;
 }
 
 // Operators of a layer during which each tensor holds something: one bit an operator, from the one
@@ -51,17 +61,20 @@ bool overlap(const std::vector<bool>& a, const std::vector<bool>& b) {
   return false;
 }
 
-// conflicts[a][b]: whether in some layer both hold something at once.
+// conflicts[a][b]: whether in some layer, or behind them, both hold something at once.
 std::vector<std::vector<bool>> conflicts_of(const ModelGraph& graph) {
   const size_t n = graph.tensors.size();
   std::vector<std::vector<bool>> conflicts(n, std::vector<bool>(n, false));
-  for (int32_t layer = 0; layer < graph.num_layers; ++layer) {
-    const auto alive = lifetimes(graph, graph.layer(layer));
+  const auto add = [&](ModelGraph::Range range) {
+    const auto alive = lifetimes(graph, range);
     for (size_t a = 0; a < n; ++a) {
       for (size_t b = 0; b < n; ++b)
         conflicts[a][b] = conflicts[a][b] || overlap(alive[a], alive[b]);
     }
-  }
+  };
+  for (int32_t layer = 0; layer < graph.num_layers; ++layer)
+    add(graph.layer(layer));
+  add(graph.rows_after_layers());
   return conflicts;
 }
 
@@ -82,8 +95,8 @@ Layout::Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSize
   };
   for (size_t i = 0; i < places_.size(); ++i) {
     const Extent extent = graph.tensors[i].extent;
-    const bool is_result = static_cast<int32_t>(i) >= graph.logits();
-    if (extent == Extent::kPrompt || (extent == Extent::kSequence && !is_result))
+    const bool is_result = is_result_of(graph, i);
+    if (!is_result && (extent == Extent::kPrompt || extent == Extent::kSequence))
       place(i);
   }
   place_tile_tensors(graph, rules.alignment);
@@ -96,7 +109,7 @@ void Layout::place_tile_tensors(const ModelGraph& graph, size_t alignment) {
   const auto conflicts = conflicts_of(graph);
   std::vector<size_t> order;
   for (size_t i = 0; i < places_.size(); ++i) {
-    if (graph.tensors[i].extent == Extent::kTile)
+    if (is_of_tile(graph.tensors[i].extent))
       order.push_back(i);
   }
   std::ranges::sort(order, [this](size_t a, size_t b) {
@@ -122,7 +135,9 @@ void Layout::place_tile_tensors(const ModelGraph& graph, size_t alignment) {
 
 void Layout::place_result(const ModelGraph& graph) {
   result_.offset = bytes_;
-  for (auto i = static_cast<size_t>(graph.logits()); i < places_.size(); ++i) {
+  for (size_t i = 0; i < places_.size(); ++i) {
+    if (!is_result_of(graph, i))
+      continue;
     places_[i].offset = bytes_;
     bytes_ += places_[i].bytes();
   }
@@ -189,6 +204,7 @@ class Access {
       case Extent::kPrompt:
         return layout_.rows(tensor, step_.row_begin, step_.row_end);
       case Extent::kTile:
+      case Extent::kHeadTile:
         return layout_.rows(tensor, step_.row_begin - step_.base, step_.row_end - step_.base);
       case Extent::kSequence:
         break;
@@ -201,7 +217,7 @@ class Access {
       return LiveSet({rows(op.output)});
     const int32_t columns = g_.part_columns(op);
     const Extent extent = g_.output_of(op).extent;
-    const int32_t base = extent == Extent::kTile ? step_.base : 0;
+    const int32_t base = is_of_tile(extent) ? step_.base : 0;
     const bool is_sequence = extent == Extent::kSequence;
     return layout_.columns(op.output, is_sequence ? 0 : step_.row_begin - base,
                            is_sequence ? layout_.sizes().sequences : step_.row_end - base,

@@ -15,9 +15,10 @@ namespace flowprefill {
 
 // Rows that the tensors hold.
 struct PlanSizes {
-  int32_t rows = 0;       // of the batch, padding included
-  int32_t tile_rows = 0;  // of the tile that goes through a layer together
-  int32_t sequences = 0;  // padding included
+  int32_t rows = 0;            // of the batch, padding included
+  int32_t tile_rows = 0;       // of the tile that goes through a layer together
+  int32_t sequences = 0;       // padding included
+  int32_t head_tile_rows = 0;  // of the tile behind the layers
   auto operator<=>(const PlanSizes&) const = default;
 };
 
@@ -28,8 +29,8 @@ struct LayoutRules {
 };
 
 // Tensors of the tile that are never alive together lie on one another, so a device must execute a
-// layer's operators one after another for all rows of a step. The last tensors of the graph, logits
-// and what is made of them, lie side by side: the result is one range.
+// layer's operators one after another for all rows of a step. The tensors of the result lie side by
+// side: it is one range.
 class Layout {
  public:
   Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSizes& sizes);

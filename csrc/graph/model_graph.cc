@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "graph/prompt_score.h"
 #include "runtime/thread_annotations.h"
 
 namespace flowprefill {
@@ -53,6 +54,13 @@ class OperatorCheck {
         return require_columns("input", op_.input, output().columns);
       case OperatorKind::kSample:
         return require_tensor("input", op_.input);
+      case OperatorKind::kScore:
+        require_tensor("input", op_.input);
+        require_columns("input", op_.input, g_.vocab_size);
+        return require_columns("output", op_.output, PromptScore::kColumns);
+      case OperatorKind::kPool:
+        require_tensor("input", op_.input);
+        return require_columns("input", op_.input, output().columns);
     }
   }
 
@@ -172,6 +180,24 @@ void check_extents(const ModelGraph& g, ModelGraph::Range range, bool is_per_seq
   }
 }
 
+int32_t sequences_of(const ModelGraph& g) {
+  int32_t i = g.layer_begin.back();
+  while (i < static_cast<int32_t>(g.operators.size()) && !g.is_per_sequence(g.op(i)))
+    ++i;
+  return i;
+}
+
+uint64_t results_of(const ModelGraph& g) {
+  uint64_t written = 0;
+  uint64_t read = 0;
+  for (int32_t i = g.layer_begin.back(); i < static_cast<int32_t>(g.operators.size()); ++i) {
+    written |= uint64_t{1} << g.op(i).output;
+    read |= g.op(i).input < 0 ? 0 : uint64_t{1} << g.op(i).input;
+  }
+  const int32_t logits = g.logits();
+  return (written & ~read) | (logits < 0 ? 0 : uint64_t{1} << logits);
+}
+
 }  // namespace
 
 const char* intern(const char* name) {
@@ -186,27 +212,30 @@ ModelGraph checked(ModelGraph g) {
   for (const Operator& op : g.operators)
     OperatorCheck(g, op).run();
   g.layer_begin = layers_of(g);
-  check_extents(g, {0, g.layer_begin.back()}, false);
+  g.sequence_begin = sequences_of(g);
+  check_extents(g, {0, g.sequence_begin}, false);
   check_extents(g, g.after_layers(), true);
-  const auto after = g.after_layers();
-  const bool has_head =
-      std::any_of(g.operators.begin() + after.begin, g.operators.end(), [&g](const Operator& op) {
-        return op.kind == OperatorKind::kLinear && g.output_of(op).columns == g.vocab_size;
-      });
-  require(has_head, "operators: products with vocab_size columns after the layers", 0, "1");
+  if (g.head() != nullptr)
+    require(g.output_of(*g.head()).columns == g.vocab_size, "operator of the logits: columns",
+            g.output_of(*g.head()).columns, "vocab_size = " + std::to_string(g.vocab_size));
+  g.result_tensors = results_of(g);
+  require(g.result_tensors != 0, "operators: results after the layers", 0, "1");
   return g;
 }
 
-const Operator& ModelGraph::head() const {
-  size_t i = operators.size() - 1;
-  while (operators[i].kind != OperatorKind::kLinear)
-    --i;
-  return operators[i];
+const Operator* ModelGraph::head() const {
+  for (auto i = static_cast<int32_t>(operators.size()); i-- > sequence_begin;) {
+    if (op(i).kind == OperatorKind::kLinear)
+      return &op(i);
+  }
+  return nullptr;
 }
 
 int32_t ModelGraph::parts(const Operator& op) const {
   if (op.kind == OperatorKind::kAttention)
     return attention.kv_heads;
+  if (op.kind == OperatorKind::kPool)
+    return (output_of(op).columns + kPartColumns - 1) / kPartColumns;
   if (op.kind != OperatorKind::kLinear)
     return 1;
   const int64_t rows = weights.weight(op.weight).rows();
@@ -216,7 +245,7 @@ int32_t ModelGraph::parts(const Operator& op) const {
 int32_t ModelGraph::part_columns(const Operator& op) const {
   if (op.kind == OperatorKind::kAttention)
     return attention.heads_per_kv() * attention.head_dim;
-  if (op.kind != OperatorKind::kLinear)
+  if (op.kind != OperatorKind::kLinear && op.kind != OperatorKind::kPool)
     return output_of(op).columns;
   return op.epilogue == Epilogue::kGate ? kPartColumns / 2 : kPartColumns;
 }
@@ -230,17 +259,6 @@ void check_operators(const ModelGraph& graph, RefusalOf& refusal_of) {
       throw std::invalid_argument(message.append(": ").append(reason));
     }
   }
-}
-
-ModelGraph with_sampling(ModelGraph graph) {
-  const int32_t logits = graph.logits();
-  graph.tensors.push_back(
-      {.name = "sampled", .columns = 1, .type = ElementType::kToken, .extent = Extent::kSequence});
-  graph.operators.push_back({.kind = OperatorKind::kSample,
-                             .name = "sample",
-                             .input = logits,
-                             .output = static_cast<int32_t>(graph.tensors.size()) - 1});
-  return checked(std::move(graph));
 }
 
 }  // namespace flowprefill

@@ -38,8 +38,9 @@ struct ModelGraph {
   AttentionShape attention;
   std::vector<RotaryTable> rotary_tables;
   std::vector<Tensor> tensors;
-  // In the order of execution: for all rows of the prompt (layer -1), then layer by layer, then for
-  // the sequences' last rows (layer -1), which end with the product that makes the logits.
+  // In the order of execution: for all rows of the prompt (layer -1), then layer by layer, then
+  // perhaps for all rows again (layer -1, see graph_variants.h), then for the sequences' last rows
+  // (layer -1), which end with the product that makes the logits.
   std::vector<Operator> operators;
   WeightTable weights;
 
@@ -48,7 +49,7 @@ struct ModelGraph {
   const Tensor& output_of(const Operator& op) const { return tensor(op.output); }
   // Whether its rows are sequences.
   bool is_per_sequence(const Operator& op) const {
-    return output_of(op).extent == Extent::kSequence;
+    return output_of(op).extent == Extent::kSequence && op.kind != OperatorKind::kPool;
   }
 
   // Whether it goes from rows of the prompt to rows of the sequences: it reads the last of each.
@@ -66,14 +67,21 @@ struct ModelGraph {
     const auto i = static_cast<size_t>(index);
     return {layer_begin[i], layer_begin[i + 1]};
   }
-  Range after_layers() const {
-    return {layer_begin.back(), static_cast<int32_t>(operators.size())};
-  }
+  // Over all rows of the prompt, tile by tile; empty in a graph that only makes logits.
+  Range rows_after_layers() const { return {layer_begin.back(), sequence_begin}; }
+  // Over the sequences; empty where nothing is asked of their last rows.
+  Range after_layers() const { return {sequence_begin, static_cast<int32_t>(operators.size())}; }
   std::vector<int32_t> layer_begin;  // [layers + 1] first operator of each, and behind the last
+  int32_t sequence_begin = 0;        // first operator whose rows are sequences, or behind the last
 
-  // The operator and tensor of the logits.
-  const Operator& head() const;
-  int32_t logits() const { return head().output; }
+  // The product that makes the logits; null in a graph without.
+  const Operator* head() const;
+  // The tensor of the logits, -1 in a graph without.
+  int32_t logits() const { return head() == nullptr ? -1 : head()->output; }
+  // Tensors (bit i: tensor i) that are a run's result: the logits, and what is written outside of
+  // the layers and never read.
+  uint64_t results() const { return result_tensors; }
+  uint64_t result_tensors = 0;
 
   // Into how many parts one operator may be cut, each for all its rows: attention by KV heads, a
   // product by blocks of kPartColumns rows of its weight; 1: not at all.
@@ -95,9 +103,5 @@ using RefusalOf = std::string(const ModelGraph& graph, const Operator& op);
 
 // Throws std::invalid_argument naming the first operator that is refused, its layer, and why.
 void check_operators(const ModelGraph& graph, RefusalOf& refusal_of);
-
-// The graph with one more operator and tensor, which choose tokens from the logits: for devices
-// that sample.
-ModelGraph with_sampling(ModelGraph graph);
 
 }  // namespace flowprefill

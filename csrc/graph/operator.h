@@ -16,6 +16,8 @@ enum class OperatorKind : uint8_t {
   kResidual,   // output += scale * input, or scale * rms_norm(input) * weight
   kRound,      // output = input, in the output's type: where a product's input has no norm
   kSample,     // output = the chosen tokens of logits
+  kScore,      // output = what a PromptScore keeps of each row's logits
+  kPool,       // output (a row a sequence) += input / rows of the sequence: its mean in the end
 };
 
 enum class Epilogue : uint8_t {
@@ -49,17 +51,18 @@ struct Operator {
 
 // Whether rows can be computed apart from one another in any order.
 constexpr bool is_row_wise(const Operator& op) {
-  return op.kind != OperatorKind::kAttention;
+  return op.kind != OperatorKind::kAttention && op.kind != OperatorKind::kPool;
 }
 
 // Whether it costs next to nothing compared with a product: it never gets a segment of its own.
 constexpr bool is_light(const Operator& op) {
-  return op.kind != OperatorKind::kLinear && op.kind != OperatorKind::kAttention;
+  return op.kind != OperatorKind::kLinear && is_row_wise(op);
 }
 
 // Whether it changes what its output holds rather than writing it anew.
 constexpr bool reads_output(const Operator& op) {
-  return op.kind == OperatorKind::kResidual || op.epilogue == Epilogue::kAdd;
+  return op.kind == OperatorKind::kResidual || op.kind == OperatorKind::kPool ||
+         op.epilogue == Epilogue::kAdd;
 }
 
 // A copy of the name that lives as long as the process. Thread: any.

@@ -23,12 +23,16 @@ class Planner {
     for (int32_t begin = 0; begin < rows; begin += chunk) {
       begin_segment();
       add_prompt_rows(begin, std::min(begin + chunk, rows));
+      add_rows_after_layers(begin, std::min(begin + chunk, rows));
     }
-    begin_segment_if(!is_chunked && o_.granularity != Granularity::kNone);
+    const bool has_sequence_rows = g_.after_layers().begin < g_.after_layers().end;
+    begin_segment_if(has_sequence_rows && !is_chunked && o_.granularity != Granularity::kNone);
     add_sequence_rows();
     if (is_budget())
       merge();
     plan_.tile_rows = std::min(tile_, rows);
+    const bool has_head_tiles = g_.rows_after_layers().begin < g_.rows_after_layers().end;
+    plan_.head_tile_rows = has_head_tiles ? std::min(cuts_.head_tile_rows, rows) : 0;
     return std::move(plan_);
   }
 
@@ -190,6 +194,41 @@ class Planner {
            .base = base_,
            .part_begin = slices == 1 ? 0 : parts * i / slices,
            .part_end = slices == 1 ? 0 : parts * (i + 1) / slices});
+    }
+  }
+
+  // ---- rows of the prompt, behind the layers
+
+  // Tiles of their own: a row of logits is much larger than all that a layer keeps of a row.
+  void add_rows_after_layers(int32_t begin, int32_t end) {
+    const auto range = g_.rows_after_layers();
+    if (range.begin == range.end)
+      return;
+    begin_segment_if(o_.granularity == Granularity::kLayer);
+    for (int32_t row = begin; row < end; row += cuts_.head_tile_rows) {
+      base_ = row;
+      const int32_t stop = std::min(row + cuts_.head_tile_rows, end);
+      begin_segment_if(o_.granularity == Granularity::kOperator);
+      if (is_budget())
+        add_head_tile(range, row, stop);
+      else
+        add(range.begin, range.end - 1, row, stop);
+    }
+  }
+
+  // Products in slices of their parts, the rest in slices of rows.
+  void add_head_tile(ModelGraph::Range range, int32_t begin, int32_t end) {
+    for (int32_t i = range.begin; i < range.end; ++i) {
+      const Operator& op = g_.op(i);
+      if (op.kind == OperatorKind::kLinear) {
+        add_parts(i, begin, end, cuts_.min_product_parts);
+        continue;
+      }
+      const double row_s = cost_.operator_s(op, begin, end) / (end - begin);
+      const double wanted = std::min(o_.budget_s / row_s, static_cast<double>(end - begin));
+      const int32_t rows = std::max(static_cast<int32_t>(wanted), 1);
+      for (int32_t row = begin; row < end; row += rows)
+        add_segment(i, i, row, std::min(row + rows, end));
     }
   }
 

@@ -35,6 +35,7 @@ struct CutRules {
   bool slices_heads = true;        // attention by KV heads before rows: few rows at once are slow
   bool slices_products = false;    // products of a tile by parts; else tiles have fewer rows
   int32_t embed_rows = 512;        // rows of a step before the layers
+  int32_t head_tile_rows = 64;     // rows that go through what follows the layers together
   CostRules costs;
 };
 
@@ -42,6 +43,7 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<uint32_t> segments;  // index of the first step of each segment
   int32_t tile_rows = 0;           // rows the tile tensors must hold
+  int32_t head_tile_rows = 0;      // the same for those behind the layers; 0: there are none
 
   size_t size() const { return segments.size(); }
   std::span<const Step> segment(size_t i) const {

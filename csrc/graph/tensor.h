@@ -18,6 +18,7 @@ enum class ElementType : uint8_t {
 enum class Extent : uint8_t {
   kPrompt,    // one for each row of the batch
   kTile,      // one for each row of the tile that goes through a layer together
+  kHeadTile,  // one for each row of the tile that goes through what follows the layers together
   kSequence,  // one for each sequence of the batch
 };
 

@@ -266,7 +266,8 @@ class EngineCore:
         if work.kind == "decode":
             requests = self._with_blocks(requests)
         try:
-            run = self._worker.make_run(self._batch_of(work.id, requests))
+            batch = self._batch_of(work.id, requests)
+            run = self._worker.make_run(batch)
         except Exception as error:  # whatever it is: these requests fail, the engine goes on
             for request in requests:
                 self._fail(request, RequestFailed(f"request {request.id}: {error}"))
@@ -274,7 +275,7 @@ class EngineCore:
             return None
         for request in requests:
             request.work_id = work.id
-        active = self._runs[work.id] = LiveRun(work, run, requests)
+        active = self._runs[work.id] = LiveRun(work, run, requests, batch.output)
         self.run_names[work.id] = active.name
         while len(self.run_names) > KEPT_RUN_NAMES:
             self.run_names.popitem(last=False)
@@ -282,13 +283,17 @@ class EngineCore:
 
     def _batch_of(self, run_id: int, requests: list[LiveRequest]) -> Batch:
         """Return what a run over the requests computes."""
-        is_decode = all(len(request.ids) - request.computed == 1 for request in requests)
+        output = requests[0].output if requests else "logits"  # a prefill packs those of one
+        is_decode = output == "logits" and all(
+            len(request.ids) - request.computed == 1 for request in requests
+        )
         chooses = is_decode and self._worker.limits.chooses_tokens
         kind: WorkKind = "decode" if is_decode else "prefill"
         return Batch(
             run_id=run_id,
             sequences=[request.next_piece(chooses_token=chooses) for request in requests],
             slowdown=self._scheduler.cost_model.correction(kind),
+            output=output,
         )
 
     def _with_blocks(self, requests: list[LiveRequest]) -> list[LiveRequest]:
@@ -379,7 +384,7 @@ class EngineCore:
         active = self._runs[run_id]
         failures: dict[str, FlowPrefillError] = {}
         if kind == "finished":
-            failures = active.sample(self._worker.outcomes(active.run), self._worker.now_s())
+            failures = active.answer(self._worker, self._worker.now_s())
         with self._lock:
             del self._runs[run_id]
             active.account()

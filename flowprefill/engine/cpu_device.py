@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
+    from flowprefill.request import RunOutput
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class CpuDevice:
     name = "cpu"
     max_model_len = 0
     chooses_tokens = False
+    outputs: tuple[RunOutput, ...] = ("logits", "scores", "last", "mean")
     is_exclusive = False
     probe_sizes = ProbeSizes(tokens=256, context=3072)
     granularity = Granularity("budget", budget_s=2e-3)

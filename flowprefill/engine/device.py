@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flowprefill.engine.worker import RunHandle
     from flowprefill.models.checkpoint import Checkpoint
     from flowprefill.models.model_config import ModelConfig
+    from flowprefill.request import RunOutput
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -82,6 +83,7 @@ class Device(Protocol):
             model's own.
         chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
             `sampling` and `fetch_logits`.
+        outputs: what runs can give; with more than logits, the module has `scores`, `embeddings`.
         is_exclusive: whether no other process computes on it, so that a work which takes longer
             than predicted is slower, not disturbed.
         probe_sizes: of calibration.
@@ -95,6 +97,7 @@ class Device(Protocol):
     threads: int
     max_model_len: int
     chooses_tokens: bool
+    outputs: tuple[RunOutput, ...]
     is_exclusive: bool
     probe_sizes: ProbeSizes
     granularity: Granularity

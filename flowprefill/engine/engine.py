@@ -35,7 +35,7 @@ from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import InvalidRequest, NotReady, PromptTooLong
 from flowprefill.models.chat_template import read_template_file
 from flowprefill.models.checkpoint import Progress, open_checkpoint
-from flowprefill.request import SLO, Request
+from flowprefill.request import SLO, Pooling, Request
 from flowprefill.scheduling import (
     CostModel,
     MachineRates,
@@ -134,11 +134,29 @@ class Engine:
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
         self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer
+        self._check_output(request)
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
         live = self._make_live(request, slo, ids, self._room_for(ids, request), arrival_s)
         self._core.submit(live)
         return live.handle
+
+    def embed(
+        self,
+        prompt: str | Sequence[int],
+        slo: SLO | None = None,
+        *,
+        pooling: Pooling = "last",
+    ) -> Handle:
+        """Submit a prompt whose answer is an embedding: ``Completion.embedding``.
+
+        Args:
+            pooling: of the last token, or the mean of all.
+
+        Raises:
+            As submit.
+        """
+        return self.submit(Request(prompt, pooling=pooling), slo)
 
     def check_load(self, tenant: str = "") -> None:
         """Refuse a request before anything is done for it; raises Overloaded as submit would."""
@@ -147,23 +165,24 @@ class Engine:
     def predicted_work_s(self, requests: Sequence[Request]) -> float:
         """Return the predicted time of requests that come together on an idle device, seconds.
 
-        Equal prompts count once, each token of the output as wanted; a text counts at least as many
-        tokens as it has eighths of characters. 0 where the machine is not calibrated.
+        Equal prompts count once unless they are scored, each token of the output as wanted; a text
+        counts at least as many tokens as it has eighths of characters. 0 where the machine is not
+        calibrated.
         """
         cost_model = self._cost_model
         if not cost_model.is_calibrated:
             return 0.0
-        prompts = {id(one.prompt): one.prompt for one in requests}
-        lengths = {
-            key: max(len(prompt) // 8, 1) if isinstance(prompt, str) else len(prompt)
-            for key, prompt in prompts.items()
+        lengths = {id(one.prompt): _length_of(one.prompt) for one in requests}
+        prompts = {
+            id(one) if one.output == "scores" else id(one.prompt): lengths[id(one.prompt)]
+            for one in requests
         }
         room = self.max_model_len
         outputs = [
-            min(one.sampling.max_tokens or room, max(room - lengths[id(one.prompt)], 1))
+            min(_wanted_tokens(one, room), max(room - lengths[id(one.prompt)], 1))
             for one in requests
         ]
-        return work_s(cost_model, [*lengths.values()], outputs, self.config.max_running)
+        return work_s(cost_model, [*prompts.values()], outputs, self.config.max_running)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
         """Turn chat messages into prompt text by the model's template, in another process.
@@ -335,14 +354,25 @@ class Engine:
                 raise InvalidRequest.field("prompt", token, allowed)
         return ids
 
+    def _check_output(self, request: Request) -> None:
+        if request.output in self._worker.limits.outputs:
+            return
+        device = self._worker.describe()["device"]
+        name = "prompt_logprobs" if request.pooling is None else "pooling"
+        value = request.sampling.prompt_logprobs if request.pooling is None else request.pooling
+        allowed = f"None: not available on device {device}, only on cpu"
+        raise InvalidRequest.field(name, value, allowed)
+
     def _room_for(self, ids: list[int], request: Request) -> int:
-        """Return how many tokens may be generated, at least one."""
+        """Return how many tokens may be generated, at least one if any is wanted."""
         capacity = self._pool.num_blocks * self._pool.block_tokens
         limit = min(self.max_model_len, capacity)
-        if len(ids) >= limit:
+        longest = limit - int(request.generates)
+        if len(ids) > longest:
+            to_generate = ", one is to generate" if request.generates else ""
             raise PromptTooLong(
-                f"prompt: got {len(ids)} tokens, expected at most {limit - 1} (max_model_len is "
-                f"{self.max_model_len}, the KV cache holds {capacity} tokens, one is to generate)",
+                f"prompt: got {len(ids)} tokens, expected at most {longest} (max_model_len is "
+                f"{self.max_model_len}, the KV cache holds {capacity} tokens{to_generate})",
                 param="prompt",
             )
         wanted = request.sampling.max_tokens
@@ -384,3 +414,12 @@ class Engine:
             service=self._classes.get(slo.service_class, self._unnamed_class),
         )
         return live
+
+
+def _length_of(prompt: str | Sequence[int]) -> int:
+    return max(len(prompt) // 8, 1) if isinstance(prompt, str) else len(prompt)
+
+
+def _wanted_tokens(request: Request, room: int) -> int:
+    wanted = request.sampling.max_tokens if request.generates else 0
+    return room if wanted is None else wanted

@@ -71,7 +71,8 @@ class Gate:
     def enter(self, request: LiveRequest) -> None:
         """Count a request in that was admitted."""
         cost_model = self._scheduler.cost_model
-        request.predicted_s = cost_model.prefill_s(request.num_prompt)
+        job = request.job()
+        request.predicted_s = cost_model.prefill_s(request.num_prompt, 0, job.head_rows)
         if request.request.tenant:
             request.is_queued = True
             self._tenants.enter(request.request.tenant, request.num_prompt, request.predicted_s)
@@ -106,7 +107,7 @@ class Gate:
         mode = request.service.admission
         if mode == "off" or request.slo.ttft is None:
             return None
-        cached = self._pool.cached_tokens(request.ids)
+        cached = self._pool.cached_tokens(request.ids) if request.finds_prefix else 0
         job = replace(
             request.job(), prompt_tokens=request.num_prompt - cached, context_tokens=cached
         )

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowprefill.engine.prompt_logprobs import PromptLogprobs
     from flowprefill.errors import FlowPrefillError
     from flowprefill.request import Completion, Timings, Token
 
@@ -33,14 +34,15 @@ class Handle:
         cached_tokens: prompt tokens found in the prefix cache; set by the engine at admission.
         predicted_ttft: predicted seconds from submit to the first token; None when unknown; set by
             the engine at admission.
+        prompt_logprobs: what was asked for of the prompt's tokens; there before the first token is.
 
     Thread: every method may be called from any thread; producers: one at a time.
     """
 
     __slots__ = (
         "_cancel", "_completion", "_end_wakers", "_error", "_is_done", "_lock", "_timings",
-        "_token_wakers", "_tokens", "cached_tokens", "predicted_ttft", "prompt_tokens",
-        "request_id",
+        "_token_wakers", "_tokens", "cached_tokens", "predicted_ttft", "prompt_logprobs",
+        "prompt_tokens", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +60,7 @@ class Handle:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         self.predicted_ttft: float | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
         self._cancel = on_cancel
         self._lock = threading.Lock()
         self._tokens: list[Token] = []

@@ -95,7 +95,9 @@ class BlockPool:
         self._queried_tokens = 0
         self._hit_tokens = 0
 
-    def reserve(self, token_ids: TokenIds, extra_tokens: int) -> Reservation | None:
+    def reserve(
+        self, token_ids: TokenIds, extra_tokens: int, *, finds_prefix: bool = True
+    ) -> Reservation | None:
         """Take all blocks for a prompt and the first tokens after it.
 
         The longest cached prefix of full blocks is shared, but never the whole prompt: its last
@@ -104,6 +106,7 @@ class BlockPool:
         Args:
             token_ids: the prompt, at least one token.
             extra_tokens: room for generated tokens, >= 0.
+            finds_prefix: False shares no block: every token of the prompt is to be computed.
 
         Returns:
             The reservation, or None when there are not enough blocks now (nothing changed).
@@ -122,7 +125,7 @@ class BlockPool:
                 param="prompt",
             )
         hashes: list[bytes] = []
-        shared = self._find_prefix(token_ids, hashes)
+        shared = self._find_prefix(token_ids, hashes) if finds_prefix else []
         idle_shared = sum(1 for block in shared if self._refs[block] == 0)
         fresh = needed - len(shared)
         if fresh > len(self._free) + len(self._evictable) - idle_shared:
@@ -133,7 +136,7 @@ class BlockPool:
             self._refs[block] += 1
         block_ids = shared + [self._take_block() for _ in range(fresh)]
         cached_tokens = len(shared) * self.block_tokens
-        self._queried_tokens += prompt_tokens
+        self._queried_tokens += prompt_tokens if finds_prefix else 0
         self._hit_tokens += cached_tokens
         return Reservation(block_ids, cached_tokens, hashes, len(shared))
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowprefill.config import PLAIN_CLASS, ServiceClass
+from flowprefill.engine.prompt_logprobs import SCORE, PromptLogprobs
 from flowprefill.engine.worker import BatchSequence
+from flowprefill.errors import RequestFailed
 from flowprefill.request import Completion, Timings, Token
 from flowprefill.scheduling import Job
 from flowprefill.scheduling.job import BACKGROUND
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from flowprefill.engine.stop import StopChecker
     from flowprefill.errors import FlowPrefillError
     from flowprefill.models.tokenizer import IncrementalDecoder
-    from flowprefill.request import SLO, FinishReason, Request
+    from flowprefill.request import SLO, FinishReason, Request, RunOutput
 
     Outcome = NDArray[np.float32] | int
 
@@ -57,6 +59,8 @@ class LiveRequest:
         service: what its class promises and allows.
         predicted_s: predicted time of its prefill, nothing cached.
         is_demoted: admitted as best effort, since it was predicted late.
+        ended_with: how a request without tokens ends, once it has its answer.
+        embedding: its answer, if that is one.
         is_queued: waits for its first token and counts as such in its tenant's share.
         considered_s: when the scheduler, or the queue for KV blocks, first knew of it.
         suspensions: see Timings; known at its end.
@@ -80,6 +84,8 @@ class LiveRequest:
     is_scheduled: bool = False
     is_ended: bool = False
     finish_reason: FinishReason | None = None
+    ended_with: FinishReason | None = None
+    embedding: NDArray[np.float32] | None = None
     error: FlowPrefillError | None = None
     tokens: list[Token] = field(default_factory=list)
     token_times_s: list[float] = field(default_factory=list)
@@ -98,6 +104,24 @@ class LiveRequest:
     def id(self) -> str:
         """The request's id."""
         return self.request.id
+
+    @property
+    def output(self) -> RunOutput:
+        """What its next run has to give; scores and embeddings come once, with the prompt."""
+        has_answer = self.tokens or self.ended_with is not None
+        output = self.request.output
+        # Of one token alone there is nothing to score.
+        return "logits" if has_answer or (output == "scores" and self.num_prompt == 1) else output
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens after its own that its KV blocks must have room for before it runs."""
+        return int(self.request.generates)
+
+    @property
+    def finds_prefix(self) -> bool:
+        """Whether tokens found in the prefix cache need not be computed."""
+        return self.output not in ("scores", "mean")
 
     @property
     def deadline_s(self) -> float:
@@ -121,6 +145,7 @@ class LiveRequest:
             weight=self.service.weight,
             service_class=BACKGROUND if self.service.is_background else self.slo.service_class,
             tenant=self.request.tenant,
+            output=self.output,
         )
 
     def _next_token_due_s(self) -> float:
@@ -139,6 +164,33 @@ class LiveRequest:
             blocks=self.reservation.block_ids,
             sampling=self._side().sampler.on_device() if chooses_token else None,
         )
+
+    def take(self, outcome: Outcome, scores: NDArray[Any] | None, now: float) -> Token | None:
+        """Take what a run gives it; returns its next token, None if it generates none.
+
+        Args:
+            outcome: its embedding, float32 [hidden], or see `advance`.
+            scores: of all its prompt's tokens, if they were asked for.
+
+        Raises:
+            RequestFailed: NaN or infinity among the values.
+        """
+        if scores is not None:
+            top = self.request.sampling.prompt_logprobs or 0
+            self.handle.prompt_logprobs = PromptLogprobs(self.ids, scores, top)
+        elif self.request.sampling.prompt_logprobs is not None and not self.tokens:
+            none = np.zeros(1, SCORE)
+            self.handle.prompt_logprobs = self.handle.prompt_logprobs or PromptLogprobs(
+                self.ids, none, 0
+            )
+        if self.request.generates:
+            return self.advance(outcome, now)
+        if self.request.pooling is not None:
+            assert isinstance(outcome, np.ndarray)
+            self.embedding = _of_length_1(outcome)
+        self.ended_with = "length" if self.request.pooling is None else "stop"
+        self.token_times_s.append(now)
+        return None
 
     def advance(self, outcome: Outcome, now: float) -> Token:
         """Sample the next token and decide whether generation ends with it.
@@ -190,7 +242,7 @@ class LiveRequest:
 
         A last token that its reader has seen wins over a cancel that came while it was sampled.
         """
-        reason = self.tokens[-1].finish_reason if self.tokens else None
+        reason = self.tokens[-1].finish_reason if self.tokens else self.ended_with
         if reason is not None:
             self.finish_reason, self.error, self.cancelled_at_s = reason, None, None
 
@@ -238,5 +290,15 @@ class LiveRequest:
                 tokens=tuple(self.tokens),
                 finish_reason=self.finish_reason,
                 timings=timings,
+                prompt_logprobs=self.handle.prompt_logprobs,
+                embedding=self.embedding,
             )
         )
+
+
+def _of_length_1(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a copy of Euclidean length 1; raises RequestFailed where there is none."""
+    length = float(np.sqrt(np.square(embedding, dtype=np.float64).sum()))
+    if not 0 < length < math.inf:
+        raise RequestFailed(f"the embedding's length is {length}, expected a number > 0")
+    return (embedding / length).astype(np.float32)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowprefill.errors import FlowPrefillError, RequestFailed
+from flowprefill.request import POOLINGS
 
 if TYPE_CHECKING:
     from flowprefill.engine.live_request import LiveRequest
-    from flowprefill.engine.worker import Logits, RunHandle
+    from flowprefill.engine.worker import RunHandle, Worker
+    from flowprefill.request import RunOutput
     from flowprefill.scheduling import Work
 
 
@@ -17,16 +19,24 @@ class LiveRun:
 
     Attributes:
         requests: in the order of the run's rows of logits.
+        output: what the run gives.
         computed: tokens of each request that are in the cache once the run has finished.
         is_preempting: it was dispatched over another run; `reason` says why.
     """
 
-    __slots__ = ("computed", "is_preempting", "reason", "requests", "run", "work")
+    __slots__ = ("computed", "is_preempting", "output", "reason", "requests", "run", "work")
 
-    def __init__(self, work: Work, run: RunHandle, requests: list[LiveRequest]) -> None:
+    def __init__(
+        self,
+        work: Work,
+        run: RunHandle,
+        requests: list[LiveRequest],
+        output: RunOutput = "logits",
+    ) -> None:
         self.work = work
         self.run = run
         self.requests = requests
+        self.output = output
         self.computed = [len(request.ids) for request in requests]
         self.is_preempting = False
         self.reason = ""
@@ -43,11 +53,11 @@ class LiveRun:
         """Longest time from one of its dispatches to its next segment, seconds."""
         return self.run.accounting().max_blocking_s
 
-    def sample(self, outcomes: Logits | list[int], now: float) -> dict[str, FlowPrefillError]:
-        """Sample a token for each request of the finished run and hand it to its reader.
+    def answer(self, worker: Worker, now: float) -> dict[str, FlowPrefillError]:
+        """Give each request of the finished run what it is to have of it: a token, mostly.
 
         Args:
-            outcomes: the run's logits, [requests, vocab], or the tokens the device chose.
+            worker: has the run's logits, the tokens the device chose, scores or embeddings.
             now: when they were made.
 
         Returns:
@@ -55,16 +65,23 @@ class LiveRun:
 
         Thread: the event thread, without the engine's lock.
         """
+        has_embeddings = self.output in POOLINGS
+        outcomes = worker.embeddings(self.run) if has_embeddings else worker.outcomes(self.run)
+        scores = worker.scores(self.run) if self.output == "scores" else None
         failures: dict[str, FlowPrefillError] = {}
-        for row, request in enumerate(self.requests):
+        first = 0  # row of each prompt's scores, which a run has computed whole
+        for row, (request, length) in enumerate(zip(self.requests, self.computed, strict=True)):
+            own = None if scores is None else scores[first : first + length]
+            first += length
             if request.error is not None:
                 continue
             try:
-                token = request.advance(outcomes[row], now)
+                token = request.take(outcomes[row], own, now)
             except Exception as error:
                 failures[request.id] = RequestFailed(f"request {request.id}: {error}")
                 continue
-            request.handle.push(token)
+            if token is not None:
+                request.handle.push(token)
         return failures
 
     def account(self) -> None:

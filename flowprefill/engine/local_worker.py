@@ -20,11 +20,14 @@ from flowprefill.engine import calibration
 from flowprefill.engine.device import longest_of
 from flowprefill.engine.device_choice import open_model
 from flowprefill.engine.loading import model_shape, plan_options, slowdown_of
+from flowprefill.engine.prompt_logprobs import SCORE
 from flowprefill.engine.worker import WorkerLimits, WorkerStats
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import MachineRates
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from flowprefill.engine.device import FloatArray
     from flowprefill.engine.worker import Batch, RunHandle
     from flowprefill.models.checkpoint import Checkpoint, Progress
@@ -65,7 +68,11 @@ class LocalWorker:
         longest = longest_of(self._device.max_model_len, config, checkpoint.config)
         blocks = self._allocate_cache(longest)
         self.limits = WorkerLimits(
-            longest, config.block_tokens, blocks, self._device.chooses_tokens
+            longest,
+            config.block_tokens,
+            blocks,
+            self._device.chooses_tokens,
+            self._device.outputs,
         )
         self._plans: dict[float, Any] = {}
 
@@ -113,12 +120,16 @@ class LocalWorker:
             ],
         )
         plan = self._plan(batch.slowdown)
+        model: Any = self._model
+        run: RunHandle
+        if batch.output != "logits":
+            run = model.make_run(batch.run_id, packed, plan, output=batch.output)
+            return run
         chosen = [s.sampling._asdict() for s in batch.sequences if s.sampling is not None]
         if len(chosen) < len(tokens):
             return self._model.make_run(batch.run_id, packed, plan)
         sampling = [native.DeviceSampling(**each) for each in chosen]
-        model: Any = self._model  # no logits have to come to the host
-        run: RunHandle = model.make_run(
+        run = model.make_run(  # no logits have to come to the host
             batch.run_id, packed, plan, sampling=sampling, fetch_logits=False
         )
         return run
@@ -154,6 +165,16 @@ class LocalWorker:
     def outcomes(self, run: Any) -> FloatArray | list[int]:
         """Return a finished run's logits, a view of native memory, or its tokens."""
         return self._device.outcomes(run)
+
+    def scores(self, run: Any) -> NDArray[Any]:
+        """Return a finished run's scores, a view of native memory."""
+        scores: NDArray[Any] = self._device.native.scores(run).view(SCORE)[:, 0]
+        return scores
+
+    def embeddings(self, run: Any) -> FloatArray:
+        """Return a finished run's embeddings, a view of native memory."""
+        embeddings: FloatArray = self._device.native.embeddings(run)
+        return embeddings
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks that may hold NaN."""

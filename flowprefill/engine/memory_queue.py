@@ -68,7 +68,11 @@ class MemoryQueue:
         self._is_dirty = False
         misses = 0
         for request in tuple(self._waiting):
-            reservation = self._pool.reserve(request.ids, extra_tokens=1)
+            reservation = self._pool.reserve(
+                request.ids,
+                extra_tokens=request.extra_tokens,
+                finds_prefix=request.finds_prefix,
+            )
             if reservation is None:
                 misses += 1
                 if now - request.arrival_s > PATIENCE_S or misses >= MAX_MISSES:

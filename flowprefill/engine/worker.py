@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
     from flowprefill.config import Granularity
     from flowprefill.engine.sampler import DeviceSampling
+    from flowprefill.request import RunOutput
     from flowprefill.scheduling import MachineRates, ModelShape
 
     Logits = npt.NDArray[np.float32]
+    Scores = npt.NDArray[Any]
 
 RunState = Literal["ready", "running", "suspended", "finished", "cancelled", "failed"]
 RunEventKind = Literal["suspended", "finished", "cancelled", "failed"]
@@ -34,12 +36,14 @@ class WorkerLimits:
         num_blocks: KV blocks; they are numbered from 0.
         chooses_tokens: whether its decode steps can choose the next tokens themselves; see
             `BatchSequence.sampling`.
+        outputs: what its runs can give.
     """
 
     max_model_len: int
     block_tokens: int
     num_blocks: int
     chooses_tokens: bool
+    outputs: tuple[RunOutput, ...] = ("logits",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,13 @@ class Batch:
     Attributes:
         run_id: unique for the life of the worker.
         slowdown: measured over predicted time of such runs of late; segments are cut by it.
+        output: what the run has to give, one of the worker's outputs.
     """
 
     run_id: int
     sequences: list[BatchSequence]
     slowdown: float = 1.0
+    output: RunOutput = "logits"
 
 
 class RunAccounting(Protocol):
@@ -224,6 +230,12 @@ class Worker(Protocol):
 
     def outcomes(self, run: RunHandle) -> Logits | list[int]:
         """Return a finished run's logits, [sequences, vocab], or the tokens it has chosen."""
+
+    def scores(self, run: RunHandle) -> Scores:
+        """Return a finished run's scores, [tokens] of `prompt_logprobs.SCORE`; output scores."""
+
+    def embeddings(self, run: RunHandle) -> Logits:
+        """Return a finished run's embeddings, [sequences, hidden]; output last or mean."""
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Clear KV blocks whose content must not be read again."""

@@ -65,7 +65,8 @@ class ModelShape:
         linear_flops_per_token: of all projections of all layers.
         weight_bytes: of those projections, as they are stored.
         attention_flops_per_pair: per (token, context token) pair, over all layers.
-        head_flops_per_sequence: of the output head, for the one row of a sequence that needs it.
+        head_flops_per_sequence: of the output head, for one row: a sequence needs its last only,
+            unless its prompt is scored.
         head_bytes: of the output head.
         cache_bytes_per_token: keys and values of one token, over all layers; 0: reading them
             costs nothing.
@@ -109,13 +110,17 @@ class CostModel:
         self._overrun: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
         self._overrun_at = dict.fromkeys(KINDS, 0)  # observations after which it is taken anew
 
-    def prefill_s(self, tokens: int, context: int = 0) -> float:
+    def prefill_s(self, tokens: int, context: int = 0, head_rows: int = 1) -> float:
         """Return the predicted time to prefill one prompt on its cached context, seconds."""
-        return self.packed_prefill_s(tokens, attention_pairs(tokens, context), 1)
+        return self.packed_prefill_s(tokens, attention_pairs(tokens, context), head_rows)
 
-    def nominal_prefill_s(self, tokens: int, context: int = 0) -> float:
-        """Return `prefill_s` without the correction: the same for equal prompts at all times."""
-        return self._rest_s(tokens, 1) + self._attention_s(attention_pairs(tokens, context))
+    def nominal_prefill_s(self, tokens: int, context: int = 0, head_rows: int = 1) -> float:
+        """Return `prefill_s` without the correction: the same for equal prompts at all times.
+
+        Args:
+            head_rows: rows that the output head computes: one, more where a prompt is scored.
+        """
+        return self._rest_s(tokens, head_rows) + self._attention_s(attention_pairs(tokens, context))
 
     def batch_prefill_s(self, prompts: Iterable[tuple[int, int]]) -> float:
         """Return the predicted time of one prefill over (tokens, context) pairs, seconds."""
@@ -126,10 +131,10 @@ class CostModel:
             count += 1
         return self.packed_prefill_s(tokens, pairs, count)
 
-    def packed_prefill_s(self, tokens: int, pairs: float, sequences: int) -> float:
+    def packed_prefill_s(self, tokens: int, pairs: float, head_rows: int) -> float:
         """Return the predicted time of a packed prefill from its sums; O(1), for batching."""
         attention = self._attention * self._attention_s(pairs)
-        return self._correction["prefill"] * (self._rest_s(tokens, sequences) + attention)
+        return self._correction["prefill"] * (self._rest_s(tokens, head_rows) + attention)
 
     def decode_s(self, sequences: int, total_context: int) -> float:
         """Return the predicted time of one decode step over sequences with so much context."""
@@ -200,7 +205,7 @@ class CostModel:
     def _attention_s(self, pairs: float) -> float:
         return pairs * self.shape.attention_flops_per_pair / self.rates.attention_flops_per_s
 
-    def _rest_s(self, tokens: int, sequences: int) -> float:
+    def _rest_s(self, tokens: int, head_rows: int) -> float:
         """Return the overhead, products and output head of a work."""
         rates, shape = self.rates, self.shape
         linear = max(
@@ -209,9 +214,9 @@ class CostModel:
         )
         head = max(
             shape.head_bytes / rates.weight_bytes_per_s,
-            sequences * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
+            head_rows * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
         )
-        return rates.run_overhead_s + linear + head
+        return rates.run_overhead_s + linear + (head if head_rows else 0.0)
 
 
 def _bounded(correction: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from flowprefill.request import OnMiss
+    from flowprefill.request import OnMiss, RunOutput
 
 WorkKind = Literal["prefill", "decode"]
 BACKGROUND = "background"  # service class that runs only when nothing else can
@@ -32,6 +32,7 @@ class Job:
             per weight are given up.
         service_class: name of its class, for shares and reports; empty: none.
         tenant: whom it belongs to, for fairness; empty: no tenant is named.
+        output: what its prefill gives; a prefill packs jobs of one output.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Job:
     weight: float = 1.0
     service_class: str = ""
     tenant: str = ""
+    output: RunOutput = "logits"
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0 or self.context_tokens < 0:
@@ -59,3 +61,10 @@ class Job:
             )
         if not 0 < self.weight < math.inf:
             raise ValueError(f"job {self.id}: weight {self.weight}, expected a number > 0")
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of its prefill that the output head computes."""
+        if self.output == "logits":
+            return 1
+        return 1 + self.prompt_tokens if self.output == "scores" else 0

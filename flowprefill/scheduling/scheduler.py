@@ -12,6 +12,7 @@ import math
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
+from flowprefill.scheduling.cost_model import attention_pairs
 from flowprefill.scheduling.decoding import Decoding
 from flowprefill.scheduling.interface import (
     Arrival,
@@ -299,7 +300,10 @@ class Scheduler:
         if prefill.is_started:
             self._queue.remove(prefill)
             return prefill
-        members = self.policy.batch(prefill, islice(self._queue.in_order(), BATCH_SCAN), now)
+        output = prefill.jobs[0].output
+        waiting = islice(self._queue.in_order(), BATCH_SCAN)
+        alike = (work for work in waiting if work.jobs[0].output == output)
+        members = self.policy.batch(prefill, alike, now)
         for member in members:
             self._queue.remove(member)
             self._count_waiting(member, -1)
@@ -309,8 +313,10 @@ class Scheduler:
 
     def _merge(self, head: Work, members: list[Work]) -> Work:
         jobs = [member.jobs[0] for member in members]
-        seconds = self.cost_model.batch_prefill_s(
-            (job.prompt_tokens, job.context_tokens) for job in jobs
+        seconds = self.cost_model.packed_prefill_s(
+            sum(job.prompt_tokens for job in jobs),
+            sum(attention_pairs(job.prompt_tokens, job.context_tokens) for job in jobs),
+            sum(job.head_rows for job in jobs),
         )
         nominal_s = seconds / self.cost_model.correction("prefill")
         merged = Work(jobs, head.serial, seconds, nominal_s=nominal_s)
@@ -363,7 +369,9 @@ class Scheduler:
     # -- bookkeeping -------------------------------------------------------------------------
 
     def _new_work(self, job: Job, serial: int) -> Work:
-        nominal_s = self.cost_model.nominal_prefill_s(job.prompt_tokens, job.context_tokens)
+        nominal_s = self.cost_model.nominal_prefill_s(
+            job.prompt_tokens, job.context_tokens, job.head_rows
+        )
         seconds = nominal_s * self.cost_model.correction("prefill")
         return Work([job], serial, seconds, nominal_s=nominal_s)
 

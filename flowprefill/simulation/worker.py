@@ -144,6 +144,14 @@ class VirtualWorker:
         tokens: list[int] = run.tokens
         return tokens
 
+    def scores(self, run: Any) -> Any:
+        """Raise: its runs give tokens only."""
+        raise NotImplementedError(f"run {run.id}: no scores on a virtual device")
+
+    def embeddings(self, run: Any) -> Any:
+        """Raise: its runs give tokens only."""
+        raise NotImplementedError(f"run {run.id}: no embeddings on a virtual device")
+
     def zero_blocks(self, blocks: list[int]) -> None:
         """Do nothing: blocks have no content."""
 

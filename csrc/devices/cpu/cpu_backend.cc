@@ -1,5 +1,6 @@
 #include "devices/cpu/cpu_backend.h"
 
+#include <map>
 #include <stdexcept>
 #include <utility>
 
@@ -8,6 +9,7 @@
 #include "devices/cpu/gemm.h"
 #include "devices/cpu/kv_cache.h"
 #include "devices/cpu/packed_linear.h"
+#include "runtime/thread_annotations.h"
 
 namespace flowprefill {
 namespace {
@@ -71,12 +73,27 @@ class CpuBackend final : public Backend {
     check(batch, {.vocab_size = graph_->vocab_size,
                   .block_tokens = cache_->layout().block_tokens,
                   .blocks = cache_->layout().blocks});
-    CompiledProgram compiled(graph_, make_plan(*graph_, batch, options, cuts_));
+    const auto graph = graph_of(program.output);
+    CompiledProgram compiled(graph, make_plan(*graph, batch, options, cuts_));
     return std::make_unique<CpuProgram<T>>(std::move(compiled), weights_, cache_, pool_,
                                            std::move(batch), threads_, program.fail_at);
   }
 
  private:
+  // Variants are made when they are first asked for.
+  std::shared_ptr<const ModelGraph> graph_of(RunOutput output) {
+    if (output == RunOutput::kLogits)
+      return graph_;
+    const MutexLock lock(mutex_);
+    auto& variant = variants_[output];
+    if (variant == nullptr) {
+      ModelGraph made = with_output(*graph_, output);
+      check_operators(made, refusal_of);
+      variant = std::make_shared<const ModelGraph>(std::move(made));
+    }
+    return variant;
+  }
+
   KvLayout layout(int32_t block_tokens, int32_t blocks) const {
     KvLayout wanted{.layers = graph_->num_layers,
                     .kv_heads = graph_->attention.kv_heads,
@@ -94,6 +111,8 @@ class CpuBackend final : public Backend {
   const std::shared_ptr<BufferPool> pool_;
   std::shared_ptr<KvCache> cache_;
   bool is_finished_ = false;
+  Mutex mutex_;
+  std::map<RunOutput, std::shared_ptr<const ModelGraph>> variants_ FP_GUARDED_BY(mutex_);
 };
 
 }  // namespace
@@ -106,8 +125,10 @@ CutRules cpu_cuts(int threads, CpuElement element) {
           .slices_heads = true,
           .slices_products = true,
           .embed_rows = 512,
+          .head_tile_rows = kHeadTileRows,
           .costs = {.weight_element_bytes = element == CpuElement::kFloat ? 4 : 2,
-                    .embed_row_s = 1.5e-6 / threads}};
+                    .embed_row_s = 1.5e-6 / threads,
+                    .kept_element_s = 5e-10 / threads}};
 }
 
 std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuElement element, int threads) {

@@ -43,6 +43,10 @@ void CpuOperators<T>::execute(const Operator& op, const Step& step, RowRange row
       return residual(op, step, rows);
     case OperatorKind::kRound:
       return round(op, step, rows);
+    case OperatorKind::kScore:
+      return score(op, step, rows);
+    case OperatorKind::kPool:
+      return pool(op, step, rows, begin, end);
     case OperatorKind::kAttention:  // shared out by items
     case OperatorKind::kSample:     // the engine samples
       return;
@@ -80,12 +84,18 @@ void CpuOperators<T>::rotary(const Operator& op, const Step& step, RowRange rows
 template <typename T>
 void CpuOperators<T>::norm(const Operator& op, const Step& step, RowRange rows) {
   const bool is_gather = a_.graph.is_gather(op);
+  const int32_t width = a_.graph.output_of(op).columns;
+  const float* weight = a_.weights.vector(op.weight);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     const int32_t from =
         is_gather ? a_.batch.sequences[static_cast<size_t>(row)].row_end() - 1 : row;
-    row_kernels<T>().rms_norm(a_.template at<float>(op.input, step, from),
-                              a_.weights.vector(op.weight), a_.graph.output_of(op).columns, op.eps,
-                              a_.template at<T>(op.output, step, row));
+    const float* in = a_.template at<float>(op.input, step, from);
+    if (a_.graph.output_of(op).type == ElementType::kFloat) {
+      row_kernels<float>().rms_norm(in, weight, width, op.eps,
+                                    a_.template at<float>(op.output, step, row));
+    } else {
+      row_kernels<T>().rms_norm(in, weight, width, op.eps, a_.template at<T>(op.output, step, row));
+    }
   }
 }
 
@@ -333,6 +343,40 @@ void CpuOperators<T>::round(const Operator& op, const Step& step, RowRange rows)
     row_kernels<T>().narrow(a_.template at<float>(op.input, step, row),
                             a_.graph.output_of(op).columns,
                             a_.template at<T>(op.output, step, row));
+  }
+}
+
+// ---- what is kept of all rows
+
+template <typename T>
+void CpuOperators<T>::score(const Operator& op, const Step& step, RowRange rows) {
+  auto* scores = a_.tensors[static_cast<size_t>(op.output)].template as<PromptScore>();
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    const Sequence& s = a_.sequence_of(row);
+    const int32_t target =
+        row + 1 < s.row_end() ? a_.batch.tokens[static_cast<size_t>(row) + 1] : s.next_token;
+    row_kernels<T>().score(a_.template at<float>(op.input, step, row), a_.graph.vocab_size, target,
+                           scores[row]);
+  }
+}
+
+// Rows are added in their order, whatever the steps: each column is one thread's.
+template <typename T>
+void CpuOperators<T>::pool(const Operator& op, const Step& step, RowRange rows, int64_t begin,
+                           int64_t end) {
+  const int64_t width = a_.graph.output_of(op).columns;
+  const int64_t first = begin * kPackColumns;
+  const int64_t last = std::min<int64_t>(end * kPackColumns, width);
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    const int32_t index = a_.sequence_of_row[static_cast<size_t>(row)];
+    const Sequence& s = a_.sequence_of(row);
+    const float* in = a_.template at<float>(op.input, step, row);
+    float* out = a_.tensors[static_cast<size_t>(op.output)].template as<float>() + index * width;
+    if (row == s.row_begin)
+      std::fill(out + first, out + last, 0.0f);
+    const float share = 1.0f / static_cast<float>(s.rows);
+    for (int64_t i = first; i < last; ++i)
+      out[i] += in[i] * share;
   }
 }
 

@@ -39,7 +39,8 @@ struct CpuActivations {
   template <typename E>
   E* at(int32_t tensor, const Step& step, int32_t row) {
     const Tensor& t = graph.tensor(tensor);
-    const int32_t base = t.extent == Extent::kTile ? step.base : 0;
+    const bool is_of_tile = t.extent == Extent::kTile || t.extent == Extent::kHeadTile;
+    const int32_t base = is_of_tile ? step.base : 0;
     return tensors[static_cast<size_t>(tensor)].template as<E>() + int64_t{row - base} * t.columns;
   }
 };
@@ -52,8 +53,9 @@ class CpuOperators {
   // `activations` lives as long as this.
   explicit CpuOperators(CpuActivations<T>& activations) : a_(activations) {}
 
-  // Executes all but attention. Products make column blocks [begin, end) of their output, others
-  // all. input: those rows as prepare_input() makes them, or null: a product prepares its own.
+  // Executes all but attention. Products and pooling make column blocks [begin, end) of their
+  // output, others all. input: those rows as prepare_input() makes them, or null: a product
+  // prepares its own.
   void execute(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end,
                const std::byte* input = nullptr);
 
@@ -86,6 +88,8 @@ class CpuOperators {
   float inverse_rms(const Operator& op, int32_t norm, const float* row, int64_t first) const;
   void residual(const Operator& op, const Step& step, RowRange rows);
   void round(const Operator& op, const Step& step, RowRange rows);
+  void score(const Operator& op, const Step& step, RowRange rows);
+  void pool(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
 
   CpuActivations<T>& a_;
 };

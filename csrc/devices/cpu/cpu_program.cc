@@ -63,6 +63,8 @@ size_t CpuProgram<T>::tensor_bytes(int32_t tensor) const {
     rows = batch_.rows();
   else if (t.extent == Extent::kTile)
     rows = compiled_.plan().tile_rows;
+  else if (t.extent == Extent::kHeadTile)
+    rows = compiled_.plan().head_tile_rows;
   return static_cast<size_t>(rows) * static_cast<size_t>(t.columns) *
          static_cast<size_t>(elements.of(t.type));
 }
@@ -114,7 +116,40 @@ size_t CpuProgram<T>::workspace_bytes() const {
 
 template <typename T>
 const float* CpuProgram<T>::logits() const {
-  return activations_.tensors[static_cast<size_t>(compiled_.graph().logits())].template as<float>();
+  const int32_t logits = compiled_.graph().logits();
+  return logits < 0 ? nullptr
+                    : activations_.tensors[static_cast<size_t>(logits)].template as<float>();
+}
+
+template <typename T>
+const Operator* CpuProgram<T>::last_of(Extent extent) const {
+  const ModelGraph& graph = compiled_.graph();
+  const auto [begin, end] = std::pair(graph.rows_after_layers().begin, graph.after_layers().end);
+  for (int32_t i = end; i-- > begin;) {
+    const Operator& op = graph.op(i);
+    if (graph.output_of(op).extent == extent && op.kind != OperatorKind::kLinear)
+      return &op;
+  }
+  return nullptr;
+}
+
+template <typename T>
+std::span<const PromptScore> CpuProgram<T>::scores() const {
+  const Operator* op = last_of(Extent::kPrompt);
+  if (op == nullptr)
+    return {};
+  return {activations_.tensors[static_cast<size_t>(op->output)].template as<PromptScore>(),
+          static_cast<size_t>(batch_.rows())};
+}
+
+template <typename T>
+std::span<const float> CpuProgram<T>::embeddings() const {
+  const Operator* op = compiled_.graph().logits() >= 0 ? nullptr : last_of(Extent::kSequence);
+  if (op == nullptr)
+    return {};
+  const int32_t columns = compiled_.graph().output_of(*op).columns;
+  return {activations_.tensors[static_cast<size_t>(op->output)].template as<float>(),
+          static_cast<size_t>(batch_.num_sequences()) * static_cast<size_t>(columns)};
 }
 
 // ---- steps
@@ -139,8 +174,11 @@ template <typename T>
 void CpuProgram<T>::execute_step(const Step& step) {
   const ModelGraph& graph = compiled_.graph();
   for (int32_t i = step.first; i <= step.last;) {
-    if (!is_row_wise(graph.op(i))) {
-      execute_attention(step, graph.op(i));
+    if (const Operator& op = graph.op(i); !is_row_wise(op)) {
+      if (op.kind == OperatorKind::kAttention)
+        execute_attention(step, op);
+      else
+        execute_shared(step, op);
       ++i;
       continue;
     }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "devices/cpu/cpu_operators.h"
 #include "graph/backend.h"
@@ -14,6 +15,8 @@ namespace flowprefill {
 
 // Rows of a tile for each team member.
 inline constexpr int32_t kRowsPerMember = 128;
+// Rows of a tile behind the layers: so many are efficient, and their logits of 256k tokens 64 MiB.
+inline constexpr int32_t kHeadTileRows = 64;
 // The product's row block; so few a member reach 97 % of the peak.
 inline constexpr int32_t kRowStep = 16;
 
@@ -36,12 +39,16 @@ class CpuProgram final : public ModelProgram {
   void give_back_dead(size_t cursor) override;
 
   const float* logits() const override;
+  std::span<const PromptScore> scores() const override;
+  std::span<const float> embeddings() const override;
   int64_t logits_stride() const override { return vocab_size(); }
   int32_t num_sequences() const override { return batch_.num_sequences(); }
   int32_t vocab_size() const override { return compiled_.graph().vocab_size; }
   size_t workspace_bytes() const override;
 
  private:
+  // The last operator behind the layers whose output, no product, has such rows; null: none.
+  const Operator* last_of(Extent extent) const;
   void take_missing();
   void give(Buffer& buffer);
   size_t tensor_bytes(int32_t tensor) const;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "graph/prompt_score.h"
+
 namespace flowprefill {
 
 // bfloat16 as bits: the upper half of an IEEE float.
@@ -106,6 +108,8 @@ struct RowKernels {
   void (*widen)(const T* row, int n, float* out);
   // out[i] = row[i] rounded to T.
   void (*narrow)(const float* row, int n, T* out);
+  // What is kept of a row of n logits; target: the token that follows, -1: none.
+  void (*score)(const float* logits, int n, int target, PromptScore& out);
 };
 
 // The kernels for isa(). Throws what that throws. Thread-safe; cost: one load.

@@ -7,6 +7,7 @@
 #include "devices/cpu/isa_attention.h"
 #include "devices/cpu/isa_math.h"
 #include "devices/cpu/isa_product.h"
+#include "devices/cpu/isa_score.h"
 #include "devices/cpu/row_kernels.h"
 
 namespace flowprefill {
@@ -198,32 +199,6 @@ inline int clamp(int value, int low, int high) {
   return value < low ? low : (value > high ? high : value);
 }
 
-// Largest of s[0, n) and `peak`.
-inline float maximum(const float* s, int n, float peak) {
-  int i = 0;
-#ifdef __AVX512F__
-  __m512 most = _mm512_set1_ps(peak);
-  for (; i < n; i += 16) {
-    most = _mm512_mask_max_ps(most, lanes(n - i), most, _mm512_maskz_loadu_ps(lanes(n - i), s + i));
-  }
-  return _mm512_reduce_max_ps(most);
-#else
-  constexpr int kLanes = 16;  // by hand: a maximum is no reduction to a compiler that respects NaN
-  float most[kLanes];
-  for (int j = 0; j < kLanes; ++j)
-    most[j] = peak;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j)
-      most[j] = s[i + j] > most[j] ? s[i + j] : most[j];
-  }
-  for (; i < n; ++i)
-    most[0] = s[i] > most[0] ? s[i] : most[0];
-  for (int j = 0; j < kLanes; ++j)
-    peak = most[j] > peak ? most[j] : peak;
-  return peak;
-#endif
-}
-
 // p[i] = 2^(s[i] - peak); returns their sum.
 template <typename T>
 float exponentials(const float* s, int n, float peak, T* p) {
@@ -334,7 +309,8 @@ constexpr RowKernels<T> make_table() {
           .attend = attend_of<T>(),
           .multiply = multiply_of<T>(),
           .widen = widen<T>,
-          .narrow = narrow<T>};
+          .narrow = narrow<T>,
+          .score = score};
 }
 
 }  // namespace

@@ -60,6 +60,7 @@ class Packing:
         self._settings = settings
         self._tokens = 0
         self._pairs = 0.0
+        self._head_rows = 0
         self.members: list[Work] = []
         self.seconds = 0.0  # predicted time of what is packed
         self.add(head)
@@ -83,7 +84,7 @@ class Packing:
         return self._cost_model.packed_prefill_s(
             self._tokens + job.prompt_tokens,
             self._pairs + attention_pairs(job.prompt_tokens, job.context_tokens),
-            len(self.members) + 1,
+            self._head_rows + job.head_rows,
         )
 
     def add(self, work: Work) -> None:
@@ -92,9 +93,8 @@ class Packing:
         for job in work.jobs:
             self._tokens += job.prompt_tokens
             self._pairs += attention_pairs(job.prompt_tokens, job.context_tokens)
-        self.seconds = self._cost_model.packed_prefill_s(
-            self._tokens, self._pairs, len(self.members)
-        )
+            self._head_rows += job.head_rows
+        self.seconds = self._cost_model.packed_prefill_s(self._tokens, self._pairs, self._head_rows)
 
 
 class BasePolicy:

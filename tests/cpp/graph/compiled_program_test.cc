@@ -5,6 +5,7 @@
 
 #include <map>
 
+#include "graph/graph_variants.h"
 #include "graph_fixture.h"
 
 namespace flowprefill::testing {
@@ -14,7 +15,10 @@ namespace {
 class Simulation {
  public:
   explicit Simulation(const CompiledProgram& program, const Batch& batch)
-      : program_(program), graph_(program.graph()), last_rows_(last_rows(batch)) {}
+      : program_(program),
+        graph_(program.graph()),
+        last_rows_(last_rows(batch)),
+        sequences_(sequence_of_rows(batch)) {}
 
   // [size + 1] by boundary: tensors of which something that is there is read later.
   std::vector<uint64_t> live() {
@@ -25,6 +29,11 @@ class Simulation {
           execute(graph_.op(i), step, s, live);
       }
     }
+    for (const auto& [element, segment] : written_) {  // the result is read in the end
+      const uint64_t tensor = uint64_t{1} << std::get<0>(element);
+      for (size_t i = segment + 1; i < live.size() && (graph_.results() & tensor) != 0; ++i)
+        live[i] |= tensor;
+    }
     return live;
   }
 
@@ -32,7 +41,11 @@ class Simulation {
   using Element = std::tuple<int32_t, int32_t, int32_t>;
 
   int32_t row_in(int32_t tensor, const Step& step, int32_t row) const {
-    return graph_.tensor(tensor).extent == Extent::kTile ? row - step.base : row;
+    const Extent extent = graph_.tensor(tensor).extent;
+    if (extent == Extent::kSequence && step.first < graph_.after_layers().begin)
+      return sequences_[static_cast<size_t>(row)];
+    const bool is_of_tile = extent == Extent::kTile || extent == Extent::kHeadTile;
+    return is_of_tile ? row - step.base : row;
   }
 
   // Elements lie in the tensor from the segment that wrote them on to all that read them.
@@ -67,11 +80,15 @@ class Simulation {
   const CompiledProgram& program_;
   const ModelGraph& graph_;
   const std::vector<int32_t> last_rows_;
-  std::map<Element, size_t> written_;  // by which segment
+  const std::vector<int32_t> sequences_;  // by row
+  std::map<Element, size_t> written_;     // by which segment
 };
 
-TEST(CompiledProgram, live_tensors_are_those_that_an_execution_reads_later) {
-  const auto graph = std::make_shared<const ModelGraph>(llama_graph({.num_layers = 2}));
+class CompiledProgramTest : public ::testing::TestWithParam<RunOutput> {};
+
+TEST_P(CompiledProgramTest, live_tensors_are_those_that_an_execution_reads_later) {
+  const auto graph =
+      std::make_shared<const ModelGraph>(with_output(llama_graph({.num_layers = 2}), GetParam()));
   const Batch batch = batch_with({{40, 0}, {9, 5}, {1, 30}});
   const CutRules cuts{.row_step = 4,
                       .max_tile_rows = 16,
@@ -79,6 +96,7 @@ TEST(CompiledProgram, live_tensors_are_those_that_an_execution_reads_later) {
                       .min_product_parts = 1,
                       .slices_heads = true,
                       .embed_rows = 20,
+                      .head_tile_rows = 7,
                       .costs = {}};
   PlanOptions options;
   options.chunk_tokens = 17;
@@ -91,7 +109,8 @@ TEST(CompiledProgram, live_tensors_are_those_that_an_execution_reads_later) {
     const CompiledProgram program(graph, make_plan(*graph, batch, options, cuts));
     const std::vector<uint64_t> want = Simulation(program, batch).live();
     EXPECT_EQ(program.live_tensors(0), 0u);
-    EXPECT_EQ(program.live_tensors(program.size()), uint64_t{1} << graph->logits());
+    EXPECT_EQ(program.live_tensors(program.size()), graph->results());
+    EXPECT_EQ(want.back(), graph->results());
     for (size_t i = 1; i < program.size(); ++i) {
       // Between chunks all of the prompt's tensors count.
       const uint64_t extra = granularity == Granularity::kChunk ? 3 : 0;
@@ -101,6 +120,10 @@ TEST(CompiledProgram, live_tensors_are_those_that_an_execution_reads_later) {
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Outputs, CompiledProgramTest,
+                         ::testing::Values(RunOutput::kLogits, RunOutput::kScores, RunOutput::kLast,
+                                           RunOutput::kMean));
 
 }  // namespace
 }  // namespace flowprefill::testing

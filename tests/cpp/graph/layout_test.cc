@@ -8,6 +8,7 @@
 #include <string>
 
 #include "graph/compiled_program.h"
+#include "graph/graph_variants.h"
 #include "graph_fixture.h"
 
 namespace flowprefill::testing {
@@ -36,36 +37,45 @@ class LayoutTest : public ::testing::Test {
     }
     return checked(std::move(graph));
   }
+  static void expect_no_overlap(const ModelGraph& graph, const Layout& layout,
+                                ModelGraph::Range range) {
+    std::set<int32_t> read_later;
+    for (int32_t i = range.end; i-- > range.begin;) {
+      const Operator& op = graph.op(i);
+      if (!reads_output(op))
+        read_later.erase(op.output);
+      for (const int32_t read : {op.input, op.rotary}) {
+        if (read >= 0)
+          read_later.insert(read);
+      }
+      for (const int32_t other : read_later) {
+        EXPECT_TRUE(other == op.output || !meet(layout.all(op.output), layout.all(other)))
+            << op.name << " overwrites " << graph.tensor(other).name;
+      }
+      if (reads_output(op))
+        read_later.insert(op.output);
+    }
+  }
   static std::vector<ModelGraph> graphs() {
     return {llama_graph({.num_layers = 3}),
             with_sampling(llama_graph({.hidden_size = 256, .intermediate_size = 1024})),
             llama_graph({.intermediate_size = 512, .num_heads = 8, .num_kv_heads = 8}),
-            parallel_graph()};
+            parallel_graph(),
+            with_output(llama_graph(), RunOutput::kScores),
+            with_output(llama_graph(), RunOutput::kMean)};
   }
 };
 
-// Goes through a layer from behind: what an operator writes must not lie on what later ones read.
+// Goes through a layer, and what follows the layers, from behind: what an operator writes must not
+// lie on what later ones read.
 TEST_F(LayoutTest, no_two_tensors_that_hold_something_at_once_overlap) {
   for (const ModelGraph& graph : graphs()) {
     for (const int32_t tile_rows : {1, 3, 32, 100}) {
-      const Layout layout(graph, kRules, {.rows = 100, .tile_rows = tile_rows, .sequences = 4});
-      std::set<int32_t> read_later;
-      const auto [begin, end] = graph.layer(0);
-      for (int32_t i = end - 1; i >= begin; --i) {
-        const Operator& op = graph.op(i);
-        if (!reads_output(op))
-          read_later.erase(op.output);
-        for (const int32_t read : {op.input, op.rotary}) {
-          if (read >= 0)
-            read_later.insert(read);
-        }
-        for (const int32_t other : read_later) {
-          EXPECT_TRUE(other == op.output || !meet(layout.all(op.output), layout.all(other)))
-              << op.name << " overwrites " << graph.tensor(other).name;
-        }
-        if (reads_output(op))
-          read_later.insert(op.output);
-      }
+      const Layout layout(
+          graph, kRules,
+          {.rows = 100, .tile_rows = tile_rows, .sequences = 4, .head_tile_rows = 8});
+      expect_no_overlap(graph, layout, graph.layer(0));
+      expect_no_overlap(graph, layout, graph.rows_after_layers());
     }
   }
 }
@@ -76,9 +86,11 @@ TEST_F(LayoutTest, tensors_of_the_prompt_and_of_sequences_overlap_no_others) {
     for (int32_t a = 0; a < static_cast<int32_t>(graph.tensors.size()); ++a) {
       EXPECT_LE(layout.all(a).end(), layout.bytes());
       for (int32_t b = 0; b < a; ++b) {
-        const bool are_of_tile =
-            graph.tensor(a).extent == Extent::kTile && graph.tensor(b).extent == Extent::kTile;
-        EXPECT_TRUE(are_of_tile || !meet(layout.all(a), layout.all(b)))
+        const auto is_of_tile = [&](int32_t tensor) {
+          const Extent extent = graph.tensor(tensor).extent;
+          return extent == Extent::kTile || extent == Extent::kHeadTile;
+        };
+        EXPECT_TRUE((is_of_tile(a) && is_of_tile(b)) || !meet(layout.all(a), layout.all(b)))
             << graph.tensor(a).name << " and " << graph.tensor(b).name;
       }
     }

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "graph/compiled_program.h"
+#include "graph/graph_variants.h"
 #include "graph_fixture.h"
 
 namespace flowprefill::testing {
@@ -247,6 +248,41 @@ TEST_F(PlannerTest, predictions_for_another_batch_are_its_own) {
   EXPECT_NEAR(there[2] - here[2], 30 * 40 * 4.0 * 256 / 1e9, 1e-9);
   const Batch shorter = batch_with({{10, 0}});
   EXPECT_LT(predict_segments(graph_, shorter, options_, cuts_, p)[2], here[2]);
+}
+
+TEST_F(PlannerTest, every_granularity_computes_what_other_outputs_need) {
+  const ModelGraph plain = graph_;
+  options_.chunk_tokens = 21;
+  for (const RunOutput output : {RunOutput::kScores, RunOutput::kLast, RunOutput::kMean}) {
+    graph_ = with_output(plain, output);
+    for (const Granularity granularity :
+         {Granularity::kNone, Granularity::kLayer, Granularity::kOperator, Granularity::kChunk}) {
+      expect_complete(plan(granularity));
+      if (HasFatalFailure())
+        return;
+    }
+    for (const double budget_s : {1.0, 1e-5, 1e-7, 1e-12}) {
+      expect_complete(plan(Granularity::kBudget, budget_s));
+      if (HasFatalFailure())
+        return;
+    }
+  }
+}
+
+TEST_F(PlannerTest, scoring_is_cut_to_the_budget) {
+  graph_ = with_output(std::move(graph_), RunOutput::kScores);
+  cuts_.min_product_parts = 1;
+  cuts_.costs.kept_element_s = 1e-9;
+  const double budget_s = 203 * 1e-9 * 4;  // four rows of logits
+  options_.rates.step_overhead_s = 0;
+  const Plan p = plan(Granularity::kBudget, budget_s);
+  for (const Step& step : p.steps) {
+    if (name(step.first) == "score" && step.first == step.last) {
+      EXPECT_LE(step.rows(), 4);
+      EXPECT_GE(step.rows(), 1);
+    }
+  }
+  EXPECT_EQ(p.head_tile_rows, std::min(cuts_.head_tile_rows, kRows));
 }
 
 TEST_F(PlannerTest, sampling_comes_last_and_rides_with_the_head) {

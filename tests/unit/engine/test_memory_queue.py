@@ -25,6 +25,7 @@ class FakeSequence:
         self.deadline_s = due_s
         self.slo = SLO()
         self.extra_tokens = 1
+        self.finds_prefix = True
         self.predicted_s = tokens / 1000
         self.computed = 0
         self.reservation: Any = None

@@ -265,6 +265,8 @@ std::unique_ptr<Device> CudaBackend::make_device(const std::optional<PlanOptions
 std::unique_ptr<ModelProgram> CudaBackend::make_program(Batch batch, const PlanOptions& options,
                                                         const ProgramOptions& program) {
   require_ready();
+  if (program.output != RunOutput::kLogits)
+    throw std::invalid_argument("output: CUDA gives logits only, no scores and no embeddings");
   check(batch, state_->limits());
   check(program.sampling, batch.num_sequences());
   PlannedBatch planned = state_->builder->plan_for(batch, options);

@@ -32,6 +32,10 @@ class Refusal {
       case OperatorKind::kAttention:
         require_head_dim();
         break;
+      case OperatorKind::kScore:
+      case OperatorKind::kPool:
+        require(false, "kind", op_.name, "one that has a kernel");
+        break;
       case OperatorKind::kRotary:
       case OperatorKind::kSample:
         break;
@@ -113,6 +117,9 @@ class Refusal {
       case OperatorKind::kRound:
         require_float(op_.input);
         return require_bf16(op_.output);
+      case OperatorKind::kScore:
+      case OperatorKind::kPool:
+        return;
     }
   }
 
