@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from flowprefill.config import EngineConfig
+from flowprefill.engine.prompt_logprobs import PromptLogprobs
 from flowprefill.engine.records import EngineObserver, EngineStats, TimelineEntry
 from flowprefill.request import SLO, Completion, Request, Timings, Token
 
@@ -47,6 +48,11 @@ class ServedHandle(Protocol):
     def prompt_tokens(self) -> int: ...
     @property
     def cached_tokens(self) -> int: ...
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Those of the prompt, if they were asked for; there before the first token."""
+        ...
+
     @property
     def output_tokens(self) -> int:
         """How many tokens have been generated so far."""

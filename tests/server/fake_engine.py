@@ -13,7 +13,10 @@ from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from flowprefill.config import EngineConfig
+from flowprefill.engine.prompt_logprobs import SCORE, PromptLogprobs
 from flowprefill.errors import (
     FlowPrefillError,
     InvalidRequest,
@@ -56,6 +59,20 @@ class ByteTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<bos>" if token_id == BOS else b"<eos>"
+
+
+def fake_scores(ids: Sequence[int]) -> Any:
+    """Each token has logprob -1 and rank 2; the token before it in the vocabulary -0.5."""
+    scores = np.zeros(len(ids), SCORE)
+    after = np.array([*ids[1:], 0])
+    scores["target_logit"], scores["rank"] = -1.0, 2
+    scores["top_ids"] = (after[:, None] + np.array([-1, 0, *range(1, 19)])) % VOCAB
+    scores["top_logits"] = -0.5 * np.arange(1, 21)
+    return scores
+
+
+def fake_embedding(tokens: int, pooling: str) -> Any:
+    return np.array([0.6, -0.8, tokens, pooling == "mean"], np.float32)
 
 
 @dataclass
@@ -131,6 +148,11 @@ class FakeHandle:
         self._lock = threading.Lock()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.timings: Timings | None = None
+        self.embedding: Any = None
+        self.prompt_logprobs: PromptLogprobs | None = None
+        top = request.sampling.prompt_logprobs
+        if top is not None:
+            self.prompt_logprobs = PromptLogprobs(ids, fake_scores(ids), top)
 
     @property
     def output_tokens(self) -> int:
@@ -188,6 +210,9 @@ class FakeHandle:
         finish: FinishReason = self._script.finish
         if finish == "stop":
             ids.append(EOS)
+        if self.request.pooling is not None:
+            self.embedding = fake_embedding(self.prompt_tokens, self.request.pooling)
+            return "stop"
         if sampling.max_tokens is not None and len(ids) > sampling.max_tokens:
             ids, finish = ids[: sampling.max_tokens], "length"
         pending = b""
@@ -246,10 +271,18 @@ class FakeHandle:
 
     def _whole(self) -> Completion:
         assert self.timings is not None
-        reason = self.tokens[-1].finish_reason or "stop"
+        reason: FinishReason = "length" if self.embedding is None else "stop"
+        reason = (self.tokens[-1].finish_reason or "stop") if self.tokens else reason
         text = "".join(token.text for token in self.tokens)
         return Completion(
-            self.request_id, self.prompt_tokens, text, tuple(self.tokens), reason, self.timings
+            self.request_id,
+            self.prompt_tokens,
+            text,
+            tuple(self.tokens),
+            reason,
+            self.timings,
+            self.prompt_logprobs,
+            self.embedding,
         )
 
     def __iter__(self) -> Iterator[Token]:

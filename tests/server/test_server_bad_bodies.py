@@ -121,7 +121,8 @@ SHARED: list[tuple[str, Any, str | None]] = [
     ),
     ("structured_outputs", {"regex": "a", "grammar": "b"}, "structured_outputs.grammar"),
     ("use_beam_search", True, None),
-    ("prompt_logprobs", 1, None),
+    ("prompt_logprobs", 21, None),
+    ("prompt_logprobs", True, None),
     ("skip_special_tokens", 0, None),
     ("modalities", ["audio"], None),
     ("add_special_tokens", 1, None),
@@ -417,10 +418,18 @@ def test_min_tokens_above_max_tokens_is_a_400(server: RunningServer) -> None:
     assert reply.error["param"] == "min_tokens"
 
 
-def test_echo_with_logprobs_is_a_400(server: RunningServer) -> None:
-    reply = server.post(COMPLETIONS, {**BASE[COMPLETIONS], "echo": True, "logprobs": 1})
-    assert reply.status == 400
-    assert reply.error["param"] == "echo"
+def test_prompt_logprobs_of_a_stream_are_a_400(server: RunningServer) -> None:
+    for path in (COMPLETIONS, CHAT):
+        reply = server.post(path, {**BASE[path], "prompt_logprobs": 1, "stream": True})
+        assert reply.status == 400
+        assert reply.error["param"] == "prompt_logprobs"
+
+
+def test_max_tokens_0_is_for_prompts_that_are_shown(server: RunningServer) -> None:
+    for shown in ({"echo": True}, {"prompt_logprobs": 0}):
+        assert (
+            server.post(COMPLETIONS, {**BASE[COMPLETIONS], "max_tokens": 0, **shown}).status == 200
+        )
 
 
 def test_long_body_is_checked_like_a_short_one(server: RunningServer, engine: FakeEngine) -> None:

@@ -212,3 +212,14 @@ def test_overload_is_retried_after_the_stated_time(
 
         engine.submit = once  # type: ignore[method-assign]
         assert client.completions.create(model="fake-model", prompt="Hi").choices[0].text
+
+
+def test_echo_with_logprobs(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="fake-model", prompt=[[72, 105], [104]], echo=True, logprobs=1, max_tokens=1, seed=1
+    )
+    logprobs = [choice.logprobs for choice in reply.choices]
+    assert [one.tokens for one in logprobs if one] == [["H", "i", "H"], ["h", "H"]]
+    assert logprobs[0] is not None
+    assert logprobs[0].token_logprobs == [None, -1.0, -0.5]
+    assert logprobs[0].text_offset == [0, 1, 2]

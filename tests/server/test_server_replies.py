@@ -308,3 +308,72 @@ def test_long_whole_reply_equals_its_short_ones(server: RunningServer, engine: F
     short = complete(server, prompt="x", n=1, logprobs=1, max_tokens=10_000, return_token_ids=True)
     assert long["usage"]["completion_tokens"] == 8 * short["usage"]["completion_tokens"] > 2_000
     assert [{**choice, "index": 0} for choice in long["choices"]] == short["choices"] * 8
+
+
+# The fake engine's prompt "Hi" is BOS, H, i; each has logprob -1, the token before it -0.5.
+ECHOED = {
+    "tokens": ["<bos>", "H", "i", "a"],
+    "token_logprobs": [None, -1.0, -1.0, -0.5],
+    "top_logprobs": [
+        None, {"G": -0.5, "H": -1.0}, {"h": -0.5, "i": -1.0}, {"a": -0.5},
+    ],
+    "text_offset": [0, 0, 1, 2],
+}  # fmt: skip
+
+
+def test_echo_with_logprobs_has_those_of_the_prompt(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(text="ab")
+    (choice,) = complete(server, echo=True, logprobs=1, max_tokens=1)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("Hia", "length")
+    assert choice["logprobs"] == ECHOED
+    assert engine.submitted[0].request.sampling.prompt_logprobs == 1
+    (choice,) = complete(server, echo=True, logprobs=0, max_tokens=0)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -1.0]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"H": -1.0}, {"i": -1.0}]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1]
+
+
+def test_echo_with_logprobs_in_a_stream_comes_with_the_first_text(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.script = Script(text="ab")
+    fields = {"prompt": "Hi", "echo": True, "logprobs": 1}
+    first, second, _ = stream(server, "/v1/completions", **fields, max_tokens=3)
+    assert first["choices"][0]["text"] == "Hia"
+    assert first["choices"][0]["logprobs"] == ECHOED
+    assert second["choices"][0]["logprobs"]["text_offset"] == [3]
+    (only,) = stream(server, "/v1/completions", **fields, max_tokens=0)
+    assert (only["choices"][0]["text"], only["choices"][0]["finish_reason"]) == ("Hi", "length")
+    assert only["choices"][0]["logprobs"]["tokens"] == ["<bos>", "H", "i"]
+
+
+def test_echo_of_token_lists_has_offsets_in_the_text(server: RunningServer) -> None:
+    """Tokens that are parts of a character: the text has it once, where its first byte is."""
+    reply = complete(server, prompt=[[*"aé".encode(), 256], [104, 105]], echo=True, logprobs=1, n=2)
+    first, second, third, _ = (choice["logprobs"] for choice in reply["choices"])
+    assert first["text_offset"][:5] == [0, 1, 2, 2, 2]
+    assert first["tokens"][:5] == ["a", "\ufffd", "\ufffd", "<bos>", "H"]
+    assert second == first
+    assert third["tokens"][:3] == ["h", "i", "H"]
+
+
+def test_prompt_logprobs_are_as_vllm_shows_them(server: RunningServer) -> None:
+    entry = {
+        "72": {"logprob": -1.0, "rank": 2, "decoded_token": "H"},
+        "71": {"logprob": -0.5, "rank": 1, "decoded_token": "G"},
+    }
+    (choice,) = complete(server, prompt_logprobs=2, max_tokens=0)["choices"]
+    assert len(choice["prompt_logprobs"]) == 3
+    assert choice["prompt_logprobs"][:2] == [None, entry]
+    assert choice["logprobs"] is None
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = server.post(
+        "/v1/chat/completions", {"messages": messages, "prompt_logprobs": 0, "max_tokens": 1}
+    ).json()
+    assert chat["prompt_logprobs"][0] is None
+    assert [len(one) for one in chat["prompt_logprobs"][1:]] == [1] * (
+        chat["usage"]["prompt_tokens"] - 1
+    )

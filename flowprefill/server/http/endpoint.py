@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from aiohttp import web
 
+from flowprefill.engine.prompt_logprobs import PromptLogprobs
 from flowprefill.request import Completion, FinishReason, Request, Token
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle, ServedTokenizer
 from flowprefill.server.http.body import Body
@@ -74,6 +75,10 @@ class EventWriter(Protocol):
         """Return what a choice's next token brings; nothing while it is not final."""
         ...
 
+    def ending_events(self, index: int) -> list[dict[str, Any]]:
+        """Return what a choice's end brings after its last token."""
+        ...
+
     def closing_events(self) -> list[dict[str, Any]]:
         """Return what follows the last token."""
         ...
@@ -105,6 +110,23 @@ class Endpoint(ABC):
     ) -> Mapping[str, Any]:
         """Return the logprobs object of consecutive tokens."""
 
+    def with_echo(
+        self,
+        logprobs: Mapping[str, Any],
+        prompt: PromptLogprobs,  # noqa: ARG002
+        top: int,  # noqa: ARG002
+        text: str,  # noqa: ARG002
+        tokenizer: ServedTokenizer,  # noqa: ARG002
+    ) -> Mapping[str, Any]:
+        """Return the logprobs object with those of the repeated prompt's tokens before them."""
+        return logprobs
+
+    @abstractmethod
+    def with_prompt_logprobs(
+        self, payload: dict[str, Any], prompts: Sequence[list[dict[str, Any] | None]]
+    ) -> None:
+        """Put each choice's prompt_logprobs, as vLLM shows them, into a whole reply."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -125,11 +147,22 @@ class Generation:
         """Return what comes before the generated text of one choice."""
         return self.echo_texts[choice // self.order.spec.n] if self.echo_texts else ""
 
-    def logprobs(self, tokens: Sequence[Token], text_offset: int) -> Mapping[str, Any] | None:
-        """Return the logprobs object of consecutive tokens, None unless asked for."""
-        if self.order.spec.sampling.logprobs is None:
+    def logprobs(
+        self, tokens: Sequence[Token], text_offset: int, echoed: int | None = None
+    ) -> Mapping[str, Any] | None:
+        """Return the logprobs object of consecutive tokens, None unless asked for.
+
+        Args:
+            echoed: the choice that begins with these tokens, if its prompt comes before them.
+        """
+        top, tokenizer = self.order.spec.sampling.logprobs, self.engine.tokenizer
+        if top is None:
             return None
-        return self.endpoint.logprobs(tokens, self.engine.tokenizer, text_offset)
+        logprobs = self.endpoint.logprobs(tokens, tokenizer, text_offset)
+        prompt = None if echoed is None else self.handles[echoed].prompt_logprobs
+        if echoed is None or prompt is None or not self.echo_texts:
+            return logprobs
+        return self.endpoint.with_echo(logprobs, prompt, top, self.echo_text(echoed), tokenizer)
 
     @staticmethod
     def finish_reason(parser: MessageParser, reason: FinishReason | None) -> str | None:

@@ -231,6 +231,12 @@ class ChatEndpoint(Endpoint):
             content.append(entry)
         return {"content": content, "refusal": None}
 
+    def with_prompt_logprobs(
+        self, payload: dict[str, Any], prompts: Sequence[list[dict[str, Any] | None]]
+    ) -> None:
+        """Put what vLLM calls prompt_logprobs beside the choices, which share the prompt."""
+        payload["prompt_logprobs"] = prompts[0]
+
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Handle POST /v1/chat/completions."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
+from flowprefill.engine.prompt_logprobs import PromptLogprobs
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
@@ -14,7 +15,7 @@ from flowprefill.server.http.body import Body, check_text, whole_ids
 from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS
 from flowprefill.server.openai.generation import respond
-from flowprefill.server.openai.logprobs import token_label, top_labels
+from flowprefill.server.openai.logprobs import finite, text_offsets, token_label, top_labels
 from flowprefill.server.openai.message import MessagePart
 from flowprefill.server.openai.openai_schema import (
     CHAT_ONLY,
@@ -65,17 +66,22 @@ def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -
     body.only_neutral(NOT_OF_COMPLETIONS)
     prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
-    max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, MAX_INT)
-    spec = generation_spec(body, context, max_tokens=max_tokens, logprobs=logprobs)
+    echo = body.boolean("echo")
+    # A prompt that is shown or scored is an answer without any token generated.
+    fewest = 0 if echo or body.raw("prompt_logprobs") is not None else 1
+    spec = generation_spec(
+        body,
+        context,
+        max_tokens=body.integer("max_tokens", DEFAULT_MAX_TOKENS, fewest, MAX_INT),
+        logprobs=logprobs,
+        echo_logprobs=logprobs if echo else None,
+    )
     if len(prompts) * spec.n > max_choices:
         raise InvalidRequest(
             f"prompt: got {len(prompts)} prompts times n = {spec.n}, "
             f"expected at most {max_choices} choices",
             param="prompt",
         )
-    echo = body.boolean("echo")
-    if echo and logprobs is not None:
-        body.refuse("echo", True, "false with logprobs: those of the prompt are not available")
     add_special_tokens = body.boolean("add_special_tokens", True)
 
     def requests(engine: ServedEngine, reply_id: str) -> list[Request]:
@@ -135,6 +141,32 @@ class CompletionsEndpoint(Endpoint):
             "top_logprobs": [top_labels(tokenizer, token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def with_echo(
+        self,
+        logprobs: Mapping[str, Any],
+        prompt: PromptLogprobs,
+        top: int,
+        text: str,
+        tokenizer: ServedTokenizer,
+    ) -> Mapping[str, Any]:
+        """Return the same lists with the prompt's tokens before them; null for its first."""
+        echo = {
+            "tokens": [token_label(tokenizer, token) for token in prompt.token_ids.tolist()],
+            "token_logprobs": [None, *map(finite, prompt.logprobs[1:].tolist())],
+            "top_logprobs": [
+                None if entry is None else top_labels(tokenizer, entry, top) for entry in prompt
+            ],
+            "text_offset": text_offsets(tokenizer, prompt.token_ids.tolist(), text),
+        }
+        return {name: values + logprobs[name] for name, values in echo.items()}
+
+    def with_prompt_logprobs(
+        self, payload: dict[str, Any], prompts: Sequence[list[dict[str, Any] | None]]
+    ) -> None:
+        """Put what vLLM calls prompt_logprobs into each choice."""
+        for choice, prompt in zip(payload["choices"], prompts, strict=True):
+            choice["prompt_logprobs"] = prompt
 
 
 async def completions(request: web.Request) -> web.StreamResponse:

@@ -20,6 +20,7 @@ from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.http.body import Body, parse_json_object
 from flowprefill.server.http.endpoint import GENERATION, Endpoint, Generation, GenerationOrder
 from flowprefill.server.http.incoming import json_body
+from flowprefill.server.openai.logprobs import prompt_entries
 from flowprefill.server.openai.openai_schema import SchemaContext
 from flowprefill.server.openai.replies import Envelope, long_json, new_reply_id, usage_object
 from flowprefill.server.openai.streaming import stream_reply
@@ -173,13 +174,17 @@ async def _whole_reply(context: ServerContext, generation: Generation) -> web.Re
     completions: list[Completion] = []
     for handle in generation.handles:
         completions.append(await handle)
-    if sum(len(completion.tokens) for completion in completions) <= LONG_REPLY_TOKENS:
+    if sum(map(_shown_tokens, completions)) <= LONG_REPLY_TOKENS:
         return web.json_response(_whole_payload(generation, completions))
 
     def encode() -> str:
         return long_json(_whole_payload(generation, completions))
 
     return web.json_response(text=await context.in_thread(encode))
+
+
+def _shown_tokens(completion: Completion) -> int:
+    return len(completion.tokens) + len(completion.prompt_logprobs or ())
 
 
 def _whole_payload(generation: Generation, completions: list[Completion]) -> dict[str, Any]:
@@ -190,6 +195,14 @@ def _whole_payload(generation: Generation, completions: list[Completion]) -> dic
     payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
     output_tokens = sum(len(completion.tokens) for completion in completions)
     payload["usage"] = usage_object(generation.handles, spec.n, output_tokens)
+    if spec.prompt_logprobs is not None:
+        prompts = [
+            prompt_entries(
+                generation.engine.tokenizer, one.prompt_logprobs or (), spec.prompt_logprobs
+            )
+            for one in completions
+        ]
+        generation.endpoint.with_prompt_logprobs(payload, prompts)
     if spec.return_metrics:
         payload |= generation.metrics([len(completion.tokens) for completion in completions])
     return payload
@@ -198,7 +211,7 @@ def _whole_payload(generation: Generation, completions: list[Completion]) -> dic
 def _whole_choice(generation: Generation, index: int, completion: Completion) -> dict[str, Any]:
     spec = generation.order.spec
     echo = generation.echo_text(index)
-    logprobs = generation.logprobs(completion.tokens, len(echo))
+    logprobs = generation.logprobs(completion.tokens, len(echo), index)
     parser = generation.order.parser()
     part = parser.push(echo + completion.text)
     part.add(parser.finish())

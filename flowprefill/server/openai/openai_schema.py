@@ -12,7 +12,14 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
-from flowprefill.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SLO, Request, SamplingParams
+from flowprefill.request import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_STRINGS,
+    SLO,
+    Request,
+    SamplingParams,
+)
 from flowprefill.server.http.body import Body, check_text, whole_ids, whole_number
 from flowprefill.server.openai.foreign_fields import FOREIGN
 from flowprefill.server.openai.structured_fields import read_structured
@@ -35,7 +42,6 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "prediction": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "structural_tag": (),
     "suffix": ("",),
     "use_beam_search": (False,),
@@ -77,6 +83,8 @@ class GenerationSpec:
         service_tier: the body's, if it chose the service class.
         priority: among equally urgent requests the smaller goes first.
         tenant: who asks; empty where the server knows no tenants.
+        prompt_logprobs: alternatives of the field of that name; None: not asked for. What the
+            engine is asked for is in `sampling`: an echo's logprobs want them too.
     """
 
     model: str | None
@@ -89,6 +97,7 @@ class GenerationSpec:
     service_tier: str | None
     priority: int
     tenant: str = ""
+    prompt_logprobs: int | None = None
 
     def requests(
         self, prompts: Sequence[str | list[int]], reply_id: str, *, special_tokens: bool
@@ -140,8 +149,21 @@ class SchemaContext:
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
 
+def read_prompt_logprobs(body: Body) -> int | None:
+    """Read ``prompt_logprobs``, vLLM's field; not in streams, which have no place for them."""
+    asked: int | None = body.integer("prompt_logprobs", None, 0, MAX_LOGPROBS)
+    if asked is not None and body.boolean("stream"):
+        body.refuse("prompt_logprobs", asked, "null with stream")
+    return asked
+
+
 def generation_spec(
-    body: Body, context: SchemaContext, *, max_tokens: int | None, logprobs: int | None
+    body: Body,
+    context: SchemaContext,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    echo_logprobs: int | None = None,
 ) -> GenerationSpec:
     """Read every field that completions and chat share.
 
@@ -149,6 +171,7 @@ def generation_spec(
         body: the request's body.
         context: headers, settings, vocabulary.
         max_tokens, logprobs: read by the endpoint, because their names and defaults differ.
+        echo_logprobs: alternatives wanted for each token of a prompt that is repeated.
 
     Raises:
         InvalidRequest: names the field, what was given and what is allowed.
@@ -161,9 +184,12 @@ def generation_spec(
     if best_of is not None and best_of != n:
         body.refuse("best_of", best_of, "null: choosing among more choices is not supported")
     tier = body.text("service_tier")
+    prompt_logprobs = read_prompt_logprobs(body)
+    asked = [count for count in (prompt_logprobs, echo_logprobs) if count is not None]
+    sampling = sampling_params(body, context, max_tokens, logprobs)
     return GenerationSpec(
         model=body.text("model"),
-        sampling=sampling_params(body, context, max_tokens, logprobs),
+        sampling=dataclasses.replace(sampling, prompt_logprobs=max(asked, default=None)),
         slo=slo,
         n=n,
         stream=_stream_options(body),
@@ -172,6 +198,7 @@ def generation_spec(
         service_tier=tier if tier in context.service_tiers else None,
         priority=rules.check_priority(body.integer("priority", 0, -(2**31), MAX_INT)),
         tenant=rules.tenant.name,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

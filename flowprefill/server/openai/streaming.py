@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from flowprefill.request import Token
+from flowprefill.request import FinishReason, Token
 from flowprefill.server.context import REQUEST_ID, SERVER
 from flowprefill.server.engine_protocol import ServedHandle
 from flowprefill.server.http.endpoint import Generation
@@ -122,8 +122,8 @@ async def _send_tokens(
             raise item
         if item is None:
             open_choices -= 1
-            continue
-        for event in writer.events_of(index, item):
+        events = writer.ending_events(index) if item is None else writer.events_of(index, item)
+        for event in events:
             await stream.send(event, event.get("type", ""))
     for event in writer.closing_events():
         await stream.send(event, event.get("type", ""))
@@ -142,7 +142,7 @@ class ChunkWriter:
 
     def events_of(self, index: int, token: Token) -> list[dict[str, Any]]:
         """Return the event this token completes; none if what it is part of is not final yet."""
-        generation, choice = self._generation, self._choices[index]
+        choice = self._choices[index]
         choice.output_tokens += 1
         choice.held.append(token)
         if token.text:
@@ -151,8 +151,17 @@ class ChunkWriter:
             choice.unsent.add(choice.parser.finish())
         elif choice.unsent.is_empty:
             return []
+        return [self._event(choice, token.finish_reason)]
+
+    def ending_events(self, index: int) -> list[dict[str, Any]]:
+        """Return the only event of a choice for which nothing is generated: its prompt."""
+        choice = self._choices[index]
+        return [self._event(choice, "length")] if choice.output_tokens == 0 else []
+
+    def _event(self, choice: _Choice, reason: FinishReason | None) -> dict[str, Any]:
+        generation = self._generation
         spec = generation.order.spec
-        part = self._part_of(choice, token)
+        part = self._part_of(choice, reason)
         if spec.return_token_ids:
             part["token_ids"] = [held.token_id for held in choice.held]
         choice.is_first = False
@@ -163,12 +172,13 @@ class ChunkWriter:
             event["usage"] = self._usage()
         elif spec.stream.include_usage:
             event["usage"] = None
-        return [event]
+        return event
 
-    def _part_of(self, choice: _Choice, token: Token) -> dict[str, Any]:
+    def _part_of(self, choice: _Choice, reason: FinishReason | None) -> dict[str, Any]:
         """Return the choice's part of the event: all that was not sent yet."""
         generation = self._generation
-        logprobs = generation.logprobs(choice.held, choice.text_offset)
+        echoed = choice.index if choice.is_first else None
+        logprobs = generation.logprobs(choice.held, choice.text_offset, echoed)
         choice.text_offset += sum(len(held.text) for held in choice.held)
         shown, choice.unsent = choice.unsent, MessagePart()
         if choice.is_first:
@@ -176,7 +186,7 @@ class ChunkWriter:
         return {
             "index": choice.index,
             **generation.endpoint.chunk_choice(shown, logprobs, is_first=choice.is_first),
-            "finish_reason": generation.finish_reason(choice.parser, token.finish_reason),
+            "finish_reason": generation.finish_reason(choice.parser, reason),
         }
 
     def _usage(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (),
     "prompt": (), "truncation": ("disabled",), "top_logprobs": (0,), "n": (1,), "logprobs": (),
     "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
-    "messages": (), "response_format": (), "max_tokens": (), "max_completion_tokens": (),
+    "prompt_logprobs": (), "messages": (), "response_format": (), "max_tokens": (),
+    "max_completion_tokens": (),
 }  # fmt: skip
 OWN = (
     "input", "instructions", "max_output_tokens", "previous_response_id", "reasoning", "store",
