@@ -33,6 +33,7 @@ from flowprefill.server.observe.telemetry import (
 from flowprefill.server.openai import models_routes, tokens_routes
 from flowprefill.server.openai.chat import chat_completions
 from flowprefill.server.openai.completions import completions
+from flowprefill.server.openai.embeddings import embeddings
 from flowprefill.server.openapi.document import openapi
 from flowprefill.server.options import ServerOptions
 from flowprefill.server.responses.responses import responses
@@ -81,6 +82,7 @@ def create_app(
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
             web.post("/v1/responses", responses),
+            web.post("/v1/embeddings", embeddings),
             web.get("/v1/models", models_routes.list_models),
             web.get("/v1/models/{id:.+}", models_routes.get_model),
             web.get("/health", models_routes.health),

@@ -46,12 +46,12 @@ class GenerationOrder:
     is_rendered: bool
     echo: tuple[str | list[int], ...]
     parser: Callable[[], MessageParser] = PlainText
-    whole: Callable[[Generation, Completion], dict[str, Any]] | None = None
+    whole: Callable[[Generation, list[Completion]], dict[str, Any]] | None = None
     writer: Callable[[Generation], EventWriter] | None = None
 
     def with_shape(
         self,
-        whole: Callable[[Generation, Completion], dict[str, Any]],
+        whole: Callable[[Generation, list[Completion]], dict[str, Any]],
         writer: Callable[[Generation], EventWriter],
     ) -> GenerationOrder:
         """Return the same for an endpoint whose replies have another shape."""

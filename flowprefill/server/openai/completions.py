@@ -29,26 +29,28 @@ DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
 
 
-def read_prompts(body: Body, vocab_size: int, max_prompts: int) -> list[Prompt]:
-    """Read ``prompt``: a string, token ids, or a list of at most ``max_prompts`` of either."""
+def read_prompts(
+    body: Body, vocab_size: int, max_prompts: int, field: str = "prompt"
+) -> list[Prompt]:
+    """Read a field: a string, token ids, or a list of at most ``max_prompts`` of either."""
     allowed = "a string, a list of strings, a list of token ids or a list of such lists"
-    value = body.raw("prompt")
+    value = body.raw(field)
     if isinstance(value, str):
         value = [value]
     elif isinstance(value, list) and value and set(map(type, value)) <= {int, float}:
         value = whole_ids(value)
-        check_token_ids("prompt", value, vocab_size)
+        check_token_ids(field, value, vocab_size)
         return [value]
     if not isinstance(value, list) or not value:
-        body.refuse("prompt", value, allowed)
+        body.refuse(field, value, allowed)
     if len(value) > max_prompts and type(value[0]) is not int:
-        body.refuse("prompt", value, f"at most {max_prompts} prompts")
-    is_single = len(value) == 1 and not isinstance(body.raw("prompt"), list)
+        body.refuse(field, value, f"at most {max_prompts} prompts")
+    is_single = len(value) == 1 and not isinstance(body.raw(field), list)
     kind = type(value[0])
     if kind is list:
         value = [whole_ids(prompt) if type(prompt) is list else prompt for prompt in value]
     for index, prompt in enumerate(value):
-        name = "prompt" if is_single else f"prompt[{index}]"
+        name = field if is_single else f"{field}[{index}]"
         if kind not in (str, list) or type(prompt) is not kind:
             body.refuse(name, prompt, allowed)
         if not prompt:

@@ -184,13 +184,14 @@ async def _whole_reply(context: ServerContext, generation: Generation) -> web.Re
 
 
 def _shown_tokens(completion: Completion) -> int:
-    return len(completion.tokens) + len(completion.prompt_logprobs or ())
+    numbers = 0 if completion.embedding is None else len(completion.embedding)
+    return len(completion.tokens) + len(completion.prompt_logprobs or ()) + numbers
 
 
 def _whole_payload(generation: Generation, completions: list[Completion]) -> dict[str, Any]:
     spec = generation.order.spec
     if generation.order.whole is not None:
-        return generation.order.whole(generation, completions[0])
+        return generation.order.whole(generation, completions)
     choices = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
     payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
     output_tokens = sum(len(completion.tokens) for completion in completions)

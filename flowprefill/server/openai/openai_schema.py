@@ -6,7 +6,7 @@ Called by completions.py and chat.py, which add their own prompt fields.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,7 +193,7 @@ def generation_spec(
         slo=slo,
         n=n,
         stream=_stream_options(body),
-        return_metrics=_wants_metrics(body, context.headers),
+        return_metrics=wants_metrics(body, context.headers),
         return_token_ids=body.boolean("return_token_ids"),
         service_tier=tier if tier in context.service_tiers else None,
         priority=rules.check_priority(body.integer("priority", 0, -(2**31), MAX_INT)),
@@ -202,10 +202,14 @@ def generation_spec(
     )
 
 
-def refuse_unsupported(body: Body) -> None:
-    """Refuse fields this server does not implement, and mark the harmless ones as known."""
-    body.only_neutral(REFUSED)
-    body.only_neutral(FOREIGN)
+def refuse_unsupported(body: Body, own: Collection[str] = ()) -> None:
+    """Refuse fields this server does not implement, and mark the harmless ones as known.
+
+    Args:
+        own: fields that the endpoint has all the same.
+    """
+    for fields in (REFUSED, FOREIGN):
+        body.only_neutral({name: fields[name] for name in fields if name not in own})
     modalities = body.raw("modalities")
     if modalities is not None and modalities != ["text"]:
         body.refuse("modalities", modalities, "['text']: other kinds are not supported")
@@ -310,7 +314,8 @@ def _stream_options(body: Body) -> StreamOptions | None:
     return parsed
 
 
-def _wants_metrics(body: Body, headers: Mapping[str, str]) -> bool:
+def wants_metrics(body: Body, headers: Mapping[str, str]) -> bool:
+    """Read whether the timings are wanted, by field or header."""
     wanted = body.boolean("return_metrics")
     header = headers.get(METRICS_HEADER)
     if header is None:

@@ -94,8 +94,9 @@ class ResponseReply:
             self._store.put(generation.envelope.id, messages, self._tenant)
         return payload
 
-    def whole(self, generation: Generation, completion: Completion) -> dict[str, Any]:
-        """Return the reply that is not streamed."""
+    def whole(self, generation: Generation, completions: list[Completion]) -> dict[str, Any]:
+        """Return the reply that is not streamed, of the only choice."""
+        (completion,) = completions
         parser = generation.order.parser()
         part = parser.push(completion.text)
         part.add(parser.finish())
