@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from engines import prompt_of
 
 from flowprefill import Engine, EngineConfig, Request, SamplingParams, _core
+from flowprefill.bench.transformers_model import TransformersModel
 
 pytestmark = pytest.mark.slow
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "smollm2.json"
@@ -76,3 +80,22 @@ def test_bf16_differs_first_only_where_it_is_close(
     same = next(n for n, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b)
     close = margin(f32, prompt["input_ids"] + wanted[:same])
     assert close < CLOSE, f"differs at token {same}, where the margin is {close:.3f}"
+
+
+def test_scores_and_embeddings_are_those_of_transformers() -> None:
+    """In float32 within 1e-4, of every token of a prompt of 300 and of each pooling."""
+    reference: Any = TransformersModel("smollm2-135m", "f32", threads=2)._model
+    ids = prompt_of(300)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(reference(torch.tensor([ids])).logits[0], dim=-1).numpy()
+        states = reference.model(torch.tensor([ids])).last_hidden_state[0].numpy()
+    wanted = logprobs[np.arange(299), ids[1:]]
+    for engine in engine_of("f32"):
+        params = SamplingParams(max_tokens=0, prompt_logprobs=20)
+        found = engine.submit(Request(ids, params)).result(100.0).prompt_logprobs
+        assert np.abs(found.logprobs[1:] - wanted).max() < 1e-4
+        best = -np.sort(-logprobs[:299])[:, :20]
+        assert np.abs(found.top_logprobs[1:] - best).max() < 1e-4
+        for pooling, vector in (("last", states[-1]), ("mean", states.mean(0))):
+            embedding = engine.embed(ids, pooling=pooling).result(100.0).embedding
+            assert np.abs(embedding - vector / np.linalg.norm(vector)).max() < 1e-4

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from running_server import RunningServer
@@ -238,3 +239,54 @@ def test_live_shows_the_prefill_of_a_prompt(server: RunningServer, engine: Engin
     (chat,) = (one for one in state()["classes"] if one["name"] == "chat")
     assert chat["slo_requests"] == chat["slo_met"] >= 1  # other tests' requests are in it too
     assert chat["slo_ttft_ms"] == 60_000.0
+
+
+def test_scores_of_contexts_and_continuations(client: openai.OpenAI, engine: Engine) -> None:
+    """As lm_eval asks: token lists, echo, logprobs 1; it reads tokens [context:-1] of the lists."""
+    contexts = ["The capital of France is", "Two and two make"]
+    asked = [(context, answer) for context in contexts for answer in (" Paris", " four", " blue")]
+    encoded = [(engine.tokenizer.encode(c, False), engine.tokenizer.encode(a)) for c, a in asked]
+    reply = client.completions.create(
+        model=engine.model_id, prompt=[c + a for c, a in encoded], echo=True, logprobs=1,
+        max_tokens=1, temperature=0, seed=1234,
+    )  # fmt: skip
+    scores = []
+    for choice, (context, answer) in zip(reply.choices, encoded, strict=True):
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        assert logprobs.tokens is not None
+        assert logprobs.top_logprobs is not None
+        assert logprobs.text_offset is not None
+        assert len(logprobs.tokens) == len(context + answer) + 1
+        own = slice(len(context), -1)
+        assert "".join(logprobs.tokens[own]) == engine.tokenizer.decode(answer)
+        begin, end = logprobs.text_offset[len(context)], logprobs.text_offset[-1]
+        assert choice.text[begin:end] == engine.tokenizer.decode(answer)
+        total = sum(logprobs.token_logprobs[own])  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+        direct = engine.submit(Request(context + answer, params)).result(60).prompt_logprobs
+        assert total == pytest.approx(direct.logprobs[len(context) :].sum(), abs=0.05)
+        tops = logprobs.top_logprobs[own]
+        pairs = zip(logprobs.tokens[own], tops, strict=True)
+        is_greedy = all(token == max(top, key=top.__getitem__) for token, top in pairs)
+        assert is_greedy == bool((direct.ranks[len(context) :] == 1).all())
+        scores.append(total)
+    assert max(scores[:3]) == scores[0]
+    assert max(scores[3:]) == scores[4]
+
+
+def test_embeddings_tell_what_is_alike(client: openai.OpenAI, engine: Engine) -> None:
+    texts = ["The cat sleeps on the sofa.", "A cat is sleeping on a couch.", "Sell all shares now!"]
+    for pooling in ("last", "mean"):
+        reply = client.embeddings.create(
+            model=engine.model_id, input=texts, extra_body={"pooling": pooling}
+        )
+        vectors = np.array([one.embedding for one in reply.data])
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=1e-5)
+        alike = vectors @ vectors.T
+        assert alike[0, 1] > alike[0, 2]
+        assert alike[0, 1] > alike[1, 2]
+    ids = engine.tokenizer.encode(texts[0])
+    direct = engine.embed(ids, pooling="mean").result(60).embedding
+    assert vectors[0] == pytest.approx(direct, abs=1e-2)

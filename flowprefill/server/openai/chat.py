@@ -234,7 +234,7 @@ class ChatEndpoint(Endpoint):
     def with_prompt_logprobs(
         self, payload: dict[str, Any], prompts: Sequence[list[dict[str, Any] | None]]
     ) -> None:
-        """Put what vLLM calls prompt_logprobs beside the choices, which share the prompt."""
+        """Put what vLLM calls prompt_logprobs at the top level: choices share the prompt."""
         payload["prompt_logprobs"] = prompts[0]
 
 
