@@ -267,9 +267,8 @@ def test_scores_of_contexts_and_continuations(client: openai.OpenAI, engine: Eng
         params = SamplingParams(max_tokens=0, prompt_logprobs=1)
         direct = engine.submit(Request(context + answer, params)).result(60).prompt_logprobs
         assert total == pytest.approx(direct.logprobs[len(context) :].sum(), abs=0.05)
-        tops = logprobs.top_logprobs[own]
-        pairs = zip(logprobs.tokens[own], tops, strict=True)
-        is_greedy = all(token == max(top, key=top.__getitem__) for token, top in pairs)
+        pairs = zip(logprobs.token_logprobs[own], logprobs.top_logprobs[own], strict=True)
+        is_greedy = all(one == max(top.values()) for one, top in pairs)
         assert is_greedy == bool((direct.ranks[len(context) :] == 1).all())
         scores.append(total)
     assert max(scores[:3]) == scores[0]
