@@ -29,8 +29,10 @@ def order_of_embeddings(body: Body, context: SchemaContext, max_choices: int) ->
     """Check the whole body and return what to submit; touches no engine."""
     refuse_unsupported(body, own=("input",))
     prompts = read_prompts(body, context.vocab_size, max_choices, "input")
-    pooling: Any = _one_of(body, "pooling", POOLINGS)
-    encoding = _one_of(body, "encoding_format", ENCODINGS)
+    pooling: Any = body.text("pooling", POOLINGS[0])
+    _check_word(body, "pooling", pooling, POOLINGS)
+    encoding = body.text("encoding_format", ENCODINGS[0]) or ""
+    _check_word(body, "encoding_format", encoding, ENCODINGS)
     dimensions = body.raw("dimensions")
     if dimensions is not None:
         body.refuse("dimensions", dimensions, "null: embeddings are as wide as the model")
@@ -64,12 +66,9 @@ def order_of_embeddings(body: Body, context: SchemaContext, max_choices: int) ->
     )
 
 
-def _one_of(body: Body, name: str, allowed: tuple[str, ...]) -> str:
-    """Read a field that is one of a few words; the first by default."""
-    value = body.text(name, allowed[0])
+def _check_word(body: Body, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         body.refuse(name, value, " or ".join(map(repr, allowed)))
-    return value
 
 
 def _spec(body: Body, context: SchemaContext) -> GenerationSpec:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowprefill.models.chat_template import REASONING
-from flowprefill.request import MAX_BIAS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
+from flowprefill.request import MAX_BIAS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, POOLINGS
 from flowprefill.server.openai.chat import MAX_MESSAGES, ROLES
+from flowprefill.server.openai.embeddings import ENCODINGS
 from flowprefill.server.openai.openai_schema import MAX_METADATA
 from flowprefill.server.openai.tools import MAX_CALLS, TOOL_NAME
 from flowprefill.server.responses.response_input import MAX_ITEMS, PART_TYPES
@@ -186,7 +187,12 @@ MEANINGS: Mapping[str, str] = {
     "logprobs": "Completions: how many alternatives to report for each token. Chats: whether to "
     "report log probabilities.",
     "top_logprobs": "Alternatives for each token; only with `logprobs`.",
-    "echo": "Repeat the prompt; not together with `logprobs`.",
+    "echo": "Repeat the prompt; with `logprobs` those of its tokens too. `max_tokens` may be 0.",
+    "prompt_logprobs": "As vLLM: log probabilities of the prompt's tokens, and so many "
+    "alternatives in their places; not in streams.",
+    "pooling": "The last hidden state of the last token, or the mean of all tokens'.",
+    "encoding_format": "Numbers, or the bytes of float32 in base64.",
+    "dimensions": "Only null: embeddings are as wide as the model.",
     "logit_bias": "Token id (as text) to what is added to its logit, after the penalties.",
     "skip_special_tokens": "Leave control tokens out of the text.",
     "tools": "Functions that the model may call.",
@@ -241,7 +247,8 @@ MEANINGS: Mapping[str, str] = {
     "regex": "The same as `structured_outputs.regex`.",
     "grammar": "The same as `structured_outputs.grammar`.",
     "ebnf": "The same as `structured_outputs.grammar`.",
-    "input": "A text, or a list of messages, calls, their results and reasoning.",
+    "input": "A text, or a list of messages, calls, their results and reasoning. Of embeddings: "
+    "what `prompt` is.",
     "instructions": "System text of this request alone.",
     "max_output_tokens": "Most tokens to generate.",
     "previous_response_id": "Continue a reply that was made here and is still kept.",
@@ -283,6 +290,9 @@ SHAPES: Mapping[str, Schema] = {
     "documents": {"items": ANY_OBJECT},
     "metadata": {"type": "object", "maxProperties": MAX_METADATA},
     "modalities": {"type": "array", "items": {"const": "text"}, "minItems": 1, "maxItems": 1},
+    "pooling": {"enum": list(POOLINGS)},
+    "encoding_format": {"enum": list(ENCODINGS)},
+    "dimensions": {"type": "null"},
     "slo.on_miss": {"enum": ["demote", "drop"]},
     "response_format.type": {"enum": ["text", "json_object", "json_schema"]},
     "response_format.json_schema.schema": JSON_SCHEMA,
@@ -318,6 +328,7 @@ SHAPES: Mapping[str, Schema] = {
     },
     "tokens": IDS,
 }
+EMBEDDINGS_SHAPES: Mapping[str, Schema] = {"input": SHAPES["prompt"]}
 # The same, where /v1/responses writes a field otherwise than chats do.
 RESPONSES_SHAPES: Mapping[str, Schema] = {
     "tools": {"items": ref("FlatTool")},

@@ -89,6 +89,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "OpenAI's newer endpoint: a chat that may continue a kept reply.",
         "Response", "ResponseEvent", ResponseNotFound,
     ),
+    ("POST", "/v1/embeddings"): Operation(
+        "Turn texts into vectors of length 1.", "Embeddings", _GENERATION, has_key=True,
+        tag="Generation",
+    ),
     ("POST", "/tokenize"): Operation(
         "Turn a prompt, or the messages of a chat, into token ids.", "Tokens",
         (*_BODY, PromptTooLong), tag="Generation",

@@ -40,6 +40,15 @@ _OPTIONAL = {
 }  # fmt: skip
 
 
+_PROMPT_LOGPROBS = list_of(
+    {
+        "description": "By token id; null for the first token.",
+        "type": ["object", "null"],
+        "additionalProperties": obj({"logprob": NUMBER, "rank": INT, "decoded_token": TEXT}),
+    }
+)
+
+
 def _envelope(kind: str, choice: str, usage: Schema | None) -> Schema:
     """Return the schema of a reply, or of an event of its stream if usage is None."""
     fields = {
@@ -47,13 +56,14 @@ def _envelope(kind: str, choice: str, usage: Schema | None) -> Schema:
         "system_fingerprint": TEXT, "choices": list_of(ref(choice)),
     }  # fmt: skip
     if usage is not None:
-        return obj({**fields, "usage": usage}, _OPTIONAL)
+        optional = {**_OPTIONAL, "prompt_logprobs": _PROMPT_LOGPROBS}
+        return obj({**fields, "usage": usage}, optional)
     return obj(fields, {**_OPTIONAL, "usage": or_null(ref("Usage"))})
 
 
 def _choice(own: Mapping[str, Any], logprobs: str) -> Schema:
     fields = {"index": INT, **own, "logprobs": or_null(ref(logprobs)), "finish_reason": _REASONS}
-    return obj(fields, {"token_ids": IDS})
+    return obj(fields, {"token_ids": IDS, "prompt_logprobs": _PROMPT_LOGPROBS})
 
 
 _CALL = obj({"name": TEXT, "arguments": TEXT})
@@ -66,7 +76,7 @@ _GENERATION: dict[str, Schema] = {
         {
             "tokens": list_of(TEXT),
             "token_logprobs": list_of({"type": ["number", "null"]}),
-            "top_logprobs": list_of({"type": "object", "additionalProperties": NUMBER}),
+            "top_logprobs": list_of({"type": ["object", "null"], "additionalProperties": NUMBER}),
             "text_offset": list_of(INT),
         }
     ),
@@ -97,6 +107,29 @@ _GENERATION: dict[str, Schema] = {
             "content": list_of(obj({**_TOKEN, "top_logprobs": list_of(obj(_TOKEN))})),
             "refusal": NONE,
         }
+    ),
+    "Embeddings": obj(
+        {
+            "object": {"const": "list"},
+            "data": list_of(
+                obj(
+                    {
+                        "object": {"const": "embedding"},
+                        "index": INT,
+                        "embedding": {"anyOf": [list_of(NUMBER), TEXT]},
+                    }
+                )
+            ),
+            "model": TEXT,
+            "usage": obj(
+                {
+                    "prompt_tokens": INT,
+                    "total_tokens": INT,
+                    "prompt_tokens_details": obj({"cached_tokens": INT}),
+                }
+            ),
+        },
+        {"metrics": ref("Metrics"), "choice_metrics": list_of(ref("Metrics"))},
     ),
     "Usage": obj(
         {

@@ -12,9 +12,11 @@ from flowprefill.config import EngineConfig
 from flowprefill.server.http.body import Body
 from flowprefill.server.openai.chat import order_of_chat
 from flowprefill.server.openai.completions import order_of_completions
+from flowprefill.server.openai.embeddings import order_of_embeddings
 from flowprefill.server.openai.openai_schema import IGNORED, MAX_INT, SchemaContext
 from flowprefill.server.openai.tokens_routes import read_detokenize, read_tokenize
 from flowprefill.server.openapi.fields import (
+    EMBEDDINGS_SHAPES,
     MEANINGS,
     RESPONSES_SHAPES,
     SHAPES,
@@ -75,6 +77,10 @@ EXAMPLES: Mapping[str, Mapping[str, dict[str, Any]]] = {
         },
         "tools": {"input": _USER, "tools": [{"type": "function", **_WEATHER}]},
     },
+    "/v1/embeddings": {
+        "texts": {"input": ["The cat sleeps.", "A cat is asleep."], "slo": {"ttft_ms": 250}},
+        "mean": {"input": [72, 105], "pooling": "mean", "encoding_format": "base64"},
+    },
     "/tokenize": {
         "text": {"prompt": "The capital of France is", "return_token_strs": True},
         "chat": {"messages": _USER},
@@ -85,6 +91,7 @@ REQUIRED = {
     "/v1/completions": ["prompt"],
     "/v1/chat/completions": ["messages"],
     "/v1/responses": ["input"],
+    "/v1/embeddings": ["input"],
     "/tokenize": [],  # one of two
     "/detokenize": ["tokens"],
 }
@@ -109,6 +116,9 @@ def found_fields() -> dict[str, Found]:
         ),
         "/v1/chat/completions": _record(
             "/v1/chat/completions", lambda body: order_of_chat(body, context, choices)
+        ),
+        "/v1/embeddings": _record(
+            "/v1/embeddings", lambda body: order_of_embeddings(body, context, choices)
         ),
         "/tokenize": _record(
             "/tokenize", lambda body: (body.text("model"), read_tokenize(body, ""))
@@ -149,7 +159,8 @@ def request_schema(path: str, found: Found) -> Schema:
     Raises:
         KeyError: a field is not in fields.py.
     """
-    shapes = {**SHAPES, **RESPONSES_SHAPES} if path == "/v1/responses" else SHAPES
+    own = {"/v1/responses": RESPONSES_SHAPES, "/v1/embeddings": EMBEDDINGS_SHAPES}
+    shapes = {**SHAPES, **own.get(path, {})}
     required = REQUIRED[path]
     schema = _object_schema(found, shapes, required)
     if found.refused:
