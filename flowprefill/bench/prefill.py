@@ -4,7 +4,8 @@ All engines run the same weights in the same element type on the same threads, i
 round, so that a change of the machine's speed meets all of them. A row's time for `flowprefill` is
 the time to first token, from `submit`; for transformers it is the forward call and the choice of
 the token. The report adds the machine's measured matrix product rate, and the tokens per second
-that it would allow if every operation of the model went at that rate (`ceiling`).
+that it would allow if every operation of the model went at that rate (`ceiling`). With ``--peers``
+it compares with other engines instead (`peers.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 
+from flowprefill.bench import peers
 from flowprefill.bench.common import (
     add_common_arguments,
     add_lengths,
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only-flowprefill", action="store_true", help="do not measure transformers"
     )
+    peers.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     check_common(args)
     lengths = args.tokens or list(QUICK_LENGTHS if args.quick else LENGTHS)
     rounds = 1 if args.quick else args.rounds
+    if args.peers is not None:
+        return peers.run(args, lengths, rounds)
     settings = {"model": args.model, "rounds": rounds, "seed": args.seed, "tokens": lengths}
     report = Report("prefill", settings)
     with load_engine(args, granularity=args.granularity) as engine:

@@ -44,6 +44,11 @@ class TransformersModel:
         _load(self._model, checkpoint)
         self._model.eval()
 
+    @property
+    def inner(self) -> Any:
+        """The model itself."""
+        return self._model
+
     def prefill_s(self, ids: list[int], attention: str) -> float:
         """Prefill one prompt into a fresh cache, logits of its last token only; seconds it took.
 

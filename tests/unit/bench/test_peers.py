@@ -1,0 +1,57 @@
+"""`bench prefill --peers`: a real peer in its process, bad flags, the rows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_with_tokenizer, tiny_model
+
+from flowprefill.bench.peers import _Child, _pythons, rows_of
+from flowprefill.errors import ConfigError
+
+TINY = {
+    "vocab_size": 49_152, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": None,
+}  # fmt: skip
+
+
+def test_peer_generates_in_its_process_and_says_what_it_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    save_with_tokenizer(tiny_model("llama", **TINY), tmp_path / "tiny")
+    pythons = {"transformers": sys.executable}
+    child = _Child.start("transformers", pythons, str(tmp_path / "tiny"), 1)
+    try:
+        assert child.version == transformers.__version__
+        assert child.generate_s([[5, 6, 7], [8, 9, 10]], 3) > 0.0
+        assert math.isnan(child.generate_s([[5], [6, 7]], 1))
+        assert "transformers: ValueError" in capsys.readouterr().err
+        assert child.generate_s([[5]], 1) > 0.0
+    finally:
+        child.close()
+
+
+def test_peer_that_does_not_start_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="transformers ended with 1"):
+        _Child.start("transformers", {"transformers": sys.executable}, str(tmp_path), 1)
+
+
+@pytest.mark.parametrize("text", ["transformers", "vllm=/no/such/file", f"mlx={sys.executable}"])
+def test_interpreter_of_a_peer_is_checked(text: str) -> None:
+    with pytest.raises(ConfigError, match="peer-python: got") as error:
+        _pythons([text])
+    assert repr(text) in error.value.message
+
+
+def test_rows_are_medians_with_the_factor_to_ours() -> None:
+    ours, other = rows_of(
+        "m", {("decode of 1", "flowprefill"): [90.0, 100.0, 120.0], ("decode of 1", "vllm"): [40.0]}
+    )
+    assert (ours["tokens_per_s"], ours["min"], ours["max"]) == (100.0, 90.0, 120.0)
+    assert other["flowprefill_faster"] == 2.5
+    assert "flowprefill_faster" not in ours
