@@ -112,9 +112,9 @@ test-kernels: $(DEPENDENCIES) | test-packages  ## the CUDA kernels' bodies on th
 	cmake --build build/kernels -j 2
 	ctest --test-dir build/kernels --output-on-failure --timeout 300
 
-# CUTLASS's headers and readers of machine code; the compiler too, but only where no toolkit is. Packages bring what
+# Headers of CUTLASS and FlashInfer, and readers of machine code; the compiler too, but only where no toolkit is. Packages bring what
 # these files need and no more, hence --no-deps.
-CUDA_TOOLS := nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
+CUDA_TOOLS := nvidia-cutlass==4.2.0.0 flashinfer-python==0.7.2.post1 nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 NVCC_TOOLS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
   nvidia-cuda-cccl==13.0.85
 CUDA_COMPILE := $(VENV)/.cuda-compile

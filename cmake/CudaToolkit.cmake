@@ -66,6 +66,24 @@ print(pathlib.Path(spec.origin).parent / "source" / "include", end="")
   endif()
 endfunction()
 
+# Sets in the caller: FLASHINFER_DATA_DIR, unless it was given: the headers of Hopper's attention, empty where there are
+# none. Importing the package would import torch.
+function(_fp_find_flashinfer)
+  set(query [=[
+import importlib.util, pathlib
+spec = importlib.util.find_spec("flashinfer")
+if spec is None or spec.origin is None:
+    raise SystemExit("no flashinfer")
+print(pathlib.Path(spec.origin).parent / "data", end="")
+]=])
+  if(NOT FLASHINFER_DATA_DIR)
+    execute_process(COMMAND "${Python_EXECUTABLE}" -c "${query}" OUTPUT_VARIABLE folder ERROR_QUIET)
+    if(EXISTS "${folder}/include/flashinfer/attention/hopper/prefill_sm90.cuh")
+      set(FLASHINFER_DATA_DIR "${folder}" PARENT_SCOPE)
+    endif()
+  endif()
+endfunction()
+
 # Sets in the caller: FP_CUDA_MISSING, a list of what the build lacks, one sentence each.
 function(_fp_list_missing)
   set(missing)
@@ -101,11 +119,15 @@ else()
   if(FP_CUDA STREQUAL "ON" OR _use)
     _fp_find_toolkit_root()
     _fp_find_cutlass()
+    _fp_find_flashinfer()
     _fp_list_missing()
     list(JOIN FP_CUDA_MISSING "\n  - " _shown)
     if(NOT FP_CUDA_MISSING)
       set(FP_CUDA_ENABLED ON)
       message(STATUS "_cuda: built for ${FP_CUDA_ARCHITECTURES} with ${_root}/bin/nvcc")
+      if(NOT FLASHINFER_DATA_DIR)
+        message(STATUS "_cuda: without attention for Hopper (pip install --no-deps flashinfer-python==0.7.2.post1)")
+      endif()
     elseif(FP_CUDA STREQUAL "ON")
       message(FATAL_ERROR "FLOWPREFILL_CUDA=1 (FP_CUDA=ON) asks for the CUDA module. Missing:\n  - ${_shown}")
     else()

@@ -44,6 +44,7 @@ CudaBackendOptions backend_options_from(const py::dict& values) {
       {"measures_gemms", into(o.measures_gemms)},
       {"gemm_cache_path", into(o.gemm_cache_path)},
       {"cublas_lt_libraries", into(o.cublas_lt_libraries)},
+      {"attention", into(o.attention)},
   };
   for (const auto& [key, value] : values) {
     const auto name = py::cast<std::string>(key);

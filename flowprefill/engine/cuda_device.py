@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,7 @@ class CudaDevice:
             "measures_gemms": settings.calibrate,
             "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
             "cublas_lt_libraries": cublas_lt_libraries(self.native, self._index),
+            "attention": os.environ.get("FLOWPREFILL_CUDA_ATTENTION") or "portable",
         }
         try:
             model: _cuda.Model = self.native.Model(checkpoint.graph, options)

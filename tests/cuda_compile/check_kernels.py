@@ -50,7 +50,11 @@ TENSOR_CORE = (
     "gemm_ampere_256x128<bf16>", "gemm_ampere_256x128<float>",
     "gemm_gated_ampere_64x64", "gemm_gated_ampere_128x128", "gemm_gated_ampere_256x128",
 )  # fmt: skip
-HOPPER = ("gemm_hopper_128x256<bf16>", "gemm_hopper_128x256<float>")
+HOPPER = (
+    *(f"attention_hopper<{dim}{form}>" for dim in (64, 128, 256)
+      for form in ("", ", window", ", window, cap")),
+    "gemm_hopper_128x256<bf16>", "gemm_hopper_128x256<float>",
+)  # fmt: skip
 EXPECTED = {
     "sm_80": (PORTABLE, TENSOR_CORE, "HMMA"),
     "sm_90": (PORTABLE, TENSOR_CORE, "HMMA"),

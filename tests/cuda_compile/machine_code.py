@@ -84,6 +84,11 @@ def short_name(name: str) -> str:
         if "GatedStore" in name:
             return f"gemm_gated_ampere_{match[1]}x{match[2]}"
         return f"gemm_ampere_{match[1]}x{match[2]}<{output}>"
+    if "PrefillWithKVCacheKernel" in name:
+        dim = re.search(r"AttentionKernelTraits<false, (\d+)", name)
+        window = ", window" if re.search(r", true, true, [^,]*TileScheduler", name) else ""
+        cap = ", cap" if "BaseTwoScores<true>" in name else ""
+        return f"attention_hopper<{dim[1]}{window}{cap}>" if dim else "attention_hopper"
     if "CollectiveMma" in name:
         tile = re.search(r"C<(\d+)>, cute::C<(\d+)>, cute::C<64>", name)
         return f"gemm_hopper_{tile[1]}x{tile[2]}<{output}>" if tile else "gemm_hopper"

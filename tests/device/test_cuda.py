@@ -137,6 +137,31 @@ def test_the_second_start_captures_graphs_ahead(
     assert ids_of(second, prompt_of(20), 8) == expected
 
 
+@on(DOUBLES)
+def test_the_environment_chooses_the_attention_kernel(
+    open_engine: OpenEngine, controls: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = controls.double_num_launches
+    launches.restype = ctypes.c_size_t
+    expected = ids_of(open_engine(device="cuda"), prompt_of(300), 2)
+    before = launches(b"attention_hopper")
+    monkeypatch.setenv("FLOWPREFILL_CUDA_ATTENTION", "fast")
+    with pytest.raises(ConfigError, match="attention: got 'fast', expected portable, hopper or"):
+        open_engine(device="cuda")
+    monkeypatch.setenv("FLOWPREFILL_CUDA_ATTENTION", "hopper")
+    with pytest.raises(ConfigError, match=r"capability 9\.0 \(this is 8\.0\)"):
+        open_engine(device="cuda")
+    monkeypatch.setenv("FLOWPREFILL_CUDA_ATTENTION", "auto")
+    assert ids_of(open_engine(device="cuda"), prompt_of(300), 2) == expected
+    assert launches(b"attention_hopper") == before, "neither may use it on 8.0"
+    controls.double_set_compute_capability(90)
+    try:
+        assert ids_of(open_engine(device="cuda"), prompt_of(300), 2) == expected
+    finally:
+        controls.double_set_compute_capability(80)
+    assert launches(b"attention_hopper") > before
+
+
 @on(GPUS)
 def test_runs_stay_in_the_module_that_made_them(cuda: ModuleType) -> None:
     executor = _core.Executor(1)

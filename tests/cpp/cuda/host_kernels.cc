@@ -190,6 +190,15 @@ cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
   return launch("attention", stream, [args] { fake_kernels::attention(args); });
 }
 
+cudaError_t launch_attention_hopper(const AttentionArgs& args, cudaStream_t stream) {
+  check_rows(args);
+  return launch("attention_hopper", stream, [args] { fake_kernels::attention_of_rows(args); });
+}
+
+bool has_hopper_attention() {
+  return true;
+}
+
 // Every tile computes the same here.
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t stream) {
   check(args);

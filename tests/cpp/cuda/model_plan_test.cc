@@ -163,7 +163,7 @@ TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
   std::mt19937 random(5);
   bool has_several = false;
   for (int round = 0; round < 60; ++round) {
-    const AttentionRules rules(graph, 132, 16);
+    const AttentionRules rules(graph, 132, 16, /*uses_hopper=*/round % 2 == 1);
     const bool is_many = round % 4 == 0;  // more partial results than one launch has room for
     Batch batch;
     for (uint32_t i = is_many ? 100 : random() % 6 + 1; i > 0; --i) {
@@ -193,8 +193,16 @@ TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
       return out;
     };
     std::vector<int64_t> entries(batch.sequences.size());  // computed of all keys
+    const auto of_hopper = [&](const AttentionLaunches& launches) {
+      for (const AttentionTile& tile : list(launches.row_tiles, launches.num_row_tiles)) {
+        const auto of = static_cast<size_t>(tile.sequence) - 1;
+        EXPECT_TRUE(rules.is_for_hopper(batch.sequences[of].rows, batch.sequences[of].length()));
+        entries[of] += 4 * std::min(attention_rows_of_tile(128), tile.entries - tile.entry);
+      }
+    };
     for (const AttentionLaunches& launches : shape.inputs.attention) {
       has_several |= launches.lists.size() > 1;
+      of_hopper(launches);
       ASSERT_LE(rules.scratch_bytes(rules.needs(end, sizes.sequences, 2048)), size_t{257} << 20);
       for (const AttentionLists& lists : launches.lists) {
         const std::vector<AttentionTile> tiles = list(lists.tiles, lists.num_tiles);
@@ -203,6 +211,7 @@ TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
           const auto of = static_cast<size_t>(tile.sequence) - 1;
           const Sequence& s = batch.sequences[of];
           ASSERT_EQ(tile.chunk_keys, rules.split.chunk_keys(s.rows, s.length()));
+          ASSERT_FALSE(rules.is_for_hopper(s.rows, s.length()));
           ASSERT_LE(tile.chunk_keys == 0 ? 0 : tile.partial + (tile.chunk + 1) * tile.entries,
                     launches.partial_rows);
           if (tile.chunk == 0)

@@ -263,6 +263,20 @@ void attention(const AttentionArgs& args) {
   }
 }
 
+void attention_of_rows(const AttentionArgs& args) {
+  const int32_t group = args.heads / args.kv_heads;
+  for (int32_t i = 0; i < args.num_tiles; ++i) {
+    const AttentionTile& tile = args.tiles[i];
+    if (tile.sequence <= 0)
+      continue;
+    const int32_t end = std::min(tile.entry + attention_rows_of_tile(args.head_dim), tile.entries);
+    for (int32_t entry = tile.entry * group; entry < end * group; ++entry) {
+      for (int32_t head = args.kv_begin; head < args.kv_end; ++head)
+        attend(args, tile, entry, head);
+    }
+  }
+}
+
 void gemm(const GemmArgs& args) {
   std::vector<float> a(static_cast<size_t>(args.depth));
   std::vector<float> products(static_cast<size_t>(args.columns));

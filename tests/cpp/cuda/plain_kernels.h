@@ -22,6 +22,7 @@ void gate(const flowprefill::GateArgs<In>& args);
 void argmax(const flowprefill::ArgmaxArgs& args);
 void sample(const flowprefill::SampleArgs& args);
 void attention(const flowprefill::AttentionArgs& args);
+void attention_of_rows(const flowprefill::AttentionArgs& args);  // of attention_row_tiles()
 void gemm(const flowprefill::GemmArgs& args);
 
 }  // namespace fake_kernels

@@ -134,6 +134,57 @@ TEST(AttentionSplit, ManyRowsOrFewKeysAreNotSplit) {
   EXPECT_EQ(short_ones.num_tiles, max_attention_tiles(64, 64, 4));
 }
 
+// What the scheduler of Hopper's kernel makes of its list, on the host: every (row, query head)
+// once, with the keys it may see, by blocks that take items in turn; no block much longer than
+// another.
+TEST(AttentionRowTiles, BlocksCoverEveryRowAndHeadOnce) {
+  constexpr int32_t kBlocks = 132;
+  std::mt19937 random(6);
+  for (int round = 0; round < 100; ++round) {
+    const int32_t dim = std::array{64, 128, 256}.at(random() % 3);
+    const auto heads = static_cast<int32_t>(random() % 33 + 1);
+    const int32_t size = attention_rows_of_tile(dim);
+    std::vector<AttentionSlice> slices;
+    int32_t rows = 0;
+    for (uint32_t i = random() % 6 + 1; i > 0; --i) {
+      const auto count = static_cast<int32_t>(random() % 1500 + 1);
+      slices.push_back({rows, count, static_cast<int32_t>(random() % 9000),
+                        static_cast<int32_t>(slices.size())});
+      rows += count;
+    }
+    auto tiles = attention_row_tiles(slices, dim);
+    const auto sequences = static_cast<int32_t>(slices.size());
+    ASSERT_LE(static_cast<int32_t>(tiles.size()), max_attention_row_tiles(rows, sequences, dim));
+    tiles.resize(tiles.size() + random() % 5);  // padding
+    std::map<std::pair<int32_t, int32_t>, int32_t> keys;
+    std::array<int64_t, kBlocks> work = {};
+    const auto items = static_cast<int32_t>(tiles.size()) * heads;
+    int64_t longest = 0;
+    for (int32_t block = 0; block < kBlocks; ++block) {
+      for (int32_t item = block; item < items; item += kBlocks) {
+        const AttentionTile& tile = tiles[static_cast<size_t>(item / heads)];
+        if (tile.sequence == 0)
+          break;
+        ASSERT_EQ(tile.entry % size, 0);
+        const int32_t end = std::min(tile.entry + size, tile.entries);
+        for (int32_t row = tile.entry; row < end; ++row) {
+          const int32_t seen = tile.position + tile.entries - (tile.entries - row) + 1;
+          ASSERT_TRUE(keys.insert({{tile.row + row, item % heads}, seen}).second);
+        }
+        work[static_cast<size_t>(block)] += tile.position + end;
+        longest = std::max<int64_t>(longest, tile.position + end);
+      }
+    }
+    ASSERT_EQ(keys.size(), static_cast<size_t>(rows) * static_cast<size_t>(heads));
+    for (const AttentionSlice& s : slices) {
+      for (int32_t i = 0; i < s.rows; ++i)
+        ASSERT_EQ((keys[{s.row + i, heads - 1}]), s.position + i + 1);
+    }
+    const auto [least, most] = std::ranges::minmax(work);
+    EXPECT_LE(most - least, longest) << "items are sorted, so turns differ by less than the first";
+  }
+}
+
 TEST(AttentionTiles, RefusesWhatNoKernelCanTake) {
   const auto message = [](const AttentionSlice& slice, int32_t group) -> std::string {
     try {

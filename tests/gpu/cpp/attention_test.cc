@@ -105,6 +105,7 @@ class Attention : public DeviceTest {
             .block_table_stride = table_stride_,
             .tiles = tiles_->at(p),
             .num_tiles = static_cast<int32_t>(tiles_->initial().size()),
+            .rows = rows_,
             .merges = merges_.empty() ? nullptr : device_merges_->at(p),
             .num_merges = static_cast<int32_t>(merges_.size()),
             .num_blocks = 7,  // so that some take several tiles
@@ -285,6 +286,31 @@ TEST_F(Attention, OfOneRowOnALongContext) {
   slices_[0].chunk_keys = split.chunk_keys(1, context + 1);
   ASSERT_GT(slices_[0].chunk_keys, 0);
   expect_is_plain();
+}
+
+// Hopper's kernel, where the device and the build have it: against the same plain loops.
+TEST_F(Attention, OnHopperOfManyRows) {
+  if (!kIsDouble && (gpu_.compute_capability != 90 || !has_hopper_attention()))
+    GTEST_SKIP() << "compute capability 9.0 and a build with FlashInfer's headers are needed";
+  const auto launch = [&](cudaStream_t s) {
+    return launch_attention_hopper(args(Place::kDevice), s);
+  };
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const auto& [window, softcap] : {std::pair{0, 0.0f}, {150, 0.0f}, {0, 3.0f}, {90, 3.0f}}) {
+      make({.heads = 6,
+            .kv_heads = 2,
+            .head_dim = head_dim,
+            .window = window,
+            .softcap = softcap,
+            .parts = {{0, 300}, {70, 129}, {131, 140}}});
+      set_tiles(attention_tiles(slices_, group()));
+      out_->allow(kAllowed, 1e-6, scale());
+      std::vector<AttentionTile> tiles = attention_row_tiles(slices_, head_dim);
+      tiles.resize(tiles.size() + 3);
+      set_tiles(std::move(tiles));
+      expect_kernel(launch, [&] { fake_kernels::attention_of_rows(args(Place::kHost)); });
+    }
+  }
 }
 
 // A context that spans many tiles of keys.

@@ -1,5 +1,6 @@
 // Section "attention": causal attention over the paged cache, prefill and decode.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <random>
 
@@ -77,6 +78,36 @@ void bench_tiles(const Case& one, const char* how, const std::vector<AttentionSl
   tell(one, how, device_us([&](cudaStream_t s) { FP_CUDA(launch_attention(args, s)); }, stream, 5));
 }
 
+// Hopper's kernel on the same operands, and by how much its output differs from the other's.
+void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
+  const std::vector<AttentionTile> tiles = attention_row_tiles(slices_of(one, 0), kDim);
+  const DeviceBuffer tile_list = on_device(tiles);
+  args.tiles = as<const AttentionTile>(tile_list);
+  args.num_tiles = static_cast<int32_t>(tiles.size());
+  args.rows = one.sequences * one.rows;
+  std::vector<Bf16> portable(size_t(args.rows) * kHeads * kDim), hopper(portable.size());
+  const size_t bytes = portable.size() * sizeof(Bf16);
+  FP_CUDA(cudaMemcpy(portable.data(), args.out, bytes, cudaMemcpyDeviceToHost));
+  const cudaError_t code = launch_attention_hopper(args, stream);
+  if (code != cudaSuccess) {
+    say("attention", std::string(one.name) + ", hopper", cudaGetErrorString(code));
+    static_cast<void>(cudaGetLastError());
+    return;
+  }
+  FP_CUDA(cudaStreamSynchronize(stream));
+  FP_CUDA(cudaMemcpy(hopper.data(), args.out, bytes, cudaMemcpyDeviceToHost));
+  double worst = 0, most = 0;
+  for (size_t i = 0; i < portable.size(); ++i) {
+    const double difference = std::abs(widen(portable[i]) - widen(hopper[i]));
+    worst = difference <= worst ? worst : difference;  // a NaN stays
+    most = std::max<double>(most, std::abs(widen(portable[i])));
+  }
+  say("attention", std::string(one.name) + ", hopper's output",
+      text("differs from the portable one's by %.2g at most, of %.2g", worst, most));
+  tell(one, ", hopper",
+       device_us([&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(args, s)); }, stream, 5));
+}
+
 void bench_case(const Case& one, cudaStream_t stream) {
   const int blocks = (one.context + one.rows + kBlockTokens - 1) / kBlockTokens;
   const size_t all_blocks = size_t(blocks) * size_t(one.sequences);
@@ -97,6 +128,8 @@ void bench_case(const Case& one, cudaStream_t stream) {
       .kv_heads = kKv,
       .kv_end = kKv,
       .head_dim = kDim};
+  if (one.rows >= 128 && has_hopper_attention())
+    bench_hopper(one, args, stream);
   const AttentionSplit split{multiprocessors(), kHeads / kKv, kKv};
   bench_tiles(one, "", slices_of(one, 0), args, stream);
   if (const int32_t chunk_keys = split.chunk_keys(one.rows, one.context + one.rows))

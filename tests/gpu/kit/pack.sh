@@ -38,6 +38,12 @@ if [ ! -e "$cutlass/cutlass/cutlass.h" ]; then
   unzip -q -o "$work"/dl/nvidia_cutlass-*.whl 'cutlass_library/source/include/*' -d "$work/cutlass"
 fi
 tar -C "$(dirname "$cutlass")" -cJf "$kit/cutlass.tar.xz" include
+# FlashInfer's, to compile Hopper's attention here; a build from source there does without.
+flashinfer=${FLASHINFER_DATA_DIR:-$work/flashinfer/flashinfer/data}
+if [ ! -e "$flashinfer/include/flashinfer/attention/hopper/prefill_sm90.cuh" ]; then
+  download "$work/dl" flashinfer-python==0.7.2.post1
+  unzip -q -o "$work"/dl/flashinfer_python-*.whl 'flashinfer/data/include/*' 'flashinfer/data/cccl/*' -d "$work/flashinfer"
+fi
 lt=${LT_INCLUDE:-$work/cublas/nvidia/cu13/include}
 if [ -n "${NO_LT-}" ]; then
   lt=
@@ -57,7 +63,7 @@ tar -C / -cJf "$kit/gtest.tar.xz" usr/include/gtest "$libraries/libgtest.a" "$li
 # The kernels, and two programs over them.
 cmake -S "$source" -B "$work/build" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" -DFP_TREE="$repo" \
   -DPython_EXECUTABLE="$python" -DFP_CUDA_ARCHITECTURES="$architectures" \
-  -DCUTLASS_INCLUDE_DIR="$cutlass" -DCUBLASLT_INCLUDE_DIR="$lt" >"$work/configure.log"
+  -DCUTLASS_INCLUDE_DIR="$cutlass" -DFLASHINFER_DATA_DIR="$flashinfer" -DCUBLASLT_INCLUDE_DIR="$lt" >"$work/configure.log"
 cmake --build "$work/build" -j "${JOBS:-2}" --target gpu_test kernel_bench
 cp "$work/build/gpu/gpu_test" "$work/build/kernel_bench" \
   "$work/build/gpu/kernels/libflowprefill_cuda_kernels.a" "$kit/prebuilt/"

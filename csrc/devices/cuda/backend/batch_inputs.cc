@@ -27,21 +27,27 @@ class Writer {
   std::vector<std::byte>& bytes_;
 };
 
-// What of the sequences lies in the rows. Their keys are split by the sequences' own sizes.
-std::vector<AttentionSlice> slices_in(const Batch& batch, const AttentionRows& rows,
-                                      const AttentionSplit& split) {
-  std::vector<AttentionSlice> slices;
+// What of the sequences lies in the rows, by the kernel that computes it. Their keys are split, and
+// the kernels chosen, by the sequences' own sizes.
+struct Slices {
+  std::vector<AttentionSlice> portable = {};
+  std::vector<AttentionSlice> hopper = {};
+};
+
+Slices slices_in(const Batch& batch, const AttentionRows& rows, const AttentionRules& rules) {
+  Slices slices;
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
     const Sequence& s = batch.sequences[i];
     const int32_t begin = std::max(rows.begin, s.row_begin);
     const int32_t end = std::min(rows.end, s.row_end());
     if (begin >= end)
       continue;
-    slices.push_back({.row = begin - rows.base,
-                      .rows = end - begin,
-                      .position = s.context + begin - s.row_begin,
-                      .sequence = static_cast<int32_t>(i),
-                      .chunk_keys = split.chunk_keys(s.rows, s.length())});
+    auto& of_kernel = rules.is_for_hopper(s.rows, s.length()) ? slices.hopper : slices.portable;
+    of_kernel.push_back({.row = begin - rows.base,
+                         .rows = end - begin,
+                         .position = s.context + begin - s.row_begin,
+                         .sequence = static_cast<int32_t>(i),
+                         .chunk_keys = rules.split.chunk_keys(s.rows, s.length())});
   }
   return slices;
 }
@@ -60,9 +66,11 @@ size_t slices_of_launch(std::span<const AttentionSlice> slices, int64_t room, in
 void put_tiles(Writer& out, const PlanShape& shape, const Batch& batch) {
   const int32_t group = shape.graph.attention.heads_per_kv();
   for (size_t i = 0; i < shape.attention.size(); ++i) {
-    const std::vector<AttentionSlice> all = slices_in(batch, shape.attention[i], shape.rules.split);
-    std::span<const AttentionSlice> rest = all;
+    const Slices all = slices_in(batch, shape.attention[i], shape.rules);
+    std::span<const AttentionSlice> rest = all.portable;
     const AttentionLaunches& launches = shape.inputs.attention[i];
+    out.put_all<AttentionTile>(launches.row_tiles,
+                               attention_row_tiles(all.hopper, shape.rules.head_dim));
     for (const AttentionLists& lists : launches.lists) {
       const size_t count = slices_of_launch(rest, launches.partial_rows, group);
       const std::vector<AttentionTile> tiles = attention_tiles(rest.first(count), group);

@@ -15,6 +15,7 @@
 #include "devices/cuda/backend/operator_kernels.h"
 #include "devices/cuda/backend/plan_builder.h"
 #include "devices/cuda/backend/refusal.h"
+#include "devices/cuda/kernels/kernels.h"
 #include "devices/cuda/runtime/cuda_device.h"
 #include "devices/cuda/runtime/cuda_resources.h"
 #include "runtime/thread_annotations.h"
@@ -45,6 +46,25 @@ GemmDevice gemm_device(int device) {
   return found;
 }
 
+// Throws std::invalid_argument where Hopper's kernel is asked for and cannot run.
+bool uses_hopper_attention(const CudaBackendOptions& options, const GemmDevice& card,
+                           const ModelGraph& graph) {
+  if (options.attention == "portable")
+    return false;
+  const bool can = card.compute_capability == 90 && has_hopper_attention() &&
+                   has_hopper_head_size(graph.attention.head_dim);
+  if (!can && options.attention == "hopper") {
+    throw std::invalid_argument(
+        "attention: got 'hopper', expected portable or auto: that kernel needs compute capability "
+        "9.0 (this is " +
+        std::to_string(card.compute_capability / 10) + "." +
+        std::to_string(card.compute_capability % 10) + "), heads of 64, 128 or 256 (the model's: " +
+        std::to_string(graph.attention.head_dim) + ") and a build with FlashInfer's headers (" +
+        (has_hopper_attention() ? "it has them)" : "it has none)"));
+  }
+  return can;
+}
+
 std::unique_ptr<GemmSelector> selector_of(const CudaBackendOptions& options,
                                           const GemmDevice& device) {
   return make_gemm_selector(device, {.cache_path = options.gemm_cache_path,
@@ -59,6 +79,7 @@ struct CudaBackend::State {
       : graph(lowered(std::move(model))),
         options(checked(std::move(model_options))),
         card(gemm_device(options.device)),
+        uses_hopper(uses_hopper_attention(options, card, *graph)),
         gemms(selector_of(options, card)),
         shared_weights(std::make_shared<DeviceWeights>(*graph, options.device)),
         weights(*shared_weights) {}
@@ -66,6 +87,7 @@ struct CudaBackend::State {
       : graph(other.graph),
         options(checked(other.shared_with(std::move(model_options)))),
         card(gemm_device(options.device)),
+        uses_hopper(uses_hopper_attention(options, card, *graph)),
         gemms(selector_of(options, card)),
         shared_weights(other.shared_weights),
         weights(*shared_weights),
@@ -95,7 +117,7 @@ struct CudaBackend::State {
   }
 
   AttentionRules rules(int32_t block_tokens) const {
-    return {*graph, card.num_multiprocessors, block_tokens};
+    return {*graph, card.num_multiprocessors, block_tokens, uses_hopper};
   }
 
   LaneOptions lane_options(int32_t block_tokens) const {
@@ -119,6 +141,7 @@ struct CudaBackend::State {
     PlanBuilderOptions plans{.max_sequences = options.max_sequences,
                              .block_tokens = layout.block_tokens,
                              .multiprocessors = card.num_multiprocessors,
+                             .uses_hopper_attention = uses_hopper,
                              .cuts = options.cuts};
     if (options.has_graphs)
       plans.buckets = options.buckets;
@@ -169,6 +192,7 @@ struct CudaBackend::State {
   const std::shared_ptr<const ModelGraph> graph;
   const CudaBackendOptions options;
   const GemmDevice card;
+  const bool uses_hopper;
   const std::unique_ptr<GemmSelector> gemms;
   const std::shared_ptr<DeviceWeights> shared_weights;  // with models made from this one
   DeviceWeights& weights;

@@ -37,6 +37,10 @@ CudaBackendOptions checked(CudaBackendOptions o) {
   require(o.max_sequences >= 1, "max_sequences", o.max_sequences, "at least 1");
   require(o.max_context >= 1, "max_context", o.max_context, "at least 1");
   require(o.warm_tokens >= 0, "warm_tokens", o.warm_tokens, "at least 0");
+  if (o.attention != "portable" && o.attention != "hopper" && o.attention != "auto") {
+    throw std::invalid_argument("attention: got '" + o.attention +
+                                "', expected portable, hopper or auto");
+  }
   if (o.buckets.empty())
     o.buckets = default_buckets(o.max_tokens);
   for (size_t i = 0; i < o.buckets.size(); ++i) {

@@ -38,6 +38,10 @@ struct CudaBackendOptions {
   bool measures_gemms = false;  // make_device() measures the GEMM kernels unless the cache knows
   std::string gemm_cache_path;  // file of measured GEMM choices; empty: none
   std::vector<std::string> cublas_lt_libraries;  // see GemmOptions
+  // Which kernel computes the attention of many rows: "portable"; "hopper" (compute capability 9.0
+  // and head sizes 64, 128 and 256 only); "auto": hopper's where it can. Hopper's has not run on a
+  // GPU yet, so it has to be asked for.
+  std::string attention = "portable";
   CutRules cuts = kCudaCuts;
 };
 

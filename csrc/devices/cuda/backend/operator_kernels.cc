@@ -249,48 +249,52 @@ void OperatorKernels::rope(const Call& call) const {
   FP_CUDA(launch_rope(args, call.args.stream), call.context);
 }
 
-void OperatorKernels::attention(const Call& call) const {
-  const size_t index = call.shape.attention_index(call.step);
-  const AttentionLaunches& launches = call.shape.inputs.attention[index];
-  for (const AttentionLists& lists : launches.lists)
-    attention(call, lists, launches.partial_rows);
-}
-
-// Enough blocks for a tile each where keys are not split, and to fill the multiprocessors where
-// they are.
-void OperatorKernels::attention(const Call& call, const AttentionLists& lists,
-                                int32_t partial_rows) const {
+// Tiles count their rows from the step's base.
+AttentionArgs OperatorKernels::attention_args(const Call& call) const {
   const Operator& op = call.op;
   const InputLayout& in = call.shape.inputs;
   const int32_t kv_heads = call.attention().kv_heads;
-  const int32_t kv_end = call.step.is_whole() ? kv_heads : call.step.part_end;
+  return {.q = call.row<Bf16>(op.input, call.step.base),
+          .ld_q = call.stride(op.input),
+          .out = call.row<Bf16>(op.output, call.step.base),
+          .ld_out = call.stride(op.output),
+          .cache = cache_.layer(op.layer),
+          .block_tables = call.input<int32_t>(in.block_tables),
+          .block_table_stride = in.table_stride,
+          .rows = call.step.row_end - call.step.base,
+          .partials = reinterpret_cast<float*>(call.args.scratch),
+          .heads = call.attention().heads,
+          .kv_heads = kv_heads,
+          .kv_begin = call.step.part_begin,
+          .kv_end = call.step.is_whole() ? kv_heads : call.step.part_end,
+          .head_dim = call.attention().head_dim,
+          .window = op.window,
+          .softcap = static_cast<float>(kLog2E * op.softcap)};
+}
+
+// Where keys may be split, enough blocks for a tile each of those that are not, and to fill the
+// multiprocessors with those that are.
+void OperatorKernels::attention(const Call& call) const {
+  const size_t index = call.shape.attention_index(call.step);
+  const AttentionLaunches& launches = call.shape.inputs.attention[index];
+  AttentionArgs args = attention_args(call);
+  if (launches.num_row_tiles > 0) {
+    args.tiles = call.input<AttentionTile>(launches.row_tiles);
+    args.num_tiles = launches.num_row_tiles;
+    FP_CUDA(launch_attention_hopper(args, call.args.stream), call.context);
+  }
+  const int32_t heads = args.kv_end - args.kv_begin;
   const int32_t units = call.shape.rules.split.multiprocessors * AttentionSplit::kBlocksPerUnit;
-  const int32_t heads = kv_end - call.step.part_begin;
-  const int32_t blocks = std::max(lists.num_whole, (units + heads - 1) / heads);
-  // Tiles count their rows from the step's base.
-  FP_CUDA(launch_attention({.q = call.row<Bf16>(op.input, call.step.base),
-                            .ld_q = call.stride(op.input),
-                            .out = call.row<Bf16>(op.output, call.step.base),
-                            .ld_out = call.stride(op.output),
-                            .cache = cache_.layer(op.layer),
-                            .block_tables = call.input<int32_t>(in.block_tables),
-                            .block_table_stride = in.table_stride,
-                            .tiles = call.input<AttentionTile>(lists.tiles),
-                            .num_tiles = lists.num_tiles,
-                            .merges = call.input<AttentionTile>(lists.merges),
-                            .num_merges = lists.num_merges,
-                            .num_blocks = std::min(lists.num_tiles, blocks),
-                            .partials = reinterpret_cast<float*>(call.args.scratch),
-                            .partial_rows = partial_rows,
-                            .heads = call.attention().heads,
-                            .kv_heads = kv_heads,
-                            .kv_begin = call.step.part_begin,
-                            .kv_end = kv_end,
-                            .head_dim = call.attention().head_dim,
-                            .window = op.window,
-                            .softcap = static_cast<float>(kLog2E * op.softcap)},
-                           call.args.stream),
-          call.context);
+  args.partial_rows = launches.partial_rows;
+  for (const AttentionLists& lists : launches.lists) {
+    args.tiles = call.input<AttentionTile>(lists.tiles);
+    args.num_tiles = lists.num_tiles;
+    args.merges = call.input<AttentionTile>(lists.merges);
+    args.num_merges = lists.num_merges;
+    args.num_blocks =
+        std::min(lists.num_tiles, std::max(lists.num_whole, (units + heads - 1) / heads));
+    FP_CUDA(launch_attention(args, call.args.stream), call.context);
+  }
 }
 
 void OperatorKernels::sample(const Call& call) const {

@@ -6,6 +6,7 @@
 #include "devices/cuda/backend/device_weights.h"
 #include "devices/cuda/backend/gemm_selector.h"
 #include "devices/cuda/backend/plan_shape.h"
+#include "devices/cuda/kernels/attention_args.h"
 #include "devices/cuda/runtime/cuda_plan.h"
 #include "graph/cost.h"
 
@@ -51,7 +52,7 @@ class OperatorKernels {
   void round(const Call& call) const;
   void rope(const Call& call) const;
   void attention(const Call& call) const;
-  void attention(const Call& call, const AttentionLists& lists, int32_t partial_rows) const;
+  AttentionArgs attention_args(const Call& call) const;
   void sample(const Call& call) const;
 
   const DeviceWeights& weights_;

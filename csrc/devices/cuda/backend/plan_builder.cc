@@ -185,7 +185,8 @@ int32_t PlanBuilder::variant_of(const PlanShape& shape, int32_t bucket) {
 std::shared_ptr<const BuiltPlan> PlanBuilder::build(const PlanSizes& sizes, int32_t table_stride,
                                                     Plan plan, int32_t bucket,
                                                     const std::vector<int32_t>& last_rows) {
-  const AttentionRules rules(*graph_, options_.multiprocessors, options_.block_tokens);
+  const AttentionRules rules(*graph_, options_.multiprocessors, options_.block_tokens,
+                             options_.uses_hopper_attention);
   auto shape = std::make_shared<const PlanShape>(*graph_, sizes, table_stride, rules,
                                                  attention_of(*graph_, plan));
   auto built = std::make_shared<BuiltPlan>(

@@ -40,6 +40,7 @@ struct PlanBuilderOptions {
   int32_t max_sequences = 0;
   int32_t block_tokens = 0;
   int32_t multiprocessors = 0;
+  bool uses_hopper_attention = false;
   CutRules cuts = {};
   GraphPolicy policy = {};
 };

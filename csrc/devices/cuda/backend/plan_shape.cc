@@ -54,12 +54,13 @@ LayoutRules lane_rules(const ModelGraph& graph) {
 }
 
 AttentionRules::AttentionRules(const ModelGraph& graph, int32_t multiprocessors,
-                               int32_t tokens_per_block)
+                               int32_t tokens_per_block, bool has_hopper)
     : split{.multiprocessors = multiprocessors,
             .heads_per_kv = graph.attention.heads_per_kv(),
             .kv_heads = graph.attention.kv_heads},
       head_dim(graph.attention.head_dim),
-      block_tokens(tokens_per_block) {}
+      block_tokens(tokens_per_block),
+      uses_hopper(has_hopper) {}
 
 AttentionNeeds AttentionRules::needs(int32_t rows, int32_t sequences, int32_t table_stride) const {
   const int64_t keys = int64_t{table_stride} * block_tokens;
@@ -107,6 +108,10 @@ InputLayout::InputLayout(const PlanSizes& sizes, int32_t stride, const Attention
     const AttentionNeeds needs = rules.needs(count, sizes.sequences, stride);
     AttentionLaunches launches{.lists = {},
                                .partial_rows = static_cast<int32_t>(rules.partial_rows(needs))};
+    if (rules.uses_hopper) {
+      launches.num_row_tiles = max_attention_row_tiles(count, sizes.sequences, rules.head_dim);
+      launches.row_tiles = take(launches.num_row_tiles);
+    }
     const int32_t whole = max_attention_tiles(count, sizes.sequences, rules.split.heads_per_kv);
     for (int32_t i = 0; i < rules.num_launches(needs); ++i) {
       const int32_t num_tiles = tiles_of_launch(needs, whole, rules);
@@ -132,8 +137,10 @@ size_t InputLayout::max_bytes(const ModelGraph& graph, const PlanSizes& sizes, i
   const int64_t whole = entries / kAttentionEntries + sizes.rows;
   const int64_t chunks = sizes.rows * int64_t{rules.needs(1, 1, table_stride).num_tiles};
   const int64_t merges = all.num_merges == 0 ? 0 : whole;
-  const auto tiles =
-      static_cast<size_t>(launches * (whole + merges) + std::min<int64_t>(launches, 3) * chunks);
+  const int64_t row_tiles =
+      rules.uses_hopper ? max_attention_row_tiles(sizes.rows, sizes.rows, rules.head_dim) : 0;
+  const auto tiles = static_cast<size_t>(launches * (whole + merges) +
+                                         std::min<int64_t>(launches, 3) * chunks + row_tiles);
   return without_lists + different_windows(graph) * tiles * sizeof(AttentionTile);
 }
 

@@ -32,8 +32,18 @@ LayoutRules lane_rules(const ModelGraph& graph);
 // How a model's attention is cut on a device: into chunks of keys, and into launches whose partial
 // results fit the scratch.
 struct AttentionRules {
-  // multiprocessors: of the device; 0: keys are not split.
-  AttentionRules(const ModelGraph& graph, int32_t multiprocessors, int32_t block_tokens);
+  static constexpr int32_t kHopperRows = 128;  // a sequence's least: fewer would not fill a tile
+
+  // multiprocessors: of the device; 0: keys are not split. uses_hopper: whether the device has
+  // launch_attention_hopper().
+  AttentionRules(const ModelGraph& graph, int32_t multiprocessors, int32_t block_tokens,
+                 bool uses_hopper = false);
+
+  // Whether a sequence of so many new rows and keys in all has Hopper's kernel. As the chunks, that
+  // depends on nothing else.
+  bool is_for_hopper(int32_t rows, int32_t keys) const {
+    return uses_hopper && rows >= kHopperRows && split.chunk_keys(rows, keys) == 0;
+  }
 
   // Of `rows` rows of a batch with block tables of table_stride blocks.
   AttentionNeeds needs(int32_t rows, int32_t sequences, int32_t table_stride) const;
@@ -47,6 +57,7 @@ struct AttentionRules {
   AttentionSplit split = {};
   int32_t head_dim = 0;
   int32_t block_tokens = 0;
+  bool uses_hopper = false;
 };
 
 // The lists of one launch of attention: offsets into the inputs block, and counts that are the same
@@ -62,7 +73,9 @@ struct AttentionLists {
 // The launches of one AttentionRows.
 struct AttentionLaunches {
   std::vector<AttentionLists> lists;
-  int32_t partial_rows = 0;  // of each
+  int32_t partial_rows = 0;   // of each
+  size_t row_tiles = 0;       // AttentionTile [num_row_tiles], of launch_attention_hopper()
+  int32_t num_row_tiles = 0;  // 0: it is not used
 };
 
 // Bytes of the inputs block; all int32 but for `sampling`.

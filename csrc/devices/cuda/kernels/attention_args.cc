@@ -9,9 +9,9 @@
 namespace flowprefill {
 namespace {
 
-// Keys that the tile's last entry sees, of the tile's chunk.
-int32_t num_keys(const AttentionTile& tile, int32_t heads_per_kv) {
-  const int32_t last = std::min(tile.entry + kAttentionEntries, tile.entries) - 1;
+// Keys that the last entry of a tile of so many entries sees, of the tile's chunk.
+int32_t num_keys(const AttentionTile& tile, int32_t heads_per_kv, int32_t size) {
+  const int32_t last = std::min(tile.entry + size, tile.entries) - 1;
   const int32_t end = tile.position + last / heads_per_kv + 1;
   return tile.chunk_keys == 0 ? end : std::min(tile.chunk_keys, end - tile.chunk * tile.chunk_keys);
 }
@@ -22,9 +22,9 @@ int32_t num_chunks(const AttentionSlice& slice) {
   return slice.chunk_keys == 0 ? 1 : (keys + slice.chunk_keys - 1) / slice.chunk_keys;
 }
 
-// The tiles of 64 entries from `entry` on, one for each chunk of keys that they see.
+// The tiles of `size` entries from `entry` on, one for each chunk of keys that they see.
 void add_tiles(std::vector<AttentionTile>& tiles, const AttentionSlice& slice, int32_t entry,
-               int32_t heads_per_kv, int32_t partial) {
+               int32_t heads_per_kv, int32_t size, int32_t partial) {
   AttentionTile tile{.row = slice.row,
                      .position = slice.position,
                      .sequence = slice.sequence + 1,
@@ -32,8 +32,38 @@ void add_tiles(std::vector<AttentionTile>& tiles, const AttentionSlice& slice, i
                      .entries = slice.rows * heads_per_kv,
                      .chunk_keys = slice.chunk_keys,
                      .partial = slice.chunk_keys == 0 ? 0 : partial};
-  for (; tile.chunk < num_chunks(slice) && num_keys(tile, heads_per_kv) > 0; ++tile.chunk)
+  for (; tile.chunk < num_chunks(slice) && num_keys(tile, heads_per_kv, size) > 0; ++tile.chunk)
     tiles.push_back(tile);
+}
+
+std::vector<AttentionTile> tiles_of(std::span<const AttentionSlice> slices, int32_t heads_per_kv,
+                                    int32_t size) {
+  expect(heads_per_kv >= 1, "heads_per_kv", heads_per_kv, "at least 1");
+  std::vector<AttentionTile> tiles;
+  int64_t partial = 0;
+  for (const AttentionSlice& slice : slices) {
+    expect(slice.rows >= 1, "rows", slice.rows, "at least 1");
+    expect(slice.row >= 0, "row", slice.row, "at least 0");
+    expect(slice.position >= 0, "position", slice.position, "at least 0");
+    expect(slice.sequence >= 0, "sequence", slice.sequence, "at least 0");
+    expect(slice.chunk_keys >= 0 && slice.chunk_keys % kChunkStep == 0, "chunk_keys",
+           slice.chunk_keys, "a multiple of 64 (0: not split)");
+    const int64_t entries = int64_t{slice.rows} * heads_per_kv;
+    expect(entries <= INT32_MAX - size, "rows", slice.rows,
+           "rows times query heads per KV head below 2^31");
+    for (int64_t entry = 0; entry < entries; entry += size)
+      add_tiles(tiles, slice, static_cast<int32_t>(entry), heads_per_kv, size,
+                static_cast<int32_t>(partial));
+    partial += partial_rows_of(slice, heads_per_kv);
+    expect(partial <= INT32_MAX, "partial rows", partial, "at most 2^31 - 1");
+  }
+  std::sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
+    const auto rank = [&](const AttentionTile& tile) {
+      return std::tuple(-num_keys(tile, heads_per_kv, size), tile.row, tile.entry, tile.chunk);
+    };
+    return rank(a) < rank(b);
+  });
+  return tiles;
 }
 
 }  // namespace
@@ -49,32 +79,22 @@ size_t attention_partial_bytes(int64_t partial_rows, int32_t kv_heads, int32_t h
 
 std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slices,
                                            int32_t heads_per_kv) {
-  expect(heads_per_kv >= 1, "heads_per_kv", heads_per_kv, "at least 1");
-  std::vector<AttentionTile> tiles;
-  int64_t partial = 0;
-  for (const AttentionSlice& slice : slices) {
-    expect(slice.rows >= 1, "rows", slice.rows, "at least 1");
-    expect(slice.row >= 0, "row", slice.row, "at least 0");
-    expect(slice.position >= 0, "position", slice.position, "at least 0");
-    expect(slice.sequence >= 0, "sequence", slice.sequence, "at least 0");
-    expect(slice.chunk_keys >= 0 && slice.chunk_keys % kChunkStep == 0, "chunk_keys",
-           slice.chunk_keys, "a multiple of 64 (0: not split)");
-    const int64_t entries = int64_t{slice.rows} * heads_per_kv;
-    expect(entries <= INT32_MAX - kAttentionEntries, "rows", slice.rows,
-           "rows times query heads per KV head below 2^31");
-    for (int64_t entry = 0; entry < entries; entry += kAttentionEntries)
-      add_tiles(tiles, slice, static_cast<int32_t>(entry), heads_per_kv,
-                static_cast<int32_t>(partial));
-    partial += partial_rows_of(slice, heads_per_kv);
-    expect(partial <= INT32_MAX, "partial rows", partial, "at most 2^31 - 1");
-  }
-  std::sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
-    const auto rank = [&](const AttentionTile& tile) {
-      return std::tuple(-num_keys(tile, heads_per_kv), tile.row, tile.entry, tile.chunk);
-    };
-    return rank(a) < rank(b);
-  });
-  return tiles;
+  return tiles_of(slices, heads_per_kv, kAttentionEntries);
+}
+
+std::vector<AttentionTile> attention_row_tiles(std::span<const AttentionSlice> slices,
+                                               int32_t head_dim) {
+  for (const AttentionSlice& slice : slices)
+    expect(slice.chunk_keys == 0, "chunk_keys", slice.chunk_keys, "0: these tiles have no chunks");
+  return tiles_of(slices, 1, attention_rows_of_tile(head_dim));
+}
+
+int32_t max_attention_row_tiles(int32_t rows, int32_t sequences, int32_t head_dim) {
+  return rows / attention_rows_of_tile(head_dim) + std::min(rows, sequences);
+}
+
+bool has_hopper_head_size(int32_t head_dim) {
+  return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
 
 std::vector<AttentionTile> attention_merges(std::span<const AttentionTile> tiles) {
@@ -99,6 +119,15 @@ size_t attention_shared_bytes(int32_t head_dim) {
   const int32_t queries = shares_queries(head_dim) ? kAttentionEntries : 0;
   const auto rows = static_cast<size_t>(2 * attention_keys(head_dim) + queries);
   return sizeof(Bf16) * rows * static_cast<size_t>(head_dim + 8);
+}
+
+void check_rows(const AttentionArgs& args) {
+  check(args);
+  expect(has_hopper_head_size(args.head_dim), "head_dim", args.head_dim, "64, 128 or 256");
+  expect(args.rows >= 1, "rows", args.rows, "at least 1");
+  expect(args.num_merges == 0, "num_merges", args.num_merges, "0: these tiles have no chunks");
+  expect(int64_t{args.num_tiles} * args.heads <= INT32_MAX, "num_tiles", args.num_tiles,
+         "tiles times heads below 2^31");
 }
 
 void check(const AttentionArgs& args) {

@@ -56,6 +56,7 @@ struct AttentionArgs {
   int64_t block_table_stride = 0;
   const AttentionTile* tiles = nullptr;  // [num_tiles]
   int32_t num_tiles = 0;
+  int32_t rows = 0;  // of q and out, for launch_attention_hopper() alone
   // What follows is for tiles with chunks; num_merges 0: there are none.
   const AttentionTile* merges = nullptr;  // [num_merges] of attention_merges()
   int32_t num_merges = 0;
@@ -75,6 +76,19 @@ struct AttentionArgs {
 // (the last blocks of a launch should be short ones). Throws std::invalid_argument for bad slices.
 std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slices,
                                            int32_t heads_per_kv);
+
+// Rows of a tile of launch_attention_hopper().
+constexpr int32_t attention_rows_of_tile(int32_t head_dim) {
+  return head_dim == 64 ? 192 : 128;
+}
+
+// The tiles of launch_attention_hopper(): entries are rows of every query head. Else as above; no
+// slice has chunks.
+std::vector<AttentionTile> attention_row_tiles(std::span<const AttentionSlice> slices,
+                                               int32_t head_dim);
+
+// Most tiles of those that `rows` rows of at most `sequences` sequences can need.
+int32_t max_attention_row_tiles(int32_t rows, int32_t sequences, int32_t head_dim);
 
 // Of these tiles, the first chunk of each 64 entries: what the partial results are merged by.
 std::vector<AttentionTile> attention_merges(std::span<const AttentionTile> tiles);
@@ -97,7 +111,12 @@ bool has_attention_kernel(int32_t head_dim);
 // Shared memory of one block.
 size_t attention_shared_bytes(int32_t head_dim);
 
-// Throws std::invalid_argument naming the field, its value and what is allowed.
+// Head sizes of launch_attention_hopper(): 64, 128 and 256.
+bool has_hopper_head_size(int32_t head_dim);
+
+// Throw std::invalid_argument naming the field, its value and what is allowed; check_rows() for
+// launch_attention_hopper().
 void check(const AttentionArgs& args);
+void check_rows(const AttentionArgs& args);
 
 }  // namespace flowprefill

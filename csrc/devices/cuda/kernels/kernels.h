@@ -30,6 +30,11 @@ cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
 cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream);
 
+// The same over the tiles of attention_row_tiles(), for devices of compute capability 9.0. Fails
+// (cudaErrorInvalidDeviceFunction) where has_hopper_attention() is false: built without FlashInfer.
+cudaError_t launch_attention_hopper(const AttentionArgs& args, cudaStream_t stream);
+bool has_hopper_attention();
+
 // Fails (cudaErrorNoKernelImageForDevice or the like) for a tile that gemm_tiles() does not name.
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream);
 
