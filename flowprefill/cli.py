@@ -46,6 +46,8 @@ BENCHES: Mapping[str, str] = {
     "where": "where a prefill's time goes, by operator, against the machine's peak",
     "control": "from submit() to the executor seeing it, while all cores compute",
     "load": "requests over HTTP at a rate, with SLO attainment",
+    "structured": "what structured output costs its own request and the others of its batch",
+    "overload": "ten times the capacity, then thousands of useless connections",
     "goodput": "the highest rate at which policies meet their objectives, on a trace",
     "compare": "two reports of one bench as ratios, e.g. before and after a change",
     "gpu": "one GPU: kernels, prefill, blocking by run-ahead, hol; the report to send us",

@@ -65,26 +65,44 @@ class Outcome:
         return in_time and (self.tpot_s or 0.0) * 1e3 <= objectives.get("tpot_ms", float("inf"))
 
 
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A running server: where it listens, its process, and the file of its log."""
+
+    url: str
+    pid: int
+    log: Path
+
+
 @contextmanager
-def running_server(model: str, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Start ``flowprefill serve`` on a free port; gives its URL, stops it in the end.
+def server_process(
+    model: str, settings: Mapping[str, Any], log_level: str = "error"
+) -> Iterator[ServerProcess]:
+    """Start ``flowprefill serve`` on a free port; stops it in the end.
 
     Raises:
         FlowPrefillError: it ended before it was ready; with its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
+        config, file = Path(folder) / "config.json", Path(folder) / "log"
         config.write_text(json.dumps(dict(settings)))
         command = [
             sys.executable, "-m", "flowprefill", "serve", model,
-            "--port", "0", "--config", str(config), "--log-level", "error",
+            "--port", "0", "--config", str(config), "--log-level", log_level,
         ]  # fmt: skip
-        with (Path(folder) / "log").open("w+") as log:
+        with file.open("w+") as log:
             process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
             try:
-                yield _wait_until_ready(process, log)
+                yield ServerProcess(_wait_until_ready(process, log), process.pid, file)
             finally:
                 _stop(process)
+
+
+@contextmanager
+def running_server(model: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Start ``flowprefill serve`` as server_process does; gives its URL."""
+    with server_process(model, settings) as process:
+        yield process.url
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: IO[str]) -> str:

@@ -98,6 +98,30 @@ def test_load_answers_every_request_over_http(folder: Path, tmp_path: Path) -> N
     assert (everyone["service_class"], everyone["requests"], everyone["failed"]) == ("all", 6, 0)
 
 
+def test_structured_measures_free_and_bound_requests(folder: Path, tmp_path: Path) -> None:
+    report = bench(folder, tmp_path, "structured", "--quick", "--batch", "3")
+    free, one, bound = report["rows"]
+    assert free["bound_itl_s"] is None
+    assert bound["free_itl_s"] is None
+    assert free["free_over_all_free"] == 1.0
+    assert one["free_itl_s"] > 0
+    assert one["bound_tokens_per_s"] > 0
+    assert len(report["compile"]) == 5
+    assert all(0 < row["compile_p50_s"] <= row["compile_max_s"] for row in report["compile"])
+
+
+def test_overload_answers_or_refuses_every_request(folder: Path, tmp_path: Path) -> None:
+    report = bench(folder, tmp_path, "overload", "--quick", "--prompt-tokens", "64")
+    assert [row["phase"] for row in report["rows"]] == [
+        "at capacity", "overload", "one client", "one client among useless ones",
+    ]  # fmt: skip
+    for row in report["rows"]:
+        assert row["requests"] == row["admitted"] + row["refused"]
+        assert row["rss_max_mib"] > 50
+    assert report["rows"][-1]["admitted"] > 0
+    assert report["log_lines"] < 100
+
+
 def test_simulate_plays_the_trace_on_the_engine_too(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     engine = ("--against-engine", "--model", str(folder), "--threads", "1", "--dtype", "f32")
