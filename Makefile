@@ -100,6 +100,23 @@ test-isa: test-packages build $(TOOLS)  ## logits, preemption and reference on t
 	  echo "FLOWPREFILL_ISA=$$isa"; FLOWPREFILL_ISA=$$isa $(BIN)/python -m pytest -q -k 'not cuda' \
 	    tests/device/test_logits.py tests/device/test_preemption.py tests/device/test_reference.py; done
 
+# Each client in an environment of its own: they do not agree on versions of what they share.
+CLIENTS ?= $(patsubst tests/clients/requirements/%.txt,%,$(wildcard tests/clients/requirements/*.txt))
+build/clients/%/.installed: tests/clients/requirements/%.txt
+	$(PYTHON) -m venv build/clients/$*
+	build/clients/$*/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: test-clients
+test-clients: build $(TOOLS) $(CLIENTS:%=build/clients/%/.installed)  ## the server with the programs people use, or CLIENTS="openai litellm"; installs 2 GB
+	$(BIN)/python tests/clients/run.py $(CLIENTS)
+
+SECONDS := 7200
+.PHONY: soak
+soak: build  ## mixed requests to one server for SECONDS=7200; nothing may grow or get lost; JSON into out/
+	mkdir -p out
+	$(BIN)/python tests/soak/soak.py --seconds $(SECONDS) --json out/soak.json
+
 .PHONY: test-sanitizers
 test-sanitizers: $(DEPENDENCIES) | test-packages  ## the C++ tests under ThreadSanitizer, then under Address- and UBSanitizer
 	$(call CPP_TESTS,cpp-thread,thread)
