@@ -29,7 +29,8 @@ BAD: tuple[tuple[str, bytes, int], ...] = (
     (COMPLETIONS, b'{"prompt": [999999999]}', 400),
     (COMPLETIONS, b'{"prompt": "x", "guided_regex": "(?=a)b"}', 400),
     (CHAT, b'{"messages": [{"role": "stranger", "content": "x"}]}', 400),
-    (CHAT, b'{"messages": [], "model": "another"}', 404),
+    (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "model": "another"}', 404),
+    (CHAT, b'{"messages": []}', 400),
     (CHAT, b"\xff\xfe", 400),
     ("/v1/nothing", b"{}", 404),
 )
