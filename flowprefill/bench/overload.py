@@ -36,9 +36,9 @@ HALF_OPEN = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Len"
 LOAD_COLUMNS = {
     "phase": "phase", "requests": "requests", "admitted": "admitted", "refused": "refused",
     "failed": "failed", "ttft_p50_s": "TTFT p50 ms", "ttft_p99_s": "p99 ms",
-    "ttft_over_predicted_p50": "over predicted p50", "ttft_over_predicted_p99": "p99",
+    "ttft_over_predicted_p50": "/predicted p50", "ttft_over_predicted_p99": "p99  ",
     "refusal_p50_s": "refusal p50 ms", "refusal_p99_s": "p99 ms ",
-    "retry_over_truth_p50": "Retry-After over truth p50", "retry_within_2": "within x2 %",
+    "retry_over_truth_p50": "retry/truth p50", "retry_within_2": "within x2 %",
     "rss_max_mib": "RSS MiB",
 }  # fmt: skip
 
@@ -126,7 +126,7 @@ async def measure(server: ServerProcess, args: argparse.Namespace, report: Repor
         say(f"{args.idle} idle or half-open connections, {args.never_reading} that never read")
         with useless_connections(server.url, args.idle, args.never_reading):
             few, rss_mib = await client.watched(server, client.in_turn(1, args.seconds))
-        report.rows.append(row_of("one client among useless ones", few, rss_mib))
+        report.rows.append(row_of("among useless", few, rss_mib))
 
 
 class Client:

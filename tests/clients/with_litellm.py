@@ -28,9 +28,9 @@ def ask(url: str, model: str, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def begins_right(call: Any) -> bool:
-    """It takes additionalProperties out of tools, so a call may go on after what was asked for."""
-    return str(call.function.arguments).lstrip("{ \n").startswith('"city"')
+def begins_right(text: str) -> bool:
+    """It takes additionalProperties out of schemas, so a text may go on after what was asked."""
+    return text.lstrip("{ \n").startswith('"city"')
 
 
 def test_whole_and_streamed_agree(url: str, model: str) -> None:
@@ -53,11 +53,11 @@ def test_tools_and_schema(url: str, model: str, weather: dict[str, Any]) -> None
     tools = [{"type": "function", "function": {"name": "weather", "parameters": weather}}]
     called = ask(url, model, tools=tools, tool_choice="required", max_tokens=200)
     (call,) = called.choices[0].message.tool_calls[:1]
-    assert begins_right(call)
+    assert begins_right(call.function.arguments)
     schema = {"name": "weather", "schema": weather, "strict": True}
     format_ = {"type": "json_schema", "json_schema": schema}
     formed = ask(url, model, response_format=format_, max_tokens=200)
-    assert set(json.loads(formed.choices[0].message.content)) == {"city", "unit"}
+    assert begins_right(formed.choices[0].message.content)
 
 
 def test_errors_have_their_classes(url: str, model: str) -> None:
@@ -122,7 +122,7 @@ def test_proxy(proxy: str, weather: dict[str, Any]) -> None:
         model="ours", messages=messages, tools=tools, tool_choice="required", max_tokens=200
     )
     call: Any = (called.choices[0].message.tool_calls or [])[0]
-    assert begins_right(call)
+    assert begins_right(call.function.arguments)
     assert client.completions.create(model="ours", prompt="One two", max_tokens=4).choices[0].text
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="ours", messages=messages, max_tokens=-1)
