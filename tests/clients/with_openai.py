@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -156,8 +157,6 @@ def test_errors_have_their_classes(client: openai.OpenAI, model: str) -> None:
 
 
 async def _gather(url: str, model: str) -> list[str]:
-    import asyncio
-
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
 
         async def ask(number: int) -> str:
@@ -170,6 +169,4 @@ async def _gather(url: str, model: str) -> list[str]:
 
 
 def test_asynchronous_client(url: str, model: str) -> None:
-    import asyncio
-
     assert all(asyncio.run(_gather(url, model)))
