@@ -48,7 +48,7 @@ class Transformers:
 
 
 class OpenVino:
-    """LLMPipeline; the checkpoint is exported once, in fp16, beside it."""
+    """LLMPipeline; the checkpoint is exported once, in fp16, into its folder."""
 
     package = "openvino-genai"
 

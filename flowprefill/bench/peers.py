@@ -1,4 +1,4 @@
-"""`flowprefill bench prefill --peers`: prefill and decode beside other engines.
+"""`flowprefill bench prefill --peers`: prefill and decode next to other engines.
 
 Each in a process of its own, because its threads would slow ours; in turn within every
 round, so that a change of the machine's speed meets all. All open the same checkpoint in bf16 (but
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, lengths: list[int], rounds: int) -> int:
                 for peer in peers:
                     peer.close()
     report.extra["versions"] = versions
-    print_table("Beside other engines", report.rows, COLUMNS)
+    print_table("Next to other engines", report.rows, COLUMNS)
     report.write(args.json)
     return 0
 
