@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -210,7 +211,8 @@ def _measure(
                 prompts = prompts_of(sequences, DECODE_CONTEXT)
                 first_s = engines[name](prompts, 1)
                 took_s = engines[name](prompts, 1 + DECODE_TOKENS) - first_s
-                rate = sequences * DECODE_TOKENS / took_s
+                # Less than nothing where another process held the first token back.
+                rate = sequences * DECODE_TOKENS / took_s if took_s > 0.0 else math.nan
                 rates.setdefault((f"decode of {sequences}", name), []).append(rate)
         say(f"{model}: round {number + 1}/{rounds}")
     return rows_of(model, rates)
@@ -219,7 +221,11 @@ def _measure(
 def rows_of(model: str, rates: dict[tuple[str, str], list[float]]) -> list[Row]:
     """Return one row for each work and engine, from tokens per second by (work, engine)."""
     rows: list[Row] = []
-    for (work, name), found in rates.items():
+    known = {
+        key: [rate for rate in found if math.isfinite(rate)] or [math.nan]
+        for key, found in rates.items()
+    }
+    for (work, name), found in known.items():
         row: Row = {
             "engine": name,
             "model": model,
@@ -230,6 +236,6 @@ def rows_of(model: str, rates: dict[tuple[str, str], list[float]]) -> list[Row]:
             "samples": len(found),
         }
         if name != "flowprefill":
-            row["flowprefill_faster"] = median(rates[work, "flowprefill"]) / median(found)
+            row["flowprefill_faster"] = median(known[work, "flowprefill"]) / median(found)
         rows.append(row)
     return rows

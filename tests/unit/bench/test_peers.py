@@ -55,3 +55,11 @@ def test_rows_are_medians_with_the_factor_to_ours() -> None:
     assert (ours["tokens_per_s"], ours["min"], ours["max"]) == (100.0, 90.0, 120.0)
     assert other["flowprefill_faster"] == 2.5
     assert "flowprefill_faster" not in ours
+
+
+def test_rows_leave_out_what_could_not_be_measured() -> None:
+    (ours, other) = rows_of(
+        "m", {("w", "flowprefill"): [math.nan, 100.0], ("w", "llama-cpp"): [math.nan, math.nan]}
+    )
+    assert (ours["tokens_per_s"], ours["samples"]) == (100.0, 1)
+    assert math.isnan(other["tokens_per_s"])
