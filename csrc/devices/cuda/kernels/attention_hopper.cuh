@@ -111,8 +111,8 @@ struct TileScheduler {
 template <int kDim, bool kHasWindow, bool kCaps>
 struct Hopper {
   using Element = cutlass::bfloat16_t;
-  // Keys at once: what FlashInfer has for this size.
-  static constexpr int kKeys = kDim == 256 ? 32 : 96;
+  // Keys at once: what FlashInfer has for this size, fewer where windows would spill registers.
+  static constexpr int kKeys = kDim == 256 ? 32 : kDim == 128 && kHasWindow ? 64 : 96;
   using Traits = flashinfer::AttentionKernelTraits<
       /*USE_TMA_LOAD_KV=*/false, kDim, kDim, attention_rows_of_tile(kDim), kKeys, /*NUM_STAGES_=*/2,
       Element, Element, Element, int32_t, BaseTwoScores<kCaps>>;
