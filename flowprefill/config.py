@@ -21,6 +21,7 @@ GIB = 1 << 30  # bytes
 POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first", "priority")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
 COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
+QUANTIZATIONS = ("none", "int8")
 DEVICES = "auto, cpu, cuda or cuda:N"
 ADMISSION_MODES = ("off", "demote", "reject")
 CLASS_KEYS = ("ttft_ms", "tpot_ms", "on_miss", "weight", "share", "background", "admission")
@@ -108,6 +109,11 @@ class EngineConfig:
     dtype: str = _setting(
         "auto", "auto, bf16 or f32; auto is bf16 on GPUs and where the CPU computes it fast"
     )
+    quantization: str = _setting(
+        "none",
+        "none or int8: weights of products and what is multiplied with them in 8 bits, on the CPU "
+        "only; all else stays in dtype",
+    )
     device: str = _setting("auto", f"{DEVICES}; auto is the first usable GPU, else the CPU")
     threads: int = _setting(
         0, "compute threads; 0 is one per available core, no more than a control group's quota"
@@ -164,6 +170,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "bf16", "f32"):
             raise _bad("dtype", self.dtype, "auto, bf16 or f32")
+        if self.quantization not in QUANTIZATIONS:
+            raise _bad("quantization", self.quantization, " or ".join(QUANTIZATIONS))
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise _bad("device", self.device, DEVICES)
         if self.policy not in POLICIES:

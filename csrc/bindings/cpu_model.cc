@@ -40,10 +40,23 @@ RunOutput output_of(const std::string& name) {
   throw std::invalid_argument("output: got " + name + ", expected logits, scores, last or mean");
 }
 
+CpuQuantization quantization_of(const std::string& quantization) {
+  if (quantization == "none")
+    return CpuQuantization::kNone;
+  if (quantization == "int8")
+    return CpuQuantization::kInt8;
+  throw std::invalid_argument("quantization: got " + quantization + ", expected none or int8");
+}
+
+CpuNumbers numbers_of(const std::string& dtype, const std::string& quantization) {
+  return {.element = element_of(dtype), .quantization = quantization_of(quantization)};
+}
+
 class Model {
  public:
-  Model(const py::object& graph, const std::string& dtype, int threads)
-      : backend_(make_cpu_backend(graph_from(graph), element_of(dtype), threads)) {}
+  Model(const py::object& graph, const std::string& dtype, int threads,
+        const std::string& quantization)
+      : backend_(make_cpu_backend(graph_from(graph), numbers_of(dtype, quantization), threads)) {}
 
   void load(const std::string& name, const py::object& object) {
     const TensorView tensor = tensor_from(name, object);
@@ -121,8 +134,8 @@ py::array_t<float> embeddings(const py::object& object) {
 
 void bind_cpu_model(py::module_& m) {
   py::class_<Model>(m, "Model", py::module_local())
-      .def(py::init<const py::object&, const std::string&, int>(), py::arg("graph"),
-           py::arg("dtype"), py::arg("threads"))
+      .def(py::init<const py::object&, const std::string&, int, const std::string&>(),
+           py::arg("graph"), py::arg("dtype"), py::arg("threads"), py::arg("quantization") = "none")
       .def("load", &Model::load, py::arg("name"), py::arg("values"))
       .def("finish", [](Model& model) { model.get().finish(); })
       .def(
@@ -145,13 +158,16 @@ void bind_cpu_model(py::module_& m) {
                              [](Model& model) { return model.get().weight_bytes(); });
   m.def(
       "cpu_cuts",
-      [](const std::string& dtype, int threads) { return cpu_cuts(threads, element_of(dtype)); },
-      py::arg("dtype"), py::arg("threads"));
+      [](const std::string& dtype, int threads, const std::string& quantization) {
+        return cpu_cuts(threads, numbers_of(dtype, quantization));
+      },
+      py::arg("dtype"), py::arg("threads"), py::arg("quantization") = "none");
   m.def("logits", &logits, py::arg("run"));
   m.def("scores", &scores, py::arg("run"));
   m.def("embeddings", &embeddings, py::arg("run"));
   m.def("live_workspace_bytes", &live_workspace_bytes);
   m.def("has_bf16_gemm", &has_bf16_gemm);
+  m.def("has_int8_gemm", &has_int8_gemm);
   m.def("isa", [] { return std::string(name_of(isa())); });
   m.def("available_isas", [] {
     std::vector<std::string> names;

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowprefill.bench.report import json_path
-from flowprefill.config import EngineConfig
+from flowprefill.config import QUANTIZATIONS, EngineConfig
 from flowprefill.engine import Engine
 from flowprefill.errors import ConfigError
 from flowprefill.request import SLO, Request, SamplingParams
@@ -22,6 +22,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add the flags that every bench has."""
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
+    parser.add_argument("--quantization", default="none", choices=QUANTIZATIONS)
     parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
     parser.add_argument(
         "--background", action="store_true", help="compute threads under SCHED_IDLE"
@@ -60,7 +61,8 @@ def check_least(name: str, value: float, least: float) -> None:
 
 def load_engine(args: argparse.Namespace, **settings: Any) -> Engine:
     """Load the model that the flags name; no prefix cache, so no prompt profits from another."""
-    settings |= {"dtype": args.dtype, "threads": args.threads, "background": args.background}
+    names = ("dtype", "quantization", "threads", "background")
+    settings |= {name: getattr(args, name) for name in names}
     config = EngineConfig(prefix_cache=False, **settings)
     say(f"loading {args.model}")
     engine = Engine(args.model, config)

@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         report.settings["engine"] = engine.describe()
         engines = _engines(engine, args)
         rates, seconds = measure(engine, engines, lengths, rounds, args.seed)
-        shape = model_shape(build_graph(engine.model_config), engine.dtype)
+        shape = model_shape(
+            build_graph(engine.model_config), engine.dtype, engine.config.quantization
+        )
         report.extra["gemm_flops_per_s"] = max(rates)
     report.rows = rows_of(seconds, shape, max(rates))
     print_table(f"Prefill, {engine.dtype}, {engine.threads} threads", report.rows, COLUMNS)

@@ -40,18 +40,25 @@ class CpuDevice:
         """Settle element type and threads.
 
         Raises:
-            ConfigError: bf16 on a processor that does not multiply it; FLOWPREFILL_ISA names no
+            ConfigError: bf16 or int8 on a processor that does not multiply it; FLOWPREFILL_ISA names no
                 instruction set, or one that it does not have.
         """
         self.reason = reason
         self.dtype = resolve_dtype(config.dtype)
+        if config.quantization == "int8" and not _core.has_int8_gemm():
+            raise ConfigError(
+                "quantization: got 'int8', but this processor does not multiply bytes natively "
+                "(AVX-512 VNNI or AMX), expected 'none'",
+                param="quantization",
+            )
+        self.quantization = config.quantization
         self.threads = resolve_threads(config.threads)
         self._background = config.background
 
     def make_model(self, checkpoint: Checkpoint) -> _core.Model:
         """Make an empty model; any number of tokens fits."""
         try:
-            return _core.Model(checkpoint.graph, self.dtype, self.threads)
+            return _core.Model(checkpoint.graph, self.dtype, self.threads, self.quantization)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
@@ -88,19 +95,21 @@ class CpuDevice:
         return _core.live_workspace_bytes()
 
     def identity(self) -> Mapping[str, Any]:
-        """Return threads, instruction set and cores."""
+        """Return quantization, threads, instruction set and cores."""
         return {
+            "quantization": self.quantization,
             "threads": self.threads,
             "isa": _core.isa(),
             "cores": len(os.sched_getaffinity(0)),
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return device, reason, threads and instruction set."""
+        """Return device, reason, numbers, threads and instruction set."""
         return {
             "device": self.name,
             "reason": self.reason,
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "threads": self.threads,
             "isa": _core.isa(),
         }

@@ -47,7 +47,7 @@ class CudaDevice:
             module: ``flowprefill._cuda``. index: of the GPU. reason: why this device, in words.
 
         Raises:
-            ConfigError: f32 is asked for.
+            ConfigError: f32 or a quantization is asked for.
         """
         self.name = f"cuda:{index}"
         if config.dtype == "f32":
@@ -56,8 +56,15 @@ class CudaDevice:
                 "only; device 'cpu' computes f32",
                 param="dtype",
             )
+        if config.quantization != "none":
+            raise ConfigError(
+                f"quantization: got {config.quantization!r}, expected 'none' on {self.name}: only "
+                "device 'cpu' quantises",
+                param="quantization",
+            )
         self.reason = reason
         self.dtype = "bf16"
+        self.quantization = "none"
         self._config = config
         self.native: Any = module
         self._index = index

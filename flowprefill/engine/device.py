@@ -79,6 +79,7 @@ class Device(Protocol):
         name: ``cpu`` or ``cuda:N``.
         reason: why this one, in words.
         dtype: what it computes in: ``bf16`` or ``f32``.
+        quantization: how weights of products are kept: as dtype says (``none``) or ``int8``.
         max_model_len: longest prompt plus output taken unless the settings ask for more; 0: the
             model's own.
         chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
@@ -94,6 +95,7 @@ class Device(Protocol):
     name: str
     reason: str
     dtype: str
+    quantization: str
     threads: int
     max_model_len: int
     chooses_tokens: bool

@@ -68,12 +68,12 @@ def find_gpu(index: int | None) -> DeviceChoice:
     return DeviceChoice("cpu", "; ".join(dict.fromkeys(reasons)))
 
 
-def choose_device(setting: str, dtype: str = "auto") -> DeviceChoice:
+def choose_device(setting: str, dtype: str = "auto", quantization: str = "none") -> DeviceChoice:
     """Decide where to run.
 
     Args:
         setting: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, as EngineConfig checked it.
-        dtype: as the setting; GPUs compute bf16 only.
+        dtype, quantization: as the settings; GPUs compute bf16 only.
 
     Raises:
         ConfigError: a GPU is asked for and cannot be used; names what is missing.
@@ -82,6 +82,10 @@ def choose_device(setting: str, dtype: str = "auto") -> DeviceChoice:
         return DeviceChoice("cpu", "the setting device is 'cpu'")
     if setting == "auto" and dtype == "f32":
         return DeviceChoice("cpu", "dtype is 'f32', which GPUs do not compute here")
+    if setting == "auto" and quantization != "none":
+        return DeviceChoice(
+            "cpu", f"quantization is {quantization!r}, which GPUs do not compute here"
+        )
     index = int(setting.partition(":")[2]) if ":" in setting else None
     choice = find_gpu(index)
     if setting == "auto" or choice.module is not None:
@@ -95,7 +99,7 @@ def open_device(config: EngineConfig) -> Device:
     Raises:
         ConfigError: what is asked for cannot be had.
     """
-    choice = choose_device(config.device, config.dtype)
+    choice = choose_device(config.device, config.dtype, config.quantization)
     if choice.module is None:
         return CpuDevice(config, choice.reason)
     return CudaDevice(config, choice.module, choice.index, choice.reason)

@@ -75,18 +75,19 @@ def fill_model(model: Loadable, checkpoint: Checkpoint, progress: Progress | Non
         raise CheckpointError(str(error)) from None
 
 
-def model_shape(graph: ModelGraph, dtype: str) -> ModelShape:
+def model_shape(graph: ModelGraph, dtype: str, quantization: str = "none") -> ModelShape:
     """Return the counts of work the cost model needs; a multiply-add is two operations."""
     element_bytes = 2 if dtype == "bf16" else 4
+    weight_element_bytes = 1 if quantization == "int8" else element_bytes
     elements = {True: 0, False: 0}  # of the layers, and outside of them
     for operator, count in graph.products():
         elements[operator.layer >= 0] += count
     return ModelShape(
         linear_flops_per_token=2.0 * elements[True],
-        weight_bytes=float(elements[True] * element_bytes),
+        weight_bytes=float(elements[True] * weight_element_bytes),
         attention_flops_per_pair=4.0 * graph.num_heads * graph.head_dim * graph.num_layers,
         head_flops_per_sequence=2.0 * elements[False],
-        head_bytes=float(elements[False] * element_bytes),
+        head_bytes=float(elements[False] * weight_element_bytes),
         cache_bytes_per_token=2.0
         * graph.num_kv_heads
         * graph.head_dim

@@ -79,7 +79,9 @@ class ServerContext:
     def attach(self, engine: ServedEngine) -> None:
         """Start serving ``engine``; raises ConfigError if a service tier names no class of it."""
         self.options.check_classes(engine.config)
-        identity = f"{__version__}|{engine.model_id}|{engine.config.dtype}"
+        identity = (
+            f"{__version__}|{engine.model_id}|{engine.config.dtype}|{engine.config.quantization}"
+        )
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._engine = engine
         self.metrics.observe(engine)

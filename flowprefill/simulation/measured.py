@@ -28,13 +28,15 @@ LEAST_FACTOR = 0.1  # of a part's time: what a fit may make of it at least
 def profile_of(engine: Engine) -> Profile:
     """Return the profile of an engine's model on this machine's CPU, by its calibration."""
     graph = build_graph(engine.model_config)
+    quantization = engine.config.quantization
+    numbers = engine.dtype if quantization == "none" else f"{engine.dtype}, {quantization}"
     return Profile(
         name=f"{engine.model_id}@cpu",
-        source=f"calibration on this machine, {engine.threads} threads, {engine.dtype}",
+        source=f"calibration on this machine, {engine.threads} threads, {numbers}",
         graph=graph,
-        shape=model_shape(graph, engine.dtype),
+        shape=model_shape(graph, engine.dtype, quantization),
         rates=engine.rates,
-        cuts=_core.cpu_cuts(engine.dtype, engine.threads),
+        cuts=_core.cpu_cuts(engine.dtype, engine.threads, quantization),
     )
 
 

@@ -209,7 +209,9 @@ class Runner:
             sizes = {"max_tokens": 640, "max_sequences": 16, "max_context": 320}
             self.model: Any = self.native.Model(checkpoint.graph, sizes | options)
         else:
-            self.model = self.native.Model(checkpoint.graph, device.dtype, device.threads)
+            self.model = self.native.Model(
+                checkpoint.graph, device.dtype, device.threads, device.quantization
+            )
         fill_model(self.model, checkpoint)
         self.block_tokens = block_tokens
         self.blocks = ROOM // block_tokens

@@ -42,6 +42,7 @@ SERVED = {
 }  # fmt: skip
 ON_CPU = {"dtype": "f32", "threads": 1, "kv_cache_gib": 0.02}
 BF16 = 0.06  # of 8 bits, after a few layers of rounding
+INT8 = 0.12  # of 8 bits for a whole row of weights and of activations; found: up to 0.09
 FOR_CUDA: dict[str, Any] = {  # whose kernels take multiples of 8, and of head sizes a few
     "dtype": "bf16",
     "tolerance": BF16,
@@ -65,7 +66,7 @@ class Device:
     """One device.
 
     Attributes:
-        dtype, threads: of models on the CPU.
+        dtype, threads, quantization: of models on the CPU.
         tolerance: largest difference to transformers in float32, over the largest logit.
         lengths, granularities: prompts to compute and how to cut them, fewer where it is slow.
         long_prompt: tokens that an engine prefills for so long that others come meanwhile.
@@ -76,6 +77,7 @@ class Device:
     name: str
     dtype: str = "f32"
     threads: int = 1
+    quantization: str = "none"
     tolerance: float = 1e-4
     shape: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     served: Mapping[str, Any] = field(default_factory=lambda: SERVED)
@@ -108,6 +110,8 @@ class Device:
         """
         if self.dtype == "bf16" and not self.is_cuda and not _core.has_bf16_gemm():
             pytest.skip("this processor does not multiply bf16 natively")
+        if self.quantization == "int8" and not _core.has_int8_gemm():
+            pytest.skip("this processor does not multiply bytes natively")
         if self.is_double:
             monkeypatch.setitem(sys.modules, NAME, self.module)
             monkeypatch.setattr(CudaDevice, "probe_sizes", ProbeSizes(128, 512, fills_context=True))
@@ -124,6 +128,7 @@ DEVICES = {
         "cpu-team": {"threads": 2},
         "cpu-bf16": {"dtype": "bf16", "tolerance": BF16},
         "cpu-bf16-team": {"dtype": "bf16", "tolerance": BF16, "threads": 2},
+        "cpu-int8": {"quantization": "int8", "tolerance": INT8, "threads": 2} | FEW,
         "cuda-double": FOR_CUDA
         | {
             "lengths": (1, 65, 130),

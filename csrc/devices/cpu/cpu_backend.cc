@@ -7,6 +7,7 @@
 #include "devices/cpu/cpu_program.h"
 #include "devices/cpu/cpu_weights.h"
 #include "devices/cpu/gemm.h"
+#include "devices/cpu/int8_linear.h"
 #include "devices/cpu/kv_cache.h"
 #include "devices/cpu/packed_linear.h"
 #include "runtime/thread_annotations.h"
@@ -29,21 +30,25 @@ std::string refusal_of(const ModelGraph& graph, const Operator& op) {
 
 // In which form the CPU keeps and multiplies a weight.
 template <typename T>
-std::unique_ptr<Linear<T>> make_linear(const ModelGraph& graph, int32_t index) {
-  const Weight& weight = graph.weights.weight(index);
-  return std::make_unique<PackedLinear<T>>(weight.columns, weight.rows());
+MakeLinear<T> make_linear(CpuQuantization quantization) {
+  return [quantization](const ModelGraph& graph, int32_t index) -> std::unique_ptr<Linear<T>> {
+    const Weight& weight = graph.weights.weight(index);
+    if (quantization == CpuQuantization::kInt8)
+      return std::make_unique<Int8Linear<T>>(weight.columns, weight.rows());
+    return std::make_unique<PackedLinear<T>>(weight.columns, weight.rows());
+  };
 }
 
 template <typename T>
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(ModelGraph graph, int threads)
+  CpuBackend(ModelGraph graph, CpuNumbers numbers, int threads)
       : graph_(std::make_shared<const ModelGraph>(std::move(graph))),
         threads_(threads),
-        cuts_(
-            cpu_cuts(threads, sizeof(T) == sizeof(float) ? CpuElement::kFloat : CpuElement::kBf16)),
+        cuts_(cpu_cuts(threads, numbers)),
         weights_((check_operators(*graph_, refusal_of),
-                  std::make_shared<CpuWeights<T>>(graph_, make_linear<T>, threads))),
+                  std::make_shared<CpuWeights<T>>(graph_, make_linear<T>(numbers.quantization),
+                                                  threads))),
         pool_(std::make_shared<BufferPool>(kKeptWorkspaceBytes)) {}
 
   const ModelGraph& graph() const override { return *graph_; }
@@ -117,7 +122,10 @@ class CpuBackend final : public Backend {
 
 }  // namespace
 
-CutRules cpu_cuts(int threads, CpuElement element) {
+CutRules cpu_cuts(int threads, CpuNumbers numbers) {
+  int32_t weight_element_bytes = numbers.element == CpuElement::kFloat ? 4 : 2;
+  if (numbers.quantization == CpuQuantization::kInt8)
+    weight_element_bytes = 1;
   return {.row_step = kRowStep,
           .max_tile_rows = kRowsPerMember * threads,
           .min_tile_rows = kRowStep * threads,
@@ -126,22 +134,27 @@ CutRules cpu_cuts(int threads, CpuElement element) {
           .slices_products = true,
           .embed_rows = 512,
           .head_tile_rows = kHeadTileRows,
-          .costs = {.weight_element_bytes = element == CpuElement::kFloat ? 4 : 2,
+          .costs = {.weight_element_bytes = weight_element_bytes,
                     .embed_row_s = 1.5e-6 / threads,
                     .kept_element_s = 5e-10 / threads}};
 }
 
-std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuElement element, int threads) {
+std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, int threads) {
   if (threads < 1)
     throw std::invalid_argument("threads: got " + std::to_string(threads) +
                                 ", expected at least 1");
-  if (element == CpuElement::kFloat)
-    return std::make_unique<CpuBackend<float>>(std::move(graph), threads);
+  if (numbers.quantization == CpuQuantization::kInt8 && !has_int8_gemm()) {
+    throw std::invalid_argument(
+        "quantization: got int8, but this processor does not multiply bytes natively; expected "
+        "none");
+  }
+  if (numbers.element == CpuElement::kFloat)
+    return std::make_unique<CpuBackend<float>>(std::move(graph), numbers, threads);
   if (!has_bf16_gemm()) {
     throw std::invalid_argument(
         "dtype: got bf16, but this processor does not multiply bf16 natively; expected f32");
   }
-  return std::make_unique<CpuBackend<Bf16>>(std::move(graph), threads);
+  return std::make_unique<CpuBackend<Bf16>>(std::move(graph), numbers, threads);
 }
 
 }  // namespace flowprefill

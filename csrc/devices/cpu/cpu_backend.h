@@ -11,11 +11,20 @@ namespace flowprefill {
 // bf16 multiplies bf16 and keeps K and V so; the residual stream is float in both.
 enum class CpuElement : uint8_t { kFloat, kBf16 };
 
-// Where the CPU wants its cuts, for a team of so many threads.
-CutRules cpu_cuts(int threads, CpuElement element);
+// How weights of products are kept: as the activations, or in 8 bits (int8_linear.h).
+enum class CpuQuantization : uint8_t { kNone, kInt8 };
 
-// Throws std::invalid_argument: threads < 1, bf16 on a processor that does not multiply it, an
-// operator that the CPU does not have.
-std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuElement element, int threads);
+// How numbers are kept on the CPU.
+struct CpuNumbers {
+  CpuElement element = CpuElement::kFloat;
+  CpuQuantization quantization = CpuQuantization::kNone;
+};
+
+// Where the CPU wants its cuts, for a team of so many threads.
+CutRules cpu_cuts(int threads, CpuNumbers numbers);
+
+// Throws std::invalid_argument: threads < 1, bf16 or int8 on a processor that does not multiply it,
+// an operator that the CPU does not have.
+std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, int threads);
 
 }  // namespace flowprefill

@@ -26,6 +26,29 @@ bool has_bf16_gemm() {
   return has;
 }
 
+bool has_int8_gemm() {
+  static const bool has = [] {
+    if (isa() < Isa::kAvx512)
+      return false;
+    constexpr int kDepth = 64;
+    std::array<uint8_t, kDepth> a{};
+    std::array<int8_t, kDepth * 16> b{};
+    std::array<int32_t, 16> c{};
+    a.fill(255);  // sums of pairs that fit no 16 bits
+    b.fill(127);
+    try {
+      brgemm(
+          Block<uint8_t>{.n = 16, .k = kDepth, .lda = kDepth, .ldb = 16, .ldc = 16, .add = false},
+          1, a.data(), b.data(), c.data());
+      brgemm_end<uint8_t>();
+      return c[0] == kDepth * 255 * 127 && c[15] == c[0];
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return has;
+}
+
 bool has_amx() {
   return isa() == Isa::kAmx && has_bf16_gemm();
 }

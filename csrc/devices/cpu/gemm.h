@@ -6,6 +6,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "devices/cpu/row_kernels.h"
 
@@ -43,10 +44,17 @@ inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b
                               reinterpret_cast<const at::BFloat16*>(b), c, true);
 }
 
+// Bytes: a without sign, b with, as [k / 4][n][4]; sums are exact.
+inline void brgemm(const Block<uint8_t>& s, int64_t m, const uint8_t* a, const int8_t* b,
+                   int32_t* c) {
+  at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add, a,
+                              reinterpret_cast<const signed char*>(b), c, true);
+}
+
 // Ends a series of brgemm calls on this thread (frees the AMX tiles).
 template <typename T>
 void brgemm_end() {
-  if constexpr (sizeof(T) == sizeof(Bf16))
+  if constexpr (sizeof(T) < sizeof(float))
     at::native::cpublas::brgemm_release(true);
 }
 
@@ -55,6 +63,9 @@ void brgemm_end() {
 bool has_bf16_gemm();
 // Whether it multiplies it by AMX tiles, and may.
 bool has_amx();
+// Whether it multiplies packed bytes natively (AVX-512 VNNI or AMX), summing all of them exactly,
+// and may use AVX-512.
+bool has_int8_gemm();
 
 // Up to so many rows a product waits for its weights: ours asks for them ahead.
 inline constexpr int64_t kFewRows = 16;
@@ -69,10 +80,12 @@ inline bool is_ours(const Block<Bf16>& s, int64_t rows) {
 
 // Same as brgemm for any row count. ATen's from at most seven shapes: each is compiled once per
 // thread, and a prompt of unseen length must not wait for a compiler.
-template <typename T>
-void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const T* b, float* c) {
-  if (is_ours(shape, rows))
-    return row_kernels<T>().multiply(product_of(shape, rows, a, b, c));
+template <typename T, typename Weight, typename Sum>
+void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const Weight* b, Sum* c) {
+  if constexpr (std::is_same_v<T, Weight>) {
+    if (is_ours(shape, rows))
+      return row_kernels<T>().multiply(product_of(shape, rows, a, b, c));
+  }
   for (int64_t done = 0, step = 64; done < rows; done += step) {
     while (step > rows - done)
       step /= 2;

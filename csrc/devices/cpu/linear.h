@@ -1,5 +1,6 @@
 // Linear: a weight matrix in the form in which the CPU multiplies it. Implementations:
-// PackedLinear; chosen for each weight by the backend, filled by CpuWeights, used by CpuOperators.
+// PackedLinear, Int8Linear; chosen for each weight by the backend, filled by CpuWeights, used by
+// CpuOperators.
 #pragma once
 
 #include <algorithm>

@@ -69,6 +69,21 @@ struct Product {
   float* c;
 };
 
+// Values that rotate() mixes with one another.
+inline constexpr int kRotatedRun = 64;
+// The byte that stands for zero in a row of bytes.
+inline constexpr int kByteZero = 128;
+
+// Sums of products of bytes, and what makes them numbers again.
+struct ByteProduct {
+  const int32_t* product;  // [rows, columns]
+  int columns;
+  const float* column_scales;
+  const int32_t* column_shifts;  // taken off every sum
+  const uint8_t* row_scales;     // one float for each row, this many bytes apart
+  int64_t row_stride;
+};
+
 template <typename T>  // T: float or Bf16, the element type of activations and KV cache
 struct RowKernels {
   // out[i] = x[i] / rms(x) * weight[i]; n elements.
@@ -110,6 +125,13 @@ struct RowKernels {
   void (*narrow)(const float* row, int n, T* out);
   // What is kept of a row of n logits; target: the token that follows, -1: none.
   void (*score)(const float* logits, int n, int target, PromptScore& out);
+  // Rotates a row in runs of kRotatedRun (isa_int8.h); out is as long as whole runs, the last one
+  // filled up with zeros first. Returns the largest size in it, or NaN if there is one.
+  float (*rotate)(const T* row, int n, float* out);
+  // out[i] = row[i] * scale, rounded, + kByteZero; the product is within -127 and 127.
+  void (*round_to_bytes)(const float* row, int n, float scale, uint8_t* out);
+  // c[r, i] (+)= (product[r, i] - column_shifts[i]) * row scale * column_scales[i].
+  void (*scale_product)(const ByteProduct& product, int rows, float* c, int64_t ldc, bool add);
 };
 
 // The kernels for isa(). Throws what that throws. Thread-safe; cost: one load.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "devices/cpu/isa_attention.h"
+#include "devices/cpu/isa_int8.h"
 #include "devices/cpu/isa_math.h"
 #include "devices/cpu/isa_product.h"
 #include "devices/cpu/isa_score.h"
@@ -310,7 +311,10 @@ constexpr RowKernels<T> make_table() {
           .multiply = multiply_of<T>(),
           .widen = widen<T>,
           .narrow = narrow<T>,
-          .score = score};
+          .score = score,
+          .rotate = rotate<T>,
+          .round_to_bytes = round_to_bytes,
+          .scale_product = scale_product};
 }
 
 }  // namespace
