@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <random>
 #include <string>
 #include <vector>
@@ -346,6 +347,76 @@ TEST_P(RowKernelsTest, InverseRmsIsThatOfTheSumWithTheBias) {
               1e-6);
   EXPECT_NEAR(kernels().inverse_rms(x.data(), bias.data(), 77, 1e-5f),
               reference::inverse_rms(sum, 1e-5), 1e-6);
+}
+
+// The Hadamard matrix over 8, element by element.
+double rotated(const std::vector<float>& row, size_t i) {
+  double sum = 0;
+  for (size_t j = i - i % kRotatedRun; j < i - i % kRotatedRun + kRotatedRun; ++j) {
+    const size_t both = (i % kRotatedRun) & (j % kRotatedRun);
+    const double x = j < row.size() ? row[j] : 0.0f;
+    sum += std::popcount(both) % 2 == 0 ? x : -x;
+  }
+  return sum / 8;
+}
+
+TEST_P(RowKernelsTest, RotateIsTheHadamardProductOfRunsFilledWithZeros) {
+  for (const int n : {1, 16, 64, 100, 192}) {
+    const std::vector<float> row = random_row(n, 2.0f);
+    const size_t padded = static_cast<size_t>(n + kRotatedRun - 1) / kRotatedRun * kRotatedRun;
+    std::vector<float> out(padded, -1.0f);
+    const float largest = kernels().rotate(row.data(), n, out.data());
+    double most = 0;
+    for (size_t i = 0; i < padded; ++i) {
+      EXPECT_NEAR(out[i], rotated(row, i), 1e-5) << n << ", " << i;
+      most = std::max(most, std::abs(rotated(row, i)));
+    }
+    EXPECT_NEAR(largest, most, 1e-5);
+  }
+}
+
+TEST_P(RowKernelsTest, RotateTellsNaN) {
+  std::vector<float> row = random_row(130, 1.0f);
+  row[70] = std::nanf("");
+  std::vector<float> out(192);
+  EXPECT_TRUE(std::isnan(kernels().rotate(row.data(), 130, out.data())));
+}
+
+TEST_P(RowKernelsTest, BytesAreRoundedToNearestAroundTheirZero) {
+  std::vector<float> row = random_row(77, 20.0f);
+  row[0] = 254.0f;
+  row[1] = -254.0f;
+  row[2] = 5.0f;  // halves go to the even one
+  row[3] = 7.0f;
+  std::vector<uint8_t> out(row.size());
+  kernels().round_to_bytes(row.data(), 77, 0.5f, out.data());
+  EXPECT_EQ(out[0], 255);
+  EXPECT_EQ(out[1], 1);
+  EXPECT_EQ(out[2], 130);
+  EXPECT_EQ(out[3], 132);
+  for (size_t i = 0; i < row.size(); ++i)
+    EXPECT_EQ(out[i], std::nearbyint(row[i] * 0.5f) + kByteZero) << i;
+}
+
+TEST_P(RowKernelsTest, SumsOfBytesAreScaledByRowAndColumn) {
+  const std::vector<int32_t> product{5, -7, 1'000'000'000, 0, 9, 128};
+  const std::vector<float> column_scales{0.5f, 2.0f, 0.25f};
+  const std::vector<int32_t> shifts{1, -1, 128};
+  const std::vector<float> row_scales{3.0f, -9.0f, 0.5f, -9.0f};  // two floats apart
+  std::vector<float> c(8, 1.0f);
+  const ByteProduct of{.product = product.data(),
+                       .columns = 3,
+                       .column_scales = column_scales.data(),
+                       .column_shifts = shifts.data(),
+                       .row_scales = reinterpret_cast<const uint8_t*>(row_scales.data()),
+                       .row_stride = 8};
+  kernels().scale_product(of, 2, c.data(), 4, false);
+  EXPECT_EQ(c, (std::vector<float>{6.0f, -36.0f, 750'000'000.0f - 96.0f, 1.0f, -0.25f, 10.0f, 0.0f,
+                                   1.0f}));
+  kernels().scale_product(of, 2, c.data(), 4, true);
+  EXPECT_EQ(c[0], 12.0f);
+  EXPECT_EQ(c[5], 20.0f);
+  EXPECT_EQ(c[7], 1.0f);
 }
 
 INSTANTIATE_TEST_SUITE_P(EveryIsa, RowKernelsTest, testing::ValuesIn(levels()),
