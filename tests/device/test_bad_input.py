@@ -164,6 +164,8 @@ def test_a_tensor_named_twice_is_refused(graph: ModelGraph) -> None:
 def test_odd_depth_bad_dtype_and_threads_are_named(graph: ModelGraph) -> None:
     with pytest.raises(ValueError, match="dtype: got f16, expected bf16 or f32"):
         _core.Model(graph, "f16", 1)
+    with pytest.raises(ValueError, match="quantization: got int4, expected none or int8"):
+        _core.Model(graph, "f32", 1, "int4")
     with pytest.raises(ValueError, match="threads: got 0"):
         _core.Model(graph, "f32", 0)
     change(graph.tensors, "gated", columns=87)

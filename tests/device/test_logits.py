@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -62,6 +63,22 @@ def test_longrope_served_up_to_the_original_context_takes_the_short_factors(
         assert relative_error(got, expected[tokens - 1]) < device.tolerance
     error = relative_error(expected[63], model.expected[63])
     assert error > device.tolerance, "the factors make a difference"
+
+
+@on(("cpu-int8",))
+def test_sums_of_bytes_have_the_same_bits_however_the_work_is_cut(
+    device: Device, saved: Callable[[Device, str], Saved], runner: GetRunner
+) -> None:
+    """By rows or columns, on one thread or two: they are exact, and rows are quantised alone."""
+    native = runner("llama-grouped")
+    alone = Runner(dataclasses.replace(device, threads=1), saved(device, "llama-grouped"))
+    try:
+        wanted = alone.prefill(native.ids[:190], "none")
+        for granularity in GRANULARITIES:
+            got = native.prefill(native.ids[:190], granularity)
+            np.testing.assert_array_equal(got, wanted, err_msg=granularity)
+    finally:
+        alone.close()
 
 
 def compute_packed(

@@ -22,7 +22,8 @@ def test_configuration_page_is_the_table_of_the_settings() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("dtype", "fp8"), ("device", "tpu"), ("policy", "lifo"), ("granularity", "budget"),
+        ("dtype", "fp8"), ("quantization", "int4"), ("quantization", None),
+        ("device", "tpu"), ("policy", "lifo"), ("granularity", "budget"),
         ("granularity", "chunk:0"), ("granularity", "budget:0"), ("granularity", 3),
         ("threads", -1), ("threads", 1.5), ("threads", True), ("kv_cache_gib", -1),
         ("device", "cuda:"), ("device", "cuda:-1"), ("device", "cuda:x"), ("device", "CUDA"),

@@ -13,7 +13,7 @@ import fake_cuda
 import pytest
 from engines import ids_of, prompt_of
 
-from flowprefill import ConfigError, Engine, EngineConfig
+from flowprefill import ConfigError, Engine, EngineConfig, _core
 from flowprefill.engine.device_choice import choose_device
 
 TOO_OLD = (False, "Old GPU has compute capability 7.5, 8.0 or higher is needed")
@@ -90,6 +90,25 @@ def test_float32_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"dtype: got 'f32', .*bf16 only") as caught:
         Engine(config=EngineConfig(device="cuda", dtype="f32"))
     assert caught.value.param == "dtype"
+
+
+def test_int8_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch, [fake_cuda.USABLE])
+    choice = choose_device("auto", quantization="int8")
+    assert (choice.name, choice.reason[:21]) == ("cpu", "quantization is 'int8")
+    with pytest.raises(
+        ConfigError, match=r"quantization: got 'int8', expected 'none' on"
+    ) as caught:
+        Engine(config=EngineConfig(device="cuda", quantization="int8"))
+    assert caught.value.param == "quantization"
+
+
+def test_int8_is_refused_where_the_processor_does_not_multiply_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_core, "has_int8_gemm", lambda: False)
+    with pytest.raises(ConfigError, match=r"quantization: got 'int8', but this processor"):
+        Engine(config=EngineConfig(device="cpu", quantization="int8"))
 
 
 # ---- the engine
