@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from flowprefill import _core
 from flowprefill.bench.common import (
@@ -56,6 +57,13 @@ BATCHES = (1, 16)
 DECODE_CONTEXT = 64  # tokens of each sequence when its decoding begins
 DECODE_STEPS = 24
 QUICK_DECODE_STEPS = 3
+
+
+class ElementBytes(NamedTuple):
+    """Bytes of one weight of a product, and of one element of the cache."""
+
+    weight: int
+    cache: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +118,10 @@ def _measure_decode(
         for _ in range(1 if args.quick else args.rounds):
             reads.append(_core.measure_ceilings(engine.threads)["reads"][-1][1])
             runs += _decode_steps(engine, rng, sequences, steps)
-        element_bytes = 2 if engine.dtype == "bf16" else 4
+        of_cache = 2 if engine.dtype == "bf16" else 4
+        of_weights = 1 if engine.config.quantization == "int8" else of_cache
         context = DECODE_CONTEXT + steps // 2
+        element_bytes = ElementBytes(of_weights, of_cache)
         rows += decode_rows_of(graph, sequences, context, element_bytes, runs, max(reads))
     report.extra |= {"read_bytes_per_s": max(reads), "decode_rows": rows}
     return rows
@@ -183,7 +193,7 @@ def decode_rows_of(
     graph: ModelGraph,
     sequences: int,
     context: int,
-    element_bytes: int,
+    element_bytes: ElementBytes,
     runs: Sequence[Sequence[TimelineEntry]],
     read_bytes_per_s: float,
 ) -> list[Row]:
@@ -191,7 +201,6 @@ def decode_rows_of(
 
     Args:
         context: tokens that each sequence has in the cache.
-        element_bytes: of a weight, and of an element of the cache.
         runs: the segments of each step.
     """
     if not runs:
@@ -238,17 +247,21 @@ def flops_of_groups(
 
 
 def bytes_of_groups(
-    graph: ModelGraph, firsts: Sequence[str], sequences: int, context: int, element_bytes: int
+    graph: ModelGraph,
+    firsts: Sequence[str],
+    sequences: int,
+    context: int,
+    element_bytes: ElementBytes,
 ) -> dict[str, tuple[str, float]]:
     """Return what each segment of a decode step reads, as `flops_of_groups` does.
 
     Weights once, keys and values of every sequence once.
     """
-    per_key = 2.0 * graph.num_kv_heads * graph.head_dim * element_bytes
+    per_key = 2.0 * graph.num_kv_heads * graph.head_dim * element_bytes.cache
 
     def work_of(operator: Operator, elements: int) -> float:
         if operator.kind == "linear":
-            return float(elements * element_bytes)
+            return float(elements * element_bytes.weight)
         return sequences * min(operator.window or context, context) * per_key
 
     return _work_of_groups(graph, firsts, work_of)

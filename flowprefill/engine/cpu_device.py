@@ -40,8 +40,8 @@ class CpuDevice:
         """Settle element type and threads.
 
         Raises:
-            ConfigError: bf16 or int8 on a processor that does not multiply it; FLOWPREFILL_ISA names no
-                instruction set, or one that it does not have.
+            ConfigError: bf16 or int8 on a processor that does not multiply it; FLOWPREFILL_ISA
+                names no instruction set, or one that it does not have.
         """
         self.reason = reason
         self.dtype = resolve_dtype(config.dtype)

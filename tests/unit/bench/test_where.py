@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flowprefill.bench.where import (
+    ElementBytes,
     bytes_of_groups,
     decode_rows_of,
     flops_of_groups,
@@ -46,7 +47,9 @@ def test_groups_hold_their_heavy_operators_and_operations() -> None:
 
 
 def test_groups_of_a_decode_step_hold_the_bytes_that_they_read() -> None:
-    found = bytes_of_groups(two_layers(), FIRSTS, sequences=3, context=10, element_bytes=2)
+    found = bytes_of_groups(
+        two_layers(), FIRSTS, sequences=3, context=10, element_bytes=ElementBytes(2, 2)
+    )
     assert found == {
         "embed": ("embed", 0.0),
         "attn_norm": ("qkv_proj", 2 * 2 * 32 * 16.0),
@@ -55,10 +58,14 @@ def test_groups_of_a_decode_step_hold_the_bytes_that_they_read() -> None:
         "final_norm": ("lm_head", 2 * 10 * 16.0),
     }
 
+    quantised = bytes_of_groups(two_layers(), FIRSTS, 3, 10, ElementBytes(1, 2))
+    assert quantised["down_proj"][1] == found["down_proj"][1] / 2
+    assert quantised["attention"] == found["attention"]
+
 
 def test_rows_of_decode_hold_rates_and_end_with_all_together() -> None:
     step = [TimelineEntry("decode of 3", 1, "final_norm", 10.0, 12.0, 0.0)]
-    one, whole = decode_rows_of(two_layers(), 3, 10, 2, [step], 1000.0)
+    one, whole = decode_rows_of(two_layers(), 3, 10, ElementBytes(2, 2), [step], 1000.0)
     assert one["operators"] == "lm_head"
     assert (one["seconds"], one["gb_per_s"], one["of_read"]) == (2.0, 160e-9, 0.16)
     assert whole == one | {"operators": "all"}
