@@ -21,15 +21,12 @@ from flowprefill.server.http.connections import (
 )
 from flowprefill.server.http.cors import add_cors_headers, cors_middleware
 from flowprefill.server.http.error_middleware import error_middleware
-from flowprefill.server.http.guard import Guard, guard_middleware
+from flowprefill.server.http.guard import Guard, guarding
 from flowprefill.server.http.tls import tls_context
 from flowprefill.server.observe import debug_routes, page_routes
 from flowprefill.server.observe.metrics import ServerMetrics
-from flowprefill.server.observe.telemetry import (
-    TELEMETRY,
-    open_telemetry,
-    telemetry_middleware,
-)
+from flowprefill.server.observe.open_telemetry import open_telemetry
+from flowprefill.server.observe.telemetry import TELEMETRY, telemetry_middleware
 from flowprefill.server.openai import models_routes, tokens_routes
 from flowprefill.server.openai.chat import chat_completions
 from flowprefill.server.openai.completions import completions
@@ -67,12 +64,12 @@ def create_app(
     logs = [access_log_middleware] if options.log_requests else []
     telemetry = open_telemetry(options)
     spans = [] if telemetry is None else [telemetry_middleware]
+    guard = Guard(options.allowed_hosts, options.allowed_origins)
     app = web.Application(
-        middlewares=[*logs, *spans, error_middleware, guard_middleware, cors_middleware]
+        middlewares=[*logs, *spans, error_middleware, guarding(guard), cors_middleware]
     )
     app.on_response_prepare.append(add_cors_headers)
     metrics = ServerMetrics(vllm_names=options.vllm_metrics)
-    guard = Guard(options.allowed_hosts, options.allowed_origins)
     app[SERVER] = ServerContext(engine, options, metrics, ConnectionTable(options), guard)
     if telemetry is not None:
         app[TELEMETRY] = telemetry

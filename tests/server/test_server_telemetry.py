@@ -17,7 +17,8 @@ from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, RequestFailed
 from flowprefill.server import app, observe
 from flowprefill.server.observe import telemetry
-from flowprefill.server.observe.telemetry import Call, Telemetry, open_telemetry, wanted_signals
+from flowprefill.server.observe.open_telemetry import open_telemetry, wanted_signals
+from flowprefill.server.observe.telemetry import Call, Telemetry
 from flowprefill.server.options import ServerOptions
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
 from flowprefill.errors import InvalidRequest
-from flowprefill.server.context import SERVER
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -125,14 +124,21 @@ def _is_same(origin: str, host: str | None) -> bool:
     return (url.hostname, port) == (match["name"].strip("[]").lower(), host_port)
 
 
-@web.middleware
-async def guard_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Check Host of every request, and Origin of those that may change something."""
-    guard, headers = request.app[SERVER].guard, request.headers
-    hosts = headers.getall("Host", [])
-    for host in hosts:
-        guard.check_host(host)
-    if request.method not in SAFE_METHODS:
-        own = hosts[0] if hosts else None
-        guard.check_origin(headers.get("Origin"), headers.get("Sec-Fetch-Site"), own)
-    return await handler(request)
+def guarding(guard: Guard) -> Middleware:
+    """Return the middleware: checks Host of every request, Origin of those that change something.
+
+    It raises HostNotAllowed and OriginNotAllowed.
+    """
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        headers = request.headers
+        hosts = headers.getall("Host", [])
+        for host in hosts:
+            guard.check_host(host)
+        if request.method not in SAFE_METHODS:
+            own = hosts[0] if hosts else None
+            guard.check_origin(headers.get("Origin"), headers.get("Sec-Fetch-Site"), own)
+        return await handler(request)
+
+    return check

@@ -1,15 +1,13 @@
 """Telemetry: hands each ended generating request to OpenTelemetry, from a thread of its own.
 
-Off unless `--otlp-endpoint` or the standard environment variables switch it on; then neither the
-event loop nor the engine's threads do more than append to a queue. otel.py makes the spans and
-metrics; OpenTelemetry is an optional dependency and imported there only.
+Off unless open_telemetry.py finds that it is wanted; then neither the event loop nor the engine's
+threads do more than append to a queue. otel.py makes the spans and metrics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import queue
 import threading
 import time
@@ -22,14 +20,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from flowprefill.engine.records import RequestRecord
-from flowprefill.errors import ConfigError
 from flowprefill.server.http.access_log import CLIENT_GONE
 from flowprefill.server.http.endpoint import GENERATION, Generation
-from flowprefill.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
 
-EXTRA = "opentelemetry is not installed: pip install 'flowprefill[otel]'"
 MAX_QUEUED = 4096  # calls and records; what comes while so many wait is left out
 KEPT_RECORDS = 4096
 RECORD_WAIT_S = 5.0  # for the end of a request whose client has gone
@@ -189,45 +184,3 @@ async def telemetry_middleware(request: web.Request, handler: Handler) -> web.St
 
 
 TELEMETRY = web.AppKey("telemetry", Telemetry)
-
-
-def open_telemetry(
-    options: ServerOptions, environment: Mapping[str, str] = os.environ
-) -> Telemetry | None:
-    """Return the telemetry that the settings or the environment ask for; None: neither does.
-
-    Raises:
-        ConfigError: the setting asks for it, and OpenTelemetry is not installed.
-    """
-    traces, metrics = wanted_signals(options.otlp_endpoint, environment)
-    if not traces and not metrics:
-        return None
-    try:
-        from flowprefill.server.observe import otel
-    except ImportError as error:
-        if options.otlp_endpoint:
-            message = f"otlp_endpoint: {EXTRA} ({error})"
-            raise ConfigError(message, param="otlp_endpoint") from None
-        # The variables may be meant for others: a server that runs is worth more than its traces.
-        logger.warning("OTEL_* variables ask for telemetry, but %s (%s)", EXTRA, error)
-        return None
-    return Telemetry(otel.otlp_sink(options.otlp_endpoint, traces=traces, metrics=metrics))
-
-
-def wanted_signals(endpoint: str, environment: Mapping[str, str]) -> tuple[bool, bool]:
-    """Return whether traces, and whether metrics, are to be exported.
-
-    By OpenTelemetry's rules: ``OTEL_SDK_DISABLED`` switches all off, ``OTEL_TRACES_EXPORTER`` and
-    ``OTEL_METRICS_EXPORTER`` are ``none`` or ``otlp``, an endpoint switches on what is not off.
-    """
-    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False, False
-
-    def is_wanted(signal: str) -> bool:
-        exporters = environment.get(f"OTEL_{signal}_EXPORTER", "").strip().lower()
-        if exporters:
-            return "otlp" in exporters.split(",")
-        names = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
-        return bool(endpoint) or any(environment.get(name, "").strip() for name in names)
-
-    return is_wanted("TRACES"), is_wanted("METRICS")
