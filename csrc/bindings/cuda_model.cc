@@ -42,6 +42,7 @@ CudaBackendOptions backend_options_from(const py::dict& values) {
       {"device_spill_bytes", into(o.device_spill_bytes)},
       {"warm_tokens", into(o.warm_tokens)},
       {"measures_gemms", into(o.measures_gemms)},
+      {"measures_cublas_lt", into(o.measures_cublas_lt)},
       {"gemm_cache_path", into(o.gemm_cache_path)},
       {"cublas_lt_libraries", into(o.cublas_lt_libraries)},
       {"attention", into(o.attention)},
@@ -187,8 +188,8 @@ py::list gemm_report(const GpuModel& model) {
     for (const GemmTiming& t : r.timings)
       timings[py::str(t.candidate)] =
           t.failure.empty() ? py::object(py::float_(t.us)) : py::object(py::str(t.failure));
-    out.append(py::make_tuple(r.shape.row_bucket, r.shape.columns, r.shape.depth, kind_of(r.shape),
-                              r.chosen, timings));
+    out.append(py::make_tuple(r.rows, r.shape.columns, r.shape.depth, kind_of(r.shape), r.chosen,
+                              timings));
   }
   return out;
 }

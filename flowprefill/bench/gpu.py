@@ -16,13 +16,12 @@ import argparse
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flowprefill.bench import hol
+from flowprefill.bench import gpu_shape, gpu_shape_tables, hol
 from flowprefill.bench.common import (
     add_common_arguments,
     check_common,
@@ -31,7 +30,7 @@ from flowprefill.bench.common import (
     load_engine,
     say,
 )
-from flowprefill.bench.gpu_model import GpuModel, Segment, load_weights
+from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights
 from flowprefill.bench.prefill import flops_of
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
@@ -47,7 +46,7 @@ TABLES = ("gemm", "prefill", "run_ahead", "hol")
 LENGTHS = (128, 512, 2048, 7500)
 QUICK_LENGTHS = (64, 256)
 DEPTHS = (1, 2, 3, 4)
-USUAL_DEPTH = 2
+USUAL_DEPTH = 1
 HOL_GRANULARITIES = ("none", "operator", "budget:2")
 SPAN = 0.85  # of the long prompt's time, within which a short one arrives
 SHARES = (0.5, 0.99, 1)
@@ -96,6 +95,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shorts", type=int, default=40, help="short prompts per measurement, default 40"
     )
     parser.add_argument("--granularity", default="budget:2", help="of prefill and run_ahead")
+    shape = parser.add_argument_group(
+        "random weights instead of a model, other tables: in order of value, while there is time"
+    )
+    shape.add_argument("--shape", choices=sorted(gpu_shape.SHAPES), help="nothing is downloaded")
+    shape.add_argument("--layers", type=int, default=0, help="of it, default all")
+    shape.add_argument("--limit-s", type=float, default=250.0, help="seconds, default 250")
+    shape.add_argument(
+        "--parts", nargs="+", choices=gpu_shape.PARTS, default=list(gpu_shape.PARTS),
+        metavar="PART", help=f"of {', '.join(gpu_shape.PARTS)}; default all",
+    )  # fmt: skip
+    shape.add_argument("--peer", choices=["transformers"], help="measure it on the same card too")
+    shape.add_argument("--picture", type=Path, help="a .png or .svg file to draw")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     """
     choice = _choose_gpu(args.device)
     check_common(args)
+    if args.shape:
+        return _run_shape(choice, args)
     check_least("shorts", args.shorts, 1)
     check_least("short-tokens", args.short_tokens, 1)
     Granularity.parse(args.granularity)
@@ -121,6 +134,31 @@ def run(args: argparse.Namespace) -> int:
         rows = [row for row in report.rows if row["table"] == table]
         print_table(f"{TITLES[table]}, {report.extra['gpu']['name']}", rows, COLUMNS[table])
     report.write(args.json)
+    return 0
+
+
+def _run_shape(choice: DeviceChoice, args: argparse.Namespace) -> int:
+    args.tokens = args.tokens or list(gpu_shape.LENGTHS)
+    check_least("tokens", min(args.tokens), 1)
+    check_least("layers", args.layers, 0)
+    check_least("limit-s", args.limit_s, 1)
+    longest = gpu_shape.SHAPES[args.shape]().max_position
+    if max(args.tokens) > longest:
+        raise ConfigError(
+            f"tokens: got {max(args.tokens)}, expected at most {longest}", param="tokens"
+        )
+    names = ("shape", "layers", "seed", "tokens", "limit_s", "parts", "peer")
+    report = Report("gpu", {name: getattr(args, name) for name in names})
+    report.extra["gpu"] = {"device": choice.name, **_device_info(choice)}
+    with _named_errors(choice):
+        gpu_shape.ShapeBench(report, choice, args).measure()
+    for table, (title, columns) in gpu_shape_tables.TABLES.items():
+        rows = [row for row in report.rows if row["table"] == table]
+        if rows:
+            print_table(f"{title}, {report.extra['gpu']['name']}", rows, columns)
+    report.write(args.json)
+    if args.picture is not None:
+        gpu_shape_tables.draw(report.to_dict(), args.picture)
     return 0
 
 
@@ -162,6 +200,7 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "measures_gemms": "gemm" in args.only,
+            "measures_cublas_lt": "gemm" in args.only,
             "gemm_cache_path": str(Path(folder) / "gemm-choices"),  # measured by the first
             "cublas_lt_libraries": cublas_lt_libraries(choice.module, choice.index),
         }
@@ -317,15 +356,6 @@ def run_ahead_row(depth: int, model: GpuModel, plan: Any, args: argparse.Namespa
         "segments": len(segments) // args.rounds,
         "blocked": len(blocking),
     }
-
-
-def gaps_of(segments: Sequence[Segment]) -> list[float]:
-    """Return the seconds between the segments of each run in which the GPU did nothing."""
-    return [
-        max(after.start_s - before.end_s, 0.0)
-        for before, after in pairwise(segments)
-        if after.run_id == before.run_id
-    ]
 
 
 def blocking_s(model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float) -> float | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,15 @@ class Segment:
     end_s: float
 
 
+def gaps_of(segments: Sequence[Segment]) -> list[float]:
+    """Return the seconds between the segments of each run in which the GPU did nothing."""
+    return [
+        max(after.start_s - before.end_s, 0.0)
+        for before, after in pairwise(segments)
+        if after.run_id == before.run_id
+    ]
+
+
 def load_weights(choice: DeviceChoice, checkpoint: Checkpoint) -> _cuda.Model:
     """Load a model that holds weights alone, for the models that share them."""
     assert choice.module is not None
@@ -60,6 +70,7 @@ class GpuModel:
         weights: _cuda.Model,
         longest: int,
         options: dict[str, Any],
+        max_sequences: int = 4,
     ) -> None:
         """Start an executor of a model's weights; it captures graphs and measures kernels.
 
@@ -68,6 +79,7 @@ class GpuModel:
             longest: tokens of the longest prompt; the cache holds two of them, or of the longest
                 probe.
             options: of the native model, added to those that follow from the prompt.
+            max_sequences: of the largest batch that is decoded.
         """
         assert choice.module is not None
         config = checkpoint.config
@@ -81,7 +93,7 @@ class GpuModel:
         sizes = {
             "device": choice.index,
             "max_tokens": longest,
-            "max_sequences": 4,
+            "max_sequences": max_sequences,
             "max_context": config.max_position,
         }
         self._model: Any = weights.sharing_weights(sizes | options)
@@ -113,6 +125,32 @@ class GpuModel:
     def _table(self, slot: int) -> Any:
         first = slot * self._blocks_of_one
         return np.arange(first, first + self._blocks_of_one, dtype=np.int32)
+
+    def decode_context(self, batch: int, context: int) -> int:
+        """Return how many cached tokens each of `batch` sequences can have, up to `context`."""
+        return min(context, 2 * self._blocks_of_one // batch * BLOCK_TOKENS - 1)
+
+    def decode_s(self, batch: int, context: int, plan: Any) -> float:
+        """Decode one token of each sequence, chosen on the device; seconds as `prefill_s`.
+
+        Args:
+            context: tokens in each one's cache, see `decode_context`; whatever lies there.
+        """
+        context = self.decode_context(batch, context)
+        blocks = -(-(context + 1) // BLOCK_TOKENS)
+        sequences = [
+            self.cuda.BatchSequence(
+                rows=1,
+                context=context,
+                block_table=np.arange(i * blocks, (i + 1) * blocks, dtype=np.int32),
+            )
+            for i in range(batch)
+        ]
+        ids = np.zeros(batch, np.int32)
+        run = self._model.make_run(
+            next(self._ids), self.cuda.Batch(ids, sequences), plan, fetch_logits=False
+        )
+        return self._run_s(run)
 
     def dispatch(self, run: Any) -> None:
         """Make it the next to execute."""
@@ -148,7 +186,9 @@ class GpuModel:
 
     def prefill_s(self, tokens: int, plan: Any) -> float:
         """Prefill one prompt on the idle GPU; seconds from its dispatch to its result."""
-        run = self.make(tokens, plan)
+        return self._run_s(self.make(tokens, plan))
+
+    def _run_s(self, run: Any) -> float:
         self.dispatch(run)
         ended_s = self.finish(run)
         return ended_s - float(run.accounting().dispatched_s)

@@ -40,7 +40,7 @@ class TransformersModel:
         """
         self._threads = threads
         checkpoint = open_checkpoint(source)
-        self._model = _empty_model(checkpoint.config, DTYPES[dtype])
+        self._model = empty_model(checkpoint.config, DTYPES[dtype])
         _load(self._model, checkpoint)
         self._model.eval()
 
@@ -81,7 +81,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Any:
+def empty_model(config: ModelConfig, dtype: torch.dtype) -> Any:
     """Build the model without initial values; its rotary tables are computed, not loaded."""
     import transformers
 

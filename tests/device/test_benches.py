@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ import pytest
 from cases import Saved
 from devices import GPUS, Device, on
 from engines import assert_all_free, greedy
-from gpu.kit import model_bench
 
 from flowprefill import Engine, Request
+from flowprefill.bench import gpu_shape
 from flowprefill.cli import main
-from flowprefill.engine.device_choice import choose_device
-from flowprefill.models.model_config import ModelConfig
 
 WAIT_S = 120.0
 CLOSE_CALL = 0.1  # logits so near each other may change places by rounding
@@ -108,35 +105,48 @@ def test_the_bench_fills_its_tables(
     assert all(row["segments"] > 0 for row in depths)
 
 
-def tiny(layers: int) -> ModelConfig:
-    return ModelConfig(
-        family="llama", vocab_size=515, hidden_size=128, intermediate_size=208, num_layers=layers,
-        num_heads=4, num_kv_heads=2, head_dim=64, rms_eps=1e-5, rope_theta=1e4, max_position=2048,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @on(GPUS)
-def test_the_bench_of_a_model_fills_its_tables(
+def test_the_bench_of_a_shape_fills_its_tables(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_bench, "llama_8b", tiny)
-    monkeypatch.setattr(model_bench, "EAGER_TOKENS", (64,))
-    monkeypatch.setattr(model_bench, "MEASURES_GEMMS", not device.is_double)
-    path = tmp_path / "model.json"
-    args = Namespace(json=path, budget_s=1e9, layers=1, tokens=[64], parts=list(model_bench.PARTS))
-    model_bench.ModelBench(choose_device("cuda"), args).measure()
+    monkeypatch.setattr(gpu_shape, "SHORTS", 4)
+    path, picture = tmp_path / "gpu.json", tmp_path / "gpu.svg"
+    flags = ["--shape", "tiny", "--layers", "1", "--tokens", "64", "520", "--limit-s", "1e9"]
+    assert main(["bench", "gpu", *flags, "--json", str(path), "--picture", str(picture)]) == 0
     found = json.loads(path.read_text())
-    tables = [row["table"] for row in found["rows"]]
-    assert set(tables) == {
-        "load", "start", "rates", "prefill", "operators", "make_run", "run_ahead",
+    rows = found["rows"]
+    tables = {row["table"] for row in rows}
+    assert tables == {
+        "load", "start", "rates", "prefill", "blocking", "hol", "decode", "operators",
+        "operator_times", "torch", "make_run",
     }  # fmt: skip
-    assert tables.count("start") == 4
-    prefills = [row for row in found["rows"] if row["table"] == "prefill"]
-    assert {(row["tokens"], row["launch"]) for row in prefills} == {
-        (64, "graph"), (64, "eager"),
-    }  # fmt: skip
-    operators = next(row for row in found["rows"] if row["table"] == "operators")
-    assert {"embed", "attention", "down_proj"} <= set(operators["ms"])
-    assert found["graphs"]["num_failed"] == 0
+    prefills = {
+        (row["tokens"], row["launch"], row["granularity"])
+        for row in rows
+        if row["table"] == "prefill"
+    }
+    usual = gpu_shape.USUAL
+    assert {(n, how, usual) for n in (64, 520) for how in ("graph", "eager")} <= prefills
+    assert {(n, "graph", "operator") for n in (64, 520)} <= prefills
+    blocking = [row for row in rows if row["table"] == "blocking"]
+    assert [(row["run_ahead"], row["granularity"]) for row in blocking] == [
+        (depth, name) for depth in (1, 2) for name in gpu_shape.GRANULARITIES
+    ]
+    assert all(row["segments"] > 0 and row["of_none"] > 0 for row in blocking)
+    assert [row["batch"] for row in rows if row["table"] == "decode"] == list(gpu_shape.BATCHES)
+    operators = {row["operator"] for row in rows if row["table"] == "operators"}
+    assert {"attention", "down_proj"} <= operators
+    assert found["graphs"]["num_failed"] == 0, found["graphs"]["last_failure"]
+    assert found["memory"]["weight_bytes"] > 0
+    assert "<svg" in picture.read_text()
+
+
+@on(GPUS)
+def test_the_bench_of_a_shape_ends_in_time(device: Device, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    flags = ["--shape", "tiny", "--layers", "1", "--tokens", "64", "--limit-s", "1"]
+    assert main(["bench", "gpu", *flags, "--json", str(path)]) == 0
+    tables = [row["table"] for row in json.loads(path.read_text())["rows"]]
+    assert tables == ["load", "start", "rates"], "no part was begun"

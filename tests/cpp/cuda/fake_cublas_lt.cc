@@ -121,9 +121,11 @@ cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
 cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
                                                 cublasLtMatrixLayoutAttribute_t attribute,
                                                 const void* value, size_t bytes) {
-  if (attribute != CUBLASLT_MATRIX_LAYOUT_COLS || bytes != sizeof(uint64_t))
+  auto& of = as<Layout>(layout);
+  if (bytes != sizeof(uint64_t) ||
+      (attribute != CUBLASLT_MATRIX_LAYOUT_COLS && attribute != CUBLASLT_MATRIX_LAYOUT_ROWS))
     return CUBLAS_STATUS_INVALID_VALUE;
-  std::memcpy(&as<Layout>(layout).columns, value, bytes);
+  std::memcpy(attribute == CUBLASLT_MATRIX_LAYOUT_COLS ? &of.columns : &of.rows, value, bytes);
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* out) {
@@ -164,14 +166,28 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
   *count = is_as_documented && as<Layout>(a).rows != 8 ? 1 : 0;
   result->workspaceSize = kWorkspaceBytes;
   result->state = CUBLAS_STATUS_SUCCESS;
+  // The algorithm: how the depth is split into sums, by the sizes asked for.
+  result->algo = {};
+  result->algo.data[0] = as<Layout>(b).columns <= 64 ? 2 : as<Layout>(a).columns % 128 == 0 ? 8 : 4;
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t,
+                                       cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                       cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                       const cublasLtMatmulAlgo_t*,
+                                       cublasLtMatmulHeuristicResult_t* result) {
+  // Of a depth of 24 only: an algorithm that wants more memory the more rows there are.
+  const bool grows = as<Layout>(a).rows == 24;
+  result->workspaceSize = grows ? as<Layout>(b).columns * kWorkspaceBytes : kWorkspaceBytes;
+  result->state = CUBLAS_STATUS_SUCCESS;
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, const void* alpha,
                               const void* a, cublasLtMatrixLayout_t of_a, const void* b,
                               cublasLtMatrixLayout_t of_b, const void* beta, const void* c,
                               cublasLtMatrixLayout_t of_c, void* d, cublasLtMatrixLayout_t of_d,
-                              const cublasLtMatmulAlgo_t*, void* workspace, size_t workspace_bytes,
-                              cudaStream_t) {
+                              const cublasLtMatmulAlgo_t* algorithm, void* workspace,
+                              size_t workspace_bytes, cudaStream_t) {
   const auto& how = as<Product>(product);
   const auto &la = as<Layout>(of_a), &lb = as<Layout>(of_b), &ld = as<Layout>(of_d);
   if (how.transa != CUBLAS_OP_T || la.rows != lb.rows || ld.rows != la.columns ||
@@ -183,9 +199,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
   for (uint64_t row = 0; row < ld.rows; ++row) {
     for (uint64_t column = 0; column < ld.columns; ++column) {
       float sum = 0;
-      for (uint64_t k = 0; k < la.rows; ++k)
-        sum += read(a, la, static_cast<int64_t>(k), static_cast<int64_t>(row)) *
-               read(b, lb, static_cast<int64_t>(k), static_cast<int64_t>(column));
+      for (uint64_t lane = 0; lane < algorithm->data[0]; ++lane) {
+        float part = 0;
+        for (uint64_t k = lane; k < la.rows; k += algorithm->data[0])
+          part += read(a, la, static_cast<int64_t>(k), static_cast<int64_t>(row)) *
+                  read(b, lb, static_cast<int64_t>(k), static_cast<int64_t>(column));
+        sum += part;
+      }
       sum *= *static_cast<const float*>(alpha);
       if (const float scale = *static_cast<const float*>(beta); scale != 0) {
         sum += scale *

@@ -115,7 +115,7 @@ TEST_F(CublasLtTest, MultipliesASliceAsLaunchGemmDoes) {
   test<Bf16>(false, true);
 }
 
-TEST_F(CublasLtTest, AsksOncePerProductAndPowerOfTwoOfRowsBeforeTheLaunch) {
+TEST_F(CublasLtTest, AsksOncePerOperatorAndClassOfRowsBeforeTheLaunch) {
   const int asked = counted("fake_cublas_lt_asked");
   {
     const auto library = load();
@@ -123,18 +123,58 @@ TEST_F(CublasLtTest, AsksOncePerProductAndPowerOfTwoOfRowsBeforeTheLaunch) {
     EXPECT_THROW(library->launch(product(5), workspace, nullptr), std::runtime_error)
         << "was not prepared";
     EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 0) << "a launch never asks";
-    for (const int32_t rows : {5, 8, 6, 5})
+    for (const int32_t rows : {5, 64, 6, 1})
       library->prepare(product(rows));
     EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 1);
-    EXPECT_EQ(counted("fake_cublas_lt_rows"), 8);
-    for (const int32_t rows : {5, 8, 6, 5})
+    EXPECT_EQ(counted("fake_cublas_lt_rows"), 64);
+    for (const int32_t rows : {5, 64, 6, 1})
       EXPECT_EQ(library->launch(product(rows), workspace, nullptr), cudaSuccess);
-    EXPECT_THROW(library->launch(product(4), workspace, nullptr), std::runtime_error);
-    EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 1);
+    GemmArgs slice = product(5);
+    slice.operator_rows = 3000;
+    EXPECT_THROW(library->launch(slice, workspace, nullptr), std::runtime_error);
+    library->prepare(slice);
+    EXPECT_EQ(counted("fake_cublas_lt_rows"), 2048);
+    EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 2);
     EXPECT_THROW(library->prepare(product(5, 64, 8)), std::runtime_error)
         << "nothing for a depth of 8";
+    slice.depth = 24;
+    EXPECT_THROW(library->prepare(slice), std::runtime_error) << "131,072 rows want 128 MiB";
+    library->prepare(product(5, 64, 24));
   }
   EXPECT_EQ(counted("fake_cublas_lt_live"), 0);
+}
+
+// The library's algorithms sum in different orders here; slices of one operator do not.
+TEST_F(CublasLtTest, SlicesOfAnOperatorHaveTheBitsOfTheWhole) {
+  constexpr int32_t rows = 700, columns = 128, depth = 64;
+  const auto library = load();
+  ASSERT_NE(library, nullptr) << reason;
+  const auto a = waves<Bf16>(rows * depth, 0.7f);
+  const auto b = waves<Bf16>(columns * depth, 1.3f);
+  std::vector<float> whole(rows * columns), cut(rows * columns), alone(rows * columns);
+  const auto run = [&](std::vector<float>& d, GemmArgs args) {
+    const int64_t column = (args.b - b.data()) / depth;
+    args.a = a.data();
+    args.lda = args.ldb = args.depth = depth;
+    args.d = d.data() + column;
+    args.ldd = columns;
+    library->prepare(args);
+    ASSERT_EQ(library->launch(args, workspace, nullptr), cudaSuccess);
+  };
+  run(whole, {.b = b.data(), .row_end = rows, .columns = columns});
+  for (const auto& [begin, end] : {std::pair{0, 1}, {1, 65}, {65, 600}, {600, 700}}) {
+    for (int32_t column = 0; column < columns; column += 64) {
+      run(cut, {.b = b.data() + column * depth,
+                .row_begin = begin,
+                .row_end = end,
+                .columns = 64,
+                .operator_rows = rows,
+                .operator_columns = columns});
+    }
+    run(alone, {.b = b.data(), .row_begin = begin, .row_end = end, .columns = columns});
+  }
+  EXPECT_EQ(cut, whole);
+  EXPECT_NE(alone, whole) << "by algorithms of their own";
 }
 
 TEST_F(CublasLtTest, RefusesWhatItCannotTake) {

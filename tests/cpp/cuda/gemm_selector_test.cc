@@ -181,10 +181,10 @@ TEST_F(GemmSelection, AmongEqualsTheBetterGuessStays) {
 TEST_F(GemmSelection, AChoiceIsOfItsShapeOnly) {
   GemmSelector of = selector({timed("a", 50), timed("b", 20)});
   measure(of, {product(100)});
-  EXPECT_EQ(launched(of, product(65)), "b");  // 65 to 128 rows are one bucket
-  EXPECT_EQ(launched(of, product(128)), "b");
+  EXPECT_EQ(launched(of, product(65)), "b");  // 65 to 512 rows are one class
+  EXPECT_EQ(launched(of, product(512)), "b");
   EXPECT_EQ(launched(of, product(64)), "a");
-  EXPECT_EQ(launched(of, product(129)), "a");
+  EXPECT_EQ(launched(of, product(513)), "a");
   const auto changed = [](auto change) {
     GemmArgs args = product();
     change(args);
@@ -198,6 +198,15 @@ TEST_F(GemmSelection, AChoiceIsOfItsShapeOnly) {
   EXPECT_EQ(launched(of, changed([](GemmArgs& g) { g.output = GemmOutput::kBf16; })), "a");
   EXPECT_EQ(launched(of, changed([](GemmArgs& g) { g.is_gated = true; })), "a");
   EXPECT_EQ(launched(of, changed([](GemmArgs& g) { g.row_begin = 10; })), "b");
+  EXPECT_EQ(launched(of, changed([](GemmArgs& g) { g.operator_rows = 9000; })), "a");
+  // A slice has the choice of its operator, whatever its own size.
+  EXPECT_EQ(launched(of, changed([](GemmArgs& g) {
+                       g.operator_rows = 100;
+                       g.row_end = 3;
+                       g.operator_columns = 256;
+                       g.columns = 64;
+                     })),
+            "b");
 }
 
 TEST_F(GemmSelection, ProductsOfOneShapeTakeTurns) {
@@ -256,7 +265,7 @@ TEST_F(GemmSelection, AGuessThatIsRefusedFallsToTheNextNowAndLater) {
   for (int i = 0; i < 3; ++i)
     EXPECT_EQ(launched(of, product()), "c");
   EXPECT_EQ(num_asked, 1);
-  EXPECT_EQ(launched(of, product(500)), "c") << "each shape asks for itself";
+  EXPECT_EQ(launched(of, product(600)), "c") << "each shape asks for itself";
   EXPECT_EQ(num_asked, 2);
 }
 
@@ -293,21 +302,24 @@ TEST_F(GemmSelection, PreparingAsksTheChoiceOncePerShapeAndFindsWhatItRefuses) {
     return out;
   };
   GemmSelector of = selector({prepared("few", 100), prepared("many", 1000), prepared("c", 1000)});
-  const std::vector<GemmArgs> products = {product(100), product(90), product(500)};
+  const std::vector<GemmArgs> products = {product(100), product(90), product(600)};
   for (int i = 0; i < 2; ++i)
     of.prepare(products);
   const std::vector<std::pair<std::string, int32_t>> once = {
-      {"few", 100}, {"few", 500}, {"many", 500}};
+      {"few", 100}, {"few", 600}, {"many", 600}};
   EXPECT_EQ(asked, once);
   EXPECT_EQ(launched(of, product(100)), "few");
-  EXPECT_EQ(launched(of, product(500)), "many");
+  EXPECT_EQ(launched(of, product(600)), "many");
   of.prepare({&(asked.clear(), products.front()), 1});
   EXPECT_TRUE(asked.empty());
-  of.prepare(std::vector<GemmArgs>{product(5000)});
+  GemmArgs deeper = product(5000);
+  deeper.depth = 128;
+  deeper.lda = deeper.ldb = 128;
+  of.prepare(std::vector<GemmArgs>{deeper});
   EXPECT_EQ(asked.size(), 3u) << "all refuse: nothing is thrown";
   // Who is measured is prepared before.
   asked.clear();
-  EXPECT_EQ(measure(of, {product(500)})[0].timings[0].failure, "too many rows");
+  EXPECT_EQ(measure(of, {product(600)})[0].timings[0].failure, "too many rows");
   EXPECT_EQ(asked.size(), 3u);
 }
 
@@ -355,12 +367,12 @@ TEST_F(GemmSelection, ALaunchCanBeCaptured) {
 
 TEST_F(GemmSelection, TheFileSparesTheNextStartTheMeasurement) {
   GemmSelector first = selector({timed("a", 50), timed("b + c", 20)});
-  measure(first, {product(100), product(500)});
+  measure(first, {product(100), product(600)});
   EXPECT_EQ(first.cache_failure(), "");
   GemmSelector second = selector({timed("a", 50), timed("b + c", 20)});
   EXPECT_EQ(launched(second, product()), "b + c");
   const size_t before = fake_cudart::count("cudaLaunchKernel");
-  const std::vector<GemmReport> reports = measure(second, {product(100), product(500)});
+  const std::vector<GemmReport> reports = measure(second, {product(100), product(600)});
   EXPECT_EQ(fake_cudart::count("cudaLaunchKernel"), before);
   ASSERT_EQ(reports.size(), 2u);
   for (const GemmReport& report : reports) {
@@ -407,10 +419,10 @@ TEST_F(GemmSelection, ADamagedFileIsNotUsed) {
   };
   for (size_t length = 0; length < text.size(); ++length)
     EXPECT_TRUE(read(text.substr(0, length)).empty()) << "cut off after " << length;
-  for (const char* line : {"x 256 64 0 0 0 0 b\n", "128 256 64 2 0 0 0 b\n", "128 256 64 0 0 0 0\n",
-                           "128 256 64 0 0 0 0 b\n", "\n"}) {
+  for (const char* line : {"x 256 64 0 0 0 0 b\n", "512 256 64 2 0 0 0 b\n", "512 256 64 0 0 0 0\n",
+                           "512 256 64 0 0 0 0 b\n", "\n"}) {
     std::string damaged = text;
-    damaged.insert(text.find("128 256"), line);
+    damaged.insert(text.find("512 256"), line);
     EXPECT_TRUE(read(damaged).empty()) << line;
   }
   EXPECT_TRUE(read(std::string(3000, '\xff')).empty());

@@ -146,7 +146,8 @@ print(cuda.__file__, cuda.device_count(), *cuda.availability())
 if not cuda.device_count():
     sys.exit(77)
 print(cuda.device_info())'
-wants model && stage model 190 70 "$PY" "$KIT/src/model_bench.py" "$OUT/model_bench.json" 175
+wants model && stage model 270 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-245}" \
+  --json "$OUT/model_bench.json"
 if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"
 fi

@@ -13,8 +13,7 @@ import torch
 import transformers
 
 from flowprefill import _core
-from flowprefill.bench import gpu
-from flowprefill.bench.gpu_model import Segment
+from flowprefill.bench.gpu_model import Segment, gaps_of
 from flowprefill.cli import main
 from flowprefill.models.checkpoint import open_checkpoint
 
@@ -138,7 +137,7 @@ def test_every_table_is_in_the_report(
     ]
     assert len(Model.made) == 2, "loaded for the tables, and by the engine"
     depths = [options.get("run_ahead") for options in Model.sharing]
-    assert depths == [2, None, 1, 2, 3, 4], "usual, eager, by depth"
+    assert depths == [1, None, 1, 2, 3, 4], "usual, eager, by depth"
     assert Model.sharing[1]["has_graphs"] is False
     assert len({options.get("gemm_cache_path") for options in Model.sharing}) == 1
     fast, failed = rows_of(report, "gemm")
@@ -167,6 +166,8 @@ def test_only_the_tables_asked_for_are_measured(
         (["--tokens", "0"], "tokens: got 0"),
         (["--tokens", "5000"], "tokens: got 5000, expected at most 4096"),
         (["--only", "speed"], "speed"),
+        (["--shape", "tiny", "--tokens", "5000"], "tokens: got 5000, expected at most 2048"),
+        (["--shape", "tiny", "--limit-s", "0"], "limit-s: got 0"),
     ],
 )
 def test_bad_flags_are_named(
@@ -209,4 +210,4 @@ def test_gaps_are_those_within_a_run() -> None:
         Segment(1, 0, 0.0, 1.0), Segment(1, 1, 1.5, 2.0), Segment(2, 0, 9.0, 9.5),
         Segment(2, 1, 9.25, 10.0),
     ]  # fmt: skip
-    assert gpu.gaps_of(segments) == [0.5, 0.0]
+    assert gaps_of(segments) == [0.5, 0.0]

@@ -66,9 +66,11 @@ bool uses_hopper_attention(const CudaBackendOptions& options, const GemmDevice& 
 }
 
 std::unique_ptr<GemmSelector> selector_of(const CudaBackendOptions& options,
-                                          const GemmDevice& device) {
-  return make_gemm_selector(device, {.cache_path = options.gemm_cache_path,
-                                     .cublas_lt_libraries = options.cublas_lt_libraries});
+                                          const GemmDevice& device, std::string* library_failure) {
+  return make_gemm_selector(
+      device,
+      {.cache_path = options.gemm_cache_path, .cublas_lt_libraries = options.cublas_lt_libraries},
+      library_failure);
 }
 
 }  // namespace
@@ -80,7 +82,7 @@ struct CudaBackend::State {
         options(checked(std::move(model_options))),
         card(gemm_device(options.device)),
         uses_hopper(uses_hopper_attention(options, card, *graph)),
-        gemms(selector_of(options, card)),
+        gemms(selector_of(options, card, &library_failure)),
         shared_weights(std::make_shared<DeviceWeights>(*graph, options.device)),
         weights(*shared_weights) {}
   State(const State& other, CudaBackendOptions model_options)
@@ -88,7 +90,7 @@ struct CudaBackend::State {
         options(checked(other.shared_with(std::move(model_options)))),
         card(gemm_device(options.device)),
         uses_hopper(uses_hopper_attention(options, card, *graph)),
-        gemms(selector_of(options, card)),
+        gemms(selector_of(options, card, &library_failure)),
         shared_weights(other.shared_weights),
         weights(*shared_weights),
         is_finished(true) {}
@@ -138,6 +140,8 @@ struct CudaBackend::State {
     resources = std::make_shared<CudaResources>(
         CudaOptions{.device = options.device, .lanes = lanes, .graphs = graphs});
     kernels = std::make_unique<OperatorKernels>(weights, *cache, *gemms, lanes.scratch_bytes);
+    gemms->prepare(
+        products_to_choose(largest(layout.block_tokens), weights, OperatorKernels::nowhere()));
     PlanBuilderOptions plans{.max_sequences = options.max_sequences,
                              .block_tokens = layout.block_tokens,
                              .multiprocessors = card.num_multiprocessors,
@@ -151,7 +155,7 @@ struct CudaBackend::State {
   // On the executor's thread, before its first run.
   void prepare(const std::optional<PlanOptions>& warm) {
     resources->lanes().prepare(resources->stream());
-    if (options.measures_gemms)
+    if (options.measures_gemms && (options.measures_cublas_lt || !library_failure.empty()))
       measure_gemms();
     if (!warm.has_value() || !options.has_graphs)
       return;
@@ -170,7 +174,7 @@ struct CudaBackend::State {
   void measure_gemms() {
     const PlanShape shape = largest(cache->layout().block_tokens);
     const LaneView lane = resources->lanes().views().front();
-    const std::vector<GemmArgs> products = products_to_measure(shape, weights, lane.activations);
+    const std::vector<GemmArgs> products = products_to_choose(shape, weights, lane.activations);
     fill_with_noise({lane.activations, resources->lanes().options().lane_bytes},
                     resources->stream());
     auto reports = gemms->measure_all(
@@ -193,6 +197,7 @@ struct CudaBackend::State {
   const CudaBackendOptions options;
   const GemmDevice card;
   const bool uses_hopper;
+  std::string library_failure;  // why there is no cuBLASLt; empty: it is there
   const std::unique_ptr<GemmSelector> gemms;
   const std::shared_ptr<DeviceWeights> shared_weights;  // with models made from this one
   DeviceWeights& weights;

@@ -25,7 +25,7 @@ inline constexpr CutRules kCudaCuts{.row_step = 256,
 struct CudaBackendOptions {
   int device = 0;
   double spin_s = 50e-6;         // polls this long before it sleeps: see CudaDeviceOptions
-  int run_ahead = 2;             // segments the host may be ahead, 1 to 4
+  int run_ahead = 1;             // segments the host may be ahead, 1 to 4
   int32_t num_lanes = 2;         // runs whose activations stay on the device while suspended
   int32_t max_tokens = 8192;     // new tokens of the largest batch
   int32_t max_sequences = 64;    // of the largest batch
@@ -34,9 +34,12 @@ struct CudaBackendOptions {
   bool has_graphs = true;        // false: every segment is launched eagerly
   size_t graph_bytes = size_t{1} << 30;         // device memory of executables at most
   size_t device_spill_bytes = size_t{1} << 30;  // of suspended runs without a lane; then the host's
-  int32_t warm_tokens = 256;    // make_device() captures the buckets up to this ahead of time
-  bool measures_gemms = false;  // make_device() measures the GEMM kernels unless the cache knows
-  std::string gemm_cache_path;  // file of measured GEMM choices; empty: none
+  int32_t warm_tokens = 256;  // make_device() captures the buckets up to this ahead of time
+  // make_device() measures the GEMM kernels unless the cache knows. Where cuBLASLt is loaded its
+  // own choice is taken unmeasured, so that bits do not depend on timings, or measures_cublas_lt.
+  bool measures_gemms = false;
+  bool measures_cublas_lt = false;
+  std::string gemm_cache_path;                   // file of measured GEMM choices; empty: none
   std::vector<std::string> cublas_lt_libraries;  // see GemmOptions
   // Which kernel computes the attention of many rows: "portable"; "hopper" (compute capability 9.0
   // and head sizes 64, 128 and 256 only); "auto": hopper's where it can. Hopper's has not run on a

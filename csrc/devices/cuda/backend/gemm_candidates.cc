@@ -19,7 +19,7 @@ constexpr const char* kKernels = "kernels 3";
 constexpr int64_t kMaxGateUpBytes = int64_t{256} << 20;
 
 int32_t rows_at_once(const GemmArgs& args) {
-  const int64_t row_bytes = int64_t{args.columns} * 2;
+  const int64_t row_bytes = int64_t{args.whole_columns()} * 2;
   return static_cast<int32_t>(std::min<int64_t>(
       args.rows(), std::max<int64_t>(kMaxGateUpBytes / row_bytes / 256 * 256, 256)));
 }
@@ -27,13 +27,15 @@ int32_t rows_at_once(const GemmArgs& args) {
 // Rounded up, so that what follows in scratch is aligned as libraries want their workspace.
 size_t gate_up_bytes(const GemmArgs& args) {
   const size_t bytes =
-      static_cast<size_t>(rows_at_once(args)) * static_cast<size_t>(args.columns) * 2;
+      static_cast<size_t>(rows_at_once(args)) * static_cast<size_t>(args.whole_columns()) * 2;
   return (bytes + 255) / 256 * 256;
 }
 
+// Strides and what kernels are chosen by are those of the whole operator.
 GemmArgs without_gate(GemmArgs args) {
   args.is_gated = false;
-  args.ldd = args.columns;
+  args.operator_rows = args.whole_rows();
+  args.ldd = args.whole_columns();
   return args;
 }
 
@@ -58,7 +60,7 @@ cudaError_t launch_in_two(const Launch& gemm, const GemmArgs& args, std::span<st
     if (code != cudaSuccess)
       break;
     code = launch_gate(GateArgs<Bf16>{.in = reinterpret_cast<const Bf16*>(scratch.data()),
-                                      .ld_in = args.columns,
+                                      .ld_in = part.ldd,
                                       .out = static_cast<Bf16*>(args.d) + row * args.ldd,
                                       .ld_out = args.ldd,
                                       .rows = rows,
@@ -78,15 +80,6 @@ GemmCandidate of_tile(GemmTile tile) {
           }};
 }
 
-// The parts of any slice of this shape have one of these row counts, rounded up.
-void prepare_parts(const std::function<void(const GemmArgs&)>& prepare, const GemmArgs& args) {
-  GemmArgs part = without_gate(args);
-  part.row_begin = 0;
-  for (part.row_end = rows_at_once(args); part.row_end > 1; part.row_end = (part.row_end + 1) / 2)
-    prepare(part);
-  prepare(part);
-}
-
 GemmCandidate in_two(GemmCandidate gemm, const GemmArgs& args) {
   GemmCandidate both = {
       .name = gemm.name + " + gate",
@@ -97,7 +90,7 @@ GemmCandidate in_two(GemmCandidate gemm, const GemmArgs& args) {
       }};
   if (gemm.prepare) {
     both.prepare = [prepare = std::move(gemm.prepare)](const GemmArgs& gated) {
-      prepare_parts(prepare, gated);
+      prepare(without_gate(gated));
     };
   }
   return both;

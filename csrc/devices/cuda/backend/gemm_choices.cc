@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -14,11 +13,11 @@ namespace {
 
 // The file: these lines, one line per choice, and how many there were, so that a file that was cut
 // off is noticed.
-//   flowprefill-gemm 1
+//   flowprefill-gemm 2
 //   device NVIDIA H100 80GB HBM3
 //   versions 90 132 13000 13000
 //   libraries kernels 1, cublaslt 130000
-//   8192 28672 4096 1 0 0 1 ampere_256x128
+//   2048 28672 4096 1 0 0 1 ampere_256x128
 //   choices 1
 std::string head_of(const GemmDevice& device) {
   const auto one_line = [](std::string text) {
@@ -26,7 +25,7 @@ std::string head_of(const GemmDevice& device) {
     return text;
   };
   std::ostringstream out;
-  out << "flowprefill-gemm 1\ndevice " << one_line(device.name) << "\nversions "
+  out << "flowprefill-gemm 2\ndevice " << one_line(device.name) << "\nversions "
       << device.compute_capability << ' ' << device.num_multiprocessors << ' '
       << device.driver_version << ' ' << device.runtime_version << "\nlibraries "
       << one_line(device.libraries) << '\n';
@@ -42,8 +41,8 @@ bool read_line(const std::string& line, GemmChoices* choices) {
   int adds_to_d = 0;
   int is_gated = 0;
   std::string name;
-  in >> shape.row_bucket >> shape.columns >> shape.depth >> output >> has_bias >> adds_to_d >>
-      is_gated >> std::ws;
+  in >> shape.rows >> shape.columns >> shape.depth >> output >> has_bias >> adds_to_d >> is_gated >>
+      std::ws;
   const auto is_flag = [](int value) { return value == 0 || value == 1; };
   if (!in || !is_flag(output) || !is_flag(has_bias) || !is_flag(adds_to_d) || !is_flag(is_gated) ||
       !std::getline(in, name)) {
@@ -57,7 +56,7 @@ bool read_line(const std::string& line, GemmChoices* choices) {
 }
 
 void write_line(std::ostream& out, const GemmShape& shape, const std::string& name) {
-  out << shape.row_bucket << ' ' << shape.columns << ' ' << shape.depth << ' '
+  out << shape.rows << ' ' << shape.columns << ' ' << shape.depth << ' '
       << static_cast<int>(shape.output) << ' ' << shape.has_bias << ' ' << shape.adds_to_d << ' '
       << shape.is_gated << ' ' << name << '\n';
 }
@@ -65,8 +64,9 @@ void write_line(std::ostream& out, const GemmShape& shape, const std::string& na
 }  // namespace
 
 GemmShape shape_of(const GemmArgs& args) {
-  return {.row_bucket = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(args.rows()))),
-          .columns = args.columns,
+  const auto* of_class = std::ranges::lower_bound(kRowClasses, args.whole_rows());
+  return {.rows = of_class == kRowClasses.end() ? kRowClasses.back() : *of_class,
+          .columns = args.whole_columns(),
           .depth = args.depth,
           .output = args.output,
           .has_bias = args.bias != nullptr,

@@ -2,6 +2,7 @@
 // choices with their file. Used by GemmSelector.
 #pragma once
 
+#include <array>
 #include <compare>
 #include <cstdint>
 #include <map>
@@ -21,10 +22,14 @@ struct GemmDevice {
   std::string libraries = {};  // versions of the libraries among the candidates
 };
 
-// Products with equal shapes share a choice.
+// The rows that a choice is made for, by the rows of the whole operator: decode steps, short
+// prompts and everything else. Few, so that batches of other sizes get the same bits.
+inline constexpr std::array<int32_t, 3> kRowClasses = {64, 512, 2048};
+
+// Products with equal shapes share a choice; slices of one operator have equal shapes.
 struct GemmShape {
-  int32_t row_bucket = 0;  // rows rounded up to a power of two
-  int32_t columns = 0;
+  int32_t rows = 0;     // of kRowClasses, the first that the whole operator's do not exceed
+  int32_t columns = 0;  // of the whole operator
   int32_t depth = 0;
   GemmOutput output = GemmOutput::kFloat;
   bool has_bias = false;

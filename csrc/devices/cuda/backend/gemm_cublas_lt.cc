@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "devices/cuda/backend/gemm_choices.h"
 #include "devices/cuda/kernels/expect.h"
 #include "runtime/thread_annotations.h"
 
@@ -12,7 +13,6 @@
 #include <dlfcn.h>
 
 #include <array>
-#include <bit>
 #include <cstdint>
 #include <map>
 #include <tuple>
@@ -36,6 +36,7 @@ struct Functions {
   decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
   decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
   decltype(&cublasLtMatmulAlgoGetHeuristic) get_heuristic = nullptr;
+  decltype(&cublasLtMatmulAlgoCheck) check_algorithm = nullptr;
   decltype(&cublasLtMatmul) matmul = nullptr;
 
   // Name of the first function that is missing; null: all there.
@@ -60,6 +61,7 @@ struct Functions {
     take(&preference_destroy, "cublasLtMatmulPreferenceDestroy");
     take(&preference_set, "cublasLtMatmulPreferenceSetAttribute");
     take(&get_heuristic, "cublasLtMatmulAlgoGetHeuristic");
+    take(&check_algorithm, "cublasLtMatmulAlgoCheck");
     take(&matmul, "cublasLtMatmul");
     return missing;
   }
@@ -70,13 +72,12 @@ struct Functions {
   }
 };
 
-int32_t rounded_rows(const GemmArgs& args) {
-  return static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(args.rows())));
-}
+// Rows of the longest operator.
+constexpr int32_t kMostRows = 1 << 17;
 
-// Descriptors of one product and the algorithm the library suggests for it; the number of rows is
-// set anew for each launch. cuBLASLt's matrices are
-// column-major, so it is told d^T = b * a^T: its A is our b, its B our a.
+// Descriptors of one operator and the algorithm the library suggests for it; the rows and columns
+// of a slice are set anew for each launch. cuBLASLt's matrices are column-major, so it is told d^T
+// = b * a^T: its A is our b, its B our a.
 class Product {
  public:
   Product(const Functions& lt, cublasLtHandle_t handle, const GemmArgs& args) : lt_(lt) {
@@ -99,7 +100,7 @@ class Product {
                                                 : static_cast<void*>(args.first_d<Bf16>());
     if (args.bias != nullptr)
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
-    set_rows(args.rows());
+    set_size(args.rows(), args.columns);
     lt_.check(lt_.matmul(handle, product_, &alpha, args.b, weights_, args.first_a(), rows_, &beta,
                          d, result_, d, result_, &found_.algo, workspace.data(),
                          CublasLt::kWorkspaceBytes, stream),
@@ -112,12 +113,17 @@ class Product {
     lt_.check(lt_.product_set(product_, attribute, &value, sizeof value),
               "cublasLtMatmulDescSetAttribute");
   }
-  void set_rows(int32_t rows) {
-    const auto count = static_cast<uint64_t>(rows);
-    for (const cublasLtMatrixLayout_t of : {rows_, result_}) {
-      lt_.check(lt_.layout_set(of, CUBLASLT_MATRIX_LAYOUT_COLS, &count, sizeof count),
+  void set_size(int32_t rows, int32_t columns) {
+    const auto set_count = [this](cublasLtMatrixLayout_t of,
+                                  cublasLtMatrixLayoutAttribute_t attribute, int32_t number) {
+      const auto count = static_cast<uint64_t>(number);
+      lt_.check(lt_.layout_set(of, attribute, &count, sizeof count),
                 "cublasLtMatrixLayoutSetAttribute");
-    }
+    };
+    set_count(rows_, CUBLASLT_MATRIX_LAYOUT_COLS, rows);
+    set_count(weights_, CUBLASLT_MATRIX_LAYOUT_COLS, columns);
+    set_count(result_, CUBLASLT_MATRIX_LAYOUT_COLS, rows);
+    set_count(result_, CUBLASLT_MATRIX_LAYOUT_ROWS, columns);
   }
   template <typename T>
   void prefer(cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
@@ -139,10 +145,11 @@ class Product {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
     }
-    layout(&weights_, CUDA_R_16BF, args.depth, args.columns, args.ldb);
-    layout(&rows_, CUDA_R_16BF, args.depth, rounded_rows(args), args.lda);
-    layout(&result_, args.output == GemmOutput::kFloat ? CUDA_R_32F : CUDA_R_16BF, args.columns,
-           rounded_rows(args), args.ldd);
+    const GemmShape shape = shape_of(args);
+    layout(&weights_, CUDA_R_16BF, args.depth, shape.columns, args.ldb);
+    layout(&rows_, CUDA_R_16BF, args.depth, shape.rows, args.lda);
+    layout(&result_, args.output == GemmOutput::kFloat ? CUDA_R_32F : CUDA_R_16BF, shape.columns,
+           shape.rows, args.ldd);
     lt_.check(lt_.preference_create(&preference_), "cublasLtMatmulPreferenceCreate");
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CublasLt::kWorkspaceBytes);
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
@@ -159,6 +166,22 @@ class Product {
     if (count == 0)
       throw std::runtime_error("cublasLtMatmulAlgoGetHeuristic: nothing for this product");
     lt_.check(found_.state, "cublasLtMatmulAlgoGetHeuristic");
+    check_rows(handle, 1, shape.columns);
+    check_rows(handle, shape.rows == kRowClasses.back() ? kMostRows : shape.rows, shape.columns);
+  }
+
+  // A launch that is refused in the midst of an operator would give its other slices another
+  // kernel.
+  void check_rows(cublasLtHandle_t handle, int32_t rows, int32_t columns) {
+    set_size(rows, columns);
+    cublasLtMatmulHeuristicResult_t checked = {};
+    lt_.check(lt_.check_algorithm(handle, product_, weights_, rows_, result_, result_, &found_.algo,
+                                  &checked),
+              "cublasLtMatmulAlgoCheck");
+    if (checked.workspaceSize > CublasLt::kWorkspaceBytes) {
+      throw std::runtime_error("cublasLtMatmulAlgoCheck: " + std::to_string(rows) + " rows want " +
+                               std::to_string(checked.workspaceSize) + " bytes of workspace");
+    }
   }
 
   void destroy() noexcept {
@@ -184,8 +207,9 @@ class Product {
 using ProductKey = std::array<int64_t, 9>;
 
 ProductKey key_of(const GemmArgs& args) {
-  return {rounded_rows(args),
-          args.columns,
+  const GemmShape shape = shape_of(args);
+  return {shape.rows,
+          shape.columns,
           args.depth,
           args.lda,
           args.ldb,

@@ -20,7 +20,8 @@ class CublasLt {
   // address is a multiple of kWorkspaceAlignment, as the library demands.
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
   static constexpr size_t kWorkspaceAlignment = 256;
-  // Products prepared at most: each keeps descriptors and an algorithm.
+  // Products prepared at most: each keeps descriptors and an algorithm. A model has some dozens:
+  // slices share those of their operator.
   static constexpr size_t kMaxProducts = 1024;
 
   // Loads the first of `libraries` (paths, or names for the dynamic linker) that can be used on the
@@ -37,16 +38,17 @@ class CublasLt {
   // No gate; a bias only where d is float, because it has d's type there.
   static bool takes(const GemmArgs& args);
 
-  // Asks the library for an algorithm for these arguments with their rows rounded up to a power of
-  // two, unless it is known: up to 200 us. launch() takes any number of rows that rounds up to the
-  // same. Throws as launch(), and std::runtime_error beyond kMaxProducts. Thread: any; no launch()
-  // waits for the library's answer.
+  // Asks the library for an algorithm for the operator that these are a slice of, by its class of
+  // rows (shape_of()), unless it is known, and whether it takes one row and the most: up to a
+  // millisecond. launch() takes any slice of such an operator. Throws as launch(), and
+  // std::runtime_error beyond kMaxProducts. Thread: any; no launch() waits for the library's
+  // answer.
   void prepare(const GemmArgs& args) const;
 
-  // As launch_gemm(). Splits of the depth are ruled out: a product gives the same bits each time,
-  // and so do its slices of rows by one algorithm. Throws std::invalid_argument as check(), and
-  // std::runtime_error naming call and status where the library refuses, or if it was not prepared.
-  // Thread: any, one at a time inside.
+  // As launch_gemm(). One algorithm for all slices of an operator, and splits of the depth are
+  // ruled out: an element's bits depend on its row and column alone. Throws std::invalid_argument
+  // as check(), and std::runtime_error naming call and status where the library refuses, or if it
+  // was not prepared. Thread: any, one at a time inside.
   cudaError_t launch(const GemmArgs& args, std::span<std::byte> workspace,
                      cudaStream_t stream) const;
 

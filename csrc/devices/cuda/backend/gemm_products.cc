@@ -11,16 +11,17 @@ namespace {
 
 constexpr size_t kMeasured = 8;  // of one size, taking turns, so that weights come from memory
 
-// 1, 2, 4, ..., and `most` itself.
+// The classes up to `most`, and `most` itself for the one that it lies in.
 std::vector<int32_t> row_counts(int32_t most) {
   std::vector<int32_t> counts;
-  for (int64_t rows = 1; rows < most; rows *= 2)
-    counts.push_back(static_cast<int32_t>(rows));
-  counts.push_back(most);
+  for (const int32_t rows : kRowClasses) {
+    if (counts.empty() || counts.back() < most)
+      counts.push_back(std::min(rows, most));
+  }
   return counts;
 }
 
-// The whole products, as steps, for each number of rows; at most `most_alike` of one size.
+// The whole products, as steps, of as many rows as can be; at most `most_alike` of one size.
 std::vector<Step> products(const PlanShape& largest, size_t most_alike) {
   const ModelGraph& graph = largest.graph;
   std::map<std::tuple<int64_t, int64_t, Epilogue, ElementType, bool, Extent>, size_t> alike;
@@ -36,8 +37,7 @@ std::vector<Step> products(const PlanShape& largest, size_t most_alike) {
       continue;
     const PlanSizes& sizes = largest.sizes();
     const bool is_sequence = output.extent == Extent::kSequence;
-    for (const int32_t rows : row_counts(is_sequence ? sizes.sequences : sizes.rows))
-      steps.push_back({.first = i, .last = i, .row_end = rows});
+    steps.push_back({.first = i, .last = i, .row_end = is_sequence ? sizes.sequences : sizes.rows});
   }
   return steps;
 }
@@ -54,12 +54,17 @@ size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
   return bytes;
 }
 
-std::vector<GemmArgs> products_to_measure(const PlanShape& largest, const DeviceWeights& weights,
-                                          std::byte* lane) {
-  std::vector<GemmArgs> measured;
-  for (const Step& step : products(largest, kMeasured))
-    measured.push_back(OperatorKernels::product(largest, weights, step, lane));
-  return measured;
+std::vector<GemmArgs> products_to_choose(const PlanShape& largest, const DeviceWeights& weights,
+                                         std::byte* lane) {
+  std::vector<GemmArgs> chosen;
+  for (const Step& step : products(largest, kMeasured)) {
+    GemmArgs args = OperatorKernels::product(largest, weights, step, lane);
+    for (const int32_t rows : row_counts(step.rows())) {
+      args.operator_rows = args.row_end = rows;
+      chosen.push_back(args);
+    }
+  }
+  return chosen;
 }
 
 }  // namespace flowprefill

@@ -15,9 +15,9 @@ namespace flowprefill {
 size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
                      const DeviceWeights& weights);
 
-// Products of each size, of some layers, for each power of two of rows, in a lane that starts at
-// `lane`.
-std::vector<GemmArgs> products_to_measure(const PlanShape& largest, const DeviceWeights& weights,
-                                          std::byte* lane);
+// Products of each size, of some layers, for each of kRowClasses, in a lane that starts at `lane`:
+// all shapes that GemmSelector will be asked for.
+std::vector<GemmArgs> products_to_choose(const PlanShape& largest, const DeviceWeights& weights,
+                                         std::byte* lane);
 
 }  // namespace flowprefill

@@ -15,11 +15,12 @@ constexpr int kRounds = 5;           // an odd number: the median is one of them
 constexpr double kRoundUs = 1000;    // long enough that an event's resolution is 0.1 %
 constexpr double kMaxLaunches = 64;  // per round
 
-// The guess is made for the bucket, so that what runs depends on the shape alone.
-GemmArgs in_whole_bucket(GemmArgs args) {
-  const int32_t bucket = shape_of(args).row_bucket;
+// The guess is made for the shape, so that what runs depends on it alone.
+GemmArgs standing_for_shape(GemmArgs args) {
+  const GemmShape shape = shape_of(args);
   args.row_begin = 0;
-  args.row_end = bucket;
+  args.row_end = shape.rows;
+  args.columns = shape.columns;
   return args;
 }
 
@@ -195,7 +196,7 @@ std::shared_ptr<GemmSelector::Ranking> GemmSelector::ranking_of(const GemmArgs& 
   std::shared_ptr<Ranking>& known = rankings_[shape];
   if (known != nullptr)
     return known;
-  std::vector<GemmCandidate> candidates = candidates_(in_whole_bucket(args));
+  std::vector<GemmCandidate> candidates = candidates_(standing_for_shape(args));
   if (candidates.empty()) {
     throw std::invalid_argument("GEMM: no kernel for compute capability " +
                                 std::to_string(device_.compute_capability) +
@@ -215,11 +216,11 @@ std::shared_ptr<GemmSelector::Ranking> GemmSelector::ranking_of(const GemmArgs& 
 GemmReport GemmSelector::measure(const GemmShape& shape, std::span<const GemmArgs> products,
                                  std::span<std::byte> scratch, cudaStream_t stream) {
   std::vector<Contestant> contestants;
-  for (GemmCandidate& candidate : candidates_(in_whole_bucket(products.front())))
+  for (GemmCandidate& candidate : candidates_(standing_for_shape(products.front())))
     contestants.push_back({.candidate = std::move(candidate)});
   Measurement measurement(products, scratch, stream);
   measure_contestants(&contestants, &measurement);
-  GemmReport report = {.shape = shape};
+  GemmReport report = {.shape = shape, .rows = products.front().rows()};
   const Contestant* best = nullptr;
   for (const Contestant& contestant : contestants) {
     const bool is_measured = contestant.failure.empty();
@@ -247,7 +248,10 @@ std::vector<GemmReport> GemmSelector::measure_all(std::span<const GemmArgs> prod
     {
       const MutexLock lock(mutex_);
       if (const auto known = choices_.find(shape); known != choices_.end()) {
-        reports.push_back({.shape = shape, .chosen = known->second, .is_from_cache = true});
+        reports.push_back({.shape = shape,
+                           .rows = of_shape.front().rows(),
+                           .chosen = known->second,
+                           .is_from_cache = true});
         continue;
       }
     }

@@ -43,6 +43,7 @@ struct GemmTiming {
 };
 struct GemmReport {
   GemmShape shape = {};
+  int32_t rows = 0;         // of the products that were measured
   std::string chosen = {};  // empty: every candidate failed, the guess stays
   bool is_from_cache = false;
   std::vector<GemmTiming> timings = {};  // in the order of the candidates
@@ -58,7 +59,7 @@ class GemmSelector {
   size_t scratch_bytes(const GemmArgs& args) const;
 
   // Gets the choices for these products ready to launch. What a candidate may say late it says
-  // here. May take 200 us for a shape that is new, nothing for one that is not. Thread: any.
+  // here. May take a millisecond for a shape that is new, nothing for one that is not. Thread: any.
   void prepare(std::span<const GemmArgs> products) const;
 
   // Launches the measured choice for the shape of `args`, or the best guess; if that refuses them,

@@ -191,6 +191,7 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
     return row_at<Bf16>(shape, step, lane, op.output, step.row_begin) + column;
   };
   const float* bias = weights.vector(op.bias);
+  const bool is_sequence = shape.graph.output_of(op).extent == Extent::kSequence;
   return {.a = row_at<Bf16>(shape, step, lane, op.input, step.row_begin),
           .lda = shape.lane.stride(op.input),
           .b = weights.matrix(op.weight) + begin * weight.columns,
@@ -206,7 +207,9 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
           .row_begin = 0,
           .row_end = step.rows(),
           .columns = end - begin,
-          .depth = static_cast<int32_t>(weight.columns)};
+          .depth = static_cast<int32_t>(weight.columns),
+          .operator_rows = is_sequence ? shape.sizes().sequences : shape.sizes().rows,
+          .operator_columns = rows};
 }
 
 void OperatorKernels::linear(const Call& call) const {

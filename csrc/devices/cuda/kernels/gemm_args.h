@@ -34,8 +34,14 @@ struct GemmArgs {
   int32_t row_end = 0;
   int32_t columns = 0;  // rows of b; d_columns() is a multiple of 16 bytes of d
   int32_t depth = 0;    // a multiple of 8
+  // Of the operator that this is a slice of: its kernel is chosen by them, so that all slices are
+  // computed alike. 0: as many as here.
+  int32_t operator_rows = 0;
+  int32_t operator_columns = 0;
 
   int32_t rows() const { return row_end - row_begin; }
+  int32_t whole_rows() const { return operator_rows > 0 ? operator_rows : rows(); }
+  int32_t whole_columns() const { return operator_columns > 0 ? operator_columns : columns; }
   int32_t d_columns() const { return is_gated ? columns / 2 : columns; }
   const Bf16* first_a() const { return a + row_begin * lda; }
   // d at the first row of the slice, as T (float or Bf16).

@@ -18,9 +18,9 @@
 namespace flowprefill {
 
 struct CudaDeviceOptions {
-  // Segments in flight after throttle(), 1 to 4. Blocking time is at most run_ahead + 1 segments:
-  // with 1 it is shortest, from 2 the gaps between launches are hidden.
-  int run_ahead = 2;
+  // Segments in flight after throttle(), 1 to 4. Blocking time is at most run_ahead + 1 segments.
+  // 1 hides launches that are shorter than a segment, more than 1 those that are longer.
+  int run_ahead = 1;
   // throttle() asks for this long before it sleeps: waking up costs some 20 to 50 us.
   double spin_s = 50e-6;
   // Called at the end of attach(), on the executor's thread: capture ahead, make library handles.

@@ -1,0 +1,435 @@
+"""`bench gpu --shape`: random weights of a known model's shape on one GPU: no file, no download.
+
+Parts in order of value, each while there is time; every row is printed as soon as it is known, and
+the JSON is written anew after it. Rows are told apart by their key `table`:
+
+- `prefill`: tokens per second of one prompt, from dispatch to result, by length and granularity;
+  `of_none`: against the same prompt in one segment, so 1 less it is the cost of being preemptible;
+- `blocking`: by granularity and run-ahead, from the dispatch of a short prompt during a long one to
+  its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
+- `hol`: the same short prompt's time to its token, beside the longest prompt and alone;
+- `decode`: tokens per second of a batch of sequences, tokens chosen on the device;
+- `operators`: time and rate of each operator in a prefill; `torch`: cuBLAS and attention beside it;
+- `transformers` (`--peer transformers`): prefill by that library on the same card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowprefill.bench import gpu_torch
+from flowprefill.bench.common import say
+from flowprefill.bench.gpu_model import GpuModel, Segment, gaps_of, load_weights
+from flowprefill.bench.prefill import flops_of
+from flowprefill.bench.report import Report
+from flowprefill.bench.statistics import median, quantiles
+from flowprefill.config import Granularity
+from flowprefill.engine.cuda_device import cublas_lt_libraries
+from flowprefill.engine.device_choice import DeviceChoice
+from flowprefill.engine.loading import model_shape, plan_options
+from flowprefill.models.families import build_graph
+from flowprefill.models.model_config import ModelConfig
+from flowprefill.scheduling.cost_model import CostModel, MachineRates, attention_pairs
+
+PARTS = (
+    "prefill", "blocking", "hol", "decode", "operators", "torch", "preemptible", "run_ahead",
+    "make_run", "eager", "transformers",
+)  # fmt: skip
+USUAL = "budget:0.5"
+GRANULARITIES = ("budget:0.3", USUAL, "budget:1", "budget:2", "none")
+LENGTHS = (128, 512, 2048, 8192, 32768)
+LONG = 8192  # tokens of the long prompt that short ones block on; longer ones get fewer rounds
+BATCHES, CONTEXT = (1, 16, 64), 1024
+SHORT_TOKENS, SHORTS, HOL_SHORTS = 64, 30, 6
+EAGER_TOKENS = 2048  # at most
+SPAN = 0.85  # of the long prompt's time, within which a short one arrives
+SHARES = (0.5, 0.99, 1)
+
+
+def llama_8b(layers: int = 32) -> ModelConfig:
+    """Return the configuration of Llama-3.1-8B, or of its first layers."""
+    return ModelConfig(
+        family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128, rms_eps=1e-5,
+        rope_theta=500000.0, max_position=131072,
+    )  # fmt: skip
+
+
+def tiny(layers: int = 2) -> ModelConfig:
+    """Return a configuration to try the bench itself with."""
+    return ModelConfig(
+        family="llama", vocab_size=515, hidden_size=128, intermediate_size=208, num_layers=layers,
+        num_heads=4, num_kv_heads=2, head_dim=64, rms_eps=1e-5, rope_theta=1e4, max_position=2048,
+    )  # fmt: skip
+
+
+SHAPES = {"llama-3.1-8b": llama_8b, "tiny": tiny}
+
+
+class RandomCheckpoint:
+    """What fill_model() reads: one random row of numbers, cut to each tensor's shape."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        self.name = f"random {name}"
+        self.config = config
+        self.graph = build_graph(config)
+        self._shapes = self.graph.sources()
+        most = max(int(np.prod(shape)) for shape in self._shapes.values())
+        piece = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
+        self._numbers = piece.repeat(-(-most // piece.numel()))
+
+    def weights(self, progress: Any = None) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
+        """Yield each weight; norms are ones."""
+        for name, shape in self._shapes.items():
+            numbers = self._numbers[: int(np.prod(shape))].reshape(shape)
+            yield name, torch.ones(shape) if len(shape) == 1 else numbers
+
+
+class ShapeBench:
+    """The loaded weights, what was measured of them so far, and the time that is left."""
+
+    def __init__(self, report: Report, choice: DeviceChoice, args: argparse.Namespace) -> None:
+        """Load the weights.
+
+        Args:
+            args: shape, layers (0: all), tokens, parts, limit_s, peer, seed, and json: where the
+                report is written after each row, or None.
+        """
+        self._since_s = time.monotonic()
+        self._report = report
+        self._choice = choice
+        self._args = args
+        self._cuda: Any = choice.module
+        make = SHAPES[args.shape]
+        self._config = make(args.layers) if args.layers else make()
+        self._checkpoint: Any = RandomCheckpoint(args.shape, self._config)
+        self._shape = model_shape(self._checkpoint.graph, "bf16")
+        self._rates = MachineRates()
+        self._prefilled_s: dict[tuple[int, str], float] = {}
+        self._weights = load_weights(choice, self._checkpoint)
+        self._keep("load", seconds=time.monotonic() - self._since_s)
+
+    def _keep(self, table: str, **row: Any) -> None:
+        """Print a row and write the report."""
+        self._report.rows.append({"table": table} | row)
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        passed_s = time.monotonic() - self._since_s
+        say(f"[{passed_s:6.1f} s] {table:<12} {json.dumps(shown, default=str)}")
+        self._report.write(self._args.json)
+
+    def _has(self, seconds: float) -> bool:
+        return self._args.limit_s - (time.monotonic() - self._since_s) > seconds
+
+    def _wants(self, part: str, seconds: float) -> bool:
+        return part in self._args.parts and self._has(seconds)
+
+    @contextmanager
+    def _model(self, **options: Any) -> Iterator[GpuModel]:
+        common = {"cublas_lt_libraries": cublas_lt_libraries(self._cuda, self._choice.index)}
+        since_s = time.monotonic()
+        longest = max(*self._args.tokens, SHORT_TOKENS, *BATCHES)
+        model = GpuModel(
+            self._choice, self._checkpoint, self._weights, longest, common | options, max(BATCHES)
+        )
+        self._keep("start", seconds=time.monotonic() - since_s, **options)
+        try:
+            yield model
+        finally:
+            model.close()
+
+    def _plan(self, granularity: str) -> Any:
+        return plan_options(self._cuda, Granularity.parse(granularity), self._rates)
+
+    # ---- the parts, in order -----------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Measure the parts that are asked for, while there is time."""
+        with self._model() as model:
+            self._measure_usual(model)
+        if self._wants("run_ahead", 20):
+            with self._model(run_ahead=2) as model:
+                self._blocking(model, 2)
+        if self._wants("eager", 20):
+            with self._model(has_graphs=False) as model:
+                for tokens in self._args.tokens:
+                    if tokens <= EAGER_TOKENS and self._has(5):
+                        self._prefill(model, tokens, USUAL, "eager")
+        if self._args.peer == "transformers" and self._wants("transformers", 30):
+            self._transformers()
+
+    def _measure_usual(self, model: GpuModel) -> None:
+        self._report.extra["memory"] = model.memory()
+        self._rates = rates = model.rates()
+        self._keep(
+            "rates",
+            gemm_tflops_per_s=rates.gemm_flops_per_s / 1e12,
+            attention_tflops_per_s=rates.attention_flops_per_s / 1e12,
+            weight_gbytes_per_s=rates.weight_bytes_per_s / 1e9,
+        )
+        lengths = self._args.tokens
+        for tokens in lengths if self._wants("prefill", 5) else ():
+            if self._has(10):
+                self._prefill(model, tokens, USUAL)
+        self._graphs(model)
+        if self._wants("blocking", 20):
+            self._blocking(model, 1)
+        if self._wants("hol", 20):
+            self._hol(model)
+        for batch in BATCHES if self._wants("decode", 10) else ():
+            self._decode(model, batch)
+        for tokens in lengths if self._wants("operators", 10) else ():
+            if self._has(10):
+                self._operators(model, tokens)
+        if self._wants("torch", 20):
+            self._torch()
+        for tokens in reversed(lengths) if self._wants("preemptible", 10) else ():
+            for granularity in ("none", "budget:2", "layer", "operator"):
+                if self._has(15):
+                    self._prefill(model, tokens, granularity)
+        for tokens in lengths if self._wants("make_run", 5) else ():
+            self._make_run(model, tokens)
+        self._graphs(model)
+
+    def _graphs(self, model: GpuModel) -> None:
+        self._report.extra["graphs"] = model.graph_report()
+
+    def _prefill(
+        self, model: GpuModel, tokens: int, granularity: str, launch: str = "graph"
+    ) -> float:
+        """Measure one length; returns the median seconds."""
+        plan = self._plan(granularity)
+        for _ in range(1 if tokens > LONG else 3):  # graphs are captured at a second launch
+            model.prefill_s(tokens, plan)
+        took_s = [model.prefill_s(tokens, plan) for _ in range(3 if tokens > LONG else 5)]
+        median_s = median(took_s)
+        if launch == "graph":
+            self._prefilled_s[tokens, granularity] = median_s
+        self._keep(
+            "prefill",
+            launch=launch,
+            tokens=tokens,
+            granularity=granularity,
+            segments=model.make(tokens, plan).num_segments,
+            tokens_per_s=tokens / median_s,
+            min=tokens / max(took_s),
+            max=tokens / min(took_s),
+            predicted_s=CostModel(self._shape, self._rates).prefill_s(tokens),
+            tflops_per_s=flops_of(tokens, self._shape) / median_s / 1e12,
+        )
+        return median_s
+
+    def _prefill_s(self, model: GpuModel, tokens: int, granularity: str) -> float:
+        known = self._prefilled_s.get((tokens, granularity))
+        return known if known is not None else self._prefill(model, tokens, granularity)
+
+    def _blocking(self, model: GpuModel, run_ahead: int) -> None:
+        """Measure by granularity how long short prompts wait, and the gaps between launches."""
+        long_tokens = min(LONG, max(self._args.tokens))
+        self._prefill_s(model, long_tokens, "none")
+        rng = random.Random(self._args.seed)
+        for granularity in GRANULARITIES:
+            if not self._has(10):
+                return
+            plan = self._plan(granularity)
+            for _ in range(3):
+                model.prefill_s(SHORT_TOKENS, plan)
+                model.prefill_s(long_tokens, plan)
+            with model.recorded() as segments:
+                long_s = median(model.prefill_s(long_tokens, plan) for _ in range(3))
+            waits = [
+                wait_s
+                for wait_s, _ in self._shorts(model, granularity, long_tokens, long_s, SHORTS, rng)
+            ]
+            lengths = [segment.end_s - segment.start_s for segment in segments]
+            gaps = gaps_of(segments)
+            self._keep(
+                "blocking",
+                run_ahead=run_ahead,
+                granularity=granularity,
+                long_tokens=long_tokens,
+                **quantiles("blocking", waits, SHARES),
+                **quantiles("segment", lengths, SHARES),
+                **quantiles("gap", gaps, SHARES),
+                gap_share=sum(gaps) / (sum(gaps) + sum(lengths)),
+                segments=len(segments) // 3,
+                of_none=self._prefilled_s[long_tokens, "none"] / long_s,
+                blocked=len(waits),
+            )
+
+    def _shorts(
+        self,
+        model: GpuModel,
+        granularity: str,
+        long_tokens: int,
+        long_s: float,
+        count: int,
+        rng: random.Random,
+    ) -> Iterator[tuple[float, float]]:
+        """Yield, for each short prompt that met the long one: seconds to its start, to its end."""
+        plan = self._plan(granularity)
+        for _ in range(count):
+            if not self._has(5):
+                return
+            delay_s = rng.uniform(0.0, SPAN * long_s)
+            found = short_beside(model, plan, (long_tokens, SHORT_TOKENS), delay_s)
+            if found is not None:
+                yield found
+
+    def _hol(self, model: GpuModel) -> None:
+        """Measure a short prompt's time to its token beside the longest one."""
+        long_tokens = max(self._args.tokens)
+        rng = random.Random(self._args.seed)
+        for granularity in ("none", USUAL):
+            plan = self._plan(granularity)
+            alone = [model.prefill_s(SHORT_TOKENS, plan) for _ in range(6)]
+            if not self._has(15):
+                return
+            long_s = self._prefill_s(model, long_tokens, granularity)
+            found = self._shorts(model, granularity, long_tokens, long_s, HOL_SHORTS, rng)
+            beside = [end_s for _, end_s in found]
+            self._keep(
+                "hol",
+                granularity=granularity,
+                long_tokens=long_tokens,
+                short_tokens=SHORT_TOKENS,
+                long_alone_s=long_s,
+                short_alone_p50_s=median(alone[3:]),
+                **quantiles("short_beside", beside, SHARES),
+                shorts=len(beside),
+            )
+
+    def _decode(self, model: GpuModel, batch: int) -> None:
+        plan = self._plan(USUAL)
+        context = min(CONTEXT, self._config.max_position) - 1
+        took_s = [model.decode_s(batch, context, plan) for _ in range(23)][3:]
+        median_s = median(took_s)
+        weight_bytes = model.memory()["weight_bytes"]
+        self._keep(
+            "decode",
+            batch=batch,
+            context=model.decode_context(batch, context),
+            tokens_per_s=batch / median_s,
+            **quantiles("step", took_s, (0.5, 1)),
+            weight_gbytes_per_s=weight_bytes / median_s / 1e9,
+        )
+
+    def _operators(self, model: GpuModel, tokens: int) -> None:
+        """Sum the segments' times by operator, and what the GPU did nothing between them."""
+        plan = self._plan("operator")
+        model.prefill_s(tokens, plan)
+        labels = model.make(tokens, plan).labels()
+        with model.recorded() as segments:
+            model.prefill_s(tokens, plan)
+        spent_s: dict[str, float] = defaultdict(float)
+        for segment in segments:
+            spent_s[labels[segment.index].op] += segment.end_s - segment.start_s
+        for name, flops in self._flops(tokens).items():
+            if spent_s.get(name):
+                self._keep(
+                    "operators",
+                    operator=name,
+                    tokens=tokens,
+                    us=spent_s[name] * 1e6 / self._config.num_layers,
+                    tflops_per_s=flops / spent_s[name] / 1e12,
+                )
+        self._keep(
+            "operator_times", tokens=tokens, seconds=dict(spent_s), gap_s=sum(gaps_of(segments))
+        )
+
+    def _products(self) -> dict[str, tuple[int, int]]:
+        """Return (columns, depth) of the products of one layer."""
+        weights = {weight.name: weight for weight in self._checkpoint.graph.weights}
+        found = {}
+        for op, _ in self._checkpoint.graph.products():
+            if op.layer == 0:
+                weight = weights[op.weight]
+                found[op.name] = (sum(part.rows for part in weight.parts), weight.columns)
+        return found
+
+    def _flops(self, tokens: int) -> dict[str, float]:
+        """Return operations of all layers by operator."""
+        config = self._config
+        flops = {
+            name: 2.0 * tokens * columns * depth * config.num_layers
+            for name, (columns, depth) in self._products().items()
+        }
+        pairs = attention_pairs(tokens, 0)
+        flops["attention"] = 4 * config.num_heads * config.head_dim * pairs * config.num_layers
+        return flops
+
+    def _torch_device(self) -> torch.device | None:
+        if not torch.cuda.is_available():
+            self._keep("torch", failure=f"torch {torch.__version__} sees no GPU")
+            return None
+        return torch.device("cuda", self._choice.index)
+
+    def _torch(self) -> None:
+        device = self._torch_device()
+        if device is None:
+            return
+        lengths = [tokens for tokens in self._args.tokens if tokens >= 512]
+        for rows in (
+            gpu_torch.attention_rows(device, self._config, reversed(lengths)),
+            gpu_torch.product_rows(device, self._products(), [n for n in lengths if n <= LONG]),
+        ):
+            for row in rows:
+                self._keep(**row)
+                if not self._has(15):
+                    break
+        torch.cuda.empty_cache()
+
+    def _transformers(self) -> None:
+        device = self._torch_device()
+        if device is not None:
+            lengths = [tokens for tokens in self._args.tokens if tokens <= LONG]
+            for row in gpu_torch.transformers_rows(
+                device, self._config, lengths, lambda: self._has(15)
+            ):
+                self._keep(**row)
+
+    def _make_run(self, model: GpuModel, tokens: int) -> None:
+        """Measure how long making a run costs the engine's thread."""
+        plan, took_s = self._plan(USUAL), []
+        for _ in range(5):
+            since_s = time.perf_counter()
+            model.make(tokens, plan)
+            took_s.append(time.perf_counter() - since_s)
+        self._keep("make_run", tokens=tokens, seconds=median(took_s))
+
+
+def short_beside(
+    model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float
+) -> tuple[float, float] | None:
+    """Dispatch a long prompt and, some time later, a short one.
+
+    Returns:
+        Seconds from the dispatch of the short one to the start of its first segment and to its
+        result; None if the long one had ended by then, or had not begun.
+    """
+    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
+    with model.recorded() as segments:
+        model.dispatch(long)
+        time.sleep(delay_s)
+        was_running = long.state == "running"
+        model.dispatch(short)
+        ended_s = model.finish(short)
+        model.cancel(long)
+    dispatched_s = short.accounting().dispatched_s
+    started_s = [_start_of(segment) for segment in segments if segment.run_id == short.id]
+    if not was_running or not started_s:
+        return None
+    return max(started_s[0] - dispatched_s, 0.0), ended_s - dispatched_s
+
+
+def _start_of(segment: Segment) -> float:
+    return segment.start_s

@@ -1,0 +1,131 @@
+"""The tables that `bench gpu --shape` prints when it ends, and the picture of its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flowprefill.bench.report import Row
+
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "prefill": (
+        "Prefill of one prompt",
+        {
+            "tokens": "tokens", "granularity": "granularity", "launch": "launch",
+            "segments": "segments", "tokens_per_s": "tokens/s", "min": "min", "max": "max",
+            "tflops_per_s": "TFLOP/s",
+        },
+    ),
+    "blocking": (
+        "Short prompts during a long one",
+        {
+            "granularity": "granularity", "run_ahead": "run-ahead",
+            "blocking_p50_s": "blocking p50 ms", "blocking_p99_s": "p99 ms",
+            "blocking_max_s": "max ms", "segment_max_s": "longest segment ms",
+            "gap_p50_s": "gap p50 ms", "gap_share": "gaps %", "of_none": "speed of none %",
+            "blocked": "samples",
+        },
+    ),
+    "hol": (
+        "A short prompt's time to its token beside the longest one",
+        {
+            "granularity": "granularity", "long_tokens": "long tokens",
+            "short_alone_p50_s": "alone p50 ms", "short_beside_p50_s": "beside p50 ms",
+            "short_beside_max_s": "max ms", "long_alone_s": "long alone ms", "shorts": "samples",
+        },
+    ),
+    "decode": (
+        "Decode steps",
+        {
+            "batch": "sequences", "context": "context", "tokens_per_s": "tokens/s",
+            "step_p50_s": "step p50 ms", "weight_gbytes_per_s": "weights GB/s",
+        },
+    ),
+    "operators": (
+        "Operators in a prefill, of one layer",
+        {"operator": "operator", "tokens": "tokens", "us": "µs", "tflops_per_s": "TFLOP/s"},
+    ),
+    "torch": (
+        "torch's libraries",
+        {
+            "operator": "operator", "tokens": "tokens", "us": "µs", "tflops_per_s": "TFLOP/s",
+            "failure": "failure",
+        },
+    ),
+    "transformers": (
+        "transformers",
+        {"how": "how", "tokens": "tokens", "tokens_per_s": "tokens/s"},
+    ),
+}  # fmt: skip
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw what a report has of prefill, blocking and decode, side by side.
+
+    Args:
+        path: a .png or .svg file to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    _draw_prefill(axes[0], report["rows"])
+    _draw_blocking(axes[1], report["rows"])
+    _draw_decode(axes[2], report["rows"])
+    figure.suptitle(f"{report['settings']['shape']} on {report['gpu']['name']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _of(rows: list[Row], table: str, **fields: Any) -> list[Row]:
+    wanted = {"table": table} | fields
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def _draw_prefill(axes: Any, rows: list[Row]) -> None:
+    """Tokens per second by length: cut, in one segment, and by transformers."""
+    lines = {
+        "budget of 0.5 ms": _of(rows, "prefill", granularity="budget:0.5", launch="graph"),
+        "in one segment": _of(rows, "prefill", granularity="none"),
+        "transformers": _of(rows, "transformers", how="sdpa"),
+    }
+    for (name, of_line), color in zip(lines.items(), (BLUE, ORANGE, GREEN), strict=True):
+        found = sorted(of_line, key=lambda row: row["tokens"])
+        if found:
+            xs, ys = ([row[key] for row in found] for key in ("tokens", "tokens_per_s"))
+            axes.plot(xs, ys, "o-", color=color, label=name)
+            axes.set_xscale("log", base=2)
+            axes.legend(fontsize=8)
+    axes.set(title="prefill", xlabel="tokens", ylabel="tokens/s", ylim=(0, None))
+
+
+def _draw_blocking(axes: Any, rows: list[Row]) -> None:
+    """Blocking by granularity and run-ahead: median and the longest 1 %."""
+    for depth, color in ((1, BLUE), (2, ORANGE)):
+        found = _of(rows, "blocking", run_ahead=depth)
+        names = [row["granularity"] for row in found]
+        for key, marker in (("blocking_p50_s", "o"), ("blocking_p99_s", "^")):
+            values = [1e3 * row[key] if row[key] else float("nan") for row in found]
+            label = f"run-ahead {depth}, {key[9:12]}"
+            if names:
+                axes.plot(names, values, marker, color=color, label=label)
+                axes.set_yscale("log")
+                axes.legend(fontsize=8)
+    axes.set(title="blocking of a short prompt", ylabel="ms")
+    axes.tick_params(axis="x", rotation=30)
+
+
+def _draw_decode(axes: Any, rows: list[Row]) -> None:
+    found = _of(rows, "decode")
+    if found:
+        axes.bar(
+            [str(row["batch"]) for row in found], [row["tokens_per_s"] for row in found], color=BLUE
+        )
+    axes.set(title="decode", xlabel="sequences", ylabel="tokens/s")

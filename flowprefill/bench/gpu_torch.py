@@ -1,0 +1,131 @@
+"""What torch's libraries reach on the same GPU: cuBLAS, cuDNN's and FlashAttention's attention, and
+a model of `transformers`; rows that `bench gpu --shape` puts beside its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from flowprefill.bench.report import Row
+from flowprefill.bench.transformers_model import empty_model
+from flowprefill.models.model_config import ModelConfig
+from flowprefill.scheduling.cost_model import attention_pairs
+
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+COPIES = 4  # of the weights, taking turns: a layer finds its own in memory, not in cache
+ROUND_US = 2000.0
+
+
+def us_of(call: Callable[[], object], rounds: int = 7) -> float:
+    """Return the median device time of one call, us; a round takes some milliseconds."""
+    start = torch.cuda.Event(enable_timing=True)
+    stop = torch.cuda.Event(enable_timing=True)
+
+    def once(calls: int) -> float:
+        start.record()
+        for _ in range(calls):
+            call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1e3 / calls
+
+    once(1)
+    calls = int(min(max(ROUND_US / max(once(2), 1), 1), 200))
+    return statistics.median(once(calls) for _ in range(rounds))
+
+
+def _random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16) * scale
+
+
+def product_rows(
+    device: torch.device, products: dict[str, tuple[int, int]], lengths: Iterable[int]
+) -> Iterator[Row]:
+    """Measure cuBLAS.
+
+    Args:
+        products: (columns, depth) by operator. lengths: rows.
+    """
+    for rows in lengths:
+        for name, (columns, depth) in products.items():
+            x = _random(device, rows, depth)
+            weights = cycle([_random(device, columns, depth, scale=0.02) for _ in range(COPIES)])
+            us = us_of(lambda x=x, weights=weights: linear(x, next(weights)))
+            yield {
+                "table": "torch",
+                "operator": name,
+                "tokens": rows,
+                "us": us,
+                "tflops_per_s": 2e-6 * rows * columns * depth / us,
+            }
+
+
+def attention_rows(
+    device: torch.device, config: ModelConfig, lengths: Iterable[int]
+) -> Iterator[Row]:
+    """Measure causal attention over one prompt; a row with `failure` where a library has none."""
+    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+    for tokens in lengths:
+        q = _random(device, 1, heads, tokens, size)
+        k, v = (_random(device, 1, kv_heads, tokens, size) for _ in range(2))
+        for name, backend in BACKENDS.items():
+            row: Row = {"table": "torch", "operator": f"attention, {name}", "tokens": tokens}
+            try:
+                with sdpa_kernel(backend):
+                    us = us_of(
+                        lambda q=q, k=k, v=v: scaled_dot_product_attention(
+                            q, k, v, is_causal=True, enable_gqa=True
+                        ),
+                        5,
+                    )
+            except RuntimeError as error:
+                yield row | {"failure": str(error).partition("\n")[0][:120]}
+                continue
+            flops = 4 * heads * size * attention_pairs(tokens, 0)
+            yield row | {"us": us, "tflops_per_s": flops / us / 1e6}
+
+
+def transformers_rows(
+    device: torch.device, config: ModelConfig, lengths: Iterable[int], has: Callable[[], bool]
+) -> Iterator[Row]:
+    """Measure prefill by the same shape in transformers: sdpa, then compiled by torch.
+
+    Args:
+        has: whether there is time for another row.
+    """
+    with torch.device(device):
+        model: Any = empty_model(config, torch.bfloat16).eval()
+    model.set_attn_implementation("sdpa")
+    for how in ("sdpa", "sdpa, torch.compile"):
+        call = model if how == "sdpa" else torch.compile(model)
+        for tokens in lengths:
+            if not has():
+                return
+            seconds = _prefill_s(call, device, tokens, config.vocab_size)
+            yield {
+                "table": "transformers",
+                "how": how,
+                "tokens": tokens,
+                "ms": seconds * 1e3,
+                "tokens_per_s": tokens / seconds,
+            }
+
+
+def _prefill_s(call: Callable[..., Any], device: torch.device, tokens: int, vocab: int) -> float:
+    """Return the median seconds of a prefill into a fresh cache, until its token is known."""
+    prompt = torch.randint(vocab, (1, tokens), device=device)
+    took_s = []
+    with torch.inference_mode():
+        for _ in range(4):  # the first compiles, or loads kernels
+            since_s = time.perf_counter()
+            int(call(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+            took_s.append(time.perf_counter() - since_s)
+    return statistics.median(took_s[1:])
