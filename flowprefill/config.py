@@ -126,6 +126,11 @@ class EngineConfig:
     granularity: str = _setting(
         "auto", f"{GRANULARITIES}; auto is budget:2 on the CPU, budget:0.5 on GPUs"
     )
+    run_ahead: int = _setting(
+        1,
+        "segments that are launched ahead of the one a GPU executes, 1 to 4: blocking is at most "
+        "one segment more; above 1 only where launches take longer than segments",
+    )
     max_model_len: int = _setting(
         0, "longest prompt plus output, tokens; 0 is the model's own, on GPUs 32768 at most"
     )
@@ -194,7 +199,8 @@ class EngineConfig:
 
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            "threads": (0, 1024), "max_model_len": (0, 10_000_000), "kv_cache_gib": (0, 65_536),
+            "threads": (0, 1024), "run_ahead": (1, 4),
+            "max_model_len": (0, 10_000_000), "kv_cache_gib": (0, 65_536),
             "max_running": (1, 4096), "max_batch_tokens": (1, 1_000_000),
             "max_waiting": (1, 10_000_000), "max_waiting_tokens": (0, 2**53),
             "max_backlog_s": (0, 86_400), "tenant_share": (0.001, 1),

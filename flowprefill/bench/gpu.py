@@ -8,6 +8,8 @@ Rows of four tables, told apart by their key `table`:
   this hides, and the blocking time that it costs, from the dispatch of a short prompt during a long
   one to its first segment. Times are the GPU's own, by events;
 - `hol`: short prompts during a long one through the whole engine, see `bench hol`.
+
+With `--shape` another set of tables, see gpu_shape.py.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from flowprefill.bench.common import (
 )
 from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights
 from flowprefill.bench.prefill import flops_of
+from flowprefill.bench.random_model import SHAPES
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import EngineConfig, Granularity
@@ -98,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_argument_group(
         "random weights instead of a model, other tables: in order of value, while there is time"
     )
-    shape.add_argument("--shape", choices=sorted(gpu_shape.SHAPES), help="nothing is downloaded")
+    shape.add_argument("--shape", choices=sorted(SHAPES), help="nothing is downloaded")
     shape.add_argument("--layers", type=int, default=0, help="of it, default all")
     shape.add_argument("--limit-s", type=float, default=250.0, help="seconds, default 250")
     shape.add_argument(
@@ -142,7 +145,7 @@ def _run_shape(choice: DeviceChoice, args: argparse.Namespace) -> int:
     check_least("tokens", min(args.tokens), 1)
     check_least("layers", args.layers, 0)
     check_least("limit-s", args.limit_s, 1)
-    longest = gpu_shape.SHAPES[args.shape]().max_position
+    longest = SHAPES[args.shape]().max_position
     if max(args.tokens) > longest:
         raise ConfigError(
             f"tokens: got {max(args.tokens)}, expected at most {longest}", param="tokens"
@@ -158,7 +161,10 @@ def _run_shape(choice: DeviceChoice, args: argparse.Namespace) -> int:
             print_table(f"{title}, {report.extra['gpu']['name']}", rows, columns)
     report.write(args.json)
     if args.picture is not None:
-        gpu_shape_tables.draw(report.to_dict(), args.picture)
+        try:
+            gpu_shape_tables.draw(report.to_dict(), args.picture)
+        except ImportError as error:
+            say(f"no picture: {error} (pip install matplotlib)")
     return 0
 
 

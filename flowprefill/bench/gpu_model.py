@@ -232,3 +232,27 @@ class GpuModel:
             "cache_bytes": 2 * self._blocks_of_one * block_bytes,
             "cache_bytes_per_token": block_bytes // BLOCK_TOKENS,
         }
+
+
+def short_beside(
+    model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float
+) -> tuple[float, float] | None:
+    """Dispatch a long prompt and, some time later, a short one.
+
+    Returns:
+        Seconds from the dispatch of the short one to the start of its first segment and to its
+        result; None if the long one had ended by then, or had not begun.
+    """
+    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
+    with model.recorded() as segments:
+        model.dispatch(long)
+        time.sleep(delay_s)
+        was_running = long.state == "running"
+        model.dispatch(short)
+        ended_s = model.finish(short)
+        model.cancel(long)
+    dispatched_s = short.accounting().dispatched_s
+    started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
+    if not was_running or not started_s:
+        return None
+    return max(started_s[0] - dispatched_s, 0.0), ended_s - dispatched_s

@@ -24,21 +24,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from flowprefill.bench import gpu_torch
 from flowprefill.bench.common import say
-from flowprefill.bench.gpu_model import GpuModel, Segment, gaps_of, load_weights
+from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights, short_beside
 from flowprefill.bench.prefill import flops_of
+from flowprefill.bench.random_model import SHAPES, RandomCheckpoint
 from flowprefill.bench.report import Report
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import Granularity
 from flowprefill.engine.cuda_device import cublas_lt_libraries
 from flowprefill.engine.device_choice import DeviceChoice
 from flowprefill.engine.loading import model_shape, plan_options
-from flowprefill.models.families import build_graph
-from flowprefill.models.model_config import ModelConfig
 from flowprefill.scheduling.cost_model import CostModel, MachineRates, attention_pairs
 
 PARTS = (
@@ -54,45 +52,6 @@ SHORT_TOKENS, SHORTS, HOL_SHORTS = 64, 30, 6
 EAGER_TOKENS = 2048  # at most
 SPAN = 0.85  # of the long prompt's time, within which a short one arrives
 SHARES = (0.5, 0.99, 1)
-
-
-def llama_8b(layers: int = 32) -> ModelConfig:
-    """Return the configuration of Llama-3.1-8B, or of its first layers."""
-    return ModelConfig(
-        family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-        num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128, rms_eps=1e-5,
-        rope_theta=500000.0, max_position=131072,
-    )  # fmt: skip
-
-
-def tiny(layers: int = 2) -> ModelConfig:
-    """Return a configuration to try the bench itself with."""
-    return ModelConfig(
-        family="llama", vocab_size=515, hidden_size=128, intermediate_size=208, num_layers=layers,
-        num_heads=4, num_kv_heads=2, head_dim=64, rms_eps=1e-5, rope_theta=1e4, max_position=2048,
-    )  # fmt: skip
-
-
-SHAPES = {"llama-3.1-8b": llama_8b, "tiny": tiny}
-
-
-class RandomCheckpoint:
-    """What fill_model() reads: one random row of numbers, cut to each tensor's shape."""
-
-    def __init__(self, name: str, config: ModelConfig) -> None:
-        self.name = f"random {name}"
-        self.config = config
-        self.graph = build_graph(config)
-        self._shapes = self.graph.sources()
-        most = max(int(np.prod(shape)) for shape in self._shapes.values())
-        piece = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
-        self._numbers = piece.repeat(-(-most // piece.numel()))
-
-    def weights(self, progress: Any = None) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
-        """Yield each weight; norms are ones."""
-        for name, shape in self._shapes.items():
-            numbers = self._numbers[: int(np.prod(shape))].reshape(shape)
-            yield name, torch.ones(shape) if len(shape) == 1 else numbers
 
 
 class ShapeBench:
@@ -405,31 +364,3 @@ class ShapeBench:
             model.make(tokens, plan)
             took_s.append(time.perf_counter() - since_s)
         self._keep("make_run", tokens=tokens, seconds=median(took_s))
-
-
-def short_beside(
-    model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float
-) -> tuple[float, float] | None:
-    """Dispatch a long prompt and, some time later, a short one.
-
-    Returns:
-        Seconds from the dispatch of the short one to the start of its first segment and to its
-        result; None if the long one had ended by then, or had not begun.
-    """
-    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
-    with model.recorded() as segments:
-        model.dispatch(long)
-        time.sleep(delay_s)
-        was_running = long.state == "running"
-        model.dispatch(short)
-        ended_s = model.finish(short)
-        model.cancel(long)
-    dispatched_s = short.accounting().dispatched_s
-    started_s = [_start_of(segment) for segment in segments if segment.run_id == short.id]
-    if not was_running or not started_s:
-        return None
-    return max(started_s[0] - dispatched_s, 0.0), ended_s - dispatched_s
-
-
-def _start_of(segment: Segment) -> float:
-    return segment.start_s

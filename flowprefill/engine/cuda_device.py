@@ -85,6 +85,7 @@ class CudaDevice:
             "max_sequences": max(settings.max_running, SchedulerSettings().max_batch_jobs),
             "max_context": config.max_position,
             "graph_bytes": GRAPH_BYTES,
+            "run_ahead": settings.run_ahead,
             "measures_gemms": settings.calibrate,
             "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
             "cublas_lt_libraries": cublas_lt_libraries(self.native, self._index),

@@ -10,7 +10,8 @@
 #   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   import     the modules load and see the GPU
-#   model      an 8B shape with random weights: rates, prefill, operators, blocking by run-ahead
+#   model      an 8B shape with random weights, MODEL_S=175 seconds in order of value: prefill, blocking, decode, operators
+#              beside torch's, the cost of cutting (flowprefill bench gpu --shape)
 #   pytest     tests/device on device cuda
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
@@ -146,7 +147,7 @@ print(cuda.__file__, cuda.device_count(), *cuda.availability())
 if not cuda.device_count():
     sys.exit(77)
 print(cuda.device_info())'
-wants model && stage model 270 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-245}" \
+wants model && stage model $((${MODEL_S:-175} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-175}" \
   --json "$OUT/model_bench.json"
 if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"

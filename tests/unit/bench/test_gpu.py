@@ -13,7 +13,9 @@ import torch
 import transformers
 
 from flowprefill import _core
+from flowprefill.bench import gpu_torch
 from flowprefill.bench.gpu_model import Segment, gaps_of
+from flowprefill.bench.random_model import tiny
 from flowprefill.cli import main
 from flowprefill.models.checkpoint import open_checkpoint
 
@@ -203,6 +205,14 @@ def test_a_model_that_no_kernel_takes_is_named(
     monkeypatch.setattr(sys.modules["flowprefill._cuda"], "Model", refuse)
     assert main(["bench", "gpu", "--model", str(folder), "--quick"]) == 2
     assert "cuda:0: head_dim: got 16, expected 64, 96 or 128" in capsys.readouterr().err
+
+
+def test_the_peer_is_the_same_shape_in_transformers() -> None:
+    config = tiny(1)
+    is_time_left = iter([True, True, False]).__next__
+    rows = gpu_torch.transformers_rows(torch.device("cpu"), config, [16, 32], is_time_left)
+    found = [(row["how"], row["tokens"], row["tokens_per_s"] > 0) for row in rows]
+    assert found == [("sdpa", 16, True), ("sdpa", 32, True)], "time for no third"
 
 
 def test_gaps_are_those_within_a_run() -> None:

@@ -208,6 +208,7 @@ def test_calibration_is_kept_for_each_gpu(
     assert open_engine(device="cuda", **settings).rates == first.rates
     options = fake_cuda.Model.made[0]
     assert options["measures_gemms"]
+    assert options["run_ahead"] == 1
     assert options["gemm_cache_path"] == str(tmp_path / "gemm-choices")
 
 

@@ -1,0 +1,52 @@
+"""Models of random weights in known shapes: no file, no download; for `bench gpu --shape`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowprefill.models.families import build_graph
+from flowprefill.models.model_config import ModelConfig
+
+
+def llama_8b(layers: int = 32) -> ModelConfig:
+    """Return the configuration of Llama-3.1-8B, or of its first layers."""
+    return ModelConfig(
+        family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128, rms_eps=1e-5,
+        rope_theta=500000.0, max_position=131072,
+    )  # fmt: skip
+
+
+def tiny(layers: int = 2) -> ModelConfig:
+    """Return a configuration to try the bench itself with."""
+    return ModelConfig(
+        family="llama", vocab_size=515, hidden_size=128, intermediate_size=208, num_layers=layers,
+        num_heads=4, num_kv_heads=2, head_dim=64, rms_eps=1e-5, rope_theta=1e4, max_position=2048,
+    )  # fmt: skip
+
+
+# By name, with all layers or the first ones.
+SHAPES = {"llama-3.1-8b": llama_8b, "tiny": tiny}
+
+
+class RandomCheckpoint:
+    """What fill_model() reads: one random row of numbers, cut to each tensor's shape."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        self.name = f"random {name}"
+        self.config = config
+        self.graph = build_graph(config)
+        self._shapes = self.graph.sources()
+        most = max(int(np.prod(shape)) for shape in self._shapes.values())
+        piece = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
+        self._numbers = piece.repeat(-(-most // piece.numel()))
+
+    def weights(self, progress: Any = None) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
+        """Yield each weight; norms are ones."""
+        for name, shape in self._shapes.items():
+            numbers = self._numbers[: int(np.prod(shape))].reshape(shape)
+            yield name, torch.ones(shape) if len(shape) == 1 else numbers
