@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -71,7 +71,7 @@ class ShapeBench:
         self._cuda: Any = choice.module
         make = SHAPES[args.shape]
         self._config = make(args.layers) if args.layers else make()
-        self._checkpoint: Any = RandomCheckpoint(args.shape, self._config)
+        self._checkpoint = cast(Any, RandomCheckpoint(args.shape, self._config))
         self._shape = model_shape(self._checkpoint.graph, "bf16")
         self._rates = MachineRates()
         self._prefilled_s: dict[tuple[int, str], float] = {}
@@ -87,7 +87,8 @@ class ShapeBench:
         self._report.write(self._args.json)
 
     def _has(self, seconds: float) -> bool:
-        return self._args.limit_s - (time.monotonic() - self._since_s) > seconds
+        passed_s = time.monotonic() - self._since_s
+        return bool(self._args.limit_s - passed_s > seconds)
 
     def _wants(self, part: str, seconds: float) -> bool:
         return part in self._args.parts and self._has(seconds)

@@ -26,8 +26,8 @@ ROUND_US = 2000.0
 
 def us_of(call: Callable[[], object], rounds: int = 7) -> float:
     """Return the median device time of one call, us; a round takes some milliseconds."""
-    start = torch.cuda.Event(enable_timing=True)
-    stop = torch.cuda.Event(enable_timing=True)
+    make_event: Any = torch.cuda.Event
+    start, stop = make_event(enable_timing=True), make_event(enable_timing=True)
 
     def once(calls: int) -> float:
         start.record()
@@ -56,9 +56,7 @@ def product_rows(
     """
     for rows in lengths:
         for name, (columns, depth) in products.items():
-            x = _random(device, rows, depth)
-            weights = cycle([_random(device, columns, depth, scale=0.02) for _ in range(COPIES)])
-            us = us_of(lambda x=x, weights=weights: linear(x, next(weights)))
+            us = _product_us(device, rows, columns, depth)
             yield {
                 "table": "torch",
                 "operator": name,
@@ -66,6 +64,19 @@ def product_rows(
                 "us": us,
                 "tflops_per_s": 2e-6 * rows * columns * depth / us,
             }
+
+
+def _product_us(device: torch.device, rows: int, columns: int, depth: int) -> float:
+    x = _random(device, rows, depth)
+    weights = cycle([_random(device, columns, depth, scale=0.02) for _ in range(COPIES)])
+    return us_of(lambda: linear(x, next(weights)))
+
+
+def _attention_us(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    with sdpa_kernel(backend):
+        return us_of(
+            lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 5
+        )
 
 
 def attention_rows(
@@ -79,13 +90,7 @@ def attention_rows(
         for name, backend in BACKENDS.items():
             row: Row = {"table": "torch", "operator": f"attention, {name}", "tokens": tokens}
             try:
-                with sdpa_kernel(backend):
-                    us = us_of(
-                        lambda q=q, k=k, v=v: scaled_dot_product_attention(
-                            q, k, v, is_causal=True, enable_gqa=True
-                        ),
-                        5,
-                    )
+                us = _attention_us(backend, q, k, v)
             except RuntimeError as error:
                 yield row | {"failure": str(error).partition("\n")[0][:120]}
                 continue

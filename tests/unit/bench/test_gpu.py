@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -213,6 +214,22 @@ def test_the_peer_is_the_same_shape_in_transformers() -> None:
     rows = gpu_torch.transformers_rows(torch.device("cpu"), config, [16, 32], is_time_left)
     found = [(row["how"], row["tokens"], row["tokens_per_s"] > 0) for row in rows]
     assert found == [("sdpa", 16, True), ("sdpa", 32, True)], "time for no third"
+
+
+def test_what_torch_lacks_is_told_beside_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def us_of(call: Callable[[], torch.Tensor], rounds: int = 7) -> float:
+        call()
+        return 10.0
+
+    monkeypatch.setattr(gpu_torch, "us_of", us_of)
+    here = torch.device("cpu")
+    (row,) = gpu_torch.product_rows(here, {"o_proj": (24, 16)}, [8])
+    assert row["operator"] == "o_proj"
+    assert row["tflops_per_s"] == pytest.approx(2 * 8 * 24 * 16 / 10e-6 / 1e12)
+    cudnn, flash = gpu_torch.attention_rows(here, tiny(1), [32])
+    assert "failure" in cudnn, "a library of GPUs"
+    pairs = 32 * 33 / 2
+    assert flash["tflops_per_s"] == pytest.approx(4 * 4 * 64 * pairs / 10e-6 / 1e12)
 
 
 def test_gaps_are_those_within_a_run() -> None:
