@@ -7,9 +7,9 @@ the JSON is written anew after it. Rows are told apart by their key `table`:
   `of_none`: against the same prompt in one segment, so 1 less it is the cost of being preemptible;
 - `blocking`: by granularity and run-ahead, from the dispatch of a short prompt during a long one to
   its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
-- `hol`: the same short prompt's time to its token, beside the longest prompt and alone;
+- `hol`: the same short prompt's time to its token, during the longest prompt and alone;
 - `decode`: tokens per second of a batch of sequences, tokens chosen on the device;
-- `operators`: time and rate of each operator in a prefill; `torch`: cuBLAS and attention beside it;
+- `operators`: time and rate of each operator in a prefill; `torch`: its cuBLAS and attention;
 - `transformers` (`--peer transformers`): prefill by that library on the same card.
 """
 
@@ -246,7 +246,7 @@ class ShapeBench:
                 yield found
 
     def _hol(self, model: GpuModel) -> None:
-        """Measure a short prompt's time to its token beside the longest one."""
+        """Measure a short prompt's time to its token during the longest one."""
         long_tokens = max(self._args.tokens)
         rng = random.Random(self._args.seed)
         for granularity in ("none", USUAL):
@@ -256,7 +256,7 @@ class ShapeBench:
                 return
             long_s = self._prefill_s(model, long_tokens, granularity)
             found = self._shorts(model, granularity, long_tokens, long_s, HOL_SHORTS, rng)
-            beside = [end_s for _, end_s in found]
+            during = [end_s for _, end_s in found]
             self._keep(
                 "hol",
                 granularity=granularity,
@@ -264,8 +264,8 @@ class ShapeBench:
                 short_tokens=SHORT_TOKENS,
                 long_alone_s=long_s,
                 short_alone_p50_s=median(alone[3:]),
-                **quantiles("short_beside", beside, SHARES),
-                shorts=len(beside),
+                **quantiles("short_beside", during, SHARES),
+                shorts=len(during),
             )
 
     def _decode(self, model: GpuModel, batch: int) -> None:

@@ -27,10 +27,10 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "hol": (
-        "A short prompt's time to its token beside the longest one",
+        "A short prompt's time to its token during the longest one",
         {
             "granularity": "granularity", "long_tokens": "long tokens",
-            "short_alone_p50_s": "alone p50 ms", "short_beside_p50_s": "beside p50 ms",
+            "short_alone_p50_s": "alone p50 ms", "short_beside_p50_s": "during p50 ms",
             "short_beside_max_s": "max ms", "long_alone_s": "long alone ms", "shorts": "samples",
         },
     ),

@@ -1,5 +1,5 @@
 """What torch's libraries reach on the same GPU: cuBLAS, cuDNN's and FlashAttention's attention, and
-a model of `transformers`; rows that `bench gpu --shape` puts beside its own.
+a model of `transformers`; rows that `bench gpu --shape` puts next to its own.
 """
 
 from __future__ import annotations

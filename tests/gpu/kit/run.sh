@@ -11,7 +11,7 @@
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   import     the modules load and see the GPU
 #   model      an 8B shape with random weights, MODEL_S=175 seconds in order of value: prefill, blocking, decode, operators
-#              beside torch's, the cost of cutting (flowprefill bench gpu --shape)
+#              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
 #   pytest     tests/device on device cuda
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
