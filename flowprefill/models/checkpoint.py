@@ -120,7 +120,8 @@ class Checkpoint:
         Yields:
             Canonical name and tensor: matrices [out, in]; q and k rows in rotate-half order (pair
             (i, i + head_dim / 2) turns together); stored dtype (bf16, f16, f32) from safetensors,
-            float32 from GGUF. It may share memory with the mapped file: do not write to it.
+            float32 from GGUF and where quantised. It may share memory with the mapped file: do not
+            write to it.
 
         Raises:
             CheckpointError: the file could not be read any more.

@@ -6,10 +6,11 @@ Families (models/families) read their configuration with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowprefill.errors import CheckpointError
 from flowprefill.models.graph import Activation
 from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers
 from flowprefill.models.rope import RopeScaling, as_float
@@ -28,9 +29,13 @@ class HfConfig:
     """The values of a config.json as transformers 4 or 5 writes it; a null is an absent key.
 
     All methods raise CheckpointError for a value of the wrong kind: field, value, what is allowed.
+
+    Attributes:
+        path: of an object inside the file: what comes before its fields' names in errors.
     """
 
     values: Mapping[str, Any]
+    path: str = ""
 
     def integer(self, name: str, default: int | None = None) -> int:
         """Read an integer; no default: it has to be there."""
@@ -38,7 +43,7 @@ class HfConfig:
         if value is None:
             value = default
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
-            raise bad_field(name, value, "an integer below 2^31")
+            raise self._bad(name, value, "an integer below 2^31")
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -48,43 +53,56 @@ class HfConfig:
             return default
         number = as_float(value)
         if number is None or not math.isfinite(number):
-            raise bad_field(name, value, "a number")
+            raise self._bad(name, value, "a number")
         return number
 
     def positive(self, name: str, default: float) -> float:
         """Read a number above 0."""
         value = self.number(name, default)
         if value <= 0:
-            raise bad_field(name, value, "a number > 0")
+            raise self._bad(name, value, "a number > 0")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Read a truth value."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, bool):
-            raise bad_field(name, value, "true or false")
+            raise self._bad(name, value, "true or false")
         return default if value is None else value
 
     def mapping(self, name: str) -> dict[str, Any]:
         """Read an object; empty if absent."""
         value = self.values.get(name) or {}
         if not isinstance(value, Mapping):
-            raise bad_field(name, value, "an object or null")
+            raise self._bad(name, value, "an object or null")
         return dict(value)
+
+    def inside(self, name: str) -> HfConfig:
+        """Read an object whose fields are read next; empty if absent."""
+        return HfConfig(self.mapping(name), f"{self.path}{name}.")
+
+    def choice(self, name: str, allowed: Sequence[str], default: str | None = None) -> str:
+        """Read one of some words; no default: it has to be there."""
+        value = self.values.get(name)
+        if value is None:
+            value = default
+        if not isinstance(value, str) or value not in allowed:
+            raise self._bad(name, value, "one of " + ", ".join(map(repr, allowed)))
+        return value
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """Read one token id, a list of them, or null."""
         value = self.values.get(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(one, bool) or not isinstance(one, int) for one in ids):
-            raise bad_field(name, value, "a token id, a list of token ids or null")
+            raise self._bad(name, value, "a token id, a list of token ids or null")
         return tuple(ids)
 
     def activation(self, name: str, default: str) -> Activation:
         """Read the name of a gate's activation."""
         value = self.values.get(name) or default
         if not isinstance(value, str) or value not in _ACTIVATIONS:
-            raise bad_field(name, value, "one of " + ", ".join(map(repr, _ACTIVATIONS)))
+            raise self._bad(name, value, "one of " + ", ".join(map(repr, _ACTIVATIONS)))
         return _ACTIVATIONS[value]
 
     def rope(self) -> dict[str, Any]:
@@ -92,7 +110,7 @@ class HfConfig:
         name = "rope_scaling" if self.values.get("rope_scaling") else "rope_parameters"
         given = self.mapping(name)
         if any(isinstance(value, Mapping) for value in given.values()):
-            raise bad_field(name, given, "one object for all layers")
+            raise self._bad(name, given, "one object for all layers")
         outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
         return {key: self.values[key] for key in outside[:2] if key in self.values} | given | {
             key: self.values[key] for key in outside[2:] if self.values.get(key) is not None
@@ -114,11 +132,14 @@ class HfConfig:
         if kinds is None:
             kinds = [_LAYER_KINDS[0 if slides(layer) else 1] for layer in range(layers)]
         if not isinstance(kinds, list) or any(kind not in _LAYER_KINDS for kind in kinds):
-            raise bad_field("layer_types", kinds, "a list of " + " or ".join(_LAYER_KINDS))
+            raise self._bad("layer_types", kinds, "a list of " + " or ".join(_LAYER_KINDS))
         return {
             "sliding_window": self.integer("sliding_window", default),
             "sliding_layers": tuple(kind == _LAYER_KINDS[0] for kind in kinds),
         }
+
+    def _bad(self, name: str, value: Any, allowed: str) -> CheckpointError:
+        return bad_field(self.path + name, value, allowed)
 
 
 def read_decoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from flowprefill.models.hf_config import HfConfig
 from flowprefill.models.hf_tokenizer import HfTokenizer
 from flowprefill.models.json_file import read_json
 from flowprefill.models.model_config import known_ids
+from flowprefill.models.quantisation import read_quantisation
+from flowprefill.models.quantised_weights import FLOATS, Stored, find_quantised
 from flowprefill.models.sampling_defaults import read_sampling_defaults
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import hf_name
@@ -23,7 +26,9 @@ from flowprefill.models.weight_names import hf_name
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HEAD = hf_name("lm_head")
-_ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_ELEMENT_BYTES = {
+    "BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I32": 4, "I64": 8,
+}  # fmt: skip
 
 
 class HfFolder:
@@ -36,7 +41,9 @@ class HfFolder:
             CheckpointError: a file is missing, truncated, not JSON or not supported; names it.
         """
         self._path = path
-        config = read_config(read_json(path / "config.json", required=True))
+        values = read_json(path / "config.json", required=True)
+        config = read_config(values)
+        self._quantisation = read_quantisation(values)
         self._tokenizer = HfTokenizer(path)
         self.special_tokens = self._tokenizer.special_tokens
         self.chat_templates = self._tokenizer.chat_templates
@@ -46,10 +53,11 @@ class HfFolder:
         eos = config.eos_token_ids + generation.token_ids("eos_token_id")
         bos = generation.token_ids("bos_token_id")
         self._files: dict[str, Any] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._bytes: dict[str, int] = {}
+        self._stored: dict[str, Stored] = {}
         for name in self._weight_files():
             self._open_weights(name)
+        self._quantised = find_quantised(self._quantisation, self._stored, self._read_stored)
+        self._shapes = self._weight_shapes()
         self.config = replace(
             config,
             bos_token_id=bos[0] if bos else config.bos_token_id,
@@ -58,7 +66,7 @@ class HfFolder:
         )
 
     def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor in all files."""
+        """Shape of every tensor in all files; a quantised weight is one, without its scales."""
         return self._shapes
 
     def stored_name(self, canonical: str) -> str:
@@ -68,18 +76,29 @@ class HfFolder:
     def is_ignored(self, stored: str) -> bool:
         """Tied output projections are sometimes stored again; old files keep rotary tables."""
         tied_head = stored == _HEAD and self.config.tie_embeddings
-        return tied_head or stored.endswith("rotary_emb.inv_freq")
+        is_rotary_table = stored.endswith("rotary_emb.inv_freq")
+        return tied_head or is_rotary_table or self._quantisation.is_read_past(stored)
 
     def stored_bytes(self, stored: str) -> int:
-        """Bytes of a tensor in its file."""
-        return self._bytes[stored]
+        """Bytes of a tensor in its file; of a quantised weight with all that belongs to it."""
+        parts = self._quantised[stored].parts if stored in self._quantised else (stored,)
+        tensors = [self._stored[part] for part in parts]
+        return sum(_ELEMENT_BYTES[one.dtype] * math.prod(one.shape) for one in tensors)
 
     def load(self, canonical: str) -> torch.Tensor:
-        """Read one weight in its stored dtype; may share memory with the mapped file."""
+        """Read one weight in its stored dtype; may share memory with the mapped file.
+
+        Quantised ones become float32.
+        """
         tensor = self._read(self.stored_name(canonical))
         return self._family.arrange(self.config, canonical, tensor)
 
     def _read(self, name: str) -> torch.Tensor:
+        if name in self._quantised:
+            return self._quantised[name].dequantise(self._read_stored)
+        return self._read_stored(name)
+
+    def _read_stored(self, name: str) -> torch.Tensor:
         try:
             tensor: torch.Tensor = self._files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -95,6 +114,8 @@ class HfFolder:
         embed = hf_name("embed")
         if _HEAD not in self._shapes or embed not in self._shapes:
             return _HEAD in self._shapes
+        if _HEAD in self._quantised:
+            return True
         return not torch.equal(self._read(_HEAD), self._read(embed))
 
     def _weight_files(self) -> list[str]:
@@ -126,20 +147,28 @@ class HfFolder:
             opened: Any = safe_open(path, framework="pt")
             for tensor in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(tensor)
-                self._add_tensor(tensor, view.get_dtype(), tuple(view.get_shape()))
+                self._add_tensor(tensor, Stored(view.get_dtype(), tuple(view.get_shape())))
                 self._files[tensor] = opened
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged or truncated ({error})", param=name) from None
 
-    def _add_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        if dtype not in _ELEMENT_BYTES:
-            raise CheckpointError(
-                f"tensor {name}: got dtype {dtype}, expected one of {', '.join(_ELEMENT_BYTES)}",
-                param=name,
-            )
-        if name in self._shapes:
+    def _add_tensor(self, name: str, tensor: Stored) -> None:
+        if name in self._stored:
             raise CheckpointError(f"tensor {name}: stored in two files, expected once", param=name)
-        size = _ELEMENT_BYTES[dtype]
-        for extent in shape:
-            size *= extent
-        self._shapes[name], self._bytes[name] = shape, size
+        self._stored[name] = tensor
+
+    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights, quantised or not, and of what else there is."""
+        parts = {part for weight in self._quantised.values() for part in weight.parts}
+        shapes = {weight.name: weight.shape for weight in self._quantised.values()}
+        for name, tensor in self._stored.items():
+            if name in parts:
+                continue
+            if name in shapes:
+                message = f"tensor {name}: stored packed too, expected once"
+                raise CheckpointError(message, param=name)
+            if tensor.dtype not in FLOATS and not self._quantisation.is_read_past(name):
+                message = f"got dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+                raise CheckpointError(f"tensor {name}: {message}", param=name)
+            shapes[name] = tensor.shape
+        return shapes

@@ -45,6 +45,8 @@ FILES: dict[str, mutations.Mutation] = {
     "tokenizer.json": mutations.of_json,
     "generation_config.json": mutations.of_json,
     "model.safetensors": mutations.of_safetensors,
+    "quantised/config.json": mutations.of_json,
+    "quantised/model.safetensors": mutations.of_safetensors,
     "model.gguf": mutations.of_gguf,
     "chat_template.jinja": mutations.of_template,
 }
@@ -83,10 +85,11 @@ class Files:
         if kind == "model.gguf":
             self._file = self._source = folder / kind
         else:
-            for seed in SEEDS.iterdir():
-                shutil.copy(seed, folder / seed.name)
+            for seed in (*SEEDS.iterdir(), *(SEEDS / kind).parent.iterdir()):
+                if seed.is_file():
+                    shutil.copy(seed, folder / seed.name)
             (folder / "model.gguf").unlink()
-            self._file, self._source = folder / kind, folder
+            self._file, self._source = folder / Path(kind).name, folder
 
     def run(self, index: int) -> None:
         """Read the file after one mutation."""

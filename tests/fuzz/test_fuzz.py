@@ -16,8 +16,9 @@ import pytest
 CHILD = Path(__file__).parent / "fuzz_child.py"
 ROOT = CHILD.parents[2]
 KINDS = (
-    "config.json", "tokenizer.json", "generation_config.json", "model.safetensors", "model.gguf",
-    "chat_template.jinja", "http",
+    "config.json", "tokenizer.json", "generation_config.json", "model.safetensors",
+    "quantised/config.json", "quantised/model.safetensors", "model.gguf", "chat_template.jinja",
+    "http",
 )  # fmt: skip
 COUNT = int(os.environ.get("FLOWPREFILL_FUZZ", "20"))
 # Starting a process takes seconds: a short run makes do with one.

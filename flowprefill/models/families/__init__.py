@@ -66,8 +66,8 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     """Read a parsed ``config.json``, as transformers 4 or 5 writes it.
 
     Raises:
-        CheckpointError: an architecture, activation, rope kind, quantisation or value that is
-            not supported; names the field, what it is and what is allowed.
+        CheckpointError: an architecture, activation, rope kind or value that is not supported;
+            names the field, what it is and what is allowed.
     """
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
@@ -78,9 +78,6 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         not isinstance(architectures, list) or family.architecture not in architectures
     ):
         raise bad_field("architectures", architectures, f"a list with {family.architecture!r}")
-    if values.get("quantization_config") is not None:
-        method = values["quantization_config"]
-        raise bad_field("quantization_config", method, "none: weights in bf16, f16 or f32")
     return family.read(HfConfig(values))
 
 

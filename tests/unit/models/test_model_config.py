@@ -110,7 +110,6 @@ def test_token_ids_accepts_one_many_or_none() -> None:
         ({"architectures": ["LlamaModel"]}, ["architectures", "LlamaModel", "LlamaForCausalLM"]),
         ({"architectures": 7}, ["architectures", "7", "LlamaForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits", "bf16"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, ["spiral", "yarn"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor", "None", "a number"]),
