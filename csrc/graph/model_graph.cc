@@ -187,6 +187,18 @@ int32_t sequences_of(const ModelGraph& g) {
   return i;
 }
 
+// Behind the layers rows of the prompt go on in tiles of the head; scores and pools keep some of
+// it.
+void check_behind_layers(const ModelGraph& g) {
+  for (int32_t i = g.layer_begin.back(); i < g.sequence_begin; ++i) {
+    const Operator& op = g.op(i);
+    const bool is_kept = op.kind == OperatorKind::kScore || op.kind == OperatorKind::kPool;
+    require(is_kept || g.output_of(op).extent == Extent::kHeadTile,
+            "operator " + std::string(op.name) + ": rows are sequences", 0,
+            "1 behind the layers, or tiles of the head");
+  }
+}
+
 uint64_t results_of(const ModelGraph& g) {
   uint64_t written = 0;
   uint64_t read = 0;
@@ -214,6 +226,7 @@ ModelGraph checked(ModelGraph g) {
   g.layer_begin = layers_of(g);
   g.sequence_begin = sequences_of(g);
   check_extents(g, {0, g.sequence_begin}, false);
+  check_behind_layers(g);
   check_extents(g, g.after_layers(), true);
   if (g.head() != nullptr)
     require(g.output_of(*g.head()).columns == g.vocab_size, "operator of the logits: columns",
