@@ -97,8 +97,8 @@ class Overloaded(FlowPrefillError):
     """Too much is waiting, or the request would be late; ``retry_after_s`` says when to come back.
 
     Attributes:
-        retry_after_s: predicted time until all that waits has its first token, seconds; inf: the
-            request would be late whenever it came.
+        retry_after_s: predicted seconds until one like it would be admitted, if no other came; inf:
+            the request would be late whenever it came.
     """
 
     status = 429

@@ -18,6 +18,7 @@ import random
 import re
 import socket
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,6 @@ class Answer:
     ttft_s: float = math.nan
     predicted_s: float = math.nan
     retry_s: float = math.nan
-
-    @property
-    def first_token_s(self) -> float:
-        """When its first token was made; NaN without."""
-        return self.sent_s + self.ttft_s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,18 +200,15 @@ def resident_mib(pid: int) -> float:
 def retry_ratios(answers: Sequence[Answer]) -> list[float]:
     """Return Retry-After over the truth, for each refusal that says when to come back.
 
-    The truth is how long it took until every request that had been admitted before had its first
-    token; refusals while nothing waited are left out.
+    The truth is how long it took until the next request was admitted: all are alike. The refusals
+    after the last one that was are left out.
     """
+    admitted = sorted(one.sent_s for one in answers if one.status == 200)
     ratios = []
-    admitted = [one for one in answers if one.status == 200]
     for refused in answers:
-        if math.isnan(refused.retry_s):
-            continue
-        before = [one.first_token_s for one in admitted if one.sent_s < refused.sent_s]
-        truth_s = max(before, default=0.0) - refused.sent_s
-        if truth_s > 0:
-            ratios.append(refused.retry_s / truth_s)
+        place = bisect_right(admitted, refused.sent_s)
+        if not math.isnan(refused.retry_s) and place < len(admitted):
+            ratios.append(refused.retry_s / (admitted[place] - refused.sent_s))
     return ratios
 
 

@@ -64,7 +64,7 @@ class Gate:
             own = self._tenants.of(tenant, self._stretch())
             refusal = tenant_overload_of(own, limits, tenant, tokens)
         if refusal is None and request is not None:
-            refusal = self._lateness(request, queued, now)
+            refusal = self._lateness(request, now)
         if refusal is not None:
             raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
 
@@ -102,17 +102,25 @@ class Gate:
         is_shared = load.decoding or load.waiting_jobs or len(self._memory)
         return self._share.stretch if is_shared else 1.0
 
-    def _lateness(self, request: LiveRequest, queued: Queued, now: float) -> Refusal | None:
-        """Return why a request whose class rejects it is refused; demote it if that is the way."""
+    def _lateness(self, request: LiveRequest, now: float) -> Refusal | None:
+        """Return why a request whose class rejects it is refused; or note what it is promised."""
         mode = request.service.admission
         if mode == "off" or request.slo.ttft is None:
             return None
         cached = self._pool.cached_tokens(request.ids) if request.finds_prefix else 0
         job = replace(
-            request.job(), prompt_tokens=request.num_prompt - cached, context_tokens=cached
+            request.job(),
+            prompt_tokens=request.num_prompt - cached,
+            context_tokens=cached,
+            is_promised=True,
         )
-        outlook = self._scheduler.outlook(job, now, self._stretch())
-        lateness = lateness_of(job, outlook, queued, now)
+        stretch, load = self._stretch(), self._scheduler.load()
+        will_decode = load.backlog_s > 0 and request.request.sampling.max_tokens not in (0, 1)
+        if load.decoding or will_decode:  # the share that decode steps aim at, seen or not
+            stretch = max(stretch, 1.0 / (1.0 - self._scheduler.settings.idle_share))
+        outlook = self._scheduler.outlook(job, now, stretch, self._memory.seconds)
+        lateness = lateness_of(job, outlook, now)
+        request.is_promised = lateness is None
         if lateness is None or mode == "reject":
             return lateness
         if request.slo.on_miss == "demote":  # who wants to be dropped is, once all hope is gone

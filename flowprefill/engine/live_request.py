@@ -59,6 +59,7 @@ class LiveRequest:
         service: what its class promises and allows.
         predicted_s: predicted time of its prefill, nothing cached.
         is_demoted: admitted as best effort, since it was predicted late.
+        is_promised: admitted since it was predicted on time, so not given up for others.
         ended_with: how a request without tokens ends, once it has its answer.
         embedding: its answer, if that is one.
         is_queued: waits for its first token and counts as such in its tenant's share.
@@ -76,6 +77,7 @@ class LiveRequest:
     service: ServiceClass = PLAIN_CLASS
     predicted_s: float = 0.0
     is_demoted: bool = False
+    is_promised: bool = False
     is_queued: bool = False
     token_side: TokenSide | None = None
     computed: int = 0
@@ -146,6 +148,7 @@ class LiveRequest:
             service_class=BACKGROUND if self.service.is_background else self.slo.service_class,
             tenant=self.request.tenant,
             output=self.output,
+            is_promised=self.is_promised and first_token,
         )
 
     def _next_token_due_s(self) -> float:

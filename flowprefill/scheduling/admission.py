@@ -75,8 +75,8 @@ class Refusal:
     Attributes:
         reason: which bound; `deadline` is none but a first token that would come late.
         message: for the user, with the numbers.
-        retry_after_s: predicted time until all that waits now has its first token; inf: it is no
-            use to come back, as the job would be late on an idle device too.
+        retry_after_s: predicted time until one like it would be admitted, if no other comes; inf:
+            it is no use to come back, as the job would be late on an idle device too.
     """
 
     reason: RefusalReason
@@ -94,10 +94,11 @@ def overload_of(queued: Queued, limits: AdmissionLimits, prompt_tokens: int = 0)
     wait_s = queued.backlog_s
     if queued.jobs >= limits.max_waiting:
         text = f"{queued.jobs} requests are waiting, at most {limits.max_waiting} may"
-        return Refusal("waiting", text, wait_s)
+        over = queued.jobs + 1 - limits.max_waiting
+        return Refusal("waiting", text, wait_s * over / queued.jobs)
     if wait_s > limits.max_backlog_s:
         text = f"{wait_s:.1f} s of work are waiting, at most {limits.max_backlog_s:.1f} s may"
-        return Refusal("backlog", text, wait_s)
+        return Refusal("backlog", text, wait_s - limits.max_backlog_s)
     # A job that finds the queue empty is let in, however long: it would never get in otherwise.
     tokens = queued.tokens + prompt_tokens
     if limits.max_waiting_tokens and queued.jobs and tokens > limits.max_waiting_tokens:
@@ -105,7 +106,8 @@ def overload_of(queued: Queued, limits: AdmissionLimits, prompt_tokens: int = 0)
             f"{queued.tokens} prompt tokens are waiting; with {prompt_tokens} more they would be "
             f"over {limits.max_waiting_tokens}"
         )
-        return Refusal("tokens", text, wait_s)
+        over = min(tokens - limits.max_waiting_tokens, queued.tokens)
+        return Refusal("tokens", text, wait_s * over / queued.tokens)
     return None
 
 
@@ -119,26 +121,30 @@ def tenant_overload_of(
     return Refusal("tenant", f"of tenant {tenant!r} {refusal.message}", refusal.retry_after_s)
 
 
-def lateness_of(job: Job, outlook: Outlook, queued: Queued, now: float) -> Refusal | None:
+def lateness_of(job: Job, outlook: Outlook, now: float) -> Refusal | None:
     """Return why admitting the job would break a promise, or None if all admitted stay on time.
 
     A promise is a deadline that an admitted job meets by prediction. The job itself must meet its
     own, and must make none that is on time late.
     """
-    due_in_s = job.ttft_deadline_s - now
+    due_in_s = job.ttft_deadline_s - outlook.margin_s - now
     if outlook.ttft_s <= due_in_s and not outlook.made_late:
         return None
     if outlook.alone_s > due_in_s:
         text = (
-            f"the first token is due in {due_in_s:.3f} s, and the prefill alone takes "
-            f"{outlook.alone_s:.3f} s"
+            f"the first token is due in {due_in_s + outlook.margin_s:.3f} s, and the prefill alone "
+            f"takes {outlook.alone_s:.3f} s"
         )
         return Refusal("deadline", text, math.inf)
     if outlook.ttft_s > due_in_s:
-        text = f"the first token is predicted in {outlook.ttft_s:.3f} s, due in {due_in_s:.3f} s"
+        text = (
+            f"the first token is predicted in {outlook.ttft_s:.3f} s, due in "
+            f"{due_in_s + outlook.margin_s:.3f} s, of which {outlook.margin_s:.3f} s are kept free"
+        )
     else:
         text = f"{outlook.made_late} admitted requests would miss their deadline because of it"
-    return Refusal("deadline", text, queued.backlog_s)
+    over_s = outlook.ttft_s - due_in_s  # it comes down by a second every second
+    return Refusal("deadline", text, max(over_s, outlook.clear_s))
 
 
 class PrefillShare:

@@ -33,6 +33,7 @@ class Job:
         service_class: name of its class, for shares and reports; empty: none.
         tenant: whom it belongs to, for fairness; empty: no tenant is named.
         output: what its prefill gives; a prefill packs jobs of one output.
+        is_promised: it was admitted because its deadline can be met: not given up for others.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Job:
     service_class: str = ""
     tenant: str = ""
     output: RunOutput = "logits"
+    is_promised: bool = False
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0 or self.context_tokens < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -23,12 +24,78 @@ class Outlook:
     Attributes:
         ttft_s: time to its first token, decode steps in between included.
         alone_s: the same on a device that has nothing else to do.
-        made_late: admitted jobs that meet their deadline without it and miss it with it.
+        made_late: admitted jobs that meet their deadline without it and miss it with it; and those
+            promised to be on time that miss even the deadline that was made anew for them.
+        clear_s: in how many seconds one like it would make none late, if no other comes.
+        margin_s: by how much sooner than its deadline a first token is to be predicted.
     """
 
     ttft_s: float
     alone_s: float
     made_late: int
+    clear_s: float = 0.0
+    margin_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What an outlook has to know of what the scheduler does not decide.
+
+    Attributes:
+        stretch: how many times longer works take because of decode steps in between.
+        margin_s: by how much sooner than a promised deadline its first token is to be predicted,
+            were predictions exact.
+        spread: how much longer than predicted one in ten works takes, as a share of its time.
+        most_spread_s: most that is kept free for that.
+        elsewhere_s: predicted time of prefills that wait elsewhere; they count as ahead.
+    """
+
+    stretch: float = 1.0
+    margin_s: float = 0.0
+    spread: float = 0.0
+    most_spread_s: float = math.inf
+    elsewhere_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Harm:
+    """What the newcomer would do to those behind it."""
+
+    now: float
+    more_s: float
+    around: Surroundings
+    squares: float  # sum of the squares of the times that are ahead
+    made_late: int = 0
+    last_end_s: float = 0.0  # from now on, without the newcomer; of the last made late
+    last_deadline_s: float = 0.0
+
+    def margin_s(self) -> float:
+        """Return what to keep free before a deadline, for works whose errors are independent."""
+        spread_s = self.around.spread * math.sqrt(self.squares)
+        return self.around.margin_s + min(spread_s, self.around.most_spread_s)
+
+    def weigh(self, other: Work, end_s: float) -> None:
+        """Count its jobs that are late because of the newcomer; end_s: without it, unstretched."""
+        without = self.now + end_s * self.around.stretch
+        with_it = without + self.more_s * self.around.stretch
+        self.squares += other.remaining_s**2
+        if other.is_promised:
+            made_late = len(other.jobs) if with_it + self.margin_s() > other.deadline_s else 0
+        else:
+            made_late = sum(without <= job.ttft_deadline_s < with_it for job in other.jobs)
+        if made_late:
+            self.made_late += made_late
+            self.last_end_s = end_s * self.around.stretch
+            self.last_deadline_s = other.deadline_s
+
+    def clear_s(self, deadline_s: float) -> float:
+        """Return when one like it, with the deadline later by so much, comes behind the last."""
+        if not self.made_late:
+            return 0.0
+        objective_s = deadline_s - self.now
+        passes_s = self.last_deadline_s - deadline_s
+        fits_s = self.last_end_s + self.more_s * self.around.stretch + self.margin_s() - objective_s
+        return min(max(passes_s, fits_s, 0.0), self.last_end_s)
 
 
 def outlook_of(
@@ -38,7 +105,7 @@ def outlook_of(
     total_s: float,
     policy: Policy,
     now: float,
-    stretch: float,
+    around: Surroundings,
 ) -> Outlook:
     """Lay all works out in the policy's order, with the new one and without; changes nothing.
 
@@ -47,7 +114,6 @@ def outlook_of(
         current: what runs, accounted for up to now.
         waiting: the others, most urgent first. Beyond SCAN of them the rest counts as ahead.
         total_s: predicted time of all that wait.
-        stretch: how many times longer works take because of decode steps in between.
 
     Cost: O(k log k) for k = min(SCAN, works waiting).
     """
@@ -65,20 +131,21 @@ def outlook_of(
     if place == SCAN:
         ahead_s = total_s
     end_s = ahead_s if is_preempting else ahead_s + left_s
-    ttft_s, made_late = (end_s + work.remaining_s) * stretch, 0
+    ttft_s = (end_s + around.elsewhere_s + work.remaining_s) * around.stretch
+    ahead = [other.remaining_s for other in others[:place]]
+    if current is not None and not is_preempting:
+        ahead.append(left_s)
+    harm = _Harm(now, work.remaining_s, around, sum(seconds**2 for seconds in ahead))
+    margin_s = harm.margin_s()
+    harm.squares += work.remaining_s**2
     if current is not None and is_preempting:
         end_s += left_s
-        made_late += _made_late(current, now, end_s, work.remaining_s, stretch)
+        harm.weigh(current, end_s)
     for other in others[place:]:
         end_s += other.remaining_s
-        made_late += _made_late(other, now, end_s, work.remaining_s, stretch)
-    return Outlook(ttft_s, work.remaining_s, made_late)
-
-
-def _made_late(other: Work, now: float, end_s: float, more_s: float, stretch: float) -> int:
-    """Return how many of its jobs are late only because of more_s after end_s."""
-    without, with_it = now + end_s * stretch, now + (end_s + more_s) * stretch
-    return sum(without <= job.ttft_deadline_s < with_it for job in other.jobs)
+        harm.weigh(other, end_s)
+    clear_s = harm.clear_s(work.deadline_s)
+    return Outlook(ttft_s, work.remaining_s, harm.made_late, clear_s, margin_s)
 
 
 def work_s(

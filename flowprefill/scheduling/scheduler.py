@@ -23,7 +23,7 @@ from flowprefill.scheduling.interface import (
     Load,
     SchedulerSettings,
 )
-from flowprefill.scheduling.outlook import Outlook, outlook_of
+from flowprefill.scheduling.outlook import Outlook, Surroundings, outlook_of
 from flowprefill.scheduling.policies import make_policy
 from flowprefill.scheduling.ready_queue import ReadyQueue
 from flowprefill.scheduling.work import Verdict, Work
@@ -38,6 +38,9 @@ LOOKAHEAD = 16  # waiting entries a policy weighs when it picks or preempts
 BATCH_SCAN = 64  # waiting entries it looks through when it packs
 TTFT_SCAN = 256  # waiting entries a predicted TTFT counts one by one
 MIN_WAKE_S = 1e-3
+# What an outlook keeps free before a deadline: preemptions, each at the end of a segment.
+MARGIN_SEGMENTS, MOST_MARGIN = 2, 0.1  # at most this share of the objective
+MOST_SPREAD = 0.25  # and for errors of prediction at most this share
 
 
 class Scheduler:
@@ -138,17 +141,34 @@ class Scheduler:
             ahead_s += max(current.remaining_s - max(now - current.since_s, 0.0), 0.0)
         return ahead_s + work.remaining_s
 
-    def outlook(self, job: Job, now: float, stretch: float) -> Outlook:
+    def outlook(self, job: Job, now: float, stretch: float, elsewhere_s: float = 0.0) -> Outlook:
         """Return what would become of a job that arrived now, and of the others; decides nothing.
 
         Args:
             stretch: how many times longer works take because of decode steps in between.
+            elsewhere_s: predicted time of prefills that the scheduler does not know of yet.
         """
         if self._current is not None:
             self._current.account_run(now)  # as its next event would, for the policy to look at
         work, queue = self._new_work(job, -1), self._queue
+        objective_s = max(job.ttft_deadline_s - job.arrival_s, 0.0)
+        margin_s = min(MARGIN_SEGMENTS * self.settings.max_blocking_s, MOST_MARGIN * objective_s)
+        late_quantile = self.cost_model.error_quantile("prefill", 0.9)
+        around = Surroundings(
+            stretch,
+            margin_s,
+            spread=late_quantile - 1.0 if late_quantile > 1.0 else 0.0,  # NaN: nothing was seen
+            most_spread_s=MOST_SPREAD * objective_s,
+            elsewhere_s=elsewhere_s,
+        )
         return outlook_of(
-            work, self._current, queue.in_order(), queue.total_s, self.policy, now, stretch
+            work,
+            self._current,
+            queue.in_order(),
+            queue.total_s,
+            self.policy,
+            now,
+            around,
         )
 
     # -- events ------------------------------------------------------------------------------
@@ -323,6 +343,7 @@ class Scheduler:
         since = [member.late_since_s for member in members if member.late_since_s is not None]
         merged.late_since_s = min(since, default=None)
         merged.is_protected = any(member.is_protected for member in members)
+        merged.renewals = max(member.renewals for member in members)
         for member in members:
             member.has_ended = True
         self._prefills.update((job.id, merged) for job in jobs)

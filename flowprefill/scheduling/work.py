@@ -57,9 +57,12 @@ class Work:
         predicted_s: predicted time of the whole, undisturbed.
         id: unique for the life of the scheduler, from 1 on; 0 before it was dispatched.
         arrival_s, deadline_s, priority: the smallest among the jobs; inf is best effort. A decode
-            step's deadline is that of its first token due.
+            step's deadline is that of its first token due; that of a promise that could not be
+            kept is moved (slack_edf).
         weight: the jobs' weights added up.
         is_background: whether all its jobs are of the class `background`.
+        is_promised: whether one of its jobs was promised to be on time.
+        renewals: how many times its promise could not be kept, and a later one was made.
         remaining_s: predicted time that is left.
         fair_arrival_s: from when it counts among those of other tenants: its arrival, or later if
             its tenant has more work than one device does (slack_edf).
@@ -92,6 +95,7 @@ class Work:
     priority: int = field(init=False)
     weight: float = field(init=False)
     is_background: bool = field(init=False)
+    is_promised: bool = field(init=False)
     remaining_s: float = field(init=False)
     executed_s: float = 0.0
     stretch_s: float = 0.0
@@ -103,6 +107,7 @@ class Work:
     late_since_s: float | None = None
     is_in_line: bool = False
     is_protected: bool = False
+    renewals: int = 0
     has_ended: bool = False
     rank: Rank = UNRANKED
     version: int = -1
@@ -115,6 +120,19 @@ class Work:
         self.priority = min(job.priority for job in self.jobs)
         self.weight = sum(job.weight for job in self.jobs)
         self.is_background = all(job.service_class == BACKGROUND for job in self.jobs)
+        self.is_promised = any(job.is_promised for job in self.jobs)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether others are given up first: its class's share protects it, or it was promised."""
+        return self.is_protected or self.is_promised
+
+    @property
+    def standing(self) -> float:
+        """Where not all can be on time those with the smallest are given up first."""
+        if self.is_protected:
+            return math.inf
+        return 1.0 + self.renewals if self.is_promised else 0.0
 
     @property
     def is_decode(self) -> bool:

@@ -47,7 +47,7 @@ class Forecast:
         """Return each one's deadline less the time that arrivals due before it are to take.
 
         Args:
-            works: in order of their deadlines. Protected ones keep theirs.
+            works: in order of their deadlines. Protected and promised ones keep theirs.
 
         Cost: O(works + rounded Ds).
         """
@@ -62,7 +62,7 @@ class Forecast:
                 total += share
                 moment += share * due_s
                 due_s, share = next(shares, NEVER)
-            taken_s = 0.0 if work.is_protected else total * ahead_s - moment
+            taken_s = 0.0 if work.is_kept else total * ahead_s - moment
             limits.append(work.deadline_s - taken_s)
         return limits
 

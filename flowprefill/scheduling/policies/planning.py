@@ -16,7 +16,8 @@ def plan(works: Sequence[Work], start_s: float, now: float, forecast: Forecast) 
     """Return those to be kept on time, one after another from `start_s` on; never none of some.
 
     First with the time set aside that arrivals are expected to take before each deadline (protected
-    ones have theirs set aside already); if that leaves none, without.
+    ones have theirs set aside already; admission sees to it for promised ones); if that leaves
+    none, without.
 
     Args:
         works: in order of their deadlines.
@@ -31,9 +32,9 @@ def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> 
     """Return those that all end by their limits if they run one after another from `start_s` on.
 
     Where one ends late, the one with the most time left per weight among those so far is given up,
-    of equal ones that of the tenant with the longest backlog, protected ones last. With equal
-    weights, limits that never decrease and none protected no other choice keeps more (Moore and
-    Hodgson, 1968); with unequal weights this is a heuristic, as the exact problem is NP-hard.
+    of equal ones that of the tenant with the longest backlog; promised and protected ones last.
+    With equal weights, limits that never decrease and none of those, no other choice keeps more
+    (Moore and Hodgson, 1968); with unequal weights it is a heuristic: the exact problem is NP-hard.
 
     Cost: O(n) when all can be kept, else O(n log n).
     """
@@ -47,15 +48,15 @@ def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> 
 
 def _most(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> list[Work]:
     at = start_s
-    # (, -time per weight, -backlog of its tenant, serial, time)
-    heaviest: list[tuple[bool, float, float, int, float]] = []
+    # (standing, -time per weight, -backlog of its tenant, serial, time)
+    heaviest: list[tuple[float, float, float, int, float]] = []
     given_up: set[int] = set()
     for work, limit in zip(works, limits, strict=True):
         seconds = work.remaining_s
         at += seconds
         per_weight = seconds / work.weight
         ahead_s = work.fair_arrival_s - work.arrival_s
-        entry = (work.is_protected, -per_weight, -ahead_s, work.serial, seconds)
+        entry = (work.standing, -per_weight, -ahead_s, work.serial, seconds)
         heapq.heappush(heaviest, entry)
         while at > limit and heaviest:
             _, _, _, serial, freed_s = heapq.heappop(heaviest)

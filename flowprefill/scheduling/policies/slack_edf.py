@@ -24,6 +24,7 @@ OVERTAKING = 16.0  # the rest go by arrival + this many times their own time
 SLACK_TO_SPEND = 0.25  # waiting for a running work may cost this share of the slack, not all
 MUCH_SHORTER = 0.5  # without deadlines at stake, preempt for at most this share of what is left
 PACKING_GAIN = 0.2  # share of its own time that packing must save
+RENEWAL = 1.25  # a promise that cannot be kept is made anew for so many times its objective
 MIN_LOOK_S = 1e-3  # how soon a verdict that rests on a prediction is looked at again
 
 
@@ -41,6 +42,10 @@ class SlackEdf(BasePolicy):
     than one without a deadline, so that asking for the impossible gains nothing. Where a tenant
     sends more than one device can serve, its prefills count from when a device of its own would
     come to them (`TenantClock`), and of equally long ones the plan gives up its first.
+
+    A promised one (`Job.is_promised`) that turns late stays among those on time, with a deadline
+    that is half as far again from its arrival, and again if need be: others pass it for a while,
+    those admitted later not for ever.
 
     Preemption of a prefill that
       - is on time: if the plan gives it up, or if it would take more than a quarter of the slack of
@@ -73,6 +78,7 @@ class SlackEdf(BasePolicy):
             self._note_arrival(work, now)
         if work.is_background:
             return Rank((BEHIND, work.fair_arrival_s + OVERTAKING * work.nominal_s))
+        self._renew(work, now)
         latest = work.latest_start_s(self.settings.max_blocking_s)
         if now < latest < math.inf:
             return Rank((ON_TIME, work.deadline_s), latest)
@@ -149,7 +155,20 @@ class SlackEdf(BasePolicy):
             return verdict._replace(again_at=min(verdict.again_at, again_at))
         return verdict
 
+    def _renew(self, work: Work, now: float) -> None:
+        """Move the deadline of a promised work that cannot meet it to where it can."""
+        if not work.is_promised or work.serial < 0 or not work.deadline_s < math.inf:
+            return
+        least_s = now + work.remaining_s + self.settings.max_blocking_s
+        objective_s = max(work.deadline_s - work.arrival_s, MIN_LOOK_S)
+        while work.deadline_s <= least_s:
+            objective_s *= RENEWAL
+            work.renewals += 1
+            work.deadline_s = work.arrival_s + objective_s
+
     def _weigh(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
+        if current.is_promised and now + current.remaining_s > current.deadline_s:
+            self._renew(current, now)
         on_time = self._on_time(waiting, now)
         can_meet = now + current.remaining_s <= current.deadline_s < math.inf
         if current.is_background or not can_meet:

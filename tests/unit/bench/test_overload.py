@@ -17,20 +17,20 @@ def refused(sent_s: float, retry_s: float) -> Answer:
     return Answer(sent_s, 429, 0.01, retry_s=retry_s)
 
 
-def test_truth_is_the_last_first_token_of_those_admitted_before() -> None:
-    answers = [
-        admitted(0.0, 2.0), admitted(1.0, 4.0), refused(2.0, 6.0), admitted(3.0, 50.0),
-        refused(4.0, 24.5),
-    ]  # fmt: skip
+def test_truth_is_when_the_next_one_was_admitted() -> None:
+    answers = [admitted(0.0, 2.0), refused(2.0, 2.0), admitted(3.0, 50.0), refused(4.0, 1.0),
+               refused(4.5, math.nan), admitted(6.0, 1.0)]  # fmt: skip
     assert retry_ratios(answers) == pytest.approx([2.0, 0.5])
 
 
-def test_refusals_without_a_time_or_with_nothing_waiting_do_not_count() -> None:
-    assert retry_ratios([refused(1.0, 1.0), admitted(0.0, 0.5), refused(2.0, math.nan)]) == []
+def test_refusals_without_a_time_or_after_the_last_admitted_do_not_count() -> None:
+    assert retry_ratios([refused(0.0, math.nan), admitted(0.5, 0.5), refused(1.0, 1.0)]) == []
 
 
 def test_row_counts_each_request_once() -> None:
-    row = row_of("x", [admitted(0.0, 1.0), refused(0.5, 0.25), Answer(1.0)], 7.0)
-    assert (row["requests"], row["admitted"], row["refused"], row["failed"]) == (3, 1, 1, 1)
+    row = row_of(
+        "x", [admitted(0.0, 1.0), refused(0.5, 0.25), Answer(1.0), admitted(0.75, 1.0)], 7.0
+    )
+    assert (row["requests"], row["admitted"], row["refused"], row["failed"]) == (4, 2, 1, 1)
     assert row["ttft_over_predicted_p50"] == 2.0
     assert row["retry_within_2"] == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -50,11 +51,14 @@ class SteadyWorker(VirtualWorker):
         super().__init__(Profile.load("llama-3.1-8b@h100"), Granularity("budget", budget_s=2e-3))
         self.shape = ModelShape(1e6, 1.0, 1e-9, 1e-9, 1e-9)
         self.rates: MachineRates = MachineRates(1e9, 1e12, 1e12, 1e-9)
+        self.slowdown = 1.0
 
     def make_run(self, batch: Batch) -> WorkerRun:
         rows = sum(len(sequence.tokens) for sequence in batch.sequences)
         bounds = [(row + 1) / rows for row in range(rows)]
-        return WorkerRun(batch.run_id, rows * 1e-3, lambda: bounds, len(batch.sequences))
+        return WorkerRun(
+            batch.run_id, rows * 1e-3 * self.slowdown, lambda: bounds, len(batch.sequences)
+        )
 
 
 class GateWorld:
@@ -80,6 +84,21 @@ class GateWorld:
         tenant: str = "",
         first: int | None = None,
     ) -> LiveRequest:
+        live = self.request(tokens, slo, service, max_tokens=max_tokens, tenant=tenant, first=first)
+        self.core.submit(live)
+        self.live.append(live)
+        return live
+
+    def request(
+        self,
+        tokens: int,
+        slo: SLO | None = None,
+        service: ServiceClass = REJECT,
+        *,
+        max_tokens: int = 1,
+        tenant: str = "",
+        first: int | None = None,
+    ) -> LiveRequest:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         ids = [next(self._numbers) if first is None else first, *[1] * (tokens - 1)]
         request = Request(ids, params, tenant=tenant)
@@ -96,9 +115,15 @@ class GateWorld:
             num_prompt=tokens,
             service=service,
         )
-        self.core.submit(live)
-        self.live.append(live)
         return live
+
+    def would_admit(self, live: LiveRequest) -> float:
+        """Return 0 if it would be admitted now, else how long to wait by the refusal."""
+        try:
+            self.core._gate.check(self.worker.now, "", live)
+        except Overloaded as error:
+            return error.retry_after_s
+        return 0.0
 
     def play(self, until_s: float = math.inf) -> None:
         """Step until the time has come or every request has ended."""
@@ -115,9 +140,9 @@ class GateWorld:
 def test_who_would_be_late_is_refused_with_the_predicted_wait() -> None:
     world = GateWorld()
     world.submit(500, SLO(ttft=0.6))
-    with pytest.raises(Overloaded, match=r"predicted in 1\.500 s, due in 1\.400 s") as caught:
+    with pytest.raises(Overloaded, match=r"predicted in 1\.500 s, due in 1\.400 s, of") as caught:
         world.submit(1000, SLO(ttft=1.4))
-    assert caught.value.retry_after_s == pytest.approx(0.5, rel=0.01)
+    assert caught.value.retry_after_s == pytest.approx(0.1, abs=0.01)
     world.submit(800, SLO(ttft=1.4))
     world.play()
     assert all(one.handle.result(0).timings.slo_met for one in world.live)
@@ -175,7 +200,7 @@ def test_backlog_counts_all_that_waits_and_empties_as_predicted() -> None:
         world.submit(1000)
     with pytest.raises(Overloaded, match=r"s of work are waiting, at most 4\.9 s") as caught:
         world.submit(1000)
-    assert caught.value.retry_after_s == pytest.approx(5.0, rel=0.01)
+    assert caught.value.retry_after_s == pytest.approx(0.1, rel=0.1)
     with pytest.raises(Overloaded):
         world.core.check_load("")
     world.play()
@@ -197,9 +222,7 @@ def test_tenant_over_its_share_is_refused_and_others_are_not() -> None:
 
 @pytest.mark.parametrize("output_tokens", [1, 4])
 @pytest.mark.parametrize("has_classes", [True, False])
-def test_ten_times_the_load_leaves_promises_kept_and_refusals_honest(
-    has_classes: bool, output_tokens: int
-) -> None:
+def test_ten_times_the_load_leaves_promises_kept(has_classes: bool, output_tokens: int) -> None:
     """Poisson arrivals at ten times what the device can do; all equal, or half with objectives."""
 
     def lengths(rng: random.Random) -> int:
@@ -207,7 +230,7 @@ def test_ten_times_the_load_leaves_promises_kept_and_refusals_honest(
 
     rng = random.Random(7)
     world = GateWorld(AdmissionLimits(max_backlog_s=5.0))
-    refused: list[tuple[float, float, int]] = []  # when, Retry-After, requests admitted by then
+    refused = 0
     now = world.worker.now
     end_s = now + 40.0
     while (now := now + rng.expovariate(40.0)) < end_s:
@@ -217,23 +240,101 @@ def test_ten_times_the_load_leaves_promises_kept_and_refusals_honest(
             slo = SLO(ttft=rng.choice((1.0, 4.0, 12.0)))
         try:
             world.submit(lengths(rng), slo, max_tokens=output_tokens)
-        except Overloaded as error:
-            if error.retry_after_s < math.inf:
-                refused.append((now, error.retry_after_s, len(world.live)))
+        except Overloaded:
+            refused += 1
     world.play()
-    assert len(refused) > 1000
+    assert refused > 1000
     for one in world.live:
         assert one.handle.predicted_ttft is not None
         limit_s = 1.5 * one.handle.predicted_ttft
         if has_classes:  # who comes later with an earlier deadline passes, up to the objective
             limit_s = max(limit_s, one.slo.ttft or math.inf)
         assert world.ttft_s(one) <= limit_s
-    assert_retries_are_honest(world, refused)
 
 
-def assert_retries_are_honest(world: GateWorld, refused: list[tuple[float, float, int]]) -> None:
-    """Nine of ten within a factor of 2 of when so many first tokens were made as were awaited."""
-    firsts = sorted(one.token_times_s[0] for one in world.live)
-    ratios = sorted(retry_s / (firsts[count - 1] - at) for at, retry_s, count in refused)
-    assert ratios[len(ratios) // 20] >= 0.5
-    assert ratios[-len(ratios) // 20] <= 2.0
+class Overload:
+    """Random worlds with several times the load that the device can do, all of it with objectives.
+
+    Objectives of one, or of three lengths; prompts alike, or short and long; one token, or some.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.objectives = rng.choice([(2.0,), (0.5,), (1.0, 2.0, 4.0)])
+        self.lengths = rng.choice([(100, 101), (40, 200)])
+        self.output_tokens = rng.choice([1, 4, 32])
+        self.times = rng.choice([2.0, 10.0])
+        self.world = GateWorld(policy="slack_edf")
+
+    def kind(self) -> tuple[int, SLO]:
+        return self.rng.randrange(*self.lengths), SLO(ttft=self.rng.choice(self.objectives))
+
+    def play(self, seconds: float) -> None:
+        """Let so much time pass, with arrivals."""
+        world, rate = self.world, self.times * 1000 / sum(self.lengths) * 2
+        now = world.worker.now
+        end_s = now + seconds
+        while (now := now + self.rng.expovariate(rate)) < end_s:
+            world.play(now)
+            tokens, slo = self.kind()
+            with contextlib.suppress(Overloaded):
+                world.submit(tokens, slo, max_tokens=self.output_tokens)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_admitted_requests_meet_their_objectives_however_many_come(seed: int) -> None:
+    overload = Overload(seed)
+    overload.play(10.0)
+    world = overload.world
+    world.play()
+    assert len(world.live) > 40
+    met = 0
+    for one in world.live:
+        ttft_s, predicted_s = world.ttft_s(one), one.handle.predicted_ttft
+        assert predicted_s is not None
+        assert one.slo.ttft is not None
+        met += ttft_s <= one.slo.ttft
+        if len(overload.objectives) == 1:  # else sooner deadlines pass, up to the objective
+            assert ttft_s <= 1.5 * predicted_s + 0.1
+        assert ttft_s <= 1.5 * one.slo.ttft
+    assert met >= 0.99 * len(world.live)
+
+
+def test_device_slower_than_predicted_makes_no_admitted_request_wait_for_later_ones() -> None:
+    """Twice as slow for a while: whoever has become late is not passed by all who come after."""
+    overload = Overload(0)
+    overload.objectives, overload.lengths, overload.times = (2.0,), (100, 101), 10.0
+    overload.play(6.0)
+    overload.world.worker.slowdown = 2.0
+    overload.play(4.0)
+    overload.world.worker.slowdown = 1.0
+    overload.play(6.0)
+    overload.world.play()
+    ttfts = [overload.world.ttft_s(one) for one in overload.world.live]
+    assert max(ttfts) > 2.5
+    assert max(ttfts) < 2 * 2.0 * 1.25, "twice as slow, and once put off"
+
+
+def test_retry_after_is_when_one_like_it_is_admitted() -> None:
+    """Kinds of requests are asked about, then nothing comes any more, and they are asked again."""
+    ratios = []
+    for seed in range(12):
+        overload = Overload(seed)
+        overload.play(4.0)
+        world, tokens_out = overload.world, overload.output_tokens
+        since_s = world.worker.now
+        waiting: dict[tuple[int, float], float] = {}
+        for _ in range(8):
+            tokens, slo = overload.kind()
+            wait_s = world.would_admit(world.request(tokens, slo, max_tokens=tokens_out))
+            if 0.02 < wait_s < math.inf:
+                waiting[tokens, slo.ttft or 0.0] = wait_s
+        while waiting:
+            world.play(world.worker.now + 5e-3)
+            for tokens, ttft_s in tuple(waiting):
+                probe = world.request(tokens, SLO(ttft=ttft_s), max_tokens=tokens_out)
+                if not world.would_admit(probe):
+                    predicted_s = waiting.pop((tokens, ttft_s))
+                    ratios.append(predicted_s / (world.worker.now - since_s))
+    assert len(ratios) > 30
+    assert sum(0.5 <= ratio <= 2.0 for ratio in ratios) >= 0.9 * len(ratios), sorted(ratios)

@@ -28,19 +28,21 @@ def test_nothing_waiting_is_never_overload() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "reason", "message"),
+    ("limits", "reason", "message", "retry_s"),
     [
-        (AdmissionLimits(max_waiting=5), "waiting", "5 requests are waiting, at most 5"),
-        (AdmissionLimits(max_waiting_tokens=599), "tokens", "over 599"),
-        (AdmissionLimits(max_backlog_s=9.0), "backlog", "10.0 s of work"),
+        (AdmissionLimits(max_waiting=5), "waiting", "5 requests are waiting, at most 5", 2.0),
+        (AdmissionLimits(max_waiting=3), "waiting", "5 requests are waiting, at most 3", 6.0),
+        (AdmissionLimits(max_waiting_tokens=550), "tokens", "over 550", 1.0),
+        (AdmissionLimits(max_waiting_tokens=50), "tokens", "over 50", 10.0),
+        (AdmissionLimits(max_backlog_s=9.0), "backlog", "10.0 s of work", 1.0),
     ],
 )
-def test_overload_names_the_bound_and_says_when_the_queue_is_empty(
-    limits: AdmissionLimits, reason: str, message: str
+def test_overload_names_the_bound_and_says_when_there_is_room(
+    limits: AdmissionLimits, reason: str, message: str, retry_s: float
 ) -> None:
     refusal = overload_of(BUSY, limits, 100)
     assert refusal is not None
-    assert (refusal.reason, refusal.retry_after_s) == (reason, 10.0)
+    assert (refusal.reason, refusal.retry_after_s) == (reason, pytest.approx(retry_s))
     assert message in refusal.message
 
 
@@ -56,15 +58,16 @@ def test_tenant_may_use_its_share_of_each_bound() -> None:
 
 def test_late_job_is_told_its_wait_or_that_it_is_no_use() -> None:
     job = Job("a", 10.0, 100, 0, 10.5)
-    assert lateness_of(job, Outlook(0.5, 0.1, 0), BUSY, 10.0) is None
-    late = lateness_of(job, Outlook(0.6, 0.1, 0), BUSY, 10.0)
+    assert lateness_of(job, Outlook(0.5, 0.1, 0), 10.0) is None
+    late = lateness_of(job, Outlook(0.6, 0.1, 0), 10.0)
     assert late is not None
     assert "predicted in 0.600 s, due in 0.500 s" in late.message
-    assert late.retry_after_s == 10.0
-    harm = lateness_of(job, Outlook(0.2, 0.1, 2), BUSY, 10.0)
+    assert late.retry_after_s == pytest.approx(0.1)
+    harm = lateness_of(job, Outlook(0.2, 0.1, 2, 0.7), 10.0)
     assert harm is not None
     assert "2 admitted requests" in harm.message
-    hopeless = lateness_of(job, Outlook(9.0, 0.7, 0), BUSY, 10.0)
+    assert harm.retry_after_s == 0.7
+    hopeless = lateness_of(job, Outlook(9.0, 0.7, 0), 10.0)
     assert hopeless is not None
     assert hopeless.retry_after_s == math.inf
 
