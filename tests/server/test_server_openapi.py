@@ -153,7 +153,8 @@ def needed(path: str, name: str) -> dict[str, Any]:
     if name == "continue_final_message":
         return {"input" if path == "/v1/responses" else "messages": ASSISTANT}
     if name in ("min_tokens", "max_tokens"):
-        return {"max_completion_tokens": None, "max_output_tokens": None}
+        shown = {"echo": True} if path == "/v1/completions" else {}  # then it may be 0
+        return {"max_completion_tokens": None, "max_output_tokens": None, **shown}
     return {"logprobs": True} if name == "top_logprobs" else {}
 
 

@@ -69,12 +69,14 @@ def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -
     prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     echo = body.boolean("echo")
+    max_tokens = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 0, MAX_INT)
     # A prompt that is shown or scored is an answer without any token generated.
-    fewest = 0 if echo or body.raw("prompt_logprobs") is not None else 1
+    if max_tokens == 0 and not echo and body.raw("prompt_logprobs") is None:
+        body.refuse("max_tokens", 0, "at least 1 without echo or prompt_logprobs")
     spec = generation_spec(
         body,
         context,
-        max_tokens=body.integer("max_tokens", DEFAULT_MAX_TOKENS, fewest, MAX_INT),
+        max_tokens=max_tokens,
         logprobs=logprobs,
         echo_logprobs=logprobs if echo else None,
     )

@@ -165,7 +165,8 @@ MEANINGS: Mapping[str, str] = {
     "prompt": "Text, texts, token ids (used as they are), or several lists of them.",
     "messages": "The chat. `developer` is the same as `system`; other keys of a message are for "
     "the chat template.",
-    "max_tokens": "Most tokens to generate. Without it chats go on up to the model's length.",
+    "max_tokens": "Most tokens to generate. Without it chats go on up to the model's length. "
+    "0 in completions with `echo` or `prompt_logprobs` only.",
     "max_completion_tokens": "The newer name of `max_tokens`; both may be given if they agree.",
     "min_tokens": "No stop condition counts before so many tokens.",
     "temperature": "0 is greedy. Where it is not given, the model's own default holds, else this.",
