@@ -22,6 +22,7 @@ import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
+from flowprefill.engine.closed_schema import close_objects
 from flowprefill.engine.grammar_process import GrammarProcess
 from flowprefill.engine.grammar_worker import LIMITS, error_of
 from flowprefill.errors import InvalidRequest, RequestFailed
@@ -246,9 +247,10 @@ def llguidance_grammar(wanted: StructuredOutput) -> str:
     if kind == "json_object":
         kind, text = "json_schema", '{"type":"object"}'
     if kind == "json_schema":
-        _check_schema(text)
+        schema = _read_schema(text)
+        close_objects(schema)
         return llguidance.LLMatcher.grammar_from_json_schema(
-            text, defaults={"whitespace_pattern": WHITESPACE}
+            json.dumps(schema, ensure_ascii=False), defaults={"whitespace_pattern": WHITESPACE}
         )
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(text)
@@ -269,7 +271,7 @@ def _shortened(message: str) -> str:
     return message if len(message) <= MAX_MESSAGE_CHARS else message[:MAX_MESSAGE_CHARS] + "..."
 
 
-def _check_schema(text: str) -> None:
+def _read_schema(text: str) -> Any:
     try:
         schema = json.loads(text)
     except RecursionError:
@@ -278,3 +280,4 @@ def _check_schema(text: str) -> None:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(schema, (dict, bool)):
         raise ValueError("expected a JSON schema: an object, true or false")
+    return schema

@@ -22,7 +22,7 @@ TOP_LEVEL = {
 NESTED = ("json", "regex", "choice", "grammar", "json_object")
 NESTED_OFF: dict[str, tuple[Any, ...]] = {
     "disable_any_whitespace": (False,), "disable_fallback": (False,),
-    "disable_additional_properties": (False,), "whitespace_pattern": (False,),
+    "disable_additional_properties": (False, True), "whitespace_pattern": (False,),
     "structural_tag": (False,),
 }  # fmt: skip
 

@@ -5,12 +5,14 @@ Also writes what a model that must call a tool may generate, as a grammar. Calle
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowprefill.engine.closed_schema import close_objects
 from flowprefill.errors import InvalidRequest
 from flowprefill.models.chat_template import content_text
 from flowprefill.request import StructuredOutput
@@ -146,7 +148,9 @@ def call_grammar(
     """
     rules = []
     for index, name in enumerate(tools.allowed):
-        schema = {"x-guidance": {"whitespace_pattern": "[ \\n]{1,8}"}, **tools.parameters(name)}
+        parameters = copy.deepcopy(tools.parameters(name))
+        close_objects(parameters)
+        schema = {"x-guidance": {"whitespace_pattern": "[ \\n]{1,8}"}, **parameters}
         head = f'{{"name": {json.dumps(name)}, "{form.argument_key}": '
         rules.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}')}")
         rules.append(f"arguments_{index}: %json {json.dumps(schema)}")

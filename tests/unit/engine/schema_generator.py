@@ -78,8 +78,9 @@ def _object(rng: random.Random, depth: int) -> dict[str, Any]:
         "type": "object",
         "properties": {name: _schema(rng, depth) for name in names},
         "required": [name for name in names if rng.random() < 0.6],
-        "additionalProperties": False,
     }
+    if rng.random() < 0.7:
+        made["additionalProperties"] = False
     return made
 
 
