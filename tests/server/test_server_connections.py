@@ -103,6 +103,36 @@ def test_client_that_never_reads_is_dropped_and_its_request_cancelled(
         connection.close()
 
 
+def test_client_that_never_reads_is_found_out_after_some_hundred_tokens(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    """Not once megabytes have filled the kernel's buffers: a shorter stream never does."""
+    server = start_server(engine, write_timeout_s=0.3)
+    engine.script = Script(text=LONG_TEXT[:500], gates={499: threading.Event()})
+    with never_reading(server):
+        assert engine.wait_ended(1)[0].finish_reason == "cancelled"
+
+
+def test_long_reply_to_a_slow_client_goes_on_while_it_reads(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    """The whole takes longer than the deadline."""
+    server = start_server(engine, write_timeout_s=1.5)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(WAIT_S)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(GET_HEALTH.replace(b"/health", b"/openapi.json"))
+        start = time.monotonic()
+        head, _, seen = connection.recv(2048).partition(b"\r\n\r\n")
+        length = int(head.partition(b"Content-Length: ")[2].split()[0])
+        while len(seen) < length and (part := connection.recv(2048)):
+            seen += part
+            time.sleep(0.05)
+    assert json.loads(seen)["openapi"]
+    assert time.monotonic() - start > 2.0
+
+
 def test_whole_reply_that_is_never_read_is_dropped_too(
     start_server: StartServer, engine: FakeEngine
 ) -> None:
