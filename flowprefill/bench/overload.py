@@ -244,19 +244,21 @@ def useless_connections(url: str, idle: int, never_reading: int) -> Iterator[Non
     host, _, port = url.removeprefix("http://").partition(":")
     address = (host, int(port))
     body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 1000, "ignore_eos": True})
-    asking = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-    )
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}"
+    asking = f"{head}\r\n\r\n{body}"
     with contextlib.ExitStack() as held:
 
-        def hold(sent: bytes) -> None:
+        def hold(sent: bytes) -> socket.socket:
             connection = held.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(address)
             connection.sendall(sent)
+            return connection
 
         for number in range(idle):
             hold(b"" if number % 2 else HALF_OPEN)
-        for _ in range(never_reading):
-            hold(asking.encode())
+        for number in range(never_reading):
+            connection = hold(asking.encode())
+            if not number and not (got := connection.recv(15)).startswith(b"HTTP/1.1 200"):
+                raise RuntimeError(f"a stream was answered {got!r}, expected HTTP/1.1 200")
         yield

@@ -34,7 +34,7 @@ def close_objects(schema: Any) -> None:
 
     Args:
         schema: as parsed from JSON, no part of it twice in the tree. Where it is no schema, nothing
-            is done: whoever compiles it says what is wrong.
+            is done: the compiler says what is wrong.
     """
     parts: dict[int, dict[str, Any]] = {}
     open_parts: set[int] = set()

@@ -301,7 +301,7 @@ def test_admitted_requests_meet_their_objectives_however_many_come(seed: int) ->
 
 
 def test_device_slower_than_predicted_makes_no_admitted_request_wait_for_later_ones() -> None:
-    """Twice as slow for a while: whoever has become late is not passed by all who come after."""
+    """Twice as slow for a while: who has become late is not passed by all that come after."""
     overload = Overload(0)
     overload.objectives, overload.lengths, overload.times = (2.0,), (100, 101), 10.0
     overload.play(6.0)
