@@ -1,5 +1,6 @@
 """Python view of the native module (csrc/bindings). Times are seconds on the monotonic clock."""
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Literal, TypeAlias, TypedDict
 
@@ -203,9 +204,15 @@ class Model:
     """A model's packed weights and its KV cache."""
 
     def __init__(
-        self, graph: ModelGraph, dtype: str, threads: int, quantization: str = ...
+        self,
+        graph: ModelGraph,
+        dtype: str,
+        threads: int,
+        quantization: str = ...,
+        formats: Mapping[str, str] = ...,  # tensors that come by load_blocks: GGUF's type
     ) -> None: ...
     def load(self, name: str, values: FloatArray) -> None: ...
+    def load_blocks(self, name: str, rows: npt.NDArray[np.uint8]) -> None: ...
     def finish(self) -> None: ...
     def allocate_cache(self, block_tokens: int, blocks: int) -> None: ...
     def bytes_per_block(self, block_tokens: int) -> int: ...
@@ -254,6 +261,9 @@ def logits(run: Run) -> FloatArray: ...
 def scores(run: Run) -> Int32Array: ...  # [rows, 43], as csrc/graph/prompt_score.h has them
 def embeddings(run: Run) -> FloatArray: ...  # [sequences, hidden]
 def live_workspace_bytes() -> int: ...
+
+block_formats: tuple[str, ...]  # GGUF's types that stay in their blocks
+
 def has_bf16_gemm() -> bool: ...  # natively, with the instruction set in use
 def has_int8_gemm() -> bool: ...  # the same of bytes
 def isa() -> str:

@@ -21,7 +21,7 @@ GIB = 1 << 30  # bytes
 POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first", "priority")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
 COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("auto", "none", "int8", "gguf")
 DEVICES = "auto, cpu, cuda or cuda:N"
 ADMISSION_MODES = ("off", "demote", "reject")
 CLASS_KEYS = ("ttft_ms", "tpot_ms", "on_miss", "weight", "share", "background", "admission")
@@ -110,9 +110,10 @@ class EngineConfig:
         "auto", "auto, bf16 or f32; auto is bf16 on GPUs and where the CPU computes it fast"
     )
     quantization: str = _setting(
-        "none",
-        "none or int8: weights of products and what is multiplied with them in 8 bits, on the CPU "
-        "only; all else stays in dtype",
+        "auto",
+        "auto, none, int8 or gguf: in which form the CPU keeps weights of products. int8: in 8 "
+        "bits, and what is multiplied with them; gguf: a GGUF file's as they are quantised; none: "
+        "in dtype; auto: gguf for a model that would take more than 1 GiB otherwise, else none",
     )
     device: str = _setting("auto", f"{DEVICES}; auto is the first usable GPU, else the CPU")
     threads: int = _setting(

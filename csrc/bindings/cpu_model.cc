@@ -1,5 +1,6 @@
 // Binds the CPU's models, their KV cache and the making of runs, for both element types behind one
 // Python class.
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_set>
@@ -9,6 +10,7 @@
 #include "bindings/graph_arguments.h"
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
+#include "devices/cpu/block_matrix.h"
 #include "devices/cpu/ceilings.h"
 #include "devices/cpu/cpu_backend.h"
 #include "devices/cpu/cpu_program.h"
@@ -52,16 +54,34 @@ CpuNumbers numbers_of(const std::string& dtype, const std::string& quantization)
   return {.element = element_of(dtype), .quantization = quantization_of(quantization)};
 }
 
+BlockFormats formats_from(const std::map<std::string, std::string>& names) {
+  BlockFormats formats;
+  for (const auto& [source, name] : names)
+    formats[source] = block_format_of(name);
+  return formats;
+}
+
 class Model {
  public:
+  // formats: GGUF's type of each tensor that comes by load_blocks().
   Model(const py::object& graph, const std::string& dtype, int threads,
-        const std::string& quantization)
-      : backend_(make_cpu_backend(graph_from(graph), numbers_of(dtype, quantization), threads)) {}
+        const std::string& quantization, const std::map<std::string, std::string>& formats)
+      : backend_(make_cpu_backend(graph_from(graph), numbers_of(dtype, quantization), threads,
+                                  formats_from(formats))) {}
 
   void load(const std::string& name, const py::object& object) {
     const TensorView tensor = tensor_from(name, object);
     py::gil_scoped_release release;
     backend_->load(name, tensor.values, tensor.rows, tensor.columns);
+  }
+
+  void load_blocks(const std::string& name, const Array<uint8_t>& rows) {
+    if (rows.ndim() != 2) {
+      throw std::invalid_argument("tensor " + name + ": got " + std::to_string(rows.ndim()) +
+                                  " dimensions, expected 2: rows and their bytes");
+    }
+    py::gil_scoped_release release;
+    backend_->load_blocks(name, rows.data(), rows.shape(0), rows.shape(1));
   }
 
   void zero_blocks(const std::vector<int32_t>& blocks) {
@@ -134,9 +154,12 @@ py::array_t<float> embeddings(const py::object& object) {
 
 void bind_cpu_model(py::module_& m) {
   py::class_<Model>(m, "Model", py::module_local())
-      .def(py::init<const py::object&, const std::string&, int, const std::string&>(),
-           py::arg("graph"), py::arg("dtype"), py::arg("threads"), py::arg("quantization") = "none")
+      .def(py::init<const py::object&, const std::string&, int, const std::string&,
+                    const std::map<std::string, std::string>&>(),
+           py::arg("graph"), py::arg("dtype"), py::arg("threads"), py::arg("quantization") = "none",
+           py::arg("formats") = std::map<std::string, std::string>())
       .def("load", &Model::load, py::arg("name"), py::arg("values"))
+      .def("load_blocks", &Model::load_blocks, py::arg("name"), py::arg("rows"))
       .def("finish", [](Model& model) { model.get().finish(); })
       .def(
           "allocate_cache",
@@ -166,6 +189,12 @@ void bind_cpu_model(py::module_& m) {
   m.def("scores", &scores, py::arg("run"));
   m.def("embeddings", &embeddings, py::arg("run"));
   m.def("live_workspace_bytes", &live_workspace_bytes);
+  m.attr("block_formats") = [] {
+    py::list names;
+    for (const BlockLayout& layout : kBlockLayouts)
+      names.append(layout.name);
+    return py::tuple(names);
+  }();
   m.def("has_bf16_gemm", &has_bf16_gemm);
   m.def("has_int8_gemm", &has_int8_gemm);
   m.def("isa", [] { return std::string(name_of(isa())); });

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 
 #include "graph/batch.h"
@@ -63,6 +64,13 @@ class Backend {
   // shape. Thread: one at a time.
   virtual void load(const std::string& source, const float* values, int64_t rows,
                     int64_t columns) = 0;
+
+  // The same for a tensor that was announced, when the backend was made, to come in its file's
+  // quantised blocks: [rows, row_bytes]. Throws std::logic_error where there are none.
+  virtual void load_blocks(const std::string& source, const uint8_t* /*bytes*/, int64_t /*rows*/,
+                           int64_t /*row_bytes*/) {
+    throw std::logic_error("tensor " + source + ": this device takes no quantised blocks");
+  }
 
   // Throws std::invalid_argument naming a tensor that has not come.
   virtual void finish() = 0;

@@ -56,8 +56,10 @@ double Cost::operator_s(const Operator& op, int32_t begin, int32_t end) const {
 double Cost::linear_s(const Operator& op, int32_t rows) const {
   const Weight& w = graph_.weights.weight(op.weight);
   const double elements = static_cast<double>(w.rows()) * static_cast<double>(w.columns);
+  const double bytes = w.stored_bytes > 0 ? static_cast<double>(w.stored_bytes)
+                                          : elements * rules_.weight_element_bytes;
   return std::max(2.0 * elements * rows / rates_.gemm_flops_per_s,
-                  elements * rules_.weight_element_bytes / rates_.weight_bytes_per_s);
+                  bytes / rates_.weight_bytes_per_s);
 }
 
 double Cost::attention_s(const Operator& op, int32_t begin, int32_t end) const {

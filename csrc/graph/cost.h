@@ -21,9 +21,9 @@ struct MachineRates {
 
 // How a device spends time that the rates do not tell.
 struct CostRules {
-  int32_t weight_element_bytes = 2;
-  double embed_row_s = 1.5e-6;    // embedding and rotary table of one row
-  double kept_element_s = 5e-10;  // scoring and pooling: each element that they read
+  int32_t weight_element_bytes = 2;  // of weights that do not tell their stored_bytes
+  double embed_row_s = 1.5e-6;       // embedding and rotary table of one row
+  double kept_element_s = 5e-10;     // scoring and pooling: each element that they read
 };
 
 // A range of operators over a range of rows. The planner makes steps, a device executes them.

@@ -82,16 +82,22 @@ void WeightTable::check_shape(const std::string& source, int64_t rows, int64_t c
   }
 }
 
-void WeightTable::deal(const std::string& source, const float* values, int64_t rows,
-                       int64_t columns, const Sink& sink) const {
+void WeightTable::each_use(const std::string& source, int64_t rows, int64_t columns,
+                           const UseSink& sink) const {
   const auto found = uses_.find(source);
   if (found == uses_.end())
     invalid("tensor " + source + ": the model has no tensor of this name");
   check_shape(source, rows, columns);
-  for (const Use& use : found->second) {
-    const WeightPart& part = weight(use.weight).parts[static_cast<size_t>(use.part)];
-    sink(use.weight, use.part, values + part.first_row * columns);
-  }
+  for (const Use& use : found->second)
+    sink(use.weight, use.part);
+}
+
+void WeightTable::deal(const std::string& source, const float* values, int64_t rows,
+                       int64_t columns, const Sink& sink) const {
+  each_use(source, rows, columns, [&](int32_t index, int32_t part) {
+    const int64_t first_row = weight(index).parts[static_cast<size_t>(part)].first_row;
+    sink(index, part, values + first_row * columns);
+  });
 }
 
 void WeightTable::require_all(const std::set<std::string>& arrived) const {

@@ -2,6 +2,7 @@
 // of a ModelGraph; a device's weights are filled through it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -36,6 +37,7 @@ struct Weight {
   PartOrder order = PartOrder::kStacked;
   float offset = 0;  // added to every value: some families store a norm's weight less one
   std::vector<WeightPart> parts;
+  int64_t stored_bytes = 0;  // what a product reads; 0: the device's elements
 
   int64_t rows() const;
 };
@@ -56,8 +58,19 @@ class WeightTable {
   // Index of the weight; throws std::invalid_argument for an unknown name.
   int32_t index(const std::string& name) const;
 
+  // Tells what the device keeps of a weight, for the prediction of its products.
+  void set_stored_bytes(int32_t index, size_t bytes) {
+    weights_[static_cast<size_t>(index)].stored_bytes = static_cast<int64_t>(bytes);
+  }
+
   // The names of all tensors, in the order in which weights want them.
   const std::vector<std::string>& sources() const { return sources_; }
+
+  // Tells which weights take rows of a tensor [rows, columns]: the weight's index, the part's
+  // index. Throws as deal().
+  using UseSink = std::function<void(int32_t weight, int32_t part)>;
+  void each_use(const std::string& source, int64_t rows, int64_t columns,
+                const UseSink& sink) const;
 
   // Hands a tensor, float [rows, columns] row-major, to the weights it belongs to. Throws
   // std::invalid_argument for an unknown name or a wrong shape.

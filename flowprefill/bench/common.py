@@ -22,7 +22,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add the flags that every bench has."""
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
-    parser.add_argument("--quantization", default="none", choices=QUANTIZATIONS)
+    parser.add_argument("--quantization", default="auto", choices=QUANTIZATIONS)
     parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
     parser.add_argument(
         "--background", action="store_true", help="compute threads under SCHED_IDLE"

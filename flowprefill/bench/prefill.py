@@ -29,8 +29,6 @@ from flowprefill.bench.common import (
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median
 from flowprefill.engine import Engine
-from flowprefill.engine.loading import model_shape
-from flowprefill.models.families import build_graph
 from flowprefill.scheduling.cost_model import ModelShape, attention_pairs
 
 LENGTHS = (128, 512, 2048, 7500)
@@ -80,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
         report.settings["engine"] = engine.describe()
         engines = _engines(engine, args)
         rates, seconds = measure(engine, engines, lengths, rounds, args.seed)
-        shape = model_shape(
-            build_graph(engine.model_config), engine.dtype, engine.config.quantization
-        )
+        shape = engine.model_shape
         report.extra["gemm_flops_per_s"] = max(rates)
     report.rows = rows_of(seconds, shape, max(rates))
     print_table(f"Prefill, {engine.dtype}, {engine.threads} threads", report.rows, COLUMNS)

@@ -27,6 +27,7 @@ from flowprefill.scheduling.cost_model import MachineRates
 
 TEXT = Path(__file__).with_name("quality.txt")
 NUMBERS = ("f32", "bf16", "f32+int8", "bf16+int8")
+OF_GGUF = ("f32+gguf", "bf16+gguf")  # of files that have such weights
 BLOCK_TOKENS = 16
 COLUMNS = {
     "numbers": "numbers",
@@ -45,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=96, help="of a passage, default 96")
     parser.add_argument("--passages", type=int, default=16, help="at most, default 16")
     parser.add_argument(
-        "--numbers", nargs="+", default=NUMBERS, choices=NUMBERS, help="default: all; first: f32"
+        "--numbers",
+        nargs="+",
+        default=NUMBERS,
+        choices=NUMBERS + OF_GGUF,
+        help="default: all but gguf; first: f32",
     )
     parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
     parser.add_argument("--json", type=json_path, metavar="FILE", help="write the report there")
@@ -122,7 +127,7 @@ def score(
     settings = EngineConfig(dtype=dtype, quantization=quantization or "none", threads=threads)
     device = CpuDevice(settings, "bench")
     model = device.make_model(checkpoint)
-    fill_model(model, checkpoint)
+    fill_model(model, checkpoint, in_blocks=device.block_formats(checkpoint))
     count, length = passages.shape
     blocks = -(-length // BLOCK_TOKENS)
     model.allocate_cache(BLOCK_TOKENS, count * blocks)

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="smollm2-135m", help="of that engine, and of cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
-    parser.add_argument("--quantization", default="none", choices=QUANTIZATIONS)
+    parser.add_argument("--quantization", default="auto", choices=QUANTIZATIONS)
     parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
     parser.add_argument(
         "--background", action="store_true", help="compute threads under SCHED_IDLE"

@@ -60,9 +60,9 @@ QUICK_DECODE_STEPS = 3
 
 
 class ElementBytes(NamedTuple):
-    """Bytes of one weight of a product, and of one element of the cache."""
+    """Bytes of one weight of a product, on average, and of one element of the cache."""
 
-    weight: int
+    weight: float
     cache: int
 
 
@@ -119,7 +119,9 @@ def _measure_decode(
             reads.append(_core.measure_ceilings(engine.threads)["reads"][-1][1])
             runs += _decode_steps(engine, rng, sequences, steps)
         of_cache = 2 if engine.dtype == "bf16" else 4
-        of_weights = 1 if engine.config.quantization == "int8" else of_cache
+        shape = engine.model_shape
+        elements = (shape.linear_flops_per_token + shape.head_flops_per_sequence) / 2
+        of_weights = (shape.weight_bytes + shape.head_bytes) / elements
         context = DECODE_CONTEXT + steps // 2
         element_bytes = ElementBytes(of_weights, of_cache)
         rows += decode_rows_of(graph, sequences, context, element_bytes, runs, max(reads))

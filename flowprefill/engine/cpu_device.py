@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_GIB = 1.0  # of the KV cache, where the settings name none
+# Where the settings leave it open, matrices that take more than this in dtype stay in GGUF's
+# blocks: small ones multiply faster once they are expanded, large ones take too much memory.
+MOST_EXPANDED_GIB = 1.0
 
 
 class CpuDevice:
@@ -57,10 +60,34 @@ class CpuDevice:
 
     def make_model(self, checkpoint: Checkpoint) -> _core.Model:
         """Make an empty model; any number of tokens fits."""
+        formats = self.block_formats(checkpoint)
+        numbers = "int8" if self.quantization == "int8" else "none"
         try:
-            return _core.Model(checkpoint.graph, self.dtype, self.threads, self.quantization)
+            return _core.Model(checkpoint.graph, self.dtype, self.threads, numbers, formats=formats)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
+
+    def block_formats(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """Return the quantised tensors that have kernels here, if they are to stay so.
+
+        Raises:
+            ConfigError: the settings want it, and the model has none.
+        """
+        if self.quantization not in ("auto", "gguf"):
+            return {}
+        formats = checkpoint.block_formats(_core.block_formats)
+        if self.quantization == "gguf":
+            if not formats:
+                raise ConfigError(
+                    f"quantization: got 'gguf', but {checkpoint.name} has no weights in quantised "
+                    f"types of GGUF that stay so ({', '.join(_core.block_formats)}), expected "
+                    "'auto', 'none' or 'int8'",
+                    param="quantization",
+                )
+            return formats
+        element_bytes = 2 if self.dtype == "bf16" else 4
+        elements = sum(count for _, count in checkpoint.graph.products())
+        return formats if elements * element_bytes > MOST_EXPANDED_GIB * GIB else {}
 
     def cache_bytes(self, model: _core.Model) -> int:
         """Return a fixed size, or half of what a control group leaves if that is less.

@@ -56,10 +56,10 @@ class CudaDevice:
                 "only; device 'cpu' computes f32",
                 param="dtype",
             )
-        if config.quantization != "none":
+        if config.quantization not in ("auto", "none"):
             raise ConfigError(
-                f"quantization: got {config.quantization!r}, expected 'none' on {self.name}: only "
-                "device 'cpu' quantises",
+                f"quantization: got {config.quantization!r}, expected 'auto' or 'none' on "
+                f"{self.name}: only device 'cpu' multiplies quantised weights",
                 param="quantization",
             )
         self.reason = reason
@@ -69,6 +69,11 @@ class CudaDevice:
         self.native: Any = module
         self._index = index
         self._info: dict[str, Any] = self.native.device_info(index)
+
+    def block_formats(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """Return none: kernels of GPUs read bf16."""
+        del checkpoint
+        return {}
 
     def make_model(self, checkpoint: Checkpoint) -> _cuda.Model:
         """Take the memory of the weights; the lanes will hold the longest prompt there can be."""

@@ -79,7 +79,7 @@ class Device(Protocol):
         name: ``cpu`` or ``cuda:N``.
         reason: why this one, in words.
         dtype: what it computes in: ``bf16`` or ``f32``.
-        quantization: how weights of products are kept: as dtype says (``none``) or ``int8``.
+        quantization: how weights of products are kept, as the settings have it; GPUs: ``none``.
         max_model_len: longest prompt plus output taken unless the settings ask for more; 0: the
             model's own.
         chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
@@ -110,6 +110,9 @@ class Device(Protocol):
         Raises:
             ConfigError: the device cannot run this model, or its memory is too small.
         """
+
+    def block_formats(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """Return the tensors that stay in their quantised blocks: canonical name -> type."""
 
     def cache_bytes(self, model: Any) -> int:
         """Return the memory for the KV cache of a loaded model, where the settings name none."""

@@ -68,7 +68,7 @@ def find_gpu(index: int | None) -> DeviceChoice:
     return DeviceChoice("cpu", "; ".join(dict.fromkeys(reasons)))
 
 
-def choose_device(setting: str, dtype: str = "auto", quantization: str = "none") -> DeviceChoice:
+def choose_device(setting: str, dtype: str = "auto", quantization: str = "auto") -> DeviceChoice:
     """Decide where to run.
 
     Args:
@@ -82,7 +82,7 @@ def choose_device(setting: str, dtype: str = "auto", quantization: str = "none")
         return DeviceChoice("cpu", "the setting device is 'cpu'")
     if setting == "auto" and dtype == "f32":
         return DeviceChoice("cpu", "dtype is 'f32', which GPUs do not compute here")
-    if setting == "auto" and quantization != "none":
+    if setting == "auto" and quantization not in ("auto", "none"):
         return DeviceChoice(
             "cpu", f"quantization is {quantization!r}, which GPUs do not compute here"
         )
@@ -126,5 +126,5 @@ def open_model(
         model = device.make_model(checkpoint)
     if config.device == "auto":
         log.info("device %s: %s", device.name, device.reason)
-    fill_model(model, checkpoint, progress)
+    fill_model(model, checkpoint, progress, device.block_formats(checkpoint))
     return device, model

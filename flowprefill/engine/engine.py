@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from flowprefill.models.tokenizer import Tokenizer
+    from flowprefill.scheduling.cost_model import ModelShape
     from flowprefill.scheduling.policies import Policy
 
 log = logging.getLogger(__name__)
@@ -308,6 +309,11 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """Return device, element type and why, in words."""
         return {**self._worker.describe(), "policy": self.config.policy}
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """What the model asks of the machine, with its weights as they are kept."""
+        return self._worker.shape
 
     @property
     def rates(self) -> MachineRates:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from flowprefill.config import Granularity
 from flowprefill.errors import CheckpointError
-from flowprefill.models.checkpoint import Checkpoint, Progress
+from flowprefill.models.checkpoint import Checkpoint, Progress, block_bytes
 from flowprefill.models.graph import ModelGraph
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape
 
@@ -58,36 +59,67 @@ class Loadable(Protocol):
         """Check that all have come."""
 
 
-def fill_model(model: Loadable, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+class KeepsBlocks(Loadable, Protocol):
+    """One that can keep weights as they are quantised."""
+
+    def load_blocks(self, name: str, rows: npt.NDArray[np.uint8]) -> None:
+        """Take one that was announced to come in quantised blocks, [rows, bytes of a row]."""
+
+
+def fill_model(
+    model: Loadable,
+    checkpoint: Checkpoint,
+    progress: Progress | None = None,
+    in_blocks: Collection[str] = (),
+) -> None:
     """Read a checkpoint's weights into a native model, one tensor at a time.
 
     Args:
+        in_blocks: tensors that the model keeps as they are quantised; it is a KeepsBlocks then.
         progress: called with bytes done and bytes in all.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
     """
     try:
-        for name, tensor in checkpoint.weights(progress):
-            model.load(name, np.ascontiguousarray(tensor.float().numpy()))
+        for name, tensor in checkpoint.weights(progress, in_blocks):
+            if name in in_blocks:
+                cast("KeepsBlocks", model).load_blocks(name, tensor.numpy())
+            else:
+                model.load(name, np.ascontiguousarray(tensor.float().numpy()))
         model.finish()
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
 
-def model_shape(graph: ModelGraph, dtype: str, quantization: str = "none") -> ModelShape:
-    """Return the counts of work the cost model needs; a multiply-add is two operations."""
+def model_shape(
+    graph: ModelGraph,
+    dtype: str,
+    quantization: str = "none",
+    formats: Mapping[str, str] | None = None,
+) -> ModelShape:
+    """Return the counts of work the cost model needs; a multiply-add is two operations.
+
+    Args:
+        formats: tensors that stay in their quantised blocks, canonical name -> type.
+    """
     element_bytes = 2 if dtype == "bf16" else 4
     weight_element_bytes = 1 if quantization == "int8" else element_bytes
     elements = {True: 0, False: 0}  # of the layers, and outside of them
-    for operator, count in graph.products():
-        elements[operator.layer >= 0] += count
+    weight_bytes = {True: 0.0, False: 0.0}
+    for operator, weight in graph.product_weights():
+        in_layer = operator.layer >= 0
+        for part in weight.parts:
+            count = weight.columns * part.rows
+            kind = (formats or {}).get(part.source)
+            elements[in_layer] += count
+            weight_bytes[in_layer] += count * (block_bytes(kind) if kind else weight_element_bytes)
     return ModelShape(
         linear_flops_per_token=2.0 * elements[True],
-        weight_bytes=float(elements[True] * weight_element_bytes),
+        weight_bytes=weight_bytes[True],
         attention_flops_per_pair=4.0 * graph.num_heads * graph.head_dim * graph.num_layers,
         head_flops_per_sequence=2.0 * elements[False],
-        head_bytes=float(elements[False] * weight_element_bytes),
+        head_bytes=weight_bytes[False],
         cache_bytes_per_token=2.0
         * graph.num_kv_heads
         * graph.head_dim

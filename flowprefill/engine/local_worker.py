@@ -61,7 +61,12 @@ class LocalWorker:
             else Granularity.parse(config.granularity)
         )
         self.dtype, self.threads = self._device.dtype, self._device.threads
-        self.shape = model_shape(checkpoint.graph, self.dtype, self._device.quantization)
+        self.shape = model_shape(
+            checkpoint.graph,
+            self.dtype,
+            self._device.quantization,
+            self._device.block_formats(checkpoint),
+        )
         self.rates: MachineRates | None = None
         self._max_position = checkpoint.config.max_position
         self._vocab_size = checkpoint.config.vocab_size

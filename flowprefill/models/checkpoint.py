@@ -5,11 +5,12 @@ The engine calls open_checkpoint; the format readers (hf_folder, gguf_file) supp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import gguf
 import torch
 
 from flowprefill.errors import CheckpointError
@@ -55,8 +56,17 @@ class CheckpointReader(Protocol):
     def stored_bytes(self, stored: str) -> int:
         """Size on disk, bytes; what progress counts."""
 
+    def stored_type(self, stored: str) -> str:
+        """GGUF's name of a tensor's quantised type; empty where it is in none."""
+
     def load(self, canonical: str) -> torch.Tensor:
         """Read one weight, contiguous, on the CPU; may share memory with the mapped file."""
+
+    def load_blocks(self, canonical: str) -> torch.Tensor:
+        """Read one quantised weight as it is: uint8 [rows, bytes of a row], rows as in load."""
+
+    def release(self, canonical: str) -> None:
+        """Take notice that a weight was consumed: its pages need not stay in memory."""
 
 
 class Checkpoint:
@@ -110,12 +120,24 @@ class Checkpoint:
         """What the needed weights take on disk, bytes."""
         return sum(self._stored_bytes(name) for name in self._shapes)
 
-    def weights(self, progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def block_formats(self, types: Collection[str]) -> dict[str, str]:
+        """Return the matrices whose quantised type is one of these: canonical name -> type."""
+        found = {
+            name: self._reader.stored_type(self._reader.stored_name(name))
+            for name, shape in self._shapes.items()
+            if len(shape) == 2
+        }
+        return {name: kind for name, kind in found.items() if kind in types}
+
+    def weights(
+        self, progress: Progress | None = None, in_blocks: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Stream the weights in the order of the graph's sources, one held at a time.
 
         Args:
             progress: called after each weight was consumed with (bytes done, bytes total)
                 of the files.
+            in_blocks: names that come as they are stored: uint8 [rows, bytes of a row].
 
         Yields:
             Canonical name and tensor: matrices [out, in]; q and k rows in rotate-half order (pair
@@ -128,7 +150,9 @@ class Checkpoint:
         """
         total, done = self.total_bytes, 0
         for name in self._shapes:
-            yield name, self._reader.load(name)
+            load = self._reader.load_blocks if name in in_blocks else self._reader.load
+            yield name, load(name)
+            self._reader.release(name)
             done += self._stored_bytes(name)
             if progress is not None:
                 progress(done, total)
@@ -158,6 +182,12 @@ class Checkpoint:
                     f"{self.config.family} model with this configuration",
                     param=name,
                 )
+
+
+def block_bytes(kind: str) -> float:
+    """Bytes of one value in a quantised type of GGUF, its scales included."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return size / values
 
 
 def open_checkpoint(source: str | Path, max_context: int = 0) -> Checkpoint:

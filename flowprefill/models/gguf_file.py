@@ -30,7 +30,7 @@ _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep":
 class GgufFile:
     """One model; its file, or the files it is split into, stay memory-mapped while this lives.
 
-    Weights are dequantised one at a time.
+    Weights are dequantised one at a time, unless their blocks are asked for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,6 +68,19 @@ class GgufFile:
     def stored_bytes(self, stored: str) -> int:
         """Quantised size of a tensor."""
         return self._metadata.tensors[stored].size_bytes
+
+    def stored_type(self, stored: str) -> str:
+        """GGUF's name of a tensor's type."""
+        return self._metadata.tensors[stored].kind.name
+
+    def load_blocks(self, canonical: str) -> torch.Tensor:
+        """Read one weight's blocks, its rows in the order of the graph."""
+        raw = self._metadata.raw(self._metadata.tensors[gguf_name(canonical)])
+        return self._form.arrange(self.config, canonical, torch.from_numpy(raw))
+
+    def release(self, canonical: str) -> None:
+        """Let the kernel drop the pages of a weight from this process's memory."""
+        self._metadata.release(self._metadata.tensors[gguf_name(canonical)])
 
     def load(self, canonical: str) -> torch.Tensor:
         """Dequantise one weight to float32, its rows in the order of the graph."""

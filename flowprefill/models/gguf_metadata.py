@@ -64,7 +64,8 @@ class GgufMetadata:
         self.path = path
         try:
             with path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # Copied where written to, which nobody does: torch wants no read-only memory.
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be mapped ({error})", param="model") from None
         self._at = 0
@@ -85,10 +86,17 @@ class GgufMetadata:
         self._parts.append(part._bytes)
 
     def raw(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-        """Map one tensor's bytes: [rows, bytes per row], read-only."""
+        """Map one tensor's bytes: [rows, bytes per row]; not to be written to."""
         mapped = self._parts[tensor.part]
         flat = np.frombuffer(mapped, np.uint8, tensor.size_bytes, tensor.offset)
         return flat.reshape(*tensor.shape[:-1], -1)
+
+    def release(self, tensor: GgufTensor) -> None:
+        """Drop the pages of one tensor from this process's memory; the file's cache keeps them."""
+        begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.offset + tensor.size_bytes - begin
+        if size > 0:
+            self._parts[tensor.part].madvise(mmap.MADV_DONTNEED, begin, size)
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """Read a key of a certain type.

@@ -166,7 +166,12 @@ class ModelGraph:
 
     def products(self) -> Iterator[tuple[Operator, int]]:
         """Yield every product with the elements of its weight."""
-        elements = {w.name: w.columns * sum(p.rows for p in w.parts) for w in self.weights}
+        for operator, weight in self.product_weights():
+            yield operator, weight.columns * sum(part.rows for part in weight.parts)
+
+    def product_weights(self) -> Iterator[tuple[Operator, Weight]]:
+        """Yield every product with its weight."""
+        weights = {weight.name: weight for weight in self.weights}
         for operator in self.operators:
             if operator.kind == "linear":
-                yield operator, elements[operator.weight]
+                yield operator, weights[operator.weight]

@@ -85,6 +85,18 @@ class HfFolder:
         tensors = [self._stored[part] for part in parts]
         return sum(_ELEMENT_BYTES[one.dtype] * math.prod(one.shape) for one in tensors)
 
+    def stored_type(self, stored: str) -> str:
+        """Nothing: these files have plain numbers."""
+        del stored
+        return ""
+
+    def load_blocks(self, canonical: str) -> torch.Tensor:
+        """Never called: there are no blocks."""
+        raise CheckpointError(f"tensor {canonical}: not quantised", param=canonical)
+
+    def release(self, canonical: str) -> None:
+        """Do nothing: safetensors maps its files itself."""
+
     def load(self, canonical: str) -> torch.Tensor:
         """Read one weight in its stored dtype; may share memory with the mapped file.
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from flowprefill import _core
 from flowprefill.config import Granularity
-from flowprefill.engine.loading import model_shape
 from flowprefill.models.families import build_graph
 from flowprefill.scheduling.cost_model import attention_pairs
 from flowprefill.simulation.costs import WorkCosts
@@ -29,14 +28,18 @@ def profile_of(engine: Engine) -> Profile:
     """Return the profile of an engine's model on this machine's CPU, by its calibration."""
     graph = build_graph(engine.model_config)
     quantization = engine.config.quantization
-    numbers = engine.dtype if quantization == "none" else f"{engine.dtype}, {quantization}"
+    numbers = (
+        engine.dtype if quantization in ("auto", "none") else f"{engine.dtype}, {quantization}"
+    )
     return Profile(
         name=f"{engine.model_id}@cpu",
         source=f"calibration on this machine, {engine.threads} threads, {numbers}",
         graph=graph,
-        shape=model_shape(graph, engine.dtype, quantization),
+        shape=engine.model_shape,
         rates=engine.rates,
-        cuts=_core.cpu_cuts(engine.dtype, engine.threads, quantization),
+        cuts=_core.cpu_cuts(
+            engine.dtype, engine.threads, "int8" if quantization == "int8" else "none"
+        ),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 from devices import Device
 
+from flowprefill import _core
 from flowprefill.config import Granularity
 from flowprefill.engine.loading import fill_model, plan_options
 from flowprefill.models.checkpoint import open_checkpoint
@@ -190,6 +191,7 @@ class Runner:
     """A native model with its cache and an executor of its own.
 
     Args:
+        keeps_blocks: whether quantised weights stay so, on the CPU.
         options: of a CUDA model.
     """
 
@@ -199,20 +201,22 @@ class Runner:
         saved: Saved,
         block_tokens: int = 16,
         max_context: int = 0,
+        keeps_blocks: bool = False,
         **options: Any,
     ) -> None:
         self.device = device
         self.saved = saved
         self.native: Any = device.module
         checkpoint = open_checkpoint(saved.folder, max_context)
+        formats = checkpoint.block_formats(_core.block_formats) if keeps_blocks else {}
         if device.is_cuda:
             sizes = {"max_tokens": 640, "max_sequences": 16, "max_context": 320}
             self.model: Any = self.native.Model(checkpoint.graph, sizes | options)
         else:
             self.model = self.native.Model(
-                checkpoint.graph, device.dtype, device.threads, device.quantization
+                checkpoint.graph, device.dtype, device.threads, device.quantization, formats=formats
             )
-        fill_model(self.model, checkpoint)
+        fill_model(self.model, checkpoint, in_blocks=formats)
         self.block_tokens = block_tokens
         self.blocks = ROOM // block_tokens
         self.model.allocate_cache(block_tokens, self.blocks)

@@ -42,20 +42,30 @@ MakeLinear<T> make_linear(CpuQuantization quantization) {
 template <typename T>
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(ModelGraph graph, CpuNumbers numbers, int threads)
-      : graph_(std::make_shared<const ModelGraph>(std::move(graph))),
+  CpuBackend(ModelGraph graph, CpuNumbers numbers, int threads, BlockFormats formats)
+      : graph_(std::make_shared<ModelGraph>(std::move(graph))),
         threads_(threads),
         cuts_(cpu_cuts(threads, numbers)),
         weights_((check_operators(*graph_, refusal_of),
                   std::make_shared<CpuWeights<T>>(graph_, make_linear<T>(numbers.quantization),
-                                                  threads))),
-        pool_(std::make_shared<BufferPool>(kKeptWorkspaceBytes)) {}
+                                                  threads, std::move(formats)))),
+        pool_(std::make_shared<BufferPool>(kKeptWorkspaceBytes)) {
+    for (size_t i = 0; i < graph_->weights.weights().size(); ++i) {
+      const auto index = static_cast<int32_t>(i);
+      if (graph_->weights.weight(index).kind == WeightKind::kMatrix)
+        graph_->weights.set_stored_bytes(index, weights_->matrix(index).bytes());
+    }
+  }
 
   const ModelGraph& graph() const override { return *graph_; }
 
   void load(const std::string& source, const float* values, int64_t rows,
             int64_t columns) override {
     weights_->load(source, values, rows, columns);
+  }
+  void load_blocks(const std::string& source, const uint8_t* bytes, int64_t rows,
+                   int64_t row_bytes) override {
+    weights_->load_blocks(source, bytes, rows, row_bytes);
   }
   void finish() override {
     weights_->finish();
@@ -109,7 +119,7 @@ class CpuBackend final : public Backend {
     return wanted;
   }
 
-  const std::shared_ptr<const ModelGraph> graph_;
+  const std::shared_ptr<ModelGraph> graph_;  // as it is once the constructor has ended
   const int threads_;
   const CutRules cuts_;
   const std::shared_ptr<CpuWeights<T>> weights_;
@@ -139,7 +149,8 @@ CutRules cpu_cuts(int threads, CpuNumbers numbers) {
                     .kept_element_s = 5e-10 / threads}};
 }
 
-std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, int threads) {
+std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, int threads,
+                                          BlockFormats formats) {
   if (threads < 1)
     throw std::invalid_argument("threads: got " + std::to_string(threads) +
                                 ", expected at least 1");
@@ -149,12 +160,13 @@ std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, 
         "none");
   }
   if (numbers.element == CpuElement::kFloat)
-    return std::make_unique<CpuBackend<float>>(std::move(graph), numbers, threads);
+    return std::make_unique<CpuBackend<float>>(std::move(graph), numbers, threads,
+                                               std::move(formats));
   if (!has_bf16_gemm()) {
     throw std::invalid_argument(
         "dtype: got bf16, but this processor does not multiply bf16 natively; expected f32");
   }
-  return std::make_unique<CpuBackend<Bf16>>(std::move(graph), numbers, threads);
+  return std::make_unique<CpuBackend<Bf16>>(std::move(graph), numbers, threads, std::move(formats));
 }
 
 }  // namespace flowprefill

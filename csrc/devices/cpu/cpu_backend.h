@@ -1,9 +1,10 @@
 // CpuBackend: one model on the processor. Made by csrc/bindings.
 #pragma once
 
+#include <cstdint>
 #include <memory>
-#include <string>
 
+#include "devices/cpu/block_matrix.h"
 #include "graph/backend.h"
 
 namespace flowprefill {
@@ -23,8 +24,10 @@ struct CpuNumbers {
 // Where the CPU wants its cuts, for a team of so many threads.
 CutRules cpu_cuts(int threads, CpuNumbers numbers);
 
+// formats: of tensors that come in quantised blocks and are to stay so, whatever `numbers` say.
 // Throws std::invalid_argument: threads < 1, bf16 or int8 on a processor that does not multiply it,
 // an operator that the CPU does not have.
-std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, int threads);
+std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, int threads,
+                                          BlockFormats formats = {});
 
 }  // namespace flowprefill

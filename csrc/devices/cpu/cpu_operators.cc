@@ -59,7 +59,7 @@ void CpuOperators<T>::embed(const Operator& op, const Step& step, RowRange rows)
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     float* out = a_.template at<float>(op.output, step, row);
     const int32_t token = a_.batch.tokens[static_cast<size_t>(row)];
-    row_kernels<T>().widen(a_.weights.table_row(op.weight, token), width, out);
+    a_.weights.look_up(op.weight, token, out);
     for (int32_t i = 0; op.scale != 1.0 && i < width; ++i)
       out[i] *= static_cast<float>(op.scale);
   }

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 #include <stdexcept>
+
+#include "devices/cpu/block_linear.h"
 
 namespace flowprefill {
 namespace {
@@ -23,26 +26,76 @@ std::function<int64_t(int64_t)> places(const Weight& weight, int32_t part) {
   };
 }
 
+// The format of each strip of 16 columns; none where a part comes otherwise, or a strip would mix.
+std::vector<BlockFormat> strip_formats(const Weight& weight, const BlockFormats& formats) {
+  std::vector<std::optional<BlockFormat>> strips(
+      static_cast<size_t>((weight.rows() + kStripColumns - 1) / kStripColumns));
+  for (size_t part = 0; part < weight.parts.size(); ++part) {
+    const auto found = formats.find(weight.parts[part].source);
+    if (found == formats.end())
+      return {};
+    const auto place = places(weight, static_cast<int32_t>(part));
+    for (int64_t row = 0; row < weight.parts[part].rows; ++row) {
+      auto& strip = strips[static_cast<size_t>(place(row) / kStripColumns)];
+      if (strip.value_or(found->second) != found->second)
+        return {};
+      strip = found->second;
+    }
+  }
+  std::vector<BlockFormat> all;
+  for (const auto& strip : strips)
+    all.push_back(strip.value());
+  return all;
+}
+
+bool are_same_rows(const Weight& a, const Weight& b) {
+  return a.parts.size() == 1 && b.parts.size() == 1 && a.columns == b.columns &&
+         a.parts[0].source == b.parts[0].source && a.parts[0].rows == b.parts[0].rows &&
+         a.parts[0].first_row == b.parts[0].first_row;
+}
+
 }  // namespace
 
 template <typename T>
 CpuWeights<T>::CpuWeights(std::shared_ptr<const ModelGraph> graph, const MakeLinear<T>& make_linear,
-                          int threads)
-    : graph_(std::move(graph)), team_(std::make_unique<Team>(threads)) {
+                          int threads, BlockFormats formats)
+    : graph_(std::move(graph)),
+      formats_(std::move(formats)),
+      team_(std::make_unique<Team>(threads)) {
   for (const Weight& weight : graph_->weights.weights()) {
+    const auto index = static_cast<int32_t>(storage_.size());
+    blocks_.push_back(make_blocks(index));
     switch (weight.kind) {
       case WeightKind::kMatrix:
-        storage_.emplace_back(make_linear(*graph_, static_cast<int32_t>(storage_.size())));
+        storage_.emplace_back(is_in_blocks(index)
+                                  ? std::make_unique<BlockLinear<T>>(blocks_.back(), weight.rows())
+                                  : make_linear(*graph_, index));
         break;
       case WeightKind::kTable:
-        storage_.emplace_back(
-            Buffer(sizeof(T) * static_cast<size_t>(weight.rows() * weight.columns)));
+        storage_.emplace_back(Buffer(
+            is_in_blocks(index) ? 0
+                                : sizeof(T) * static_cast<size_t>(weight.rows() * weight.columns)));
         break;
       case WeightKind::kVector:
         storage_.emplace_back(std::vector<float>(static_cast<size_t>(weight.rows())));
         break;
     }
   }
+}
+
+template <typename T>
+std::shared_ptr<BlockMatrix> CpuWeights<T>::make_blocks(int32_t index) const {
+  const Weight& weight = graph_->weights.weight(index);
+  if (weight.kind == WeightKind::kVector)
+    return nullptr;
+  for (size_t other = 0; other < blocks_.size(); ++other) {
+    if (blocks_[other] != nullptr &&
+        are_same_rows(weight, graph_->weights.weight(static_cast<int32_t>(other))))
+      return blocks_[other];
+  }
+  std::vector<BlockFormat> strips = strip_formats(weight, formats_);
+  return strips.empty() ? nullptr
+                        : std::make_shared<BlockMatrix>(weight.columns, std::move(strips));
 }
 
 template <typename T>
@@ -55,6 +108,57 @@ void CpuWeights<T>::load(const std::string& source, const float* values, int64_t
                          put(weight, part, part_values);
                        });
   arrived_.insert(source);
+}
+
+template <typename T>
+void CpuWeights<T>::load_blocks(const std::string& source, const uint8_t* bytes, int64_t rows,
+                                int64_t row_bytes) {
+  if (team_ == nullptr)
+    throw std::logic_error("tensor " + source + ": loaded after finish()");
+  const auto found = formats_.find(source);
+  if (found == formats_.end())
+    throw std::logic_error("tensor " + source + ": came in blocks, which was not announced");
+  const BlockLayout& layout = layout_of(found->second);
+  if (row_bytes % layout.bytes() != 0) {
+    throw std::invalid_argument("tensor " + source + ": got rows of " + std::to_string(row_bytes) +
+                                " bytes, expected a multiple of " + std::to_string(layout.bytes()) +
+                                " for " + layout.name);
+  }
+  const int64_t columns = row_bytes / layout.bytes() * layout.depth;
+  graph_->weights.each_use(source, rows, columns, [&](int32_t weight, int32_t part) {
+    const auto& use = graph_->weights.weight(weight).parts[static_cast<size_t>(part)];
+    put_blocks(weight, part, {found->second, bytes + use.first_row * row_bytes});
+  });
+  arrived_.insert(source);
+}
+
+template <typename T>
+void CpuWeights<T>::put_blocks(int32_t index, int32_t part, const BlockRows& from) {
+  const Weight& weight = graph_->weights.weight(index);
+  const int64_t rows = weight.parts[static_cast<size_t>(part)].rows;
+  const auto& blocks = blocks_[static_cast<size_t>(index)];
+  if (blocks == nullptr) {
+    std::vector<float> values(static_cast<size_t>(rows * weight.columns));
+    unpack_rows(from, rows, weight.columns, *team_, values.data());
+    return put(index, part, values.data());
+  }
+  const auto first = std::find(blocks_.begin(), blocks_.end(), blocks);
+  if (first - blocks_.begin() == index)  // others that share them have the same rows
+    blocks->pack(from, rows, *team_, places(weight, part));
+}
+
+template <typename T>
+void CpuWeights<T>::look_up(int32_t index, int32_t row, float* out) const {
+  const int64_t columns = graph_->weights.weight(index).columns;
+  if (!is_in_blocks(index)) {
+    const auto& table = std::get<Buffer>(storage_[static_cast<size_t>(index)]);
+    row_kernels<T>().widen(table.template as<T>() + row * columns, static_cast<int>(columns), out);
+    return;
+  }
+  thread_local std::vector<T> rounded;
+  rounded.resize(static_cast<size_t>(columns));
+  blocks_[static_cast<size_t>(index)]->column(row, rounded.data());
+  row_kernels<T>().widen(rounded.data(), static_cast<int>(columns), out);
 }
 
 template <typename T>
@@ -87,8 +191,14 @@ void CpuWeights<T>::put(int32_t index, int32_t part, const float* values) {
 template <typename T>
 size_t CpuWeights<T>::bytes() const {
   size_t total = 0;
-  for (const auto& storage : storage_) {
-    if (const auto* matrix = std::get_if<Matrix>(&storage))
+  for (size_t i = 0; i < storage_.size(); ++i) {
+    const auto& storage = storage_[i];
+    if (blocks_[i] != nullptr)
+      total += std::find(blocks_.begin(), blocks_.end(), blocks_[i]) - blocks_.begin() ==
+                       static_cast<std::ptrdiff_t>(i)
+                   ? blocks_[i]->bytes()
+                   : 0;
+    else if (const auto* matrix = std::get_if<Matrix>(&storage))
       total += (*matrix)->bytes();
     else if (const auto* table = std::get_if<Buffer>(&storage))
       total += table->bytes();

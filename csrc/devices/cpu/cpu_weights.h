@@ -9,6 +9,7 @@
 #include <variant>
 #include <vector>
 
+#include "devices/cpu/block_matrix.h"
 #include "devices/cpu/buffer.h"
 #include "devices/cpu/linear.h"
 #include "devices/cpu/team.h"
@@ -23,21 +24,26 @@ inline constexpr int32_t kGateColumns = kPackColumns / 2;
 template <typename T>  // T: float or Bf16
 class CpuWeights {
  public:
-  // Takes all memory. threads: that load together, until finish().
-  CpuWeights(std::shared_ptr<const ModelGraph> graph, const MakeLinear<T>& make_linear,
-             int threads);
+  // Takes all memory. threads: that load together, until finish(). formats: a weight all of whose
+  // parts are in there stays in blocks, unless 16 columns of it would be of different formats.
+  CpuWeights(std::shared_ptr<const ModelGraph> graph, const MakeLinear<T>& make_linear, int threads,
+             BlockFormats formats = {});
 
   // See Backend.
   void load(const std::string& source, const float* values, int64_t rows, int64_t columns);
+  void load_blocks(const std::string& source, const uint8_t* bytes, int64_t rows,
+                   int64_t row_bytes);
   void finish();
 
   // By index into the graph's weights.
   const Linear<T>& matrix(int32_t weight) const {
     return *std::get<Matrix>(storage_[static_cast<size_t>(weight)]);
   }
-  const T* table_row(int32_t weight, int32_t row) const {
-    return std::get<Buffer>(storage_[static_cast<size_t>(weight)]).template as<T>() +
-           int64_t{row} * graph_->weights.weight(weight).columns;
+  // out[columns]: one row of a table.
+  void look_up(int32_t weight, int32_t row, float* out) const;
+  // Whether it stays in quantised blocks.
+  bool is_in_blocks(int32_t weight) const {
+    return blocks_[static_cast<size_t>(weight)] != nullptr;
   }
   // Null for index -1.
   const float* vector(int32_t weight) const {
@@ -50,10 +56,15 @@ class CpuWeights {
  private:
   using Matrix = std::unique_ptr<Linear<T>>;
 
+  std::shared_ptr<BlockMatrix> make_blocks(int32_t weight) const;
   void put(int32_t weight, int32_t part, const float* values);
+  void put_blocks(int32_t weight, int32_t part, const BlockRows& rows);
 
   const std::shared_ptr<const ModelGraph> graph_;
+  const BlockFormats formats_;
   std::unique_ptr<Team> team_;  // until finish()
+  // Of weights in blocks; a table and a matrix of the same tensor share them.
+  std::vector<std::shared_ptr<BlockMatrix>> blocks_;
   std::vector<std::variant<std::vector<float>, Buffer, Matrix>> storage_;
   std::set<std::string> arrived_;
 };

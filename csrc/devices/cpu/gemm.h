@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "devices/cpu/row_kernels.h"
+#include "graph/model_graph.h"
 
 namespace flowprefill {
 
@@ -50,6 +51,12 @@ inline void brgemm(const Block<uint8_t>& s, int64_t m, const uint8_t* a, const i
   at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add, a,
                               reinterpret_cast<const signed char*>(b), c, true);
 }
+
+// So much of a weight block's depth at once that it stays in a quarter of the smallest L2 (1 MiB)
+// while all rows pass over it.
+template <typename T>
+constexpr int64_t kDepthStep = (int64_t{1} << 18) /
+                               (kPartColumns * static_cast<int64_t>(sizeof(T)));
 
 // Ends a series of brgemm calls on this thread (frees the AMX tiles).
 template <typename T>

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kMaxDepth = int64_t{1} << 16;  // 2^16 * 255 * 127 < 2^31
 constexpr int64_t kRows = 64;                    // whose sums stay in L1
-constexpr int64_t kDepthStep = 4096;             // of a block at once: a quarter of the smallest L2
 constexpr float kLargest = 127.0f;
 constexpr float kSmallest = 1e-30f;  // rows of nothing larger become zero
 
@@ -103,9 +102,9 @@ void Int8Linear<T>::multiply_block(int64_t block, int64_t rows, const void* inpu
   for (int64_t done = 0; done < rows; done += kRows) {
     const int64_t count = std::min(kRows, rows - done);
     const uint8_t* mine = a + done * stride;
-    for (int64_t k = 0; k < padded_depth_; k += kDepthStep) {
+    for (int64_t k = 0; k < padded_depth_; k += kDepthStep<uint8_t>) {
       const Block<uint8_t> shape{.n = width,
-                                 .k = std::min(kDepthStep, padded_depth_ - k),
+                                 .k = std::min(kDepthStep<uint8_t>, padded_depth_ - k),
                                  .lda = stride,
                                  .ldb = width,
                                  .ldc = width,

@@ -1,6 +1,6 @@
 // Linear: a weight matrix in the form in which the CPU multiplies it. Implementations:
-// PackedLinear, Int8Linear; chosen for each weight by the backend, filled by CpuWeights, used by
-// CpuOperators.
+// PackedLinear, Int8Linear, BlockLinear; chosen for each weight by the backend, filled by
+// CpuWeights, used by CpuOperators.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,8 @@ inline constexpr int kPackColumns = kPartColumns;
 
 // Weight [columns, depth] (as checkpoints store it). Products are made by blocks of 64 columns, for
 // any rows and blocks in any order and on any threads: an element of the result has the same bits
-// however the work is cut.
+// however the work is cut. (BlockLinear's differ by rounding between few rows and many at once; how
+// many there are, a run's plan fixes.)
 template <typename T>  // T: float or Bf16, the element type of activations
 class Linear {
  public:

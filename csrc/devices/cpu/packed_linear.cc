@@ -6,15 +6,6 @@
 #include "devices/cpu/gemm.h"
 
 namespace flowprefill {
-namespace {
-
-// So much of a block's depth at once that it stays in a quarter of the smallest L2 (1 MiB) while
-// all rows pass over it.
-template <typename T>
-constexpr int64_t kDepthStep = (int64_t{1} << 18) /
-                               (kPackColumns * static_cast<int64_t>(sizeof(T)));
-
-}  // namespace
 
 template <typename T>
 PackedLinear<T>::PackedLinear(int64_t depth, int64_t columns)

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "devices/cpu/block_formats.h"
 #include "graph/prompt_score.h"
 
 namespace flowprefill {
@@ -84,6 +85,13 @@ struct ByteProduct {
   int64_t row_stride;
 };
 
+// Rows that are multiplied by quantised blocks as they are.
+struct FewRows {
+  const float* values;  // [count, depth]
+  const float* sums;    // [count, depth / 16] of 16 values each
+  int count;
+};
+
 template <typename T>  // T: float or Bf16, the element type of activations and KV cache
 struct RowKernels {
   // out[i] = x[i] / rms(x) * weight[i]; n elements.
@@ -123,6 +131,16 @@ struct RowKernels {
   void (*widen)(const T* row, int n, float* out);
   // out[i] = row[i] rounded to T.
   void (*narrow)(const float* row, int n, T* out);
+  // Depths [begin, end) of a strip of 16 columns (block_formats.h), multiples of 32, rounded to T:
+  // float as [depth][ld], Bf16 as [depth / 2][ld][2].
+  void (*unpack)(BlockFormat format, const uint8_t* strip, int64_t begin, int64_t end, T* out,
+                 int64_t ld);
+  // Fills what FewRows points to from rows of stride lda.
+  void (*prepare_few)(const T* a, int64_t lda, int count, int64_t depth, float* values,
+                      float* sums);
+  // out[count, 16] = rows * strip. A row's result does not depend on the others.
+  void (*multiply_few)(BlockFormat format, const uint8_t* strip, int64_t depth, const FewRows& rows,
+                       float* out);
   // What is kept of a row of n logits; target: the token that follows, -1: none.
   void (*score)(const float* logits, int n, int target, PromptScore& out);
   // Rotates a row in runs of kRotatedRun (isa_int8.h); out is as long as whole runs, the last one

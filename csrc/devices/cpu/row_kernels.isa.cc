@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "devices/cpu/isa_attention.h"
+#include "devices/cpu/isa_blocks.h"
 #include "devices/cpu/isa_int8.h"
 #include "devices/cpu/isa_math.h"
 #include "devices/cpu/isa_product.h"
@@ -311,6 +312,9 @@ constexpr RowKernels<T> make_table() {
           .multiply = multiply_of<T>(),
           .widen = widen<T>,
           .narrow = narrow<T>,
+          .unpack = unpack<T>,
+          .prepare_few = prepare_few<T>,
+          .multiply_few = multiply_few,
           .score = score,
           .rotate = rotate<T>,
           .round_to_bytes = round_to_bytes,

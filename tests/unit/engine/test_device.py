@@ -92,14 +92,17 @@ def test_float32_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.param == "dtype"
 
 
-def test_int8_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "gguf"])
+def test_quantised_weights_are_for_the_cpu(
+    quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_cuda.install(monkeypatch, [fake_cuda.USABLE])
-    choice = choose_device("auto", quantization="int8")
-    assert (choice.name, choice.reason[:21]) == ("cpu", "quantization is 'int8")
+    choice = choose_device("auto", quantization=quantization)
+    assert (choice.name, choice.reason[:21]) == ("cpu", f"quantization is '{quantization}")
     with pytest.raises(
-        ConfigError, match=r"quantization: got 'int8', expected 'none' on"
+        ConfigError, match=rf"quantization: got '{quantization}', expected 'auto' or 'none' on"
     ) as caught:
-        Engine(config=EngineConfig(device="cuda", quantization="int8"))
+        Engine(config=EngineConfig(device="cuda", quantization=quantization))
     assert caught.value.param == "quantization"
 
 

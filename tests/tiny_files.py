@@ -1,4 +1,4 @@
-"""Sizes of the tiny models of this folder's tests, and tiny GGUF files made of them."""
+"""Sizes of tiny models of tests of files, and tiny GGUF files made of checkpoints."""
 
 from __future__ import annotations
 
@@ -78,6 +78,8 @@ class TinyGguf:
             kind = self.quantised.get(name)
             if kind is None:
                 writer.add_tensor(name, np.ascontiguousarray(values))
+            elif "_K" in kind.name:  # which the package reads but does not write
+                writer.add_tensor(name, random_blocks(values, kind), raw_dtype=kind)
             else:
                 writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         writer.write_header_to_file()
@@ -85,6 +87,21 @@ class TinyGguf:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+def random_blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Random blocks of a type with two levels of scales, about as large as the values."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(values.size).integers(
+        0, 256, (values.size // block, size), dtype=np.uint8
+    )
+    # Quants, times scales of 6 bits or 8, are in the thousands: see gguf.quants.
+    scale = np.float16(np.abs(values).mean() / 1000)
+    fields = {"Q4_K": {0: scale, 2: scale * 8}, "Q5_K": {0: scale / 2, 2: scale * 8},
+              "Q6_K": {208: scale}}[kind.name]  # fmt: skip
+    for at, value in fields.items():
+        raw[:, at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+    return raw.reshape(*values.shape[:-1], -1)
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -1,0 +1,86 @@
+#include "devices/cpu/block_linear.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "devices/cpu/gemm.h"
+
+namespace flowprefill {
+namespace {
+
+constexpr int64_t kStripsPerBlock = kPackColumns / kStripColumns;
+// Elements of a row of an unpacked tile that belong to one column: bf16 comes in pairs.
+template <typename T>
+constexpr int64_t kPairs = sizeof(T) == sizeof(Bf16) ? 2 : 1;
+
+}  // namespace
+
+template <typename T>
+void BlockLinear<T>::pack(const float*, int64_t, Team&, const std::function<int64_t(int64_t)>&) {
+  throw std::logic_error("a matrix of blocks takes no floats");
+}
+
+// The depth in the steps of PackedLinear, whose products have the same bits.
+template <typename T>
+void BlockLinear<T>::multiply_block(int64_t block, int64_t rows, const void* input, float* c,
+                                    int64_t ldc, bool add) const {
+  const T* a = static_cast<const T*>(input);
+  if (rows <= kDirectRows)
+    return multiply_few(block, rows, a, c, ldc, add);
+  const auto& kernels = row_kernels<T>();
+  const int64_t depth = this->depth();
+  const int64_t width = this->block_columns(block);
+  thread_local std::vector<T> tile;
+  tile.resize(static_cast<size_t>(std::min(kDepthStep<T>, depth) * kPackColumns));
+  for (int64_t k = 0; k < depth; k += kDepthStep<T>) {
+    const int64_t end = std::min(k + kDepthStep<T>, depth);
+    for (int64_t column = 0; column < width; column += kStripColumns) {
+      const int64_t strip = block * kStripsPerBlock + column / kStripColumns;
+      kernels.unpack(matrix_->format(strip), matrix_->strip(strip), k, end,
+                     tile.data() + column * kPairs<T>, kPackColumns);
+    }
+    const Block<T> shape{.n = width,
+                         .k = end - k,
+                         .lda = depth,
+                         .ldb = kPackColumns,
+                         .ldc = ldc,
+                         .add = add || k > 0};
+    brgemm_rows(shape, rows, a + k, tile.data(), c);
+  }
+}
+
+template <typename T>
+void BlockLinear<T>::multiply_few(int64_t block, int64_t rows, const T* a, float* c, int64_t ldc,
+                                  bool add) const {
+  const auto& kernels = row_kernels<T>();
+  const int64_t depth = this->depth();
+  thread_local std::vector<float> values;
+  thread_local std::vector<float> sums;
+  values.resize(static_cast<size_t>(rows * depth));
+  sums.resize(static_cast<size_t>(rows * depth / (kGroupDepth / 2)));
+  const FewRows few{values.data(), sums.data(), static_cast<int>(rows)};
+  kernels.prepare_few(a, depth, few.count, depth, values.data(), sums.data());
+  const int64_t width = this->block_columns(block);
+  float product[kDirectRows * kStripColumns];
+  for (int64_t column = 0; column < width; column += kStripColumns) {
+    const int64_t strip = block * kStripsPerBlock + column / kStripColumns;
+    kernels.multiply_few(matrix_->format(strip), matrix_->strip(strip), depth, few, product);
+    const int64_t end = std::min<int64_t>(kStripColumns, width - column);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* out = c + row * ldc + column;
+      for (int64_t i = 0; i < end; ++i)
+        out[i] = product[row * kStripColumns + i] + (add ? out[i] : 0.0f);
+    }
+  }
+}
+
+template <typename T>
+void BlockLinear<T>::end_series() const {
+  brgemm_end<T>();
+}
+
+template class BlockLinear<float>;
+template class BlockLinear<Bf16>;
+
+}  // namespace flowprefill
