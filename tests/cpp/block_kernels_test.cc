@@ -156,11 +156,57 @@ class BlockKernelsTest : public testing::TestWithParam<std::tuple<Level, BlockLa
     return tensor_.values[static_cast<size_t>(column_of(16 + c) * kDepth + k)];
   }
   const Level& level() const { return std::get<0>(GetParam()); }
+  template <typename T>
+  void expect_sums_of_few_rows(const RowKernels<T>& kernels) const;
 
   BlockFormat format_;
   Tensor tensor_;
   BlockMatrix matrix_;
 };
+
+template <typename T>
+void BlockKernelsTest::expect_sums_of_few_rows(const RowKernels<T>& kernels) const {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  constexpr int kCount = 13;  // tiles of every height
+  std::vector<float> a(kCount * kDepth);
+  std::vector<std::byte> prepared(kCount * few_row_bytes(kDepth));
+  for (int r = 0; r < kCount; ++r) {
+    std::vector<T> row;
+    for (int64_t k = 0; k < kDepth; ++k) {
+      const Bf16 exact = rounded(normal(random));
+      a[static_cast<size_t>(r * kDepth + k)] = as_float(exact);
+      if constexpr (sizeof(T) == sizeof(Bf16))
+        row.push_back(exact);
+      else
+        row.push_back(as_float(exact));
+    }
+    kernels.prepare_few(row.data(), kDepth, prepared.data() + r * few_row_bytes(kDepth));
+  }
+  std::vector<float> out(kCount * 16);
+  const auto multiply = [&](int first, int count, float* to) {
+    const FewRows rows{prepared.data() + first * few_row_bytes(kDepth), few_row_bytes(kDepth),
+                       count};
+    kernels.multiply_few(format_, matrix_.strip(1), kDepth, rows, to);
+  };
+  multiply(0, kCount, out.data());
+  for (int r = 0; r < kCount; ++r) {
+    std::vector<float> alone(16);
+    multiply(r, 1, alone.data());
+    for (int c = 0; c < 16; ++c) {
+      double sum = 0;
+      double size = 0;
+      for (int64_t k = 0; k < kDepth; ++k) {
+        const double product = value(k, c) * a[static_cast<size_t>(r * kDepth + k)];
+        sum += product;
+        size += std::fabs(product);
+      }
+      EXPECT_NEAR(out[static_cast<size_t>(r * 16 + c)], sum, 2e-6 * size);
+      EXPECT_EQ(out[static_cast<size_t>(r * 16 + c)], alone[static_cast<size_t>(c)])
+          << "row " << r << " depends on its neighbours";
+    }
+  }
+}
 
 TEST_P(BlockKernelsTest, UnpacksExactValues) {
   for (const auto& [begin, end] : {std::pair{0, 512}, {32, 64}, {224, 320}}) {
@@ -189,37 +235,11 @@ TEST_P(BlockKernelsTest, UnpacksPairsRoundedToNearestEven) {
 }
 
 TEST_P(BlockKernelsTest, AFewRowsTimesAStripAreTheSumsInDouble) {
-  std::mt19937 random(3);
-  std::normal_distribution<float> normal;
-  constexpr int kCount = 7;
-  std::vector<float> a(kCount * kDepth);
-  for (float& x : a)
-    x = normal(random);
-  std::vector<float> values(a.size());
-  std::vector<float> sums(a.size() / 16);
-  level().f32->prepare_few(a.data(), kDepth, kCount, kDepth, values.data(), sums.data());
-  std::vector<float> out(kCount * 16);
-  const auto multiply = [&](int first, int count, float* to) {
-    const FewRows rows{values.data() + first * kDepth, sums.data() + first * kDepth / 16, count};
-    level().f32->multiply_few(format_, matrix_.strip(1), kDepth, rows, to);
-  };
-  multiply(0, kCount, out.data());
-  for (int r = 0; r < kCount; ++r) {
-    std::vector<float> alone(16);
-    multiply(r, 1, alone.data());
-    for (int c = 0; c < 16; ++c) {
-      double sum = 0;
-      double size = 0;
-      for (int64_t k = 0; k < kDepth; ++k) {
-        const double product = value(k, c) * a[static_cast<size_t>(r * kDepth + k)];
-        sum += product;
-        size += std::fabs(product);
-      }
-      EXPECT_NEAR(out[static_cast<size_t>(r * 16 + c)], sum, 2e-6 * size);
-      EXPECT_EQ(out[static_cast<size_t>(r * 16 + c)], alone[static_cast<size_t>(c)])
-          << "row " << r << " depends on its neighbours";
-    }
-  }
+  expect_sums_of_few_rows(*level().f32);
+}
+
+TEST_P(BlockKernelsTest, AFewRowsOfBf16TimesAStripAreTheSumsInDouble) {
+  expect_sums_of_few_rows(*level().bf16);
 }
 
 INSTANTIATE_TEST_SUITE_P(EveryIsaAndFormat, BlockKernelsTest,

@@ -40,7 +40,8 @@ MIXES: dict[str, dict[str, str]] = {
     },
     "some-are-floats": {"blk": "Q4_0", "attn_k": "", "ffn_up": "F16"},
 }
-SAMPLE = [(17, 0), (33, 16), (5, 64), (40, 0), (9, 3), (21, 0), (30, 0), (6, 0)]
+# (rows, context): as many sequences, and rows in each step, as multiply by unpacked weights.
+SAMPLE = [(17, 0), (33, 16), (5, 64), (40, 0), (9, 3), (21, 0)] + [(6, 0)] * 10 + [(7, 0)]
 ON_CPU = ("cpu", "cpu-bf16-team")
 
 

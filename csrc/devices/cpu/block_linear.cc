@@ -1,6 +1,7 @@
 #include "devices/cpu/block_linear.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <stdexcept>
 #include <vector>
 
@@ -21,13 +22,27 @@ void BlockLinear<T>::pack(const float*, int64_t, Team&, const std::function<int6
   throw std::logic_error("a matrix of blocks takes no floats");
 }
 
+template <typename T>
+size_t BlockLinear<T>::prepared_row_bytes(int64_t rows) const {
+  return rows <= kDirectRows<T> ? static_cast<size_t>(few_row_bytes(this->depth())) : 0;
+}
+
+template <typename T>
+void BlockLinear<T>::prepare(int64_t rows, const T* input, void* prepared) const {
+  const int64_t depth = this->depth();
+  for (int64_t row = 0; row < rows; ++row) {
+    row_kernels<T>().prepare_few(input + row * depth, depth,
+                                 static_cast<std::byte*>(prepared) + row * few_row_bytes(depth));
+  }
+}
+
 // The depth in the steps of PackedLinear, whose products have the same bits.
 template <typename T>
 void BlockLinear<T>::multiply_block(int64_t block, int64_t rows, const void* input, float* c,
                                     int64_t ldc, bool add) const {
+  if (rows <= kDirectRows<T>)
+    return multiply_few(block, rows, input, c, ldc, add);
   const T* a = static_cast<const T*>(input);
-  if (rows <= kDirectRows)
-    return multiply_few(block, rows, a, c, ldc, add);
   const auto& kernels = row_kernels<T>();
   const int64_t depth = this->depth();
   const int64_t width = this->block_columns(block);
@@ -51,18 +66,13 @@ void BlockLinear<T>::multiply_block(int64_t block, int64_t rows, const void* inp
 }
 
 template <typename T>
-void BlockLinear<T>::multiply_few(int64_t block, int64_t rows, const T* a, float* c, int64_t ldc,
-                                  bool add) const {
+void BlockLinear<T>::multiply_few(int64_t block, int64_t rows, const void* input, float* c,
+                                  int64_t ldc, bool add) const {
   const auto& kernels = row_kernels<T>();
   const int64_t depth = this->depth();
-  thread_local std::vector<float> values;
-  thread_local std::vector<float> sums;
-  values.resize(static_cast<size_t>(rows * depth));
-  sums.resize(static_cast<size_t>(rows * depth / (kGroupDepth / 2)));
-  const FewRows few{values.data(), sums.data(), static_cast<int>(rows)};
-  kernels.prepare_few(a, depth, few.count, depth, values.data(), sums.data());
+  const FewRows few{input, few_row_bytes(depth), static_cast<int>(rows)};
   const int64_t width = this->block_columns(block);
-  float product[kDirectRows * kStripColumns];
+  float product[kDirectRows<T> * kStripColumns];
   for (int64_t column = 0; column < width; column += kStripColumns) {
     const int64_t strip = block * kStripsPerBlock + column / kStripColumns;
     kernels.multiply_few(matrix_->format(strip), matrix_->strip(strip), depth, few, product);

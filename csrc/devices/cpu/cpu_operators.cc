@@ -112,11 +112,13 @@ template <typename T>
 void CpuOperators<T>::linear(const Operator& op, const Step& step, RowRange rows, int64_t begin,
                              int64_t end, const std::byte* prepared) {
   const void* input = prepared;
-  if (const size_t row_bytes = a_.weights.matrix(op.weight).prepared_row_bytes(); row_bytes == 0) {
+  const int64_t count = rows.end - rows.begin;
+  const size_t row_bytes = a_.weights.matrix(op.weight).prepared_row_bytes(count);
+  if (row_bytes == 0) {
     input = a_.template at<T>(op.input, step, rows.begin);
   } else if (input == nullptr) {
     thread_local std::vector<std::byte> own;
-    own.resize(row_bytes * static_cast<size_t>(rows.end - rows.begin));
+    own.resize(row_bytes * static_cast<size_t>(count));
     prepare_input(op, step, rows, own.data());
     input = own.data();
   }

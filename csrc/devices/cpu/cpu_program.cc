@@ -198,7 +198,8 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
   const ModelGraph& graph = compiled_.graph();
   const bool has_own_rows = step.rows() >= kRowChunk * threads_ && step.is_whole() &&
                             !graph.is_per_sequence(graph.op(first)) &&
-                            weight_bytes(first, last) <= kCachedWeightBytes;
+                            weight_bytes(first, last) <= kCachedWeightBytes &&
+                            !has_blocks(first, last);
   if (!has_own_rows) {
     for (int32_t i = first; i <= last; ++i)
       execute_shared(step, graph.op(i));
@@ -214,6 +215,17 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
     for (int32_t i = first; i <= last; ++i)
       operators_.execute(graph.op(i), step, mine, 0, graph.parts(graph.op(i)));
   });
+}
+
+// Every chunk of rows would unpack them anew.
+template <typename T>
+bool CpuProgram<T>::has_blocks(int32_t first, int32_t last) const {
+  for (int32_t i = first; i <= last; ++i) {
+    const Operator& op = compiled_.graph().op(i);
+    if (op.kind == OperatorKind::kLinear && weights_->is_in_blocks(op.weight))
+      return true;
+  }
+  return false;
 }
 
 template <typename T>
@@ -250,7 +262,7 @@ void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
 // bytes belong to the executor's thread and last until its next product.
 template <typename T>
 const std::byte* CpuProgram<T>::prepare_input(const Step& step, const Operator& op) {
-  const size_t row_bytes = weights_->matrix(op.weight).prepared_row_bytes();
+  const size_t row_bytes = weights_->matrix(op.weight).prepared_row_bytes(step.rows());
   if (row_bytes == 0)
     return nullptr;
   thread_local std::vector<std::byte> input;

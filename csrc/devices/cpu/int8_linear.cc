@@ -71,7 +71,7 @@ void Int8Linear<T>::pack(const float* weight, int64_t rows, Team& team,
 
 // A row's bytes, then its scale, in whole cache lines.
 template <typename T>
-size_t Int8Linear<T>::prepared_row_bytes() const {
+size_t Int8Linear<T>::prepared_row_bytes(int64_t) const {
   return static_cast<size_t>(padded_depth_ + kRotatedRun);
 }
 
@@ -81,7 +81,7 @@ void Int8Linear<T>::prepare(int64_t rows, const T* input, void* prepared) const 
   rotated.resize(static_cast<size_t>(padded_depth_));
   const auto& kernels = row_kernels<T>();
   auto* out = static_cast<uint8_t*>(prepared);
-  for (int64_t r = 0; r < rows; ++r, out += prepared_row_bytes()) {
+  for (int64_t r = 0; r < rows; ++r, out += prepared_row_bytes(rows)) {
     const float largest =
         kernels.rotate(input + r * this->depth(), static_cast<int>(this->depth()), rotated.data());
     kernels.round_to_bytes(rotated.data(), static_cast<int>(padded_depth_), inverse_of(largest),
@@ -95,7 +95,7 @@ void Int8Linear<T>::multiply_block(int64_t block, int64_t rows, const void* inpu
                                    int64_t ldc, bool add) const {
   thread_local std::vector<int32_t> sums(kRows * kPackColumns);
   const int64_t width = this->block_columns(block);
-  const auto stride = static_cast<int64_t>(prepared_row_bytes());
+  const auto stride = static_cast<int64_t>(prepared_row_bytes(rows));
   const auto* a = static_cast<const uint8_t*>(input);
   const auto* weights = packed_.as<int8_t>() + block * kPackColumns * padded_depth_;
   const auto first = static_cast<size_t>(block * kPackColumns);

@@ -23,7 +23,7 @@ class Int8Linear final : public Linear<T> {
   size_t bytes() const override;
   void pack(const float* weight, int64_t rows, Team& team,
             const std::function<int64_t(int64_t)>& place) override;
-  size_t prepared_row_bytes() const override;
+  size_t prepared_row_bytes(int64_t rows) const override;
   void prepare(int64_t rows, const T* input, void* prepared) const override;
   void multiply_block(int64_t block, int64_t rows, const void* input, float* c, int64_t ldc,
                       bool add) const override;

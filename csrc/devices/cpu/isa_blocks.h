@@ -1,5 +1,5 @@
-// Kernels on strips of quantised blocks (block_formats.h): to unpack them for the matrix kernel,
-// and to multiply a few rows by them as they are. Included by row_kernels.isa.cc only.
+// Reads strips of quantised blocks (block_formats.h), and unpacks them for the matrix kernel.
+// Included by isa_block_product.h and row_kernels.isa.cc only.
 #pragma once
 
 #include <cstdint>
@@ -221,94 +221,6 @@ void unpack_strip(const uint8_t* strip, int64_t begin, int64_t end, T* out, int6
   }
 }
 
-// A row's sums have one order, however many rows are multiplied with it.
-#pragma GCC push_options
-#pragma GCC optimize("no-associative-math")
-#ifdef __clang__
-#pragma clang fp reassociate(off)
-#endif
-
-// Sum of a few rows times one half of a group, lanes (column, parity).
-template <BlockFormat kFormat, int kRows>
-FP_INLINE void add_half(const uint8_t* group, int half, const float* a, int64_t lda,
-                        Floats (&first)[kRows], Floats (&second)[kRows]) {
-  const HalfGroup<kFormat> quants(group, half);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    const Floats q0 = quants.template quants<false>(j);
-    const Floats q1 = quants.template quants<true>(j);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      double pair;  // depths 2j and 2j + 1, for every column
-      std::memcpy(&pair, a + r * lda + 16 * half + 2 * j, sizeof pair);
-      using Pairs = double __attribute__((vector_size(64)));
-      const Pairs pairs = Pairs{} + pair;
-      const Floats both = load_vector<Floats>(&pairs);
-      first[r] += q0 * both;
-      second[r] += q1 * both;
-    }
-  }
-}
-
-template <BlockFormat kFormat, int kRows>
-FP_INLINE void scale_and_add(const ScaleAndMinimum& by, const float* sums, int64_t ld_sums,
-                             const Floats (&first)[kRows], const Floats (&second)[kRows],
-                             Floats (&total)[kRows]) {
-  for (int r = 0; r < kRows; ++r) {
-    const Floats even = __builtin_shufflevector(first[r], second[r], 0, 2, 4, 6, 8, 10, 12, 14, 16,
-                                                18, 20, 22, 24, 26, 28, 30);
-    const Floats odd = __builtin_shufflevector(first[r], second[r], 1, 3, 5, 7, 9, 11, 13, 15, 17,
-                                               19, 21, 23, 25, 27, 29, 31);
-    total[r] += by.scale * (even + odd);
-    if constexpr (BlockScales<kFormat>::kSubtracts) {
-      const float* sum = sums + r * ld_sums;  // of half a group each
-      total[r] -= by.minimum * (kFormat == BlockFormat::kQ6K ? sum[0] : sum[0] + sum[1]);
-    }
-  }
-}
-
-constexpr int kAhead = 6144;  // bytes: a third of a microsecond of a thread's share of memory
-
-template <BlockFormat kFormat, int kRows>
-void multiply_strip_rows(const uint8_t* strip, int64_t depth, const FewRows& rows, int first_row,
-                         float* out) {
-  constexpr BlockLayout kLayout = layout_of(kFormat);
-  constexpr int kGroups = kLayout.depth / kGroupDepth;
-  const float* a = rows.values + first_row * depth;
-  const float* sums = rows.sums + first_row * (depth / (kGroupDepth / 2));
-  const int64_t ld_sums = depth / (kGroupDepth / 2);
-  Floats total[kRows] = {};
-  for (int64_t k = 0; k < depth; k += kLayout.depth, strip += kLayout.bytes() * kStripColumns) {
-    const BlockScales<kFormat> scales(strip);
-    const uint8_t* group = strip + kLayout.scale_bytes * kStripColumns;
-    for (int g = 0; g < kGroups; ++g, group += kLayout.group_bytes() * kStripColumns) {
-      const int64_t at = k + g * kGroupDepth;
-      const float* sums_here = sums + at / (kGroupDepth / 2);
-      // Weights come from memory, mostly: the processor itself does not look beyond a page.
-      for (int line = 0; line < kLayout.group_bytes() * kStripColumns; line += 64)
-        __builtin_prefetch(group + kAhead + line);
-      Floats first[kRows] = {};
-      Floats second[kRows] = {};
-      add_half<kFormat, kRows>(group, 0, a + at, depth, first, second);
-      if constexpr (kFormat == BlockFormat::kQ6K) {
-        scale_and_add<kFormat, kRows>(scales.of(g, 0), sums_here, ld_sums, first, second, total);
-        for (int r = 0; r < kRows; ++r)
-          first[r] = second[r] = Floats{};
-        add_half<kFormat, kRows>(group, 1, a + at, depth, first, second);
-        scale_and_add<kFormat, kRows>(scales.of(g, 1), sums_here + 1, ld_sums, first, second,
-                                      total);
-      } else {
-        add_half<kFormat, kRows>(group, 1, a + at, depth, first, second);
-        scale_and_add<kFormat, kRows>(scales.of(g, 0), sums_here, ld_sums, first, second, total);
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    std::memcpy(out + r * kStripColumns, &total[r], sizeof total[r]);
-}
-
-#pragma GCC pop_options
-
 #define FP_EACH_FORMAT(call)           \
   switch (format) {                    \
     case BlockFormat::kQ4_0:           \
@@ -335,40 +247,6 @@ void unpack(BlockFormat format, const uint8_t* strip, int64_t begin, int64_t end
 #define FP_UNPACK(f) unpack_strip<f>(strip, begin, end, out, ld)
   FP_EACH_FORMAT(FP_UNPACK)
 #undef FP_UNPACK
-}
-
-template <BlockFormat kFormat>
-void multiply_strip(const uint8_t* strip, int64_t depth, const FewRows& rows, float* out) {
-  int r = 0;
-  for (; r + 4 <= rows.count; r += 4)
-    multiply_strip_rows<kFormat, 4>(strip, depth, rows, r, out + r * kStripColumns);
-  for (; r + 2 <= rows.count; r += 2)
-    multiply_strip_rows<kFormat, 2>(strip, depth, rows, r, out + r * kStripColumns);
-  if (r < rows.count)
-    multiply_strip_rows<kFormat, 1>(strip, depth, rows, r, out + r * kStripColumns);
-}
-
-inline void multiply_few(BlockFormat format, const uint8_t* strip, int64_t depth,
-                         const FewRows& rows, float* out) {
-#define FP_MULTIPLY(f) multiply_strip<f>(strip, depth, rows, out)
-  FP_EACH_FORMAT(FP_MULTIPLY)
-#undef FP_MULTIPLY
-}
-
-// See FewRows.
-template <typename T>
-void prepare_few(const T* a, int64_t lda, int count, int64_t depth, float* values, float* sums) {
-  for (int r = 0; r < count; ++r, a += lda) {
-    for (int64_t k = 0; k < depth; k += kGroupDepth / 2) {
-      float sum = 0.0f;
-      for (int i = 0; i < kGroupDepth / 2; ++i) {
-        const float value = load(a[k + i]);
-        *values++ = value;
-        sum += value;
-      }
-      *sums++ = sum;
-    }
-  }
 }
 
 }  // namespace

@@ -87,10 +87,16 @@ struct ByteProduct {
 
 // Rows that are multiplied by quantised blocks as they are.
 struct FewRows {
-  const float* values;  // [count, depth]
-  const float* sums;    // [count, depth / 16] of 16 values each
+  const void* rows;  // of few_row_bytes() each, as prepare_few() fills them
+  int64_t stride;    // bytes
   int count;
 };
+
+// Its values take the room of floats; then come the sums of each 32 values in floats, and those of
+// each 16.
+constexpr int64_t few_row_bytes(int64_t depth) {
+  return (depth + depth / 32 + depth / 16) * static_cast<int64_t>(sizeof(float));
+}
 
 template <typename T>  // T: float or Bf16, the element type of activations and KV cache
 struct RowKernels {
@@ -135,9 +141,8 @@ struct RowKernels {
   // float as [depth][ld], Bf16 as [depth / 2][ld][2].
   void (*unpack)(BlockFormat format, const uint8_t* strip, int64_t begin, int64_t end, T* out,
                  int64_t ld);
-  // Fills what FewRows points to from rows of stride lda.
-  void (*prepare_few)(const T* a, int64_t lda, int count, int64_t depth, float* values,
-                      float* sums);
+  // Brings one row of `depth` values into the form of FewRows.
+  void (*prepare_few)(const T* a, int64_t depth, void* row);
   // out[count, 16] = rows * strip. A row's result does not depend on the others.
   void (*multiply_few)(BlockFormat format, const uint8_t* strip, int64_t depth, const FewRows& rows,
                        float* out);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "devices/cpu/isa_attention.h"
+#include "devices/cpu/isa_block_product.h"
 #include "devices/cpu/isa_blocks.h"
 #include "devices/cpu/isa_int8.h"
 #include "devices/cpu/isa_math.h"
@@ -314,7 +315,7 @@ constexpr RowKernels<T> make_table() {
           .narrow = narrow<T>,
           .unpack = unpack<T>,
           .prepare_few = prepare_few<T>,
-          .multiply_few = multiply_few,
+          .multiply_few = multiply_few<T>,
           .score = score,
           .rotate = rotate<T>,
           .round_to_bytes = round_to_bytes,
