@@ -64,7 +64,7 @@ class GgufMetadata:
         self.path = path
         try:
             with path.open("rb") as file:
-                # Copied where written to, which nobody does: torch wants no read-only memory.
+                # Copied where written to, which no caller does: torch wants no read-only memory.
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be mapped ({error})", param="model") from None

@@ -86,12 +86,12 @@ class HfFolder:
         return sum(_ELEMENT_BYTES[one.dtype] * math.prod(one.shape) for one in tensors)
 
     def stored_type(self, stored: str) -> str:
-        """Nothing: these files have plain numbers."""
+        """Nothing: these files have no blocks of GGUF."""
         del stored
         return ""
 
     def load_blocks(self, canonical: str) -> torch.Tensor:
-        """Never called: there are no blocks."""
+        """Never called: there are none."""
         raise CheckpointError(f"tensor {canonical}: not quantised", param=canonical)
 
     def release(self, canonical: str) -> None:
