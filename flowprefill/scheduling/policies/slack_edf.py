@@ -43,9 +43,9 @@ class SlackEdf(BasePolicy):
     sends more than one device can serve, its prefills count from when a device of its own would
     come to them (`TenantClock`), and of equally long ones the plan gives up its first.
 
-    A promised one (`Job.is_promised`) that turns late stays among those on time, with a deadline
-    that is half as far again from its arrival, and again if need be: others pass it for a while,
-    those admitted later not for ever.
+    A promised one (`Job.is_promised`) that turns late stays among those on time, its objective
+    longer by a quarter, and again if need be: others pass it for a while, those admitted later not
+    for ever.
 
     Preemption of a prefill that
       - is on time: if the plan gives it up, or if it would take more than a quarter of the slack of
