@@ -20,8 +20,7 @@ import numpy as np
 from flowprefill.engine import calibration
 from flowprefill.engine.cuda_device import CudaDevice
 from flowprefill.engine.device_choice import DeviceChoice
-from flowprefill.engine.loading import fill_model, model_shape
-from flowprefill.models.checkpoint import Checkpoint
+from flowprefill.engine.loading import WeightSource, fill_model, model_shape
 from flowprefill.scheduling.cost_model import MachineRates
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def gaps_of(segments: Sequence[Segment]) -> list[float]:
     ]
 
 
-def load_weights(choice: DeviceChoice, checkpoint: Checkpoint) -> _cuda.Model:
+def load_weights(choice: DeviceChoice, checkpoint: WeightSource) -> _cuda.Model:
     """Load a model that holds weights alone, for the models that share them."""
     assert choice.module is not None
     options = {"device": choice.index}
@@ -66,7 +65,7 @@ class GpuModel:
     def __init__(
         self,
         choice: DeviceChoice,
-        checkpoint: Checkpoint,
+        checkpoint: WeightSource,
         weights: _cuda.Model,
         longest: int,
         options: dict[str, Any],

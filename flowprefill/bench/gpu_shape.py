@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -71,7 +71,7 @@ class ShapeBench:
         self._cuda: Any = choice.module
         make = SHAPES[args.shape]
         self._config = make(args.layers) if args.layers else make()
-        self._checkpoint = cast(Any, RandomCheckpoint(args.shape, self._config))
+        self._checkpoint = RandomCheckpoint(args.shape, self._config)
         self._shape = model_shape(self._checkpoint.graph, "bf16")
         self._rates = MachineRates()
         self._prefilled_s: dict[tuple[int, str], float] = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
 
+from flowprefill.models.checkpoint import Progress
 from flowprefill.models.families import build_graph
 from flowprefill.models.model_config import ModelConfig
 
@@ -45,7 +45,11 @@ class RandomCheckpoint:
         piece = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
         self._numbers = piece.repeat(-(-most // piece.numel()))
 
-    def weights(self, progress: Any = None) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
+    def weights(
+        self,
+        progress: Progress | None = None,  # noqa: ARG002
+        in_blocks: Collection[str] = (),  # noqa: ARG002
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each weight; norms are ones."""
         for name, shape in self._shapes.items():
             numbers = self._numbers[: int(np.prod(shape))].reshape(shape)

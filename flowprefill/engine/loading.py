@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from flowprefill.config import Granularity
 from flowprefill.errors import CheckpointError
-from flowprefill.models.checkpoint import Checkpoint, Progress, block_bytes
+from flowprefill.models.checkpoint import Progress, block_bytes
 from flowprefill.models.graph import ModelGraph
+from flowprefill.models.model_config import ModelConfig
 from flowprefill.scheduling.cost_model import MachineRates, ModelShape
 
 
@@ -49,6 +51,26 @@ def plan_options(
     )
 
 
+class WeightSource(Protocol):
+    """What has a model's graph and its weights; see Checkpoint."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the graph was built from."""
+        ...
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The model."""
+        ...
+
+    def weights(
+        self, progress: Progress | None = None, in_blocks: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each weight once, by the names of the graph's sources."""
+        ...
+
+
 class Loadable(Protocol):
     """A native model that takes its weights."""
 
@@ -68,7 +90,7 @@ class KeepsBlocks(Loadable, Protocol):
 
 def fill_model(
     model: Loadable,
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     progress: Progress | None = None,
     in_blocks: Collection[str] = (),
 ) -> None:
