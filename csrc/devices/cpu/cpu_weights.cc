@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <optional>
 #include <stdexcept>
 
 #include "devices/cpu/block_linear.h"
@@ -28,24 +27,23 @@ std::function<int64_t(int64_t)> places(const Weight& weight, int32_t part) {
 
 // The format of each strip of 16 columns; none where a part comes otherwise, or a strip would mix.
 std::vector<BlockFormat> strip_formats(const Weight& weight, const BlockFormats& formats) {
-  std::vector<std::optional<BlockFormat>> strips(
-      static_cast<size_t>((weight.rows() + kStripColumns - 1) / kStripColumns));
+  const auto count = static_cast<size_t>((weight.rows() + kStripColumns - 1) / kStripColumns);
+  std::vector<BlockFormat> strips(count);
+  std::vector<bool> is_known(count);
   for (size_t part = 0; part < weight.parts.size(); ++part) {
     const auto found = formats.find(weight.parts[part].source);
     if (found == formats.end())
       return {};
     const auto place = places(weight, static_cast<int32_t>(part));
     for (int64_t row = 0; row < weight.parts[part].rows; ++row) {
-      auto& strip = strips[static_cast<size_t>(place(row) / kStripColumns)];
-      if (strip.value_or(found->second) != found->second)
+      const auto strip = static_cast<size_t>(place(row) / kStripColumns);
+      if (is_known[strip] && strips[strip] != found->second)
         return {};
-      strip = found->second;
+      strips[strip] = found->second;
+      is_known[strip] = true;
     }
   }
-  std::vector<BlockFormat> all;
-  for (const auto& strip : strips)
-    all.push_back(strip.value());
-  return all;
+  return strips;
 }
 
 bool are_same_rows(const Weight& a, const Weight& b) {
