@@ -27,10 +27,11 @@ constexpr bool kHasPairs = false;
 #endif
 
 // A row's sums have one order, however many rows are multiplied with it.
-#pragma GCC push_options
-#pragma GCC optimize("no-associative-math")
 #ifdef __clang__
 #pragma clang fp reassociate(off)
+#else
+#pragma GCC push_options
+#pragma GCC optimize("no-associative-math")
 #endif
 
 // Sum of a few rows times one half of a group, lanes (column, parity).
@@ -251,7 +252,9 @@ void multiply_strip_pairs(const uint8_t* strip, int64_t depth, const FewRows& ro
 }
 #endif
 
+#ifndef __clang__
 #pragma GCC pop_options
+#endif
 
 template <BlockFormat kFormat, typename T, int kRows>
 void multiply_rows_of(const uint8_t* strip, int64_t depth, const FewRows& rows, int first,
