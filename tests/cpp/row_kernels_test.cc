@@ -12,20 +12,10 @@
 #include <vector>
 
 #include "devices/cpu/isa.h"
+#include "devices/cpu/row_kernel_tables.h"
 #include "reference.h"
 
 namespace flowprefill {
-#define FP_DECLARE_ISA(isa)                      \
-  namespace isa {                                \
-  extern const RowKernels<float> kRowKernelsF32; \
-  }
-FP_DECLARE_ISA(isa_baseline)
-#if FP_ISA_LEVELS > 1
-FP_DECLARE_ISA(isa_avx2)
-FP_DECLARE_ISA(isa_avx512)
-FP_DECLARE_ISA(isa_avx512bf16)
-#endif
-#undef FP_DECLARE_ISA
 
 namespace {
 

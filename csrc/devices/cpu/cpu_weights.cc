@@ -131,6 +131,12 @@ void CpuWeights<T>::load_blocks(const std::string& source, const uint8_t* bytes,
 }
 
 template <typename T>
+bool CpuWeights<T>::is_first_of_blocks(int32_t index) const {
+  const auto& blocks = blocks_[static_cast<size_t>(index)];
+  return std::find(blocks_.begin(), blocks_.end(), blocks) - blocks_.begin() == index;
+}
+
+template <typename T>
 void CpuWeights<T>::put_blocks(int32_t index, int32_t part, const BlockRows& from) {
   const Weight& weight = graph_->weights.weight(index);
   const int64_t rows = weight.parts[static_cast<size_t>(part)].rows;
@@ -140,8 +146,7 @@ void CpuWeights<T>::put_blocks(int32_t index, int32_t part, const BlockRows& fro
     unpack_rows(from, rows, weight.columns, *team_, values.data());
     return put(index, part, values.data());
   }
-  const auto first = std::find(blocks_.begin(), blocks_.end(), blocks);
-  if (first - blocks_.begin() == index)  // others that share them have the same rows
+  if (is_first_of_blocks(index))
     blocks->pack(from, rows, *team_, places(weight, part));
 }
 
@@ -192,10 +197,7 @@ size_t CpuWeights<T>::bytes() const {
   for (size_t i = 0; i < storage_.size(); ++i) {
     const auto& storage = storage_[i];
     if (blocks_[i] != nullptr)
-      total += std::find(blocks_.begin(), blocks_.end(), blocks_[i]) - blocks_.begin() ==
-                       static_cast<std::ptrdiff_t>(i)
-                   ? blocks_[i]->bytes()
-                   : 0;
+      total += is_first_of_blocks(static_cast<int32_t>(i)) ? blocks_[i]->bytes() : 0;
     else if (const auto* matrix = std::get_if<Matrix>(&storage))
       total += (*matrix)->bytes();
     else if (const auto* table = std::get_if<Buffer>(&storage))

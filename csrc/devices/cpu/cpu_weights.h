@@ -58,6 +58,8 @@ class CpuWeights {
 
   std::shared_ptr<BlockMatrix> make_blocks(int32_t weight) const;
   void put(int32_t weight, int32_t part, const float* values);
+  // Of the weights that share their blocks, whose rows are the same, whether it is the first.
+  bool is_first_of_blocks(int32_t index) const;
   void put_blocks(int32_t weight, int32_t part, const BlockRows& rows);
 
   const std::shared_ptr<const ModelGraph> graph_;

@@ -2,22 +2,9 @@
 #include "devices/cpu/row_kernels.h"
 
 #include "devices/cpu/isa.h"
+#include "devices/cpu/row_kernel_tables.h"
 
 namespace flowprefill {
-
-#define FP_DECLARE_ISA(isa)                      \
-  namespace isa {                                \
-  extern const RowKernels<float> kRowKernelsF32; \
-  extern const RowKernels<Bf16> kRowKernelsBf16; \
-  }
-FP_DECLARE_ISA(isa_baseline)
-#if FP_ISA_LEVELS > 1
-FP_DECLARE_ISA(isa_avx2)
-FP_DECLARE_ISA(isa_avx512)
-FP_DECLARE_ISA(isa_avx512bf16)
-#endif
-#undef FP_DECLARE_ISA
-
 namespace {
 
 struct Choice {
