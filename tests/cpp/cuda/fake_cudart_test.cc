@@ -265,17 +265,17 @@ TEST_F(FakeCudart, clock_is_anchored_without_sleeping) {
     EXPECT_TRUE(clock.is_stale());
     const int64_t before_ns = now_ns();
     clock.anchor(stream.get(), {}, spin_ns);
-    const int64_t after_ns = now_ns();
     EXPECT_FALSE(clock.is_stale());
     EXPECT_EQ(fake_cudart::count("cudaEventSynchronize"), spin_ns == 0 ? 1u : 0u);
     event.record(stream.get());
     event.wait();
     EXPECT_GE(clock.time_of(event, {}), before_ns);
-    EXPECT_LE(clock.time_of(event, {}), after_ns);
+    EXPECT_LE(clock.time_of(event, {}), now_ns());
   }
 }
 
-// A stream that is busy for some time: its event is not put at the end of the wait for it.
+// A stream that is busy for some time: its event is not put at the end of the wait for it. The
+// bound leaves a quarter of the wait to what passes between the two events.
 TEST_F(FakeCudart, clock_takes_the_middle_of_what_is_not_known) {
   const Stream stream = Stream::make();
   const StreamEvent event = StreamEvent::make();
@@ -286,7 +286,7 @@ TEST_F(FakeCudart, clock_takes_the_middle_of_what_is_not_known) {
   const int64_t after_ns = now_ns();
   event.record(stream.get());
   event.wait();
-  EXPECT_LE(clock.time_of(event, {}), before_ns + (after_ns - before_ns) / 2);
+  EXPECT_LE(clock.time_of(event, {}), after_ns - (after_ns - before_ns) / 4);
 }
 
 }  // namespace
