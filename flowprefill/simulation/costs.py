@@ -75,7 +75,8 @@ class WorkCosts:
             sequences * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
         )
         attention = total_context * max(self._pair_s, self._cache_token_s)
-        return self._overhead_s + linear + head + attention
+        own = sequences * profile.sequence_overhead_s
+        return self._overhead_s + linear + head + attention + own
 
     def bounds(self, rows: int, pairs: float) -> Sequence[float]:
         """Return the boundaries of a work as shares of its time, rising; the last is 1.

@@ -36,6 +36,8 @@ class Profile:
         shape: what the model asks of the machine.
         rates: what the machine does per second; the overhead is that of one run.
         step_overhead_s: of each step that the planner makes.
+        sequence_overhead_s: what each sequence adds to a decode step besides reading its cache:
+            sampling, bookkeeping, and products where they take turns with reading the weights.
         cuts: the device's cutting rules.
         response_s: from the end of a prefill to its token at the client, and what comes before the
             scheduler hears of it; occupies no device.
@@ -50,6 +52,7 @@ class Profile:
     shape: ModelShape
     rates: MachineRates
     step_overhead_s: float = 5e-6
+    sequence_overhead_s: float = 0.0
     cuts: _core.CutRules = field(default_factory=_core.CutRules, repr=False)
     response_s: float = 0.0
     segments_in_flight: int = 1
@@ -149,6 +152,9 @@ def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Pr
     def given(key: str, default: float | None = None) -> float:
         return _number(name, machine, key, default)
 
+    def optional(key: str) -> float:
+        return given(key) if key in machine else 0.0
+
     config = _object(name, model, "config")
     graph = build_graph(read_config(config))
     devices = int(_number(name, model, "devices", 1))
@@ -176,8 +182,9 @@ def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Pr
         shape=shape,
         rates=rates,
         step_overhead_s=given("step_overhead_s", 5e-6),
+        sequence_overhead_s=optional("sequence_overhead_s"),
         cuts=_cuts(name, machine),
-        response_s=given("response_s") if "response_s" in machine else 0.0,
+        response_s=optional("response_s"),
         segments_in_flight=int(given("segments_in_flight", 1)),
         expert_share=share,
         expert_bytes=expert_bytes,

@@ -83,6 +83,13 @@ def test_costs_decode_step_reads_weights_and_cache() -> None:
     )
 
 
+def test_costs_each_sequence_of_a_decode_step_adds_its_overhead() -> None:
+    slower = replace(PROFILE, sequence_overhead_s=1e-3)
+    more = WorkCosts(slower, Granularity.parse("budget:2"))
+    added_s = more.decode_s(7, 700) - costs_of("budget:2").decode_s(7, 700)
+    assert added_s == pytest.approx(7e-3)
+
+
 @pytest.mark.parametrize(
     ("rows", "context", "message"),
     [(0, 0, "rows: got 0"), (5, -1, "context: got -1"), ("x", 0, "rows: got 'x'")],
