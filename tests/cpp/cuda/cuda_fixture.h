@@ -23,6 +23,8 @@
 
 namespace flowprefill::testing {
 
+inline constexpr double kNever = 1e6;  // seconds
+
 // CudaDevice, with a hook on the executor's thread: what it dispatches or cancels is seen at an
 // exactly known boundary.
 class HookedDevice : public Device {
@@ -141,7 +143,8 @@ class CudaTest : public DoubleTest<CudaProgram> {
     resources_ = std::make_shared<CudaResources>(options_);
   }
 
-  // Polling makes the number of calls depend on time, so tests sleep on the event at once.
+  // Polling, and a new anchor of the clock after some time, would make the number of calls depend
+  // on time. So tests sleep on the event at once, and no anchor grows old.
   void start(int run_ahead = 2) {
     if (resources_ == nullptr)
       make_resources();
@@ -168,7 +171,7 @@ class CudaTest : public DoubleTest<CudaProgram> {
   }
 
   CudaOptions options_;
-  CudaDeviceOptions device_options_{.run_ahead = 2, .spin_s = 0, .prepare = {}};
+  CudaDeviceOptions device_options_{.run_ahead = 2, .spin_s = 0, .anchor_s = kNever, .prepare = {}};
   std::shared_ptr<CudaResources> resources_;
 };
 

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -254,12 +255,14 @@ TEST_F(FakeCudart, noise_fills_memory_with_finite_numbers_the_same_each_time) {
   }
 }
 
+constexpr int64_t kNeverNs = int64_t{1} << 60;
+
 // The event comes while the stream is idle, between the two readings around the call.
 TEST_F(FakeCudart, clock_is_anchored_without_sleeping) {
   const Stream stream = Stream::make();
   const StreamEvent event = StreamEvent::make();
-  DeviceClock clock;
-  for (const int64_t spin_ns : {int64_t{0}, int64_t{10'000'000'000}}) {
+  DeviceClock clock(kNeverNs);
+  for (const int64_t spin_ns : {int64_t{0}, kNeverNs}) {
     fake_cudart::reset();
     clock.forget();
     EXPECT_TRUE(clock.is_stale());
@@ -274,19 +277,42 @@ TEST_F(FakeCudart, clock_is_anchored_without_sleeping) {
   }
 }
 
-// A stream that is busy for some time: its event is not put at the end of the wait for it. The
-// bound leaves a quarter of the wait to what passes between the two events.
+TEST_F(FakeCudart, clock_is_stale_once_its_anchor_is_old) {
+  const Stream stream = Stream::make();
+  constexpr int64_t kAnchorNs = 1'000'000;
+  DeviceClock clock(kAnchorNs);
+  EXPECT_TRUE(clock.is_stale());
+  const int64_t before_ns = now_ns();
+  clock.anchor(stream.get(), {}, 0);
+  const bool is_stale = clock.is_stale();
+  EXPECT_TRUE(!is_stale || now_ns() - before_ns > kAnchorNs);
+  std::this_thread::sleep_for(std::chrono::nanoseconds(2 * kAnchorNs));
+  EXPECT_TRUE(clock.is_stale());
+}
+
+// A stream that is busy for some time: its event is put neither at the begin nor at the end of the
+// wait for it, but in the middle. The kernel ends once the host waits, and not at once; the two
+// times that it reads enclose the middle however long anything took.
 TEST_F(FakeCudart, clock_takes_the_middle_of_what_is_not_known) {
   const Stream stream = Stream::make();
   const StreamEvent event = StreamEvent::make();
-  DeviceClock clock;
-  kernel(stream.get(), [] { std::this_thread::sleep_for(std::chrono::milliseconds(200)); });
+  DeviceClock clock(kNeverNs);
+  int64_t waiting_ns = 0;
+  int64_t open_ns = 0;
+  kernel(stream.get(), [&] {
+    while (fake_cudart::num_waiting() == 0)
+      std::this_thread::yield();
+    waiting_ns = now_ns();
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    open_ns = now_ns();
+  });
   const int64_t before_ns = now_ns();
   clock.anchor(stream.get(), {}, 0);
   const int64_t after_ns = now_ns();
   event.record(stream.get());
   event.wait();
-  EXPECT_LE(clock.time_of(event, {}), after_ns - (after_ns - before_ns) / 4);
+  EXPECT_GE(clock.time_of(event, {}), std::midpoint(before_ns, open_ns));
+  EXPECT_LE(clock.time_of(event, {}), std::midpoint(waiting_ns, after_ns));
 }
 
 }  // namespace

@@ -42,7 +42,8 @@ class ModelTest : public DoubleTest<CudaModelProgram> {
     options_.max_tokens = 64;
     options_.max_sequences = 8;
     options_.max_context = 12 * kBlockTokens;
-    options_.spin_s = 0;  // polling makes the number of calls depend on time
+    options_.spin_s = 0;  // see CudaTest
+    options_.anchor_s = kNever;
     options_.cuts = {.row_step = 4,
                      .max_tile_rows = 16,
                      .min_tile_rows = 8,

@@ -136,6 +136,7 @@ TEST_F(CudaArguments, device_refuses_a_depth_outside_1_to_4) {
   for (const int depth : {0, 5, -1})
     EXPECT_THROW(CudaDevice(resources_, {.run_ahead = depth}), std::invalid_argument);
   EXPECT_THROW(CudaDevice(resources_, {.spin_s = -1}), std::invalid_argument);
+  EXPECT_THROW(CudaDevice(resources_, {.anchor_s = 0}), std::invalid_argument);
   EXPECT_THROW(CudaDevice(nullptr, {}), std::invalid_argument);
 }
 

@@ -287,6 +287,7 @@ std::unique_ptr<Device> CudaBackend::make_device(const std::optional<PlanOptions
   CudaDeviceOptions options;
   options.run_ahead = state_->options.run_ahead;
   options.spin_s = state_->options.spin_s;
+  options.anchor_s = state_->options.anchor_s;
   options.prepare = [state = state_, warm] { state->prepare(warm); };
   return std::make_unique<CudaDevice>(state_->resources, std::move(options));
 }

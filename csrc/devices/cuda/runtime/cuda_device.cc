@@ -20,6 +20,10 @@ CudaDeviceOptions checked(CudaDeviceOptions options) {
     throw std::invalid_argument("spin_s: got " + std::to_string(options.spin_s) +
                                 ", expected 0 or more seconds");
   }
+  if (!(options.anchor_s > 0)) {
+    throw std::invalid_argument("anchor_s: got " + std::to_string(options.anchor_s) +
+                                ", expected more than 0 seconds");
+  }
   return options;
 }
 
@@ -45,7 +49,7 @@ void CudaDevice::attach() {
       slot.start = StreamEvent::make();
       slot.end = StreamEvent::make();
     }
-    clock_ = std::make_unique<DeviceClock>();
+    clock_ = std::make_unique<DeviceClock>(static_cast<int64_t>(options_.anchor_s * 1e9));
     if (options_.prepare)
       options_.prepare();
   } catch (...) {

@@ -23,6 +23,8 @@ struct CudaDeviceOptions {
   int run_ahead = 1;
   // throttle() asks for this long before it sleeps: waking up costs some 20 to 50 us.
   double spin_s = 50e-6;
+  // So long the first launch into an idle stream relies on the last host time of an event.
+  double anchor_s = 1;
   // Called at the end of attach(), on the executor's thread: capture ahead, make library handles.
   std::function<void()> prepare = {};
 };
@@ -36,7 +38,8 @@ class CudaDevice final : public Device {
  public:
   static constexpr int kMaxRunAhead = 4;
 
-  // Throws std::invalid_argument for run_ahead outside 1..4, a negative spin_s or no resources.
+  // Throws std::invalid_argument for run_ahead outside 1..4, a negative spin_s, an anchor_s
+  // that is not above 0, or no resources.
   CudaDevice(std::shared_ptr<CudaResources> resources, CudaDeviceOptions options);
 
   // Sets the thread's device and its capture mode to relaxed: the queries of this thread then never

@@ -14,14 +14,13 @@ namespace flowprefill {
 // exactly.
 //
 // Between anchors the clocks of host and device drift apart by some microseconds a second, and an
-// idle hour would be rounded to a quarter of a millisecond: hence a new anchor after kAnchorNs.
+// idle hour would be rounded to a quarter of a millisecond: hence a new anchor after anchor_ns.
 class DeviceClock {
  public:
-  static constexpr int64_t kAnchorNs = 1'000'000'000;
+  // Throws CudaError.
+  explicit DeviceClock(int64_t anchor_ns) : max_age_ns_(anchor_ns), anchor_(StreamEvent::make()) {}
 
-  DeviceClock() : anchor_(StreamEvent::make()) {}  // throws CudaError
-
-  bool is_stale() const { return now_ns() - anchor_ns_ > kAnchorNs; }
+  bool is_stale() const { return !is_anchored_ || now_ns() - anchor_ns_ > max_age_ns_; }
 
   // Waits for a fresh event, which comes at once if the stream is idle: call it then only. Its time
   // is the middle between the last question it was not done at and the answer that it was: sleeping
@@ -33,10 +32,11 @@ class DeviceClock {
     anchor_ns_ = time_when_done(recorded_ns, recorded_ns + spin_ns, context);
     reference_ = &anchor_;
     reference_ns_ = anchor_ns_;
+    is_anchored_ = true;
   }
 
   // Makes it stale: launches were given up, so the event last advanced to may be reused any moment.
-  void forget() { anchor_ns_ = -kAnchorNs; }
+  void forget() { is_anchored_ = false; }
 
   // Host time of an event that is done; after anchor().
   int64_t time_of(const StreamEvent& event, const CallContext& context) const {
@@ -63,8 +63,10 @@ class DeviceClock {
     return std::midpoint(not_done_ns, now_ns());
   }
 
+  const int64_t max_age_ns_;
   StreamEvent anchor_;
-  int64_t anchor_ns_ = -kAnchorNs;  // host time; stale before the first anchor()
+  int64_t anchor_ns_ = 0;  // host time
+  bool is_anchored_ = false;
   const StreamEvent* reference_ = nullptr;
   int64_t reference_ns_ = 0;
 };
