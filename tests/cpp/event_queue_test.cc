@@ -15,6 +15,8 @@ namespace flowprefill {
 namespace {
 
 using enum EventKind;
+using testing::kTimeoutMs;
+using testing::Rounds;
 using testing::scripted_run;
 
 class EventQueueTest : public ::testing::Test {
@@ -115,7 +117,7 @@ TEST_F(EventQueueTest, concurrent_producers_lose_no_terminal_event_and_no_wake_u
   std::map<uint64_t, uint64_t> next;  // per producer
   std::vector<Event> events;
   for (uint64_t num_terminal = 0; num_terminal < kThreads * kPerThread;) {
-    ASSERT_TRUE(is_readable(queue, 20'000)) << "lost after " << num_terminal;
+    ASSERT_TRUE(is_readable(queue, kTimeoutMs)) << "lost after " << num_terminal;
     events.clear();
     queue.pop_all(events);
     for (const Event& event : events) {
@@ -131,11 +133,12 @@ TEST_F(EventQueueTest, concurrent_producers_lose_no_terminal_event_and_no_wake_u
 // Two events close together: the second arrives while the first one's consumer resets the
 // descriptor. Nothing else follows until both were taken, so a lost wake-up stays lost.
 TEST_F(EventQueueTest, event_during_the_reset_is_not_slept_on) {
-  constexpr uint64_t kRounds = 3000;
   EventQueue queue;
   std::atomic<uint64_t> num_taken{0};
+  std::atomic<bool> is_last{false};
   std::jthread producer([&](const std::stop_token& stop) {
-    for (uint64_t round = 0; round < kRounds && !stop.stop_requested(); ++round) {
+    Rounds rounds(3000);
+    for (uint64_t round = 0; rounds.next() && !stop.stop_requested(); ++round) {
       RunRef second = make(2 * round + 1);
       queue.push(make(2 * round), kFinished, 0);
       // From at once to past the time that a sleeping consumer takes to wake.
@@ -147,10 +150,12 @@ TEST_F(EventQueueTest, event_during_the_reset_is_not_slept_on) {
         std::this_thread::yield();
       }
     }
+    is_last = true;
+    queue.push(make(UINT64_MAX), kFinished, 0);
   });
   std::vector<Event> events;
-  while (num_taken < 2 * kRounds) {
-    ASSERT_TRUE(is_readable(queue, 8'000)) << "lost after " << num_taken;
+  while (!is_last) {
+    ASSERT_TRUE(is_readable(queue, kTimeoutMs)) << "lost after " << num_taken;
     events.clear();
     num_taken += queue.pop_all(events);
   }

@@ -14,8 +14,6 @@
 
 namespace flowprefill::testing {
 
-constexpr int kTimeoutMs = 20'000;  // for a bug that would hang; nothing waits this long otherwise
-
 // Sleeps on the queue's descriptor until `num_terminal` terminal events have come in all.
 inline void wait_for_terminal(EventQueue& queue, std::vector<Event>& events, size_t num_terminal) {
   for (;;) {

@@ -28,7 +28,13 @@ struct Witness {
   std::atomic<int> num_inside{0};       // segments executing at this moment
   std::atomic<uint64_t> num_starts{0};  // segments started so far, of all runs
   std::atomic<uint64_t> num_wrong{0};   // overlapping, repeated, skipped or late segments
+  // A run of more than kLong / 2 segments waits before this one, so that it does not come to its
+  // end while the test's thread has no core.
+  std::atomic<size_t> may_reach{SIZE_MAX};
 };
+
+constexpr size_t kLong = 1'000'000;
+constexpr size_t kAhead = 10'000;  // as far as a long run may get in one round
 
 // Checks from inside that its segments come one by one, in order, never during another run's.
 // next_ is deliberately not atomic: two threads executing one run are a race for ThreadSanitizer.
@@ -54,8 +60,10 @@ class CheckedProgram : public Program {
       ++witness_.num_wrong;
     }
     ++next_;
-    if (size_ > 1000) {
-      std::this_thread::yield();  // a long run: lets the test's threads have the core
+    if (size_ > kLong / 2) {
+      do {
+        std::this_thread::yield();  // lets the test's threads have the core
+      } while (i >= witness_.may_reach);
     }
     witness_.num_inside.fetch_sub(1);
     if (i == failing_segment_) {
@@ -111,6 +119,7 @@ class ExecutorStress : public ::testing::Test {
     executor_ = std::make_unique<Executor>(std::make_unique<Device>());
     executor_->start();
   }
+  void TearDown() override { witness_.may_reach = SIZE_MAX; }
 
   void note(std::vector<Event>& events) {
     for (Event& event : events) {
@@ -198,85 +207,87 @@ TEST_F(ExecutorStress, chaos_keeps_every_invariant) {
 // As an engine does it: a run that is displaced or suspended goes back to a pool and from there to
 // the executor again. If a single one were lost, the test would not end.
 TEST_F(ExecutorStress, pool_of_displaced_and_suspended_runs_brings_every_run_to_its_end) {
-  constexpr uint64_t kRuns = 10'000 / FP_STRESS_DIVISOR;
+  constexpr uint64_t kRuns = 500;
   Random seed(7);
-  std::vector<RunRef> runs;
-  std::mutex mutex;
-  std::deque<RunRef> pool;
-  for (uint64_t id = 0; id < kRuns; ++id) {
-    runs.push_back(random_run(witness_, seed, id));
-    pool.push_back(runs.back());
-  }
-  std::atomic<size_t> num_ended{0};
-  const auto give_back = [&](RunRef run) {
-    const std::lock_guard lock(mutex);
-    pool.insert(pool.begin() + static_cast<ptrdiff_t>(std::min<size_t>(pool.size(), 8)), run);
-  };
-  const auto feed = [&](uint64_t thread_seed) {
-    Random random(thread_seed);
+  for (Rounds rounds(20); rounds.next();) {
+    SetUp();
+    kinds_.clear();
+    std::vector<RunRef> runs;
+    std::mutex mutex;
+    std::deque<RunRef> pool;
+    for (uint64_t id = 0; id < kRuns; ++id) {
+      runs.push_back(random_run(witness_, seed, id));
+      pool.push_back(runs.back());
+    }
+    std::atomic<size_t> num_ended{0};
+    const auto give_back = [&](RunRef run) {
+      const std::lock_guard lock(mutex);
+      pool.insert(pool.begin() + static_cast<ptrdiff_t>(std::min<size_t>(pool.size(), 8)), run);
+    };
+    const auto feed = [&](uint64_t thread_seed) {
+      Random random(thread_seed);
+      while (num_ended < kRuns) {
+        RunRef run;
+        {
+          const std::lock_guard lock(mutex);
+          if (!pool.empty()) {
+            run = std::move(pool.front());
+            pool.pop_front();
+          }
+        }
+        if (!run) {
+          std::this_thread::yield();
+          continue;
+        }
+        if (random() % 32 == 0) {
+          executor_->cancel(*run);
+        }
+        try {
+          if (RunRef displaced = executor_->dispatch(run)) {
+            give_back(std::move(displaced));
+          }
+        } catch (const std::invalid_argument&) {
+          continue;
+        }
+        if (random() % 4 == 0) {
+          executor_->suspend(*run);
+        }
+        if (random() % 32 == 0) {
+          executor_->cancel(*run);
+        }
+        if (random() % 2 == 0) {
+          std::this_thread::yield();
+        }
+      }
+    };
+    std::vector<std::jthread> threads;
+    for (uint64_t t = 0; t < 2; ++t) {
+      threads.emplace_back(feed, seed());
+    }
+    std::vector<Event> events;
     while (num_ended < kRuns) {
-      RunRef run;
-      {
-        const std::lock_guard lock(mutex);
-        if (!pool.empty()) {
-          run = std::move(pool.front());
-          pool.pop_front();
+      executor_->events().pop_all(events);
+      for (const Event& event : events) {
+        if (is_terminal(event.kind)) {
+          ++num_ended;
+        } else {
+          give_back(event.run);
         }
       }
-      if (!run) {
-        std::this_thread::yield();
-        continue;
-      }
-      if (random() % 32 == 0) {
-        executor_->cancel(*run);
-      }
-      try {
-        if (RunRef displaced = executor_->dispatch(run)) {
-          give_back(std::move(displaced));
-        }
-      } catch (const std::invalid_argument&) {
-        continue;
-      }
-      if (random() % 4 == 0) {
-        executor_->suspend(*run);
-      }
-      if (random() % 32 == 0) {
-        executor_->cancel(*run);
-      }
-      if (random() % 2 == 0) {
-        std::this_thread::yield();
-      }
+      note(events);
+      std::this_thread::yield();
     }
-  };
-  std::vector<std::jthread> threads;
-  for (uint64_t t = 0; t < 2; ++t) {
-    threads.emplace_back(feed, seed());
+    threads.clear();
+    executor_->stop();
+    EXPECT_EQ(executor_->events().pop_all(events), 0u);
+    EXPECT_EQ(executor_->events().num_dropped_suspensions(), 0u);
+    expect_all_consistent(runs);
   }
-  std::vector<Event> events;
-  while (num_ended < kRuns) {
-    executor_->events().pop_all(events);
-    for (const Event& event : events) {
-      if (is_terminal(event.kind)) {
-        ++num_ended;
-      } else {
-        give_back(event.run);
-      }
-    }
-    note(events);
-    std::this_thread::yield();
-  }
-  threads.clear();
-  executor_->stop();
-  EXPECT_EQ(executor_->events().pop_all(events), 0u);
-  EXPECT_EQ(executor_->events().num_dropped_suspensions(), 0u);
-  expect_all_consistent(runs);
 }
 
 // After dispatch() has returned, at most one more segment of another run starts (the one whose
 // boundary was passed already) before the dispatched run's first.
 TEST_F(ExecutorStress, at_most_one_foreign_segment_starts_after_a_dispatch) {
-  constexpr int kRounds = 1'500 / FP_STRESS_DIVISOR;
-  constexpr size_t kLong = 1'000'000;
   std::vector<RunRef> runs;
   std::vector<Event> events;
   uint64_t id = 0;
@@ -285,13 +296,14 @@ TEST_F(ExecutorStress, at_most_one_foreign_segment_starts_after_a_dispatch) {
     return runs.back();
   };
   RunRef background = make(kLong);
-  for (int round = 0; round < kRounds; ++round) {
+  for (Rounds rounds(1'500); rounds.next();) {
     if (background->cursor() > kLong / 2) {
       executor_->cancel(*background);
       background = make(kLong);
     }
     executor_->events().pop_all(events);
     note(events);
+    witness_.may_reach = background->cursor() + kAhead;
     ASSERT_EQ(executor_->dispatch(background), nullptr);
     const size_t cursor = background->cursor();
     while (background->cursor() == cursor) {  // until it is really going
@@ -300,6 +312,7 @@ TEST_F(ExecutorStress, at_most_one_foreign_segment_starts_after_a_dispatch) {
     const RunRef urgent = make(3);
     executor_->dispatch(urgent);
     const uint64_t num_starts = witness_.num_starts;
+    witness_.may_reach = SIZE_MAX;  // the boundary may be behind the segment that waits
     wait_for_terminal(executor_->events(), events, 1);
     const auto& program = static_cast<const CheckedProgram&>(urgent->program());
     ASSERT_LE(program.first_start(), num_starts + 2);
@@ -315,20 +328,22 @@ TEST_F(ExecutorStress, at_most_one_foreign_segment_starts_after_a_dispatch) {
 
 // A dispatch takes back an earlier suspend request, wherever the executor is meanwhile.
 TEST_F(ExecutorStress, suspend_then_dispatch_always_goes_on) {
-  constexpr int kRounds = 20'000 / FP_STRESS_DIVISOR;
   std::vector<RunRef> runs;
-  runs.push_back(make_run(0, std::make_unique<CheckedProgram>(witness_, 1'000'000, SIZE_MAX)));
+  runs.push_back(make_run(0, std::make_unique<CheckedProgram>(witness_, kLong, SIZE_MAX)));
   flowprefill::Run& run = *runs[0];
+  witness_.may_reach = kAhead;
   executor_->dispatch(runs[0]);
-  for (int round = 0; round < kRounds && run.cursor() < 500'000; ++round) {
+  for (Rounds rounds(20'000); run.cursor() < kLong / 2 && rounds.next();) {
     executor_->suspend(run);
     executor_->dispatch(runs[0]);
     const size_t cursor = run.cursor();
-    const int64_t give_up_ns = now_ns() + 10'000'000'000;
+    witness_.may_reach = cursor + kAhead;
+    const int64_t give_up_ns = now_ns() + int64_t{kTimeoutMs} * 1'000'000;
     while (run.cursor() == cursor) {
-      ASSERT_LT(now_ns(), give_up_ns) << "the dispatch was lost in round " << round;
+      ASSERT_LT(now_ns(), give_up_ns) << "the dispatch was lost in round " << rounds.index();
     }
   }
+  witness_.may_reach = SIZE_MAX;
   executor_->cancel(run);
   std::vector<Event> events;
   wait_for_terminal(executor_->events(), events, 1);
@@ -338,9 +353,8 @@ TEST_F(ExecutorStress, suspend_then_dispatch_always_goes_on) {
 
 // stop() in the middle of traffic: every run that the executor had gets its terminal event.
 TEST_F(ExecutorStress, stop_during_traffic_leaves_no_run_running) {
-  constexpr int kRounds = 150 / FP_STRESS_DIVISOR;
   Random seed(11);
-  for (int round = 0; round < kRounds; ++round) {
+  for (Rounds rounds(150); rounds.next();) {
     executor_ = std::make_unique<Executor>(std::make_unique<Device>(),
                                            ExecutorOptions{.timeline_capacity = 64});
     kinds_.clear();
@@ -350,9 +364,10 @@ TEST_F(ExecutorStress, stop_during_traffic_leaves_no_run_running) {
       runs.push_back(random_run(witness_, seed, id));
     }
     {
+      std::atomic<uint64_t> num_tried{0};
       std::jthread feeder([&, thread_seed = seed()] {
         Random random(thread_seed);
-        for (int i = 0; i < 200; ++i) {
+        for (; num_tried < 200; ++num_tried) {
           try {
             executor_->dispatch(runs[random() % runs.size()]);
           } catch (const std::invalid_argument&) {
@@ -362,7 +377,8 @@ TEST_F(ExecutorStress, stop_during_traffic_leaves_no_run_running) {
           }
         }
       });
-      for (uint64_t i = seed() % 64; i > 0; --i) {
+      // After so many dispatches, not after some time: a yield takes long where others compute.
+      for (const uint64_t wanted = seed() % 64; num_tried < wanted;) {
         std::this_thread::yield();
       }
       executor_->stop();

@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "runtime/clock.h"
 #include "runtime/run.h"
 
 // Races are repeated less often where a sanitizer slows each try down.
@@ -17,6 +18,30 @@
 #endif
 
 namespace flowprefill::testing {
+
+constexpr int kTimeoutMs = 100'000;  // for a bug that would hang; nothing waits this long otherwise
+
+// Counts the repetitions of a race: `most`, or one and as many more as 20 s allow. Threads that
+// yield to each other take turns in microseconds, or in tens of milliseconds where others compute.
+class Rounds {
+ public:
+  explicit Rounds(int most) : most_(most / FP_STRESS_DIVISOR) {}
+
+  // Whether there is another one.
+  bool next() {
+    const bool has_time = now_ns() - start_ns_ < 20'000'000'000;
+    if (num_ > 0 && (num_ >= most_ || !has_time))
+      return false;
+    ++num_;
+    return true;
+  }
+  int index() const { return num_ - 1; }
+
+ private:
+  const int most_;
+  const int64_t start_ns_ = now_ns();
+  int num_ = 0;
+};
 
 // Counts its living instances, so that a test can show that every run was freed.
 class ScriptedProgram : public Program {

@@ -23,6 +23,14 @@ constexpr int kRegions = 20000;
 #endif
 constexpr milliseconds kUntilAsleep{20};  // far longer than the team spins
 
+// Waits for what must happen; false: it has not, after a time that only a bug takes.
+template <typename Condition>
+bool comes_true(const Condition& condition) {
+  for (int waits = 0; waits < 100'000 && !condition(); ++waits)
+    std::this_thread::sleep_for(milliseconds(1));
+  return condition();
+}
+
 class TeamSizes : public ::testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Threads, TeamSizes, ::testing::Values(1, 2, 4, 8));
 
@@ -142,9 +150,7 @@ TEST(Team, SlowItemKeepsNoOtherBack) {
       ++num_done;
       return;
     }
-    for (int waits = 0; waits < 5000 && num_done < 49; ++waits)
-      std::this_thread::sleep_for(milliseconds(1));
-    EXPECT_EQ(num_done, 49);
+    EXPECT_TRUE(comes_true([&] { return num_done == 49; })) << num_done;
   });
 }
 
@@ -200,15 +206,11 @@ TEST(Team, IdleWorkersSleep) {
     if (std::this_thread::get_id() != caller)
       worker = gettid();
     else
-      std::this_thread::sleep_for(kUntilAsleep);
+      EXPECT_TRUE(comes_true([&] { return worker != 0; })) << "the other item is the worker's";
   });
-  ASSERT_NE(worker, 0);
-  std::string state;
-  for (int waits = 0; waits < 500 && state.find("S (sleeping)") == std::string::npos; ++waits) {
-    std::this_thread::sleep_for(milliseconds(10));
-    state = thread_state(worker);
-  }
-  EXPECT_NE(state.find("S (sleeping)"), std::string::npos) << state;
+  EXPECT_TRUE(comes_true([&] {
+    return thread_state(worker).find("S (sleeping)") != std::string::npos;
+  })) << thread_state(worker);
 }
 
 }  // namespace
