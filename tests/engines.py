@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
-from flowprefill import SLO, Engine, Request, SamplingParams
+from flowprefill import SLO, Engine, Request, SamplingParams, _core
 from flowprefill.engine.handle import Handle
+from flowprefill.engine.worker import Batch
 
 VOCAB = 49_152  # of the default model's tokenizer
-WAIT_S = 60.0
+WAIT_S = 100.0  # for a bug that would hang; nothing waits this long otherwise
 
 
 def prompt_of(tokens: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
@@ -45,6 +47,21 @@ def start_long(engine: Engine, request: Request, slo: SLO | None = None) -> Hand
     handle = engine.submit(request, slo)
     wait_for(lambda: engine.stats().segments > segments, "the long prefill executes")
     return handle
+
+
+class Spinning:
+    """Lets an engine's runs of chosen lengths spin until cancelled, so that states can be held."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, from_tokens: int) -> None:
+        original = engine._worker.make_run
+
+        def make_run(batch: Batch) -> Any:
+            first = batch.sequences[0]
+            if first.context + len(first.tokens) >= from_tokens:
+                return _core.spin_run(batch.run_id, 1_000_000, 5e-4)
+            return original(batch)
+
+        monkeypatch.setattr(engine._worker, "make_run", make_run)
 
 
 class KeptLogits:

@@ -269,7 +269,7 @@ class Runner:
 
     def wait(self, run: Any, *states: str) -> None:
         """Sleep until the run is in one of the states."""
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 100.0
         while run.state not in states or not self._is_event_taken(run):
             assert time.monotonic() < deadline, f"run is {run.state}, waited for {states}"
             # A suspended run's event comes just before its state: so not only on the event.

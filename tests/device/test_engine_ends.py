@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -13,7 +14,16 @@ from typing import Any
 import pytest
 from conftest import POISON
 from devices import ONE, Device, on
-from engines import WAIT_S, assert_all_free, greedy, ids_of, prompt_of, start_long, wait_for
+from engines import (
+    WAIT_S,
+    Spinning,
+    assert_all_free,
+    greedy,
+    ids_of,
+    prompt_of,
+    start_long,
+    wait_for,
+)
 
 from flowprefill import SLO, Engine, Request, SamplingParams, _core
 from flowprefill.engine import core, outbox
@@ -22,21 +32,6 @@ from flowprefill.engine.worker import Batch
 from flowprefill.errors import DeadlinePassed, NotReady, RequestCancelled, RequestFailed
 
 OpenEngine = Callable[..., Engine]
-
-
-class Spinning:
-    """Lets an engine's runs of chosen lengths spin until cancelled, so that states can be held."""
-
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, from_tokens: int) -> None:
-        original = engine._worker.make_run
-
-        def make_run(batch: Batch) -> Any:
-            first = batch.sequences[0]
-            if first.context + len(first.tokens) >= from_tokens:
-                return _core.spin_run(batch.run_id, 1_000_000, 2e-4)
-            return original(batch)
-
-        monkeypatch.setattr(engine._worker, "make_run", make_run)
 
 
 def assert_cancelled(handle: Handle) -> None:
@@ -57,7 +52,7 @@ def test_cancel_in_every_state(open_engine: OpenEngine, monkeypatch: pytest.Monk
     assert no_memory.done, "waiting for memory: ends at once"
     no_turn.cancel()
     assert no_turn.done, "waiting for its turn: ends at once"
-    urgent = engine.submit(Request(prompt_of(410, 3), greedy(5)), SLO(ttft=0.5))
+    urgent = engine.submit(Request(prompt_of(410, 3), greedy(5)), SLO(ttft=WAIT_S))
     wait_for(lambda: engine.stats().suspended == 1, "suspended")
     first.cancel()
     assert_cancelled(first)
@@ -288,7 +283,8 @@ def test_a_policy_that_raises_leaves_no_client_waiting(
     policy = Raising(engine._core._scheduler.policy)
     engine._core._scheduler.policy = policy
     engine._core._scheduler._queue._policy = policy
-    handles = [engine.submit(Request(prompt_of(3000, n), greedy(3))) for n in range(4)]
+    # None of them can have ended by then: that takes a thousand decode steps.
+    handles = [engine.submit(Request(prompt_of(3000, n), greedy(1000))) for n in range(4)]
     policy.is_broken = True
     for handle in handles:
         with pytest.raises(RequestFailed, match="a bug in the policy"):
@@ -377,7 +373,7 @@ def test_closed_while_many_threads_submit(open_engine: OpenEngine) -> None:
 
     def work(seed: int) -> None:
         started.wait()
-        for step in range(200):
+        for step in itertools.count():
             try:
                 handle = engine.submit(
                     Request(prompt_of(40 + seed, step), SamplingParams(max_tokens=4))
@@ -410,7 +406,7 @@ def test_a_forked_child_is_told_that_the_engine_is_not_there(open_engine: OpenEn
     if child == 0:
         status = 1
         try:
-            signal.alarm(20)
+            signal.alarm(int(WAIT_S))
             engine.submit(Request(prompt_of(5), greedy(1)))
         except NotReady:
             engine.close()

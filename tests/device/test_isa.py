@@ -32,7 +32,7 @@ def answers(isa: str) -> list[dict[str, Any]]:
         env=os.environ | {"FLOWPREFILL_ISA": isa},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=True,
     )
     return [json.loads(line) for line in child.stdout.splitlines()]

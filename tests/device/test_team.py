@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from cases import Runner
 from devices import on
+from engines import wait_for
 
 from flowprefill import _core
 
@@ -32,8 +32,21 @@ def thread_statuses() -> list[dict[str, str]]:
     return statuses
 
 
-def count_threads() -> Counter[str]:
-    return Counter(status["Name"] for status in thread_statuses())
+def compute_threads() -> dict[int, str]:
+    """Return the threads of all executors that have named themselves, by their ids."""
+    names = {int(status["Pid"]): status["Name"] for status in thread_statuses()}
+    return {thread: name for thread, name in names.items() if name.startswith("fp-")}
+
+
+def others_seconds() -> float:
+    """Return the time that anyone else, the host of a virtual machine too, has had our cores."""
+    mine, busy = os.sched_getaffinity(0), 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *ticks = line.split()
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in mine:
+            user, nice, system, _, _, irq, softirq, stolen = (int(one) for one in ticks[:8])
+            busy += user + nice + system + irq + softirq + stolen
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def voluntary_switches() -> int:
@@ -48,12 +61,18 @@ def voluntary_switches() -> int:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads need two cores")
 @on(("cpu-team",))
 def test_team_does_not_sleep_between_regions(runner: GetRunner) -> None:
-    """With torch's own team alive. The best prefill counts: others may want the cores meanwhile."""
+    """With torch's own team alive. The best prefill counts: others may want the cores meanwhile.
+
+    A thread that waits for one without a core sleeps in the end, as it should. So nothing is shown
+    where others had more than half of a core of those that two threads leave.
+    """
     torch.set_num_threads(max(2, torch.get_num_threads()))
     square = torch.ones(512, 512)
     assert (square @ square)[0, 0] == 512
     native = runner("llama-grouped")
     shares = []
+    spare = len(os.sched_getaffinity(0)) - 2
+    begin_s, others_s = time.monotonic(), others_seconds()
     for _ in range(TRIES):
         slept, regions = voluntary_switches(), native.executor.num_regions
         native.prefill(native.ids, MANY_REGIONS)
@@ -62,8 +81,9 @@ def test_team_does_not_sleep_between_regions(runner: GetRunner) -> None:
         shares.append((voluntary_switches() - slept) / regions)
         if shares[-1] < 0.05:
             return
-    if os.getloadavg()[0] > len(os.sched_getaffinity(0)) + 1:
-        pytest.skip(f"others compute: the load is {os.getloadavg()[0]}")
+    took = (others_seconds() - others_s) / (time.monotonic() - begin_s)
+    if took > spare + 0.5:
+        pytest.skip(f"others computed: they had {took:.1f} cores")
     pytest.fail(f"the team slept in {min(shares):.0%} of its regions")
 
 
@@ -74,32 +94,34 @@ def test_one_thread_has_no_regions(runner: GetRunner) -> None:
 
 
 def test_team_ends_with_its_executor() -> None:
-    before = count_threads()
+    before = compute_threads()
     first, second = _core.Executor(3), _core.Executor(2)
     first.start()
     second.start()
-    started = count_threads() - before
+    started: set[int] = set()
+
+    def all_have_names() -> bool:
+        started.update(compute_threads().keys() - before)
+        return len(started) == 5
+
+    wait_for(all_have_names, "two executors and three workers")
     first.stop()
     second.stop()
-    deadline = time.monotonic() + 10
-    while count_threads()["fp-compute"] > before["fp-compute"] and time.monotonic() < deadline:
-        time.sleep(0.01)  # a joined thread stays in /proc for a moment
-    assert count_threads()["fp-compute"] == before["fp-compute"]
-    # A thread names itself, so one that has not run yet may still have its maker's name.
-    assert started.total() == 5
+    # A joined thread stays in /proc for a moment.
+    wait_for(lambda: not started & compute_threads().keys(), "none of them is left")
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_background_is_the_policy_of_every_thread(background: bool) -> None:
-    before = {int(status["Pid"]) for status in thread_statuses()}
+    before = compute_threads()
     executor = _core.Executor(3, background)
     executor.start()
     wanted = os.SCHED_IDLE if background else os.sched_getscheduler(0)
-    deadline = time.monotonic() + 10
-    policies: list[int] = []
-    while policies != [wanted] * 3 and time.monotonic() < deadline:
-        time.sleep(0.01)  # a worker sets its own
-        mine = {int(status["Pid"]) for status in thread_statuses()} - before
-        policies = [os.sched_getscheduler(thread) for thread in mine]
-    executor.stop()
-    assert policies == [wanted] * 3
+
+    def policies() -> list[int]:
+        return [os.sched_getscheduler(thread) for thread in compute_threads().keys() - before]
+
+    try:
+        wait_for(lambda: policies() == [wanted] * 3, "a worker sets its own")
+    finally:
+        executor.stop()
