@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 from devices import ONE, Device, on
-from engines import WAIT_S, assert_all_free, greedy, ids_of, prompt_of, start_long
+from engines import WAIT_S, Spinning, assert_all_free, greedy, ids_of, prompt_of, start_long
 
 from flowprefill import SLO, Engine, Request
 from flowprefill.config import POLICIES
+from flowprefill.engine.live_run import LiveRun
 from flowprefill.request import Timings
 
 OpenEngine = Callable[..., Engine]
 LONG = 12_000
+TRIES = 10  # to submit while a long one executes: other programs may have the cores just then
+SOON, LATER = SLO(ttft=WAIT_S), SLO(ttft=10 * WAIT_S)
 
 
 @on(ONE)
@@ -27,12 +30,15 @@ def test_urgent_request_overtakes_and_both_are_right(
     for granularity in device.preemptible:
         engine = open_engine(granularity=granularity, prefix_cache=False, policy="edf")
         expected = ids_of(engine, long_ids, 3), ids_of(engine, short_ids, 1)
-        long = start_long(engine, Request(long_ids, greedy(3), id="long"), SLO(ttft=60.0))
-        short = engine.submit(Request(short_ids, greedy(1), id="short"), SLO(ttft=1.0))
-        short_done = short.result(WAIT_S)
-        is_first = not long.done
-        long_done = long.result(WAIT_S)
-        assert (long_done.token_ids, short_done.token_ids) == expected
+        for _ in range(TRIES):
+            long = start_long(engine, Request(long_ids, greedy(3), id="long"), LATER)
+            short = engine.submit(Request(short_ids, greedy(1), id="short"), SOON)
+            short_done = short.result(WAIT_S)
+            is_first = not long.done
+            long_done = long.result(WAIT_S)
+            assert (long_done.token_ids, short_done.token_ids) == expected
+            if is_first or not device.is_met:
+                break
         if device.is_met:
             assert is_first, "the short one ends first"
             assert_overtaken(engine, long_done.timings, short_done.timings)
@@ -52,33 +58,55 @@ def assert_overtaken(engine: Engine, long: Timings, short: Timings) -> None:
     assert short.preemptions == 0
     assert engine.stats().preemptions >= 1
     decisions = [d for d in engine.decisions() if d["requests"] == ["short"]]
-    assert decisions[0]["preempted"] is not None
-    assert decisions[0]["reason"]
+    assert decisions[-1]["preempted"] is not None
+    assert decisions[-1]["reason"]
 
 
 def test_without_boundaries_nothing_can_overtake(open_engine: OpenEngine) -> None:
     engine = open_engine(granularity="none", prefix_cache=False, policy="edf")
     long = start_long(engine, Request(prompt_of(LONG, 1), greedy(1)))
-    short = engine.submit(Request(prompt_of(30, 2), greedy(1)), SLO(ttft=1.0))
+    short = engine.submit(Request(prompt_of(30, 2), greedy(1)), SOON)
     short.result(WAIT_S)
     assert long.result(WAIT_S).timings.preemptions == 0
 
 
+class Prefills:
+    """When the first run of each request had left the device, seconds after its arrival."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left_s: dict[str, float] = {}
+        original = LiveRun.account
+
+        def account(run: LiveRun) -> None:
+            left_s = run.run.accounting().last_end_s
+            for request in run.requests:
+                self.left_s.setdefault(request.id, left_s - request.arrival_s)
+            original(run)
+
+        monkeypatch.setattr(LiveRun, "account", account)
+
+
 @on(ONE)
-def test_many_overtake_and_timings_add_up(device: Device, open_engine: OpenEngine) -> None:
+def test_many_overtake_and_timings_add_up(
+    device: Device, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefills = Prefills(monkeypatch)
     engine = open_engine(granularity="budget:0.5", prefix_cache=False)
     long_ids, prompts = prompt_of(device.long_prompt, 3), [prompt_of(20 + n, n) for n in range(12)]
     expected = [ids_of(engine, ids, 2) for ids in (*prompts, long_ids)]
-    long = start_long(engine, Request(long_ids, greedy(2)))
-    handles = [engine.submit(Request(ids, greedy(2)), SLO(ttft=0.5)) for ids in prompts]
-    assert [handle.result(WAIT_S).token_ids for handle in (*handles, long)] == expected
+    for _ in range(TRIES):
+        long = start_long(engine, Request(long_ids, greedy(2)))
+        handles = [engine.submit(Request(ids, greedy(2)), SOON) for ids in prompts]
+        assert [handle.result(WAIT_S).token_ids for handle in (*handles, long)] == expected
+        if long.result().timings.preemptions or not device.is_met:
+            break
     for handle in (*handles, long):
         timings = handle.result(WAIT_S).timings
         assert timings.ttft is not None
         accounted = timings.queue + timings.prefill_run + timings.suspended
-        # What is left is sampling and the event thread's wake-up, on a machine that others use.
-        assert accounted <= timings.ttft + 1e-4
-        assert timings.ttft - accounted < 0.5
+        # What is left is the event thread's wake-up and sampling.
+        assert accounted == pytest.approx(prefills.left_s[handle.request_id], abs=1e-6)
+        assert accounted <= timings.ttft + 1e-6
     timings = long.result().timings
     assert not device.is_met or timings.preemptions >= 1
     assert (timings.suspended > 0) == (timings.preemptions > 0)
@@ -156,16 +184,24 @@ def test_decoding_sequences_are_evicted_and_computed_again(
     engine = open_engine(kv_cache_gib=0.001, block_tokens=16, prefix_cache=prefix_cache)
     assert engine.stats().kv_blocks_total * 16 < sum(len(prompt) + 60 for prompt in prompts)
     evicted = count_evictions(engine, monkeypatch)
+    Spinning(engine, monkeypatch, from_tokens=600)
+    holder = engine.submit(Request(prompt_of(600, 99), greedy(1)))
     handles = [engine.submit(Request(prompt, greedy(60))) for prompt in prompts]
+    holder.cancel()  # so all begin together
     assert [handle.result(WAIT_S).token_ids for handle in handles] == expected
     assert evicted, "memory was never short: the test shows nothing"
     assert_all_free(engine)
 
 
-def test_requests_wait_for_memory_and_all_are_served(open_engine: OpenEngine) -> None:
+def test_requests_wait_for_memory_and_all_are_served(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = open_engine(kv_cache_gib=0.001, block_tokens=16)
+    Spinning(engine, monkeypatch, from_tokens=2000)
+    holder = engine.submit(Request(prompt_of(2000, 99), greedy(1)))
     handles = [engine.submit(Request(prompt_of(700, n), greedy(2))) for n in range(10)]
-    assert engine.stats().waiting >= 7, "three fit"
+    assert len(engine._core._memory) == engine.stats().waiting == 10, "one has nearly all blocks"
+    holder.cancel()
     for handle in handles:
         assert len(handle.result(WAIT_S).token_ids) == 2
     assert_all_free(engine)

@@ -15,7 +15,16 @@ import pytest
 import torch
 from conftest import Tiny
 from devices import DEVICES, ONE, SERVED, Device, on
-from engines import VOCAB, WAIT_S, KeptLogits, assert_all_free, greedy, ids_of, prompt_of
+from engines import (
+    VOCAB,
+    WAIT_S,
+    KeptLogits,
+    Spinning,
+    assert_all_free,
+    greedy,
+    ids_of,
+    prompt_of,
+)
 from tiny_models import save_with_tokenizer, tiny_model
 
 from flowprefill import SLO, Engine, Request, SamplingParams
@@ -291,7 +300,7 @@ def test_prompt_that_no_cache_can_hold_is_refused(open_engine: Callable[..., Eng
 
 
 def test_id_of_a_live_request_is_refused_and_free_again_later(engine: Engine) -> None:
-    handle = engine.submit(Request(prompt_of(3000), greedy(50), id="same"))
+    handle = engine.submit(Request(prompt_of(3000), greedy(5000), id="same"))
     with pytest.raises(InvalidRequest, match="id: got 'same'"):
         engine.submit(Request(prompt_of(3), greedy(1), id="same"))
     handle.cancel()
@@ -300,16 +309,20 @@ def test_id_of_a_live_request_is_refused_and_free_again_later(engine: Engine) ->
     assert engine.submit(Request(prompt_of(3), greedy(1), id="same")).result(WAIT_S)
 
 
-def test_too_many_waiting_are_refused(open_engine: Callable[..., Engine]) -> None:
+def test_too_many_waiting_are_refused(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flowprefill.errors import Overloaded
 
     engine = open_engine(max_waiting=2, policy="fcfs")
+    Spinning(engine, monkeypatch, from_tokens=9000)
     running = engine.submit(Request(prompt_of(9000), greedy(1)))
     waiting = [engine.submit(Request(prompt_of(600, n), greedy(1))) for n in range(2)]
     with pytest.raises(Overloaded) as caught:
         engine.submit(Request(prompt_of(600, 5), greedy(1)))
     assert caught.value.retry_after_s > 0
-    for handle in (running, *waiting):
+    running.cancel()
+    for handle in waiting:
         handle.result(WAIT_S)
     assert_all_free(engine)
 
