@@ -35,7 +35,7 @@ from flowprefill.request import (
 )
 
 BOS, EOS, VOCAB = 256, 257, 258
-WAIT_S = 20.0
+WAIT_S = 100.0  # for a bug that would hang; nothing waits this long otherwise
 
 
 class ByteTokenizer:

@@ -8,6 +8,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,19 @@ class RunningServer:
 
     def get(self, path: str, headers: dict[str, str] | None = None) -> Reply:
         return self.request("GET", path, headers=headers)
+
+    def get_again(self, path: str) -> Reply:
+        """Get, over new connections as long as the server closes them.
+
+        For a server with a short `header_timeout_s`: where other programs have the cores, a client
+        may not get its request said in time.
+        """
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return self.get(path)
+            except (ConnectionError, ssl.SSLError):
+                assert time.monotonic() < until, "no connection lasts"
 
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> Reply:
         return self.request("POST", path, body, headers)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from running_server import RunningServer, StartServer
 
 COMPLETIONS = "/v1/completions"
@@ -320,7 +320,7 @@ def test_huge_chunked_body_is_a_413(start_server: StartServer, engine: FakeEngin
     )
     import socket
 
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         chunk = b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
         connection.sendall(head.encode() + chunk + chunk + b"0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413")

@@ -15,12 +15,13 @@ from fake_engine import WAIT_S, FakeEngine, Script
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import InvalidRequest, NotReady, shortened
+from flowprefill.models import bounded_process
 from flowprefill.models.chat_template import ChatTemplate
 from flowprefill.server.http import json_text
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-CALM_S = 5.0  # a client on the same GIL and a busy machine included
+CALM_S = 5.0  # of computing, clients on the same GIL included
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x-own", "gzip, identity"])
@@ -147,23 +148,23 @@ def test_crowded_body_is_refused_and_no_client_waits_for_it(
     server: RunningServer, engine: FakeEngine, raw: bytes, words: str
 ) -> None:
     engine.max_model_len = 4096
-    worst, done = 0.0, threading.Event()
+    done, statuses = threading.Event(), set()
 
     def watch() -> None:
-        nonlocal worst
         while not done.is_set():
-            start = time.monotonic()
-            assert server.get("/health").status == 200
-            worst = max(worst, time.monotonic() - start)
+            statuses.add(server.get("/health").status)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    start = time.process_time()
     reply = server.post(COMPLETIONS, raw)
     done.set()
     watcher.join()
+    computed_s = time.process_time() - start
     assert (reply.status, reply.error["param"]) == (400, "body")
     assert words in reply.error["message"]
-    assert worst < CALM_S
+    assert statuses == {200}
+    assert computed_s < CALM_S, "so long a client may have waited"
 
 
 def test_both_parsers_agree_on_good_bodies() -> None:
@@ -192,10 +193,10 @@ def test_text_full_of_brackets_and_digits_is_one_text(server: RunningServer) -> 
 )
 def test_huge_value_is_shown_short_and_at_once(make: Callable[[], Any]) -> None:
     value = make()
-    start = time.monotonic()
+    start = time.thread_time()
     message = InvalidRequest.field("f", value, "less").message
     assert len(message) < 150
-    assert time.monotonic() - start < 0.1
+    assert time.thread_time() - start < 0.1
 
 
 @pytest.mark.parametrize("value", [5, -1.5, "half \ud800", [1, "a"], {"b": None, "a": [1]}, None])
@@ -206,9 +207,11 @@ def test_small_value_is_shown_whole(value: Any) -> None:
 def test_slow_body_is_a_408(start_server: StartServer, engine: FakeEngine) -> None:
     server = start_server(engine, body_timeout_s=0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         connection.sendall(head)
-        reply = connection.recv(4096)
+        reply = b""
+        while b'"code"' not in reply and (part := connection.recv(4096)):
+            reply += part
     assert reply.startswith(b"HTTP/1.1 408")
     assert b'"code": "body_timeout"' in reply
 
@@ -264,10 +267,21 @@ def test_number_of_hundreds_of_digits_is_a_400(
 
 
 def test_chat_template_without_end_holds_no_client_up(
-    server: RunningServer, engine: FakeEngine
+    server: RunningServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bounded_process, "WALL_LIMIT_S", WAIT_S)  # the one on computing counts
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    engine.render_chat = ChatTemplate(loops).render  # type: ignore[method-assign]
+    template, has_begun, is_enough = ChatTemplate(loops), threading.Event(), threading.Event()
+
+    def render(*arguments: Any) -> str:
+        """Take until others were answered, however slow they are here."""
+        has_begun.set()
+        try:
+            return template.render(*arguments)
+        finally:
+            assert is_enough.wait(WAIT_S), "nobody was answered meanwhile"
+
+    engine.render_chat = render  # type: ignore[method-assign]
     replies: list[Any] = []
 
     def chat() -> None:
@@ -275,14 +289,14 @@ def test_chat_template_without_end_holds_no_client_up(
 
     client = threading.Thread(target=chat)
     client.start()
-    answered = 0
-    while client.is_alive():
+    assert has_begun.wait(WAIT_S)
+    for _ in range(50):
         assert server.get("/health").status == 200
-        answered += 1
+    assert client.is_alive()
+    is_enough.set()
     client.join()
     assert (replies[0].status, replies[0].error["param"]) == (400, "messages")
     assert "computed longer than" in replies[0].error["message"]
-    assert answered > 50
 
 
 def test_bodies_together_take_bounded_memory(engine: FakeEngine, start_server: StartServer) -> None:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, Script
+from fake_engine import WAIT_S, FakeEngine, Script
 
 from flowprefill import cli
 from flowprefill.bench import doctor
@@ -253,7 +253,7 @@ def test_signal_ends_a_load_that_looks_for_none(monkeypatch: pytest.MonkeyPatch)
     class Loading:
         def __init__(self, *_: Any, **__: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert has_ended.wait(20)  # a tokenizer or a calibration, which serve() cannot stop
+            assert has_ended.wait(WAIT_S)  # a tokenizer or a calibration, which serve() cannot stop
             raise NotReady("serve() waits no longer")
 
     monkeypatch.setattr(cli.os, "_exit", end)
@@ -271,7 +271,7 @@ def test_interrupt_ends_generate_while_the_model_loads(monkeypatch: pytest.Monke
 
     def load(*_: Any) -> FakeEngine:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(20)
+        time.sleep(WAIT_S)
         raise AssertionError("loads on")
 
     before = signal.getsignal(signal.SIGINT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import resource
@@ -69,18 +70,18 @@ def test_connection_without_a_whole_request_is_closed(
     server = start_server(engine, header_timeout_s=0.2)
     with connect(server, sent) as connection:
         assert read_to_end(connection) == b""
-    assert server.get("/health").status == 200
+    assert server.get_again("/health").status == 200
 
 
 def test_idle_connection_is_closed_and_a_waiting_one_is_not(
     start_server: StartServer, engine: FakeEngine
 ) -> None:
-    server = start_server(engine, header_timeout_s=0.2, idle_timeout_s=0.3)
+    server = start_server(engine, header_timeout_s=1.0, idle_timeout_s=0.3)
     engine.script = Script(gate=threading.Event())
     body = {"prompt": "x", "stream": True}
     with server.raw_socket(COMPLETIONS, body) as waiting, connect(server, GET_HEALTH) as idle:
         assert read_to_end(idle).endswith(b'{"status": "ok"}')
-        time.sleep(0.5)
+        time.sleep(1.2)
         assert engine.script.gate is not None
         engine.script.gate.set()
         seen = b""
@@ -118,19 +119,33 @@ def test_long_reply_to_a_slow_client_goes_on_while_it_reads(
 ) -> None:
     """The whole takes longer than the deadline."""
     server = start_server(engine, write_timeout_s=1.5)
+    for _ in range(10):
+        text, times_s = read_slowly(server)
+        longest_s = max(after - before for before, after in itertools.pairwise(times_s))
+        if longest_s < 0.5:  # else the client had no core, and may have been too slow
+            break
+    assert json.loads(text)["openapi"]
+    assert times_s[-1] - times_s[0] > 2.0
+
+
+def read_slowly(server: RunningServer) -> tuple[bytes, list[float]]:
+    """Ask for much and read it in small parts; returns it and when each part was read."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(WAIT_S)
         connection.connect(("127.0.0.1", server.port))
         connection.sendall(GET_HEALTH.replace(b"/health", b"/openapi.json"))
-        start = time.monotonic()
+        times_s = [time.monotonic()]
         head, _, seen = connection.recv(2048).partition(b"\r\n\r\n")
         length = int(head.partition(b"Content-Length: ")[2].split()[0])
-        while len(seen) < length and (part := connection.recv(2048)):
-            seen += part
-            time.sleep(0.05)
-    assert json.loads(seen)["openapi"]
-    assert time.monotonic() - start > 2.0
+        try:
+            while len(seen) < length and (part := connection.recv(2048)):
+                seen += part
+                time.sleep(0.05)
+                times_s.append(time.monotonic())
+        except ConnectionResetError:
+            times_s.append(time.monotonic())
+    return seen, times_s
 
 
 def test_whole_reply_that_is_never_read_is_dropped_too(
@@ -144,7 +159,7 @@ def test_whole_reply_that_is_never_read_is_dropped_too(
 
 
 def test_client_that_reads_slowly_is_kept(start_server: StartServer, engine: FakeEngine) -> None:
-    server = start_server(engine, write_timeout_s=2.0)
+    server = start_server(engine, write_timeout_s=WAIT_S)
     engine.script = Script(text=LONG_TEXT[:2000])
     with never_reading(server) as connection:
         seen = b""
@@ -203,8 +218,8 @@ def test_stalled_streams_and_half_bodies_do_not_hold_up_the_shutdown(
     half = connect(server, head)
     wait_until(lambda: sum(c.writing_paused for c in server.server.context.connections._open) == 3)
     start = time.monotonic()
-    server.stop(grace_s=15.0)
-    assert time.monotonic() - start < 12.0
+    server.stop(grace_s=WAIT_S - 1.0)
+    assert time.monotonic() - start < WAIT_S / 2
     for connection in (*stalled, half):
         connection.close()
 

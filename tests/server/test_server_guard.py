@@ -6,7 +6,7 @@ import socket
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import ConfigError
@@ -21,7 +21,7 @@ FOREIGN = ("evil.test", "localhost.evil.test", "127.0.0.1.evil.test", "192.168.0
 
 def raw(server: RunningServer, head: str) -> bytes:
     """Send a request's head as it is; returns the whole reply."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode())
         return b"".join(iter(lambda: connection.recv(65536), b""))
 

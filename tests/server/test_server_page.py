@@ -175,7 +175,7 @@ def test_live_answers_many_pages_from_one_look(start_server: StartServer) -> Non
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 def test_page_in_chromium(engine: FakeEngine, server: RunningServer, tmp_path: Path) -> None:
-    asyncio.run(asyncio.wait_for(_visit(engine, server, tmp_path), 120))
+    asyncio.run(asyncio.wait_for(_visit(engine, server, tmp_path), 250))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
@@ -183,7 +183,7 @@ def test_page_asks_for_a_key_where_there_are_keys(
     engine: FakeEngine, start_server: StartServer, tmp_path: Path
 ) -> None:
     server = start_server(engine, tenants={"a": {"key": "secret"}})
-    asyncio.run(asyncio.wait_for(_give_key(server, tmp_path), 120))
+    asyncio.run(asyncio.wait_for(_give_key(server, tmp_path), 250))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
@@ -191,7 +191,7 @@ def test_page_without_a_timeline_still_chats(
     engine: FakeEngine, start_server: StartServer, tmp_path: Path
 ) -> None:
     server = start_server(engine, debug_routes="off")
-    asyncio.run(asyncio.wait_for(_chat_only(server, tmp_path), 120))
+    asyncio.run(asyncio.wait_for(_chat_only(server, tmp_path), 250))
 
 
 async def _chat_only(server: RunningServer, folder: Path) -> None:

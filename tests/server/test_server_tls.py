@@ -135,7 +135,7 @@ def test_a_handshake_has_a_deadline_and_plain_http_gets_nothing(
             while received:
                 received = connection.recv(4096)
     server.tls = trusting(pair)
-    assert server.get("/health").status == 200
+    assert server.get_again("/health").status == 200
 
 
 def test_what_is_wrong_with_a_file_is_said(pair: Pair, tmp_path: Path) -> None:
