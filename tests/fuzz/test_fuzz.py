@@ -23,7 +23,7 @@ KINDS = (
 COUNT = int(os.environ.get("FLOWPREFILL_FUZZ", "20"))
 # Starting a process takes seconds: a short run makes do with one.
 GROUPS = [KINDS] if COUNT < 100 else [(kind,) for kind in KINDS]
-LIMIT_S = 100 + COUNT  # far more than a quiet machine needs
+LIMIT_S = 600 + COUNT  # far more than a quiet machine needs
 
 
 def run(first: int, count: int, *kinds: str) -> None:

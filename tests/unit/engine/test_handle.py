@@ -106,7 +106,7 @@ def test_result_too_late_raises_timeout_and_leaves_no_waiter() -> None:
 def test_result_waits_for_another_thread() -> None:
     handle = Handle("r", 3)
     thread = later(handle, 50)
-    assert len(handle.result(30).tokens) == 50
+    assert len(handle.result(100).tokens) == 50
     thread.join()
 
 
@@ -264,11 +264,11 @@ def test_stress_threads_and_loops_see_every_token_in_order() -> None:
     with ThreadPoolExecutor(40) as pool:
         loops = [pool.submit(asyncio.run, consume()) for _ in range(2)]
         iterators = [pool.submit(lambda h: [t.token_id for t in h], h) for h in handles]
-        results = [pool.submit(h.result, 30) for h in handles]
+        results = [pool.submit(h.result, 100) for h in handles]
         producer = pool.submit(produce)
-        producer.result(30)
+        producer.result(100)
         for loop in loops:
-            loop.result(30)
-        assert all(future.result(30) == expected for future in iterators)
-        assert all(future.result(30).token_ids == expected for future in results)
+            loop.result(100)
+        assert all(future.result(100) == expected for future in iterators)
+        assert all(future.result(100).token_ids == expected for future in results)
     assert all(not h._token_wakers and not h._end_wakers for h in handles)

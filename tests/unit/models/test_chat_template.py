@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flowprefill.errors import InvalidRequest
-from flowprefill.models import template_process
+from flowprefill.models import bounded_process, template_process
 from flowprefill.models.chat_template import ChatTemplate
 
 CHATML = """{% for message in messages %}
@@ -158,10 +158,14 @@ def render_and_tick(text: str) -> tuple[str, int]:
     ],
     ids=["loops", "constant", "power"],
 )
-def test_template_that_computes_too_long_is_stopped_and_blocks_no_loop(text: str) -> None:
+def test_template_that_computes_too_long_is_stopped_and_blocks_no_loop(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where others have the cores, two seconds of computing may take minutes.
+    monkeypatch.setattr(bounded_process, "WALL_LIMIT_S", 250.0)
     message, ticks = render_and_tick(text)
     assert "computed longer than 2 s" in message
-    assert ticks > 20
+    assert ticks > 5
     assert ChatTemplate(CHATML).render([USER]) == "<user>hi\n<assistant>"
 
 
@@ -247,7 +251,7 @@ def test_many_threads_share_a_few_processes() -> None:
 def test_process_ends_with_its_last_connection() -> None:
     process = template_process.start_process()
     process._socket.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while process.is_alive:
         assert time.monotonic() < deadline
         time.sleep(0.01)
