@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from flowprefill.engine.sampler import Sampler, draw_position, top_k_ids, top_p_ids
+from flowprefill.engine.draw import draw_position, top_k_ids, top_p_ids
+from flowprefill.engine.sampler import Sampler
 from flowprefill.errors import RequestFailed
 from flowprefill.request import SamplingParams
 
