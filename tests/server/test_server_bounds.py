@@ -151,7 +151,7 @@ def test_crowded_body_is_refused_and_no_client_waits_for_it(
     done, statuses = threading.Event(), set()
 
     def watch() -> None:
-        while not done.is_set():
+        while not done.wait(0.005):
             statuses.add(server.get("/health").status)
 
     watcher = threading.Thread(target=watch)
@@ -273,11 +273,11 @@ def test_chat_template_without_end_holds_no_client_up(
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template, has_begun, is_enough = ChatTemplate(loops), threading.Event(), threading.Event()
 
-    def render(*arguments: Any) -> str:
+    def render(*arguments: Any, **options: Any) -> str:
         """Take until others were answered, however slow they are here."""
         has_begun.set()
         try:
-            return template.render(*arguments)
+            return template.render(*arguments, **options)
         finally:
             assert is_enough.wait(WAIT_S), "nobody was answered meanwhile"
 
