@@ -5,10 +5,16 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples everywhere and no time limit per example: no test depends on speed.
-settings.register_profile("flowprefill", derandomize=True, deadline=None)
+# The same examples everywhere and no time limit, neither for an example nor for making the first
+# ten (a second, else): no test depends on speed.
+settings.register_profile(
+    "flowprefill",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("flowprefill")
 
 GPUS_NEEDED = {"gpu": 1, "multigpu": 2}  # by marker

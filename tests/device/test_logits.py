@@ -18,7 +18,8 @@ GetRunner = Callable[..., Runner]
 pytestmark = pytest.mark.timeout(600)  # a test may compute every boundary of every granularity
 SOME = ("llama-biases", "mistral-window", "qwen3", *NEWER)
 ON_CPU = ("cpu", "cpu-team")
-SHARED = [HealthCheck.function_scoped_fixture]  # the runner is that of the session
+# The runner is that of the session.
+SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 @on(EVERY, CASES)

@@ -28,6 +28,7 @@ from flowprefill.models.weight_names import hf_name
 
 Make = Callable[..., TinyGguf]
 REFERENCE = Path(__file__).parents[4] / "shared" / "reference" / "smollm2.json"
+SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # each example writes anew
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def good_bytes(tiny_gguf: Make, tmp_path: Path) -> bytes:
     return tiny_gguf("llama").write(tmp_path / "good.gguf").read_bytes()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=SHARED)
 @given(part=st.floats(0.0, 1.0, exclude_max=True))
 def test_truncation_anywhere_is_a_checkpoint_error(
     good_bytes: bytes, tmp_path: Path, part: float
@@ -267,7 +268,7 @@ def test_truncation_anywhere_is_a_checkpoint_error(
         read_everything(path)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=SHARED)
 @given(at=st.integers(0, 2600), value=st.integers(0, 255))
 def test_changed_header_byte_never_escapes_as_another_error(
     good_bytes: bytes, tmp_path: Path, at: int, value: int
