@@ -26,9 +26,13 @@ constexpr milliseconds kUntilAsleep{20};  // far longer than the team spins
 // Waits for what must happen; false: it has not, after a time that only a bug takes.
 template <typename Condition>
 bool comes_true(const Condition& condition) {
-  for (int waits = 0; waits < 100'000 && !condition(); ++waits)
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(100);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end)
+      return false;
     std::this_thread::sleep_for(milliseconds(1));
-  return condition();
+  }
+  return true;
 }
 
 class TeamSizes : public ::testing::TestWithParam<int> {};
