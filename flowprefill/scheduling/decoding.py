@@ -14,6 +14,9 @@ A decode step is one short work over the sequences that wait for a token. Agains
 Sequences of the class `background` are never due: they take part where a step has room, and have
 steps of their own only while nothing is to be prefilled.
 
+Held sequences, whose tokens no client takes, are in no step and never due. One that is let go on
+counts as if its last token had been made then: the time for which it was held makes no other wait.
+
 Bound: a decode step starts no later than max(due time, that pause) + one boundary; and one
 prefill's deadline never makes another sequence wait past its own due time. Sequences over
 max_running take turns, the earliest due first.
@@ -44,18 +47,25 @@ class DecodingJob:
         context_tokens: tokens in its cache.
         last_token_s: when its last token was made.
         due_s: when the next one is due.
-        version: which heap record counts; -1 while it is in a step.
+        is_held: takes part in no step; one that it was in already still ends with it.
+        version: which heap record counts; -1 while it is in a step or held.
     """
 
     job: Job
     context_tokens: int
     last_token_s: float
     due_s: float = math.inf
+    is_held: bool = False
     version: int = -1
 
 
 class Decoding:
-    """Sequences by due time, and the one decode step that runs or is suspended."""
+    """Sequences by due time, and the one decode step that runs or is suspended.
+
+    Attributes:
+        held: how many of the sequences are held.
+        step: the step that runs or is suspended.
+    """
 
     def __init__(self, cost_model: CostModel, settings: SchedulerSettings) -> None:
         self._cost_model = cost_model
@@ -66,6 +76,7 @@ class Decoding:
         self._idle_context = 0
         self._idle_best_effort = 0
         self._versions = count()
+        self.held = 0
         self._last_step_end_s = -math.inf
         self.step: Work | None = None
 
@@ -89,8 +100,27 @@ class Decoding:
     def discard(self, job: Job) -> None:
         """End a sequence; the caller takes it out of a running step."""
         sequence = self._sequences.pop(job.id)
+        self.held -= sequence.is_held
         if sequence.version >= 0:
             self._leave_idle(sequence)
+
+    def hold(self, job_id: str, *, is_held: bool, now: float) -> None:
+        """Keep a sequence out of further steps, or let it into them again.
+
+        Nothing happens if the job does not decode, or is held, or is not, already.
+        """
+        sequence = self._sequences.get(job_id)
+        if sequence is None or sequence.is_held == is_held:
+            return
+        sequence.is_held = is_held
+        self.held += 1 if is_held else -1
+        if is_held:
+            if sequence.version >= 0:
+                self._leave_idle(sequence)
+            return
+        sequence.last_token_s = now
+        if self.step is None or sequence.job not in self.step.jobs:
+            self._wait(sequence)
 
     def take_step(self, serial: int) -> Work:
         """Make a step of the sequences that are due first; they stay in it until it ends."""
@@ -166,6 +196,8 @@ class Decoding:
         return self._idle[0][2] if self._idle else None
 
     def _wait(self, sequence: DecodingJob) -> None:
+        if sequence.is_held:
+            return
         is_best_effort = _is_best_effort(sequence.job)
         wanted = self._settings.max_stall_s if is_best_effort else sequence.job.tpot_s
         if sequence.job.service_class == BACKGROUND:

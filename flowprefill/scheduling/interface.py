@@ -59,6 +59,18 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """A decoding job takes part in no further decode step, or, `is_held` false, in them again.
+
+    A step that was taken with it ends with it. Nothing happens to a job that does not decode: who
+    holds one before its first token says so again after that.
+    """
+
+    job_id: str
+    is_held: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A work ended by an error; all its jobs have ended with it."""
 
@@ -70,7 +82,7 @@ class TimerFired:
     """The time of `Decision.wake_at` has come."""
 
 
-SchedulerEvent = Arrival | Finished | Cancelled | Failed | TimerFired
+SchedulerEvent = Arrival | Finished | Cancelled | Held | Failed | TimerFired
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +182,8 @@ class Load:
         waiting_tokens: prompt tokens of those.
         backlog_s: predicted time of all prefill that is not done, running and suspended included.
         suspended_works: prefills and decode steps that stand still.
-        decoding: sequences that decode.
+        decoding: sequences that decode; held ones left out.
+        held: sequences that are held.
     """
 
     waiting_jobs: int = 0
@@ -178,3 +191,4 @@ class Load:
     backlog_s: float = 0.0
     suspended_works: int = 0
     decoding: int = 0
+    held: int = 0

@@ -20,6 +20,7 @@ from flowprefill.scheduling.interface import (
     Decision,
     Failed,
     Finished,
+    Held,
     Load,
     SchedulerSettings,
 )
@@ -113,7 +114,8 @@ class Scheduler:
             waiting_tokens=self._waiting_tokens,
             backlog_s=self._queue.total_s + prefilling_s,
             suspended_works=len(self._works) - (running is not None),
-            decoding=len(self._decoding),
+            decoding=len(self._decoding) - self._decoding.held,
+            held=self._decoding.held,
         )
 
     def predicted_ttft_s(self, job: Job, now: float) -> float:
@@ -187,6 +189,8 @@ class Scheduler:
                     self._cancelled_works.clear()  # it has ended, there is nothing to stop
             case Cancelled(job_id):
                 self._end_job(job_id, now)
+            case Held(job_id, is_held):
+                self._decoding.hold(job_id, is_held=is_held, now=now)
             case _:
                 pass  # TimerFired: time has passed, that is all
 

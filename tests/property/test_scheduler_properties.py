@@ -15,6 +15,10 @@ from flowprefill.scheduling import Decision, Job, Scheduler, SchedulerSettings
 
 TTFT = st.sampled_from([0.0, 0.05, 0.2, 1.0, 5.0, math.inf])
 TPOT = st.sampled_from([0.001, 0.02, 0.1, math.inf])
+# When a client reads nothing: seconds after its arrival, and for how long.
+STALLS = st.sampled_from(
+    [(), (), ((0.0, 0.5),), ((0.003, 0.02), (0.03, 3.0)), ((0.3, 0.0), (0.6, 0.2))]
+)
 
 
 @st.composite
@@ -35,7 +39,8 @@ def worlds(draw: st.DrawFn) -> tuple[list[Client], dict[str, Any]]:
             draw(st.sampled_from([0, 0, 0, 1])),
         )
         leaves = arrival + draw(st.sampled_from([math.inf, math.inf, 0.0, 0.01, 0.4]))
-        clients.append(Client(job, draw(st.integers(1, 6)), leaves))
+        stalls = [(arrival + a, arrival + a + b) for a, b in draw(STALLS)]
+        clients.append(Client(job, draw(st.integers(1, 6)), leaves, tuple(stalls)))
     behaviour = {
         "seed": draw(st.integers(0, 2**16)),
         "noise": draw(st.sampled_from([0.0, 0.1, 1.0])),
@@ -46,7 +51,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[Client], dict[str, Any]]:
 
 
 def _copy(client: Client) -> Client:
-    return Client(client.job, client.output_tokens, client.cancel_s)
+    return Client(client.job, client.output_tokens, client.cancel_s, client.stalls)
 
 
 def _play(policy: str, clients: list[Client], behaviour: dict[str, Any]) -> VirtualDevice:
@@ -79,6 +84,7 @@ def test_scheduler_random_world_each_job_ends_once(
     assert device.scheduler.current is None
     load = device.scheduler.load()
     assert (load.waiting_jobs, load.waiting_tokens, load.suspended_works) == (0, 0, 0)
+    assert (load.decoding, load.held) == (0, 0)
     for run in device.runs.values():
         assert run.state in ("finished", "cancelled"), run
 

@@ -19,6 +19,7 @@ from flowprefill.scheduling import (
     CostModel,
     Failed,
     Finished,
+    Held,
     MachineRates,
     ModelShape,
     Scheduler,
@@ -50,12 +51,15 @@ class Client:
     Attributes:
         output_tokens: tokens after which it ends.
         cancel_s: when its sender goes away; inf: never.
+        stalls: from when to when its sender reads nothing.
         ends: (how, when) of each end that was reported; must be one in the end.
     """
 
     job: Job
     output_tokens: int = 1
     cancel_s: float = math.inf
+    stalls: tuple[tuple[float, float], ...] = ()
+    is_stalled: bool = False
     has_arrived: bool = False
     first_token_s: float = math.inf
     token_times: list[float] = field(default_factory=list)
@@ -101,11 +105,15 @@ class VirtualDevice:
         self._happenings: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
         self._device = Device()
+        self._held: set[str] = set()  # of whom the scheduler was told while they decoded
         self._timer = 0
         for client in self.clients.values():
             self._at(client.job.arrival_s, self._bind(self._arrive, client))
             if client.cancel_s < math.inf:
                 self._at(client.cancel_s, self._bind(self._leave, client))
+            for from_s, to_s in client.stalls:
+                self._at(from_s, self._bind(self._stall, client, True))
+                self._at(to_s, self._bind(self._stall, client, False))
 
     def play(self, limit: int = 50_000) -> None:
         """Let everything happen until nothing is left to happen."""
@@ -135,6 +143,19 @@ class VirtualDevice:
         client.ends.append(("cancelled", self.now))
         if client.has_arrived:
             self._tell(Cancelled(client.job.id))
+
+    def _stall(self, client: Client, is_stalled: bool) -> None:
+        client.is_stalled = is_stalled
+        if client.has_arrived and not client.ends:
+            self._tell_held(client)
+
+    def _tell_held(self, client: Client) -> None:
+        decodes = client.token_times or not client.job.prompt_tokens
+        if client.is_stalled and decodes:
+            self._held.add(client.job.id)
+        else:
+            self._held.discard(client.job.id)
+        self._tell(Held(client.job.id, client.is_stalled))
 
     # -- the engine's part -----------------------------------------------------------------
 
@@ -174,12 +195,17 @@ class VirtualDevice:
                 client.ends.append(("finished", self.now))
                 ends.add(client.job.id)
         self._tell(Finished(run.id, frozenset(ends), run.executed_s))
+        for client in alive:
+            if run.work.kind == "prefill" and client.is_stalled and not client.ends:
+                self._tell_held(client)
 
     # -- the device's part -----------------------------------------------------------------
 
     def _dispatch(self, work: Work, decision: Decision) -> None:
         run = self.runs.get(work.id)
         assert (run is not None) == decision.is_resume, decision
+        if work.kind == "decode" and not decision.is_resume:
+            assert self._held.isdisjoint(work.job_ids), "a held sequence is in a new step"
         if run is None:
             uncorrected_s = work.predicted_s / self.scheduler.cost_model.correction(work.kind)
             true_s = uncorrected_s * math.exp(self._random.gauss(0.0, self._noise))

@@ -11,6 +11,7 @@ from flowprefill.scheduling import (
     Decision,
     Failed,
     Finished,
+    Held,
     TimerFired,
     Work,
 )
@@ -225,6 +226,51 @@ def test_decode_due_preempts_long_prefill_and_gives_way_again() -> None:
     assert due.preempted is long
     again = scheduler.on_event(Finished(dispatched(due).id), 0.104)
     assert again.dispatch is long
+
+
+def test_held_sequence_is_in_no_further_step_until_it_goes_on() -> None:
+    scheduler = make()
+    first = dispatched(arrive(scheduler, "a", 0, at=1.0, tpot_s=0.1))
+    arrive(scheduler, "b", 0, at=1.0, tpot_s=0.1)
+    assert scheduler.on_event(Held("a", True), 1.001).dispatch is None, "its step goes on"
+    second = dispatched(scheduler.on_event(Finished(first.id), 1.01))
+    assert second.job_ids == ("b",)
+    assert (scheduler.load().decoding, scheduler.load().held) == (1, 1)
+    last = scheduler.on_event(Finished(second.id, frozenset({"b"})), 1.02)
+    assert (last.dispatch, last.wake_at, last.reason) == (None, None, "nothing to run")
+    assert scheduler.on_event(Held("a", True), 2.0).dispatch is None
+    step = dispatched(scheduler.on_event(Held("a", False), 9.0))
+    assert step.job_ids == ("a",)
+    assert step.deadline_s == pytest.approx(9.1), "it is not late for the time it was held"
+    assert (scheduler.load().decoding, scheduler.load().held) == (1, 0)
+
+
+def test_held_and_let_go_on_within_one_step_is_in_the_next_once() -> None:
+    scheduler = make()
+    step = dispatched(arrive(scheduler, "a", 0, at=1.0))
+    scheduler.on_event(Held("a", True), 1.001)
+    scheduler.on_event(Held("a", False), 1.002)
+    assert dispatched(scheduler.on_event(Finished(step.id), 1.01)).job_ids == ("a",)
+
+
+def test_held_sequence_hurries_no_prefill_and_ends_when_cancelled() -> None:
+    scheduler = make()
+    step = dispatched(arrive(scheduler, "talker", 0, tpot_s=0.05))
+    scheduler.on_event(Held("talker", True), 0.001)
+    scheduler.on_event(Finished(step.id), 0.003)
+    decision = arrive(scheduler, "long", 50_000, 60.0, at=0.01)
+    assert (dispatched(decision).job_ids, decision.wake_at) == (("long",), None)
+    assert scheduler.on_event(Cancelled("talker"), 0.02).cancel == ()
+    assert scheduler.load().held == 0
+    assert scheduler.on_event(Held("talker", False), 0.03).dispatch is None
+
+
+def test_held_job_that_does_not_decode_is_prefilled() -> None:
+    scheduler = make()
+    work = dispatched(arrive(scheduler, "a", 100))
+    scheduler.on_event(Held("a", True), 0.001)
+    step = dispatched(scheduler.on_event(Finished(work.id), 0.01))
+    assert (step.kind, step.job_ids) == ("decode", ("a",))
 
 
 def test_often_suspended_work_goes_on_for_a_slice_before_the_next_time() -> None:
