@@ -344,7 +344,7 @@ class Timings:
         ttft: submit to first token; None if there was none.
         predicted_ttft: what was predicted at admission.
         total: submit to the terminal event.
-        mean_itl: mean time between tokens after the first.
+        mean_itl: mean time between tokens after the first; time for which it was held left out.
         slo_met: whether TTFT (and mean time per output token, if asked for) were within the SLO;
             None without an objective.
         cached_tokens: prompt tokens found in the prefix cache.

@@ -38,6 +38,7 @@ from flowprefill.scheduling import (
     Decision,
     Failed,
     Finished,
+    Held,
     Scheduler,
     SchedulerEvent,
     TimerFired,
@@ -142,11 +143,29 @@ class EngineCore:
                 self._settle()
         self._deliver()
 
+    def hold(self, request: LiveRequest, *, is_held: bool) -> None:
+        """Keep a request out of further decode steps, or let it into them again.
+
+        No effect once it is about to end, nor, to hold, once the engine is closing.
+        """
+        with self._lock:
+            is_live = request.id in self._live and request.error is None and not request.is_ended
+            if is_live and request.is_held != is_held and not (is_held and self._refusal):
+                self._hold(request, is_held=is_held)
+                self._settle()
+        self._deliver()
+
     def close(self, timeout: float | None) -> None:
         """Refuse new requests, wait for the live ones, cancel the rest, stop all threads."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             self._refusal = self._refusal or "the engine is shutting down"
+            for request in self._live.values() if timeout != 0 else ():
+                if request.is_held:  # else it would not end
+                    self._hold(request, is_held=False)
+            self._settle()
+        self._deliver()
+        with self._lock:
             while self._live:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -163,8 +182,8 @@ class EngineCore:
             self._events.stop()
             self._worker.stop()
 
-    def counts(self) -> tuple[int, int, int]:
-        """Return how many requests run or decode, wait, and are suspended."""
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return how many requests run or decode, wait, are suspended, and are held."""
         with self._lock:
             load = self._scheduler.load()
             # The scheduler of an engine that has failed may still count what is gone.
@@ -174,7 +193,9 @@ class EngineCore:
                 for active in self._runs.values()
                 if active.work.kind == "prefill" and active.work is not self._scheduler.current
             )
-            return max(len(self._live) - waiting - suspended, 0), waiting, suspended
+            held = len(self._memory.held)
+            running = max(len(self._live) - waiting - suspended - held, 0)
+            return running, waiting, suspended, held
 
     def story(self, request_id: str) -> dict[str, Any] | None:
         """Return what happened to one of the last requests; None if it is not known."""
@@ -208,6 +229,7 @@ class EngineCore:
                 request.cached_tokens = request.handle.cached_tokens = request.computed
             request.is_scheduled = True
             self._scheduler_events.append(Arrival(request.job()))
+        self._note_evicted()
 
     def _settle(self) -> None:
         """Admit what fits and tell the scheduler all events, until none is left. Lock held."""
@@ -298,12 +320,23 @@ class EngineCore:
 
     def _with_blocks(self, requests: list[LiveRequest]) -> list[LiveRequest]:
         """Give each decoding request room for its next token; returns those that got it."""
-        kept, evicted = self._memory.make_room(requests, self._live.values())
-        for request in evicted:
+        kept = self._memory.make_room(requests, self._live.values())
+        self._note_evicted()
+        return kept
+
+    def _note_evicted(self) -> None:
+        for request in self._memory.take_evicted():
             request.is_scheduled = False
             self._stories.note(request.id, self._worker.now_s(), "lost_memory")
             self._scheduler_events.append(Cancelled(request.id))
-        return kept
+
+    def _hold(self, request: LiveRequest, *, is_held: bool) -> None:
+        request.hold(self._worker.now_s(), is_held=is_held)
+        if is_held:
+            self._memory.hold(request)
+        else:
+            self._memory.resume(request)
+        self._scheduler_events.append(Held(request.id, is_held))
 
     # ---- ends ----------------------------------------------------------------------------------
 
@@ -332,9 +365,8 @@ class EngineCore:
         request.is_ended = True
         self._gate.leave(request)
         self._stories.ended(request, self._worker.now_s())
-        if request.reservation is None:
-            self._memory.remove(request)
-        else:
+        self._memory.remove(request)
+        if request.reservation is not None:
             self._pool.release(request.reservation)
             request.reservation = None
             self._memory.blocks_freed()
@@ -400,10 +432,19 @@ class EngineCore:
                 executed_s = active.run.accounting().running_s
                 if kind == "finished":
                     self._scheduler_events.append(Finished(run_id, ends, executed_s))
+                    self._note_held(active)
             self._settle()
         self._deliver()
         for request in active.requests:  # the next run executes already
             request.prepare_sampling()
+
+    def _note_held(self, active: LiveRun) -> None:
+        """Note that held requests of a finished run are at rest, and decode if it was a prefill."""
+        for request in active.requests:
+            if request.is_held and not request.is_ended:
+                self._memory.blocks_freed()
+                if active.work.kind == "prefill":
+                    self._scheduler_events.append(Held(request.id, True))
 
     def _fail_all(self, error: Exception) -> None:
         """End every request and refuse new ones: what scheduler and engine know may not agree."""

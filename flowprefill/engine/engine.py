@@ -264,12 +264,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return a snapshot of gauges and counters."""
-        running, waiting, suspended = self._core.counts()
+        running, waiting, suspended, held = self._core.counts()
         blocks, worker = self._pool.stats, self._worker.stats()
         return EngineStats(
             running=running,
             waiting=waiting,
             suspended=suspended,
+            held=held,
             kv_blocks_used=blocks.used,
             kv_blocks_cached=blocks.cached,
             kv_blocks_total=blocks.total,
@@ -401,7 +402,12 @@ class Engine:
         live = LiveRequest(
             request=request,
             slo=slo,
-            handle=Handle(request.id, len(ids), lambda: self._core.cancel(live)),
+            handle=Handle(
+                request.id,
+                len(ids),
+                on_cancel=lambda: self._core.cancel(live),
+                on_hold=lambda is_held: self._core.hold(live, is_held=is_held),
+            ),
             make_token_side=lambda: TokenSide(
                 Sampler(
                     params,

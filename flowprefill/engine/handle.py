@@ -40,13 +40,17 @@ class Handle:
     """
 
     __slots__ = (
-        "_cancel", "_completion", "_end_wakers", "_error", "_is_done", "_lock", "_timings",
-        "_token_wakers", "_tokens", "cached_tokens", "predicted_ttft", "prompt_logprobs",
-        "prompt_tokens", "request_id",
+        "_cancel", "_completion", "_end_wakers", "_error", "_hold", "_is_done", "_lock",
+        "_timings", "_token_wakers", "_tokens", "cached_tokens", "predicted_ttft",
+        "prompt_logprobs", "prompt_tokens", "request_id",
     )  # fmt: skip
 
     def __init__(
-        self, request_id: str, prompt_tokens: int, on_cancel: Callable[[], None] | None = None
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        on_cancel: Callable[[], None] | None = None,
+        on_hold: Callable[[bool], None] | None = None,
     ) -> None:
         """Make the handle of a request that is about to be queued.
 
@@ -55,13 +59,15 @@ class Handle:
             prompt_tokens: length of the tokenised prompt.
             on_cancel: called at most once, in the thread that cancels, with no lock of the handle
                 held. It may come just after the terminal event and must bear that.
+            on_hold: called with True to hold and False to resume, under the same rules, but as
+                often as the user does.
         """
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         self.predicted_ttft: float | None = None
         self.prompt_logprobs: PromptLogprobs | None = None
-        self._cancel = on_cancel
+        self._cancel, self._hold = on_cancel, on_hold
         self._lock = threading.Lock()
         self._tokens: list[Token] = []
         self._is_done = False
@@ -116,6 +122,28 @@ class Handle:
             cancel, self._cancel = self._cancel, None
         if cancel is not None:
             cancel()
+
+    def hold(self) -> None:
+        """Have no more tokens made until `resume`, since no client takes them.
+
+        A decode step that has begun still brings its token, and a prefill goes on to the first one.
+        The KV cache stays, unless others need the memory; what is lost so is computed again after
+        `resume`. The time for which it is held counts neither in `Timings.mean_itl` nor against its
+        TPOT. A held request makes no end, so who waits for it waits on: resume or cancel it.
+        Closing the engine resumes it. Holding twice, or after the end, does nothing.
+
+        Thread: any, as `cancel`; takes the engine's lock for one decision, waits for no step. Of
+        threads that hold and resume at once the last one wins.
+        """
+        hold = self._hold
+        if hold is not None:
+            hold(True)
+
+    def resume(self) -> None:
+        """Have tokens made again; does nothing unless the request is held. Thread: as `hold`."""
+        hold = self._hold
+        if hold is not None:
+            hold(False)
 
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the end and return the completion. Not for use inside an asyncio loop.
@@ -232,7 +260,7 @@ class Handle:
         with self._lock:
             self._check_open(call)
             self._completion, self._error, self._timings = completion, error, timings
-            self._cancel = None  # also drops what the callback refers to
+            self._cancel = self._hold = None  # also drops what the callback refers to
             self._is_done = True
             wakers = [*(self._token_wakers or ()), *(self._end_wakers or ())]
             self._token_wakers = self._end_wakers = None

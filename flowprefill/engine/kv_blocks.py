@@ -115,7 +115,7 @@ class BlockPool:
             PromptTooLong: the pool as a whole is too small; nothing changed.
         """
         prompt_tokens = len(token_ids)
-        needed = self._blocks_for(prompt_tokens + extra_tokens)
+        needed = self.blocks_for(prompt_tokens + extra_tokens)
         if needed > self.num_blocks:
             raise PromptTooLong(
                 f"prompt: {prompt_tokens} tokens and {extra_tokens} to generate need {needed} KV "
@@ -128,7 +128,7 @@ class BlockPool:
         shared = self._find_prefix(token_ids, hashes) if finds_prefix else []
         idle_shared = sum(1 for block in shared if self._refs[block] == 0)
         fresh = needed - len(shared)
-        if fresh > len(self._free) + len(self._evictable) - idle_shared:
+        if fresh > self.available - idle_shared:
             return None
         for block in shared:  # first, so that eviction can't take them
             if self._refs[block] == 0:
@@ -151,8 +151,8 @@ class BlockPool:
             False when there are not enough blocks now, or the pool is too small (nothing changed).
         """
         self._check_live(reservation)
-        fresh = self._blocks_for(total_tokens) - len(reservation.block_ids)
-        if fresh > len(self._free) + len(self._evictable):
+        fresh = self.blocks_for(total_tokens) - len(reservation.block_ids)
+        if fresh > self.available:
             return False
         reservation.block_ids.extend(self._take_block() for _ in range(fresh))
         return True
@@ -212,6 +212,15 @@ class BlockPool:
             self.num_blocks, used, free, cached, self._queried_tokens, self._hit_tokens
         )
 
+    @property
+    def available(self) -> int:
+        """How many blocks no reservation holds."""
+        return len(self._free) + len(self._evictable)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks so many tokens take."""
+        return -(-tokens // self.block_tokens)
+
     def check(self) -> None:
         """Assert every invariant; for tests, O(num_blocks)."""
         free, evictable = set(self._free), set(self._evictable)
@@ -225,9 +234,6 @@ class BlockPool:
             assert block not in free or digest is None, f"free block {block} is findable"
             assert block not in evictable or digest is not None, f"block {block} is lost"
         assert len(self._block_of) == sum(d is not None for d in self._hash_of), "stray hashes"
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.block_tokens)
 
     def _find_prefix(self, token_ids: TokenIds, hashes: list[bytes]) -> list[int]:
         """Return the cached blocks the prompt starts with; hashes looked at go to `hashes`."""

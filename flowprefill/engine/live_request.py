@@ -65,6 +65,9 @@ class LiveRequest:
         is_queued: waits for its first token and counts as such in its tenant's share.
         considered_s: when the scheduler, or the queue for KV blocks, first knew of it.
         suspensions: see Timings; known at its end.
+        token_times_s: when its tokens were made, on a clock that stands while it is held.
+        is_held: no client takes its tokens, so none are made.
+        held_s: how long that was so, up to the last resume; since when, while it is held.
     """
 
     request: Request
@@ -101,6 +104,9 @@ class LiveRequest:
     cancel_to_free_s: float | None = None
     blocking_s: float | None = None
     suspensions: tuple[tuple[float, float], ...] = ()
+    is_held: bool = False
+    held_s: float = 0.0
+    held_since_s: float = 0.0
 
     @property
     def id(self) -> str:
@@ -152,7 +158,23 @@ class LiveRequest:
         )
 
     def _next_token_due_s(self) -> float:
-        return math.inf if self.slo.tpot is None else self.token_times_s[-1] + self.slo.tpot
+        if self.slo.tpot is None:
+            return math.inf
+        return self.token_times_s[-1] + self.held_s + self.slo.tpot
+
+    def hold(self, now: float, *, is_held: bool) -> None:
+        """Note that it is held from now on, or not any more; the engine's lock is held."""
+        self.is_held = is_held
+        if is_held:
+            self.held_since_s = now
+        elif self.token_times_s:  # a step that had begun may have made one meanwhile
+            last_s = self.token_times_s[-1] + self.held_s
+            self.held_s += max(now - max(self.held_since_s, last_s), 0.0)
+
+    def _note_time(self, now: float) -> None:
+        """Note when a token was made; none before the last, though `hold` may come just now."""
+        times = self.token_times_s
+        times.append(max(now - self.held_s, times[-1]) if times else now)
 
     def next_piece(self, *, chooses_token: bool) -> BatchSequence:
         """Return what the next run computes of it; the KV blocks must be reserved.
@@ -192,7 +214,7 @@ class LiveRequest:
             assert isinstance(outcome, np.ndarray)
             self.embedding = _of_length_1(outcome)
         self.ended_with = "length" if self.request.pooling is None else "stop"
-        self.token_times_s.append(now)
+        self._note_time(now)
         return None
 
     def advance(self, outcome: Outcome, now: float) -> Token:
@@ -227,7 +249,7 @@ class LiveRequest:
         )
         self.ids.append(sampled.token_id)
         self.tokens.append(token)
-        self.token_times_s.append(now)
+        self._note_time(now)
         return token
 
     def prepare_sampling(self) -> None:

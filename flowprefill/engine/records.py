@@ -16,9 +16,10 @@ class EngineStats:
     """A snapshot; counters count since start.
 
     Attributes:
-        running: requests whose run is executing or that decode.
+        running: requests whose run is executing or that decode; held ones left out.
         waiting: requests whose prefill has not started, those waiting for KV blocks included.
         suspended: requests whose prefill is suspended.
+        held: requests that have a first token and get no more until their clients read.
         kv_blocks_used: blocks held by live requests.
         kv_blocks_cached: blocks that no request holds, reusable by their content.
         prefix_cache_queries: prompt tokens looked up in the prefix cache.
@@ -30,6 +31,7 @@ class EngineStats:
     running: int
     waiting: int
     suspended: int
+    held: int
     kv_blocks_used: int
     kv_blocks_cached: int
     kv_blocks_total: int

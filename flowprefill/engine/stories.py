@@ -98,7 +98,7 @@ class Story:
         if live is None:
             return "ended"
         if live.tokens:
-            return "decoding"
+            return "held" if live.is_held else "decoding"
         if live.reservation is None:
             return "waiting for memory"
         last = self.entries[-1].what if self.entries else "waits"

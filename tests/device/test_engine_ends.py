@@ -354,6 +354,30 @@ def test_graceful_close_waits_for_the_live_ones(open_engine: OpenEngine) -> None
     handles[0].cancel()
 
 
+def test_close_lets_held_ones_go_on_to_their_end(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    handles = [engine.submit(Request(prompt_of(50, n), greedy(40))) for n in range(3)]
+    for handle in handles:
+        handle.hold()
+    wait_for(lambda: engine.stats().held == 3, "all are held")
+    engine.close()
+    assert [len(handle.result().token_ids) for handle in handles] == [40] * 3
+    handles[0].hold()
+    handles[0].resume()
+
+
+def test_cancelled_while_held_frees_everything(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    handle = engine.submit(Request(prompt_of(50), greedy(1000)))
+    handle.hold()
+    wait_for(lambda: engine.stats().held == 1 and not engine._core._runs, "it is held, at rest")
+    assert engine.stats().kv_blocks_used > 0
+    handle.cancel()
+    assert handle.done
+    assert_cancelled(handle)
+    assert_all_free(engine)
+
+
 def test_abrupt_close_cancels_the_live_ones(open_engine: OpenEngine) -> None:
     engine = open_engine(kv_cache_gib=0.001, block_tokens=16)
     handles = [engine.submit(Request(prompt_of(900, n), greedy(1000))) for n in range(6)]

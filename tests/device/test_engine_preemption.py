@@ -221,12 +221,12 @@ def test_longest_request_fits_when_others_hold_memory(open_engine: OpenEngine) -
 def count_evictions(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of evicted sequences, as they are evicted from now on."""
     evicted: list[str] = []
-    make_room = engine._core._memory.make_room
+    take_evicted = engine._core._memory.take_evicted
 
-    def counted(*arguments: Any) -> Any:
-        kept, lost = make_room(*arguments)
+    def counted() -> Any:
+        lost = take_evicted()
         evicted.extend(sequence.id for sequence in lost)
-        return kept, lost
+        return lost
 
-    monkeypatch.setattr(engine._core._memory, "make_room", counted)
+    monkeypatch.setattr(engine._core._memory, "take_evicted", counted)
     return evicted

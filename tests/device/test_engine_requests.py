@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from engines import (
     greedy,
     ids_of,
     prompt_of,
+    wait_for,
 )
 from tiny_models import save_with_tokenizer, tiny_model
 
@@ -64,6 +66,25 @@ def test_packed_prompts_and_decode_steps_do_not_disturb_each_other(open_engine: 
     alone = [ids_of(engine, prompt, 5) for prompt in prompts]
     handles = [engine.submit(Request(prompt, greedy(5))) for prompt in prompts]
     assert [handle.result(WAIT_S).token_ids for handle in handles] == alone
+    assert_all_free(engine)
+
+
+@on(ONE)
+def test_held_request_makes_no_tokens_and_goes_on_bit_identically(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    requests = [Request(prompt_of(60, n), greedy(300, logprobs=2)) for n in range(2)]
+    alone = [engine.submit(replace(one, id=f"a{one.id}")).result(WAIT_S) for one in requests]
+    handle = engine.submit(requests[0])
+    next(iter(handle))
+    handle.hold()
+    wait_for(lambda: not engine._core._runs, "its last step ends")
+    tokens = handle.output_tokens
+    assert 0 < tokens < 300
+    others = engine.submit(requests[1]).result(WAIT_S)
+    assert handle.output_tokens == tokens
+    assert (engine.stats().held, engine.stats().running) == (1, 0)
+    handle.resume()
+    assert [handle.result(WAIT_S).tokens, others.tokens] == [one.tokens for one in alone]
     assert_all_free(engine)
 
 

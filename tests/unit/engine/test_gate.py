@@ -64,13 +64,18 @@ class SteadyWorker(VirtualWorker):
 class GateWorld:
     """A core on a virtual worker; each prompt has tokens of its own."""
 
-    def __init__(self, limits: AdmissionLimits | None = None, policy: str = "slack_edf") -> None:
+    def __init__(
+        self,
+        limits: AdmissionLimits | None = None,
+        policy: str = "slack_edf",
+        num_blocks: int = 0,
+    ) -> None:
         self.worker = SteadyWorker()
         sizes = self.worker.limits
-        pool = BlockPool(sizes.num_blocks, sizes.block_tokens, True)
+        self.pool = BlockPool(num_blocks or sizes.num_blocks, sizes.block_tokens, True)
         cost_model = CostModel(self.worker.shape, self.worker.rates, is_calibrated=True)
         scheduler = Scheduler(policy, cost_model, SchedulerSettings())
-        self.core = EngineCore(scheduler, self.worker, pool, limits or AdmissionLimits())
+        self.core = EngineCore(scheduler, self.worker, self.pool, limits or AdmissionLimits())
         self.live: list[LiveRequest] = []
         self._numbers = itertools.count()
 

@@ -32,6 +32,7 @@ class FakeSequence:
         self.is_scheduled = False
         self.work_id: int | None = None
         self.tokens: list[int] = []
+        self.is_held = False
 
 
 def names(sequences: Any) -> list[str]:
@@ -121,8 +122,9 @@ def decoding(pool: BlockPool, name: str, tokens: int, arrival_s: float) -> FakeS
 
 def test_room_is_made_by_the_least_urgent(queue: MemoryQueue, pool: BlockPool) -> None:
     first, second = decoding(pool, "first", 80, 0.0), decoding(pool, "second", 80, 1.0)
-    kept, evicted = queue.make_room([second, first], [first, second])  # type: ignore[list-item]
-    assert (names(kept), names(evicted)) == (["first"], ["second"])
+    kept = queue.make_room([second, first], [first, second])  # type: ignore[list-item]
+    assert (names(kept), names(queue.take_evicted())) == (["first"], ["second"])
+    assert queue.take_evicted() == []
     assert second.reservation is None
     assert second.computed == 0
     assert len(queue) == 1
@@ -136,14 +138,73 @@ def test_waiting_requests_give_theirs_up_before_decoding_ones(
     idle = FakeSequence("idle", 70)
     idle.reservation, idle.is_scheduled = pool.reserve(idle.ids, 1), True
     started = FakeSequence("started", 1)
-    kept, evicted = queue.make_room([one], [one, idle, started])  # type: ignore[list-item]
-    assert (names(kept), names(evicted)) == (["one"], ["idle"])
+    kept = queue.make_room([one], [one, idle, started])  # type: ignore[list-item]
+    assert (names(kept), names(queue.take_evicted())) == (["one"], ["idle"])
     assert len(one.reservation.block_ids) == 6
 
 
 def test_alone_it_gives_up_its_own(queue: MemoryQueue, pool: BlockPool) -> None:
     assert pool.reserve(list(range(79)), 1) is not None  # a prefill that runs holds the rest
     one = decoding(pool, "one", 80, 0.0)
-    kept, evicted = queue.make_room([one], [one])  # type: ignore[list-item]
-    assert (names(kept), names(evicted)) == ([], ["one"])
+    kept = queue.make_room([one], [one])  # type: ignore[list-item]
+    assert (names(kept), names(queue.take_evicted())) == ([], ["one"])
     assert names(queue.admit(0.0)) == [], "it needs one block more than it had"
+
+
+def held(queue: MemoryQueue, pool: BlockPool, name: str, tokens: int) -> FakeSequence:
+    """A decoding sequence that is held and in no run."""
+    sequence = decoding(pool, name, tokens, 0.0)
+    sequence.is_held = True
+    queue.hold(sequence)  # type: ignore[arg-type]
+    return sequence
+
+
+def test_held_ones_give_way_to_who_waits_the_longest_held_first(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    first, second = held(queue, pool, "first", 64), held(queue, pool, "second", 64)
+    push(queue, FakeSequence("comes", 60))
+    assert names(queue.admit(0.0)) == ["comes"]
+    assert names(queue.take_evicted()) == ["first"]
+    assert (len(queue), second.computed) == (0, 0), "it waits for nothing while it is held"
+    queue.resume(first)  # type: ignore[arg-type]
+    assert (len(queue), names(queue.held)) == (1, ["second"])
+    assert names(queue.admit(0.0)) == ["first"], "taken from the other that is held"
+    assert names(queue.take_evicted()) == ["second"]
+    pool.check()
+
+
+def test_room_for_the_next_token_is_taken_from_held_ones_first(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    idle = FakeSequence("idle", 15)
+    idle.reservation, idle.is_scheduled = pool.reserve(idle.ids, 1), True
+    stalled, one = held(queue, pool, "stalled", 64), decoding(pool, "one", 80, 0.0)
+    kept = queue.make_room([one], [one, idle, stalled])  # type: ignore[list-item]
+    assert (names(kept), names(queue.take_evicted())) == (["one"], ["stalled"])
+
+
+def test_blocks_of_a_held_one_are_left_to_a_run_that_uses_them(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    running = held(queue, pool, "running", 160)
+    running.work_id = 1
+    push(queue, FakeSequence("comes", 20))
+    assert names(queue.admit(0.0)) == []
+    running.work_id = None
+    queue.blocks_freed()
+    assert names(queue.admit(0.0)) == ["comes"]
+
+
+def test_one_that_is_held_while_it_waits_for_lost_blocks_stops_waiting(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    lost, new = FakeSequence("lost", 20), FakeSequence("new", 20)
+    lost.tokens = [1]
+    push(queue, lost, new)
+    for sequence in (lost, new):
+        sequence.is_held = True
+        queue.hold(sequence)  # type: ignore[arg-type]
+    assert names(queue.admit(0.0)) == ["new"], "it has no token yet"
+    queue.remove(lost)  # type: ignore[arg-type]
+    assert (len(queue), queue.held) == (0, [])
