@@ -86,7 +86,7 @@ def assert_all_free(engine: Engine) -> None:
         wait_for(lambda: engine.stats().workspace_bytes == 0, "every workspace free")
     wait_for(lambda: not engine._core._runs, "every run ends")
     stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.suspended) == (0, 0, 0)
+    assert (stats.running, stats.waiting, stats.suspended, stats.held) == (0, 0, 0, 0)
     assert stats.kv_blocks_used == 0
     engine._pool.check()
     assert not engine._core._live

@@ -71,6 +71,14 @@ class ServedHandle(Protocol):
         """End the request at the next boundary; nothing happens if it has ended already."""
         ...
 
+    def hold(self) -> None:
+        """Have no more tokens made until `resume`; till then only `cancel` ends the request."""
+        ...
+
+    def resume(self) -> None:
+        """End that; nothing happens if the request is not held, or has ended."""
+        ...
+
 
 class ServedEngine(Protocol):
     """The engine behind the server."""

@@ -117,6 +117,7 @@ class Stats:
     workspace_bytes: int = 0
     segments: int = 0
     max_blocking_s: float = 0.0
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,9 @@ class FakeHandle:
         self.cancels = 0
         self.ended = threading.Event()
         self._cancelled = threading.Event()
+        self.flows = threading.Event()  # no token is made while it is held
+        self.flows.set()
+        self.holds = 0
         self._lock = threading.Lock()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.timings: Timings | None = None
@@ -170,6 +174,13 @@ class FakeHandle:
     def cancel(self) -> None:
         self.cancels += 1
         self._cancelled.set()
+
+    def hold(self) -> None:
+        self.holds += 1
+        self.flows.clear()
+
+    def resume(self) -> None:
+        self.flows.set()
 
     def _wake(self) -> None:
         with self._lock:
@@ -218,6 +229,8 @@ class FakeHandle:
         pending = b""
         for index, token_id in enumerate(ids):
             self._hold(self._script.gates.get(index))
+            if not self.flows.is_set():
+                self._hold(self.flows)
             if self._script.error is not None and index == self._script.error_at:
                 raise self._script.error
             pending += bytes([token_id]) if token_id < 256 else b""

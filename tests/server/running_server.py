@@ -126,14 +126,22 @@ class RunningServer:
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> Reply:
         return self.request("POST", path, body, headers)
 
-    def raw_socket(self, path: str, body: dict[str, Any]) -> socket.socket:
-        """Open a connection, send a whole request, and leave the reply to the caller."""
+    def raw_socket(self, path: str, body: dict[str, Any], receive_bytes: int = 0) -> socket.socket:
+        """Open a connection, send a whole request, and leave the reply to the caller.
+
+        Args:
+            receive_bytes: what the client's kernel takes before it is read; 0: as is usual.
+        """
         raw = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(raw)}\r\n\r\n"
         )
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        connection = socket.socket()
+        connection.settimeout(WAIT_S)
+        if receive_bytes:  # before it connects: it bounds the window
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.connect(("127.0.0.1", self.port))
         connection.sendall(head.encode() + raw)
         return connection
 

@@ -18,7 +18,12 @@ import pytest
 from fake_engine import WAIT_S, FakeEngine, Script
 from running_server import RunningServer, StartServer
 
-from flowprefill.server.http.connections import ConnectionTable, default_limit, raise_file_limit
+from flowprefill.server.http.connections import (
+    HOLD_AFTER_S,
+    ConnectionTable,
+    default_limit,
+    raise_file_limit,
+)
 from flowprefill.server.options import ServerOptions
 
 COMPLETIONS = "/v1/completions"
@@ -43,17 +48,13 @@ def read_to_end(connection: socket.socket) -> bytes:
     return seen
 
 
-def never_reading(server: RunningServer) -> socket.socket:
+def never_reading(
+    server: RunningServer, path: str = COMPLETIONS, *, stream: bool = True, **fields: Any
+) -> socket.socket:
     """Ask for a long stream with a small receive buffer and do not read it."""
-    body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 10**6}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-    head += b"Content-Length: %d\r\n\r\n" % len(body)
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.settimeout(WAIT_S)
-    connection.connect(("127.0.0.1", server.port))
-    connection.sendall(head + body)
-    return connection
+    if path == COMPLETIONS:
+        fields |= {"prompt": "x", "max_tokens": 10**6}
+    return server.raw_socket(path, {**fields, "stream": stream}, receive_bytes=4096)
 
 
 def wait_until(condition: Any) -> None:
@@ -112,6 +113,69 @@ def test_client_that_never_reads_is_found_out_after_some_hundred_tokens(
     engine.script = Script(text=LONG_TEXT[:500], gates={499: threading.Event()})
     with never_reading(server):
         assert engine.wait_ended(1)[0].finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_stream_that_is_not_read_is_held_until_it_is(
+    start_server: StartServer, engine: FakeEngine, choices: int
+) -> None:
+    server = start_server(engine)
+    text = LONG_TEXT[:3000]
+    engine.script = Script(text=text, gates={2999: threading.Event()})
+    with never_reading(server, n=choices) as connection:
+        engine.wait_submitted(choices)
+        handles = engine.submitted
+        wait_until(lambda: all(handle.holds for handle in handles))
+        assert max(handle.output_tokens for handle in handles) < 3000
+        engine.script.gates[2999].set()
+        assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 5}).status == 200
+        seen = b""
+        while b"[DONE]" not in seen:
+            part = connection.recv(65_536)
+            assert part
+            seen += part
+    assert seen.count(b"data: ") == choices * (len(text) + 1) + 1
+    assert all(handle.flows.is_set() for handle in handles)
+    assert [record.finish_reason for record in engine.wait_ended(choices + 1)] == [
+        "length", *["stop"] * choices
+    ]  # fmt: skip
+
+
+def test_chats_and_responses_are_held_too_and_whole_replies_never(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine)
+    engine.script = Script(text=LONG_TEXT)
+    messages = [{"role": "user", "content": "x"}]
+    bodies = {"/v1/chat/completions": {"messages": messages}, "/v1/responses": {"input": "x"}}
+    for number, (path, body) in enumerate(bodies.items()):
+        with never_reading(server, path, **body):
+            handle = engine.wait_submitted(number + 1)
+            wait_until(lambda handle=handle: handle.holds == 1)
+    with never_reading(server, stream=False):
+        whole = engine.wait_submitted(3)
+        wait_until(lambda: any(c.writing_paused for c in server.server.context.connections._open))
+        time.sleep(2 * HOLD_AFTER_S)
+        assert whole.holds == 0
+
+
+def test_held_stream_gets_no_keep_alive_comments(
+    start_server: StartServer, engine: FakeEngine
+) -> None:
+    server = start_server(engine, keep_alive_s=0.02)
+    engine.script = Script(text=LONG_TEXT, gates={200: threading.Event()})
+    with never_reading(server):
+        handle = engine.wait_submitted(1)
+        wait_until(lambda: handle.holds == 1)
+        (connection,) = server.server.context.connections._open
+        transport = connection.transport
+        assert transport is not None
+        waiting = []
+        for _ in range(20):
+            waiting.append(transport.get_write_buffer_size())
+            time.sleep(0.02)
+        assert waiting == sorted(waiting, reverse=True)
+        assert waiting[-1] > 0
 
 
 def test_long_reply_to_a_slow_client_goes_on_while_it_reads(

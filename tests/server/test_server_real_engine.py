@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -65,6 +66,30 @@ def test_whole_streamed_and_direct_text_agree(client: openai.OpenAI, engine: Eng
     assert whole.choices[0].finish_reason == direct.finish_reason == "length"
     assert whole.usage is not None
     assert whole.usage.prompt_tokens == direct.prompt_tokens
+
+
+def test_clients_that_never_read_have_no_part_in_the_steps_of_one_that_does(
+    server: RunningServer, engine: Engine
+) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    alone = server.post("/v1/completions", body).json()["choices"]
+    with contextlib.ExitStack() as stack:
+        stalled = {"prompt": "x", "stream": True, "max_tokens": 2000, "ignore_eos": True}
+        for _ in range(5):
+            stack.enter_context(server.raw_socket("/v1/completions", stalled, receive_bytes=4096))
+        wait_for(lambda: engine.stats().held == 5 and not engine._core._runs)
+        decided = engine.decisions()[-1]["time_s"]
+        reply = server.post("/v1/completions", body).json()
+        assert reply["choices"] == alone
+        steps = [
+            one["requests"]
+            for one in engine.decisions()
+            if one["kind"] == "decode" and one["time_s"] > decided
+        ]
+        assert len(steps) == 7
+        assert all(len(step) == 1 and step[0].startswith(reply["id"]) for step in steps)
+        assert (engine.stats().held, engine.stats().running) == (5, 0)
+    wait_for(lambda: engine.stats().kv_blocks_used == 0)
 
 
 CITY = {

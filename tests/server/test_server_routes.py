@@ -259,7 +259,7 @@ def test_goodput_counts_what_met_its_objectives(server: RunningServer) -> None:
 
 
 def test_metrics_of_the_mechanism(server: RunningServer, engine: FakeEngine) -> None:
-    engine.current_stats = Stats(2, 3, 1, 25, 100, 640, 64, 7, 4096, 12, 0.0021)
+    engine.current_stats = Stats(2, 3, 1, 25, 100, 640, 64, 7, 4096, 12, 0.0021, 4)
     engine.preempt("deadline", 0.0009)
     assert value(server, "flowprefill:preemptions_total", reason="deadline") == 1
     assert value(server, "flowprefill:preempt_ack_seconds_bucket", le="0.001") == 1
@@ -267,6 +267,7 @@ def test_metrics_of_the_mechanism(server: RunningServer, engine: FakeEngine) -> 
     assert value(server, "flowprefill:num_requests_running") == 2
     assert value(server, "flowprefill:num_requests_waiting") == 3
     assert value(server, "flowprefill:num_requests_suspended") == 1
+    assert value(server, "flowprefill:num_requests_held") == 4
     assert value(server, "flowprefill:kv_cache_usage_perc") == 0.25
     assert value(server, "flowprefill:prefix_cache_queries_total") == 640
     assert value(server, "flowprefill:prefix_cache_hits_total") == 64

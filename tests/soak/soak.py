@@ -110,7 +110,7 @@ def metric(url: str, name: str) -> float:
 def wait_until_empty(url: str) -> dict[str, float]:
     """Wait until no request lives; returns what is left, all 0 if nothing is."""
     gauges = ("num_requests_running", "num_requests_waiting", "num_requests_suspended",
-              "kv_cache_usage_perc", "workspace_bytes")  # fmt: skip
+              "num_requests_held", "kv_cache_usage_perc", "workspace_bytes")  # fmt: skip
     for _ in range(120):
         left = {name: metric(url, name) for name in gauges}
         if not any(left.values()):

@@ -1,8 +1,10 @@
 """Connections: how many there may be, and how long a client may say nothing or read nothing.
 
 app.py listens with connection_factory(); the middleware in errors.py tells when requests begin and
-end. aiohttp closes idle connections (keepalive_timeout); this adds what it lacks: a cap,
-a time for the first request, a time for a client that does not read, and quiet bad requests.
+end, streaming.py which requests feed a stream. aiohttp closes idle connections
+(keepalive_timeout); this adds what it lacks: a cap, a time for the first request, a time for a
+client that does not read, and quiet bad requests. While a client does not read its stream, the
+requests that feed it are held, so that the tokens of others do not wait for ones that none takes.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
 
 from flowprefill.errors import InvalidRequest, NotReady
+from flowprefill.server.engine_protocol import ServedHandle
 from flowprefill.server.http.errors import error_body
 from flowprefill.server.options import ServerOptions
 
@@ -34,9 +37,12 @@ MOST_FILES = 1 << 20
 CLOSING_WRITE_S = 1.0
 # Errors of which there is one for each connection are logged once in this time.
 QUIET_S = 60.0
-# Bytes the kernel takes before the client has read what came before: some 80 tokens of a stream.
-# Else it takes megabytes, and who never reads is found out, if at all, after 10,000 tokens.
+# Bytes that the kernel takes beyond what the client's takes. Else it takes megabytes, and who never
+# reads is found out, if at all, after 10,000 tokens. Of a stream it takes some ten tokens.
 UNSENT_BYTES = 16_384
+STREAM_UNSENT_BYTES = 2_048
+# What its client does not read for so long is held; what comes meanwhile is kept here.
+HOLD_AFTER_S = 0.1
 FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
@@ -106,15 +112,22 @@ class ConnectionTable:
             connection.has_asked = True
 
     def end_request(self, handler: web.RequestHandler) -> None:
-        """A connection is idle again."""
+        """A connection is idle again, and streams nothing."""
         if isinstance(handler, Connection) and handler in self._open:
             self._idle[handler] = handler
+            handler.feed()
+
+    @staticmethod
+    def begin_stream(handler: web.RequestHandler, handles: Sequence[ServedHandle]) -> None:
+        """Hold these while the client does not read, until the connection's request has ended."""
+        if isinstance(handler, Connection):
+            handler.feed(handles)
 
     def close(self) -> None:
         """Be impatient from now on: the server stops."""
         self._is_closing = True
         for connection in self._open:
-            connection.hurry()
+            connection.restart_write_timer()
 
     def log_seldom(self, kind: str, message: str, *values: object) -> None:
         """Log what happens to each of thousands of connections once a minute."""
@@ -141,6 +154,9 @@ class Connection(web.RequestHandler):
         self._socket: asyncio.Transport | None = None  # `transport` is None once it closes
         self._write_timer: asyncio.TimerHandle | None = None
         self._first_timer: asyncio.TimerHandle | None = None
+        self._hold_timer: asyncio.TimerHandle | None = None
+        self._feeds: Sequence[ServedHandle] = ()
+        self._held: Sequence[ServedHandle] = ()
         self.has_asked = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -150,17 +166,14 @@ class Connection(web.RequestHandler):
         self._socket = transport
         # pause_writing() then comes with the first byte that the client's socket does not take.
         transport.set_write_buffer_limits(high=0)
-        own = transport.get_extra_info("socket")
-        if own is not None:
-            with contextlib.suppress(OSError):  # not TCP
-                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        self._limit_unsent(UNSENT_BYTES)
         loop = asyncio.get_running_loop()
         self._first_timer = loop.call_later(self._table.first_request_s, self._end_if_silent)
         self._table.opened(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """It is closed, by whichever side."""
-        for timer in (self._first_timer, self._write_timer):
+        for timer in (self._first_timer, self._write_timer, self._hold_timer):
             if timer is not None:
                 timer.cancel()
         self._table.closed(self)
@@ -170,16 +183,27 @@ class Connection(web.RequestHandler):
         """Something waits for the client to read."""
         super().pause_writing()
         self._start_write_timer()
+        self._hold_timer = asyncio.get_running_loop().call_later(HOLD_AFTER_S, self._hold)
 
     def resume_writing(self) -> None:
         """The client has read all of it."""
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
+        for timer in (self._write_timer, self._hold_timer):
+            if timer is not None:
+                timer.cancel()
+        self._write_timer = self._hold_timer = None
+        held, self._held = self._held, ()
+        for handle in held:
+            handle.resume()
 
-    def hurry(self) -> None:
-        """Shorten the time that the client has for reading."""
+    def feed(self, handles: Sequence[ServedHandle] = ()) -> None:
+        """Note whose tokens are streamed from now on; none: no stream."""
+        if handles or self._feeds:
+            self._limit_unsent(STREAM_UNSENT_BYTES if handles else UNSENT_BYTES)
+        self._feeds = handles
+
+    def restart_write_timer(self) -> None:
+        """Give the client the time that it has by now, from now on, for reading what waits."""
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._start_write_timer()
@@ -191,6 +215,19 @@ class Connection(web.RequestHandler):
         if not self.has_asked:
             self._socket.write(FULL % (len(body), body))
         self.force_close()
+
+    def _limit_unsent(self, size: int) -> None:
+        own = None if self._socket is None else self._socket.get_extra_info("socket")
+        if own is not None:
+            with contextlib.suppress(OSError):  # not TCP, or closed
+                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
+
+    def _hold(self) -> None:
+        self._held = self._feeds
+        for handle in self._held:
+            handle.hold()
+        if self._held:  # from now on what waits for the client becomes less if it reads
+            self.restart_write_timer()
 
     def _start_write_timer(self) -> None:
         loop = asyncio.get_running_loop()

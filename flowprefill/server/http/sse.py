@@ -57,8 +57,9 @@ class EventStream:
         await self._write(encode_event(payload, name))
 
     async def keep_alive(self) -> None:
-        """Send a comment, which clients skip and proxies count as life."""
-        await self._write(KEEP_ALIVE)
+        """Send a comment, which clients skip and proxies count as life, unless others wait."""
+        if not self._request.protocol.writing_paused:
+            await self._write(KEEP_ALIVE)
 
     async def finish(self, *, is_marked: bool = True) -> None:
         """End the stream, marked as whole unless its last event says so."""

@@ -69,6 +69,7 @@ METRICS: tuple[MetricSpec, ...] = (
         vllm="num_requests_waiting",
     ),
     _gauge("num_requests_suspended", "requests whose prefill is suspended"),
+    _gauge("num_requests_held", "requests that get no tokens while their clients do not read"),
     _gauge("kv_cache_usage_perc", "share of KV blocks in use, 0 to 1", vllm="kv_cache_usage_perc"),
     _gauge("kv_blocks_cached", "KV blocks held by no request and reusable by their content"),
     _gauge("workspace_bytes", "activations of all live runs"),

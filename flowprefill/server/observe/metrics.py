@@ -143,6 +143,7 @@ _STATS: dict[str, Callable[[EngineStats], float]] = {
     "num_requests_running": lambda stats: stats.running,
     "num_requests_waiting": lambda stats: stats.waiting,
     "num_requests_suspended": lambda stats: stats.suspended,
+    "num_requests_held": lambda stats: stats.held,
     "kv_cache_usage_perc": lambda stats: stats.kv_blocks_used / max(stats.kv_blocks_total, 1),
     "kv_blocks_cached": lambda stats: stats.kv_blocks_cached,
     "workspace_bytes": lambda stats: stats.workspace_bytes,

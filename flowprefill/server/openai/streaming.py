@@ -85,6 +85,7 @@ async def stream_reply(request: web.Request, generation: Generation) -> web.Stre
     ``error`` event and the stream ends without the mark.
     """
     stream = EventStream(request)
+    request.app[SERVER].connections.begin_stream(request.protocol, generation.handles)
     try:
         async with _items_of(generation.handles) as next_item:
             keep_alive_s = request.app[SERVER].options.keep_alive_s
