@@ -33,6 +33,13 @@ def decided(ago_s: float, preempted: int | None, by: int, kind: str = "prefill")
     }  # fmt: skip
 
 
+@pytest.fixture
+def window_s(monkeypatch: pytest.MonkeyPatch) -> float:
+    """So long a past is shown: longer than any machine takes to ask."""
+    monkeypatch.setattr(live_feed, "WINDOW_S", 1000.0)
+    return 1000.0
+
+
 def live(server: RunningServer) -> dict[str, Any]:
     """Ask once no answer is fresh any more."""
     time.sleep(live_feed.FRESH_S)
@@ -86,7 +93,9 @@ def test_live_wants_a_key_where_tenants_have_them(
     assert server.get("/live", {"Authorization": "Bearer secret"}).status == 200
 
 
-def test_live_shows_bars_and_where_one_gave_way(engine: FakeEngine, server: RunningServer) -> None:
+def test_live_shows_bars_and_where_one_gave_way(
+    engine: FakeEngine, server: RunningServer, window_s: float
+) -> None:
     engine.segments = [
         segment(1, "prefill long", 3.0, 0.5),
         segment(1, "prefill long", 2.5, 0.5),
@@ -96,7 +105,7 @@ def test_live_shows_bars_and_where_one_gave_way(engine: FakeEngine, server: Runn
         segment(1, "prefill long", 1.8, 0.4),
     ]
     engine.decided = [
-        decided(2.0, 1, 2), decided(1.9, None, 3, "decode"), decided(60, 7, 8),
+        decided(2.0, 1, 2), decided(1.9, None, 3, "decode"), decided(window_s + 1, 7, 8),
         decided(1.0, 1, 9, "decode"),
     ]  # fmt: skip
     engine.current_stats = Stats(running=1, waiting=2, suspended=3, kv_blocks_used=25, segments=6)
@@ -117,6 +126,7 @@ def test_live_shows_bars_and_where_one_gave_way(engine: FakeEngine, server: Runn
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("window_s")
 def test_live_goes_on_where_it_was(engine: FakeEngine, server: RunningServer) -> None:
     engine.segments = [segment(1, "prefill a", 1.0, 0.1)]
     assert len(live(server)["bars"]) == 1
@@ -142,6 +152,7 @@ def test_live_counts_ttft_and_goodput_for_each_class(
     assert state["goodput"] == {"met": 2, "requests": 3, "per_s": 0.03}
 
 
+@pytest.mark.usefixtures("window_s")
 def test_live_is_bounded_in_size(engine: FakeEngine, server: RunningServer) -> None:
     names = [f"prefill {i}-{'x' * 1000}" for i in range(20_000)]
     engine.segments = [segment(i, name, 9 - i * 8e-4 % 8, 1e-4) for i, name in enumerate(names)]
