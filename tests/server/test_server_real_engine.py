@@ -196,7 +196,7 @@ def test_ready_tells_the_device_and_why(server: RunningServer, engine: Engine) -
 
 
 def test_urgent_request_passes_a_running_long_one(server: RunningServer, engine: Engine) -> None:
-    preemptions = engine.stats().preemptions
+    preemptions, segments = engine.stats().preemptions, engine.stats().segments
     order: list[str] = []
 
     def ask(name: str, prompt: list[int], **slo: dict[str, int]) -> None:
@@ -206,7 +206,8 @@ def test_urgent_request_passes_a_running_long_one(server: RunningServer, engine:
 
     long = threading.Thread(target=ask, args=("long", LONG_IDS))
     long.start()
-    wait_for(lambda: engine.stats().running == 1)
+    # Before its first segment it would give way without being preempted.
+    wait_for(lambda: engine.stats().segments > segments)
     # An objective that any machine meets, against none.
     ask("short", LONG_IDS[:16], slo={"ttft_ms": 60_000})
     long.join(WAIT_S)
