@@ -271,7 +271,7 @@ def test_chat_template_without_end_holds_no_client_up(
 ) -> None:
     monkeypatch.setattr(bounded_process, "WALL_LIMIT_S", WAIT_S)  # the one on computing counts
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    template, has_begun, is_enough = ChatTemplate(loops), threading.Event(), threading.Event()
+    template, has_begun, may_end = ChatTemplate(loops), threading.Event(), threading.Event()
 
     def render(*arguments: Any, **options: Any) -> str:
         """Take until others were answered, however slow they are here."""
@@ -279,7 +279,7 @@ def test_chat_template_without_end_holds_no_client_up(
         try:
             return template.render(*arguments, **options)
         finally:
-            assert is_enough.wait(WAIT_S), "nobody was answered meanwhile"
+            assert may_end.wait(WAIT_S), "no client was answered meanwhile"
 
     engine.render_chat = render  # type: ignore[method-assign]
     replies: list[Any] = []
@@ -293,7 +293,7 @@ def test_chat_template_without_end_holds_no_client_up(
     for _ in range(50):
         assert server.get("/health").status == 200
     assert client.is_alive()
-    is_enough.set()
+    may_end.set()
     client.join()
     assert (replies[0].status, replies[0].error["param"]) == (400, "messages")
     assert "computed longer than" in replies[0].error["message"]
