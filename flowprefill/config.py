@@ -142,7 +142,9 @@ class EngineConfig:
     )
     block_tokens: int = _setting(64, "tokens of one KV block: 16, 32, 64 or 128")
     prefix_cache: bool = _setting(True, "reuse KV blocks of equal prompt prefixes")
-    max_running: int = _setting(64, "most sequences in one decode step")
+    max_running: int = _setting(
+        0, "most sequences in one decode step; 0 is 64 on the CPU, 256 on GPUs"
+    )
     max_batch_tokens: int = _setting(512, "most prompt tokens packed in one prefill batch")
     max_waiting: int = _setting(10_000, "most requests waiting; more are answered 429")
     max_waiting_tokens: int = _setting(
@@ -202,7 +204,7 @@ class EngineConfig:
         ranges: dict[str, tuple[float, float]] = {
             "threads": (0, 1024), "run_ahead": (1, 4),
             "max_model_len": (0, 10_000_000), "kv_cache_gib": (0, 65_536),
-            "max_running": (1, 4096), "max_batch_tokens": (1, 1_000_000),
+            "max_running": (0, 4096), "max_batch_tokens": (1, 1_000_000),
             "max_waiting": (1, 10_000_000), "max_waiting_tokens": (0, 2**53),
             "max_backlog_s": (0, 86_400), "tenant_share": (0.001, 1),
             "default_ttft_ms": (0, 86_400_000), "default_tpot_ms": (0, 86_400_000),

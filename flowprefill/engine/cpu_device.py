@@ -33,6 +33,7 @@ class CpuDevice:
     native: Any = _core
     name = "cpu"
     max_model_len = 0
+    max_running = 64
     chooses_tokens = False
     outputs: tuple[RunOutput, ...] = ("logits", "scores", "last", "mean")
     is_exclusive = False

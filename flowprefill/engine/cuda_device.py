@@ -32,6 +32,7 @@ class CudaDevice:
     """One GPU; see Device."""
 
     max_model_len = USUAL_MAX_MODEL_LEN
+    max_running = 256  # whose steps read weights once, and have graphs: see bucket.h
     chooses_tokens = True
     outputs: tuple[RunOutput, ...] = ("logits",)  # no kernels score or pool
     is_exclusive = True
@@ -81,13 +82,14 @@ class CudaDevice:
         config = checkpoint.config
         longest = longest_of(self.max_model_len, settings, config)
         folder = Path(settings.cache_dir or default_cache_dir())
-        most_tokens = max(longest, settings.max_batch_tokens, settings.max_running)
+        most_running = settings.max_running or self.max_running
+        most_tokens = max(longest, settings.max_batch_tokens, most_running)
         if settings.calibrate:
             most_tokens = max(most_tokens, self.probe_sizes.tokens)
         options = {
             "device": self._index,
             "max_tokens": most_tokens,
-            "max_sequences": max(settings.max_running, SchedulerSettings().max_batch_jobs),
+            "max_sequences": max(most_running, SchedulerSettings().max_batch_jobs),
             "max_context": config.max_position,
             "graph_bytes": GRAPH_BYTES,
             "run_ahead": settings.run_ahead,

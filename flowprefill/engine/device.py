@@ -82,6 +82,7 @@ class Device(Protocol):
         quantization: how weights of products are kept, as the settings have it; GPUs: ``none``.
         max_model_len: longest prompt plus output taken unless the settings ask for more; 0: the
             model's own.
+        max_running: most sequences in one decode step unless the settings say otherwise.
         chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
             `sampling` and `fetch_logits`.
         outputs: what runs can give; with more than logits, the module has `scores`, `embeddings`.
@@ -98,6 +99,7 @@ class Device(Protocol):
     quantization: str
     threads: int
     max_model_len: int
+    max_running: int
     chooses_tokens: bool
     outputs: tuple[RunOutput, ...]
     is_exclusive: bool

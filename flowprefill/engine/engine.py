@@ -183,7 +183,7 @@ class Engine:
             min(_wanted_tokens(one, room), max(room - lengths[id(one.prompt)], 1))
             for one in requests
         ]
-        return work_s(cost_model, [*prompts.values()], outputs, self.config.max_running)
+        return work_s(cost_model, [*prompts.values()], outputs, self._worker.limits.max_running)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> str:
         """Turn chat messages into prompt text by the model's template, in another process.
@@ -328,7 +328,7 @@ class Engine:
     ) -> EngineCore:
         settings = SchedulerSettings(
             max_batch_tokens=self.config.max_batch_tokens,
-            max_running=self.config.max_running,
+            max_running=self._worker.limits.max_running,
             max_blocking_s=self._worker.granularity.max_blocking_s,
         )
         worker = self._worker

@@ -78,6 +78,7 @@ class LocalWorker:
             blocks,
             self._device.chooses_tokens,
             self._device.outputs,
+            config.max_running or self._device.max_running,
         )
         self._plans: dict[float, Any] = {}
 

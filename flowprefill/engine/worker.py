@@ -37,6 +37,7 @@ class WorkerLimits:
         chooses_tokens: whether its decode steps can choose the next tokens themselves; see
             `BatchSequence.sampling`.
         outputs: what its runs can give.
+        max_running: most sequences in one decode step.
     """
 
     max_model_len: int
@@ -44,6 +45,7 @@ class WorkerLimits:
     num_blocks: int
     chooses_tokens: bool
     outputs: tuple[RunOutput, ...] = ("logits",)
+    max_running: int = 64
 
 
 @dataclass(frozen=True, slots=True)

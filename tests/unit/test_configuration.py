@@ -28,7 +28,7 @@ def test_configuration_page_is_the_table_of_the_settings() -> None:
         ("threads", -1), ("threads", 1.5), ("threads", True), ("kv_cache_gib", -1),
         ("device", "cuda:"), ("device", "cuda:-1"), ("device", "cuda:x"), ("device", "CUDA"),
         ("device", 0), ("device", "cpu:0"),
-        ("block_tokens", 48), ("max_running", 0), ("max_waiting", 0), ("default_ttft_ms", -1),
+        ("block_tokens", 48), ("max_running", -1), ("max_waiting", 0), ("default_ttft_ms", -1),
         ("max_model_len", "long"), ("kv_cache_gib", float("nan")),
         ("max_backlog_s", -1), ("tenant_share", 0), ("tenant_share", 1.5), ("admission", "maybe"),
         ("classes", ["chat"]),

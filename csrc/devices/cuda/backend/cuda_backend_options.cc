@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "devices/cuda/runtime/bucket.h"
 #include "devices/cuda/runtime/cuda_device.h"
 
 namespace flowprefill {
@@ -12,18 +13,6 @@ void require(bool holds, const char* field, int64_t value, const char* allowed) 
     throw std::invalid_argument(std::string(field) + ": got " + std::to_string(value) +
                                 ", expected " + allowed);
   }
-}
-
-// Powers of two, and from 16 the numbers half-way between: padding is at most a half, and for few
-// tokens, where weights are read once per step, it costs nothing.
-std::vector<int32_t> default_buckets(int32_t max_tokens) {
-  std::vector<int32_t> buckets;
-  for (int64_t bucket = 1; bucket <= max_tokens; bucket *= 2) {
-    buckets.push_back(static_cast<int32_t>(bucket));
-    if (bucket >= 16 && bucket + bucket / 2 <= max_tokens)
-      buckets.push_back(static_cast<int32_t>(bucket + bucket / 2));
-  }
-  return buckets;
 }
 
 }  // namespace

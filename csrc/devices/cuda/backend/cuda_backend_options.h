@@ -29,9 +29,9 @@ struct CudaBackendOptions {
   int run_ahead = 1;             // segments the host may be ahead, 1 to 4
   int32_t num_lanes = 2;         // runs whose activations stay on the device while suspended
   int32_t max_tokens = 8192;     // new tokens of the largest batch
-  int32_t max_sequences = 64;    // of the largest batch
+  int32_t max_sequences = 256;   // of the largest batch
   int32_t max_context = 131072;  // tokens of the longest sequence, its new ones included
-  std::vector<int32_t> buckets;  // ascending token counts that have graphs; empty: powers of two
+  std::vector<int32_t> buckets;  // ascending token counts that have graphs; empty: default_buckets
   bool has_graphs = true;        // false: every segment is launched eagerly
   size_t graph_bytes = size_t{1} << 30;         // device memory of executables at most
   size_t device_spill_bytes = size_t{1} << 30;  // of suspended runs without a lane; then the host's

@@ -74,12 +74,14 @@ Batch even_batch(int32_t rows, int32_t sequences, int32_t context) {
   return batch;
 }
 
-bool overruns(const std::vector<double>& predicted_s, const BuiltPlan& plan,
+// Where the planner cut as finely as it could, a segment may take what was planned for it.
+bool overruns(const std::vector<double>& predicted_s, const BuiltPlan& plan, bool is_whole,
               const PlanOptions& options) {
   if (options.granularity != Granularity::kBudget)
     return false;
   for (size_t i = 0; i < predicted_s.size(); ++i) {
-    const double allowed_s = std::max(plan.planned_s[i], options.budget_s);
+    const double planned_s = is_whole ? 0.0 : plan.planned_s[i];
+    const double allowed_s = std::max(planned_s, options.budget_s);
     if (predicted_s[i] > PlanBuilder::kMaxOverrun * allowed_s)
       return true;
   }
@@ -96,18 +98,35 @@ PlannedBatch PlanBuilder::plan_for(const Batch& batch, const PlanOptions& option
   Plan exact = make_plan(*graph_, batch, options, options_.cuts);
   const int32_t bucket = choose_bucket(batch.rows(), options_.buckets);
   if (bucket > 0) {
-    auto padded = bucket_plan(assumed_of(batch, bucket), options);
-    std::vector<double> predicted_s =
-        predict_segments(*graph_, batch, options, options_.cuts, padded->compiled.plan());
-    const double padding_s = total(predicted_s) - planned_total(exact);
-    const double launch_s =
-        static_cast<double>(padded->num_graph_kernels) * options_.policy.launch_s;
-    if (padding_s <= launch_s && !overruns(predicted_s, *padded, options))
-      return {std::move(padded), std::move(predicted_s)};
+    const bool fits_budget = options.granularity == Granularity::kBudget && exact.size() == 1;
+    for (const bool is_whole : {true, false}) {
+      if (is_whole && !fits_budget)
+        continue;
+      if (auto found = padded(batch, bucket, is_whole, options, planned_total(exact)))
+        return *std::move(found);
+    }
   }
   auto plan = exact_plan(batch, std::move(exact));
   std::vector<double> planned_s = plan->planned_s;
   return {std::move(plan), std::move(planned_s)};
+}
+
+std::optional<PlannedBatch> PlanBuilder::padded(const Batch& batch, int32_t bucket, bool is_whole,
+                                                const PlanOptions& options, double exact_s) {
+  Assumed assumed = assumed_of(batch, bucket);
+  PlanOptions cut = options;
+  if (is_whole) {
+    cut.granularity = Granularity::kNone;
+    assumed.context = kLeastContext;  // decides where to cut, so nothing here
+  }
+  auto plan = bucket_plan(assumed, cut);
+  std::vector<double> predicted_s =
+      predict_segments(*graph_, batch, options, options_.cuts, plan->compiled.plan());
+  const double padding_s = total(predicted_s) - exact_s;
+  const double launch_s = static_cast<double>(plan->num_graph_kernels) * options_.policy.launch_s;
+  if (padding_s > launch_s || overruns(predicted_s, *plan, is_whole, options))
+    return std::nullopt;
+  return PlannedBatch{std::move(plan), std::move(predicted_s)};
 }
 
 std::vector<std::shared_ptr<const BuiltPlan>> PlanBuilder::plans_to_warm(
@@ -139,9 +158,11 @@ PlanBuilder::Assumed PlanBuilder::assumed_of(const Batch& batch, int32_t bucket)
     context += s.context;
     longest = std::max(longest, s.length());
   }
-  context /= batch.num_sequences();
+  const int32_t sequences = batch.num_sequences();
+  context /= sequences;
+  const int32_t most = sequences <= kPackedSequences ? kPackedSequences : options_.max_sequences;
   return {.bucket = bucket,
-          .sequences = batch.num_sequences() == 1 ? 1 : std::min(bucket, options_.max_sequences),
+          .sequences = sequences == 1 ? 1 : std::min({bucket, most, options_.max_sequences}),
           .table_stride = table_stride(std::max(longest, bucket), options_.block_tokens),
           .context = std::max(power_of_two(context), kLeastContext)};
 }

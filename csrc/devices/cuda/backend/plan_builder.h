@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -53,15 +54,22 @@ struct PlanBuilderOptions {
 //   plan assumes, so its attention has to be cut elsewhere.
 // Then it is a plan of exactly its size, launched eagerly, made for this run alone.
 //
+// A batch that is predicted to take no longer than the budget, as decode steps of a small model do,
+// has one segment, whatever contexts the bucket's plan assumes, unless its padding makes it
+// overrun. So a decode step is one graph.
+//
 // A bucket's plan assumes sequences of equal length with the batch's mean context, rounded up to a
-// power of two. It is made for one sequence or for as many as fit, and for block tables of a power
-// of two of blocks, so that few plans serve all batches; plans that place inputs and activations
-// alike share their graphs.
+// power of two. It is made for one sequence, for up to kPackedSequences or for as many as fit, and
+// for block tables of a power of two of blocks, so that few plans serve all batches; plans that
+// place inputs and activations alike share their graphs.
 //
 // Thread: any.
 class PlanBuilder {
  public:
   static constexpr double kMaxOverrun = 1.25;
+  // Of a packed prefill: each has a row of logits, computed or not, and decode steps alone have
+  // more.
+  static constexpr int32_t kPackedSequences = 64;
 
   // Columns of the block tables that a bucket's plan has for sequences of up to `tokens`.
   static int32_t table_stride(int32_t tokens, int32_t block_tokens);
@@ -72,8 +80,8 @@ class PlanBuilder {
 
   PlannedBatch plan_for(const Batch& batch, const PlanOptions& options);
 
-  // The plans of a bucket that runs are likely to want first: short contexts, one sequence and
-  // many.
+  // The plans of a bucket that runs are likely to want first: short contexts, one sequence and a
+  // decode step.
   std::vector<std::shared_ptr<const BuiltPlan>> plans_to_warm(int32_t bucket,
                                                               const PlanOptions& options);
 
@@ -90,6 +98,10 @@ class PlanBuilder {
   using Shape = std::tuple<PlanSizes, int32_t, std::vector<AttentionRows>>;
 
   Assumed assumed_of(const Batch& batch, int32_t bucket) const;
+  // The bucket's plan for the batch, cut as `options` say or, `is_whole`, not at all; none if that
+  // is worse than a plan of exactly its size, which takes exact_s.
+  std::optional<PlannedBatch> padded(const Batch& batch, int32_t bucket, bool is_whole,
+                                     const PlanOptions& options, double exact_s);
   std::shared_ptr<const BuiltPlan> bucket_plan(const Assumed& assumed, const PlanOptions& options);
   std::shared_ptr<const BuiltPlan> exact_plan(const Batch& batch, Plan plan);
   // bucket 0: of exact size.

@@ -7,6 +7,18 @@
 
 namespace flowprefill {
 
+std::vector<int32_t> default_buckets(int32_t max_tokens) {
+  std::vector<int32_t> buckets;
+  for (int64_t power = 1; power <= max_tokens; power *= 2) {
+    const int64_t parts = power < 16 ? 1 : power < 64 || power >= kDecodeRows ? 2 : 4;
+    for (int64_t part = 0; part < parts; ++part) {
+      if (const int64_t bucket = power + part * power / parts; bucket <= max_tokens)
+        buckets.push_back(static_cast<int32_t>(bucket));
+    }
+  }
+  return buckets;
+}
+
 int32_t choose_bucket(int32_t tokens, std::span<const int32_t> buckets, double max_padding) {
   if (tokens < 1)
     throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", expected at least 1");
