@@ -17,6 +17,7 @@ from engines import WAIT_S, assert_all_free, greedy, ids_of, prompt_of
 
 from flowprefill import ConfigError, Engine, Request, RequestFailed, _core
 from flowprefill.models.checkpoint import open_checkpoint
+from flowprefill.scheduling.cost_model import MachineRates
 
 OpenEngine = Callable[..., Engine]
 ERROR_LAUNCH_FAILURE = 719
@@ -118,6 +119,26 @@ def test_decode_steps_replay_graphs(open_engine: OpenEngine) -> None:
     report = engine._worker._model.graph_report()  # type: ignore[attr-defined]
     assert report["num_failed"] == 0, report["last_failure"]
     assert report["num_replayed"] > 0
+
+
+@on(DOUBLES)
+def test_a_decode_step_of_more_than_64_sequences_is_one_graph(open_engine: OpenEngine) -> None:
+    engine = open_engine(device="cuda", granularity="budget:1000")
+    worker: Any = engine._worker
+    worker.rates = MachineRates(1e15, 1e15, 1e15, 1e-4)  # so launches are worth a graph
+    prompts = [prompt_of(1, seed) for seed in range(70)]  # packed: at most 64 in a prefill
+    alone = [ids_of(engine, prompt, 5) for prompt in prompts[:6]]
+    seen, before = worker._executor.timeline().next, worker._model.graph_report()
+    handles = [engine.submit(Request(prompt, greedy(5))) for prompt in prompts]
+    together = [handle.result(WAIT_S).token_ids for handle in handles]
+    assert together[:6] == alone
+    records = worker._executor.timeline(seen).records
+    steps = [record.run_id for record in records if record.label.row_end > 64]
+    assert len(steps) >= 3
+    assert all(sum(record.run_id == step for record in records) == 1 for step in steps)
+    report = worker._model.graph_report()
+    assert report["num_replayed"] - before["num_replayed"] >= len(steps) - 1, "the first is eager"
+    assert_all_free(engine)
 
 
 @on(DOUBLES)
