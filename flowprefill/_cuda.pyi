@@ -6,7 +6,7 @@ call, code, operator and layer.
 """
 
 from collections.abc import Set as AbstractSet
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +125,7 @@ class Model:
         pause_at: AbstractSet[int] = ...,  # tests: suspended before these segments
         sampling: list[DeviceSampling] = ...,  # empty: the most likely tokens
         fetch_logits: bool = True,
+        output: Literal["logits", "scores", "last", "mean"] = "logits",
     ) -> Run: ...
     def graph_report(self) -> dict[str, Any]: ...
     def lane_report(self) -> dict[str, Any]: ...
@@ -135,6 +136,8 @@ class Model:
 def spin_run(id: int, segments: int, segment_s: float, fail_at: int = -1) -> Run: ...
 def has_logits(run: Run) -> bool: ...  # False: made with fetch_logits=False
 def logits(run: Run) -> FloatArray: ...
+def scores(run: Run) -> Int32Array: ...  # [rows, 43], as csrc/graph/prompt_score.h has them
+def embeddings(run: Run) -> FloatArray: ...  # [sequences, hidden]
 def sampled(run: Run) -> Int32Array: ...
 def bucket(run: Run) -> int: ...  # tokens it is padded to; 0: exact size
 def now_s() -> float: ...

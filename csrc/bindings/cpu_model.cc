@@ -10,6 +10,7 @@
 #include "bindings/graph_arguments.h"
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
+#include "bindings/run_outputs.h"
 #include "devices/cpu/block_matrix.h"
 #include "devices/cpu/ceilings.h"
 #include "devices/cpu/cpu_backend.h"
@@ -28,18 +29,6 @@ CpuElement element_of(const std::string& dtype) {
   if (dtype == "bf16")
     return CpuElement::kBf16;
   throw std::invalid_argument("dtype: got " + dtype + ", expected bf16 or f32");
-}
-
-RunOutput output_of(const std::string& name) {
-  if (name == "logits")
-    return RunOutput::kLogits;
-  if (name == "scores")
-    return RunOutput::kScores;
-  if (name == "last")
-    return RunOutput::kLast;
-  if (name == "mean")
-    return RunOutput::kMean;
-  throw std::invalid_argument("output: got " + name + ", expected logits, scores, last or mean");
 }
 
 CpuQuantization quantization_of(const std::string& quantization) {
@@ -127,29 +116,6 @@ py::dict ceilings(int threads) {
                   py::arg("int8") = found.int8, py::arg("reads") = reads);
 }
 
-// Views that keep the run alive, as logits() is.
-py::array_t<int32_t> scores(const py::object& object) {
-  const auto scores = finished<ModelProgram>(object, "scores").scores();
-  if (scores.empty())
-    throw std::invalid_argument("run: has no scores, it was made without output=\"scores\"");
-  const auto rows = static_cast<py::ssize_t>(scores.size());
-  const py::ssize_t columns = PromptScore::kColumns;
-  return py::array_t<int32_t>({rows, columns}, reinterpret_cast<const int32_t*>(scores.data()),
-                              object);
-}
-
-py::array_t<float> embeddings(const py::object& object) {
-  const auto& program = finished<ModelProgram>(object, "embeddings");
-  const auto values = program.embeddings();
-  if (values.empty())
-    throw std::invalid_argument(
-        "run: has no embeddings, it was made without output=\"last\" or "
-        "\"mean\"");
-  const py::ssize_t rows = program.num_sequences();
-  const auto columns = static_cast<py::ssize_t>(values.size()) / rows;
-  return py::array_t<float>({rows, columns}, values.data(), object);
-}
-
 }  // namespace
 
 void bind_cpu_model(py::module_& m) {
@@ -186,8 +152,7 @@ void bind_cpu_model(py::module_& m) {
       },
       py::arg("dtype"), py::arg("threads"), py::arg("quantization") = "none");
   m.def("logits", &logits, py::arg("run"));
-  m.def("scores", &scores, py::arg("run"));
-  m.def("embeddings", &embeddings, py::arg("run"));
+  bind_run_outputs(m);
   m.def("live_workspace_bytes", &live_workspace_bytes);
   m.attr("block_formats") = [] {
     py::list names;

@@ -13,6 +13,7 @@
 #include "bindings/graph_arguments.h"
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
+#include "bindings/run_outputs.h"
 #include "devices/cuda/backend/cuda_backend.h"
 #include "devices/cuda/backend/cuda_model_program.h"
 
@@ -103,10 +104,13 @@ class GpuModel {
   // sampling: one for each sequence; none at all: the most likely tokens.
   RunRef make(uint64_t id, const Batch& batch, const PlanOptions& options, int64_t fail_at,
               const std::unordered_set<size_t>& pause_at,
-              const std::vector<SamplingParams>& sampling, bool fetch_logits) {
+              const std::vector<SamplingParams>& sampling, bool fetch_logits,
+              const std::string& output) {
+    const RunOutput wanted = output_of(output);
     py::gil_scoped_release release;
     auto program = backend_->make_program(
-        batch, options, {.sampling = sampling, .fetch_logits = fetch_logits, .fail_at = fail_at});
+        batch, options,
+        {.sampling = sampling, .fetch_logits = fetch_logits, .output = wanted, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
 
@@ -126,7 +130,8 @@ std::unique_ptr<Executor> make_executor(GpuModel& model, const std::optional<Pla
 py::array_t<float> logits(const py::object& object) {
   const auto& program = finished<ModelProgram>(object, "logits");
   if (program.logits() == nullptr)
-    throw std::invalid_argument("run: has no logits, it was made with fetch_logits=False");
+    throw std::invalid_argument(
+        "run: has no logits, it was made with fetch_logits=False or for embeddings");
   const py::ssize_t rows = program.num_sequences();
   const py::ssize_t columns = program.vocab_size();
   constexpr py::ssize_t kFloat = sizeof(float);
@@ -230,7 +235,8 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
       .def("make_run", &GpuModel::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
            py::kw_only(), py::arg("fail_at") = -1,
            py::arg("pause_at") = std::unordered_set<size_t>(),
-           py::arg("sampling") = std::vector<SamplingParams>(), py::arg("fetch_logits") = true)
+           py::arg("sampling") = std::vector<SamplingParams>(), py::arg("fetch_logits") = true,
+           py::arg("output") = "logits")
       .def("graph_report", &graph_report)
       .def("lane_report", &lane_report)
       .def("gemm_report", &gemm_report)
@@ -245,6 +251,7 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
       },
       py::arg("run"));
   m.def("logits", &logits, py::arg("run"));
+  bind_run_outputs(m);
   m.def("sampled", &sampled, py::arg("run"));
   m.def("bucket", &bucket, py::arg("run"));
 }

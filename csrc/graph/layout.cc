@@ -24,10 +24,6 @@ int32_t rows_of(Extent extent, const PlanSizes& sizes) {
   return sizes.sequences;
 }
 
-bool is_of_tile(Extent extent) {
-  return extent == Extent::kTile || extent == Extent::kHeadTile;
-}
-
 bool is_result_of(const ModelGraph& graph, size_t tensor) {
   return (graph.results() >> tensor & 1) != 0;
 }
@@ -80,11 +76,18 @@ std::vector<std::vector<bool>> conflicts_of(const ModelGraph& graph) {
 
 }  // namespace
 
+bool holds_logits(const ModelGraph& graph, int32_t tensor) {
+  return tensor == graph.logits() ||
+         std::ranges::any_of(graph.operators, [tensor](const Operator& op) {
+           return op.kind == OperatorKind::kScore && op.input == tensor;
+         });
+}
+
 Layout::Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSizes& sizes)
     : sizes_(sizes), places_(graph.tensors.size()) {
   for (size_t i = 0; i < places_.size(); ++i) {
     const Tensor& tensor = graph.tensors[i];
-    const bool is_logits = static_cast<int32_t>(i) == graph.logits();
+    const bool is_logits = holds_logits(graph, static_cast<int32_t>(i));
     places_[i].element_bytes = static_cast<size_t>(rules.elements.of(tensor.type));
     places_[i].stride = is_logits && rules.logits_stride > 0 ? rules.logits_stride : tensor.columns;
     places_[i].rows = rows_of(tensor.extent, sizes);
@@ -183,7 +186,8 @@ class Access {
     if (op.rotary >= 0)
       reads = reads.united(LiveSet({rows(op.rotary)}));
     const LiveSet writes = written(op);
-    if (reads_output(op))
+    const bool starts_pool = op.kind == OperatorKind::kPool && step_.row_begin == 0;
+    if (reads_output(op) && !starts_pool)
       reads = reads.united(writes);
     return {.reads = std::move(reads), .writes = writes};
   }

@@ -13,6 +13,14 @@
 
 namespace flowprefill {
 
+// Whether a tensor holds the rows of a tile, from the step's base on.
+constexpr bool is_of_tile(Extent extent) {
+  return extent == Extent::kTile || extent == Extent::kHeadTile;
+}
+
+// Whether it holds logits: of the sequences' last rows, or of rows that are scored.
+bool holds_logits(const ModelGraph& graph, int32_t tensor);
+
 // Rows that the tensors hold.
 struct PlanSizes {
   int32_t rows = 0;            // of the batch, padding included
@@ -25,7 +33,7 @@ struct PlanSizes {
 struct LayoutRules {
   ElementBytes elements;
   size_t alignment = 256;     // bytes, of every tensor's start
-  int32_t logits_stride = 0;  // elements between rows of the logits; 0: the vocabulary
+  int32_t logits_stride = 0;  // elements between rows of logits; 0: the vocabulary
 };
 
 // Tensors of the tile that are never alive together lie on one another, so a device must execute a

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
-    from flowprefill.request import RunOutput
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ class CpuDevice:
     max_model_len = 0
     max_running = 64
     chooses_tokens = False
-    outputs: tuple[RunOutput, ...] = ("logits", "scores", "last", "mean")
     is_exclusive = False
     probe_sizes = ProbeSizes(tokens=256, context=3072)
     granularity = Granularity("budget", budget_s=2e-3)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from flowprefill import _cuda
     from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
-    from flowprefill.request import RunOutput
 
 # Activations of the longest run lie in static lanes: a limit of 128k tokens, which few ask for,
 # would take many GiB from the KV cache.
@@ -34,7 +33,6 @@ class CudaDevice:
     max_model_len = USUAL_MAX_MODEL_LEN
     max_running = 256  # whose steps read weights once, and have graphs: see bucket.h
     chooses_tokens = True
-    outputs: tuple[RunOutput, ...] = ("logits",)  # no kernels score or pool
     is_exclusive = True
     # Enough blocks of threads for all multiprocessors, and context enough that attention counts.
     probe_sizes = ProbeSizes(tokens=2048, context=8192, fills_context=True)

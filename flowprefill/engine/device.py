@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from flowprefill.engine.worker import RunHandle
     from flowprefill.models.checkpoint import Checkpoint
     from flowprefill.models.model_config import ModelConfig
-    from flowprefill.request import RunOutput
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -85,7 +84,6 @@ class Device(Protocol):
         max_running: most sequences in one decode step unless the settings say otherwise.
         chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
             `sampling` and `fetch_logits`.
-        outputs: what runs can give; with more than logits, the module has `scores`, `embeddings`.
         is_exclusive: whether no other process computes on it, so that a work which takes longer
             than predicted is slower, not disturbed.
         probe_sizes: of calibration.
@@ -101,7 +99,6 @@ class Device(Protocol):
     max_model_len: int
     max_running: int
     chooses_tokens: bool
-    outputs: tuple[RunOutput, ...]
     is_exclusive: bool
     probe_sizes: ProbeSizes
     granularity: Granularity

@@ -135,7 +135,6 @@ class Engine:
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
         self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer
-        self._check_output(request)
         ids = self._token_ids(request)
         slo = slo or self.config.default_slo()
         live = self._make_live(request, slo, ids, self._room_for(ids, request), arrival_s)
@@ -360,15 +359,6 @@ class Engine:
                 allowed = f"token ids in 0..{self.vocab_size - 1}"
                 raise InvalidRequest.field("prompt", token, allowed)
         return ids
-
-    def _check_output(self, request: Request) -> None:
-        if request.output in self._worker.limits.outputs:
-            return
-        device = self._worker.describe()["device"]
-        name = "prompt_logprobs" if request.pooling is None else "pooling"
-        value = request.sampling.prompt_logprobs if request.pooling is None else request.pooling
-        allowed = f"None: not available on device {device}, only on cpu"
-        raise InvalidRequest.field(name, value, allowed)
 
     def _room_for(self, ids: list[int], request: Request) -> int:
         """Return how many tokens may be generated, at least one if any is wanted."""

@@ -77,7 +77,6 @@ class LocalWorker:
             config.block_tokens,
             blocks,
             self._device.chooses_tokens,
-            self._device.outputs,
             config.max_running or self._device.max_running,
         )
         self._plans: dict[float, Any] = {}

@@ -36,7 +36,6 @@ class WorkerLimits:
         num_blocks: KV blocks; they are numbered from 0.
         chooses_tokens: whether its decode steps can choose the next tokens themselves; see
             `BatchSequence.sampling`.
-        outputs: what its runs can give.
         max_running: most sequences in one decode step.
     """
 
@@ -44,7 +43,6 @@ class WorkerLimits:
     block_tokens: int
     num_blocks: int
     chooses_tokens: bool
-    outputs: tuple[RunOutput, ...] = ("logits",)
     max_running: int = 64
 
 

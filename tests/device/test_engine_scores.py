@@ -180,16 +180,22 @@ def test_nan_ends_only_the_request_that_has_it(open_engine: OpenEngine, poisoned
 
 
 @on(GPUS)
-def test_where_the_device_cannot_the_field_is_refused(
-    device: Device, open_engine: OpenEngine
+def test_a_gpu_s_scores_and_embeddings_are_of_transformers(
+    device: Device, open_engine: OpenEngine, tiny: Tiny
 ) -> None:
     engine = open_engine()
-    with pytest.raises(InvalidRequest, match=r"prompt_logprobs: got 3, .* device cuda:0") as error:
-        engine.submit(Request(prompt_of(5), greedy(1, prompt_logprobs=3)))
-    assert error.value.param == "prompt_logprobs"
-    with pytest.raises(InvalidRequest, match=r"pooling: got 'mean', .* device cuda:0"):
-        engine.embed(prompt_of(5), pooling="mean")
-    assert device.is_cuda
+    prompt = prompt_of(150, 3)
+    logprobs, states = log_softmax(tiny, prompt), last_states(tiny, prompt)
+    done = engine.submit(Request(prompt, greedy(3, prompt_logprobs=5))).result(WAIT_S)
+    assert done.token_ids == ids_of(engine, prompt, 3)
+    assert done.prompt_logprobs is not None
+    slack = 2 * device.tolerance * float(np.abs(logprobs).max())
+    wanted = logprobs[np.arange(149), prompt[1:]]
+    assert np.abs(done.prompt_logprobs.logprobs[1:] - wanted).max() < slack
+    for pooling, expected in (("last", states[-1]), ("mean", states.mean(0))):
+        found = engine.embed(prompt, pooling=pooling).result(WAIT_S)
+        assert np.abs(found.embedding - of_length_1(expected)).max() < device.tolerance
+    assert_all_free(engine)
 
 
 @pytest.mark.parametrize("value", [-1, 21, True, 1.0])

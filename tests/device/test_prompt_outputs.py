@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from cases import NEWER, Piece, Runner, Saved
-from devices import Device, on
+from devices import GPUS, Device, on
 from test_preemption import Bystander
 
 GetRunner = Callable[..., Runner]
 ON_CPU = ("cpu", "cpu-team", "cpu-bf16-team")
+IN_EACH_NUMBER = ("cpu", "cpu-bf16-team", *GPUS)
 GRANULARITIES = ("none", "layer", "operator", "chunk:16", "budget:0.1")
 TOP = 20
 SCORE = np.dtype(
@@ -71,7 +72,7 @@ def tolerance_of(device: Device, saved: Saved) -> float:
     return 2 * device.tolerance * float(np.abs(saved.expected).max())
 
 
-@on(("cpu", "cpu-bf16-team"), ["llama-grouped", "llama-wide-head", *NEWER])
+@on(IN_EACH_NUMBER, ["llama-grouped", "llama-wide-head", *NEWER])
 def test_scores_are_log_softmax_of_transformers(
     device: Device, case: str, runner: GetRunner
 ) -> None:
@@ -120,7 +121,7 @@ def embeddings_of(model: transformers.PreTrainedModel, ids: list[int]) -> Array:
     return states
 
 
-@on(("cpu", "cpu-bf16-team"), ["llama-grouped", *NEWER])
+@on(IN_EACH_NUMBER, ["llama-grouped", *NEWER])
 def test_embeddings_are_of_transformers_last_hidden_state(
     device: Device, case: str, runner: GetRunner
 ) -> None:
@@ -142,7 +143,7 @@ def test_embeddings_are_of_transformers_last_hidden_state(
 
 
 @pytest.mark.parametrize("output", ["logits", "scores", "last", "mean"])
-@on(ON_CPU)
+@on((*ON_CPU, *GPUS))
 def test_outputs_are_bit_equal_when_preempted_at_every_boundary(
     device: Device, output: str, runner: GetRunner
 ) -> None:
@@ -150,7 +151,7 @@ def test_outputs_are_bit_equal_when_preempted_at_every_boundary(
     mine, second, others = native.tables([150, 40, 90])
     pieces: list[Piece] = [(native.ids[:150], 0, mine), (native.ids[:40], 0, second)]
     read = {"logits": "logits", "scores": "scores"}.get(output, "embeddings")
-    for granularity in GRANULARITIES:
+    for granularity in device.granularities if device.is_double else GRANULARITIES:
         undisturbed = run_for(native, pieces, granularity, output=output)
         expected = getattr(native.native, read)(undisturbed).copy()
         bystander = Bystander(native, (native.ids[50:130], 0, others), "operator")
@@ -165,7 +166,7 @@ def test_outputs_are_bit_equal_when_preempted_at_every_boundary(
         got = getattr(native.native, read)(run)
         assert np.array_equal(got.view(np.int32), expected.view(np.int32))
         if granularity == "budget:0.1":
-            assert bystander.count > 50
+            assert bystander.count > (15 if device.is_cuda else 50)  # a GPU cuts larger pieces
 
 
 @on(ON_CPU)

@@ -13,6 +13,7 @@
 #include "devices/cuda/kernels/rope_body.h"
 #include "devices/cuda/kernels/row_bodies.h"
 #include "devices/cuda/kernels/sample_body.h"
+#include "devices/cuda/kernels/score_body.h"
 #endif
 
 namespace fake_kernels {
@@ -117,7 +118,8 @@ cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
       FP_KERNEL(rows_by(args.rows, 0, 128), fake_kernels::rotary(args), rotary_body(t, args)));
 }
 
-cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
+template <typename Out>
+cudaError_t launch_rms_norm(const RmsNormArgs<Out>& args, cudaStream_t stream) {
   check(args);
   return launch("rms_norm", stream,
                 FP_KERNEL(rows_by(args.rows, 0, 256, 32), fake_kernels::rms_norm(args),
@@ -181,6 +183,21 @@ cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream) {
                 fake_kernels::sample(args), sample_body(t, args)));
 }
 
+cudaError_t launch_score(const ScoreArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch(
+      "score", stream,
+      FP_KERNEL(rows_by(args.rows, 0, 1024, static_cast<size_t>(score_shared_bytes(1024))),
+                fake_kernels::score(args), score_body(t, args)));
+}
+
+cudaError_t launch_pool(const PoolArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("pool", stream,
+                FP_KERNEL((simt::Grid{.x = (args.width + 63) / 64, .threads = 64}),
+                          fake_kernels::pool(args), pool_body(t, args)));
+}
+
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
   check(args);
 #ifdef FP_SIMT
@@ -205,6 +222,8 @@ cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t stream) {
   return launch("gemm", stream, [args] { fake_kernels::gemm(args); });
 }
 
+template cudaError_t launch_rms_norm<float>(const RmsNormArgs<float>&, cudaStream_t);
+template cudaError_t launch_rms_norm<Bf16>(const RmsNormArgs<Bf16>&, cudaStream_t);
 template cudaError_t launch_rope<float>(const RopeArgs<float>&, cudaStream_t);
 template cudaError_t launch_rope<Bf16>(const RopeArgs<Bf16>&, cudaStream_t);
 template cudaError_t launch_gate<float>(const GateArgs<float>&, cudaStream_t);

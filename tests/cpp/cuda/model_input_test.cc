@@ -87,7 +87,7 @@ TEST_F(ModelInputTest, operator_that_cuda_has_no_kernel_for_is_named) {
   expect_has(with("final_norm", [](auto&, auto& op) { op.kind = OperatorKind::kRound; }),
              {"operator final_norm: output extent", "sequence"});
   expect_has(with("mlp_norm", [](auto& g, auto&) { g.tensors[2].type = ElementType::kFloat; }),
-             {"operator attn_norm of layer 0: normed type", "activation"});
+             {"operator qkv_proj of layer 0: normed type", "activation"});
   expect_has(with("rope",
                   [](auto& g, auto&) {
                     g.rotary_tables[0].inverse_frequencies.resize(15);

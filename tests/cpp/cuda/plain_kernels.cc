@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -157,19 +158,20 @@ void rotary(const RotaryArgs& args) {
   }
 }
 
-void rms_norm(const RmsNormArgs& args) {
+template <typename Out>
+void rms_norm(const RmsNormArgs<Out>& args) {
   for (int32_t to = 0; to < args.rows; ++to) {
     const int32_t row = args.rows_in == nullptr ? to : args.rows_in[to];
-    Bf16* out = args.out + to * args.ld_out;
+    Out* out = args.out + to * args.ld_out;
     if (row < 0) {
-      std::fill_n(out, args.width, Bf16{0});
+      std::fill_n(out, args.width, Out{0});
       continue;
     }
     const float* hidden = args.hidden + row * args.ld_hidden;
     const double scale =
         reference::inverse_rms(std::span(hidden, static_cast<size_t>(args.width)), args.eps);
     for (int32_t i = 0; i < args.width; ++i)
-      out[i] = to_bf16(static_cast<float>(hidden[i] * scale * args.weight[i]));
+      store(static_cast<float>(hidden[i] * scale * args.weight[i]), out + i);
   }
 }
 
@@ -250,6 +252,48 @@ void sample(const SampleArgs& args) {
   }
 }
 
+void score(const ScoreArgs& args) {
+  const auto width = static_cast<size_t>(args.width);
+  for (int32_t row = 0; row < args.rows; ++row) {
+    const int32_t sequence = args.batch.sequences[row];
+    if (sequence <= 0)
+      continue;
+    const float* logits = args.logits + row * args.ld_logits;
+    PromptScore& out = args.out[row];
+    std::vector<int32_t> ids(width);
+    std::iota(ids.begin(), ids.end(), 0);
+    std::ranges::stable_sort(ids, [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+    for (size_t i = 0; i < PromptScore::kTop; ++i) {
+      out.top_ids[i] = i < width ? ids[i] : -1;
+      out.top_logits[i] = i < width ? logits[ids[i]] : -std::numeric_limits<float>::infinity();
+    }
+    double sum = 0;
+    for (size_t i = 0; i < width; ++i)
+      sum += std::exp(double{logits[i]} - out.top_logits[0]);
+    out.log_sum_exp = static_cast<float>(out.top_logits[0] + std::log(sum));
+    const bool is_last = row + 1 == args.batch_rows || args.batch.sequences[row + 1] != sequence;
+    const int32_t target = is_last ? args.next_tokens[sequence - 1] : args.batch.tokens[row + 1];
+    out.target_logit = target < 0 ? std::numeric_limits<float>::quiet_NaN() : logits[target];
+    out.rank = target < 0 ? 0
+                          : 1 + static_cast<int32_t>(std::count_if(
+                                    logits, logits + width,
+                                    [&](float logit) { return logit > out.target_logit; }));
+  }
+}
+
+void pool(const PoolArgs& args) {
+  for (int32_t row = 0; row < args.rows && args.batch.sequences[row] > 0; ++row) {
+    const int32_t sequence = args.batch.sequences[row] - 1;
+    const int32_t before = sequence == 0 ? -1 : args.last_rows[sequence - 1];
+    const auto rows = static_cast<float>(args.last_rows[sequence] - before);
+    for (int32_t i = 0; i < args.width; ++i) {
+      float& mean = args.out[sequence * args.ld_out + i];
+      const float sum = args.row_begin + row == before + 1 ? 0.0f : mean;
+      mean = sum + args.in[row * args.ld_in + i] * (1.0f / rows);
+    }
+  }
+}
+
 void attention(const AttentionArgs& args) {
   for (int32_t i = 0; i < args.num_tiles; ++i) {
     const AttentionTile& tile = args.tiles[i];
@@ -307,6 +351,8 @@ void gemm(const GemmArgs& args) {
   }
 }
 
+template void rms_norm<float>(const RmsNormArgs<float>&);
+template void rms_norm<Bf16>(const RmsNormArgs<Bf16>&);
 template void rope<float>(const RopeArgs<float>&);
 template void rope<Bf16>(const RopeArgs<Bf16>&);
 template void gate<float>(const GateArgs<float>&);

@@ -6,12 +6,14 @@
 #include "devices/cuda/kernels/gemm_args.h"
 #include "devices/cuda/kernels/row_args.h"
 #include "devices/cuda/kernels/sample_args.h"
+#include "devices/cuda/kernels/score_args.h"
 
 namespace fake_kernels {
 
 void embed(const flowprefill::EmbedArgs& args);
 void rotary(const flowprefill::RotaryArgs& args);
-void rms_norm(const flowprefill::RmsNormArgs& args);
+template <typename Out>
+void rms_norm(const flowprefill::RmsNormArgs<Out>& args);
 void residual(const flowprefill::ResidualArgs& args);
 void round(const flowprefill::RoundArgs& args);
 void softcap(const flowprefill::SoftcapArgs& args);
@@ -21,6 +23,8 @@ template <typename In>
 void gate(const flowprefill::GateArgs<In>& args);
 void argmax(const flowprefill::ArgmaxArgs& args);
 void sample(const flowprefill::SampleArgs& args);
+void score(const flowprefill::ScoreArgs& args);
+void pool(const flowprefill::PoolArgs& args);
 void attention(const flowprefill::AttentionArgs& args);
 void attention_of_rows(const flowprefill::AttentionArgs& args);  // of attention_row_tiles()
 void gemm(const flowprefill::GemmArgs& args);

@@ -130,7 +130,7 @@ TEST(RowArgs, SayWhichFieldIsWrong) {
             "rows: got 0, expected at least 1");
   EXPECT_EQ(refusal(RotaryArgs{.rows = 1, .turning = 7}),
             "turning: got 7, expected an even number, 2..256");
-  EXPECT_EQ(refusal(RmsNormArgs{.ld_hidden = 6, .ld_out = 8, .rows = 1, .width = 4}),
+  EXPECT_EQ(refusal(RmsNormArgs<Bf16>{.ld_hidden = 6, .ld_out = 8, .rows = 1, .width = 4}),
             "ld of the input: got 6, expected a positive multiple of 4");
   EXPECT_EQ(refusal(ResidualArgs{.ld_in = 8, .ld_hidden = 6, .rows = 1, .width = 4}),
             "ld of the output: got 6, expected a positive multiple of 4");

@@ -95,7 +95,8 @@ TEST_P(RowBodies, RotaryTableKeepsFloatPrecisionAtAMillionTokens) {
 }
 
 // Launches the norm as kernels do and returns out.
-at::Tensor run_norm(const RmsNormArgs& args, const at::Tensor& out, uint32_t seed) {
+template <typename Out>
+at::Tensor run_norm(const RmsNormArgs<Out>& args, const at::Tensor& out, uint32_t seed) {
   check(args);
   simt::launch({.x = args.rows, .threads = 64, .shared_bytes = 8, .seed = seed},
                [&](const Thread& t) { rms_norm_body(t, args); });
@@ -109,19 +110,25 @@ TEST_P(RowBodies, RmsNormIsAtensWithinRounding) {
   const at::Tensor hidden = random.floats({rows, stride}, 3.0);
   const at::Tensor weight = random.floats({width});
   const at::Tensor out = nan_filled({rows, width}, at::kBFloat16);
-  run_norm({.hidden = floats(hidden),
-            .ld_hidden = stride,
-            .weight = floats(weight),
-            .rows_in = nullptr,
-            .out = bits(out),
-            .ld_out = width,
-            .rows = rows,
-            .width = width,
-            .eps = 1e-5f},
-           out, GetParam());
+  const auto norm = [&](auto* to, const at::Tensor& result) {
+    run_norm(RmsNormArgs<std::remove_pointer_t<decltype(to)>>{.hidden = floats(hidden),
+                                                              .ld_hidden = stride,
+                                                              .weight = floats(weight),
+                                                              .rows_in = nullptr,
+                                                              .out = to,
+                                                              .ld_out = width,
+                                                              .rows = rows,
+                                                              .width = width,
+                                                              .eps = 1e-5f},
+             result, GetParam());
+  };
+  norm(bits(out), out);
   const at::Tensor in = hidden.slice(1, 0, width).to(at::kDouble);
   const at::Tensor want = at::rms_norm(in, {width}, weight.to(at::kDouble), 1e-5);
   expect_close(out, want, kBf16Rounding + 2 * kFloatRounding, 1e-30);
+  const at::Tensor unrounded = nan_filled({rows, width}, at::kFloat);
+  norm(floats(unrounded), unrounded);
+  expect_close(unrounded, want, 2 * kFloatRounding, 1e-30);
 }
 
 TEST_P(RowBodies, ResidualAddsAScaledBranchOrItsNorm) {
@@ -189,16 +196,16 @@ TEST_P(RowBodies, RmsNormPicksRowsAndLeavesHiddenAlone) {
   const at::Tensor weight = random.floats({width});
   const std::vector<int32_t> rows_in = {random.integer(0, 6), -1, random.integer(0, 6)};
   const at::Tensor out = nan_filled({3, width}, at::kBFloat16);
-  run_norm({.hidden = floats(hidden),
-            .ld_hidden = width,
-            .weight = floats(weight),
-            .rows_in = rows_in.data(),
-            .out = bits(out),
-            .ld_out = width,
-            .rows = 3,
-            .width = width,
-            .eps = 1e-6f},
-           out, GetParam());
+  run_norm<Bf16>({.hidden = floats(hidden),
+                  .ld_hidden = width,
+                  .weight = floats(weight),
+                  .rows_in = rows_in.data(),
+                  .out = bits(out),
+                  .ld_out = width,
+                  .rows = 3,
+                  .width = width,
+                  .eps = 1e-6f},
+                 out, GetParam());
   expect_equal(hidden, before);
   for (int32_t i = 0; i < 3; ++i) {
     const int32_t row = rows_in[static_cast<size_t>(i)];

@@ -92,14 +92,14 @@ TEST_F(RowKernels, RmsNorm) {
     auto& out = add("out", filled_halves(area(kRows + 1, ld)));
     out.allow(kOneStep, 1e-30);
     const auto args = [&](Place p) {
-      return RmsNormArgs{.hidden = hidden.at(p),
-                         .ld_hidden = ld,
-                         .weight = weight.at(p),
-                         .out = out.at(p),
-                         .ld_out = ld,
-                         .rows = kRows,
-                         .width = width,
-                         .eps = 1e-5f};
+      return RmsNormArgs<Bf16>{.hidden = hidden.at(p),
+                               .ld_hidden = ld,
+                               .weight = weight.at(p),
+                               .out = out.at(p),
+                               .ld_out = ld,
+                               .rows = kRows,
+                               .width = width,
+                               .eps = 1e-5f};
     };
     expect_kernel([&](cudaStream_t s) { return launch_rms_norm(args(Place::kDevice), s); },
                   [&] { fake_kernels::rms_norm(args(Place::kHost)); });
@@ -176,15 +176,15 @@ TEST_F(RowKernels, RmsNormOfPickedRowsClearsPadding) {
   auto& out = add("out", filled_halves(area(7, kWidth)));
   out.allow(kOneStep, 1e-30);
   const auto args = [&](Place p) {
-    return RmsNormArgs{.hidden = hidden.at(p),
-                       .ld_hidden = kWidth,
-                       .weight = weight.at(p),
-                       .rows_in = rows_in.at(p),
-                       .out = out.at(p),
-                       .ld_out = kWidth,
-                       .rows = 6,
-                       .width = kWidth,
-                       .eps = 1e-6f};
+    return RmsNormArgs<Bf16>{.hidden = hidden.at(p),
+                             .ld_hidden = kWidth,
+                             .weight = weight.at(p),
+                             .rows_in = rows_in.at(p),
+                             .out = out.at(p),
+                             .ld_out = kWidth,
+                             .rows = 6,
+                             .width = kWidth,
+                             .eps = 1e-6f};
   };
   expect_kernel([&](cudaStream_t s) { return launch_rms_norm(args(Place::kDevice), s); },
                 [&] { fake_kernels::rms_norm(args(Place::kHost)); });

@@ -21,14 +21,14 @@ class SmallKernel {
  private:
   DeviceBuffer hidden_{size_t{kHidden} * 4}, out_{size_t{kHidden} * 2},
       weight_{size_t{kHidden} * 4};
-  const RmsNormArgs args_{.hidden = floats(hidden_),
-                          .ld_hidden = kHidden,
-                          .weight = floats(weight_),
-                          .out = halves(out_),
-                          .ld_out = kHidden,
-                          .rows = 1,
-                          .width = kHidden,
-                          .eps = 1e-5f};
+  const RmsNormArgs<Bf16> args_{.hidden = floats(hidden_),
+                                .ld_hidden = kHidden,
+                                .weight = floats(weight_),
+                                .out = halves(out_),
+                                .ld_out = kHidden,
+                                .rows = 1,
+                                .width = kHidden,
+                                .eps = 1e-5f};
 };
 
 // Median time of the host for one launch, us.

@@ -25,14 +25,14 @@ void bench_layer_rows(cudaStream_t stream) {
     say("rows", what, text("%.1f us\t%.0f GB/s", us, bytes / us / 1e3));
   };
   told("rms_norm 4096 x 4096", 1.0 * kRows * kHidden * 6, [&](cudaStream_t s) {
-    FP_CUDA(launch_rms_norm({.hidden = floats(hidden),
-                             .ld_hidden = kHidden,
-                             .weight = floats(weight),
-                             .out = halves(normed),
-                             .ld_out = kHidden,
-                             .rows = kRows,
-                             .width = kHidden,
-                             .eps = 1e-5f},
+    FP_CUDA(launch_rms_norm(RmsNormArgs<Bf16>{.hidden = floats(hidden),
+                                              .ld_hidden = kHidden,
+                                              .weight = floats(weight),
+                                              .out = halves(normed),
+                                              .ld_out = kHidden,
+                                              .rows = kRows,
+                                              .width = kHidden,
+                                              .eps = 1e-5f},
                             s));
   });
   told("gate 4096 x 14336", 1.0 * kRows * kInner * 6, [&](cudaStream_t s) {

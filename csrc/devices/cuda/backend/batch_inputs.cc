@@ -90,6 +90,7 @@ void put_sequence(Writer& out, const InputLayout& layout, const Batch& batch, si
     out.put(layout.positions, at, s.context + row);
   }
   out.put(layout.last_rows, index, s.row_end() - 1);
+  out.put(layout.next_tokens, index, s.next_token);
   const size_t table = index * static_cast<size_t>(layout.table_stride) * sizeof(int32_t);
   const auto used = static_cast<size_t>(blocks_of(s.length(), block_tokens));
   out.put_all<int32_t>(layout.block_tables + table, std::span(s.block_table).first(used));
@@ -112,6 +113,8 @@ std::vector<std::byte> batch_inputs(const PlanShape& shape, const Batch& batch,
   out.put_all<int32_t>(layout.tokens, batch.tokens);
   for (size_t i = 0; i < static_cast<size_t>(shape.sizes().sequences); ++i)
     out.put(layout.last_rows, i, int32_t{-1});
+  for (size_t i = 0; i < static_cast<size_t>(shape.sizes().sequences); ++i)
+    out.put(layout.next_tokens, i, int32_t{-1});
   for (size_t i = 0; i < batch.sequences.size(); ++i)
     put_sequence(out, layout, batch, i, shape.rules.block_tokens);
   out.put_all(layout.sampling, sampling);

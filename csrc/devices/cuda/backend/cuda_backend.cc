@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 #include <stdexcept>
 #include <utility>
 
@@ -27,6 +28,32 @@ std::shared_ptr<const ModelGraph> lowered(ModelGraph graph) {
   auto own = std::make_shared<const ModelGraph>(with_sampling(std::move(graph)));
   check_operators(*own, refusal_of);
   return own;
+}
+
+constexpr RunOutput kOutputs[] = {RunOutput::kLogits, RunOutput::kScores, RunOutput::kLast,
+                                  RunOutput::kMean};
+
+// Throws std::invalid_argument if the model or the device cannot give it.
+std::shared_ptr<const ModelGraph> variant_of(const ModelGraph& graph, RunOutput output) {
+  auto own = std::make_shared<const ModelGraph>(with_output(graph, output));
+  check_operators(*own, refusal_of);
+  return own;
+}
+
+using Graphs = std::map<RunOutput, std::shared_ptr<const ModelGraph>>;
+
+// Of all outputs that the model can give. The others are refused when they are asked for.
+Graphs variants_of(const std::shared_ptr<const ModelGraph>& graph) {
+  Graphs graphs = {{RunOutput::kLogits, graph}};
+  for (const RunOutput output : kOutputs) {
+    try {
+      if (output != RunOutput::kLogits)
+        graphs[output] = variant_of(*graph, output);
+    } catch (const std::invalid_argument&) {
+      continue;
+    }
+  }
+  return graphs;
 }
 
 GemmDevice gemm_device(int device) {
@@ -79,6 +106,7 @@ std::unique_ptr<GemmSelector> selector_of(const CudaBackendOptions& options,
 struct CudaBackend::State {
   State(ModelGraph model, CudaBackendOptions model_options)
       : graph(lowered(std::move(model))),
+        variants(variants_of(graph)),
         options(checked(std::move(model_options))),
         card(gemm_device(options.device)),
         uses_hopper(uses_hopper_attention(options, card, *graph)),
@@ -87,6 +115,7 @@ struct CudaBackend::State {
         weights(*shared_weights) {}
   State(const State& other, CudaBackendOptions model_options)
       : graph(other.graph),
+        variants(other.variants),
         options(checked(other.shared_with(std::move(model_options)))),
         card(gemm_device(options.device)),
         uses_hopper(uses_hopper_attention(options, card, *graph)),
@@ -109,13 +138,14 @@ struct CudaBackend::State {
   }
 
   // Of the largest plan there can be.
-  PlanShape largest(int32_t block_tokens) const {
-    const PlanSizes sizes{.rows = options.max_tokens,
-                          .tile_rows = options.max_tokens,
-                          .sequences = options.max_sequences};
+  PlanShape largest(const ModelGraph& of, int32_t block_tokens) const {
+    const PlanSizes sizes{
+        .rows = options.max_tokens,
+        .tile_rows = options.max_tokens,
+        .sequences = options.max_sequences,
+        .head_tile_rows = std::min(options.cuts.head_tile_rows, options.max_tokens)};
     const int32_t longest = std::max(options.max_context, options.max_tokens);
-    return {
-        *graph, sizes, PlanBuilder::table_stride(longest, block_tokens), rules(block_tokens), {}};
+    return {of, sizes, PlanBuilder::table_stride(longest, block_tokens), rules(block_tokens), {}};
   }
 
   AttentionRules rules(int32_t block_tokens) const {
@@ -123,9 +153,12 @@ struct CudaBackend::State {
   }
 
   LaneOptions lane_options(int32_t block_tokens) const {
-    const PlanShape shape = largest(block_tokens);
+    const PlanShape shape = largest(*graph, block_tokens);
+    size_t lane_bytes = 0;
+    for (const auto& [output, of] : variants)
+      lane_bytes = std::max(lane_bytes, largest(*of, block_tokens).lane.bytes());
     return {.num_lanes = options.num_lanes,
-            .lane_bytes = shape.lane.bytes(),
+            .lane_bytes = lane_bytes,
             .input_bytes = InputLayout::max_bytes(*graph, shape.sizes(), shape.inputs.table_stride,
                                                   shape.rules),
             .scratch_bytes = std::max(scratch_bytes(*gemms, shape, weights), shape.scratch_bytes()),
@@ -140,8 +173,8 @@ struct CudaBackend::State {
     resources = std::make_shared<CudaResources>(
         CudaOptions{.device = options.device, .lanes = lanes, .graphs = graphs});
     kernels = std::make_unique<OperatorKernels>(weights, *cache, *gemms, lanes.scratch_bytes);
-    gemms->prepare(
-        products_to_choose(largest(layout.block_tokens), weights, OperatorKernels::nowhere()));
+    gemms->prepare(products_to_choose(largest(*graph, layout.block_tokens), weights,
+                                      OperatorKernels::nowhere()));
     PlanBuilderOptions plans{.max_sequences = options.max_sequences,
                              .block_tokens = layout.block_tokens,
                              .multiprocessors = card.num_multiprocessors,
@@ -149,7 +182,10 @@ struct CudaBackend::State {
                              .cuts = options.cuts};
     if (options.has_graphs)
       plans.buckets = options.buckets;
-    builder = std::make_unique<PlanBuilder>(graph, *kernels, std::move(plans));
+    for (const auto& [output, of] : variants) {
+      plans.output = output;
+      builders[output] = std::make_unique<PlanBuilder>(of, *kernels, plans);
+    }
   }
 
   // On the executor's thread, before its first run.
@@ -163,7 +199,7 @@ struct CudaBackend::State {
     for (const int32_t bucket : options.buckets) {
       if (bucket > options.warm_tokens)
         break;
-      for (const auto& plan : builder->plans_to_warm(bucket, *warm)) {
+      for (const auto& plan : builders.at(RunOutput::kLogits)->plans_to_warm(bucket, *warm)) {
         auto of_plan = capture_requests(*resources, plan->plan);
         std::move(of_plan.begin(), of_plan.end(), std::back_inserter(requests));
       }
@@ -172,7 +208,7 @@ struct CudaBackend::State {
   }
 
   void measure_gemms() {
-    const PlanShape shape = largest(cache->layout().block_tokens);
+    const PlanShape shape = largest(*graph, cache->layout().block_tokens);
     const LaneView lane = resources->lanes().views().front();
     const std::vector<GemmArgs> products = products_to_choose(shape, weights, lane.activations);
     fill_with_noise({lane.activations, resources->lanes().options().lane_bytes},
@@ -194,6 +230,7 @@ struct CudaBackend::State {
   }
 
   const std::shared_ptr<const ModelGraph> graph;
+  const Graphs variants;  // by output; that of the logits is `graph`
   const CudaBackendOptions options;
   const GemmDevice card;
   const bool uses_hopper;
@@ -206,7 +243,7 @@ struct CudaBackend::State {
   std::unique_ptr<DeviceKvCache> cache;
   std::shared_ptr<CudaResources> resources;
   std::unique_ptr<OperatorKernels> kernels;
-  std::unique_ptr<PlanBuilder> builder;
+  std::map<RunOutput, std::unique_ptr<PlanBuilder>> builders;  // of `variants`
   Mutex mutex;
   std::vector<GemmReport> gemm_reports FP_GUARDED_BY(mutex);
 };
@@ -253,7 +290,7 @@ KvLayout CudaBackend::kv_layout(int32_t block_tokens, int32_t blocks) const {
 }
 
 void CudaBackend::allocate_cache(int32_t block_tokens, int32_t blocks) {
-  if (state_->builder != nullptr)
+  if (!state_->builders.empty())
     throw std::logic_error("allocate_cache() was called before");
   state_->allocate(kv_layout(block_tokens, blocks));
 }
@@ -270,13 +307,13 @@ size_t CudaBackend::lane_bytes(int32_t block_tokens) const {
 }
 
 KvStore* CudaBackend::kv() {
-  return state_->builder == nullptr ? nullptr : state_->cache.get();
+  return state_->builders.empty() ? nullptr : state_->cache.get();
 }
 
 // ---- device and programs
 
 void CudaBackend::require_ready() const {
-  if (!state_->is_finished || state_->builder == nullptr)
+  if (!state_->is_finished || state_->builders.empty())
     throw std::logic_error("finish() and allocate_cache() come first");
 }
 
@@ -295,11 +332,14 @@ std::unique_ptr<Device> CudaBackend::make_device(const std::optional<PlanOptions
 std::unique_ptr<ModelProgram> CudaBackend::make_program(Batch batch, const PlanOptions& options,
                                                         const ProgramOptions& program) {
   require_ready();
-  if (program.output != RunOutput::kLogits)
-    throw std::invalid_argument("output: CUDA gives logits only, no scores and no embeddings");
+  const auto builder = state_->builders.find(program.output);
+  if (builder == state_->builders.end()) {
+    static_cast<void>(variant_of(*state_->graph, program.output));  // says why
+    throw std::invalid_argument("output: the model has no such output");
+  }
   check(batch, state_->limits());
   check(program.sampling, batch.num_sequences());
-  PlannedBatch planned = state_->builder->plan_for(batch, options);
+  PlannedBatch planned = builder->second->plan_for(batch, options);
   std::vector<std::byte> inputs = batch_inputs(*planned.plan->shape, batch, program.sampling);
   return std::make_unique<CudaModelProgram>(state_, state_->resources, std::move(planned), batch,
                                             std::move(inputs), program);

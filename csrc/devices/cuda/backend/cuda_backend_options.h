@@ -14,13 +14,15 @@ namespace flowprefill {
 // Slices of whole tiles of the matrix kernels (64 to 256 rows), and not so few that most
 // multiprocessors idle; attention by KV heads before rows, since few rows have few blocks of
 // threads. Assumed, not measured.
-inline constexpr CutRules kCudaCuts{.row_step = 256,
-                                    .max_tile_rows = 2048,
-                                    .min_tile_rows = 512,
-                                    .min_product_parts = 128,
-                                    .slices_heads = true,
-                                    .embed_rows = 16384,
-                                    .costs = {.weight_element_bytes = 2, .embed_row_s = 2e-8}};
+inline constexpr CutRules kCudaCuts{
+    .row_step = 256,
+    .max_tile_rows = 2048,
+    .min_tile_rows = 512,
+    .min_product_parts = 128,
+    .slices_heads = true,
+    .embed_rows = 16384,
+    .head_tile_rows = 128,
+    .costs = {.weight_element_bytes = 2, .embed_row_s = 2e-8, .kept_element_s = 1e-11}};
 
 struct CudaBackendOptions {
   int device = 0;

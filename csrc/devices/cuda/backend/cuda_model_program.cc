@@ -18,6 +18,7 @@ CudaModelProgram::CudaModelProgram(std::shared_ptr<const void> owner,
       sequences_(batch.num_sequences()),
       fetches_logits_(options.fetch_logits),
       fail_at_(options.fail_at),
+      results_(results()),
       program_(std::move(resources), plan_->plan, rows_, std::move(inputs), fetched()) {}
 
 SegmentLabel CudaModelProgram::label(size_t i) const {
@@ -35,31 +36,58 @@ void CudaModelProgram::execute(size_t i, const ExecutionContext& context) {
   program_.execute(i, context);
 }
 
-// Of the sequences alone, without padding: logits if wanted, then tokens.
+// Without padding: the rows of the batch or of its sequences.
+CudaModelProgram::Results CudaModelProgram::results() const {
+  const ModelGraph& graph = plan_->shape->graph;
+  Results results;
+  size_t offset = 0;
+  const auto fetch = [&](int32_t tensor, int32_t rows) {
+    const LiveRange range = plan_->shape->lane.rows(tensor, 0, rows);
+    offset += range.bytes;
+    return Fetched{.tensor = tensor, .range = range, .offset = offset - range.bytes};
+  };
+  if (graph.logits() < 0)
+    results.embedding = fetch(graph.operators.back().output, sequences_);
+  else if (fetches_logits_)
+    results.logits = fetch(graph.logits(), sequences_);
+  for (const Operator& op : graph.operators) {
+    if (op.kind == OperatorKind::kScore)
+      results.scores = fetch(op.output, rows_);
+    if (op.kind == OperatorKind::kSample)
+      results.sampled = fetch(op.output, sequences_);
+  }
+  return results;
+}
+
 std::vector<LiveRange> CudaModelProgram::fetched() const {
-  const PlanShape& shape = *plan_->shape;
-  const Operator& sample = shape.graph.operators.back();
   std::vector<LiveRange> ranges;
-  if (fetches_logits_)
-    ranges.push_back(shape.lane.rows(sample.input, 0, sequences_));
-  ranges.push_back(shape.lane.rows(sample.output, 0, sequences_));
+  for (const Fetched* one :
+       {&results_.logits, &results_.scores, &results_.embedding, &results_.sampled}) {
+    if (one->tensor >= 0)
+      ranges.push_back(one->range);
+  }
   return ranges;
 }
 
 const float* CudaModelProgram::logits() const {
-  if (!fetches_logits_)
-    return nullptr;
-  return reinterpret_cast<const float*>(program_.result().data());
+  return results_.logits.tensor < 0 ? nullptr : at<float>(results_.logits).data();
 }
 
 int64_t CudaModelProgram::logits_stride() const {
-  return plan_->shape->lane.stride(plan_->shape->graph.logits());
+  const int32_t logits = plan_->shape->graph.logits();
+  return logits < 0 ? 0 : plan_->shape->lane.stride(logits);
 }
 
 std::span<const int32_t> CudaModelProgram::sampled() const {
-  const auto count = static_cast<size_t>(sequences_);
-  const std::byte* end = program_.result().data() + program_.result().size();
-  return {reinterpret_cast<const int32_t*>(end) - count, count};
+  return at<int32_t>(results_.sampled);
+}
+
+std::span<const PromptScore> CudaModelProgram::scores() const {
+  return at<PromptScore>(results_.scores);
+}
+
+std::span<const float> CudaModelProgram::embeddings() const {
+  return at<float>(results_.embedding);
 }
 
 }  // namespace flowprefill

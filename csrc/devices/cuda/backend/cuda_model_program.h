@@ -31,6 +31,8 @@ class CudaModelProgram final : public ModelProgram {
   const float* logits() const override;
   int64_t logits_stride() const override;
   std::span<const int32_t> sampled() const override;
+  std::span<const PromptScore> scores() const override;
+  std::span<const float> embeddings() const override;
   int32_t num_sequences() const override { return sequences_; }
   int32_t vocab_size() const override { return plan_->shape->graph.vocab_size; }
   // Bytes of a lane that it uses.
@@ -40,7 +42,26 @@ class CudaModelProgram final : public ModelProgram {
   int32_t bucket() const { return plan_->plan->bucket(); }
 
  private:
+  // A tensor of the plan's result that comes to the host.
+  struct Fetched {
+    int32_t tensor = -1;  // none
+    LiveRange range = {};
+    size_t offset = 0;  // in the program's result
+  };
+  struct Results {
+    Fetched logits = {};
+    Fetched scores = {};
+    Fetched embedding = {};
+    Fetched sampled = {};
+  };
+
+  Results results() const;
   std::vector<LiveRange> fetched() const;
+  template <typename T>
+  std::span<const T> at(const Fetched& fetched) const {
+    const std::byte* from = program_.result().data() + fetched.offset;
+    return {reinterpret_cast<const T*>(from), fetched.range.bytes / sizeof(T)};
+  }
 
   const std::shared_ptr<const void> owner_;
   const std::shared_ptr<const BuiltPlan> plan_;
@@ -49,6 +70,7 @@ class CudaModelProgram final : public ModelProgram {
   const int32_t sequences_;
   const bool fetches_logits_;
   const int64_t fail_at_;
+  const Results results_;
   CudaProgram program_;
 };
 

@@ -15,8 +15,7 @@ constexpr double kLog2E = std::numbers::log2e;
 // Row `row` of the batch, or of its sequences, of a tensor in the lane.
 template <typename T>
 T* row_at(const PlanShape& shape, const Step& step, std::byte* lane, int32_t tensor, int32_t row) {
-  const bool is_of_tile = shape.graph.tensor(tensor).extent == Extent::kTile;
-  const int64_t index = is_of_tile ? row - step.base : row;
+  const int64_t index = is_of_tile(shape.graph.tensor(tensor).extent) ? row - step.base : row;
   return reinterpret_cast<T*>(lane + shape.lane.offset(tensor)) + index * shape.lane.stride(tensor);
 }
 
@@ -103,9 +102,10 @@ void OperatorKernels::launch(const Call& call) const {
       return residual(call);
     case OperatorKind::kRound:
       return round(call);
-    case OperatorKind::kScore:  // refused
+    case OperatorKind::kScore:
+      return score(call);
     case OperatorKind::kPool:
-      return;
+      return pool(call);
   }
 }
 
@@ -135,19 +135,26 @@ void OperatorKernels::rotary(const Call& call) const {
 }
 
 void OperatorKernels::norm(const Call& call) const {
+  if (call.shape.graph.output_of(call.op).type == ElementType::kFloat)
+    return norm_into<float>(call);
+  norm_into<Bf16>(call);
+}
+
+template <typename Out>
+void OperatorKernels::norm_into(const Call& call) const {
   const Operator& op = call.op;
   const bool is_gather = call.shape.graph.is_gather(op);
-  FP_CUDA(launch_rms_norm({.hidden = call.row<float>(op.input, is_gather ? 0 : call.step.row_begin),
-                           .ld_hidden = call.stride(op.input),
-                           .weight = weights_.vector(op.weight),
-                           .rows_in = is_gather ? call.last_rows() : nullptr,
-                           .out = call.first<Bf16>(op.output),
-                           .ld_out = call.stride(op.output),
-                           .rows = call.step.rows(),
-                           .width = call.columns(),
-                           .eps = op.eps},
-                          call.args.stream),
-          call.context);
+  const RmsNormArgs<Out> args{
+      .hidden = call.row<float>(op.input, is_gather ? 0 : call.step.row_begin),
+      .ld_hidden = call.stride(op.input),
+      .weight = weights_.vector(op.weight),
+      .rows_in = is_gather ? call.last_rows() : nullptr,
+      .out = call.first<Out>(op.output),
+      .ld_out = call.stride(op.output),
+      .rows = call.step.rows(),
+      .width = call.columns(),
+      .eps = op.eps};
+  FP_CUDA(launch_rms_norm(args, call.args.stream), call.context);
 }
 
 void OperatorKernels::residual(const Call& call) const {
@@ -191,7 +198,11 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
     return row_at<Bf16>(shape, step, lane, op.output, step.row_begin) + column;
   };
   const float* bias = weights.vector(op.bias);
-  const bool is_sequence = shape.graph.output_of(op).extent == Extent::kSequence;
+  const PlanSizes& sizes = shape.sizes();
+  const Extent extent = shape.graph.output_of(op).extent;
+  const int32_t operator_rows = extent == Extent::kSequence   ? sizes.sequences
+                                : extent == Extent::kHeadTile ? sizes.head_tile_rows
+                                                              : sizes.rows;
   return {.a = row_at<Bf16>(shape, step, lane, op.input, step.row_begin),
           .lda = shape.lane.stride(op.input),
           .b = weights.matrix(op.weight) + begin * weight.columns,
@@ -208,7 +219,7 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
           .row_end = step.rows(),
           .columns = end - begin,
           .depth = static_cast<int32_t>(weight.columns),
-          .operator_rows = is_sequence ? shape.sizes().sequences : shape.sizes().rows,
+          .operator_rows = operator_rows,
           .operator_columns = rows};
 }
 
@@ -311,6 +322,35 @@ void OperatorKernels::sample(const Call& call) const {
                          .rows = call.step.rows(),
                          .width = call.shape.graph.vocab_size},
                         call.args.stream),
+          call.context);
+}
+
+void OperatorKernels::score(const Call& call) const {
+  const Operator& op = call.op;
+  FP_CUDA(launch_score({.batch = call.batch(),
+                        .next_tokens = call.input<int32_t>(call.shape.inputs.next_tokens),
+                        .logits = call.first<float>(op.input),
+                        .ld_logits = call.stride(op.input),
+                        .out = reinterpret_cast<PromptScore*>(call.first<float>(op.output)),
+                        .rows = call.step.rows(),
+                        .batch_rows = call.shape.sizes().rows - call.step.row_begin,
+                        .width = call.shape.graph.vocab_size},
+                       call.args.stream),
+          call.context);
+}
+
+void OperatorKernels::pool(const Call& call) const {
+  const Operator& op = call.op;
+  FP_CUDA(launch_pool({.batch = call.batch(),
+                       .last_rows = call.input<int32_t>(call.shape.inputs.last_rows),
+                       .in = call.first<float>(op.input),
+                       .ld_in = call.stride(op.input),
+                       .out = call.row<float>(op.output, 0),
+                       .ld_out = call.stride(op.output),
+                       .row_begin = call.step.row_begin,
+                       .rows = call.step.rows(),
+                       .width = call.columns()},
+                      call.args.stream),
           call.context);
 }
 

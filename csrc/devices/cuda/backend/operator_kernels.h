@@ -47,6 +47,8 @@ class OperatorKernels {
   void embed(const Call& call) const;
   void rotary(const Call& call) const;
   void norm(const Call& call) const;
+  template <typename Out>
+  void norm_into(const Call& call) const;
   void linear(const Call& call) const;
   void residual(const Call& call) const;
   void round(const Call& call) const;
@@ -54,6 +56,8 @@ class OperatorKernels {
   void attention(const Call& call) const;
   AttentionArgs attention_args(const Call& call) const;
   void sample(const Call& call) const;
+  void score(const Call& call) const;
+  void pool(const Call& call) const;
 
   const DeviceWeights& weights_;
   const DeviceKvCache& cache_;

@@ -179,16 +179,20 @@ std::shared_ptr<const BuiltPlan> PlanBuilder::bucket_plan(const Assumed& assumed
     return known->second;
   Plan plan = make_plan(*graph_, even_batch(assumed.bucket, assumed.sequences, assumed.context),
                         options, options_.cuts);
-  const PlanSizes sizes{
-      .rows = assumed.bucket, .tile_rows = plan.tile_rows, .sequences = assumed.sequences};
+  const PlanSizes sizes{.rows = assumed.bucket,
+                        .tile_rows = plan.tile_rows,
+                        .sequences = assumed.sequences,
+                        .head_tile_rows = plan.head_tile_rows};
   if (plans_.size() >= kMaxPlans)
     plans_.clear();  // runs keep theirs; graphs are found again by their shape
   return plans_[key] = build(sizes, assumed.table_stride, std::move(plan), assumed.bucket, {});
 }
 
 std::shared_ptr<const BuiltPlan> PlanBuilder::exact_plan(const Batch& batch, Plan plan) {
-  const PlanSizes sizes{
-      .rows = batch.rows(), .tile_rows = plan.tile_rows, .sequences = batch.num_sequences()};
+  const PlanSizes sizes{.rows = batch.rows(),
+                        .tile_rows = plan.tile_rows,
+                        .sequences = batch.num_sequences(),
+                        .head_tile_rows = plan.head_tile_rows};
   const MutexLock lock(mutex_);
   return build(sizes, longest_table(batch, options_.block_tokens), std::move(plan), 0,
                last_rows(batch));
@@ -198,7 +202,9 @@ std::shared_ptr<const BuiltPlan> PlanBuilder::exact_plan(const Batch& batch, Pla
 int32_t PlanBuilder::variant_of(const PlanShape& shape, int32_t bucket) {
   if (bucket == 0)
     return 0;  // never captured
-  const auto next = static_cast<int32_t>(variants_.size());
+  constexpr int32_t kOutputs = 4;
+  const auto next =
+      static_cast<int32_t>(variants_.size()) * kOutputs + static_cast<int32_t>(options_.output);
   const Shape key(shape.sizes(), shape.inputs.table_stride, shape.attention);
   return variants_.emplace(key, next).first->second;
 }

@@ -16,6 +16,7 @@
 #include "devices/cuda/runtime/cuda_plan.h"
 #include "graph/batch.h"
 #include "graph/compiled_program.h"
+#include "graph/graph_variants.h"
 #include "graph/planner.h"
 #include "runtime/thread_annotations.h"
 
@@ -44,6 +45,7 @@ struct PlanBuilderOptions {
   bool uses_hopper_attention = false;
   CutRules cuts = {};
   GraphPolicy policy = {};
+  RunOutput output = RunOutput::kLogits;  // of the graph: those of others share no executables
 };
 
 // Which plan a batch gets. That of the smallest bucket with room for it, unless

@@ -95,6 +95,7 @@ InputLayout::InputLayout(const PlanSizes& sizes, int32_t stride, const Attention
   sequences = block.take(sizes.rows, sizeof(int32_t));
   positions = block.take(sizes.rows, sizeof(int32_t));
   last_rows = block.take(sizes.sequences, sizeof(int32_t));
+  next_tokens = block.take(sizes.sequences, sizeof(int32_t));
   block_tables = block.take(int64_t{sizes.sequences} * stride, sizeof(int32_t));
   sampling = block.take(sizes.sequences, sizeof(SamplingParams));
   bytes = block.end();

@@ -89,6 +89,7 @@ struct InputLayout {
   size_t sequences = 0;                      // [rows] 1 + row of the block tables, 0: padding
   size_t positions = 0;                      // [rows]
   size_t last_rows = 0;                      // [sequences] a sequence's last row, -1: padding
+  size_t next_tokens = 0;                    // [sequences] after the last row, -1: not known
   size_t block_tables = 0;                   // [sequences, table_stride]
   size_t sampling = 0;                       // SamplingParams [sequences]
   std::vector<AttentionLaunches> attention;  // of each AttentionRows

@@ -1,6 +1,7 @@
 #include "devices/cuda/backend/refusal.h"
 
 #include "devices/cuda/kernels/attention_args.h"
+#include "graph/layout.h"
 
 namespace flowprefill {
 namespace {
@@ -34,8 +35,6 @@ class Refusal {
         break;
       case OperatorKind::kScore:
       case OperatorKind::kPool:
-        require(false, "kind", op_.name, "one that has a kernel");
-        break;
       case OperatorKind::kRotary:
       case OperatorKind::kSample:
         break;
@@ -62,7 +61,7 @@ class Refusal {
 
   void check_linear() {
     require_columns(op_.input);
-    if (op_.output != g_.logits())  // rows of the logits have room for the padding
+    if (!holds_logits(g_, op_.output))  // rows of logits have room for the padding
       require_columns(op_.output);
     if (op_.epilogue == Epilogue::kStore)
       return;
@@ -93,7 +92,8 @@ class Refusal {
         return require_float(op_.output);
       case OperatorKind::kNorm:
         require_float(op_.input);
-        return require_bf16(op_.output);
+        return require(g_.output_of(op_).type != ElementType::kToken,
+                       g_.output_of(op_).name + " type", "token", "another");
       case OperatorKind::kLinear:
         require_bf16(op_.input);
         if (op_.epilogue == Epilogue::kAdd || op_.softcap != 0)
@@ -119,7 +119,8 @@ class Refusal {
         return require_bf16(op_.output);
       case OperatorKind::kScore:
       case OperatorKind::kPool:
-        return;
+        require_float(op_.input);
+        return require_float(op_.output);
     }
   }
 

@@ -13,12 +13,14 @@
 #include "devices/cuda/kernels/gemm_args.h"
 #include "devices/cuda/kernels/row_args.h"
 #include "devices/cuda/kernels/sample_args.h"
+#include "devices/cuda/kernels/score_args.h"
 
 namespace flowprefill {
 
 cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream);
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream);
-cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+template <typename Out>  // float or Bf16
+cudaError_t launch_rms_norm(const RmsNormArgs<Out>& args, cudaStream_t stream);
 cudaError_t launch_residual(const ResidualArgs& args, cudaStream_t stream);
 cudaError_t launch_round(const RoundArgs& args, cudaStream_t stream);
 cudaError_t launch_softcap(const SoftcapArgs& args, cudaStream_t stream);
@@ -28,6 +30,8 @@ template <typename In>  // float or Bf16
 cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
 cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
+cudaError_t launch_score(const ScoreArgs& args, cudaStream_t stream);
+cudaError_t launch_pool(const PoolArgs& args, cudaStream_t stream);
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream);
 
 // The same over the tiles of attention_row_tiles(), for devices of compute capability 9.0. Fails

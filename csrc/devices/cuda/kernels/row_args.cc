@@ -34,12 +34,13 @@ void check(const RotaryArgs& args) {
          args.turning, "an even number, 2..256");
 }
 
-void check(const RmsNormArgs& args) {
+template <typename Out>
+void check(const RmsNormArgs<Out>& args) {
   expect_rows(args.rows);
   expect_width(args.width, args.ld_hidden, args.ld_out, 4);
   expect_aligned("hidden", args.hidden);
   expect_aligned("weight", args.weight);
-  expect_aligned("out", args.out, 8);
+  expect_aligned("out", args.out, 4 * sizeof(Out));
 }
 
 void check(const ResidualArgs& args) {
@@ -110,6 +111,8 @@ void check(const ArgmaxArgs& args) {
   expect(args.ld_values >= args.width, "ld_values", args.ld_values, "at least width");
 }
 
+template void check<float>(const RmsNormArgs<float>&);
+template void check<Bf16>(const RmsNormArgs<Bf16>&);
 template void check<float>(const RopeArgs<float>&);
 template void check<Bf16>(const RopeArgs<Bf16>&);
 template void check<float>(const GateArgs<float>&);

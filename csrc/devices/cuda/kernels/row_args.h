@@ -26,12 +26,13 @@ struct RotaryArgs {
   int32_t turning = 0;  // dimensions of a head that turn, even
 };
 
+template <typename Out>  // float or Bf16
 struct RmsNormArgs {
   const float* hidden = nullptr;
   int64_t ld_hidden = 0;
   const float* weight = nullptr;     // [width]
   const int32_t* rows_in = nullptr;  // [rows] which row of hidden, -1: padding; null: row i is i
-  Bf16* out = nullptr;               // [rows, width]
+  Out* out = nullptr;                // [rows, width]
   int64_t ld_out = 0;
   int32_t rows = 0;
   int32_t width = 0;  // a multiple of 4, as the strides
@@ -112,7 +113,8 @@ struct ArgmaxArgs {
 // Each throws std::invalid_argument naming the field, its value and what is allowed.
 void check(const EmbedArgs& args);
 void check(const RotaryArgs& args);
-void check(const RmsNormArgs& args);
+template <typename Out>
+void check(const RmsNormArgs<Out>& args);
 void check(const ResidualArgs& args);
 void check(const RoundArgs& args);
 void check(const SoftcapArgs& args);

@@ -88,16 +88,16 @@ FP_HD float sum_of_squares(const Thread& t, const float* row, int32_t width) {
 
 // out = hidden / rms(hidden) * weight. With `rows_in` block i norms row rows_in[i] into row i of
 // out; a negative entry is padding and gives zeros.
-template <class Thread>
-FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs& args) {
+template <typename Out, class Thread>
+FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs<Out>& args) {
   using Float4 = Vec<float, 4>;
   const int32_t to = t.block_x();
   const int32_t row = args.rows_in == nullptr ? to : args.rows_in[to];
   const int32_t step = t.count() * 4;
-  Bf16* out = args.out + to * args.ld_out;
+  Out* out = args.out + to * args.ld_out;
   if (row < 0) {  // the same for the whole block
     for (int32_t i = t.index() * 4; i < args.width; i += step)
-      *reinterpret_cast<Vec<Bf16, 4>*>(out + i) = {};
+      *reinterpret_cast<Vec<Out, 4>*>(out + i) = {};
     return;
   }
   const float* hidden = args.hidden + row * args.ld_hidden;
@@ -105,9 +105,9 @@ FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs& args) {
   for (int32_t i = t.index() * 4; i < args.width; i += step) {
     const auto x = *reinterpret_cast<const Float4*>(hidden + i);
     const auto w = *reinterpret_cast<const Float4*>(args.weight + i);
-    Vec<Bf16, 4> y;
-    FP_UNROLL for (int k = 0; k < 4; ++k) y.v[k] = to_bf16(x.v[k] * scale * w.v[k]);
-    *reinterpret_cast<Vec<Bf16, 4>*>(out + i) = y;
+    Vec<Out, 4> y;
+    FP_UNROLL for (int k = 0; k < 4; ++k) store(x.v[k] * scale * w.v[k], &y.v[k]);
+    *reinterpret_cast<Vec<Out, 4>*>(out + i) = y;
   }
 }
 

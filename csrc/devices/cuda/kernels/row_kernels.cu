@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kColumnThreads) embed_kernel(EmbedArgs args) {
 __global__ void __launch_bounds__(kColumnThreads) rotary_kernel(RotaryArgs args) {
   rotary_body(DeviceThread(nullptr), args);
 }
-__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
+template <typename Out>
+__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs<Out> args) {
   rms_norm_body(DeviceThread(shared_memory), args);
 }
 __global__ void __launch_bounds__(kNormThreads) residual_kernel(ResidualArgs args) {
@@ -71,10 +72,11 @@ cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
+template <typename Out>
+cudaError_t launch_rms_norm(const RmsNormArgs<Out>& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = sizeof(float) * kNormThreads / 32;
-  rms_norm_kernel<<<grid(args.rows, 1), kNormThreads, kShared, stream>>>(args);
+  rms_norm_kernel<Out><<<grid(args.rows, 1), kNormThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -129,6 +131,8 @@ cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template cudaError_t launch_rms_norm<float>(const RmsNormArgs<float>&, cudaStream_t);
+template cudaError_t launch_rms_norm<Bf16>(const RmsNormArgs<Bf16>&, cudaStream_t);
 template cudaError_t launch_rope<float>(const RopeArgs<float>&, cudaStream_t);
 template cudaError_t launch_rope<Bf16>(const RopeArgs<Bf16>&, cudaStream_t);
 template cudaError_t launch_gate<float>(const GateArgs<float>&, cudaStream_t);
