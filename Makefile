@@ -100,15 +100,18 @@ test-isa: test-packages build $(TOOLS)  ## logits, preemption and reference on t
 	  echo "FLOWPREFILL_ISA=$$isa"; FLOWPREFILL_ISA=$$isa $(BIN)/python -m pytest -q -k 'not cuda' \
 	    tests/device/test_logits.py tests/device/test_preemption.py tests/device/test_reference.py; done
 
-# Each client in an environment of its own: they do not agree on versions of what they share.
+# Each client in an environment of its own: they do not agree on versions of what they share. NAME.no-deps are packages of which little
+# is used: what that needs stands in NAME.txt.
 CLIENTS ?= $(patsubst tests/clients/requirements/%.txt,%,$(wildcard tests/clients/requirements/*.txt))
 build/clients/%/.installed: tests/clients/requirements/%.txt
 	$(PYTHON) -m venv build/clients/$*
-	build/clients/$*/bin/pip install -q --disable-pip-version-check -r $<
+	echo '$(TORCH)' > build/clients/$*/constraints.txt
+	build/clients/$*/bin/pip install -q --disable-pip-version-check -c build/clients/$*/constraints.txt -r $<
+	! test -f $(<:.txt=.no-deps) || build/clients/$*/bin/pip install -q --disable-pip-version-check --no-deps -r $(<:.txt=.no-deps)
 	touch $@
 
 .PHONY: test-clients
-test-clients: build $(TOOLS) $(CLIENTS:%=build/clients/%/.installed)  ## the server with the programs people use, or CLIENTS="openai litellm"; installs 2 GB
+test-clients: build $(TOOLS) $(CLIENTS:%=build/clients/%/.installed)  ## the server with the programs people use, or CLIENTS="openai litellm"; installs 10 GB
 	$(BIN)/python tests/clients/run.py $(CLIENTS)
 
 SECONDS := 7200

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 
 TIMEOUT_S = 120.0
+ROUNDS = 3  # of a load tool: what else the machine does delays the tool, not the server's figure
+TOLERANCE = 0.05
+Ttft = tuple[float, float]  # mean and median over a round's requests, ms
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
@@ -57,3 +61,35 @@ def post(url: str) -> Callable[[str, dict[str, Any]], tuple[int, Any]]:
 def weather() -> dict[str, Any]:
     """A schema with bounds, so that a small model's answer ends."""
     return WEATHER
+
+
+@pytest.fixture
+def assert_ttft_agrees(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, int, Callable[[], Ttft]], None]:
+    """Let a load tool send so many requests, up to three times: once its TTFT is the server's."""
+
+    def check(tool: str, requests: int, measure: Callable[[], Ttft]) -> None:
+        for _ in range(ROUNDS):
+            told, own = measure(), server_ttft(url, requests)
+            with capsys.disabled():
+                print(f"{tool}: TTFT {shown(told)}, the server's own {shown(own)}")
+            if told == pytest.approx(own, rel=TOLERANCE):
+                return
+        pytest.fail(f"{tool}: in no round within {TOLERANCE:.0%} of the server's TTFT")
+
+    return check
+
+
+def server_ttft(url: str, requests: int) -> Ttft:
+    """The server's own figures for the last requests that came; a tool's trial ones come first."""
+    with urllib.request.urlopen(f"{url}/debug/requests", timeout=TIMEOUT_S) as reply:
+        last = json.load(reply)["requests"][:requests]
+    assert len(last) == requests
+    assert all(one["state"] == "ended" for one in last)
+    times_ms = [one["ttft_ms"] for one in last]
+    return statistics.mean(times_ms), statistics.median(times_ms)
+
+
+def shown(ttft: Ttft) -> str:
+    return f"mean {ttft[0]:.1f} ms, p50 {ttft[1]:.1f} ms"

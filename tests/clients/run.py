@@ -16,11 +16,16 @@ from typing import Any
 
 from flowprefill.bench.http_client import running_server
 from flowprefill.bench.report import print_table
+from flowprefill.models.registry import resolve_model
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parents[1] / "build/clients"
 MODEL = "smollm2-135m"
-SETTINGS: dict[str, Any] = {"kv_cache_gib": 1.0, "server": {"reasoning_parser": "none"}}
+SETTINGS: dict[str, Any] = {
+    "dtype": "f32",  # so that log-probabilities are transformers' to the third digit
+    "kv_cache_gib": 1.0,
+    "server": {"reasoning_parser": "none"},
+}
 
 
 def run_client(name: str, url: str, tokenizer: Path) -> dict[str, Any]:
@@ -33,6 +38,7 @@ def run_client(name: str, url: str, tokenizer: Path) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "FLOWPREFILL_URL": url,
         "FLOWPREFILL_TOKENIZER": str(tokenizer),
+        "FLOWPREFILL_MODEL_FILE": str(resolve_model(MODEL).path),
         "PATH": f"{python.parent}:{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "OPENAI_API_KEY": "none",
@@ -51,8 +57,6 @@ def run_client(name: str, url: str, tokenizer: Path) -> dict[str, Any]:
 def save_tokenizer(folder: Path) -> None:
     """Write the model's tokenizer as transformers reads it: load tools count tokens themselves."""
     from transformers import AutoTokenizer
-
-    from flowprefill.models.registry import resolve_model
 
     file = resolve_model(MODEL).path
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -1,0 +1,36 @@
+"""guidellm at a constant rate: every request answered, and its TTFT is the server's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REQUESTS = 11
+TIMEOUT_S = 600.0
+
+
+def load(url: str, model: str, report: Path) -> tuple[float, float]:
+    """Send the requests; returns mean and median TTFT in ms."""
+    command = [
+        "guidellm", "run", "--backend", f"kind=openai_http,target={url},model={model}",
+        "--profile", "kind=constant,rate=1", "--constraint", f"kind=max_requests,count={REQUESTS}",
+        "--data", "kind=synthetic_text,prompt_tokens=800,output_tokens=8",
+        "--tokenizer", f"kind=hf_auto,model={os.environ['FLOWPREFILL_TOKENIZER']}",
+        "--output", f"kind=json,path={report}", "--disable-console",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, timeout=TIMEOUT_S)
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    metrics = benchmark["metrics"]
+    assert metrics["request_totals"]["successful"] == metrics["request_totals"]["total"] == REQUESTS
+    assert metrics["output_token_count"]["successful"]["mean"] == 8
+    ttft = metrics["time_to_first_token_ms"]["successful"]
+    return ttft["mean"], ttft["percentiles"]["p50"]
+
+
+def test_ttft(url: str, model: str, tmp_path: Path, assert_ttft_agrees: Callable[..., Any]) -> None:
+    report = tmp_path / "report.json"
+    assert_ttft_agrees("guidellm", REQUESTS, lambda: load(url, model, report))
