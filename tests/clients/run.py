@@ -33,7 +33,7 @@ def run_client(name: str, url: str, tokenizer: Path) -> dict[str, Any]:
     python = ENVIRONMENTS / name / "bin/python"
     command = [
         str(python), "-m", "pytest", "-c", str(HERE / "pytest.ini"), "-p", "no:cacheprovider",
-        str(HERE / f"with_{name}.py"),
+        "--basetemp", str(ENVIRONMENTS / name / "tmp"), str(HERE / f"with_{name}.py"),
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "FLOWPREFILL_URL": url,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,13 @@ def load(url: str, model: str, report: Path) -> tuple[float, float]:
     ]  # fmt: skip
     subprocess.run(command, check=True, timeout=TIMEOUT_S)
     (benchmark,) = json.loads(report.read_text())["benchmarks"]
-    metrics = benchmark["metrics"]
-    assert metrics["request_totals"]["successful"] == metrics["request_totals"]["total"] == REQUESTS
-    assert metrics["output_token_count"]["successful"]["mean"] == 8
-    ttft = metrics["time_to_first_token_ms"]["successful"]
-    return ttft["mean"], ttft["percentiles"]["p50"]
+    made = benchmark["scheduler_metrics"]["requests_made"]
+    assert made["successful"] == made["total"] == REQUESTS
+    # Its summary may leave out a request that ends as its measuring does; this list does not.
+    answered = benchmark["requests"]["successful"]
+    assert [one["output_tokens"] for one in answered] == [8] * REQUESTS
+    times_ms = [one["time_to_first_token_ms"] for one in answered]
+    return statistics.mean(times_ms), statistics.median(times_ms)
 
 
 def test_ttft(url: str, model: str, tmp_path: Path, assert_ttft_agrees: Callable[..., Any]) -> None:
