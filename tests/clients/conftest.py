@@ -66,12 +66,17 @@ def weather() -> dict[str, Any]:
 @pytest.fixture
 def assert_ttft_agrees(
     url: str, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str, int, Callable[[], Ttft]], None]:
-    """Let a load tool send so many requests, up to three times: once its TTFT is the server's."""
+) -> Callable[[str, Callable[[], tuple[Ttft, int | list[str]]]], None]:
+    """Let a load tool measure up to three times: once its TTFT is the server's own.
 
-    def check(tool: str, requests: int, measure: Callable[[], Ttft]) -> None:
+    What measures returns the tool's figures, and for which requests: their ids, or how many were
+    the last that came (a tool's trial ones come first).
+    """
+
+    def check(tool: str, measure: Callable[[], tuple[Ttft, int | list[str]]]) -> None:
         for _ in range(ROUNDS):
-            told, own = measure(), server_ttft(url, requests)
+            told, requests = measure()
+            own = server_ttft(url, requests)
             with capsys.disabled():
                 print(f"{tool}: TTFT {shown(told)}, the server's own {shown(own)}")
             if told == pytest.approx(own, rel=TOLERANCE):
@@ -81,13 +86,18 @@ def assert_ttft_agrees(
     return check
 
 
-def server_ttft(url: str, requests: int) -> Ttft:
-    """The server's own figures for the last requests that came; a tool's trial ones come first."""
+def server_ttft(url: str, requests: int | list[str]) -> Ttft:
+    """Mean and median of the server's own figures for these requests, or for so many last ones."""
     with urllib.request.urlopen(f"{url}/debug/requests", timeout=TIMEOUT_S) as reply:
-        last = json.load(reply)["requests"][:requests]
-    assert len(last) == requests
-    assert all(one["state"] == "ended" for one in last)
-    times_ms = [one["ttft_ms"] for one in last]
+        known = json.load(reply)["requests"]  # the newest first
+    if isinstance(requests, int):
+        chosen = known[:requests]
+        assert len(chosen) == requests
+    else:
+        chosen = [one for one in known if one["id"] in requests]
+        assert len(chosen) == len(requests)
+    assert all(one["state"] == "ended" for one in chosen)
+    times_ms = [one["ttft_ms"] for one in chosen]
     return statistics.mean(times_ms), statistics.median(times_ms)
 
 

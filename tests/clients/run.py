@@ -24,6 +24,7 @@ MODEL = "smollm2-135m"
 SETTINGS: dict[str, Any] = {
     "dtype": "f32",  # so that log-probabilities are transformers' to the third digit
     "kv_cache_gib": 1.0,
+    "prefix_cache": False,  # load tools send the same prompts in each round
     "server": {"reasoning_parser": "none"},
 }
 
