@@ -16,7 +16,7 @@ import litellm
 import openai
 import pytest
 
-START_S = 120.0
+START_S = 300.0
 KEY = "sk-test"
 MESSAGES = [{"role": "user", "content": "What is the weather in Paris?"}]
 
