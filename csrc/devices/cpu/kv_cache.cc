@@ -7,13 +7,9 @@ namespace flowprefill {
 
 void KvCache::zero(std::span<const int32_t> blocks) {
   check_blocks(blocks);
-  const size_t stride =
-      bytes_per_block(layout_, element_bytes_) / static_cast<size_t>(layout_.layers);
-  for (int32_t layer = 0; layer < layout_.layers; ++layer) {
-    for (const int32_t block : blocks) {
-      const int64_t first = offset(layer, block, 0) * element_bytes_;
-      std::memset(memory_.as<char>() + first, 0, stride);
-    }
+  for (const int32_t block : blocks) {
+    const int64_t first = offset(0, block, 0) * element_bytes_;
+    std::memset(memory_.as<char>() + first, 0, bytes_per_block(layout_, element_bytes_));
   }
 }
 

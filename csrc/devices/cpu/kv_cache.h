@@ -11,9 +11,10 @@
 
 namespace flowprefill {
 
-// [layer][block][kv head]{K, V}. K: bf16 [dim / 2][token][2], float [dim][token];
-// V: bf16 [token / 2][dim][2], float [token][dim]. Both are the right-hand operand of the attention
-// products as they lie. Written and read on the device thread's team only.
+// [block][layer][kv head]{K, V}: the kernel commits memory in pages of 2 MB, so what a block needs
+// in all layers lies together. K: bf16 [dim / 2][token][2], float [dim][token]; V: bf16 [token /
+// 2][dim][2], float [token][dim]. Both are the right-hand operand of the attention products as they
+// lie. Written and read on the device thread's team only.
 class KvCache final : public KvStore {
  public:
   KvCache(const KvLayout& layout, int32_t element_bytes)
@@ -52,7 +53,7 @@ class KvCache final : public KvStore {
 
  private:
   int64_t offset(int32_t layer, int32_t block, int32_t head) const {
-    const int64_t index = (int64_t{layer} * layout_.blocks + block) * layout_.kv_heads + head;
+    const int64_t index = (int64_t{block} * layout_.layers + layer) * layout_.kv_heads + head;
     return index * 2 * layout_.head_dim * layout_.block_tokens;
   }
   // Calls visit(element, value) for each value of a block of a layer in the order of KvStore.
