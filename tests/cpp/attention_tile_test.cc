@@ -77,7 +77,8 @@ class Problem {
                                   .row_max = row_max.data(),
                                   .row_sum = row_sum.data(),
                                   .output = output.data(),
-                                  .softcap = s_.softcap});
+                                  .softcap = s_.softcap,
+                                  .ahead = begin % 2 == 0 ? keys_of_.data() : nullptr});
     }
     for (size_t r = 0; r < n; ++r) {
       float sum = 0.0f;

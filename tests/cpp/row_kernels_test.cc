@@ -183,7 +183,7 @@ TEST(Bf16ProductTest, IsWithinFloatRoundingAndARowDependsOnNoOther) {
   const RowKernels<Bf16>& kernels = row_kernels<Bf16>();
   if (kernels.multiply == nullptr)
     GTEST_SKIP() << "no instruction for it";
-  constexpr int64_t kRows = 14;
+  constexpr int64_t kRows = 32;  // several passes over the weights
   constexpr int64_t kDepth = 70;
   std::vector<Bf16> a;
   std::vector<Bf16> b;
@@ -204,7 +204,8 @@ TEST(Bf16ProductTest, IsWithinFloatRoundingAndARowDependsOnNoOther) {
                         .add = add,
                         .a = a.data() + first * kDepth,
                         .b = b.data(),
-                        .c = c.data()});
+                        .c = c.data(),
+                        .ahead = rows % 2 == 0 ? b.data() : nullptr});  // changes no bit
       return c;
     };
     for (const bool add : {false, true}) {
@@ -223,6 +224,48 @@ TEST(Bf16ProductTest, IsWithinFloatRoundingAndARowDependsOnNoOther) {
         EXPECT_TRUE(std::equal(last.rbegin(), last.rend(), all.rbegin())) << rows;
       }
     }
+  }
+}
+
+// The softmax over some keys, in double but for its result.
+class Softmax {
+ public:
+  static constexpr size_t kDim = 19;
+
+  Softmax(const std::vector<float>& scores, const std::vector<float>& values, size_t begin,
+          size_t end) {
+    for (size_t key = begin; key < end; ++key)
+      peak = std::max(peak, scores[key]);
+    std::vector<double> total(kDim);
+    double all = 0;
+    for (size_t key = begin; key < end; ++key) {
+      const double p = std::exp2(double{scores[key]} - peak);
+      all += p;
+      for (size_t i = 0; i < kDim; ++i)
+        total[i] += p * values[key * kDim + i];
+    }
+    sum = static_cast<float>(all);
+    output.assign(total.begin(), total.end());
+  }
+  PartialSoftmax get() { return {&peak, &sum, output.data(), 1, static_cast<int>(kDim)}; }
+
+  float peak = -INFINITY;
+  float sum = 0.0f;
+  std::vector<float> output;
+};
+
+TEST_P(RowKernelsTest, MergedSoftmaxesAreThatOverAllKeys) {
+  constexpr size_t kKeys = 40;
+  const std::vector<float> scores = random_row(kKeys, 9.0f);
+  const std::vector<float> values = random_row(static_cast<int>(kKeys * Softmax::kDim), 1.0f, 2);
+  const Softmax wanted(scores, values, 0, kKeys);
+  for (const size_t border : {size_t{0}, size_t{1}, size_t{17}, kKeys}) {  // of no keys at the ends
+    Softmax all(scores, values, 0, border);
+    Softmax further(scores, values, border, kKeys);
+    kernels().merge(further.get(), 1, all.get());
+    EXPECT_EQ(all.peak, wanted.peak);
+    for (size_t i = 0; i < Softmax::kDim; ++i)
+      EXPECT_NEAR(all.output[i] / all.sum, wanted.output[i] / wanted.sum, 2e-6) << border;
   }
 }
 

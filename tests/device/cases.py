@@ -26,7 +26,7 @@ Logits = npt.NDArray[np.float32]
 Piece = tuple[list[int], int, npt.NDArray[np.int32]]  # new tokens, context, block table
 
 LONGEST = 200  # tokens of the prompt whose logits are known
-ROOM = 1536  # tokens of a runner's cache
+ROOM = 1536  # tokens of a runner's cache, unless it asks for more
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -180,10 +180,10 @@ class Saved:
     expected: Logits
 
 
-def save(model: transformers.PreTrainedModel, folder: Path) -> Saved:
+def save(model: transformers.PreTrainedModel, folder: Path, tokens: int = LONGEST) -> Saved:
     """Save a model, and evaluate it on a random prompt."""
     model.save_pretrained(folder)
-    ids = np.random.default_rng(5).integers(0, model.config.vocab_size, LONGEST).tolist()
+    ids = np.random.default_rng(5).integers(0, model.config.vocab_size, tokens).tolist()
     return Saved(folder, ids, reference_logits(model, ids))
 
 
@@ -192,6 +192,7 @@ class Runner:
 
     Args:
         keeps_blocks: whether quantised weights stay so, on the CPU.
+        room: tokens of its cache.
         options: of a CUDA model.
     """
 
@@ -202,6 +203,7 @@ class Runner:
         block_tokens: int = 16,
         max_context: int = 0,
         keeps_blocks: bool = False,
+        room: int = ROOM,
         **options: Any,
     ) -> None:
         self.device = device
@@ -218,7 +220,7 @@ class Runner:
             )
         fill_model(self.model, checkpoint, in_blocks=formats)
         self.block_tokens = block_tokens
-        self.blocks = ROOM // block_tokens
+        self.blocks = room // block_tokens
         self.model.allocate_cache(block_tokens, self.blocks)
         of = self.model if device.is_cuda else device.threads
         self.executor: Any = self.native.Executor(of)

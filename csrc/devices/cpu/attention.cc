@@ -4,6 +4,8 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "devices/cpu/gemm.h"
 
@@ -13,30 +15,30 @@ namespace {
 constexpr int32_t kTileKeys =
     256;  // keys per softmax tile: scores and probabilities stay in the L2 cache
 constexpr int32_t kTargetRows = 96;  // query rows times heads per item
+// An item of at most so many rows is shared out by spans if it is more than one of so many equal
+// parts for each thread.
+constexpr int32_t kSharedRows = 4;
+constexpr int32_t kPartsPerThread = 4;
+
+constexpr size_t kLineFloats = 16;
+
+// Room for so many floats from the start of a cache line on: outputs that lie across two lines cost
+// a fifth of the time.
+float* line_of(std::vector<float>& memory, size_t floats) {
+  memory.resize(std::max(memory.size(), floats + kLineFloats));
+  const auto at = reinterpret_cast<uintptr_t>(memory.data());
+  constexpr uintptr_t kLine = kLineFloats * sizeof(float);
+  return memory.data() + ((kLine - at % kLine) % kLine) / sizeof(float);
+}
 
 template <typename T>
 struct Scratch {
   std::vector<T> q;
   std::vector<float> scores;
   std::vector<T> probabilities;
-  std::vector<float> output;
-  std::vector<float> row_max;
-  std::vector<float> row_sum;
+  std::vector<float> softmax;  // over the spans so far, and over one more
   std::vector<int> valid_lo;
   std::vector<int> valid_hi;
-
-  void prepare(size_t rows, size_t dim, float no_maximum, size_t sums) {
-    q.assign(rows * dim, T{});
-    output.assign(rows * dim, 0.0f);
-    row_max.assign(rows, no_maximum);
-    row_sum.assign(rows * sums, 0.0f);
-    valid_lo.assign(rows, 0);
-    valid_hi.assign(rows, 0);
-  }
-  void prepare_tiles(size_t rows) {
-    scores.resize(rows * kTileKeys);
-    probabilities.resize(rows * kTileKeys);
-  }
 };
 
 // Whether a block is attended in one pass with scores in registers. AMX multiplies faster than that
@@ -52,37 +54,100 @@ bool is_fused(const RowKernels<float>&, int32_t, int32_t) {
 template <typename T>
 class Attender {
  public:
-  Attender(const AttentionArgs<T>& args, const AttentionItem& item, Scratch<T>& scratch)
+  Attender(const AttentionArgs<T>& args, const AttentionItem& item)
       : args_(args),
         item_(item),
-        s_(scratch),
+        s_(scratch()),
         dim_(args.cache->layout().head_dim),
         block_tokens_(args.cache->layout().block_tokens),
-        group_(args.num_heads / args.cache->layout().kv_heads) {
-    live_ = item.rows * group_;
-    const int32_t last = item.position + item.rows - 1;
+        span_(std::max(kSpanKeys / block_tokens_, 1) * block_tokens_),
+        group_(args.num_heads / args.cache->layout().kv_heads),
+        live_(item.rows * group_),
+        last_(item.position + item.rows - 1),
+        is_fused_(is_fused(row_kernels<T>(), dim_, block_tokens_)),
+        // Tiles are padded to a multiple of 16 rows; padding stays masked.
+        rows_(is_fused_ || live_ <= 4 ? live_ : (live_ + 15) / 16 * 16) {
     first_ = args.window > 0 ? std::max(0, item.position - args.window + 1) : 0;
     first_ -= first_ % block_tokens_;
-    end_ = (last / block_tokens_ + 1) * block_tokens_;
+    end_ = (last_ / block_tokens_ + 1) * block_tokens_;
   }
 
+  int32_t num_spans() const { return (end_ - 1) / span_ - first_ / span_ + 1; }
+  // Rows times keys.
+  int64_t work() const { return int64_t{item_.rows} * (end_ - first_); }
+  // Of the softmax over one span.
+  size_t num_floats() const {
+    const auto floats = static_cast<size_t>(rows_) * static_cast<size_t>(1 + num_sums() + dim_);
+    return (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
+  }
+
+  // All spans, one after another.
   void run() {
-    if (is_fused(row_kernels<T>(), dim_, block_tokens_))
-      run_blocks();
-    else
-      run_tiles();
+    float* const floats = line_of(s_.softmax, 2 * num_floats());
+    const PartialSoftmax all = softmax_in(floats);
+    const PartialSoftmax further = softmax_in(floats + num_floats());
+    gather_q();
+    attend_span(0, all);
+    for (int32_t span = 1; span < num_spans(); ++span) {
+      attend_span(span, further);
+      row_kernels<T>().merge(further, live_, all);
+    }
+    write(all);
+  }
+
+  // One span, into num_floats().
+  void run_span(int32_t span, float* softmax) {
+    gather_q();
+    attend_span(span, softmax_in(softmax));
+  }
+
+  // What run_span() has made of each span, one behind the other.
+  void merge_spans(float* softmaxes) {
+    const PartialSoftmax all = softmax_in(softmaxes);
+    for (int32_t span = 1; span < num_spans(); ++span) {
+      softmaxes += num_floats();
+      row_kernels<T>().merge(softmax_in(softmaxes), live_, all);
+    }
+    write(all);
   }
 
  private:
+  static Scratch<T>& scratch() {
+    thread_local Scratch<T> scratch;
+    return scratch;
+  }
+
+  PartialSoftmax softmax_in(float* floats) const {
+    float* const sums = floats + int64_t{rows_} * dim_;
+    return {.row_max = sums + int64_t{rows_} * num_sums(),
+            .row_sum = sums,
+            .output = floats,
+            .sums = num_sums(),
+            .dim = dim_};
+  }
+  int num_sums() const { return is_fused_ ? kSumLanes : 1; }
+
+  void attend_span(int32_t span, const PartialSoftmax& to) {
+    const int32_t begin = (first_ / span_ + span) * span_;
+    const auto [first, end] = std::pair(std::max(begin, first_), std::min(begin + span_, end_));
+    std::fill_n(to.row_max, rows_,
+                is_fused_ ? kNoMaximum : -std::numeric_limits<float>::infinity());
+    std::fill_n(to.output, int64_t{rows_} * (num_sums() + dim_), 0.0f);  // and the sums
+    if (is_fused_)
+      attend_blocks(first, end, to);
+    else
+      attend_tiles(first, end, to);
+  }
+
   // Block by block, in one pass each.
-  void run_blocks() {
+  void attend_blocks(int32_t first, int32_t end, const PartialSoftmax& to) {
     if constexpr (sizeof(T) == sizeof(Bf16)) {
-      rows_ = live_;
-      s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_), kNoMaximum, kSumLanes);
-      gather_q();
-      prefetch(first_);
-      for (int32_t key = first_; key < end_; key += block_tokens_) {
-        prefetch(key + block_tokens_);
+      prefetch(first);
+      for (int32_t key = first; key < end; key += block_tokens_) {
+        const int32_t next = key + block_tokens_;
+        const bool is_next_whole = next < end && next + block_tokens_ <= last_ + 1;
+        if (next < end && !is_next_whole)
+          prefetch(next);
         mask(key);
         row_kernels<T>().attend({.q = s_.q.data(),
                                  .keys = keys_at(key),
@@ -92,32 +157,23 @@ class Attender {
                                  .tokens = block_tokens_,
                                  .valid_lo = s_.valid_lo.data(),
                                  .valid_hi = s_.valid_hi.data(),
-                                 .row_max = s_.row_max.data(),
-                                 .row_sum = s_.row_sum.data(),
-                                 .output = s_.output.data(),
-                                 .softcap = args_.softcap});
+                                 .row_max = to.row_max,
+                                 .row_sum = to.row_sum,
+                                 .output = to.output,
+                                 .softcap = args_.softcap,
+                                 .ahead = is_next_whole ? keys_at(next) : nullptr});
       }
-      for (int32_t r = 0; r < rows_; ++r) {
-        const float* lanes = s_.row_sum.data() + int64_t{r} * kSumLanes;
-        s_.row_sum[static_cast<size_t>(r)] = std::accumulate(lanes, lanes + kSumLanes, 0.0f);
-      }
-      scatter_output();
     }
   }
 
-  // Tile by tile: all scores, then their softmax, then the products with the values. Rows are
-  // padded to a multiple of 16; padding stays masked.
-  void run_tiles() {
-    rows_ = live_ <= 4 ? live_ : (live_ + 15) / 16 * 16;
-    s_.prepare(static_cast<size_t>(rows_), static_cast<size_t>(dim_),
-               -std::numeric_limits<float>::infinity(), 1);
-    s_.prepare_tiles(static_cast<size_t>(rows_));
-    gather_q();
+  // Tile by tile: all scores, then their softmax, then the products with the values.
+  void attend_tiles(int32_t first, int32_t end, const PartialSoftmax& to) {
+    s_.scores.resize(static_cast<size_t>(rows_) * kTileKeys);
+    s_.probabilities.resize(static_cast<size_t>(rows_) * kTileKeys);
     const int32_t tile = std::max(kTileKeys / block_tokens_, 1) * block_tokens_;
-    for (int32_t key = first_; key < end_; key += tile) {
-      process_tile(key, std::min(tile, end_ - key));
-    }
-    scatter_output();
+    // Tiles lie where they lie for any rows, as spans do.
+    for (int32_t key = first; key < end; key = (key / tile + 1) * tile)
+      process_tile(key, std::min((key / tile + 1) * tile, end) - key, to);
     brgemm_end<T>();
   }
 
@@ -130,15 +186,19 @@ class Attender {
                                           item_.kv_head);
   }
 
-  // Blocks lie apart: no hardware foresees the next one.
+  // What the rows see of a block. Blocks lie apart: no hardware foresees the next one.
   void prefetch(int32_t key) const {
-    if (key >= end_)
-      return;
-    constexpr size_t kLine = 64;
-    const auto* block = reinterpret_cast<const char*>(keys_at(key));  // values lie behind
-    const size_t bytes = size_t{2} * sizeof(T) * static_cast<size_t>(dim_ * block_tokens_);
-    for (size_t i = 0; i < bytes; i += kLine)
-      __builtin_prefetch(block + i, 0, 2);
+    constexpr int64_t kLine = 64;
+    const int64_t pair = 2 * sizeof(T);
+    const int64_t tokens = std::min(block_tokens_, last_ + 1 - key);
+    const auto* keys = reinterpret_cast<const char*>(keys_at(key));
+    for (int64_t d = 0; d < dim_ / 2; ++d) {
+      for (int64_t i = 0; i < tokens * pair; i += kLine)
+        __builtin_prefetch(keys + d * block_tokens_ * pair + i, 0, 2);
+    }
+    const auto* values = reinterpret_cast<const char*>(values_at(key));
+    for (int64_t i = 0; i < (tokens + 1) / 2 * dim_ * pair; i += kLine)
+      __builtin_prefetch(values + i, 0, 2);
   }
 
   const T* q_head(int32_t head_in_group) const {
@@ -147,6 +207,9 @@ class Attender {
   }
 
   void gather_q() {
+    s_.q.assign(static_cast<size_t>(rows_) * static_cast<size_t>(dim_), T{});
+    s_.valid_lo.assign(static_cast<size_t>(rows_), 0);
+    s_.valid_hi.assign(static_cast<size_t>(rows_), 0);
     for (int32_t h = 0; h < group_; ++h) {
       const T* from = q_head(h);
       T* to = s_.q.data() + int64_t{h} * item_.rows * dim_;
@@ -157,7 +220,7 @@ class Attender {
     }
   }
 
-  void process_tile(int32_t key, int32_t keys) {
+  void process_tile(int32_t key, int32_t keys, const PartialSoftmax& to) {
     const Block<T> scores{.n = block_tokens_,
                           .k = dim_,
                           .lda = dim_,
@@ -174,16 +237,16 @@ class Attender {
                               .cols = keys,
                               .valid_lo = s_.valid_lo.data(),
                               .valid_hi = s_.valid_hi.data(),
-                              .row_max = s_.row_max.data(),
-                              .row_sum = s_.row_sum.data(),
-                              .output = s_.output.data(),
+                              .row_max = to.row_max,
+                              .row_sum = to.row_sum,
+                              .output = to.output,
                               .dim = dim_,
                               .softcap = args_.softcap},
                              s_.probabilities.data());
     const Block<T> shape{
         .n = dim_, .k = block_tokens_, .lda = keys, .ldb = dim_, .ldc = dim_, .add = true};
     for (int32_t k = 0; k < keys; k += block_tokens_) {
-      brgemm(shape, rows_, s_.probabilities.data() + k, values_at(key + k), s_.output.data());
+      brgemm(shape, rows_, s_.probabilities.data() + k, values_at(key + k), to.output);
     }
   }
 
@@ -197,13 +260,16 @@ class Attender {
     }
   }
 
-  void scatter_output() {
+  void write(const PartialSoftmax& all) {
+    for (int32_t r = 0; is_fused_ && r < rows_; ++r) {
+      const float* lanes = all.row_sum + int64_t{r} * kSumLanes;
+      all.row_sum[r] = std::accumulate(lanes, lanes + kSumLanes, 0.0f);
+    }
     const int64_t ld = int64_t{args_.num_heads} * dim_;
     for (int32_t h = 0; h < group_; ++h) {
       const int64_t head = int64_t{item_.kv_head} * group_ + h;
       const int64_t first = int64_t{h} * item_.rows;
-      row_kernels<T>().normalise(s_.output.data() + first * dim_, s_.row_sum.data() + first,
-                                 item_.rows, dim_,
+      row_kernels<T>().normalise(all.output + first * dim_, all.row_sum + first, item_.rows, dim_,
                                  args_.out + int64_t{item_.row} * ld + head * dim_, ld);
     }
   }
@@ -211,25 +277,83 @@ class Attender {
   const AttentionArgs<T>& args_;
   const AttentionItem& item_;
   Scratch<T>& s_;
-  int32_t dim_;
-  int32_t block_tokens_;
-  int32_t group_;
+  const int32_t dim_;
+  const int32_t block_tokens_;
+  const int32_t span_;
+  const int32_t group_;
+  const int32_t live_;
+  const int32_t last_;  // the last key that a row sees
+  const bool is_fused_;
+  const int32_t rows_;
   int32_t first_ = 0;  // the first key, at the start of a block
   int32_t end_ = 0;
-  int32_t live_ = 0;
-  int32_t rows_ = 0;
+};
+
+// An item that is shared out by spans, and where the softmax of its first span begins.
+struct SharedItem {
+  const AttentionItem* item;
+  size_t softmaxes;
+};
+
+// What one thread takes at once: an item, or one span of a shared item.
+struct Piece {
+  const AttentionItem* item;
+  int32_t span;    // -1: all
+  size_t softmax;  // of the span
+};
+
+// How a team of threads shares the items out.
+template <typename T>
+class Sharing {
+ public:
+  Sharing(const AttentionArgs<T>& args, std::span<const AttentionItem> items, int32_t threads) {
+    int64_t work = 0;
+    for (const AttentionItem& item : items)
+      work += Attender<T>(args, item).work();
+    for (const AttentionItem& item : items) {
+      const Attender<T> attender(args, item);
+      const bool is_shared = threads > 1 && item.rows <= kSharedRows && attender.num_spans() > 1 &&
+                             attender.work() * kPartsPerThread * threads > work;
+      if (!is_shared) {
+        pieces.push_back({&item, -1, 0});
+        continue;
+      }
+      shared.push_back({&item, num_floats});
+      for (int32_t span = 0; span < attender.num_spans(); ++span) {
+        pieces.push_back({&item, span, num_floats});
+        num_floats += attender.num_floats();
+      }
+    }
+  }
+
+  std::vector<Piece> pieces;
+  std::vector<SharedItem> shared;
+  size_t num_floats = 0;  // of all softmaxes over a span
 };
 
 }  // namespace
 
 template <typename T>
-void attend(const AttentionArgs<T>& args, const AttentionItem& item) {
-  thread_local Scratch<T> scratch;
-  Attender<T>(args, item, scratch).run();
+void attend(const AttentionArgs<T>& args, std::span<const AttentionItem> items, Team& team) {
+  thread_local std::vector<float> memory;
+  const Sharing<T> sharing(args, items, team.threads());
+  float* const softmaxes = line_of(memory, sharing.num_floats);
+  team.for_each(static_cast<int64_t>(sharing.pieces.size()), [&](int64_t i) {
+    const Piece& piece = sharing.pieces[static_cast<size_t>(i)];
+    Attender<T> attender(args, *piece.item);
+    if (piece.span < 0)
+      attender.run();
+    else
+      attender.run_span(piece.span, softmaxes + piece.softmax);
+  });
+  team.for_each(static_cast<int64_t>(sharing.shared.size()), [&](int64_t i) {
+    const SharedItem& shared = sharing.shared[static_cast<size_t>(i)];
+    Attender<T>(args, *shared.item).merge_spans(softmaxes + shared.softmaxes);
+  });
 }
 
-template void attend<float>(const AttentionArgs<float>&, const AttentionItem&);
-template void attend<Bf16>(const AttentionArgs<Bf16>&, const AttentionItem&);
+template void attend<float>(const AttentionArgs<float>&, std::span<const AttentionItem>, Team&);
+template void attend<Bf16>(const AttentionArgs<Bf16>&, std::span<const AttentionItem>, Team&);
 
 int32_t attention_item_rows(int32_t rows, int32_t heads_per_kv, int32_t kv_heads, int32_t threads) {
   const int32_t target = std::max(1, kTargetRows / heads_per_kv);

@@ -1,10 +1,12 @@
-// Causal attention of packed rows over the paged KV cache, by row slices.
+// Causal attention of packed rows over the paged KV cache, by row slices and spans of keys. Called
+// by CpuProgram.
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <span>
 
 #include "devices/cpu/kv_cache.h"
+#include "devices/cpu/team.h"
 
 namespace flowprefill {
 
@@ -28,10 +30,15 @@ struct AttentionArgs {
   T* out;          // same shape
 };
 
-// Computes one item: out = softmax(q k^T) v over keys at positions <= the row's. Device thread's
-// team.
+// Keys of a sequence are attended in spans of so many, from its first on: the softmax of each span
+// is worked out on its own, then they are merged in order. So a row has the same bits whether one
+// thread takes all its spans or each another.
+inline constexpr int32_t kSpanKeys = 1024;
+
+// Computes all items: out = softmax(q k^T) v over keys at positions <= the row's. An item of few
+// rows that is much of the whole, as a long sequence's in a decode step, is shared out by spans.
 template <typename T>
-void attend(const AttentionArgs<T>& args, const AttentionItem& item);
+void attend(const AttentionArgs<T>& args, std::span<const AttentionItem> items, Team& team);
 
 // Rows per item: enough for the matrix kernel, few enough to share `rows` among the team and stay
 // in cache.

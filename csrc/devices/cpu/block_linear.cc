@@ -38,8 +38,8 @@ void BlockLinear<T>::prepare(int64_t rows, const T* input, void* prepared) const
 
 // The depth in the steps of PackedLinear, whose products have the same bits.
 template <typename T>
-void BlockLinear<T>::multiply_block(int64_t block, int64_t rows, const void* input, float* c,
-                                    int64_t ldc, bool add) const {
+void BlockLinear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows, const void* input,
+                                    float* c, int64_t ldc, bool add) const {
   if (rows <= kDirectRows<T>)
     return multiply_few(block, rows, input, c, ldc, add);
   const T* a = static_cast<const T*>(input);

@@ -30,8 +30,8 @@ class BlockLinear final : public Linear<T> {
             const std::function<int64_t(int64_t)>& place) override;
   size_t prepared_row_bytes(int64_t rows) const override;
   void prepare(int64_t rows, const T* input, void* prepared) const override;
-  void multiply_block(int64_t block, int64_t rows, const void* input, float* c, int64_t ldc,
-                      bool add) const override;
+  void multiply_block(int64_t block, int64_t end, int64_t rows, const void* input, float* c,
+                      int64_t ldc, bool add) const override;
   void end_series() const override;
 
  private:

@@ -189,7 +189,7 @@ void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, 
     const float* bias = offset_or_null(all_bias, block * kPackColumns);
     for (int32_t r = 0; bias != nullptr && r < count; ++r)
       std::copy_n(bias, width, product.data() + r * width);
-    linear.multiply_block(block, count, input, product.data(), width, bias != nullptr);
+    linear.multiply_block(block, end, count, input, product.data(), width, bias != nullptr);
     activate(product.data(), width, count, static_cast<int>(width / 2),
              a_.template at<T>(op.output, step, rows.begin) + block * kGateColumns, width_out);
   }

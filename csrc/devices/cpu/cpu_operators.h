@@ -62,7 +62,7 @@ class CpuOperators {
   // Brings rows of a product's input into the form its weight wants (Linear::prepare).
   void prepare_input(const Operator& op, const Step& step, RowRange rows, std::byte* prepared);
 
-  // The pieces of attention of a step, for a team of so many threads; one attend() takes one piece.
+  // The pieces of attention of a step, for a team of so many threads.
   std::vector<AttentionItem> attention_items(const Operator& op, const Step& step, int threads);
   AttentionArgs<T> attention_args(const Operator& op);
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "devices/cpu/team.h"
@@ -18,6 +19,30 @@ constexpr int32_t kRowOpChunk = 4;  // the same for light operators alone
 constexpr size_t kCachedWeightBytes = size_t{8} << 20;
 
 std::atomic<size_t> live_workspace{0};
+
+// Blocks [begin, end) of a product for a team: a long share for each thread, for weights that
+// follow each other can be asked for ahead, then single blocks, by which they end together.
+class Shares {
+ public:
+  Shares(int64_t begin, int64_t end, int64_t threads)
+      : begin_(begin), end_(end), threads_(threads), long_((end - begin) * 7 / 8 / threads) {}
+
+  int64_t size() const { return long_ == 0 ? end_ - begin_ : threads_ + end_ - first_single(); }
+  std::pair<int64_t, int64_t> operator[](int64_t i) const {
+    if (long_ > 0 && i < threads_)
+      return {begin_ + i * long_, begin_ + (i + 1) * long_};
+    const int64_t block = first_single() + (long_ > 0 ? i - threads_ : i);
+    return {block, block + 1};
+  }
+
+ private:
+  int64_t first_single() const { return begin_ + long_ * threads_; }
+
+  const int64_t begin_;
+  const int64_t end_;
+  const int64_t threads_;
+  const int64_t long_;  // blocks of a long share
+};
 
 }  // namespace
 
@@ -251,9 +276,10 @@ void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
   }
   const int32_t end = step.is_whole() ? compiled_.graph().parts(op) : step.part_end;
   const std::byte* input = op.kind == OperatorKind::kLinear ? prepare_input(step, op) : nullptr;
-  team_->for_each(end - step.part_begin, [&](int64_t part) {
-    const int64_t block = step.part_begin + part;
-    operators_.execute(op, step, {step.row_begin, step.row_end}, block, block + 1, input);
+  const Shares shares(step.part_begin, end, threads_);
+  team_->for_each(shares.size(), [&](int64_t i) {
+    const auto [first, last] = shares[i];
+    operators_.execute(op, step, {step.row_begin, step.row_end}, first, last, input);
   });
 }
 
@@ -282,8 +308,7 @@ template <typename T>
 void CpuProgram<T>::execute_attention(const Step& step, const Operator& op) {
   const std::vector<AttentionItem> items = operators_.attention_items(op, step, threads_);
   const AttentionArgs<T> args = operators_.attention_args(op);
-  team_->for_each(static_cast<int64_t>(items.size()),
-                  [&](int64_t i) { attend(args, items[static_cast<size_t>(i)]); });
+  attend<T>(args, items, *team_);
 }
 
 template class CpuProgram<float>;

@@ -22,7 +22,8 @@ struct Block {
 };
 
 template <typename T>
-Product<T> product_of(const Block<T>& s, int64_t rows, const T* a, const T* b, float* c) {
+Product<T> product_of(const Block<T>& s, int64_t rows, const T* a, const T* b, float* c,
+                      const T* ahead = nullptr) {
   return {.rows = rows,
           .n = s.n,
           .k = s.k,
@@ -32,7 +33,8 @@ Product<T> product_of(const Block<T>& s, int64_t rows, const T* a, const T* b, f
           .add = s.add,
           .a = a,
           .b = b,
-          .c = c};
+          .c = c,
+          .ahead = ahead};
 }
 
 inline void brgemm(const Block<float>& s, int64_t m, const float* a, const float* b, float* c) {
@@ -74,8 +76,8 @@ bool has_amx();
 // and may use AVX-512.
 bool has_int8_gemm();
 
-// Up to so many rows a product waits for its weights: ours asks for them ahead.
-inline constexpr int64_t kFewRows = 16;
+// Up to so many rows a product waits for its weights, some of the time: ours asks for them ahead.
+inline constexpr int64_t kFewRows = 64;
 
 inline bool is_ours(const Block<float>&, int64_t) {
   return true;
@@ -86,12 +88,13 @@ inline bool is_ours(const Block<Bf16>& s, int64_t rows) {
 }
 
 // Same as brgemm for any row count. ATen's from at most seven shapes: each is compiled once per
-// thread, and a prompt of unseen length must not wait for a compiler.
+// thread, and a prompt of unseen length must not wait for a compiler. ahead: see Product.
 template <typename T, typename Weight, typename Sum>
-void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const Weight* b, Sum* c) {
+void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const Weight* b, Sum* c,
+                 const Weight* ahead = nullptr) {
   if constexpr (std::is_same_v<T, Weight>) {
     if (is_ours(shape, rows))
-      return row_kernels<T>().multiply(product_of(shape, rows, a, b, c));
+      return row_kernels<T>().multiply(product_of(shape, rows, a, b, c, ahead));
   }
   for (int64_t done = 0, step = 64; done < rows; done += step) {
     while (step > rows - done)

@@ -91,8 +91,8 @@ void Int8Linear<T>::prepare(int64_t rows, const T* input, void* prepared) const 
 }
 
 template <typename T>
-void Int8Linear<T>::multiply_block(int64_t block, int64_t rows, const void* input, float* c,
-                                   int64_t ldc, bool add) const {
+void Int8Linear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows, const void* input,
+                                   float* c, int64_t ldc, bool add) const {
   thread_local std::vector<int32_t> sums(kRows * kPackColumns);
   const int64_t width = this->block_columns(block);
   const auto stride = static_cast<int64_t>(prepared_row_bytes(rows));

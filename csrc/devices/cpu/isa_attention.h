@@ -39,16 +39,32 @@ inline __m512bh pairs_of(const Bf16* pairs) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(pairs));
 }
 
+// Asks for cache lines one after another, or (step 0) again and again for one that is there: all
+// at once they would hold up what is computed meanwhile.
+struct LinesAhead {
+  const char* at;
+  int64_t step;
+
+  inline __attribute__((always_inline)) void ask() {
+    _mm_prefetch(at, _MM_HINT_T1);
+    at += step;
+  }
+};
+
 // sums[r][v] += a[r] * b over so many pairs; a's rows lie lda apart, b's pairs ldb, both in bf16.
+// Asks for as many lines as it reads of b.
 template <int kRows, int kVectors>
 inline __attribute__((always_inline)) void multiply(const Bf16* a, int64_t lda, const Bf16* b,
-                                                    int64_t ldb, int pairs,
+                                                    int64_t ldb, int pairs, LinesAhead& ahead,
                                                     __m512 (&sums)[kRows][kVectors]) {
+  LinesAhead lines = ahead;
   for (int p = 0; p < pairs; ++p) {
     __m512bh right[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < kVectors; ++v) {
       right[v] = pairs_of(b + p * ldb + v * 2 * kLanes);
+      lines.ask();
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const __m512bh left = pair_of(a + r * lda + 2 * p);
@@ -57,14 +73,15 @@ inline __attribute__((always_inline)) void multiply(const Bf16* a, int64_t lda, 
         sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
     }
   }
+  ahead = lines;
 }
 
 // Rows [first, first + kRows) of a tile, against keys [key, key + 16 * kVectors) of its block.
 template <int kRows, int kVectors>
 class AttentionStep {
  public:
-  AttentionStep(const AttentionTile& tile, int first, int key)
-      : t_(tile), first_(first), key_(key) {}
+  AttentionStep(const AttentionTile& tile, int first, int key, LinesAhead& ahead)
+      : t_(tile), first_(first), key_(key), ahead_(ahead) {}
 
   void run() {
     __m512 scores[kRows][kVectors];
@@ -75,7 +92,7 @@ class AttentionStep {
         scores[r][v] = _mm512_setzero_ps();
     }
     multiply<kRows, kVectors>(t_.q + int64_t{first_} * t_.dim, t_.dim, t_.keys + 2 * key_,
-                              2 * t_.tokens, t_.dim / 2, scores);
+                              2 * t_.tokens, t_.dim / 2, ahead_, scores);
     if (t_.softcap != 0.0f)
       cap(scores);
     int last = 0;
@@ -163,7 +180,7 @@ class AttentionStep {
     const int end = last < kVectors * kLanes ? last : kVectors * kLanes;
     multiply<kRows, kColumns>(probabilities_[0], kTileVectors * kLanes,
                               t_.values + int64_t{key_} * t_.dim + 2 * column, 2 * t_.dim,
-                              (end + 1) / 2, sums);
+                              (end + 1) / 2, ahead_, sums);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -175,6 +192,7 @@ class AttentionStep {
   const AttentionTile& t_;
   const int first_;
   const int key_;
+  LinesAhead& ahead_;
   float keep_[kRows];
   alignas(64) Bf16 probabilities_[kRows][kTileVectors * kLanes];
 };
@@ -191,19 +209,23 @@ void attend_rows(const AttentionTile& tile, int first) {
   // Steps lie where they lie for any rows: a row's bits must not depend on its neighbours.
   begin = begin < 0 ? 0 : begin / kStep * kStep;
   end = end > tile.tokens ? tile.tokens : end;
+  // The first rows of a block ask for the next one.
+  LinesAhead ahead{reinterpret_cast<const char*>(tile.q), 0};
+  if (first == 0 && tile.ahead != nullptr)
+    ahead = {reinterpret_cast<const char*>(tile.ahead), 64};
   for (int key = begin; key < end; key += kStep) {
     switch ((end - key + kLanes - 1) / kLanes) {
       case 1:
-        AttentionStep<kRows, 1>(tile, first, key).run();
+        AttentionStep<kRows, 1>(tile, first, key, ahead).run();
         break;
       case 2:
-        AttentionStep<kRows, 2>(tile, first, key).run();
+        AttentionStep<kRows, 2>(tile, first, key, ahead).run();
         break;
       case 3:
-        AttentionStep<kRows, 3>(tile, first, key).run();
+        AttentionStep<kRows, 3>(tile, first, key, ahead).run();
         break;
       default:
-        AttentionStep<kRows, kTileVectors>(tile, first, key).run();
+        AttentionStep<kRows, kTileVectors>(tile, first, key, ahead).run();
     }
   }
 }

@@ -1,12 +1,10 @@
-// The micro-kernels of products: a tile of rows and vectors of sums in registers. Of floats with
-// the compiler's vectors, for every instruction set; of bf16 for AVX-512 BF16, where rows are few.
-// Included by row_kernels.isa.cc only.
+// The micro-kernel of float products: a tile of rows and vectors of sums in registers, with the
+// compiler's vectors, for every instruction set. Included by row_kernels.isa.cc only.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "devices/cpu/isa_attention.h"
 #include "devices/cpu/row_kernels.h"
 
 namespace flowprefill {
@@ -97,61 +95,7 @@ void multiply_rows(const Product<float>& p, int64_t row) {
   multiply_columns<kRows>(p, a, p.b + column, c + column, p.n - column);
 }
 
-#ifdef __AVX512BF16__
-// With few rows a product is as fast as its weights arrive, and blocks follow each other: so far
-// ahead they are asked for.
-constexpr int kAheadBytes = 8192;
-
-// c is added at the end, not first: so ATen's micro-kernel rounds, whose bits these are.
-template <int kRows, int kVectors>
-void multiply_tile(const Product<Bf16>& p, const Bf16* a, const Bf16* b, float* c) {
-  __m512 sums[kRows][kVectors];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      sums[r][v] = _mm512_setzero_ps();
-  }
-  for (int64_t pair = 0; pair < p.k / 2; ++pair) {
-    const Bf16* row = b + 2 * pair * p.ldb;
-    __m512bh right[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      right[v] = pairs_of(row + 2 * v * kLanes);
-      _mm_prefetch(reinterpret_cast<const char*>(row + 2 * v * kLanes) + kAheadBytes, _MM_HINT_T0);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m512bh left = pair_of(a + r * p.lda + 2 * pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* out = c + r * p.ldc + v * kLanes;
-      _mm512_storeu_ps(out, p.add ? _mm512_add_ps(sums[r][v], _mm512_loadu_ps(out)) : sums[r][v]);
-    }
-  }
-}
-
-template <int kRows>
-void multiply_rows(const Product<Bf16>& p, int64_t row) {
-  const Bf16* a = p.a + row * p.lda;
-  float* c = p.c + row * p.ldc;
-  int64_t column = 0;
-  for (; column + kTileVectors * kLanes <= p.n; column += kTileVectors * kLanes)
-    multiply_tile<kRows, kTileVectors>(p, a, p.b + 2 * column, c + column);
-  for (; column < p.n; column += kLanes)
-    multiply_tile<kRows, 1>(p, a, p.b + 2 * column, c + column);
-}
-#endif
-
-template <typename T>
-void multiply(const Product<T>& p) {
+inline void multiply(const Product<float>& p) {
   int64_t row = 0;
   for (; row + kProductRows <= p.rows; row += kProductRows)
     multiply_rows<kProductRows>(p, row);

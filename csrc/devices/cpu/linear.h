@@ -51,9 +51,10 @@ class Linear {
   virtual void prepare(int64_t /*rows*/, const T* /*input*/, void* /*prepared*/) const {}
 
   // c[rows, columns of block] (+)= input * W; c points at the block's first column. input: prepared
-  // rows, or T [rows, depth] where there is no such form.
-  virtual void multiply_block(int64_t block, int64_t rows, const void* input, float* c, int64_t ldc,
-                              bool add) const = 0;
+  // rows, or T [rows, depth] where there is no such form. Blocks up to `end` are the caller's next:
+  // their weights may be asked for meanwhile.
+  virtual void multiply_block(int64_t block, int64_t end, int64_t rows, const void* input, float* c,
+                              int64_t ldc, bool add) const = 0;
   // Ends a series of multiply_block calls on this thread.
   virtual void end_series() const {}
 
@@ -61,7 +62,7 @@ class Linear {
   void multiply(int64_t begin, int64_t end, int64_t rows, const void* input, float* c, int64_t ldc,
                 bool add) const {
     for (int64_t block = begin; block < end; ++block)
-      multiply_block(block, rows, input, c + block * kPackColumns, ldc, add);
+      multiply_block(block, end, rows, input, c + block * kPackColumns, ldc, add);
     end_series();
   }
 

@@ -34,8 +34,8 @@ void PackedLinear<T>::pack(const float* weight, int64_t rows, Team& team,
 }
 
 template <typename T>
-void PackedLinear<T>::multiply_block(int64_t block, int64_t rows, const void* input, float* c,
-                                     int64_t ldc, bool add) const {
+void PackedLinear<T>::multiply_block(int64_t block, int64_t end, int64_t rows, const void* input,
+                                     float* c, int64_t ldc, bool add) const {
   const int64_t depth = this->depth();
   const int64_t width = this->block_columns(block);
   const T* a = static_cast<const T*>(input);
@@ -47,7 +47,9 @@ void PackedLinear<T>::multiply_block(int64_t block, int64_t rows, const void* in
                          .ldb = width,
                          .ldc = ldc,
                          .add = add || k > 0};
-    brgemm_rows(shape, rows, a + k, data + k * width, c);
+    const T* weights = data + k * width;
+    const bool has_next = k + shape.k < depth || block + 1 < end;
+    brgemm_rows(shape, rows, a + k, weights, c, has_next ? weights + shape.k * width : nullptr);
   }
 }
 

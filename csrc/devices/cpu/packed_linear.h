@@ -20,8 +20,8 @@ class PackedLinear final : public Linear<T> {
   size_t bytes() const override { return packed_.bytes(); }
   void pack(const float* weight, int64_t rows, Team& team,
             const std::function<int64_t(int64_t)>& place) override;
-  void multiply_block(int64_t block, int64_t rows, const void* input, float* c, int64_t ldc,
-                      bool add) const override;
+  void multiply_block(int64_t block, int64_t end, int64_t rows, const void* input, float* c,
+                      int64_t ldc, bool add) const override;
   void end_series() const override;
 
  private:

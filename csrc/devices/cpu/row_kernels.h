@@ -43,6 +43,16 @@ struct SoftmaxTile {
 inline constexpr float kNoMaximum = -1e30f;  // row_max of an AttentionTile's row without a key yet
 inline constexpr int kSumLanes = 16;         // running sums of a row, to be added up at the end
 
+// The softmax of some rows over some of their keys.
+struct PartialSoftmax {
+  float* row_max;  // [rows] in base 2: what sums and outputs are divided by the power of; at most
+                   // kNoMaximum: of a row that saw none of the keys
+  float* row_sum;  // [rows, sums]
+  float* output;   // [rows, dim] not yet divided by the sum
+  int sums;        // of a row, to be added up at the end: kSumLanes or 1
+  int dim;
+};
+
 // Query rows of one kv head against one block of its keys and values, in bf16 (kv_cache.h has the
 // layouts). What is running is carried from block to block.
 struct AttentionTile {
@@ -50,14 +60,15 @@ struct AttentionTile {
   const Bf16* keys;
   const Bf16* values;
   int rows;
-  int dim;              // a multiple of 16
-  int tokens;           // of the block; a multiple of 16
-  const int* valid_lo;  // [rows] first token each row sees (may be < 0)
-  const int* valid_hi;  // [rows] one past the last (may be <= valid_lo, or > tokens)
-  float* row_max;       // [rows] running maximum, or somewhat less; kNoMaximum at first
-  float* row_sum;       // [rows, kSumLanes]
-  float* output;        // [rows, dim] running, not yet divided by the sum
-  float softcap;        // of the scores, see soft_cap; 0: none
+  int dim;                      // a multiple of 16
+  int tokens;                   // of the block; a multiple of 16
+  const int* valid_lo;          // [rows] first token each row sees (may be < 0)
+  const int* valid_hi;          // [rows] one past the last (may be <= valid_lo, or > tokens)
+  float* row_max;               // [rows] running maximum, or somewhat less; kNoMaximum at first
+  float* row_sum;               // [rows, kSumLanes]
+  float* output;                // [rows, dim] running, not yet divided by the sum
+  float softcap;                // of the scores, see soft_cap; 0: none
+  const Bf16* ahead = nullptr;  // the block that comes next, keys and values; null: not known
 };
 
 // c[rows, n] (+)= a[rows, k] * b[k, n], row-major with these strides.
@@ -68,6 +79,7 @@ struct Product {
   const T* a;
   const T* b;
   float* c;
+  const T* ahead = nullptr;  // k * n weights that the caller multiplies next, if it knows them
 };
 
 // Values that rotate() mixes with one another.
@@ -123,6 +135,8 @@ struct RowKernels {
                        int slot);
   // One tile of the online softmax in base 2: updates max, sum, output; writes probabilities.
   void (*softmax)(const SoftmaxTile& tile, T* probabilities);
+  // Adds the softmax over further keys to that over those before them.
+  void (*merge)(const PartialSoftmax& further, int rows, const PartialSoftmax& all);
   // out[r, i] = output[r, i] / sum[r].
   void (*normalise)(const float* output, const float* row_sum, int rows, int dim, T* out,
                     int64_t ld_out);

@@ -10,6 +10,7 @@
 #include "devices/cpu/isa_int8.h"
 #include "devices/cpu/isa_math.h"
 #include "devices/cpu/isa_product.h"
+#include "devices/cpu/isa_product_bf16.h"
 #include "devices/cpu/isa_score.h"
 #include "devices/cpu/row_kernels.h"
 
@@ -254,6 +255,28 @@ void softmax(const SoftmaxTile& tile, T* probabilities) {
   }
 }
 
+inline void scale_and_add(float keep, float take, const float* __restrict from, int n,
+                          float* __restrict to) {
+  for (int i = 0; i < n; ++i)
+    to[i] = to[i] * keep + from[i] * take;
+}
+
+void merge(const PartialSoftmax& further, int rows, const PartialSoftmax& all) {
+  for (int r = 0; r < rows; ++r) {
+    if (further.row_max[r] <= kNoMaximum)
+      continue;
+    const bool is_first = all.row_max[r] <= kNoMaximum;
+    const float rise = is_first ? 0.0f : further.row_max[r] - all.row_max[r];
+    const float keep = is_first ? 0.0f : (rise > 0.0f ? exp2_clamped(-rise) : 1.0f);
+    const float take = rise < 0.0f ? exp2_clamped(rise) : 1.0f;
+    if (is_first || rise > 0.0f)
+      all.row_max[r] = further.row_max[r];
+    scale_and_add(keep, take, further.row_sum + r * all.sums, all.sums, all.row_sum + r * all.sums);
+    const int64_t first = static_cast<int64_t>(r) * all.dim;
+    scale_and_add(keep, take, further.output + first, all.dim, all.output + first);
+  }
+}
+
 template <typename T>
 void normalise(const float* output, const float* row_sum, int rows, int dim, T* out,
                int64_t ld_out) {
@@ -293,7 +316,7 @@ constexpr void (*multiply_of())(const Product<T>&) {
     return nullptr;
   else
 #endif
-    return multiply<T>;
+    return multiply;
 }
 
 template <typename T>
@@ -308,6 +331,7 @@ constexpr RowKernels<T> make_table() {
           .store_keys = store_keys,
           .store_values = store_values,
           .softmax = softmax<T>,
+          .merge = merge,
           .normalise = normalise<T>,
           .attend = attend_of<T>(),
           .multiply = multiply_of<T>(),
