@@ -191,10 +191,17 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
     return row_at<Bf16>(shape, step, lane, op.output, step.row_begin) + column;
   };
   const float* bias = weights.vector(op.bias);
+  const bool is_fp8 = weights.is_fp8(op.weight);
+  Fp8Operands fp8;
+  if (is_fp8) {
+    fp8.b = weights.codes(op.weight) + begin * weight.columns;
+    fp8.b_scales = weights.scales(op.weight) + begin;
+  }
   const bool is_sequence = shape.graph.output_of(op).extent == Extent::kSequence;
   return {.a = row_at<Bf16>(shape, step, lane, op.input, step.row_begin),
           .lda = shape.lane.stride(op.input),
-          .b = weights.matrix(op.weight) + begin * weight.columns,
+          .b = is_fp8 ? nullptr : weights.matrix(op.weight) + begin * weight.columns,
+          .fp8 = fp8,
           .ldb = weight.columns,
           .bias = bias == nullptr ? nullptr : bias + begin,
           .d = output(),
