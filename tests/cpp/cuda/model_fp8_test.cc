@@ -1,5 +1,6 @@
-// Whole models with weights in e4m3 on the doubles: what is kept, what it takes, logits within what
-// 8 bits err by, and the same bits from every cut and preemption.
+// Whole models with weights in e4m3 on the doubles (but for `down`, whose 72 columns are no
+// multiple of 16 and stay bf16): what is kept, what it takes, logits within what 8 bits err by, and
+// the same bits from every cut and preemption.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -61,18 +62,22 @@ class ModelFp8Test : public ModelTest {
   }
 };
 
-TEST_F(ModelFp8Test, logits_err_by_what_8_bits_do_and_products_of_layers_are_fp8) {
+TEST_F(ModelFp8Test, logits_are_those_of_weights_and_rows_in_8_bits) {
   for (const Kind kind : {Kind::kLlama, Kind::kQwen}) {
-    const TinyModel tiny(kind, 2);
+    TinyModel tiny(kind, 2);
     options_.quantizes_fp8 = true;
     make_model(tiny);
     start();
-    const std::vector<int32_t> tokens = tiny.random_tokens(20, 3);
+    const std::vector<int32_t> tokens = tiny.random_tokens(12, 3);  // one tile
     const Logits got = execute(1, {{.tokens = tokens}});
-    expect_close(got[0], tiny.logits(tokens), "fp8", 0.5);
+    const std::vector<float> of_bf16 = tiny.logits(tokens);
+    expect_close(got[0], of_bf16, "bf16", 0.8);
+    tiny.quantise();
+    expect_close(got[0], tiny.logits(tokens), "rounded alike", 0.1);
+    EXPECT_NE(tiny.logits(tokens), of_bf16);
     const auto names = fake_kernels::ran();
-    EXPECT_EQ(std::ranges::count(names, "quantise"), 2 * 4) << "qkv, o, gate_up, down of 2 layers";
-    EXPECT_EQ(std::ranges::count(names, "rescale"), 2 * 4);
+    EXPECT_EQ(std::ranges::count(names, "quantise"), 2 * 3) << "qkv, o and gate_up of 2 layers";
+    EXPECT_EQ(std::ranges::count(names, "rescale"), 2 * 3);
     tear_down();
     fake_cudart::reset();
     fake_kernels::reset();
@@ -115,7 +120,7 @@ TEST_F(ModelFp8Test, weights_take_a_byte_each_and_the_planner_knows) {
   options_.quantizes_fp8 = true;
   const CudaBackend quantised(tiny.graph(), options_);
   size_t saved = 0;
-  for (const char* name : {"qkv", "o", "gate_up", "down"}) {
+  for (const char* name : {"qkv", "o", "gate_up"}) {
     for (const char* layer : {"layers.0.", "layers.1."}) {
       const std::string full = std::string(layer) + name;
       const WeightTable& table = quantised.graph().weights;
@@ -129,6 +134,7 @@ TEST_F(ModelFp8Test, weights_take_a_byte_each_and_the_planner_knows) {
   EXPECT_EQ(plain.weight_bytes() - quantised.weight_bytes(), saved);
   const WeightTable& table = quantised.graph().weights;
   EXPECT_EQ(table.weight(table.index("lm_head")).stored_bytes, 0) << "stays bf16";
+  EXPECT_EQ(table.weight(table.index("layers.0.down")).stored_bytes, 0) << "72 columns";
 }
 
 TEST_F(ModelFp8Test, codes_of_a_checkpoint_are_kept_as_they_are) {
