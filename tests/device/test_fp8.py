@@ -25,8 +25,8 @@ from tiny_models import save_with_tokenizer, tiny_model
 from flowprefill import ConfigError, Engine
 from flowprefill.models.checkpoint import open_checkpoint
 
-# Largest difference to torch's logits over the largest, where torch rounds the same operands to e4m3.
-# What differs in the last bits of bf16 is rounded to other numbers of e4m3 now and then, 1/8 away, and
+# Largest difference to torch's logits over the largest, where torch rounds the same to e4m3. What
+# differs in the last bits of bf16 is rounded to other numbers of e4m3 now and then, 1/8 away, and
 # these models add to it: found up to 0.21, where rounding itself makes 0.3. tests/cpp/cuda compares
 # with a transformer that rounds where the kernels do.
 TOLERANCE = 0.3
