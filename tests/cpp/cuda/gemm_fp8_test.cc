@@ -222,7 +222,7 @@ TEST_F(Fp8Products, ManyRowsPassThroughScratchInParts) {
   const size_t bytes = gemms->scratch_bytes(args(0, of_.rows));
   EXPECT_LT(bytes, size_t{300} << 20);
   restore();
-  // Three rows at the borders of a part, by themselves and among all.
+  // Three rows at the borders of a part, alone and with all others.
   const auto part = static_cast<int32_t>((int64_t{256} << 20) / (3 * 16 + 4 * 17'664) / 256 * 256);
   ASSERT_LT(part, of_.rows);
   launch(*gemms, args(part - 1, part + 2));

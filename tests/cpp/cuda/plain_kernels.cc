@@ -310,8 +310,7 @@ void quantise(const QuantiseArgs& args) {
       most = std::fmax(most, std::abs(widen(in[i])));
     args.scales[row] = most / 448.0f;
     for (int32_t i = 0; i < args.width; ++i)
-      args.out[row * args.ld_out + i] =
-          nearest_e4m3(widen(in[i]) * (1.0f / args.scales[row]));
+      args.out[row * args.ld_out + i] = nearest_e4m3(widen(in[i]) * (1.0f / args.scales[row]));
   }
 }
 

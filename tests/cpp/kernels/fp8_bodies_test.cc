@@ -34,11 +34,11 @@ at::Tensor saturated(const at::Tensor& values) {
   return at::clamp(values, -kLargestE4m3, kLargestE4m3).to(at::kFloat8_e4m3fn);
 }
 
-TEST(E4m3, EveryBf16AndWhatLiesBesideItIsRoundedAsAtenDoes) {
+TEST(E4m3, EveryBf16AndItsNeighboursAreRoundedAsAtenDoes) {
   const at::Tensor values = at::empty({3 * 65536}, at::kFloat);
   for (uint32_t i = 0; i < 65536; ++i) {
-    for (uint32_t beside = 0; beside < 3; ++beside)  // just below, at and just above
-      floats(values)[3 * i + beside] = float_of((i << 16) + beside - 1);
+    for (uint32_t step = 0; step < 3; ++step)  // just below, at and just above
+      floats(values)[3 * i + step] = float_of((i << 16) + step - 1);
   }
   const at::Tensor want = saturated(values);
   for (int64_t i = 0; i < values.numel(); ++i) {
