@@ -21,7 +21,7 @@ GIB = 1 << 30  # bytes
 POLICIES = ("slack_edf", "s_edf_paper", "edf", "fcfs", "shortest_first", "priority")
 GRANULARITIES = "budget:MS (milliseconds), operator, layer, none or chunk:N (tokens)"
 COARSE_BLOCKING_S = 0.02  # what the scheduler assumes where segments have no budget
-QUANTIZATIONS = ("auto", "none", "int8", "gguf")
+QUANTIZATIONS = ("auto", "none", "int8", "gguf", "fp8")
 DEVICES = "auto, cpu, cuda or cuda:N"
 ADMISSION_MODES = ("off", "demote", "reject")
 CLASS_KEYS = ("ttft_ms", "tpot_ms", "on_miss", "weight", "share", "background", "admission")
@@ -111,9 +111,11 @@ class EngineConfig:
     )
     quantization: str = _setting(
         "auto",
-        "auto, none, int8 or gguf: in which form the CPU keeps weights of products. int8: in 8 "
-        "bits, and what is multiplied with them; gguf: a GGUF file's as they are quantised; none: "
-        "in dtype; auto: gguf for a model that would take more than 1 GiB otherwise, else none",
+        "auto, none, int8, gguf or fp8: in which form weights of products are kept. int8, on the "
+        "CPU: in 8 bits, and what is multiplied with them; gguf, on the CPU: a GGUF file's as they "
+        "are quantised; fp8, on GPUs of compute capability 8.9 or more: as e4m3, a checkpoint's "
+        "own or rounded when it is loaded, and what is multiplied with them; none: in dtype; auto: "
+        "on the CPU gguf for a model that would take more than 1 GiB otherwise, else none",
     )
     device: str = _setting("auto", f"{DEVICES}; auto is the first usable GPU, else the CPU")
     threads: int = _setting(

@@ -47,6 +47,8 @@ CudaBackendOptions backend_options_from(const py::dict& values) {
       {"gemm_cache_path", into(o.gemm_cache_path)},
       {"cublas_lt_libraries", into(o.cublas_lt_libraries)},
       {"attention", into(o.attention)},
+      {"quantizes_fp8", into(o.quantizes_fp8)},
+      {"fp8_sources", into(o.fp8_sources)},
   };
   for (const auto& [key, value] : values) {
     const auto name = py::cast<std::string>(key);
@@ -88,6 +90,15 @@ class GpuModel {
     const TensorView tensor = tensor_from(name, object);
     py::gil_scoped_release release;
     backend_->load(name, tensor.values, tensor.rows, tensor.columns);
+  }
+
+  void load_blocks(const std::string& name, const Array<uint8_t>& rows) {
+    if (rows.ndim() != 2) {
+      throw std::invalid_argument("tensor " + name + ": got " + std::to_string(rows.ndim()) +
+                                  " dimensions, expected 2: rows and their bytes");
+    }
+    py::gil_scoped_release release;
+    backend_->load_blocks(name, rows.data(), rows.shape(0), rows.shape(1));
   }
 
   void allocate_cache(int32_t block_tokens, int32_t blocks) {
@@ -182,7 +193,7 @@ py::dict lane_report(const GpuModel& model) {
 std::string kind_of(const GemmShape& shape) {
   return std::string(shape.output == GemmOutput::kFloat ? "float" : "bf16") +
          (shape.is_gated ? " gated" : "") + (shape.adds_to_d ? " adding" : "") +
-         (shape.has_bias ? " with bias" : "");
+         (shape.has_bias ? " with bias" : "") + (shape.is_fp8 ? ", fp8" : "");
 }
 
 // One entry per shape of product: (rows, columns, depth, kind, chosen kernel, {kernel: time}).
@@ -215,6 +226,7 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
           },
           py::arg("options") = py::dict())
       .def("load", &GpuModel::load, py::arg("name"), py::arg("values"))
+      .def("load_blocks", &GpuModel::load_blocks, py::arg("name"), py::arg("rows"))
       .def(
           "finish", [](GpuModel& model) { model.get().finish(); },
           py::call_guard<py::gil_scoped_release>())
@@ -240,6 +252,8 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
       .def("graph_report", &graph_report)
       .def("lane_report", &lane_report)
       .def("gemm_report", &gemm_report)
+      .def_property_readonly("library_failure",
+                             [](const GpuModel& model) { return model.get().library_failure(); })
       .def_property_readonly("weight_bytes",
                              [](const GpuModel& model) { return model.get().weight_bytes(); });
   executor.def(py::init(&make_executor), py::arg("model"), py::arg("plan") = py::none(),

@@ -42,10 +42,16 @@ class CpuDevice:
         """Settle element type and threads.
 
         Raises:
-            ConfigError: bf16 or int8 on a processor that does not multiply it; FLOWPREFILL_ISA
-                names no instruction set, or one that it does not have.
+            ConfigError: bf16 or int8 on a processor that does not multiply it; fp8;
+                FLOWPREFILL_ISA names no instruction set, or one that it does not have.
         """
         self.reason = reason
+        if config.quantization == "fp8":
+            raise ConfigError(
+                "quantization: got 'fp8', expected 'auto', 'none', 'int8' or 'gguf' on the CPU "
+                f"({reason}): FP8 is multiplied by GPUs of compute capability 8.9 or more",
+                param="quantization",
+            )
         self.dtype = resolve_dtype(config.dtype)
         if config.quantization == "int8" and not _core.has_int8_gemm():
             raise ConfigError(

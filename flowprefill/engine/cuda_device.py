@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sysconfig
 from pathlib import Path
@@ -11,6 +12,7 @@ from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine.calibration import default_cache_dir
 from flowprefill.engine.device import ProbeSizes, longest_of
 from flowprefill.errors import ConfigError
+from flowprefill.models.quantised_weights import E4M3
 from flowprefill.scheduling import SchedulerSettings
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
 
+log = logging.getLogger(__name__)
+
+FP8_CAPABILITY = (8, 9)  # the first whose tensor cores multiply it
 # Activations of the longest run lie in static lanes: a limit of 128k tokens, which few ask for,
 # would take many GiB from the KV cache.
 USUAL_MAX_MODEL_LEN = 32_768
@@ -46,7 +51,7 @@ class CudaDevice:
             module: ``flowprefill._cuda``. index: of the GPU. reason: why this device, in words.
 
         Raises:
-            ConfigError: f32 or a quantization is asked for.
+            ConfigError: f32 is asked for, or a quantization that this GPU does not compute.
         """
         self.name = f"cuda:{index}"
         if config.dtype == "f32":
@@ -55,24 +60,74 @@ class CudaDevice:
                 "only; device 'cpu' computes f32",
                 param="dtype",
             )
-        if config.quantization not in ("auto", "none"):
-            raise ConfigError(
-                f"quantization: got {config.quantization!r}, expected 'auto' or 'none' on "
-                f"{self.name}: only device 'cpu' multiplies quantised weights",
-                param="quantization",
-            )
-        self.reason = reason
-        self.dtype = "bf16"
-        self.quantization = "none"
-        self._config = config
         self.native: Any = module
         self._index = index
         self._info: dict[str, Any] = self.native.device_info(index)
+        self.reason = reason
+        self.dtype = "bf16"
+        self.quantization = self._checked(config.quantization)
+        self._config = config
+
+    def _checked(self, quantization: str) -> str:
+        """Return ``none`` or ``fp8``."""
+        has_fp8 = self._info["compute_capability"] >= FP8_CAPABILITY
+        if quantization in ("auto", "none"):
+            return "none"
+        if quantization == "fp8" and has_fp8:
+            return "fp8"
+        allowed = "'auto', 'none' or 'fp8'" if has_fp8 else "'auto' or 'none'"
+        why = (
+            f"its compute capability is {self._capability()}, FP8 is multiplied from 8.9 on"
+            if quantization == "fp8"
+            else f"only device 'cpu' has {quantization}"
+        )
+        raise ConfigError(
+            f"quantization: got {quantization!r}, expected {allowed} on {self.name}: {why}",
+            param="quantization",
+        )
+
+    def _capability(self) -> str:
+        major, minor = self._info["compute_capability"]
+        return f"{major}.{minor}"
 
     def block_formats(self, checkpoint: Checkpoint) -> Mapping[str, str]:
-        """Return none: kernels of GPUs read bf16."""
-        del checkpoint
-        return {}
+        """Return the FP8 weights of layers that have a scale for each row, if they stay so."""
+        return self._own_fp8(checkpoint) if self.quantization == "fp8" else {}
+
+    def _own_fp8(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        in_layers = {
+            part.source
+            for operator, weight in checkpoint.graph.product_weights()
+            if operator.layer >= 0
+            for part in weight.parts
+        }
+        formats = checkpoint.block_formats((E4M3,))
+        return {name: kind for name, kind in formats.items() if name in in_layers}
+
+    def _tell_of_fp8(self, checkpoint: Checkpoint, library_failure: str) -> None:
+        """Say in the log what becomes of FP8 weights, where it may not be what is expected."""
+        own = len(self._own_fp8(checkpoint))
+        if self.quantization == "fp8":
+            log.info("%s: %d tensors are FP8 as stored, others are rounded to it", self.name, own)
+            if library_failure:
+                log.warning(
+                    "%s: FP8 is multiplied by kernels of bf16, which is slow: cuBLASLt is not "
+                    "used (%s)",
+                    self.name,
+                    library_failure,
+                )
+        elif own and self._info["compute_capability"] >= FP8_CAPABILITY:
+            log.info(
+                "%s: the checkpoint's FP8 weights become bf16; quantization 'fp8' keeps them",
+                self.name,
+            )
+        elif own:
+            log.info(
+                "%s: the checkpoint's FP8 weights become bf16: FP8 is multiplied from compute "
+                "capability 8.9 on, this is %s",
+                self.name,
+                self._capability(),
+            )
 
     def make_model(self, checkpoint: Checkpoint) -> _cuda.Model:
         """Take the memory of the weights; the lanes will hold the longest prompt there can be."""
@@ -95,11 +150,14 @@ class CudaDevice:
             "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
             "cublas_lt_libraries": cublas_lt_libraries(self.native, self._index),
             "attention": os.environ.get("FLOWPREFILL_CUDA_ATTENTION") or "portable",
+            "quantizes_fp8": self.quantization == "fp8",
+            "fp8_sources": list(self.block_formats(checkpoint)),
         }
         try:
             model: _cuda.Model = self.native.Model(checkpoint.graph, options)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
+        self._tell_of_fp8(checkpoint, model.library_failure)
         return model
 
     def cache_bytes(self, model: _cuda.Model) -> int:
@@ -147,21 +205,23 @@ class CudaDevice:
         return int(report["device_spill_bytes"]) + int(report["pinned_spill_bytes"])
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the GPU and the versions of driver and runtime."""
-        major, minor = self._info["compute_capability"]
+        """Return the GPU, the versions of driver and runtime, and fp8 where weights are that."""
+        numbers = {"quantization": "fp8"} if self.quantization == "fp8" else {}
         return {
             "gpu": self._info["name"],
-            "compute_capability": f"{major}.{minor}",
+            "compute_capability": self._capability(),
             "driver": self._info["driver_version"],
             "runtime": self._info["runtime_version"],
+            **numbers,
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return device, reason, and the GPU's name, memory and versions."""
+        """Return device, reason, numbers, and the GPU's name, memory and versions."""
         return {
             "device": self.name,
             "reason": self.reason,
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "memory_gib": round(self._info["memory_bytes"] / GIB, 1),
             **self.identity(),
         }

@@ -78,7 +78,8 @@ class Device(Protocol):
         name: ``cpu`` or ``cuda:N``.
         reason: why this one, in words.
         dtype: what it computes in: ``bf16`` or ``f32``.
-        quantization: how weights of products are kept, as the settings have it; GPUs: ``none``.
+        quantization: how weights of products are kept, as the settings have it; GPUs: ``none`` or
+            ``fp8``.
         max_model_len: longest prompt plus output taken unless the settings ask for more; 0: the
             model's own.
         max_running: most sequences in one decode step unless the settings say otherwise.

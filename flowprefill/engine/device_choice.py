@@ -82,7 +82,7 @@ def choose_device(setting: str, dtype: str = "auto", quantization: str = "auto")
         return DeviceChoice("cpu", "the setting device is 'cpu'")
     if setting == "auto" and dtype == "f32":
         return DeviceChoice("cpu", "dtype is 'f32', which GPUs do not compute here")
-    if setting == "auto" and quantization not in ("auto", "none"):
+    if setting == "auto" and quantization not in ("auto", "none", "fp8"):
         return DeviceChoice(
             "cpu", f"quantization is {quantization!r}, which GPUs do not compute here"
         )
@@ -120,7 +120,7 @@ def open_model(
     try:
         model = device.make_model(checkpoint)
     except ConfigError as error:
-        if config.device != "auto":
+        if config.device != "auto" or config.quantization == "fp8":  # which the CPU has not
             raise
         device = CpuDevice(config, error.message)
         model = device.make_model(checkpoint)

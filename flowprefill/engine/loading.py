@@ -123,19 +123,21 @@ def model_shape(
     """Return the counts of work the cost model needs; a multiply-add is two operations.
 
     Args:
-        formats: tensors that stay in their quantised blocks, canonical name -> type.
+        quantization: of the device; int8: all weights of products in 8 bits; fp8: those of layers.
+        formats: tensors that stay in their quantised blocks, canonical name -> type; not of fp8.
     """
     element_bytes = 2 if dtype == "bf16" else 4
-    weight_element_bytes = 1 if quantization == "int8" else element_bytes
+    in_8_bits = {"int8": (True, False), "fp8": (True,)}.get(quantization, ())
     elements = {True: 0, False: 0}  # of the layers, and outside of them
     weight_bytes = {True: 0.0, False: 0.0}
     for operator, weight in graph.product_weights():
         in_layer = operator.layer >= 0
         for part in weight.parts:
             count = weight.columns * part.rows
-            kind = (formats or {}).get(part.source)
+            kind = (formats or {}).get(part.source) if quantization != "fp8" else None
+            own_bytes = 1 if in_layer in in_8_bits else element_bytes
             elements[in_layer] += count
-            weight_bytes[in_layer] += count * (block_bytes(kind) if kind else weight_element_bytes)
+            weight_bytes[in_layer] += count * (block_bytes(kind) if kind else own_bytes)
     return ModelShape(
         linear_flops_per_token=2.0 * elements[True],
         weight_bytes=weight_bytes[True],

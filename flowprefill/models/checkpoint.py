@@ -57,7 +57,7 @@ class CheckpointReader(Protocol):
         """Size on disk, bytes; what progress counts."""
 
     def stored_type(self, stored: str) -> str:
-        """GGUF's name of a tensor's quantised type; empty where it is in none."""
+        """Name of a tensor's quantised type, as GGUF has it, or E4M3; empty where it is in none."""
 
     def load(self, canonical: str) -> torch.Tensor:
         """Read one weight, contiguous, on the CPU; may share memory with the mapped file."""

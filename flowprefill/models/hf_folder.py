@@ -18,7 +18,7 @@ from flowprefill.models.hf_tokenizer import HfTokenizer
 from flowprefill.models.json_file import read_json
 from flowprefill.models.model_config import known_ids
 from flowprefill.models.quantisation import read_quantisation
-from flowprefill.models.quantised_weights import FLOATS, Stored, find_quantised
+from flowprefill.models.quantised_weights import E4M3, FLOATS, Stored, find_quantised
 from flowprefill.models.sampling_defaults import read_sampling_defaults
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import hf_name
@@ -86,13 +86,14 @@ class HfFolder:
         return sum(_ELEMENT_BYTES[one.dtype] * math.prod(one.shape) for one in tensors)
 
     def stored_type(self, stored: str) -> str:
-        """Nothing: these files have no blocks of GGUF."""
-        del stored
-        return ""
+        """E4M3 of FP8 weights with a scale for each row; these files have no blocks of GGUF."""
+        weight = self._quantised.get(stored)
+        return E4M3 if weight is not None and weight.is_e4m3_by_rows else ""
 
     def load_blocks(self, canonical: str) -> torch.Tensor:
-        """Never called: there are none."""
-        raise CheckpointError(f"tensor {canonical}: not quantised", param=canonical)
+        """Read one FP8 weight as it is stored: uint8 [rows, columns + 4], a float32 scale last."""
+        rows = self._quantised[self.stored_name(canonical)].e4m3_rows(self._read_stored)
+        return self._family.arrange(self.config, canonical, rows).contiguous()
 
     def release(self, canonical: str) -> None:
         """Do nothing: safetensors maps its files itself."""

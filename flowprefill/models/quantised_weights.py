@@ -18,6 +18,7 @@ from flowprefill.errors import CheckpointError
 from flowprefill.models.quantisation import Quantisation, Scheme, Shape
 
 FLOATS = ("BF16", "F16", "F32")
+E4M3 = "E4M3"  # type of FP8 weights with a scale for each row, as Checkpoint names types
 _SCALES = (*FLOATS, "F8_E8M0")
 _SLAB = 1 << 18  # elements that are scaled at a time, in a cache
 _WORD_BITS = 32
@@ -81,6 +82,21 @@ class QuantisedWeight:
                 slab -= zero_points[row_of].take(column_of, axis=1)
             slab *= scales[row_of].take(column_of, axis=1)
         return torch.from_numpy(values)
+
+    @property
+    def is_e4m3_by_rows(self) -> bool:
+        """Whether it is FP8 with a scale for each row, or one for all: see `e4m3_rows`."""
+        return self.scheme.is_float and self.scheme.rows <= 1 and not self.scheme.columns
+
+    def e4m3_rows(self, read: Read) -> torch.Tensor:
+        """Return the matrix as it is stored: uint8 [out, in + 4], codes and then a float32 scale.
+
+        Args:
+            read: gives a stored tensor by its name.
+        """
+        codes = read(self.values).view(torch.uint8)
+        scales = read(self.scales).float().reshape(-1, 1).expand(self.shape[0], 1).contiguous()
+        return torch.cat([codes, scales.view(torch.uint8)], dim=1)
 
     def _numbers(self, stored: torch.Tensor) -> npt.NDArray[Any]:
         """Return stored values as numbers of whatever dtype."""

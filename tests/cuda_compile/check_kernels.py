@@ -36,10 +36,11 @@ PORTABLE = (
     "argmax_kernel", "attention_merge_kernel<64>", "attention_merge_kernel<96>",
     "attention_merge_kernel<128>", "attention_merge_kernel<256>", "embed_kernel",
     "gate_kernel<bf16>", "gate_kernel<float>",
-    "pool_kernel", "residual_kernel", "rms_norm_kernel<bf16>", "rms_norm_kernel<float>",
+    "pool_kernel", "quantise_kernel", "rescale_kernel", "residual_kernel", "rms_norm_kernel<bf16>", "rms_norm_kernel<float>",
     "rotary_kernel", "round_kernel",
     "rope_kernel<bf16>", "rope_kernel<float>", "rope_rows_kernel<bf16>", "rope_rows_kernel<float>",
     "sample_kernel", "score_kernel", "softcap_kernel",
+    "widen_kernel",
 )  # fmt: skip
 TENSOR_CORE = (
     "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
@@ -151,6 +152,8 @@ def failures(named: dict[tuple[str, str], Kernel], ptx: set[str]) -> list[str]:
     for (arch, name), kernel in named.items():
         if kernel.registers < 0:
             found.append(f"{arch}: {name}: no resource usage")
+        if kernel.count("STG", "ST", "UTMASTG") == 0:  # as when a body calls what is the host's
+            found.append(f"{arch}: {name} stores nothing")
         if kernel.stack > 0 or kernel.local > 0 or kernel.count(*LOCAL_MEMORY) > 0:
             found.append(f"{arch}: {name} uses local memory (spilled registers)")
     if "sm_100" not in ptx:

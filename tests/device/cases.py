@@ -191,7 +191,8 @@ class Runner:
     """A native model with its cache and an executor of its own.
 
     Args:
-        keeps_blocks: whether quantised weights stay so, on the CPU.
+        keeps_blocks: whether quantised weights stay so; on CUDA all products of layers are FP8
+            then.
         room: tokens of its cache.
         options: of a CUDA model.
     """
@@ -210,8 +211,10 @@ class Runner:
         self.saved = saved
         self.native: Any = device.module
         checkpoint = open_checkpoint(saved.folder, max_context)
-        formats = checkpoint.block_formats(_core.block_formats) if keeps_blocks else {}
+        types = ("E4M3",) if device.is_cuda else _core.block_formats
+        formats = checkpoint.block_formats(types) if keeps_blocks else {}
         if device.is_cuda:
+            options |= {"quantizes_fp8": True, "fp8_sources": list(formats)} if keeps_blocks else {}
             sizes = {"max_tokens": 640, "max_sequences": 16, "max_context": 320}
             self.model: Any = self.native.Model(checkpoint.graph, sizes | options)
         else:

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <map>
 
+#include "devices/cuda/kernels/fp8.h"
+
 namespace {
 
 constexpr size_t kWorkspaceBytes = 1024;  // what each algorithm here wants
@@ -20,6 +22,8 @@ struct Product {
   cublasOperation_t transa = CUBLAS_OP_N;
   cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   const float* bias = nullptr;
+  int32_t scale_modes[2] = {};  // of A and B; 3: a scale for each row of A, each column of B
+  const float* scales[2] = {};
 };
 
 template <typename T>
@@ -31,6 +35,8 @@ float read(const void* memory, const Layout& layout, int64_t row, int64_t column
   const int64_t at = row + column * layout.ld;
   if (layout.type == CUDA_R_32F)
     return static_cast<const float*>(memory)[at];
+  if (layout.type == CUDA_R_8F_E4M3)
+    return flowprefill::widen(static_cast<const flowprefill::E4m3*>(memory)[at]);
   const uint32_t bits = uint32_t{static_cast<const uint16_t*>(memory)[at]} << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -46,6 +52,21 @@ void write(void* memory, const Layout& layout, int64_t row, int64_t column, floa
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   static_cast<uint16_t*>(memory)[at] = static_cast<uint16_t>((bits + 0x8000) >> 16);
+}
+
+// What the documentation demands of FP8: sides of 16, scales of either kind for both or for none,
+// no bias in float; the second kind may be absent (FAKE_CUBLAS_LT_NO_VECTORS).
+bool takes_fp8(const Product& how, const Layout& a, const Layout& b, const Layout& d) {
+  if (a.type != CUDA_R_8F_E4M3)
+    return b.type != CUDA_R_8F_E4M3;
+  const bool has_vectors = how.scale_modes[0] == 3 && how.scale_modes[1] == 3;
+  const bool has_none = how.scale_modes[0] == 0 && how.scale_modes[1] == 0;
+  if (has_vectors && std::getenv("FAKE_CUBLAS_LT_NO_VECTORS") != nullptr)
+    return false;
+  return b.type == a.type && a.rows % 16 == 0 && a.ld % 16 == 0 && b.ld % 16 == 0 &&
+         d.rows % 16 == 0 && (has_vectors || has_none) &&
+         (!has_vectors || (how.scales[0] != nullptr && how.scales[1] != nullptr)) &&
+         how.epilogue == CUBLASLT_EPILOGUE_DEFAULT;
 }
 
 }  // namespace
@@ -103,8 +124,14 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product,
       return take(&of.epilogue);
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
       return take(&of.bias);
-    default:
-      return CUBLAS_STATUS_INVALID_VALUE;
+    case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER:
+      return take(&of.scales[0]);
+    case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER:
+      return take(&of.scales[1]);
+    default:  // the scale modes, which older headers do not name
+      if (attribute != 31 && attribute != 32)
+        return CUBLAS_STATUS_INVALID_VALUE;
+      return take(&of.scale_modes[attribute - 31]);
   }
 }
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* out, cudaDataType type,
@@ -150,9 +177,9 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
   as<std::map<cublasLtMatmulPreferenceAttributes_t, uint64_t>>(preference)[attribute] = number;
   return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t,
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t product,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t d,
                                               cublasLtMatmulPreference_t preference, int,
                                               cublasLtMatmulHeuristicResult_t* result, int* count) {
   ++fake_cublas_lt_asked;
@@ -163,7 +190,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
       wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES) == 16 &&
       wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES) == 16;
   // Nothing for a depth of 8: what a library may say of any product.
-  *count = is_as_documented && as<Layout>(a).rows != 8 ? 1 : 0;
+  const bool takes = takes_fp8(as<Product>(product), as<Layout>(a), as<Layout>(b), as<Layout>(d));
+  *count = is_as_documented && takes && as<Layout>(a).rows != 8 ? 1 : 0;
   result->workspaceSize = kWorkspaceBytes;
   result->state = CUBLAS_STATUS_SUCCESS;
   // The algorithm: how the depth is split into sums, by the sizes asked for.
@@ -190,8 +218,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
                               size_t workspace_bytes, cudaStream_t) {
   const auto& how = as<Product>(product);
   const auto &la = as<Layout>(of_a), &lb = as<Layout>(of_b), &ld = as<Layout>(of_d);
-  if (how.transa != CUBLAS_OP_T || la.rows != lb.rows || ld.rows != la.columns ||
-      ld.columns != lb.columns || workspace_bytes < kWorkspaceBytes ||
+  if (!takes_fp8(how, la, lb, ld) || how.transa != CUBLAS_OP_T || la.rows != lb.rows ||
+      ld.rows != la.columns || ld.columns != lb.columns || workspace_bytes < kWorkspaceBytes ||
       reinterpret_cast<uintptr_t>(workspace) % 256 != 0) {
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
@@ -207,6 +235,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
         sum += part;
       }
       sum *= *static_cast<const float*>(alpha);
+      if (how.scale_modes[0] == 3)
+        sum *= how.scales[0][row] * how.scales[1][column];
       if (const float scale = *static_cast<const float*>(beta); scale != 0) {
         sum += scale *
                read(c, as<Layout>(of_c), static_cast<int64_t>(row), static_cast<int64_t>(column));

@@ -12,9 +12,36 @@
 #include <stdexcept>
 #include <vector>
 
-#include "devices/cuda/kernels/portable.h"
+#include "devices/cuda/backend/gemm_candidates.h"
+#include "devices/cuda/kernels/kernels.h"
+#include "plain_kernels.h"
 
 namespace flowprefill {
+
+// In place of csrc/devices/cuda/kernels: at once and on the host, as the library here.
+template <typename Args>
+cudaError_t at_once(const Args& args, void (*kernel)(const Args&)) {
+  check(args);
+  kernel(args);
+  return cudaSuccess;
+}
+cudaError_t launch_quantise(const QuantiseArgs& args, cudaStream_t) {
+  return at_once(args, fake_kernels::quantise);
+}
+cudaError_t launch_widen(const WidenArgs& args, cudaStream_t) {
+  return at_once(args, fake_kernels::widen_codes);
+}
+cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t) {
+  return at_once(args, fake_kernels::rescale);
+}
+cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t) {
+  return at_once(args, fake_kernels::gemm);
+}
+template <>
+cudaError_t launch_gate<Bf16>(const GateArgs<Bf16>& args, cudaStream_t) {
+  return at_once(args, fake_kernels::gate<Bf16>);
+}
+
 namespace {
 
 constexpr int kRows = 6, kColumns = 24, kDepth = 16;
@@ -175,6 +202,110 @@ TEST_F(CublasLtTest, SlicesOfAnOperatorHaveTheBitsOfTheWhole) {
   }
   EXPECT_EQ(cut, whole);
   EXPECT_NE(alone, whole) << "by algorithms of their own";
+}
+
+// FP8 by each way: with the library's scales, with ours after it, and by the tiles of bf16.
+class CublasLtFp8 : public CublasLtTest {
+ protected:
+  static constexpr int32_t rows = 70, columns = 192, depth = 64, ldd = 200;
+
+  CublasLtFp8() {
+    for (size_t i = 0; i < codes.size(); ++i)
+      codes[i] = to_e4m3(200 * std::sin(static_cast<float>(i) * 0.37f));
+    for (size_t i = 0; i < scales.size(); ++i)
+      scales[i] = 0.001f * static_cast<float>(1 + i % 7);
+  }
+
+  GemmArgs product(bool is_gated, bool adds_to_d) {
+    return {.a = a.data(),
+            .lda = depth,
+            .fp8 = {.b = codes.data(), .b_scales = scales.data()},
+            .ldb = depth,
+            .d = is_gated ? static_cast<void*>(halves.data()) : floats.data(),
+            .ldd = ldd,
+            .output = is_gated ? GemmOutput::kBf16 : GemmOutput::kFloat,
+            .adds_to_d = adds_to_d,
+            .is_gated = is_gated,
+            .scale = is_gated ? 1.0f : 0.5f,
+            .row_end = rows,
+            .columns = columns,
+            .depth = depth,
+            .operator_rows = rows,
+            .operator_columns = columns};
+  }
+
+  // d after the product, whole or in slices of rows and columns, from the same start.
+  std::vector<float> result(const GemmSelector& gemms, const GemmArgs& whole, bool is_cut) {
+    std::ranges::fill(halves, to_bf16(0.5f));
+    std::ranges::fill(floats, 0.5f);
+    std::vector<std::byte> scratch(gemms.scratch_bytes(whole) + 256);
+    void* begin = scratch.data();
+    size_t space = scratch.size();
+    std::align(256, 1, begin, space);
+    for (const auto& [first, last] : {std::pair{0, 1}, {1, 33}, {33, 70}}) {
+      for (int32_t column = 0; column < columns; column += is_cut ? 64 : columns) {
+        GemmArgs part = whole;
+        if (is_cut) {
+          part.row_begin = first;
+          part.row_end = last;
+          part.columns = 64;
+          part.fp8.b += column * depth;
+          part.fp8.b_scales += column;
+          part.d = whole.is_gated ? static_cast<void*>(halves.data() + column / 2)
+                                  : static_cast<void*>(floats.data() + column);
+        }
+        if (!is_cut && first > 0)
+          continue;
+        gemms.prepare({&part, 1});
+        gemms.launch(part, {static_cast<std::byte*>(begin), space}, nullptr);
+      }
+    }
+    std::vector<float> out = floats;
+    for (size_t i = 0; whole.is_gated && i < out.size(); ++i)
+      out[i] = widen(halves[i]);
+    return out;
+  }
+
+  std::unique_ptr<GemmSelector> selector(int compute_capability, bool has_library = true) {
+    return make_gemm_selector(
+        {.compute_capability = compute_capability, .num_multiprocessors = 8},
+        {.cublas_lt_libraries =
+             has_library ? std::vector<std::string>{FAKE_CUBLAS_LT} : std::vector<std::string>{}});
+  }
+
+  std::vector<Bf16> a = waves<Bf16>(rows * depth, 0.7f);
+  std::vector<E4m3> codes = std::vector<E4m3>(columns * depth);
+  std::vector<float> scales = std::vector<float>(columns);
+  std::vector<float> floats = std::vector<float>(rows * ldd);
+  std::vector<Bf16> halves = std::vector<Bf16>(rows * ldd);
+};
+
+TEST_F(CublasLtFp8, EveryWayGivesTheSameWithinRoundingAndSlicesItsBits) {
+  for (const bool is_gated : {false, true}) {
+    const GemmArgs whole = product(is_gated, !is_gated);
+    const std::vector<float> want = result(*selector(80, false), whole, false);
+    for (const int capability : {89, 90, 100}) {
+      const int asked = counted("fake_cublas_lt_asked");
+      const auto gemms = selector(capability);
+      const std::vector<float> got = result(*gemms, whole, false);
+      EXPECT_GT(counted("fake_cublas_lt_asked"), asked) << "the library was not used";
+      for (size_t i = 0; i < want.size(); ++i)
+        ASSERT_NEAR(got[i], want[i], 1e-5 + std::abs(want[i]) * (is_gated ? 1.0 / 128 : 1e-5));
+      EXPECT_EQ(result(*gemms, whole, true), got);
+    }
+  }
+}
+
+TEST_F(CublasLtFp8, ALibraryThatRefusesScalesOfRowsIsUsedWithoutThem) {
+  const GemmArgs whole = product(false, true);
+  const std::vector<float> want = result(*selector(89), whole, false);
+  setenv("FAKE_CUBLAS_LT_NO_VECTORS", "1", 1);
+  EXPECT_EQ(result(*selector(90), whole, false), want);
+  unsetenv("FAKE_CUBLAS_LT_NO_VECTORS");
+  setenv("FAKE_CUBLAS_LT_VERSION", "120800", 1);
+  EXPECT_EQ(result(*selector(90), whole, false), want) << "not asked of a library before 12.9";
+  unsetenv("FAKE_CUBLAS_LT_VERSION");
+  EXPECT_EQ(result(*selector(100), whole, false), want) << "nor of other devices than 9.0";
 }
 
 TEST_F(CublasLtTest, RefusesWhatItCannotTake) {

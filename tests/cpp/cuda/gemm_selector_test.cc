@@ -86,6 +86,17 @@ cudaError_t launch_gate<Bf16>(const GateArgs<Bf16>& args, cudaStream_t stream) {
       5'000);
 }
 
+// Of FP8 products, which are not tested here: gemm_fp8_test.cc.
+cudaError_t launch_quantise(const QuantiseArgs&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+cudaError_t launch_widen(const WidenArgs&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+cudaError_t launch_rescale(const RescaleArgs&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+
 namespace {
 
 class GemmSelection : public testing::Test {
@@ -419,8 +430,9 @@ TEST_F(GemmSelection, ADamagedFileIsNotUsed) {
   };
   for (size_t length = 0; length < text.size(); ++length)
     EXPECT_TRUE(read(text.substr(0, length)).empty()) << "cut off after " << length;
-  for (const char* line : {"x 256 64 0 0 0 0 b\n", "512 256 64 2 0 0 0 b\n", "512 256 64 0 0 0 0\n",
-                           "512 256 64 0 0 0 0 b\n", "\n"}) {
+  for (const char* line :
+       {"x 256 64 0 0 0 0 0 b\n", "512 256 64 2 0 0 0 0 b\n", "512 256 64 0 0 0 0 2 b\n",
+        "512 256 64 0 0 0 0 0\n", "512 256 64 0 0 0 0 0 b\n", "\n"}) {
     std::string damaged = text;
     damaged.insert(text.find("512 256"), line);
     EXPECT_TRUE(read(damaged).empty()) << line;

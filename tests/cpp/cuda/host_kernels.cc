@@ -5,11 +5,13 @@
 #include <stdexcept>
 #include <utility>
 
+#include "devices/cuda/kernels/expect.h"
 #include "devices/cuda/kernels/kernels.h"
 #include "fake_cudart.h"
 #include "plain_kernels.h"
 #ifdef FP_SIMT
 #include "../kernels/attention_on_host.h"
+#include "devices/cuda/kernels/fp8_bodies.h"
 #include "devices/cuda/kernels/rope_body.h"
 #include "devices/cuda/kernels/row_bodies.h"
 #include "devices/cuda/kernels/sample_body.h"
@@ -168,6 +170,27 @@ cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
       FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::gate(args), gate_body(t, args)));
 }
 
+cudaError_t launch_quantise(const QuantiseArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("quantise", stream,
+                FP_KERNEL(rows_by(args.rows, 0, 256, 32), fake_kernels::quantise(args),
+                          quantise_body(t, args)));
+}
+
+cudaError_t launch_widen(const WidenArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("widen", stream,
+                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::widen_codes(args),
+                          widen_body(t, args)));
+}
+
+cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
+  check(args);
+  return launch("rescale", stream,
+                FP_KERNEL(rows_by(args.rows, args.width(), 128), fake_kernels::rescale(args),
+                          rescale_body(t, args)));
+}
+
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
   check(args);
   return launch("argmax", stream,
@@ -219,6 +242,7 @@ bool has_hopper_attention() {
 // Every tile computes the same here.
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t stream) {
   check(args);
+  expect(!args.is_fp8(), "weights", 8, "bf16: tiles have none of FP8");
   return launch("gemm", stream, [args] { fake_kernels::gemm(args); });
 }
 

@@ -20,6 +20,31 @@ double gate_of(double x, bool is_gelu) {
   return is_gelu ? reference::gelu(x) : reference::silu(x);
 }
 
+// What a code stands for: (1 + fraction) * 2^(exponent - 7), or fraction * 2^-6.
+float value_of(E4m3 code) {
+  const int exponent = code.bits >> 3 & 15;
+  const int fraction = code.bits & 7;
+  if (exponent == 15 && fraction == 7)
+    return std::numeric_limits<float>::quiet_NaN();
+  const float size = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -9)
+                                   : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
+  return (code.bits & 0x80) != 0 ? -size : size;
+}
+
+// By the distance between neighbours there: an eighth of a power of two, at least 2^-9.
+E4m3 nearest_e4m3(float value) {
+  if (std::isnan(value))
+    return {0x7f};
+  int exponent = 0;
+  std::frexp(value, &exponent);
+  const double step = std::ldexp(1.0, std::max(exponent - 4, -9));
+  const double rounded = std::min(std::nearbyint(std::abs(double{value}) / step) * step, 448.0);
+  uint8_t code = 0;
+  while (value_of({code}) < rounded)
+    ++code;
+  return {static_cast<uint8_t>(code | (std::signbit(value) ? 0x80 : 0))};
+}
+
 // One head of a row after the qkv product and its bias.
 template <typename In>
 class Head {
@@ -317,6 +342,52 @@ void attention_of_rows(const AttentionArgs& args) {
     for (int32_t entry = tile.entry * group; entry < end * group; ++entry) {
       for (int32_t head = args.kv_begin; head < args.kv_end; ++head)
         attend(args, tile, entry, head);
+    }
+  }
+}
+
+void quantise(const QuantiseArgs& args) {
+  for (int32_t row = 0; row < args.rows; ++row) {
+    const Bf16* in = args.in + row * args.ld_in;
+    float most = 0x1p-100f;
+    for (int32_t i = 0; i < args.width; ++i)
+      most = std::fmax(most, std::abs(widen(in[i])));
+    args.scales[row] = most / 448.0f;
+    for (int32_t i = 0; i < args.width; ++i)
+      args.out[row * args.ld_out + i] = nearest_e4m3(widen(in[i]) * (1.0f / args.scales[row]));
+  }
+}
+
+void widen_codes(const WidenArgs& args) {
+  for (int32_t row = 0; row < args.rows; ++row) {
+    for (int32_t i = 0; i < args.width; ++i)
+      args.out[row * args.ld_out + i] = to_bf16(value_of(args.in[row * args.ld_in + i]));
+  }
+}
+
+void rescale(const RescaleArgs& args) {
+  const auto at = [&](const float* values, int32_t index, float without) {
+    return values == nullptr ? without : values[index];
+  };
+  const auto sum = [&](int32_t row, int32_t column) {
+    return args.in[row * args.ld_in + column] *
+               (args.scale * at(args.row_scales, row, 1) * at(args.column_scales, column, 1)) +
+           at(args.bias, column, 0);
+  };
+  for (int32_t row = 0; row < args.rows; ++row) {
+    for (int32_t i = 0; i < args.width(); ++i) {
+      const int64_t to = row * args.ld_out + i;
+      const float value =
+          args.is_gated
+              ? static_cast<float>(gate_of(sum(row, 2 * i), args.is_gelu) * sum(row, 2 * i + 1))
+              : sum(row, i);
+      if (args.output == GemmOutput::kFloat) {
+        float& out = static_cast<float*>(args.out)[to];
+        out = value + (args.adds_to_out ? out : 0);
+      } else {
+        Bf16& out = static_cast<Bf16*>(args.out)[to];
+        out = to_bf16(value + (args.adds_to_out ? widen(out) : 0));
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/fp8_args.h"
 #include "devices/cuda/kernels/gemm_args.h"
 #include "devices/cuda/kernels/row_args.h"
 #include "devices/cuda/kernels/sample_args.h"
@@ -27,6 +28,9 @@ void score(const flowprefill::ScoreArgs& args);
 void pool(const flowprefill::PoolArgs& args);
 void attention(const flowprefill::AttentionArgs& args);
 void attention_of_rows(const flowprefill::AttentionArgs& args);  // of attention_row_tiles()
+void quantise(const flowprefill::QuantiseArgs& args);
+void widen_codes(const flowprefill::WidenArgs& args);
+void rescale(const flowprefill::RescaleArgs& args);
 void gemm(const flowprefill::GemmArgs& args);
 
 }  // namespace fake_kernels

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 #include <random>
+#include <span>
 
 #include "reference.h"
 
@@ -18,6 +19,27 @@ double bf16(double value) {
   int exponent = 0;
   const double mantissa = std::frexp(x, &exponent);
   return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+}
+
+// The nearest of e4m3's numbers: 4 bits from the first on, no smaller step than 2^-9.
+double e4m3(float value) {
+  int exponent = 0;
+  std::frexp(value, &exponent);
+  const int last = std::max(exponent - 4, -9);
+  return std::clamp(std::ldexp(std::nearbyint(std::ldexp(double{value}, -last)), last), -448.0,
+                    448.0);
+}
+
+// A row of numbers, divided by what makes the largest 448, rounded, multiplied again.
+std::vector<double> quantised(std::span<const float> row) {
+  float most = 0;
+  for (const float value : row)
+    most = std::max(most, std::abs(value));
+  const float scale = most / 448.0f;
+  std::vector<double> out;
+  for (const float value : row)
+    out.push_back(e4m3(value * (1.0f / scale)) * scale);
+  return out;
 }
 
 std::vector<double> rounded(std::vector<double> x) {
@@ -83,6 +105,21 @@ void TinyModel::add(const std::string& name, int64_t rows, int64_t columns, floa
     tensor.rounded = rounded({tensor.values.begin(), tensor.values.end()});
 }
 
+void TinyModel::quantise() {
+  for (auto& [name, tensor] : tensors_) {
+    tensor.is_fp8 = name.starts_with("layers.") && tensor.columns > 1 && tensor.columns % 16 == 0 &&
+                    tensor.rows % 16 == 0;
+    const bool is_paired = name.ends_with("gate") || name.ends_with("up");  // one matrix
+    tensor.is_fp8 = tensor.is_fp8 || (is_paired && tensor.columns % 16 == 0);
+    for (int64_t row = 0; tensor.is_fp8 && row < tensor.rows; ++row) {
+      const auto width = static_cast<size_t>(tensor.columns);
+      const auto of_row =
+          quantised(std::span(tensor.values).subspan(static_cast<size_t>(row) * width, width));
+      std::ranges::copy(of_row, tensor.rounded.begin() + row * tensor.columns);
+    }
+  }
+}
+
 void TinyModel::load_into(Backend& model) const {
   for (const auto& [name, tensor] : tensors_)
     model.load(name, tensor.values.data(), tensor.rows, tensor.columns);
@@ -110,6 +147,14 @@ std::vector<double> TinyModel::norm(const std::vector<double>& x, const std::str
 std::vector<double> TinyModel::project(const std::vector<double>& x,
                                        const std::string& weight) const {
   const Tensor& w = tensor(weight);
+  if (w.is_fp8) {
+    const std::vector<float> row(x.begin(), x.end());
+    return products(quantised(row), w);
+  }
+  return products(x, w);
+}
+
+std::vector<double> TinyModel::products(const std::vector<double>& x, const Tensor& w) {
   std::vector<double> out;
   for (int64_t row = 0; row < w.rows; ++row) {
     const double* weights = w.rounded.data() + row * w.columns;

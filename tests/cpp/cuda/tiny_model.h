@@ -24,6 +24,9 @@ class TinyModel {
   const LlamaShape& shape() const { return shape_; }
   ModelGraph graph() const { return llama_graph(shape_); }
   void load_into(Backend& model) const;
+  // From here on logits() rounds weights of the layers' products, and what is multiplied with them,
+  // to e4m3 by rows, where the sides are multiples of 16.
+  void quantise();
 
   // Logits after the last of the tokens, computed from the first one on: [vocab].
   std::vector<float> logits(const std::vector<int32_t>& tokens) const;
@@ -44,7 +47,8 @@ class TinyModel {
     int64_t rows = 0;
     int64_t columns = 0;
     std::vector<float> values = {};
-    std::vector<double> rounded = {};  // to bf16; of matrices
+    std::vector<double> rounded = {};  // to bf16, or to e4m3; of matrices
+    bool is_fp8 = false;
   };
 
   void add(const std::string& name, int64_t rows, int64_t columns, float scale, float mean = 0);
@@ -52,6 +56,7 @@ class TinyModel {
   bool has(const std::string& name) const { return tensors_.contains(name); }
   std::vector<double> norm(const std::vector<double>& x, const std::string& weight) const;
   std::vector<double> project(const std::vector<double>& x, const std::string& weight) const;
+  static std::vector<double> products(const std::vector<double>& x, const Tensor& weight);
   std::vector<std::vector<double>> heads(const std::vector<double>& x, const std::string& layer,
                                          const std::string& name, int64_t position) const;
   std::vector<double> attend(const Rows& queries, const std::vector<Rows>& keys,

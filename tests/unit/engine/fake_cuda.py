@@ -22,6 +22,7 @@ class Model:
     """The model of _core in float32; keeps the options it was made with."""
 
     made: ClassVar[list[dict[str, Any]]] = []
+    library_failure = ""
 
     def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:
         Model.made.append(options)

@@ -100,9 +100,22 @@ def test_quantised_weights_are_for_the_cpu(
     choice = choose_device("auto", quantization=quantization)
     assert (choice.name, choice.reason[:21]) == ("cpu", f"quantization is '{quantization}")
     with pytest.raises(
-        ConfigError, match=rf"quantization: got '{quantization}', expected 'auto' or 'none' on"
+        ConfigError,
+        match=rf"quantization: got '{quantization}', expected .*or 'fp8' on cuda:0",
     ) as caught:
         Engine(config=EngineConfig(device="cuda", quantization=quantization))
+    assert caught.value.param == "quantization"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_fp8_is_for_gpus(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch, [fake_cuda.USABLE])
+    assert choose_device("auto", quantization="fp8").name == "cuda:0"
+    fake_cuda.install(monkeypatch, [])
+    with pytest.raises(
+        ConfigError, match=r"quantization: got 'fp8', expected .*'int8' or 'gguf' on the CPU \("
+    ) as caught:
+        Engine(config=EngineConfig(device=device, quantization="fp8"))
     assert caught.value.param == "quantization"
 
 

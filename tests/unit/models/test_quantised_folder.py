@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantised_folders import KINDS, Tensors, change_tensors, quantise_folder
+from quantised_folders import KINDS, Tensors, change_tensors, e4m3, quantise_folder
 from tiny_files import change_json
 
 from flowprefill.errors import CheckpointError
@@ -55,6 +55,30 @@ def test_every_kind_is_what_numpy_says(
         np.testing.assert_array_equal(seen[name].numpy(), expected, err_msg=name)
     plain = seen["model.layers.0.input_layernorm.weight"]
     assert plain.shape == (32,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        *(("float channel", 12), ("float tensor", 12), ("fp8 tensor", 12)),
+        *(("fp8 block", 0), ("float block", 0), ("int8 channel", 0), ("int4 group", 0)),
+    ],
+)
+def test_fp8_with_a_scale_for_each_row_can_be_read_as_it_is_stored(
+    quantise: Quantise, kind: str, count: int
+) -> None:
+    folder, _ = quantise(kind, "glm")
+    checkpoint = open_checkpoint(folder)
+    formats = checkpoint.block_formats(("E4M3",))
+    assert len(formats) == count
+    plain = dict(checkpoint.weights())
+    for name, rows in checkpoint.weights(in_blocks=formats):
+        if name not in formats:
+            continue
+        assert rows.dtype is torch.uint8
+        scales = rows[:, -4:].contiguous().view(torch.float32).numpy()
+        codes = rows[:, :-4].numpy()
+        np.testing.assert_array_equal(e4m3(codes) * scales, plain[name].numpy(), err_msg=name)
 
 
 def test_progress_counts_what_is_stored(quantise: Quantise) -> None:

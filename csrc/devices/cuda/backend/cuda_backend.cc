@@ -24,9 +24,17 @@
 namespace flowprefill {
 namespace {
 
-std::shared_ptr<const ModelGraph> lowered(ModelGraph graph) {
-  auto own = std::make_shared<const ModelGraph>(with_sampling(std::move(graph)));
+// With what the planner has to know of weights that are not bf16.
+std::shared_ptr<const ModelGraph> lowered(ModelGraph graph, const CudaBackendOptions& options) {
+  auto own = std::make_shared<ModelGraph>(with_sampling(std::move(graph)));
   check_operators(*own, refusal_of);
+  const std::vector<bool> is_fp8 = fp8_weights(*own, options);
+  for (size_t i = 0; i < is_fp8.size(); ++i) {
+    const auto index = static_cast<int32_t>(i);
+    if (is_fp8[i])
+      own->weights.set_stored_bytes(index,
+                                    DeviceWeights::bytes_of(own->weights.weight(index), true));
+  }
   return own;
 }
 
@@ -105,18 +113,19 @@ std::unique_ptr<GemmSelector> selector_of(const CudaBackendOptions& options,
 // Everything on the device. Programs and the device share it, so that it outlives them.
 struct CudaBackend::State {
   State(ModelGraph model, CudaBackendOptions model_options)
-      : graph(lowered(std::move(model))),
+      : options(checked(std::move(model_options))),
+        graph(lowered(std::move(model), options)),
         variants(variants_of(graph)),
-        options(checked(std::move(model_options))),
         card(gemm_device(options.device)),
         uses_hopper(uses_hopper_attention(options, card, *graph)),
         gemms(selector_of(options, card, &library_failure)),
-        shared_weights(std::make_shared<DeviceWeights>(*graph, options.device)),
+        shared_weights(std::make_shared<DeviceWeights>(
+            *graph, options.device, DeviceWeights::kPieceBytes, fp8_weights(*graph, options))),
         weights(*shared_weights) {}
   State(const State& other, CudaBackendOptions model_options)
-      : graph(other.graph),
+      : options(checked(other.shared_with(std::move(model_options)))),
+        graph(other.graph),
         variants(other.variants),
-        options(checked(other.shared_with(std::move(model_options)))),
         card(gemm_device(options.device)),
         uses_hopper(uses_hopper_attention(options, card, *graph)),
         gemms(selector_of(options, card, &library_failure)),
@@ -229,9 +238,9 @@ struct CudaBackend::State {
             .max_context = options.max_context};
   }
 
+  const CudaBackendOptions options;
   const std::shared_ptr<const ModelGraph> graph;
   const Graphs variants;  // by output; that of the logits is `graph`
-  const CudaBackendOptions options;
   const GemmDevice card;
   const bool uses_hopper;
   std::string library_failure;  // why there is no cuBLASLt; empty: it is there
@@ -267,6 +276,13 @@ const CudaBackendOptions& CudaBackend::options() const {
 void CudaBackend::load(const std::string& source, const float* values, int64_t rows,
                        int64_t columns) {
   state_->weights.load(source, values, rows, columns);
+}
+
+void CudaBackend::load_blocks(const std::string& source, const uint8_t* bytes, int64_t rows,
+                              int64_t row_bytes) {
+  if (std::ranges::find(state_->options.fp8_sources, source) == state_->options.fp8_sources.end())
+    throw std::logic_error("tensor " + source + ": came in blocks, which was not announced");
+  state_->weights.load_blocks(source, bytes, rows, row_bytes);
 }
 
 void CudaBackend::finish() {
@@ -346,6 +362,10 @@ std::unique_ptr<ModelProgram> CudaBackend::make_program(Batch batch, const PlanO
 }
 
 // ---- reports
+
+const std::string& CudaBackend::library_failure() const {
+  return state_->library_failure;
+}
 
 GraphReport CudaBackend::graph_report() const {
   return state_->resources == nullptr ? GraphReport{} : state_->resources->graphs().report();

@@ -36,8 +36,11 @@ class CudaBackend final : public Backend {
   const ModelGraph& graph() const override;
   const CudaBackendOptions& options() const;
 
-  // Rounds matrices to bf16.
+  // Rounds matrices to bf16; to e4m3, by rows, those that the options want so.
   void load(const std::string& source, const float* values, int64_t rows, int64_t columns) override;
+  // Of fp8_sources. A row: its e4m3 codes, then a float, their scale.
+  void load_blocks(const std::string& source, const uint8_t* bytes, int64_t rows,
+                   int64_t row_bytes) override;
   void finish() override;
   size_t weight_bytes() const override;
 
@@ -57,6 +60,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<ModelProgram> make_program(Batch batch, const PlanOptions& options,
                                              const ProgramOptions& program) override;
 
+  // Why cuBLASLt is not used; empty: it is.
+  const std::string& library_failure() const;
   // Thread: any, after allocate_cache().
   GraphReport graph_report() const;
   LaneReport lane_report() const;

@@ -48,6 +48,11 @@ struct CudaBackendOptions {
   // and head sizes 64, 128 and 256 only); "auto": hopper's where it can. Hopper's has not run on a
   // GPU yet, so it has to be asked for.
   std::string attention = "portable";
+  // Products whose weights stay in e4m3, a scale for each row of them, and whose rows are quantised
+  // too: all of the layers; and those all of whose tensors come so, by load_blocks(). Sides are
+  // multiples of 16; all else is bf16.
+  bool quantizes_fp8 = false;
+  std::vector<std::string> fp8_sources;
   CutRules cuts = kCudaCuts;
 };
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "devices/cuda/backend/gemm_cublas_lt.h"
+#include "devices/cuda/backend/gemm_fp8.h"
 #include "devices/cuda/kernels/expect.h"
 #include "devices/cuda/kernels/kernels.h"
 
@@ -111,6 +112,8 @@ class Candidates {
       : device_(device), library_(std::move(library)) {}
 
   std::vector<GemmCandidate> operator()(const GemmArgs& args) const {
+    if (args.is_fp8())
+      return fp8_candidates(args, device_, library_);
     std::vector<GemmCandidate> out;
     if (library_ != nullptr && CublasLt::takes(args))
       out.push_back(of_library(library_));

@@ -13,11 +13,11 @@ namespace {
 
 // The file: these lines, one line per choice, and how many there were, so that a file that was cut
 // off is noticed.
-//   flowprefill-gemm 2
+//   flowprefill-gemm 3
 //   device NVIDIA H100 80GB HBM3
 //   versions 90 132 13000 13000
 //   libraries kernels 1, cublaslt 130000
-//   2048 28672 4096 1 0 0 1 ampere_256x128
+//   2048 28672 4096 1 0 0 1 0 ampere_256x128
 //   choices 1
 std::string head_of(const GemmDevice& device) {
   const auto one_line = [](std::string text) {
@@ -25,7 +25,7 @@ std::string head_of(const GemmDevice& device) {
     return text;
   };
   std::ostringstream out;
-  out << "flowprefill-gemm 2\ndevice " << one_line(device.name) << "\nversions "
+  out << "flowprefill-gemm 3\ndevice " << one_line(device.name) << "\nversions "
       << device.compute_capability << ' ' << device.num_multiprocessors << ' '
       << device.driver_version << ' ' << device.runtime_version << "\nlibraries "
       << one_line(device.libraries) << '\n';
@@ -40,25 +40,27 @@ bool read_line(const std::string& line, GemmChoices* choices) {
   int has_bias = 0;
   int adds_to_d = 0;
   int is_gated = 0;
+  int is_fp8 = 0;
   std::string name;
   in >> shape.rows >> shape.columns >> shape.depth >> output >> has_bias >> adds_to_d >> is_gated >>
-      std::ws;
+      is_fp8 >> std::ws;
   const auto is_flag = [](int value) { return value == 0 || value == 1; };
   if (!in || !is_flag(output) || !is_flag(has_bias) || !is_flag(adds_to_d) || !is_flag(is_gated) ||
-      !std::getline(in, name)) {
+      !is_flag(is_fp8) || !std::getline(in, name)) {
     return false;
   }
   shape.output = static_cast<GemmOutput>(output);
   shape.has_bias = has_bias == 1;
   shape.adds_to_d = adds_to_d == 1;
   shape.is_gated = is_gated == 1;
+  shape.is_fp8 = is_fp8 == 1;
   return choices->emplace(shape, name).second;
 }
 
 void write_line(std::ostream& out, const GemmShape& shape, const std::string& name) {
   out << shape.rows << ' ' << shape.columns << ' ' << shape.depth << ' '
       << static_cast<int>(shape.output) << ' ' << shape.has_bias << ' ' << shape.adds_to_d << ' '
-      << shape.is_gated << ' ' << name << '\n';
+      << shape.is_gated << ' ' << shape.is_fp8 << ' ' << name << '\n';
 }
 
 }  // namespace
@@ -71,7 +73,8 @@ GemmShape shape_of(const GemmArgs& args) {
           .output = args.output,
           .has_bias = args.bias != nullptr,
           .adds_to_d = args.adds_to_d,
-          .is_gated = args.is_gated};
+          .is_gated = args.is_gated,
+          .is_fp8 = args.is_fp8()};
 }
 
 GemmChoices read_gemm_choices(const std::string& path, const GemmDevice& device) {

@@ -35,6 +35,7 @@ struct GemmShape {
   bool has_bias = false;
   bool adds_to_d = false;
   bool is_gated = false;
+  bool is_fp8 = false;
 
   auto operator<=>(const GemmShape&) const = default;
 };

@@ -72,6 +72,11 @@ struct Functions {
   }
 };
 
+// Attributes of cuBLASLt 12.9: a header that is older has no names for them.
+constexpr auto kScaleModeA = static_cast<cublasLtMatmulDescAttributes_t>(31);
+constexpr auto kScaleModeB = static_cast<cublasLtMatmulDescAttributes_t>(32);
+constexpr int32_t kOuterVectors = 3;  // a scale for each row of its A, and for each column of B
+
 // Rows of the longest operator.
 constexpr int32_t kMostRows = 1 << 17;
 
@@ -100,11 +105,19 @@ class Product {
                                                 : static_cast<void*>(args.first_d<Bf16>());
     if (args.bias != nullptr)
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
+    if (args.fp8.a_scales != nullptr)
+      set_scales(args.fp8.b_scales, args.fp8.a_scales + args.row_begin);
     set_size(args.rows(), args.columns);
-    lt_.check(lt_.matmul(handle, product_, &alpha, args.b, weights_, args.first_a(), rows_, &beta,
-                         d, result_, d, result_, &found_.algo, workspace.data(),
-                         CublasLt::kWorkspaceBytes, stream),
-              "cublasLtMatmul");
+    const void* weights = args.b;
+    const void* rows = args.first_a();
+    if (args.is_fp8()) {
+      weights = args.fp8.b;
+      rows = args.fp8.a + args.row_begin * args.lda;
+    }
+    lt_.check(
+        lt_.matmul(handle, product_, &alpha, weights, weights_, rows, rows_, &beta, d, result_, d,
+                   result_, &found_.algo, workspace.data(), CublasLt::kWorkspaceBytes, stream),
+        "cublasLtMatmul");
   }
 
  private:
@@ -112,6 +125,10 @@ class Product {
   void set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
     lt_.check(lt_.product_set(product_, attribute, &value, sizeof value),
               "cublasLtMatmulDescSetAttribute");
+  }
+  void set_scales(const float* of_weights, const float* of_rows) {
+    set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, of_weights);
+    set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, of_rows);
   }
   void set_size(int32_t rows, int32_t columns) {
     const auto set_count = [this](cublasLtMatrixLayout_t of,
@@ -145,9 +162,15 @@ class Product {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
     }
+    if (args.fp8.a_scales != nullptr) {
+      set(kScaleModeA, kOuterVectors);
+      set(kScaleModeB, kOuterVectors);
+      set_scales(args.fp8.b_scales, args.fp8.a_scales);
+    }
     const GemmShape shape = shape_of(args);
-    layout(&weights_, CUDA_R_16BF, args.depth, shape.columns, args.ldb);
-    layout(&rows_, CUDA_R_16BF, args.depth, shape.rows, args.lda);
+    const cudaDataType type = args.is_fp8() ? CUDA_R_8F_E4M3 : CUDA_R_16BF;
+    layout(&weights_, type, args.depth, shape.columns, args.ldb);
+    layout(&rows_, type, args.depth, shape.rows, args.lda);
     layout(&result_, args.output == GemmOutput::kFloat ? CUDA_R_32F : CUDA_R_16BF, shape.columns,
            shape.rows, args.ldd);
     lt_.check(lt_.preference_create(&preference_), "cublasLtMatmulPreferenceCreate");
@@ -204,7 +227,7 @@ class Product {
   cublasLtMatmulHeuristicResult_t found_ = {};
 };
 
-using ProductKey = std::array<int64_t, 9>;
+using ProductKey = std::array<int64_t, 11>;
 
 ProductKey key_of(const GemmArgs& args) {
   const GemmShape shape = shape_of(args);
@@ -216,7 +239,9 @@ ProductKey key_of(const GemmArgs& args) {
           args.ldd,
           static_cast<int64_t>(args.output),
           args.adds_to_d,
-          args.bias != nullptr};
+          args.bias != nullptr,
+          args.is_fp8(),
+          args.fp8.a_scales != nullptr};
 }
 
 }  // namespace
@@ -235,8 +260,10 @@ struct CublasLt::Library {
   }
 };
 
-CublasLt::CublasLt(std::unique_ptr<Library> library, std::string version)
-    : library_(std::move(library)), version_(std::move(version)) {}
+CublasLt::CublasLt(std::unique_ptr<Library> library, size_t version)
+    : library_(std::move(library)),
+      version_("cublaslt " + std::to_string(version)),
+      has_outer_scales_(version >= 120900) {}
 
 CublasLt::~CublasLt() = default;
 
@@ -265,13 +292,14 @@ std::shared_ptr<const CublasLt> CublasLt::load(std::span<const std::string> libr
       continue;
     }
     reason->clear();
-    return std::shared_ptr<const CublasLt>(
-        new CublasLt(std::move(library), "cublaslt " + std::to_string(version)));
+    return std::shared_ptr<const CublasLt>(new CublasLt(std::move(library), version));
   }
   return nullptr;
 }
 
 bool CublasLt::takes(const GemmArgs& args) {
+  if (args.is_fp8())
+    return args.fp8.a != nullptr && !args.is_gated && args.bias == nullptr;
   return !args.is_gated && (args.bias == nullptr || args.output == GemmOutput::kFloat);
 }
 
@@ -279,7 +307,8 @@ namespace {
 
 void check_taken(const GemmArgs& args) {
   check(args);
-  expect(CublasLt::takes(args), "bias", 1, "none where the output is bf16, and no gate");
+  expect(CublasLt::takes(args), "bias", 1,
+         "none where the output is bf16 or weights are FP8, no gate, and rows in FP8 with those");
 }
 
 }  // namespace

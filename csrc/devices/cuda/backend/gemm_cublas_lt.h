@@ -35,7 +35,12 @@ class CublasLt {
   // "cublaslt 130000"
   const std::string& version() const { return version_; }
 
-  // No gate; a bias only where d is float, because it has d's type there.
+  // Whether FP8 products may have a scale for each row and column (12.9, on devices of compute
+  // capability 9.0 that is); a product whose a_scales are null has neither.
+  bool has_outer_scales() const { return has_outer_scales_; }
+
+  // No gate; a bias only where d is float, because it has d's type there. FP8: no bias, and rows
+  // that are quantised already.
   static bool takes(const GemmArgs& args);
 
   // Asks the library for an algorithm for the operator that these are a slice of, by its class of
@@ -55,10 +60,11 @@ class CublasLt {
  private:
   struct Library;
 
-  CublasLt(std::unique_ptr<Library> library, std::string version);
+  CublasLt(std::unique_ptr<Library> library, size_t version);
 
   const std::unique_ptr<Library> library_;
   const std::string version_;
+  const bool has_outer_scales_;
 };
 
 }  // namespace flowprefill

@@ -22,9 +22,10 @@ std::vector<int32_t> row_counts(int32_t most) {
 }
 
 // The whole products, as steps, of as many rows as can be; at most `most_alike` of one size.
-std::vector<Step> products(const PlanShape& largest, size_t most_alike) {
+std::vector<Step> products(const PlanShape& largest, const DeviceWeights& weights,
+                           size_t most_alike) {
   const ModelGraph& graph = largest.graph;
-  std::map<std::tuple<int64_t, int64_t, Epilogue, ElementType, bool, Extent>, size_t> alike;
+  std::map<std::tuple<int64_t, int64_t, Epilogue, ElementType, bool, Extent, bool>, size_t> alike;
   std::vector<Step> steps;
   for (int32_t i = 0; i < static_cast<int32_t>(graph.operators.size()); ++i) {
     const Operator& op = graph.op(i);
@@ -33,7 +34,7 @@ std::vector<Step> products(const PlanShape& largest, size_t most_alike) {
     const Weight& weight = graph.weights.weight(op.weight);
     const Tensor& output = graph.output_of(op);
     if (++alike[{weight.rows(), weight.columns, op.epilogue, output.type, op.bias >= 0,
-                 output.extent}] > most_alike)
+                 output.extent, weights.is_fp8(op.weight)}] > most_alike)
       continue;
     const PlanSizes& sizes = largest.sizes();
     const bool is_sequence = output.extent == Extent::kSequence;
@@ -47,7 +48,7 @@ std::vector<Step> products(const PlanShape& largest, size_t most_alike) {
 size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
                      const DeviceWeights& weights) {
   size_t bytes = 0;
-  for (const Step& step : products(largest, 1)) {
+  for (const Step& step : products(largest, weights, 1)) {
     bytes = std::max(bytes, gemms.scratch_bytes(OperatorKernels::product(
                                 largest, weights, step, OperatorKernels::nowhere())));
   }
@@ -57,7 +58,7 @@ size_t scratch_bytes(const GemmSelector& gemms, const PlanShape& largest,
 std::vector<GemmArgs> products_to_choose(const PlanShape& largest, const DeviceWeights& weights,
                                          std::byte* lane) {
   std::vector<GemmArgs> chosen;
-  for (const Step& step : products(largest, kMeasured)) {
+  for (const Step& step : products(largest, weights, kMeasured)) {
     GemmArgs args = OperatorKernels::product(largest, weights, step, lane);
     for (const int32_t rows : row_counts(step.rows())) {
       args.operator_rows = args.row_end = rows;

@@ -203,9 +203,16 @@ GemmArgs OperatorKernels::product(const PlanShape& shape, const DeviceWeights& w
   const int32_t operator_rows = extent == Extent::kSequence   ? sizes.sequences
                                 : extent == Extent::kHeadTile ? sizes.head_tile_rows
                                                               : sizes.rows;
+  const bool is_fp8 = weights.is_fp8(op.weight);
+  Fp8Operands fp8;
+  if (is_fp8) {
+    fp8.b = weights.codes(op.weight) + begin * weight.columns;
+    fp8.b_scales = weights.scales(op.weight) + begin;
+  }
   return {.a = row_at<Bf16>(shape, step, lane, op.input, step.row_begin),
           .lda = shape.lane.stride(op.input),
-          .b = weights.matrix(op.weight) + begin * weight.columns,
+          .b = is_fp8 ? nullptr : weights.matrix(op.weight) + begin * weight.columns,
+          .fp8 = fp8,
           .ldb = weight.columns,
           .bias = bias == nullptr ? nullptr : bias + begin,
           .d = output(),

@@ -68,6 +68,36 @@ void Uploader::matrix(const float* values, int64_t rows, int64_t columns, Bf16* 
          });
 }
 
+std::vector<float> Uploader::quantised(const float* values, int64_t rows, int64_t columns, E4m3* to,
+                                       int64_t row_stride) {
+  std::vector<float> scales(static_cast<size_t>(rows));
+  upload(rows, static_cast<size_t>(columns), to, static_cast<size_t>(row_stride),
+         [&](int64_t row, int64_t count, std::byte* piece) {
+           auto* codes = reinterpret_cast<E4m3*>(piece);
+           for (int64_t i = row; i < row + count; ++i) {
+             const float* from = values + i * columns;
+             float most = 0;
+             for (int64_t k = 0; k < columns; ++k)
+               most = std::max(most, absolute(from[k]));
+             const float scale = e4m3_scale(most);
+             scales[static_cast<size_t>(i)] = scale;
+             for (int64_t k = 0; k < columns; ++k)
+               *codes++ = to_e4m3(from[k] * (1.0f / scale));
+           }
+         });
+  return scales;
+}
+
+void Uploader::codes(const uint8_t* codes, int64_t code_stride, int64_t rows, int64_t columns,
+                     E4m3* to, int64_t row_stride) {
+  const auto width = static_cast<size_t>(columns);
+  upload(rows, width, to, static_cast<size_t>(row_stride),
+         [&](int64_t row, int64_t count, std::byte* piece) {
+           for (int64_t i = 0; i < count; ++i)
+             std::memcpy(piece + i * columns, codes + (row + i) * code_stride, width);
+         });
+}
+
 void Uploader::vector(const float* values, int64_t count, float* to, int64_t stride) {
   upload(count, sizeof(float), to, static_cast<size_t>(stride) * sizeof(float),
          [&](int64_t row, int64_t rows, std::byte* piece) {

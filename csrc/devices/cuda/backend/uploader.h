@@ -1,12 +1,13 @@
 // Uploader: copies tensors of the host to the device in pieces through pinned memory, matrices
-// rounded to bf16 on the way. Used by DeviceWeights while a model is loaded.
+// rounded to bf16 or e4m3 on the way. Used by DeviceWeights while a model is loaded.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
-#include "devices/cuda/kernels/portable.h"
+#include "devices/cuda/kernels/fp8.h"
 #include "devices/cuda/runtime/memory.h"
 #include "devices/cuda/runtime/stream.h"
 #include "devices/cuda/runtime/stream_event.h"
@@ -27,6 +28,13 @@ class Uploader {
   // to + i * row_stride. `values` may go when it returns. Throws CudaError, std::invalid_argument
   // if a row does not fit a piece.
   void matrix(const float* values, int64_t rows, int64_t columns, Bf16* to, int64_t row_stride);
+  // Row i in e4m3 (fp8.h), its largest becoming 448, to to + i * row_stride; returns what each row
+  // was divided by, [rows]. Throws as matrix().
+  std::vector<float> quantised(const float* values, int64_t rows, int64_t columns, E4m3* to,
+                               int64_t row_stride);
+  // Row i, `columns` bytes from codes + i * code_stride on, to to + i * row_stride.
+  void codes(const uint8_t* codes, int64_t code_stride, int64_t rows, int64_t columns, E4m3* to,
+             int64_t row_stride);
   // values[i] to to[i * stride].
   void vector(const float* values, int64_t count, float* to, int64_t stride);
   // `bytes` of them as they are.

@@ -1,4 +1,5 @@
 // launch_gemm(): from the tile's name to its kernel. Declared in kernels.h.
+#include "devices/cuda/kernels/expect.h"
 #include "devices/cuda/kernels/gemm_kernels.h"
 #include "devices/cuda/kernels/kernels.h"
 
@@ -38,6 +39,7 @@ cudaError_t launch_gated(const GemmArgs& args, GemmTile tile, cudaStream_t strea
 
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
   check(args);
+  expect(!args.is_fp8(), "weights", 8, "bf16: tiles have none of FP8");
   if (args.is_gated)
     return launch_gated(args, tile, stream);
   return args.output == GemmOutput::kFloat ? launch<float>(args, tile, stream)

@@ -37,6 +37,21 @@ int64_t blocks(const GemmArgs& args, GemmTile tile) {
   return down * across;
 }
 
+void check_fp8(const GemmArgs& args) {
+  if (!args.is_fp8())
+    return;
+  const char* multiple = "a multiple of 16 where weights are FP8";
+  expect(args.columns % 16 == 0, "columns", args.columns, multiple);
+  expect(args.depth % 16 == 0, "depth", args.depth, multiple);
+  expect(args.ldb % 16 == 0, "ldb", args.ldb, multiple);
+  expect(args.fp8.a == nullptr || args.lda % 16 == 0, "lda", args.lda, multiple);
+  expect(args.fp8.b_scales != nullptr, "b_scales", 0, "no null");
+  expect_aligned("fp8.a", args.fp8.a);
+  expect_aligned("fp8.b", args.fp8.b);
+  expect_aligned("b_scales", args.fp8.b_scales);
+  expect_aligned("a_scales", args.fp8.a_scales);
+}
+
 }  // namespace
 
 const char* gemm_tile_name(GemmTile tile) {
@@ -96,7 +111,10 @@ void check(const GemmArgs& args) {
                    : "a multiple of 8, at least the columns of d");
   const int64_t largest = std::max({args.lda, args.ldb, args.ldd});
   expect(largest <= INT32_MAX, "lda, ldb, ldd", largest, "below 2^31");
-  expect(args.a != nullptr && args.b != nullptr && args.d != nullptr, "a, b, d", 0, "no null");
+  const bool has_a = args.a != nullptr || (args.is_fp8() && args.fp8.a != nullptr);
+  const bool has_b = args.b != nullptr || args.is_fp8();
+  expect(has_a && has_b && args.d != nullptr, "a, b, d", 0, "no null");
+  check_fp8(args);
   expect_aligned("a", args.a);
   expect_aligned("b", args.b);
   expect_aligned("d", args.d);

@@ -5,11 +5,21 @@
 #include <cstdint>
 #include <vector>
 
+#include "devices/cuda/kernels/fp8.h"
 #include "devices/cuda/kernels/portable.h"
 
 namespace flowprefill {
 
 enum class GemmOutput : uint8_t { kFloat, kBf16 };
+
+// Weights in e4m3, in place of GemmArgs::b: row i is scales[i] * b[i]. What is multiplied with them
+// is quantised by rows: from GemmArgs::a, unless `a` is it already (dense, GemmArgs::lda apart).
+struct Fp8Operands {
+  const E4m3* b = nullptr;          // [columns, depth], 16-byte aligned; null: b is bf16
+  const float* b_scales = nullptr;  // [columns], 16-byte aligned
+  const E4m3* a = nullptr;          // [>= row_end, depth], 16-byte aligned, or null
+  const float* a_scales = nullptr;  // [>= row_end], or null: neither scale is multiplied with
+};
 
 // d[rows, columns] = scale * a * b^T (+ bias) (+ d). Rows [row_begin, row_end) of a and d only: a
 // slice of a longer operator. Products are exact, sums and epilogue are float, d is rounded once at
@@ -21,6 +31,7 @@ struct GemmArgs {
   const Bf16* a = nullptr;      // [>= row_end, depth] row-major, 16-byte aligned
   int64_t lda = 0;              // elements between rows, a multiple of 8
   const Bf16* b = nullptr;      // [columns, depth], as checkpoints store it, 16-byte aligned
+  Fp8Operands fp8 = {};         // in place of b (and a): depth, columns and ldb multiples of 16
   int64_t ldb = 0;              // elements between rows, a multiple of 8
   const float* bias = nullptr;  // [columns] or null
   void* d = nullptr;            // float or Bf16 [>= row_end, d_columns()], 16-byte aligned
@@ -39,6 +50,7 @@ struct GemmArgs {
   int32_t operator_rows = 0;
   int32_t operator_columns = 0;
 
+  bool is_fp8() const { return fp8.b != nullptr; }
   int32_t rows() const { return row_end - row_begin; }
   int32_t whole_rows() const { return operator_rows > 0 ? operator_rows : rows(); }
   int32_t whole_columns() const { return operator_columns > 0 ? operator_columns : columns; }

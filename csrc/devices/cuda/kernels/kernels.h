@@ -10,6 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/fp8_args.h"
 #include "devices/cuda/kernels/gemm_args.h"
 #include "devices/cuda/kernels/row_args.h"
 #include "devices/cuda/kernels/sample_args.h"
@@ -29,6 +30,9 @@ cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream);
 template <typename In>  // float or Bf16
 cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
+cudaError_t launch_quantise(const QuantiseArgs& args, cudaStream_t stream);
+cudaError_t launch_widen(const WidenArgs& args, cudaStream_t stream);
+cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t stream);
 cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
 cudaError_t launch_score(const ScoreArgs& args, cudaStream_t stream);
 cudaError_t launch_pool(const PoolArgs& args, cudaStream_t stream);

@@ -1,0 +1,269 @@
+#include "devices/cuda/backend/gemm_fp8.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "devices/cuda/kernels/expect.h"
+#include "devices/cuda/kernels/kernels.h"
+
+namespace flowprefill {
+namespace {
+
+// Rows and their sums lie in scratch, at most so much of them at once; of widened weights a
+// quarter.
+constexpr int64_t kMaxRowBytes = int64_t{256} << 20;
+constexpr int64_t kMaxWeightBytes = int64_t{64} << 20;
+
+// Gives out scratch, each piece aligned as libraries want their workspace.
+class Scratch {
+ public:
+  explicit Scratch(std::byte* begin) : begin_(begin) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    std::byte* piece = begin_ + used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  std::byte* begin_;
+  size_t used_ = 0;
+};
+
+int32_t whole_multiple(int64_t count, int32_t step, int32_t most) {
+  return static_cast<int32_t>(std::min<int64_t>(most, std::max<int64_t>(count / step, 1) * step));
+}
+
+// Codes and sums, and room for the same rows in bf16.
+int32_t rows_at_once(const GemmArgs& args) {
+  const int64_t row_bytes = 3 * int64_t{args.depth} + 4 * int64_t{args.whole_columns()};
+  return whole_multiple(kMaxRowBytes / row_bytes, 256, args.rows());
+}
+
+// The same for every slice of an operator.
+int32_t columns_at_once(const GemmArgs& args) {
+  return whole_multiple(kMaxWeightBytes / (2 * int64_t{args.depth}), 64, args.whole_columns());
+}
+
+// The pieces of scratch of one product.
+struct Pieces {
+  Pieces(const GemmArgs& args, std::byte* begin, bool widens, size_t workspace_bytes) {
+    Scratch scratch(begin);
+    const int64_t rows = rows_at_once(args);
+    workspace = scratch.take<std::byte>(static_cast<int64_t>(workspace_bytes));
+    codes = scratch.take<E4m3>(rows * args.depth);
+    scales = scratch.take<float>(rows);
+    sums = scratch.take<float>(rows * args.whole_columns());
+    if (widens) {
+      wide_rows = scratch.take<Bf16>(rows * args.depth);
+      wide_weights = scratch.take<Bf16>(int64_t{columns_at_once(args)} * args.depth);
+    }
+    bytes = scratch.used();
+  }
+
+  std::byte* workspace = nullptr;
+  E4m3* codes = nullptr;
+  float* scales = nullptr;
+  float* sums = nullptr;
+  Bf16* wide_rows = nullptr;
+  Bf16* wide_weights = nullptr;
+  size_t bytes = 0;
+};
+
+// A row's codes lie without gaps, and its sums.
+GemmArgs of_codes(GemmArgs args, const Pieces& pieces) {
+  args.operator_rows = args.whole_rows();
+  args.operator_columns = args.whole_columns();
+  args.fp8.a = pieces.codes;
+  args.lda = args.depth;
+  args.row_begin = 0;
+  return args;
+}
+
+// The product alone, into float sums.
+GemmArgs into_sums(const GemmArgs& args, const Pieces& pieces) {
+  GemmArgs sums = of_codes(args, pieces);
+  sums.bias = nullptr;
+  sums.d = pieces.sums;
+  sums.ldd = args.whole_columns();
+  sums.output = GemmOutput::kFloat;
+  sums.adds_to_d = false;
+  sums.is_gated = false;
+  sums.scale = 1;
+  return sums;
+}
+
+// What the library writes to d itself.
+GemmArgs with_outer_scales(const GemmArgs& args, const Pieces& pieces) {
+  GemmArgs scaled = of_codes(args, pieces);
+  scaled.fp8.a_scales = pieces.scales;
+  return scaled;
+}
+
+bool has_plain_epilogue(const GemmArgs& args) {
+  return !args.is_gated && args.bias == nullptr;
+}
+
+cudaError_t quantise(const GemmArgs& args, int32_t row, int32_t rows, const Pieces& to,
+                     cudaStream_t stream) {
+  return launch_quantise({.in = args.a + row * args.lda,
+                          .ld_in = args.lda,
+                          .out = to.codes,
+                          .ld_out = args.depth,
+                          .scales = to.scales,
+                          .rows = rows,
+                          .width = args.depth},
+                         stream);
+}
+
+void* d_at(const GemmArgs& args, int32_t row) {
+  if (args.output == GemmOutput::kFloat)
+    return static_cast<float*>(args.d) + row * args.ldd;
+  return static_cast<Bf16*>(args.d) + row * args.ldd;
+}
+
+cudaError_t rescale(const GemmArgs& args, int32_t row, int32_t rows, const Pieces& from,
+                    cudaStream_t stream) {
+  return launch_rescale({.in = from.sums,
+                         .ld_in = args.whole_columns(),
+                         .row_scales = from.scales,
+                         .column_scales = args.fp8.b_scales,
+                         .bias = args.bias,
+                         .out = d_at(args, row),
+                         .ld_out = args.ldd,
+                         .output = args.output,
+                         .adds_to_out = args.adds_to_d,
+                         .is_gated = args.is_gated,
+                         .is_gelu = args.is_gelu,
+                         .scale = args.scale,
+                         .rows = rows,
+                         .columns = args.columns},
+                        stream);
+}
+
+// Codes times codes into sums, by a kernel of bf16 over some columns after the other.
+cudaError_t multiply_widened(GemmTile tile, const GemmArgs& sums, const Pieces& pieces,
+                             cudaStream_t stream) {
+  const int32_t depth = sums.depth;
+  cudaError_t code = launch_widen({.in = pieces.codes,
+                                   .ld_in = depth,
+                                   .out = pieces.wide_rows,
+                                   .ld_out = depth,
+                                   .rows = sums.rows(),
+                                   .width = depth},
+                                  stream);
+  const int32_t step = columns_at_once(sums);
+  for (int32_t begin = 0; begin < sums.columns && code == cudaSuccess; begin += step) {
+    GemmArgs part = sums;
+    part.columns = std::min(step, sums.columns - begin);
+    code = launch_widen({.in = sums.fp8.b + begin * sums.ldb,
+                         .ld_in = sums.ldb,
+                         .out = pieces.wide_weights,
+                         .ld_out = depth,
+                         .rows = part.columns,
+                         .width = depth},
+                        stream);
+    part.fp8 = {};
+    part.a = pieces.wide_rows;
+    part.b = pieces.wide_weights;
+    part.ldb = depth;
+    part.d = pieces.sums + begin;
+    if (code == cudaSuccess)
+      code = launch_gemm(part, tile, stream);
+  }
+  return code;
+}
+
+// Rows to codes, `multiply`, and what follows it, for as many rows at a time as scratch has room.
+template <typename Multiply>
+cudaError_t launch_parts(const GemmArgs& args, const Pieces& pieces, bool rescales,
+                         cudaStream_t stream, const Multiply& multiply) {
+  const int32_t step = rows_at_once(args);
+  cudaError_t code = cudaSuccess;
+  for (int32_t row = args.row_begin; row < args.row_end && code == cudaSuccess; row += step) {
+    const int32_t rows = std::min(step, args.row_end - row);
+    code = quantise(args, row, rows, pieces, stream);
+    if (code == cudaSuccess)
+      code = multiply(row, rows);
+    if (code == cudaSuccess && rescales)
+      code = rescale(args, row, rows, pieces, stream);
+  }
+  return code;
+}
+
+Pieces pieces_of(const GemmArgs& args, std::span<std::byte> scratch, bool widens,
+                 size_t workspace_bytes) {
+  check(args);
+  const Pieces pieces(args, scratch.data(), widens, workspace_bytes);
+  expect(scratch.size() >= pieces.bytes, "scratch bytes", static_cast<int64_t>(scratch.size()),
+         "at least scratch_bytes() of these arguments");
+  return pieces;
+}
+
+// Where nothing is launched yet, addresses stand for any.
+Pieces nowhere(const GemmArgs& args, bool widens, size_t workspace_bytes) {
+  return {args, reinterpret_cast<std::byte*>(uintptr_t{1} << 30), widens, workspace_bytes};
+}
+
+GemmCandidate by_library(const std::shared_ptr<const CublasLt>& library, const GemmArgs& shape,
+                         bool has_outer_scales) {
+  constexpr size_t kWorkspace = CublasLt::kWorkspaceBytes;
+  const auto product = has_outer_scales ? with_outer_scales : into_sums;
+  return {.name = has_outer_scales ? "cublaslt fp8, scales" : "cublaslt fp8 + rescale",
+          .scratch_bytes = nowhere(shape, false, kWorkspace).bytes,
+          .launch =
+              [library, product, has_outer_scales](
+                  const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream) {
+                const Pieces pieces = pieces_of(args, scratch, false, kWorkspace);
+                return launch_parts(
+                    args, pieces, !has_outer_scales, stream, [&](int32_t row, int32_t rows) {
+                      GemmArgs part = product(args, pieces);
+                      part.row_end = rows;
+                      if (has_outer_scales)
+                        part.d = d_at(args, row);
+                      return library->launch(part, {pieces.workspace, kWorkspace}, stream);
+                    });
+              },
+          .prepare =
+              [library, product](const GemmArgs& args) {
+                GemmArgs whole = product(args, nowhere(args, false, kWorkspace));
+                whole.row_end = args.rows();
+                library->prepare(whole);
+              }};
+}
+
+GemmCandidate by_tile(GemmTile tile, const GemmArgs& shape) {
+  return {
+      .name = std::string("fp8 widened, ") + gemm_tile_name(tile),
+      .scratch_bytes = nowhere(shape, true, 0).bytes,
+      .launch = [tile](const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream) {
+        const Pieces pieces = pieces_of(args, scratch, true, 0);
+        return launch_parts(args, pieces, true, stream, [&](int32_t, int32_t rows) {
+          GemmArgs sums = into_sums(args, pieces);
+          sums.row_end = rows;
+          return multiply_widened(tile, sums, pieces, stream);
+        });
+      }};
+}
+
+}  // namespace
+
+std::vector<GemmCandidate> fp8_candidates(const GemmArgs& args, const GemmDevice& device,
+                                          const std::shared_ptr<const CublasLt>& library) {
+  std::vector<GemmCandidate> out;
+  if (library != nullptr && device.compute_capability >= 89) {
+    if (device.compute_capability == 90 && library->has_outer_scales() && has_plain_epilogue(args))
+      out.push_back(by_library(library, args, true));
+    out.push_back(by_library(library, args, false));
+  }
+  const GemmArgs sums = into_sums(args, nowhere(args, true, 0));
+  for (const GemmTile tile :
+       gemm_tiles(sums, device.compute_capability, device.num_multiprocessors))
+    out.push_back(by_tile(tile, args));
+  return out;
+}
+
+}  // namespace flowprefill

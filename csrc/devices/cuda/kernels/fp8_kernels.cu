@@ -1,0 +1,50 @@
+// Launches of the FP8 kernels: one block per row. Declared in kernels.h.
+#include "devices/cuda/kernels/fp8_bodies.h"
+#include "devices/cuda/kernels/kernels.h"
+
+namespace flowprefill {
+namespace {
+
+constexpr int kColumnThreads = 128;  // of kernels that split a row's columns into blocks
+constexpr int kQuantiseThreads = 256;
+
+extern __shared__ unsigned char shared_memory[];
+
+__global__ void __launch_bounds__(kQuantiseThreads) quantise_kernel(QuantiseArgs args) {
+  quantise_body(DeviceThread(shared_memory), args);
+}
+__global__ void __launch_bounds__(kColumnThreads) widen_kernel(WidenArgs args) {
+  widen_body(DeviceThread(nullptr), args);
+}
+__global__ void __launch_bounds__(kColumnThreads) rescale_kernel(RescaleArgs args) {
+  rescale_body(DeviceThread(nullptr), args);
+}
+
+dim3 grid(int32_t rows, int32_t width) {
+  constexpr int32_t kColumns = kColumnThreads * kColumnsPerThread;
+  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>((width + kColumns - 1) / kColumns),
+              1);
+}
+
+}  // namespace
+
+cudaError_t launch_quantise(const QuantiseArgs& args, cudaStream_t stream) {
+  check(args);
+  constexpr size_t kShared = sizeof(float) * kQuantiseThreads / 32;
+  quantise_kernel<<<static_cast<unsigned>(args.rows), kQuantiseThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_widen(const WidenArgs& args, cudaStream_t stream) {
+  check(args);
+  widen_kernel<<<grid(args.rows, args.width), kColumnThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
+  check(args);
+  rescale_kernel<<<grid(args.rows, args.width()), kColumnThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace flowprefill
