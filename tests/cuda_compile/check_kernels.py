@@ -35,12 +35,11 @@ SKIPPED = 77
 PORTABLE = (
     "argmax_kernel", "attention_merge_kernel<64>", "attention_merge_kernel<96>",
     "attention_merge_kernel<128>", "attention_merge_kernel<256>", "embed_kernel",
-    "gate_kernel<bf16>", "gate_kernel<float>",
-    "pool_kernel", "quantise_kernel", "rescale_kernel", "residual_kernel", "rms_norm_kernel<bf16>", "rms_norm_kernel<float>",
-    "rotary_kernel", "round_kernel",
-    "rope_kernel<bf16>", "rope_kernel<float>", "rope_rows_kernel<bf16>", "rope_rows_kernel<float>",
-    "sample_kernel", "score_kernel", "softcap_kernel",
-    "widen_kernel",
+    "gate_kernel<bf16>", "gate_kernel<float>", "pool_kernel", "quantise_kernel",
+    "rescale_kernel", "residual_kernel", "rms_norm_kernel<bf16>", "rms_norm_kernel<float>",
+    "rotary_kernel", "round_kernel", "rope_kernel<bf16>", "rope_kernel<float>",
+    "rope_rows_kernel<bf16>", "rope_rows_kernel<float>", "sample_kernel", "score_kernel",
+    "softcap_kernel", "widen_kernel",
 )  # fmt: skip
 TENSOR_CORE = (
     "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
