@@ -12,8 +12,7 @@ namespace flowprefill {
 
 // Each quantises the rows first (launch_quantise), by each row alone, then multiplies e4m3 by e4m3,
 // so all err alike and slices have the bits of the whole. Best guess first:
-// - cuBLASLt with a scale for each row and column in its own epilogue: compute
-// capability 9.0, 12.9;
+// - cuBLASLt 12.9 or later with a scale for each row and column: compute capability 9.0;
 // - cuBLASLt without scales into float, then launch_rescale: compute capability 8.9 and later;
 // - the tiles of bf16, which has every e4m3 exactly, then launch_rescale. Slow: it is for libraries
 //   that are missing or refuse, and for the tests.
