@@ -12,15 +12,14 @@
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kTileKeys =
-    256;  // keys per softmax tile: scores and probabilities stay in the L2 cache
+// Keys per softmax tile: scores and probabilities stay in the L2 cache.
+constexpr int32_t kTileKeys = 256;
 constexpr int32_t kTargetRows = 96;  // query rows times heads per item
 // An item of at most so many rows is shared out by spans if it is more than one of so many equal
 // parts for each thread.
 constexpr int32_t kSharedRows = 4;
 constexpr int32_t kPartsPerThread = 4;
-
-constexpr size_t kLineFloats = 16;
+constexpr size_t kLineFloats = 16;  // of a cache line
 
 // Room for so many floats from the start of a cache line on: outputs that lie across two lines cost
 // a fifth of the time.
