@@ -18,8 +18,10 @@ Mailbox::Delivery Mailbox::put(RunRef& run) noexcept {
                                         std::memory_order_acquire));
   const bool is_mail = run.detach() != nullptr;
   run = RunRef::adopt(found);
-  if (is_mail)
-    word_.notify_one();
+  if (is_mail) {
+    arrivals_.fetch_add(1, std::memory_order_release);
+    arrivals_.notify_one();
+  }
   return Delivery::kPut;
 }
 
@@ -45,8 +47,17 @@ bool Mailbox::remove(const Run& run) noexcept {
 
 RunRef Mailbox::close() noexcept {
   Run* found = word_.exchange(closed(), std::memory_order_acq_rel);
-  word_.notify_all();
+  arrivals_.fetch_add(1, std::memory_order_release);
+  arrivals_.notify_all();
   return found == closed() ? RunRef() : RunRef::adopt(found);
+}
+
+void Mailbox::wait() const noexcept {
+  // The count is read first: what comes after that changes it, and the wait ends at once.
+  for (uint32_t seen = arrivals_.load(std::memory_order_acquire); !has_mail();
+       seen = arrivals_.load(std::memory_order_acquire)) {
+    arrivals_.wait(seen, std::memory_order_acquire);
+  }
 }
 
 }  // namespace flowprefill

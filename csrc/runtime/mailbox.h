@@ -41,7 +41,7 @@ class Mailbox {
   bool is_closed() const noexcept { return word_.load(std::memory_order_acquire) == closed(); }
 
   // Sleeps until has_mail().
-  void wait() const noexcept { word_.wait(nullptr, std::memory_order_acquire); }
+  void wait() const noexcept;
 
  private:
   // An address no run can have: run pointers are aligned to more than one byte.
@@ -49,6 +49,9 @@ class Mailbox {
 
   // Its own cache line: the executor reads it at every boundary, others write it rarely.
   alignas(64) std::atomic<Run*> word_{nullptr};
+  // Counts what came, to sleep on: who sleeps on a word of 8 bytes shares a place with all others
+  // of the process, and every dispatch would wake the executors of other engines.
+  std::atomic<uint32_t> arrivals_{0};
 };
 
 }  // namespace flowprefill

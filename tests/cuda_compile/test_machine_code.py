@@ -67,9 +67,9 @@ def complete() -> dict[tuple[str, str], Kernel]:
     named = {}
     for arch, (plain, products, instruction) in EXPECTED.items():
         for name in plain:
-            named[arch, name] = Kernel(name, arch, 32, 0, 0, 0)
+            named[arch, name] = Kernel(name, arch, 32, 0, 0, 0, {"STG": 1})
         for name in products:
-            named[arch, name] = Kernel(name, arch, 200, 0, 0, 0, {instruction: 64})
+            named[arch, name] = Kernel(name, arch, 200, 0, 0, 0, {instruction: 64, "STG": 1})
     return named
 
 
@@ -80,10 +80,11 @@ def test_complete_machine_code_has_no_failures() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"counts": {}}, "sm_80: attention_kernel<64> has no HMMA"),
+        ({"counts": {"STG": 1}}, "sm_80: attention_kernel<64> has no HMMA"),
+        ({"counts": {"HMMA": 1}}, "sm_80: attention_kernel<64> stores nothing"),
         ({"stack": 16}, "sm_80: attention_kernel<64> uses local memory (spilled registers)"),
         (
-            {"counts": {"HMMA": 1, "LDL": 1}},
+            {"counts": {"HMMA": 1, "STG": 1, "LDL": 1}},
             "sm_80: attention_kernel<64> uses local memory (spilled registers)",
         ),
         ({"registers": -1}, "sm_80: attention_kernel<64>: no resource usage"),

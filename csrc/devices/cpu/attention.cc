@@ -25,9 +25,8 @@ constexpr size_t kLineFloats = 16;  // of a cache line
 // a fifth of the time.
 float* line_of(std::vector<float>& memory, size_t floats) {
   memory.resize(std::max(memory.size(), floats + kLineFloats));
-  const auto at = reinterpret_cast<uintptr_t>(memory.data());
-  constexpr uintptr_t kLine = kLineFloats * sizeof(float);
-  return memory.data() + ((kLine - at % kLine) % kLine) / sizeof(float);
+  const size_t at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float);
+  return memory.data() + (kLineFloats - at % kLineFloats) % kLineFloats;
 }
 
 template <typename T>

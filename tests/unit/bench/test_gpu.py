@@ -28,6 +28,7 @@ class Model:
 
     made: ClassVar[list[dict[str, Any]]] = []  # options of those that were loaded
     sharing: ClassVar[list[dict[str, Any]]] = []  # of those with another's weights
+    library_failure = ""
 
     def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:
         Model.made.append(options)

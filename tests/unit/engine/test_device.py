@@ -181,7 +181,7 @@ def test_an_engine_on_a_gpu_uses_its_module_and_tells_so(
     assert about["reason"] == fake_cuda.USABLE[1]
     (options,) = fake_cuda.Model.made
     assert options["device"] == 1
-    assert (options["max_tokens"], options["max_sequences"]) == (512, 64)
+    assert (options["max_tokens"], options["max_sequences"]) == (512, 256)
     assert not options["measures_gemms"], "calibration is switched off"
 
 
