@@ -39,6 +39,13 @@ TensorView tensor_from(const std::string& name, const py::handle& value) {
   return {std::move(array), values, rows, columns};
 }
 
+void check_block_rows(const std::string& name, const Array<uint8_t>& rows) {
+  if (rows.ndim() != 2) {
+    throw std::invalid_argument("tensor " + name + ": got " + std::to_string(rows.ndim()) +
+                                " dimensions, expected 2: rows and their bytes");
+  }
+}
+
 std::vector<int32_t> ids_from(const std::string& name, const py::handle& value) {
   const auto array = array_of<int32_t>(name, value);
   if (array.ndim() != 1) {

@@ -25,6 +25,8 @@ struct TensorView {
 
 // Takes an array of float32 with one or two dimensions.
 TensorView tensor_from(const std::string& name, const pybind11::handle& value);
+// Weights in blocks are rows and their bytes: two dimensions.
+void check_block_rows(const std::string& name, const Array<uint8_t>& rows);
 // Takes an array of int32 with one dimension.
 std::vector<int32_t> ids_from(const std::string& name, const pybind11::handle& value);
 

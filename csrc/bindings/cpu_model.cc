@@ -65,10 +65,7 @@ class Model {
   }
 
   void load_blocks(const std::string& name, const Array<uint8_t>& rows) {
-    if (rows.ndim() != 2) {
-      throw std::invalid_argument("tensor " + name + ": got " + std::to_string(rows.ndim()) +
-                                  " dimensions, expected 2: rows and their bytes");
-    }
+    check_block_rows(name, rows);
     py::gil_scoped_release release;
     backend_->load_blocks(name, rows.data(), rows.shape(0), rows.shape(1));
   }

@@ -111,10 +111,10 @@ std::vector<std::byte> batch_inputs(const PlanShape& shape, const Batch& batch,
   std::vector<std::byte> bytes(layout.bytes);
   Writer out(bytes);
   out.put_all<int32_t>(layout.tokens, batch.tokens);
-  for (size_t i = 0; i < static_cast<size_t>(shape.sizes().sequences); ++i)
+  for (size_t i = 0; i < static_cast<size_t>(shape.sizes().sequences); ++i) {
     out.put(layout.last_rows, i, int32_t{-1});
-  for (size_t i = 0; i < static_cast<size_t>(shape.sizes().sequences); ++i)
     out.put(layout.next_tokens, i, int32_t{-1});
+  }
   for (size_t i = 0; i < batch.sequences.size(); ++i)
     put_sequence(out, layout, batch, i, shape.rules.block_tokens);
   out.put_all(layout.sampling, sampling);
