@@ -4,7 +4,7 @@ Imports nothing of flowprefill: it may run in another environment. Reads request
 stdin, ``{"prompts": [[id, ...], ...], "tokens": N}``, generates N tokens for each prompt greedily
 and answers ``{"seconds": S}``. The first answer tells the version.
 
-    python peer_child.py transformers|openvino-genai|vllm|llama-cpp FOLDER THREADS
+    python peer_child.py transformers|openvino-genai|openvino-int8|vllm|llama-cpp FOLDER THREADS
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Transformers:
 
 
 class OpenVino:
-    """LLMPipeline; the checkpoint is exported once, in fp16, into its folder."""
+    """LLMPipeline; the checkpoint is exported once into its folder."""
 
     package = "openvino-genai"
+    weights = "fp16"
 
     def __init__(self, folder: Path, threads: int) -> None:
         """Export the checkpoint if need be, and load it."""
@@ -58,9 +59,9 @@ class OpenVino:
         import openvino
         import openvino_genai
 
-        exported = folder / "openvino"
+        exported = folder / f"openvino-{self.weights}"
         if not (exported / "openvino_model.xml").exists():
-            _export(folder, exported)
+            _export(folder, exported, self.weights)
         self._numpy, self._openvino, self._genai = np, openvino, openvino_genai
         self._pipeline = openvino_genai.LLMPipeline(
             str(exported), "CPU", INFERENCE_NUM_THREADS=threads
@@ -74,6 +75,12 @@ class OpenVino:
             max_new_tokens=tokens, ignore_eos=True, do_sample=False
         )
         self._pipeline.generate(self._genai.TokenizedInputs(ids, ones), config)
+
+
+class OpenVinoInt8(OpenVino):
+    """The same with weights of 8 bits."""
+
+    weights = "int8"
 
 
 class Vllm:
@@ -124,16 +131,17 @@ class LlamaCpp:
 PEERS: dict[str, Any] = {
     "transformers": Transformers,
     "openvino-genai": OpenVino,
+    "openvino-int8": OpenVinoInt8,
     "vllm": Vllm,
     "llama-cpp": LlamaCpp,
 }
 
 
-def _export(folder: Path, exported: Path) -> None:
+def _export(folder: Path, exported: Path, weights: str) -> None:
     tool = str(Path(sys.executable).with_name("optimum-cli"))
     subprocess.run(
         [
-            tool, "export", "openvino", "--model", str(folder), "--weight-format", "fp16",
+            tool, "export", "openvino", "--model", str(folder), "--weight-format", weights,
             "--task", "text-generation-with-past", str(exported),
         ],
         check=True, stdout=sys.stderr,

@@ -208,8 +208,9 @@ def _measure(
                 rates.setdefault((f"prefill {tokens}", name), []).append(tokens / took_s)
         for sequences in DECODE_BATCHES:
             for name in order:
+                # Other prompts each time: some engines keep the prefixes they have seen.
+                first_s = engines[name](prompts_of(sequences, DECODE_CONTEXT), 1)
                 prompts = prompts_of(sequences, DECODE_CONTEXT)
-                first_s = engines[name](prompts, 1)
                 took_s = engines[name](prompts, 1 + DECODE_TOKENS) - first_s
                 # Less than nothing where another process held the first token back.
                 rate = sequences * DECODE_TOKENS / took_s if took_s > 0.0 else math.nan

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import pytest
 from tiny_models import save_with_tokenizer, tiny_model
 
-from flowprefill.bench.peers import _Child, _pythons, rows_of
+from flowprefill.bench import peers
+from flowprefill.bench.peers import DECODE_BATCHES, _Child, _measure, _pythons, rows_of
 from flowprefill.errors import ConfigError
 
 TINY = {
@@ -46,6 +48,25 @@ def test_interpreter_of_a_peer_is_checked(text: str) -> None:
     with pytest.raises(ConfigError, match="peer-python: got") as error:
         _pythons([text])
     assert repr(text) in error.value.message
+
+
+def test_no_prompt_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Peer:  # it would keep the prefixes that it has seen
+        name = "peer"
+        seen: ClassVar[list[tuple[int, ...]]] = []
+
+        def generate_s(self, prompts: list[list[int]], tokens: int) -> float:
+            self.seen += [tuple(ids) for ids in prompts]
+            return float(tokens)
+
+    class Engine:
+        vocab_size = 49_152
+
+    monkeypatch.setattr(peers, "_ours_s", lambda engine, prompts, tokens: float(tokens))
+    rows = _measure(cast(Any, Engine()), cast(Any, [Peer()]), "m", [100], 2, 0)
+    assert len(Peer.seen) == len(set(Peer.seen)) == 2 * 1 + (1 + 2 * 2) * sum(DECODE_BATCHES)
+    decoded = {row["work"]: row["tokens_per_s"] for row in rows if row["engine"] == "peer"}
+    assert decoded == {"prefill 100": 100.0, "decode of 1": 1.0, "decode of 16": 16.0}
 
 
 def test_rows_are_medians_with_the_factor_to_ours() -> None:
