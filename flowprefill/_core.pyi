@@ -69,6 +69,19 @@ class Batch:
 
     def __init__(self, tokens: Int32Array, sequences: list[BatchSequence]) -> None: ...
 
+class DeviceSampling:
+    """How a run chooses the next token of one sequence."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,  # 0: the most likely token, whatever the rest says
+        top_k: int,  # 0: all
+        top_p: float,
+        min_p: float,
+        uniform: float,  # the random number, in [0, 1)
+    ) -> None: ...
+
 class RunAccounting:
     """Where a run's time went; exact once its terminal event was taken. 0: has not happened."""
 
@@ -225,6 +238,8 @@ class Model:
         *,
         fail_at: int = -1,  # tests: this segment throws
         pause_at: AbstractSet[int] = ...,  # tests: suspended before these segments
+        sampling: list[DeviceSampling] = ...,  # empty: no tokens are chosen
+        fetch_logits: bool = True,
         output: Literal["logits", "scores", "last", "mean"] = "logits",
     ) -> Run: ...
     @property
@@ -257,7 +272,9 @@ def spin_run(id: int, segments: int, segment_s: float, fail_at: int = -1) -> Run
 def cpu_cuts(
     dtype: str, threads: int, quantization: str = ...
 ) -> CutRules: ...  # of a model on the CPU
+def has_logits(run: Run) -> bool: ...  # False: made with fetch_logits=False
 def logits(run: Run) -> FloatArray: ...
+def sampled(run: Run) -> Int32Array: ...  # [sequences], -1: none to choose; empty: made without
 def scores(run: Run) -> Int32Array: ...  # [rows, 43], as csrc/graph/prompt_score.h has them
 def embeddings(run: Run) -> FloatArray: ...  # [sequences, hidden]
 def live_workspace_bytes() -> int: ...

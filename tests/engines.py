@@ -70,12 +70,12 @@ class KeptLogits:
     def __init__(self, engine: Engine) -> None:
         self.rows: list[npt.NDArray[np.float32]] = []
         worker: Any = engine._worker
-        self._outcomes = worker.outcomes
-        worker.outcomes = self._keep
+        self._logits = worker.logits
+        worker.logits = self._keep
         worker.limits = replace(worker.limits, chooses_tokens=False)
 
     def _keep(self, run: Any) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = self._outcomes(run)
+        logits: npt.NDArray[np.float32] = self._logits(run)
         self.rows.append(logits.copy())
         return logits
 

@@ -75,12 +75,16 @@ class Model {
       backend_->kv()->zero(blocks);
   }
 
+  // sampling: one for each sequence, or none: no tokens are chosen.
   RunRef make(uint64_t id, Batch batch, const PlanOptions& options, int64_t fail_at,
-              const std::unordered_set<size_t>& pause_at, const std::string& output) {
+              const std::unordered_set<size_t>& pause_at,
+              const std::vector<SamplingParams>& sampling, bool fetch_logits,
+              const std::string& output) {
     const RunOutput wanted = output_of(output);
     py::gil_scoped_release release;
-    auto program =
-        backend_->make_program(std::move(batch), options, {.output = wanted, .fail_at = fail_at});
+    auto program = backend_->make_program(
+        std::move(batch), options,
+        {.sampling = sampling, .fetch_logits = fetch_logits, .output = wanted, .fail_at = fail_at});
     return make_pausing_run(id, std::move(program), pause_at);
   }
 
@@ -89,16 +93,6 @@ class Model {
  private:
   std::unique_ptr<Backend> backend_;
 };
-
-// A view of the run's logits that keeps the run alive.
-py::array_t<float> logits(const py::object& object) {
-  const auto& program = finished<ModelProgram>(object, "logits");
-  if (program.logits() == nullptr)
-    throw std::invalid_argument("run: has no logits, it was made for embeddings");
-  const py::ssize_t rows = program.num_sequences();
-  const auto columns = static_cast<py::ssize_t>(program.vocab_size());
-  return py::array_t<float>({rows, columns}, program.logits(), object);
-}
 
 py::dict ceilings(int threads) {
   Ceilings found;
@@ -139,7 +133,9 @@ void bind_cpu_model(py::module_& m) {
       .def("zero_blocks", &Model::zero_blocks, py::arg("blocks"))
       .def("make_run", &Model::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
            py::kw_only(), py::arg("fail_at") = -1,
-           py::arg("pause_at") = std::unordered_set<size_t>(), py::arg("output") = "logits")
+           py::arg("pause_at") = std::unordered_set<size_t>(),
+           py::arg("sampling") = std::vector<SamplingParams>(), py::arg("fetch_logits") = true,
+           py::arg("output") = "logits")
       .def_property_readonly("weight_bytes",
                              [](Model& model) { return model.get().weight_bytes(); });
   m.def(
@@ -148,7 +144,6 @@ void bind_cpu_model(py::module_& m) {
         return cpu_cuts(threads, numbers_of(dtype, quantization));
       },
       py::arg("dtype"), py::arg("threads"), py::arg("quantization") = "none");
-  m.def("logits", &logits, py::arg("run"));
   bind_run_outputs(m);
   m.def("live_workspace_bytes", &live_workspace_bytes);
   m.attr("block_formats") = [] {

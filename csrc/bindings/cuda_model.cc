@@ -60,16 +60,6 @@ CudaBackendOptions backend_options_from(const py::dict& values) {
   return o;
 }
 
-SamplingParams make_sampling(const py::object& temperature, const py::object& top_k,
-                             const py::object& top_p, const py::object& min_p,
-                             const py::object& uniform) {
-  return {.temperature = value_from<float>("temperature", temperature),
-          .top_k = value_from<int32_t>("top_k", top_k),
-          .top_p = value_from<float>("top_p", top_p),
-          .min_p = value_from<float>("min_p", min_p),
-          .uniform = value_from<float>("uniform", uniform)};
-}
-
 // What stays the same for a user of either module: see CPU's Model.
 class GpuModel {
  public:
@@ -134,24 +124,6 @@ std::unique_ptr<Executor> make_executor(GpuModel& model, const std::optional<Pla
   return std::make_unique<Executor>(model.get().make_device(plan));
 }
 
-// A view of the run's logits that keeps the run alive.
-py::array_t<float> logits(const py::object& object) {
-  const auto& program = finished<ModelProgram>(object, "logits");
-  if (program.logits() == nullptr)
-    throw std::invalid_argument(
-        "run: has no logits, it was made with fetch_logits=False or for embeddings");
-  const py::ssize_t rows = program.num_sequences();
-  const py::ssize_t columns = program.vocab_size();
-  constexpr py::ssize_t kFloat = sizeof(float);
-  return py::array_t<float>({rows, columns}, {kFloat * program.logits_stride(), kFloat},
-                            program.logits(), object);
-}
-
-py::array_t<int32_t> sampled(const py::object& object) {
-  const auto tokens = finished<ModelProgram>(object, "sampled tokens").sampled();
-  return py::array_t<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data(), object);
-}
-
 int32_t bucket(const py::object& object) {
   const auto* program = dynamic_cast<const CudaModelProgram*>(&program_of(own_run(object)));
   if (program == nullptr)
@@ -210,9 +182,6 @@ py::list gemm_report(const GpuModel& model) {
 }  // namespace
 
 void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
-  py::class_<SamplingParams>(m, "DeviceSampling", py::module_local())
-      .def(py::init(&make_sampling), py::kw_only(), py::arg("temperature"), py::arg("top_k"),
-           py::arg("top_p"), py::arg("min_p"), py::arg("uniform"));
   py::class_<GpuModel>(m, "Model", py::module_local())
       .def(py::init<const py::object&, const py::dict&>(), py::arg("graph"),
            py::arg("options") = py::dict())
@@ -255,15 +224,7 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
                              [](const GpuModel& model) { return model.get().weight_bytes(); });
   executor.def(py::init(&make_executor), py::arg("model"), py::arg("plan") = py::none(),
                py::keep_alive<1, 2>());
-  m.def(
-      "has_logits",
-      [](const py::object& run) {
-        return finished<ModelProgram>(run, "logits").logits() != nullptr;
-      },
-      py::arg("run"));
-  m.def("logits", &logits, py::arg("run"));
   bind_run_outputs(m);
-  m.def("sampled", &sampled, py::arg("run"));
   m.def("bucket", &bucket, py::arg("run"));
 }
 

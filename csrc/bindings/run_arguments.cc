@@ -1,5 +1,5 @@
-// Binds what a run is made of: MachineRates, PlanOptions, BatchSequence, Batch. Plain values that
-// Python fills in by name and both modules take.
+// Binds what a run is made of: MachineRates, PlanOptions, BatchSequence, Batch, DeviceSampling.
+// Plain values that Python fills in by name and both modules take.
 #include <cmath>
 #include <string>
 #include <utility>
@@ -9,6 +9,7 @@
 #include "bindings/module.h"
 #include "graph/batch.h"
 #include "graph/planner.h"
+#include "graph/sampling_params.h"
 
 namespace py = pybind11;
 
@@ -71,6 +72,16 @@ Sequence make_sequence(const py::object& rows, const py::object& context,
   return s;
 }
 
+SamplingParams make_sampling(const py::object& temperature, const py::object& top_k,
+                             const py::object& top_p, const py::object& min_p,
+                             const py::object& uniform) {
+  return {.temperature = value_from<float>("temperature", temperature),
+          .top_k = value_from<int32_t>("top_k", top_k),
+          .top_p = value_from<float>("top_p", top_p),
+          .min_p = value_from<float>("min_p", min_p),
+          .uniform = value_from<float>("uniform", uniform)};
+}
+
 // Packs the sequences' rows one after another; the model checks the rest.
 Batch make_batch(const py::object& tokens, std::vector<Sequence> sequences) {
   Batch batch;
@@ -114,6 +125,9 @@ void bind_run_arguments(py::module_& m) {
            py::arg("block_table"), py::arg("next_token") = -1);
   py::class_<Batch>(m, "Batch", py::module_local())
       .def(py::init(&make_batch), py::arg("tokens"), py::arg("sequences"));
+  py::class_<SamplingParams>(m, "DeviceSampling", py::module_local())
+      .def(py::init(&make_sampling), py::kw_only(), py::arg("temperature"), py::arg("top_k"),
+           py::arg("top_p"), py::arg("min_p"), py::arg("uniform"));
 }
 
 }  // namespace flowprefill

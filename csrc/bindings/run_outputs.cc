@@ -10,6 +10,24 @@ namespace py = pybind11;
 namespace flowprefill {
 namespace {
 
+// A view of the run's logits that keeps the run alive.
+py::array_t<float> logits(const py::object& object) {
+  const auto& program = finished<ModelProgram>(object, "logits");
+  if (program.logits() == nullptr)
+    throw std::invalid_argument(
+        "run: has no logits, it was made with fetch_logits=False or for embeddings");
+  const py::ssize_t rows = program.num_sequences();
+  const py::ssize_t columns = program.vocab_size();
+  constexpr py::ssize_t kFloat = sizeof(float);
+  return py::array_t<float>({rows, columns}, {kFloat * program.logits_stride(), kFloat},
+                            program.logits(), object);
+}
+
+py::array_t<int32_t> sampled(const py::object& object) {
+  const auto tokens = finished<ModelProgram>(object, "sampled tokens").sampled();
+  return py::array_t<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data(), object);
+}
+
 py::array_t<int32_t> scores(const py::object& object) {
   const auto scores = finished<ModelProgram>(object, "scores").scores();
   if (scores.empty())
@@ -47,6 +65,14 @@ RunOutput output_of(const std::string& name) {
 }
 
 void bind_run_outputs(py::module_& m) {
+  m.def(
+      "has_logits",
+      [](const py::object& run) {
+        return finished<ModelProgram>(run, "logits").logits() != nullptr;
+      },
+      py::arg("run"));
+  m.def("logits", &logits, py::arg("run"));
+  m.def("sampled", &sampled, py::arg("run"));
   m.def("scores", &scores, py::arg("run"));
   m.def("embeddings", &embeddings, py::arg("run"));
 }

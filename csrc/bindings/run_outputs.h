@@ -1,4 +1,4 @@
-// What runs can give besides logits, as both modules bind it: by name, and as views.
+// What runs can give, as both modules bind it: by name, and as views.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,7 +12,8 @@ namespace flowprefill {
 // Throws std::invalid_argument naming what there is.
 RunOutput output_of(const std::string& name);
 
-// Binds scores() and embeddings(), views that keep their run alive.
+// Binds has_logits(), logits(), sampled(), scores() and embeddings(), views that keep their run
+// alive.
 void bind_run_outputs(pybind11::module_& m);
 
 }  // namespace flowprefill

@@ -144,7 +144,7 @@ def score(
             batch = device.native.Batch(np.ascontiguousarray(passages[:, position]), sequences)
             step = model.make_run(position + 1, batch, plan)
             execute(executor, step)
-            logits = device.outcomes(step).astype(np.float64)
+            logits = device.native.logits(step).astype(np.float64)
             top = logits.max(axis=1, keepdims=True)
             total = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
             log_probs.append(logits[np.arange(count), passages[:, position + 1]] - total)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowprefill.engine.event_thread import EventThread
 from flowprefill.engine.gate import Gate
+from flowprefill.engine.handle import wake
 from flowprefill.engine.live_run import LiveRun
 from flowprefill.engine.memory_queue import MemoryQueue
 from flowprefill.engine.outbox import Outbox
@@ -297,7 +298,7 @@ class EngineCore:
             return None
         for request in requests:
             request.work_id = work.id
-        active = self._runs[work.id] = LiveRun(work, run, requests, batch.output)
+        active = self._runs[work.id] = LiveRun(work, run, requests, batch)
         self.run_names[work.id] = active.name
         while len(self.run_names) > KEPT_RUN_NAMES:
             self.run_names.popitem(last=False)
@@ -309,7 +310,7 @@ class EngineCore:
         is_decode = output == "logits" and all(
             len(request.ids) - request.computed == 1 for request in requests
         )
-        chooses = is_decode and self._worker.limits.chooses_tokens
+        chooses = output == "logits" and self._worker.limits.chooses_tokens
         kind: WorkKind = "decode" if is_decode else "prefill"
         return Batch(
             run_id=run_id,
@@ -412,11 +413,17 @@ class EngineCore:
         self._deliver()
 
     def _handle_end_of_run(self, run_id: int, kind: str) -> None:
-        """Tokens first, then the scheduler: a client gets its first token at once."""
+        """Handle the end of a run, so that the device idles least and first tokens wait least.
+
+        A first token is handed over at once; those of a decode step once the next run is
+        dispatched: each wakes a client's thread, which then competes for the interpreter.
+        """
         active = self._runs[run_id]
         failures: dict[str, FlowPrefillError] = {}
         if kind == "finished":
             failures = active.answer(self._worker, self._worker.now_s())
+            if active.work.kind == "prefill":
+                wake(active.hand_over())
         with self._lock:
             del self._runs[run_id]
             active.account()
@@ -434,6 +441,8 @@ class EngineCore:
                     self._scheduler_events.append(Finished(run_id, ends, executed_s))
                     self._note_held(active)
             self._settle()
+            wakers = active.hand_over()
+        wake(wakers)
         self._deliver()
         for request in active.requests:  # the next run executes already
             request.prepare_sampling()

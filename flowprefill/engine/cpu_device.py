@@ -15,7 +15,6 @@ from flowprefill.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ class CpuDevice:
     name = "cpu"
     max_model_len = 0
     max_running = 64
-    chooses_tokens = False
     is_exclusive = False
     probe_sizes = ProbeSizes(tokens=256, context=3072)
     granularity = Granularity("budget", budget_s=2e-3)
@@ -116,10 +114,6 @@ class CpuDevice:
         executor = _core.Executor(self.threads, self._background)
         executor.start()
         return executor
-
-    def outcomes(self, run: _core.Run) -> FloatArray:
-        """Return a view of the run's logits."""
-        return _core.logits(run)
 
     def workspace_bytes(self, model: _core.Model) -> int:
         """Return the workspaces of this process."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flowprefill import _cuda
-    from flowprefill.engine.device import FloatArray
     from flowprefill.models.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ class CudaDevice:
 
     max_model_len = USUAL_MAX_MODEL_LEN
     max_running = 256  # whose steps read weights once, and have graphs: see bucket.h
-    chooses_tokens = True
     is_exclusive = True
     # Enough blocks of threads for all multiprocessors, and context enough that attention counts.
     probe_sizes = ProbeSizes(tokens=2048, context=8192, fills_context=True)
@@ -190,14 +188,6 @@ class CudaDevice:
         except RuntimeError as error:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
         return executor
-
-    def outcomes(self, run: _cuda.Run) -> FloatArray | list[int]:
-        """Return the run's logits, a view of pinned memory; its tokens if they were not fetched."""
-        if self.native.has_logits(run):
-            values: FloatArray = self.native.logits(run)
-            return values
-        tokens: list[int] = self.native.sampled(run).tolist()
-        return tokens
 
     def workspace_bytes(self, model: _cuda.Model) -> int:
         """Return what suspended runs hold outside of the lanes."""

@@ -83,8 +83,6 @@ class Device(Protocol):
         max_model_len: longest prompt plus output taken unless the settings ask for more; 0: the
             model's own.
         max_running: most sequences in one decode step unless the settings say otherwise.
-        chooses_tokens: whether runs can choose the next tokens themselves: `make_run` then takes
-            `sampling` and `fetch_logits`.
         is_exclusive: whether no other process computes on it, so that a work which takes longer
             than predicted is slower, not disturbed.
         probe_sizes: of calibration.
@@ -99,7 +97,6 @@ class Device(Protocol):
     threads: int
     max_model_len: int
     max_running: int
-    chooses_tokens: bool
     is_exclusive: bool
     probe_sizes: ProbeSizes
     granularity: Granularity
@@ -126,9 +123,6 @@ class Device(Protocol):
         Raises:
             ConfigError: the device refused.
         """
-
-    def outcomes(self, run: Any) -> FloatArray | list[int]:
-        """Return a finished run's logits, [sequences, vocab], or the tokens it has chosen."""
 
     def workspace_bytes(self, model: Any) -> int:
         """Return the memory that live runs hold outside the KV cache."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,11 +82,15 @@ class Handle:
 
     def push(self, token: Token) -> None:
         """Hand over the next token. AssertionError after the end (a bug of ours)."""
+        wake(self.append(token))
+
+    def append(self, token: Token) -> Sequence[Waker]:
+        """Do as `push`, but leave the waking to the caller: it may hold a lock now."""
         with self._lock:
             self._check_open("push")
             self._tokens.append(token)
             wakers, self._token_wakers = self._token_wakers, None
-        _wake(wakers)
+        return wakers or ()
 
     def finish(self, completion: Completion) -> None:
         """End the request with a result. AssertionError if it has ended (a bug of ours)."""
@@ -264,7 +268,7 @@ class Handle:
             self._is_done = True
             wakers = [*(self._token_wakers or ()), *(self._end_wakers or ())]
             self._token_wakers = self._end_wakers = None
-        _wake(wakers)
+        wake(wakers)
 
     def _check_open(self, call: str) -> None:
         if self._is_done:
@@ -307,6 +311,7 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _wake(wakers: list[Waker] | None) -> None:
-    for waker in wakers or ():
+def wake(wakers: Iterable[Waker]) -> None:
+    """Call the wakers, no lock held."""
+    for waker in wakers:
         waker()

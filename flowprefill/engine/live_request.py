@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flowprefill.models.tokenizer import IncrementalDecoder
     from flowprefill.request import SLO, FinishReason, Request, RunOutput
 
-    Outcome = NDArray[np.float32] | int
+    Outcome = NDArray[np.float32] | int  # a row of logits, an embedding; or the token chosen
 
 
 @dataclass(slots=True)

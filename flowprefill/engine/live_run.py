@@ -8,9 +8,12 @@ from flowprefill.errors import FlowPrefillError, RequestFailed
 from flowprefill.request import POOLINGS
 
 if TYPE_CHECKING:
-    from flowprefill.engine.live_request import LiveRequest
-    from flowprefill.engine.worker import RunHandle, Worker
-    from flowprefill.request import RunOutput
+    from collections.abc import Sequence
+
+    from flowprefill.engine.handle import Handle, Waker
+    from flowprefill.engine.live_request import LiveRequest, Outcome
+    from flowprefill.engine.worker import Batch, RunHandle, Worker
+    from flowprefill.request import Token
     from flowprefill.scheduling import Work
 
 
@@ -20,26 +23,33 @@ class LiveRun:
     Attributes:
         requests: in the order of the run's rows of logits.
         output: what the run gives.
+        chooses: of each request, whether its next token is chosen by the run.
+        made: tokens that `answer` has made and nobody has been handed.
         computed: tokens of each request that are in the cache once the run has finished.
         is_preempting: it was dispatched over another run; `reason` says why.
     """
 
-    __slots__ = ("computed", "is_preempting", "output", "reason", "requests", "run", "work")
+    __slots__ = (
+        "chooses", "computed", "is_preempting", "made", "output", "reason", "requests", "run",
+        "work",
+    )  # fmt: skip
 
     def __init__(
         self,
         work: Work,
         run: RunHandle,
         requests: list[LiveRequest],
-        output: RunOutput = "logits",
+        batch: Batch,
     ) -> None:
         self.work = work
         self.run = run
         self.requests = requests
-        self.output = output
+        self.output = batch.output
+        self.chooses = [sequence.sampling is not None for sequence in batch.sequences]
         self.computed = [len(request.ids) for request in requests]
         self.is_preempting = False
         self.reason = ""
+        self.made: list[tuple[Handle, Token]] = []
 
     @property
     def name(self) -> str:
@@ -54,7 +64,7 @@ class LiveRun:
         return self.run.accounting().max_blocking_s
 
     def answer(self, worker: Worker, now: float) -> dict[str, FlowPrefillError]:
-        """Give each request of the finished run what it is to have of it: a token, mostly.
+        """Have each request of the finished run take what it gives: a token, mostly, to hand over.
 
         Args:
             worker: has the run's logits, the tokens the device chose, scores or embeddings.
@@ -65,8 +75,7 @@ class LiveRun:
 
         Thread: the event thread, without the engine's lock.
         """
-        has_embeddings = self.output in POOLINGS
-        outcomes = worker.embeddings(self.run) if has_embeddings else worker.outcomes(self.run)
+        outcomes = self._outcomes(worker)
         scores = worker.scores(self.run) if self.output == "scores" else None
         failures: dict[str, FlowPrefillError] = {}
         first = 0  # row of each prompt's scores, which a run has computed whole
@@ -81,8 +90,24 @@ class LiveRun:
                 failures[request.id] = RequestFailed(f"request {request.id}: {error}")
                 continue
             if token is not None:
-                request.handle.push(token)
+                self.made.append((request.handle, token))
         return failures
+
+    def _outcomes(self, worker: Worker) -> Sequence[Outcome]:
+        if self.output in POOLINGS:
+            return list(worker.embeddings(self.run))
+        if not any(self.chooses):
+            return list(worker.logits(self.run))
+        tokens = worker.chosen(self.run)
+        if all(self.chooses):
+            return tokens
+        rows = worker.logits(self.run)
+        return [tokens[i] if chosen else rows[i] for i, chosen in enumerate(self.chooses)]
+
+    def hand_over(self) -> list[Waker]:
+        """Hand over the tokens that were made; returns whom to wake, which needs no lock."""
+        made, self.made = self.made, []
+        return [waker for handle, token in made for waker in handle.append(token)]
 
     def account(self) -> None:
         """Note in the requests where the time of their first prefill went."""

@@ -21,6 +21,7 @@ from flowprefill.engine.device import longest_of
 from flowprefill.engine.device_choice import open_model
 from flowprefill.engine.loading import model_shape, plan_options, slowdown_of
 from flowprefill.engine.prompt_logprobs import SCORE
+from flowprefill.engine.sampler import DeviceSampling
 from flowprefill.engine.worker import WorkerLimits, WorkerStats
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import MachineRates
@@ -76,7 +77,7 @@ class LocalWorker:
             longest,
             config.block_tokens,
             blocks,
-            self._device.chooses_tokens,
+            True,
             config.max_running or self._device.max_running,
         )
         self._plans: dict[float, Any] = {}
@@ -130,13 +131,17 @@ class LocalWorker:
         if batch.output != "logits":
             run = model.make_run(batch.run_id, packed, plan, output=batch.output)
             return run
-        chosen = [s.sampling._asdict() for s in batch.sequences if s.sampling is not None]
-        if len(chosen) < len(tokens):
-            return self._model.make_run(batch.run_id, packed, plan)
-        sampling = [native.DeviceSampling(**each) for each in chosen]
-        run = model.make_run(  # no logits have to come to the host
-            batch.run_id, packed, plan, sampling=sampling, fetch_logits=False
-        )
+        wanted = [s.sampling for s in batch.sequences]
+        if all(each is None for each in wanted):
+            run = model.make_run(batch.run_id, packed, plan)
+            return run
+        greedy = DeviceSampling()
+        # A device chooses for all or none: what it chooses for those that want logits is not read.
+        run = model.make_run(
+            batch.run_id, packed, plan,
+            sampling=[native.DeviceSampling(**(each or greedy)._asdict()) for each in wanted],
+            fetch_logits=None in wanted,
+        )  # fmt: skip
         return run
 
     def dispatch(self, run: Any) -> bool:
@@ -167,9 +172,15 @@ class LocalWorker:
         """Have `poll` return."""
         os.eventfd_write(self._wake_fd, 1)
 
-    def outcomes(self, run: Any) -> FloatArray | list[int]:
-        """Return a finished run's logits, a view of native memory, or its tokens."""
-        return self._device.outcomes(run)
+    def logits(self, run: Any) -> FloatArray:
+        """Return a finished run's logits, a view of native memory."""
+        logits: FloatArray = self._device.native.logits(run)
+        return logits
+
+    def chosen(self, run: Any) -> list[int]:
+        """Return a finished run's next tokens."""
+        tokens: list[int] = self._device.native.sampled(run).tolist()
+        return tokens
 
     def scores(self, run: Any) -> NDArray[Any]:
         """Return a finished run's scores, a view of native memory."""

@@ -34,7 +34,7 @@ class WorkerLimits:
         max_model_len: longest prompt plus output, tokens.
         block_tokens: tokens of one KV block.
         num_blocks: KV blocks; they are numbered from 0.
-        chooses_tokens: whether its decode steps can choose the next tokens themselves; see
+        chooses_tokens: whether its runs can choose the next tokens themselves; see
             `BatchSequence.sampling`.
         max_running: most sequences in one decode step.
     """
@@ -228,8 +228,14 @@ class Worker(Protocol):
     def wake(self) -> None:
         """Have `poll` return."""
 
-    def outcomes(self, run: RunHandle) -> Logits | list[int]:
-        """Return a finished run's logits, [sequences, vocab], or the tokens it has chosen."""
+    def logits(self, run: RunHandle) -> Logits:
+        """Return a finished run's logits, [sequences, vocab], unless all its tokens were chosen."""
+
+    def chosen(self, run: RunHandle) -> list[int]:
+        """Return a finished run's next tokens, one of each sequence; below 0: none to choose.
+
+        Those of sequences without `sampling` mean nothing.
+        """
 
     def scores(self, run: RunHandle) -> Scores:
         """Return a finished run's scores, [tokens] of `prompt_logprobs.SCORE`; output scores."""

@@ -139,7 +139,11 @@ class VirtualWorker:
     def wake(self) -> None:
         """No thread sleeps here."""
 
-    def outcomes(self, run: Any) -> list[int]:
+    def logits(self, run: Any) -> Any:
+        """Raise: its runs give tokens only."""
+        raise NotImplementedError(f"run {run.id}: no logits on a virtual device")
+
+    def chosen(self, run: Any) -> list[int]:
         """Return the tokens."""
         tokens: list[int] = run.tokens
         return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ class Margins:
     def __init__(self, engine: Engine) -> None:
         self.found: list[float] = []
         worker: Any = engine._worker
-        self._outcomes = worker.outcomes
-        worker.outcomes = self._keep
+        self._logits = worker.logits
+        worker.logits = self._keep
+        worker.limits = replace(worker.limits, chooses_tokens=False)
 
     def _keep(self, run: Any) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = self._outcomes(run)
+        logits: npt.NDArray[np.float32] = self._logits(run)
         second, best = np.partition(logits[0], -2)[-2:]
         self.found.append(float(best - second))
         return logits

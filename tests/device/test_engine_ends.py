@@ -28,6 +28,7 @@ from engines import (
 from flowprefill import SLO, Engine, Request, SamplingParams, _core
 from flowprefill.engine import core, outbox
 from flowprefill.engine.handle import Handle
+from flowprefill.engine.live_request import LiveRequest
 from flowprefill.engine.worker import Batch
 from flowprefill.errors import DeadlinePassed, NotReady, RequestCancelled, RequestFailed
 
@@ -119,21 +120,21 @@ def test_cancel_while_a_token_is_sampled(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, moment: str, max_tokens: int
 ) -> None:
     """The event thread samples without the lock; a cancel in this moment must not be lost."""
-    from flowprefill.engine.sampler import Sampler
-
     engine = open_engine()
     handles: list[Handle] = []
     submitted = threading.Event()
-    owner: Any = Sampler if moment == "before sampling" else Handle
-    name = "sample" if moment == "before sampling" else "push"
-    original = getattr(owner, name)
+    take = LiveRequest.take
 
-    def cancelling(self: Any, *arguments: Any) -> Any:
+    def cancelling(request: LiveRequest, *arguments: Any) -> Any:
         assert submitted.wait(WAIT_S)
-        handles[0].cancel()
-        return original(self, *arguments)
+        if moment == "before sampling":
+            handles[0].cancel()
+        token = take(request, *arguments)
+        if moment == "after sampling":
+            handles[0].cancel()
+        return token
 
-    monkeypatch.setattr(owner, name, cancelling)
+    monkeypatch.setattr(LiveRequest, "take", cancelling)
     handles.append(engine.submit(Request(prompt_of(10), greedy(max_tokens))))
     submitted.set()
     if max_tokens == 1:  # its reader has the last token: that is how it ends

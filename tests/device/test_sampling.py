@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from devices import GPUS, Device, on
+from devices import Device
 from engines import WAIT_S, prompt_of
 
 from flowprefill import Engine, Request, SamplingParams
+from flowprefill.engine.live_run import LiveRun
+from flowprefill.engine.sampler import Sampler
 
 OpenEngine = Callable[..., Engine]
 
@@ -22,37 +24,57 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-@on(GPUS)
 def test_device_and_host_choose_the_same_tokens(
     device: Device, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     engine = open_engine(prefix_cache=False)
-    fetched: list[bool] = []
-    outcomes = engine._worker.outcomes
-
-    def note(run: Any) -> Any:
-        fetched.append(device.module.has_logits(run))
-        return outcomes(run)
-
-    monkeypatch.setattr(engine._worker, "outcomes", note)
+    has_logits = note_logits(device, engine, monkeypatch)
     params = replace(SAMPLED[name], max_tokens=6, ignore_eos=True)
     on_device = engine.submit(Request(prompt_of(40, 1), params)).result(WAIT_S).token_ids
-    assert fetched == [True, False, False, False, False, False], "the prefill's logits only"
-    fetched.clear()
+    assert has_logits == [False] * 6
+    has_logits.clear()
     with_logprobs = replace(params, logprobs=0)
     on_host = engine.submit(Request(prompt_of(40, 1), with_logprobs)).result(WAIT_S).token_ids
-    assert fetched == [True] * 6
+    assert has_logits == [True] * 6
     assert on_device == on_host
 
 
-@on(GPUS)
-def test_one_that_needs_logits_brings_them_for_the_whole_step(open_engine: OpenEngine) -> None:
+def test_one_that_needs_logits_leaves_the_others_to_the_device(
+    device: Device, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = open_engine(prefix_cache=False)
     params = SamplingParams(temperature=0.7, seed=9, max_tokens=5, ignore_eos=True)
-    alone = engine.submit(Request(prompt_of(20, 2), params)).result(WAIT_S).token_ids
+    penalised = replace(params, presence_penalty=0.5)
+    want = [
+        engine.submit(Request(prompt_of(20, 2), params)).result(WAIT_S).token_ids,
+        engine.submit(Request(prompt_of(30, 3), penalised)).result(WAIT_S).token_ids,
+    ]
+    has_logits = note_logits(device, engine, monkeypatch)
+    sampled: list[int] = []
+    sample = Sampler.sample
+
+    def note(sampler: Sampler, logits: Any) -> Any:
+        sampled.append(logits.size)
+        return sample(sampler, logits)
+
+    monkeypatch.setattr(Sampler, "sample", note)
     handles = [
         engine.submit(Request(prompt_of(20, 2), params)),
-        engine.submit(Request(prompt_of(30, 3), replace(params, presence_penalty=0.5))),
+        engine.submit(Request(prompt_of(30, 3), penalised)),
     ]
-    assert handles[0].result(WAIT_S).token_ids == alone
-    assert len(handles[1].result(WAIT_S).token_ids) == 5
+    assert [handle.result(WAIT_S).token_ids for handle in handles] == want
+    assert any(has_logits)
+    assert len(sampled) == 5, "those of the penalised one"
+
+
+def note_logits(device: Device, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that gets, for every run that has ended, whether it has logits."""
+    found: list[bool] = []
+    answer = LiveRun.answer
+
+    def note(run: LiveRun, worker: Any, now: float) -> Any:
+        found.append(device.module.has_logits(run.run))
+        return answer(run, worker, now)
+
+    monkeypatch.setattr(LiveRun, "answer", note)
+    return found

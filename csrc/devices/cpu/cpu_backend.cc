@@ -1,5 +1,6 @@
 #include "devices/cpu/cpu_backend.h"
 
+#include <compare>
 #include <map>
 #include <stdexcept>
 #include <utility>
@@ -20,8 +21,6 @@ constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
 
 // Why the CPU does not take the operator; empty: it does.
 std::string refusal_of(const ModelGraph& graph, const Operator& op) {
-  if (op.kind == OperatorKind::kSample)
-    return "the engine samples on the CPU";
   if (op.kind == OperatorKind::kLinear && graph.tensor(op.input).columns % 2 != 0)
     return "input columns: got " + std::to_string(graph.tensor(op.input).columns) +
            ", expected an even number";
@@ -88,21 +87,30 @@ class CpuBackend final : public Backend {
     check(batch, {.vocab_size = graph_->vocab_size,
                   .block_tokens = cache_->layout().block_tokens,
                   .blocks = cache_->layout().blocks});
-    const auto graph = graph_of(program.output);
+    check(program.sampling, batch.num_sequences());
+    const auto graph = graph_of({program.output, !program.sampling.empty()});
     CompiledProgram compiled(graph, make_plan(*graph, batch, options, cuts_));
     return std::make_unique<CpuProgram<T>>(std::move(compiled), weights_, cache_, pool_,
-                                           std::move(batch), threads_, program.fail_at);
+                                           std::move(batch), program, threads_);
   }
 
  private:
+  struct Variant {
+    RunOutput output = RunOutput::kLogits;
+    bool chooses_tokens = false;
+    auto operator<=>(const Variant&) const = default;
+  };
+
   // Variants are made when they are first asked for.
-  std::shared_ptr<const ModelGraph> graph_of(RunOutput output) {
-    if (output == RunOutput::kLogits)
+  std::shared_ptr<const ModelGraph> graph_of(Variant wanted) {
+    if (wanted == Variant{})
       return graph_;
     const MutexLock lock(mutex_);
-    auto& variant = variants_[output];
+    auto& variant = variants_[wanted];
     if (variant == nullptr) {
-      ModelGraph made = with_output(*graph_, output);
+      ModelGraph made = with_output(*graph_, wanted.output);
+      if (wanted.chooses_tokens)
+        made = with_sampling(std::move(made));
       check_operators(made, refusal_of);
       variant = std::make_shared<const ModelGraph>(std::move(made));
     }
@@ -127,7 +135,7 @@ class CpuBackend final : public Backend {
   std::shared_ptr<KvCache> cache_;
   bool is_finished_ = false;
   Mutex mutex_;
-  std::map<RunOutput, std::shared_ptr<const ModelGraph>> variants_ FP_GUARDED_BY(mutex_);
+  std::map<Variant, std::shared_ptr<const ModelGraph>> variants_ FP_GUARDED_BY(mutex_);
 };
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <numbers>
 
+#include "devices/cpu/sample.h"
+
 namespace flowprefill {
 namespace {
 
@@ -47,8 +49,9 @@ void CpuOperators<T>::execute(const Operator& op, const Step& step, RowRange row
       return score(op, step, rows);
     case OperatorKind::kPool:
       return pool(op, step, rows, begin, end);
+    case OperatorKind::kSample:
+      return choose(op, step, rows);
     case OperatorKind::kAttention:  // shared out by items
-    case OperatorKind::kSample:     // the engine samples
       return;
   }
 }
@@ -359,6 +362,15 @@ void CpuOperators<T>::score(const Operator& op, const Step& step, RowRange rows)
         row + 1 < s.row_end() ? a_.batch.tokens[static_cast<size_t>(row) + 1] : s.next_token;
     row_kernels<T>().score(a_.template at<float>(op.input, step, row), a_.graph.vocab_size, target,
                            scores[row]);
+  }
+}
+
+template <typename T>
+void CpuOperators<T>::choose(const Operator& op, const Step& step, RowRange rows) {
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    *a_.template at<int32_t>(op.output, step, row) =
+        sample(row_kernels<float>(), a_.template at<float>(op.input, step, row),
+               a_.graph.vocab_size, a_.sampling[static_cast<size_t>(row)]);
   }
 }
 

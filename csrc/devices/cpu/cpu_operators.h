@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "devices/cpu/attention.h"
@@ -13,6 +14,7 @@
 #include "graph/batch.h"
 #include "graph/cost.h"
 #include "graph/model_graph.h"
+#include "graph/sampling_params.h"
 
 namespace flowprefill {
 
@@ -29,6 +31,7 @@ struct CpuActivations {
   const CpuWeights<T>& weights;
   KvCache& cache;
   const Batch& batch;
+  std::span<const SamplingParams> sampling;  // one for each sequence, where it chooses tokens
   std::vector<int32_t> sequence_of_row;
   std::vector<Buffer> tensors;  // by index into the graph's tensors
 
@@ -89,6 +92,7 @@ class CpuOperators {
   void residual(const Operator& op, const Step& step, RowRange rows);
   void round(const Operator& op, const Step& step, RowRange rows);
   void score(const Operator& op, const Step& step, RowRange rows);
+  void choose(const Operator& op, const Step& step, RowRange rows);
   void pool(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end);
 
   CpuActivations<T>& a_;

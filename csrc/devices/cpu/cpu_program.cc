@@ -53,18 +53,21 @@ size_t live_workspace_bytes() {
 template <typename T>
 CpuProgram<T>::CpuProgram(CompiledProgram compiled, std::shared_ptr<const CpuWeights<T>> weights,
                           std::shared_ptr<KvCache> cache, std::shared_ptr<BufferPool> pool,
-                          Batch batch, int threads, int64_t fail_at)
+                          Batch batch, const ProgramOptions& options, int threads)
     : compiled_(std::move(compiled)),
       weights_(std::move(weights)),
       cache_(std::move(cache)),
       pool_(std::move(pool)),
       batch_(std::move(batch)),
+      sampling_(options.sampling.begin(), options.sampling.end()),
       threads_(threads),
-      fail_at_(fail_at),
+      has_logits_(options.fetch_logits && compiled_.graph().logits() >= 0),
+      fail_at_(options.fail_at),
       activations_{.graph = compiled_.graph(),
                    .weights = *weights_,
                    .cache = *cache_,
                    .batch = batch_,
+                   .sampling = sampling_,
                    .sequence_of_row = sequence_of_rows(batch_),
                    .tensors = std::vector<Buffer>(compiled_.graph().tensors.size())},
       operators_(activations_) {
@@ -142,8 +145,8 @@ size_t CpuProgram<T>::workspace_bytes() const {
 template <typename T>
 const float* CpuProgram<T>::logits() const {
   const int32_t logits = compiled_.graph().logits();
-  return logits < 0 ? nullptr
-                    : activations_.tensors[static_cast<size_t>(logits)].template as<float>();
+  return has_logits_ ? activations_.tensors[static_cast<size_t>(logits)].template as<float>()
+                     : nullptr;
 }
 
 template <typename T>
@@ -156,6 +159,15 @@ const Operator* CpuProgram<T>::last_of(Extent extent) const {
       return &op;
   }
   return nullptr;
+}
+
+template <typename T>
+std::span<const int32_t> CpuProgram<T>::sampled() const {
+  const Operator* op = sampling_.empty() ? nullptr : last_of(Extent::kSequence);
+  if (op == nullptr)
+    return {};
+  return {activations_.tensors[static_cast<size_t>(op->output)].template as<int32_t>(),
+          static_cast<size_t>(batch_.num_sequences())};
 }
 
 template <typename T>

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "devices/cpu/cpu_operators.h"
 #include "graph/backend.h"
@@ -26,10 +27,11 @@ size_t live_workspace_bytes();
 template <typename T>
 class CpuProgram final : public ModelProgram {
  public:
-  // The batch has been checked. fail_at >= 0 makes that segment throw (tests).
+  // Batch and options have been checked; sampling is for each sequence exactly where the graph
+  // chooses tokens.
   CpuProgram(CompiledProgram compiled, std::shared_ptr<const CpuWeights<T>> weights,
              std::shared_ptr<KvCache> cache, std::shared_ptr<BufferPool> pool, Batch batch,
-             int threads, int64_t fail_at);
+             const ProgramOptions& options, int threads);
   ~CpuProgram() override;
 
   size_t size() const override { return compiled_.size(); }
@@ -39,6 +41,7 @@ class CpuProgram final : public ModelProgram {
   void give_back_dead(size_t cursor) override;
 
   const float* logits() const override;
+  std::span<const int32_t> sampled() const override;
   std::span<const PromptScore> scores() const override;
   std::span<const float> embeddings() const override;
   int64_t logits_stride() const override { return vocab_size(); }
@@ -65,7 +68,9 @@ class CpuProgram final : public ModelProgram {
   const std::shared_ptr<KvCache> cache_;
   const std::shared_ptr<BufferPool> pool_;
   const Batch batch_;
+  const std::vector<SamplingParams> sampling_;
   const int threads_;
+  const bool has_logits_;
   const int64_t fail_at_;
   Team* team_ = nullptr;  // while a segment executes
   CpuActivations<T> activations_;

@@ -7,6 +7,7 @@
 
 #include "devices/cpu/block_formats.h"
 #include "graph/prompt_score.h"
+#include "graph/sampling_params.h"
 
 namespace flowprefill {
 
@@ -162,6 +163,16 @@ struct RowKernels {
                        float* out);
   // What is kept of a row of n logits; target: the token that follows, -1: none.
   void (*score)(const float* logits, int n, int target, PromptScore& out);
+  // The first of the largest of n logits; -1: NaN or +inf among them, or all of them -inf.
+  int32_t (*most_likely)(const float* logits, int n);
+  // weights[i] = e^((logits[i] - top) / temperature), or 0 where that is below min_p; top: the
+  // largest logit.
+  void (*weigh)(const float* logits, int n, float top, const SamplingParams& params,
+                float* weights);
+  // In double.
+  double (*sum)(const float* x, int n);
+  // Where x[i] >= least > 0, ascending, into found [n]; returns how many.
+  int32_t (*find_at_least)(const float* x, int n, float least, int32_t* found);
   // Rotates a row in runs of kRotatedRun (isa_int8.h); out is as long as whole runs, the last one
   // filled up with zeros first. Returns the largest size in it, or NaN if there is one.
   float (*rotate)(const T* row, int n, float* out);

@@ -11,6 +11,7 @@
 #include "devices/cpu/isa_math.h"
 #include "devices/cpu/isa_product.h"
 #include "devices/cpu/isa_product_bf16.h"
+#include "devices/cpu/isa_sample.h"
 #include "devices/cpu/isa_score.h"
 #include "devices/cpu/row_kernels.h"
 
@@ -341,6 +342,10 @@ constexpr RowKernels<T> make_table() {
           .prepare_few = prepare_few<T>,
           .multiply_few = multiply_few<T>,
           .score = score,
+          .most_likely = most_likely,
+          .weigh = weigh,
+          .sum = sum,
+          .find_at_least = find_at_least,
           .rotate = rotate<T>,
           .round_to_bytes = round_to_bytes,
           .scale_product = scale_product};

@@ -82,9 +82,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, st
     module.device_info = device_info
     module.Model = Model
     module.Executor = lambda model, plan=None: _core.Executor(1)
-    module.logits = _core.logits
-    module.has_logits = lambda run: True
-    for name in ("Batch", "BatchSequence", "MachineRates", "PlanOptions"):
+    for name in (
+        "Batch", "BatchSequence", "DeviceSampling", "MachineRates", "PlanOptions", "has_logits",
+        "logits", "sampled",
+    ):  # fmt: skip
         setattr(module, name, getattr(_core, name))
     monkeypatch.setattr(Model, "made", [])
     monkeypatch.setattr(Model, "sharing", [])

@@ -31,8 +31,8 @@ class Model:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def make_run(self, *arguments: Any, sampling: object = (), fetch_logits: bool = True) -> Any:
-        return self.inner.make_run(*arguments)
+    def make_run(self, *arguments: Any, **options: Any) -> Any:
+        return self.inner.make_run(*arguments, **options)
 
     def lane_bytes(self, block_tokens: int) -> int:
         return 2 * GIB
@@ -78,11 +78,11 @@ def install(
     module.device_info = device_info
     module.Model = model
     module.Executor = lambda model, plan: _core.Executor(1)
-    module.has_logits = lambda run: True
-    module.logits = _core.logits
-    for name in ("Batch", "BatchSequence", "MachineRates", "PlanOptions"):
+    for name in (
+        "Batch", "BatchSequence", "DeviceSampling", "MachineRates", "PlanOptions", "has_logits",
+        "logits", "sampled",
+    ):  # fmt: skip
         setattr(module, name, getattr(_core, name))
-    module.DeviceSampling = dict
     monkeypatch.setattr(model, "made", [])
     monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)
 
