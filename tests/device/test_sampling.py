@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from devices import Device
+from devices import ONE, Device, on
 from engines import WAIT_S, prompt_of
 
 from flowprefill import Engine, Request, SamplingParams
@@ -24,6 +24,7 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize("name", SAMPLED)
+@on(ONE)
 def test_device_and_host_choose_the_same_tokens(
     device: Device, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -39,6 +40,7 @@ def test_device_and_host_choose_the_same_tokens(
     assert on_device == on_host
 
 
+@on(ONE)
 def test_one_that_needs_logits_leaves_the_others_to_the_device(
     device: Device, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

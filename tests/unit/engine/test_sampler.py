@@ -329,7 +329,7 @@ def test_device_is_not_asked_where_it_needs_what_only_the_host_has() -> None:
 def test_device_that_found_no_token_fails_the_request() -> None:
     sampler = make(SamplingParams(), 8)
     asked = sampler.on_device()
-    with pytest.raises(RequestFailed, match="output token 0: the device found no token"):
+    with pytest.raises(RequestFailed, match="output token 0: there is no token to choose"):
         sampler.accept(-1)
     assert sampler.on_device() == asked
 
