@@ -27,10 +27,10 @@ def raw(server: RunningServer, head: str) -> bytes:
 
 
 def test_on_loopback_a_host_must_be_this_machine(server: RunningServer) -> None:
-    for name in LOOPBACK:
+    for name in (*LOOPBACK, "workstation", "compose_name-1"):
         for host in (name, f"{name}:{server.port}", f"{name}:80"):
             assert server.get("/health", {"Host": host}).status == 200, host
-    for name in (*FOREIGN, "evil.test:8000", "user@localhost", "local host", ":8000"):
+    for name in (*FOREIGN, "evil.test:8000", "user@localhost", "local host", ":8000", "123"):
         for path in ("/health", "/v1/models", "/", "/live", "/debug/requests", "/nowhere"):
             reply = server.get(path, {"Host": name})
             assert (reply.status, reply.error["code"]) == (403, "host_not_allowed"), (name, path)

@@ -20,6 +20,7 @@ from flowprefill.errors import InvalidRequest
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.%]+\]|[^:\s]*)(?::(?P<port>\d{1,5}))?", re.IGNORECASE)
+_ONE_WORD = re.compile(r"(?!\d+$)[a-z0-9_-]{1,63}")
 
 
 class HostNotAllowed(InvalidRequest):
@@ -73,7 +74,9 @@ class Guard:
         return "*" not in self._hosts and (self.is_local or bool(self._hosts))
 
     def check_host(self, host: str | None) -> None:
-        """Refuse a Host that is not this machine; every browser sends one, others may not.
+        """Refuse a Host that may be a stranger's; every browser sends one, others may not.
+
+        A name of one word passes: nobody owns one on the internet, so no stranger's page has it.
 
         Raises:
             HostNotAllowed: it is no loopback name or address, and none of the allowed hosts.
@@ -82,7 +85,7 @@ class Guard:
             return
         match = _HOST.fullmatch(host.strip())
         name = match["name"].strip("[]").rstrip(".").lower() if match else ""
-        if not name or not (is_loopback(name) or name in self._hosts):
+        if not (_ONE_WORD.fullmatch(name) or is_loopback(name) or name in self._hosts):
             allowed = "localhost, a loopback address, or one of --allowed-hosts"
             raise HostNotAllowed.field("host", host, allowed)
 
