@@ -25,7 +25,7 @@ from flowprefill.models.weight_names import hf_name
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HEAD = hf_name("lm_head")
+_HEAD, _PREFIX = hf_name("lm_head"), "model."
 _ELEMENT_BYTES = {
     "BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I32": 4, "I64": 8,
 }  # fmt: skip
@@ -56,6 +56,7 @@ class HfFolder:
         self._stored: dict[str, Stored] = {}
         for name in self._weight_files():
             self._open_weights(name)
+        self._is_bare = hf_name("embed").removeprefix(_PREFIX) in self._stored
         self._quantised = find_quantised(self._quantisation, self._stored, self._read_stored)
         self._shapes = self._weight_shapes()
         self.config = replace(
@@ -70,8 +71,9 @@ class HfFolder:
         return self._shapes
 
     def stored_name(self, canonical: str) -> str:
-        """Hugging Face's name of a canonical weight."""
-        return hf_name(canonical, self._family.hf_names)
+        """Hugging Face's name of a canonical weight; bare decoders are stored without "model."."""
+        name = hf_name(canonical, self._family.hf_names)
+        return name.removeprefix(_PREFIX) if self._is_bare else name
 
     def is_ignored(self, stored: str) -> bool:
         """Tied output projections are sometimes stored again; old files keep rotary tables."""
@@ -124,7 +126,7 @@ class HfFolder:
 
     def _has_own_head(self) -> bool:
         """Whether an output projection is stored that is not the embedding."""
-        embed = hf_name("embed")
+        embed = self.stored_name("embed")
         if _HEAD not in self._shapes or embed not in self._shapes:
             return _HEAD in self._shapes
         if _HEAD in self._quantised:

@@ -48,6 +48,18 @@ def test_an_index_of_shards_that_are_gone_names_the_first(save_tiny: Save) -> No
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("shard_size", ["1GB", "8KB"])
+def test_a_bare_decoder_is_stored_without_its_prefix(save_tiny: Save, shard_size: str) -> None:
+    _, folder = save_tiny("qwen3", shard_size, tie_word_embeddings=True)
+    named = {name: tensor.clone() for name, tensor in open_checkpoint(folder).weights()}
+    for path in folder.glob("*.safetensors"):  # as embedding models are published
+        bare = {name.removeprefix("model."): one for name, one in load_file(path).items()}
+        save_file(bare, path)
+    again = dict(open_checkpoint(folder).weights())
+    assert list(again) == list(named)
+    assert all((again[name] == tensor).all() for name, tensor in named.items())
+
+
 @pytest.mark.parametrize("eos", [-1, 48, [2, -1, 10**9]])
 def test_end_tokens_that_are_no_tokens_are_left_out(save_tiny: Save, eos: Any) -> None:
     _, folder = save_tiny("llama")
