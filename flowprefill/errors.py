@@ -85,6 +85,11 @@ class PromptTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+def overflow(max_tokens: int) -> str:
+    """Return the sentence by which gateways and agents tell that a prompt is too long."""
+    return f"This model's maximum context length is {max_tokens} tokens."
+
+
 class ModelNotFound(FlowPrefillError):
     """The request names a model this engine does not serve."""
 

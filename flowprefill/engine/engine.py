@@ -32,7 +32,7 @@ from flowprefill.engine.records import (
 )
 from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.stop import StopChecker
-from flowprefill.errors import InvalidRequest, NotReady, PromptTooLong
+from flowprefill.errors import InvalidRequest, NotReady, PromptTooLong, overflow
 from flowprefill.models.chat_template import read_template_file
 from flowprefill.models.checkpoint import Progress, open_checkpoint
 from flowprefill.request import SLO, Pooling, Request
@@ -368,8 +368,8 @@ class Engine:
         if len(ids) > longest:
             to_generate = ", one is to generate" if request.generates else ""
             raise PromptTooLong(
-                f"prompt: got {len(ids)} tokens, expected at most {longest} (max_model_len is "
-                f"{self.max_model_len}, the KV cache holds {capacity} tokens{to_generate})",
+                f"prompt: got {len(ids)} tokens, expected at most {longest}. {overflow(limit)} "
+                f"(max_model_len {self.max_model_len}, KV cache {capacity} tokens{to_generate})",
                 param="prompt",
             )
         wanted = request.sampling.max_tokens
@@ -377,7 +377,7 @@ class Engine:
         if wanted is not None and len(ids) + wanted > self.max_model_len:
             raise PromptTooLong(
                 f"max_tokens: got {wanted} on a prompt of {len(ids)} tokens, expected at most "
-                f"{self.max_model_len - len(ids)} (max_model_len is {self.max_model_len})",
+                f"{self.max_model_len - len(ids)}. {overflow(self.max_model_len)}",
                 param="max_tokens",
             )
         return room if wanted is None else min(room, wanted)

@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from flowprefill.errors import CheckpointError, InvalidRequest, PromptTooLong
+from flowprefill.errors import CheckpointError, InvalidRequest, PromptTooLong, overflow
 from flowprefill.models.prompt_bound import prompt_bound
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -153,7 +153,7 @@ class Tokenizer:
         if fewest >= max_tokens:
             raise PromptTooLong(
                 f"prompt: got {len(text)} characters, at least {fewest} tokens, expected at most "
-                f"{max_tokens - 1} tokens (max_model_len is {max_tokens}, one is to generate)",
+                f"{max_tokens - 1}, for one is to generate. {overflow(max_tokens)}",
                 param="prompt",
             )
 
