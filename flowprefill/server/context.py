@@ -192,3 +192,5 @@ SERVER = web.AppKey("server", ServerContext)
 REQUEST_ID = web.RequestKey("request_id", str)
 # What the request submitted to the engine, for the access log.
 HANDLES = web.RequestKey("handles", list[ServedHandle])
+# Set where writing to a stream found its client gone, before anything cancelled the handler.
+IS_CLIENT_GONE = web.RequestKey("is_client_gone", bool)

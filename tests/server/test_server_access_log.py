@@ -6,10 +6,16 @@ import logging
 import re
 import threading
 import time
+from typing import Any
 
 import pytest
 from fake_engine import WAIT_S, FakeEngine, Script
 from running_server import RunningServer, StartServer
+
+from flowprefill.engine.records import RequestRecord
+from flowprefill.server import app
+from flowprefill.server.http.sse import EventStream
+from flowprefill.server.observe.telemetry import Call, Telemetry
 
 ID = {"x-request-id": "mine"}
 
@@ -76,6 +82,45 @@ def test_client_that_leaves_is_logged(
     connection.close()
     (line,) = lines_of(caplog, 1)
     assert " POST /v1/completions 499 total=T prompt=3 cached=0 output=0" in line
+
+
+def test_client_that_leaves_a_stream_is_logged_alike_by_log_and_telemetry(
+    engine: FakeEngine,
+    start_server: StartServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    sent, told = EventStream.send, Told()
+    monkeypatch.setattr(app, "open_telemetry", lambda _: told)
+    logged = start_server(engine, log_requests=True)
+
+    async def send(stream: EventStream, payload: dict[str, Any], name: str = "") -> None:
+        if stream.is_open:
+            raise ConnectionResetError("the client has gone")
+        await sent(stream, payload, name)
+
+    monkeypatch.setattr(EventStream, "send", send)
+    logged.raw_socket("/v1/completions", {"prompt": "Hi", "stream": True}, 1).close()
+    (line,) = lines_of(caplog, 1)
+    assert " POST /v1/completions 499 total=T" in line
+    assert [call.status for call in told.calls] == [499]
+
+
+class Told(Telemetry):
+    """Keeps the calls it is told of."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def add(self, call: Call) -> None:
+        self.calls.append(call)
+
+    def on_end(self, record: RequestRecord) -> None:
+        """Nothing: calls are what is looked at."""
+
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Nothing was started."""
 
 
 def test_probes_are_not_logged(logged: RunningServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from flowprefill.request import Timings
-from flowprefill.server.context import HANDLES, REQUEST_ID
+from flowprefill.server.context import HANDLES, IS_CLIENT_GONE, REQUEST_ID
 from flowprefill.server.engine_protocol import ServedHandle
 
 logger = logging.getLogger("flowprefill.access")
@@ -33,13 +33,18 @@ async def access_log_middleware(request: web.Request, handler: Handler) -> web.S
     status = 500
     try:
         response = await handler(request)
-        status = response.status
+        status = ended_status(request, response)
         return response
     except asyncio.CancelledError:
         status = CLIENT_GONE
         raise
     finally:
         logger.info("%s", access_line(request, status, time.monotonic() - start_s))
+
+
+def ended_status(request: web.Request, response: web.StreamResponse) -> int:
+    """Return the status to tell of a request: CLIENT_GONE for a stream that was not read whole."""
+    return CLIENT_GONE if request.get(IS_CLIENT_GONE) else response.status
 
 
 def access_line(request: web.Request, status: int, seconds: float) -> str:

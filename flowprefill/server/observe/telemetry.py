@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from flowprefill.engine.records import RequestRecord
-from flowprefill.server.http.access_log import CLIENT_GONE
+from flowprefill.server.http.access_log import CLIENT_GONE, ended_status
 from flowprefill.server.http.endpoint import GENERATION, Generation
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ async def telemetry_middleware(request: web.Request, handler: Handler) -> web.St
     start_ns, start_s, status = time.time_ns(), time.monotonic(), 500
     try:
         response = await handler(request)
-        status = response.status
+        status = ended_status(request, response)
         return response
     except asyncio.CancelledError:
         status = CLIENT_GONE
