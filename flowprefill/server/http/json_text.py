@@ -10,6 +10,7 @@ the first value too many.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from json import scanner
 from json.decoder import JSONArray, JSONObject, scanstring  # type: ignore[attr-defined]
@@ -17,9 +18,10 @@ from typing import Any, NoReturn
 
 from flowprefill.errors import InvalidRequest
 
-# Up to these the parser in C takes about 20 ms at most: objects, lists and texts are dearest.
-# Integers cost the square of their digits, so a body of more digits a value is none of the few.
-FEW_PARTS, FEW_VALUES, FEW_DIGITS = 20_000, 250_000, 20
+# Up to these the parser in C takes about 20 ms at most: objects, lists and texts are dearest, then
+# floats, each of which is looked at. Integers cost the square of their digits, so a body of more
+# digits a value is none of the few.
+FEW_PARTS, FEW_FLOATS, FEW_VALUES, FEW_DIGITS = 20_000, 50_000, 250_000, 20
 # 10,000 messages of several parts fit, and the token ids of 30 prompts of 10,000.
 MAX_PARTS, MAX_NUMBERS, MAX_DIGITS = 100_000, 300_000, 400
 
@@ -28,22 +30,31 @@ def parse_json(raw: bytes, text: str, max_numbers: int = MAX_NUMBERS) -> Any:
     """Parse a body given as bytes and as text.
 
     Raises:
-        InvalidRequest: NaN or an infinity, more than MAX_PARTS objects, lists and texts, or more
-            than ``max_numbers`` numbers.
+        InvalidRequest: NaN, an infinity or what is too large for a float, more than MAX_PARTS
+            objects, lists and texts, or more than ``max_numbers`` numbers.
         ValueError, RecursionError: as json.loads; or an integer of more than MAX_DIGITS digits.
     """
     containers = raw.count(b"[") + raw.count(b"{")
     parts = containers + raw.count(b'"') // 2
     values = containers + raw.count(b",") + 1
-    if parts <= FEW_PARTS and values <= FEW_VALUES:
+    floats = min(sum(map(raw.count, (b".", b"e", b"E"))), values)
+    if parts <= FEW_PARTS and floats <= FEW_FLOATS and values <= FEW_VALUES:
         digits = len(raw) - len(raw.translate(None, b"0123456789"))
         if digits <= FEW_DIGITS * values + MAX_DIGITS:
-            return json.loads(text, parse_constant=_refuse_constant)
+            return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     return _CountingDecoder(max_numbers).decode(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequest(f"body: {name} is not JSON; numbers must be finite", param="body")
+
+
+def _finite(text: str) -> float:
+    """Read a float; Python takes 1e999 for an infinity, which no reply could repeat as JSON."""
+    value = float(text)
+    if math.isinf(value):
+        raise InvalidRequest(f"body: {text[:20]} is larger than any number", param="body")
+    return value
 
 
 class _CountingDecoder(json.JSONDecoder):
@@ -97,7 +108,7 @@ class _CountingDecoder(json.JSONDecoder):
 
     def _float(self, text: str) -> float:
         self._count_number()
-        return float(text)
+        return _finite(text)
 
 
 class _Keys(dict[str, str]):
