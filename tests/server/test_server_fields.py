@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,13 +10,22 @@ from fake_engine import FakeEngine
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import ConfigError
-from flowprefill.server.openai.foreign_fields import FOREIGN, NOT_OF_CHAT, NOT_OF_COMPLETIONS
+from flowprefill.request import StructuredOutput
+from flowprefill.server.openai.foreign_fields import (
+    FOREIGN,
+    NOT_OF_CHAT,
+    NOT_OF_COMPLETIONS,
+    NOT_OF_EMBEDDINGS,
+)
 from flowprefill.server.openai.openai_schema import REFUSED
 from flowprefill.server.options import ServerOptions
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 USER = [{"role": "user", "content": "Hi"}]
-BASE: dict[str, dict[str, Any]] = {COMPLETIONS: {"prompt": "Hi"}, CHAT: {"messages": USER}}
+BASE: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Hi"}, CHAT: {"messages": USER}, EMBEDDINGS: {"input": "Hi"},
+}  # fmt: skip
+OWN = {COMPLETIONS: NOT_OF_COMPLETIONS, CHAT: NOT_OF_CHAT, EMBEDDINGS: NOT_OF_EMBEDDINGS}
 
 
 def sampled(server: RunningServer, engine: FakeEngine, path: str, **fields: Any) -> Any:
@@ -24,20 +34,18 @@ def sampled(server: RunningServer, engine: FakeEngine, path: str, **fields: Any)
     return engine.submitted[-1].request.sampling
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_every_field_that_is_not_done_is_refused_by_name(
-    server: RunningServer, engine: FakeEngine, path: str
-) -> None:
-    own = NOT_OF_COMPLETIONS if path == COMPLETIONS else NOT_OF_CHAT
-    for name, neutral in (REFUSED | FOREIGN | own).items():
+@pytest.mark.parametrize("path", BASE)
+def test_every_field_that_is_not_done_is_refused_by_name(server: RunningServer, path: str) -> None:
+    table = {n: v for n, v in (REFUSED | FOREIGN | OWN[path]).items() if n not in BASE[path]}
+    for name in table:
         reply = server.post(path, {**BASE[path], name: ["a value", 7]})
-        assert reply.status == 400, name
-        assert reply.error["param"] == name
+        assert (reply.status, reply.error["param"]) == (400, name)
         assert name in reply.error["message"]
-        for value in (None, *neutral) if name not in BASE[path] else ():
-            assert server.post(path, {**BASE[path], name: value}).status == 200, (name, value)
-    assert len(FOREIGN) > 100
-    assert all(handle.request.prompt for handle in engine.submitted)
+    for index in range(max(map(len, table.values()))):
+        neutral = {name: values[index] for name, values in table.items() if index < len(values)}
+        reply = server.post(path, {**dict.fromkeys(table), **neutral, **BASE[path]})
+        assert reply.status == 200, reply.body
+    assert len(FOREIGN) > 200
 
 
 @pytest.mark.parametrize(
@@ -137,6 +145,54 @@ def test_the_template_gets_all_of_a_message(start_server: StartServer) -> None:
     assert seen == messages
     assert variables["reasoning_effort"] == "low"
     assert variables["documents"] == [{"text": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks"),
+    [
+        ({}, None),
+        ({"enable_thinking": False}, False),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "low"}, True),
+        ({"reasoning_effort": "high", "enable_thinking": False}, False),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, True),
+    ],
+)
+def test_how_much_to_think_reaches_templates_of_either_kind(
+    start_server: StartServer, fields: dict[str, Any], thinks: bool | None
+) -> None:
+    engine = SeeingEngine()
+    server = start_server(engine)
+    assert server.post(CHAT, {"messages": USER, **fields}).status == 200
+    assert engine.seen[1].get("enable_thinking") is thinks
+    effort = fields.get("reasoning_effort")
+    assert engine.seen[1].get("thinking") is (None if effort is None else effort != "none")
+    if "chat_template_kwargs" not in fields and "enable_thinking" not in fields:
+        body = {"input": "Hi", "reasoning": {"effort": effort, "summary": "auto"}}
+        assert server.post("/v1/responses", body).status == 200
+        assert engine.seen[1].get("enable_thinking") is thinks
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_right_in_response_format_is_enforced(
+    server: RunningServer, engine: FakeEngine, kind: str
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for form in ({"schema": schema}, {"json_schema": {"name": "a", "schema": schema}}):
+        sampling = sampled(server, engine, CHAT, response_format={"type": kind, **form})
+        assert sampling.structured == StructuredOutput.from_schema(schema)
+    reply = server.post(CHAT, {"messages": USER, "response_format": {"type": kind, "schema": 5}})
+    assert (reply.status, reply.error["param"]) == (400, "response_format.schema")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + "0" * 400 + ".0"])
+def test_a_number_that_no_reply_could_repeat_is_refused(server: RunningServer, number: str) -> None:
+    for path in (CHAT, "/v1/responses"):
+        field = "messages" if path == CHAT else "input"
+        text = json.dumps({field: USER, "metadata": {"a": "NUMBER"}}).replace('"NUMBER"', number)
+        for padded in (text, text[:-1] + ', "pad": [' + "1.5," * 60_000 + "1]}"):
+            reply = server.post(path, padded.encode())
+            assert (reply.status, reply.error["param"]) == (400, "body")
 
 
 @pytest.mark.parametrize(

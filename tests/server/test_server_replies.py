@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from fake_engine import EOS, FakeEngine, Script
+from fake_engine import EOS, FakeEngine, FakeHandle, Script
 from running_server import RunningServer
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -350,7 +350,9 @@ def test_echo_with_logprobs_in_a_stream_comes_with_the_first_text(
     assert only["choices"][0]["logprobs"]["tokens"] == ["<bos>", "H", "i"]
 
 
-def test_echo_of_token_lists_has_offsets_in_the_text(server: RunningServer) -> None:
+def test_echo_of_token_lists_has_offsets_in_the_text(
+    server: RunningServer, engine: FakeEngine
+) -> None:
     """Tokens that are parts of a character: the text has it once, where its first byte is."""
     reply = complete(server, prompt=[[*"aé".encode(), 256], [104, 105]], echo=True, logprobs=1, n=2)
     first, second, third, _ = (choice["logprobs"] for choice in reply["choices"])
@@ -358,6 +360,31 @@ def test_echo_of_token_lists_has_offsets_in_the_text(server: RunningServer) -> N
     assert first["tokens"][:5] == ["a", "\ufffd", "\ufffd", "<bos>", "H"]
     assert second == first
     assert third["tokens"][:3] == ["h", "i", "H"]
+    # A prompt is scored once; in a stream, where any choice may be first, for each.
+    scored = [handle.request.sampling.prompt_logprobs for handle in engine.submitted]
+    assert scored == [1, None, 1, None]
+    stream(server, "/v1/completions", prompt="Hi", echo=True, logprobs=1, n=2)
+    assert [one.request.sampling.prompt_logprobs for one in engine.submitted[4:]] == [1, 1]
+
+
+def test_offsets_are_where_tokens_begin_though_their_text_is_held(
+    server: RunningServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where "ab" may be the start of a stop string: its text comes with the third token."""
+    emit = FakeHandle._emit
+    held = {ord("a"): "", ord("b"): "", ord("c"): "abc"}
+
+    def late(handle: FakeHandle, token_id: int, text: str, finish: Any) -> None:
+        emit(handle, token_id, held.get(token_id, text), finish)
+
+    monkeypatch.setattr(FakeHandle, "_emit", late)
+    engine.script = Script(text="abcé!")
+    (choice,) = complete(server, logprobs=0)["choices"]
+    assert choice["text"] == "abcé!"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4, 4, 5]
+    events = stream(server, "/v1/completions", prompt="Hi", logprobs=0)
+    parts = [event["choices"][0]["logprobs"]["text_offset"] for event in events]
+    assert [at for part in parts for at in part] == choice["logprobs"]["text_offset"]
 
 
 def test_prompt_logprobs_are_as_vllm_shows_them(server: RunningServer) -> None:
@@ -374,6 +401,9 @@ def test_prompt_logprobs_are_as_vllm_shows_them(server: RunningServer) -> None:
         "/v1/chat/completions", {"messages": messages, "prompt_logprobs": 0, "max_tokens": 1}
     ).json()
     assert chat["prompt_logprobs"][0] is None
+    choices = complete(server, prompt_logprobs=1, n=2, seed=1)["choices"]
+    assert choices[0]["prompt_logprobs"] == choices[1]["prompt_logprobs"]
+    assert len(choices[1]["prompt_logprobs"]) == 3
     assert [len(one) for one in chat["prompt_logprobs"][1:]] == [1] * (
         chat["usage"]["prompt_tokens"] - 1
     )

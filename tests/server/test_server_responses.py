@@ -111,7 +111,15 @@ def test_previous_response_is_continued(client: openai.OpenAI, engine: FakeEngin
 def test_calls_in_the_input_become_one_message(client: openai.OpenAI, engine: FakeEngine) -> None:
     items: Any = [
         {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
-        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [],
+            "content": [
+                {"type": "reasoning_text", "text": "They want"},
+                {"type": "reasoning_text", "text": " it."},
+            ],
+        },
         {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}"},
         {"type": "function_call", "call_id": "b", "name": "now", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "a", "output": "noon"},
@@ -120,6 +128,7 @@ def test_calls_in_the_input_become_one_message(client: openai.OpenAI, engine: Fa
     client.responses.create(model="fake-model", input=items)
     _, assistant, _ = engine.rendered[0]["messages"]
     assert [call["id"] for call in assistant["tool_calls"]] == ["a", "b"]
+    assert assistant["reasoning_content"] == "They want it."
 
 
 def test_unstored_and_unknown_replies_cannot_be_continued(
@@ -159,6 +168,10 @@ def test_format_and_named_tool_reach_the_engine(client: openai.OpenAI, engine: F
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
         ({"background": True}, "background"),
+        ({"reasoning": {"effort": 5}}, "reasoning.effort"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"input": [{"type": "reasoning", "content": "a"}, "a"]}, "input[0].content"),
+        ({"input": [{"type": "reasoning", "content": [5]}]}, "input[0].content[0]"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["x"]}, "include"),
         ({"temperature": 5}, "temperature"),

@@ -10,7 +10,9 @@ import pytest
 from fake_engine import FakeEngine, Script
 from pydantic import BaseModel
 from running_server import RunningServer, StartServer
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from flowprefill.models.chat_template import ChatTemplate
 from flowprefill.request import StructuredOutput
 
 MESSAGES: Any = [{"role": "user", "content": "Weather in Bern?"}]
@@ -235,6 +237,21 @@ def test_reasoning_is_a_field_of_its_own(client: openai.OpenAI, thinks: FakeEngi
     assert shown == "Short."
 
 
+def test_usage_tells_the_tokens_of_reasoning(client: openai.OpenAI, thinks: FakeEngine) -> None:
+    thought = len("<think>\nShort.\n</think>") - len("<think")  # until its mark is whole: unknown
+    usages = [ask(client).usage]
+    options = {"include_usage": True}
+    usages.append(list(ask(client, stream=True, stream_options=options))[-1].usage)
+    for usage in usages:
+        assert usage.completion_tokens == len(thinks.script.text) + 1
+        assert usage.completion_tokens_details.reasoning_tokens == thought
+    asked = {"model": "fake-model", "input": "Hi"}
+    whole = client.responses.create(**asked)
+    last = list(client.responses.create(**asked, stream=True))[-1].response
+    for reply in (whole, last):
+        assert reply.usage.output_tokens_details.reasoning_tokens == thought
+
+
 def test_reasoning_may_be_left_out_or_unparsed(
     start_server: StartServer, client: openai.OpenAI, thinks: FakeEngine
 ) -> None:
@@ -257,7 +274,38 @@ def test_final_message_is_continued(client: openai.OpenAI, engine: FakeEngine) -
     client.chat.completions.create(
         model="fake-model", messages=history, extra_body={"continue_final_message": True}
     )
-    assert engine.submitted[0].request.prompt == "<user>Weather in Bern?<assistant>It is"
+    assert engine.submitted[0].request.prompt == "<user>Weather in Bern?<assistant>It is "
+    for mark in ("prefix", "partial"):  # as Mistral and Moonshot ask for it
+        marked: Any = [*MESSAGES, {"role": "assistant", "content": "It is", mark: True}]
+        client.chat.completions.create(model="fake-model", messages=marked)
+        prompt = engine.submitted[-1].request.prompt
+        assert prompt == "<user>Weather in Bern?<assistant>It is"
+
+
+class TemplateEngine(FakeEngine):
+    """Renders with a real template."""
+
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
+        return ChatTemplate(self.chat_template).render(messages, **variables)
+
+
+@pytest.mark.parametrize("content", ["It is", "It is ", "\n It is\n", "a b a", "{}"])
+@pytest.mark.parametrize(
+    "written",
+    ["m.content", "m.content | trim", "' ' + m.content | trim + ' '", "m.content.strip() + '\n'"],
+)
+def test_a_message_is_continued_as_by_transformers(
+    start_server: StartServer, content: str, written: str
+) -> None:
+    engine = TemplateEngine()
+    engine.chat_template = f"{{% for m in messages %}}<{{{{ {written} }}}}></s>{{% endfor %}}"
+    messages = [*MESSAGES, {"role": "assistant", "content": content}]
+    body = {"messages": messages, "continue_final_message": True}
+    assert start_server(engine).post("/v1/chat/completions", body).status == 200
+    (expected,), _ = render_jinja_template(
+        [messages], chat_template=engine.chat_template, continue_final_message=True
+    )
+    assert engine.submitted[0].request.prompt == expected
 
 
 def test_two_ways_to_end_a_prompt_are_refused(server: RunningServer) -> None:

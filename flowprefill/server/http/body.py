@@ -119,8 +119,8 @@ class Body:
             table: field -> its neutral values besides null: what it is where it is left out.
             why: the end of the error, which names the field and its neutral values.
         """
-        for name, neutral in table.items():
-            value = self.raw(name)
+        for name in [name for name in table if name in self._fields]:
+            value, neutral = self.raw(name), table[name]
             if value is None or any(_is_same(value, one) for one in neutral):
                 continue
             allowed = " or ".join(["null", *(repr(one) for one in neutral)])

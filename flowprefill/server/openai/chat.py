@@ -70,8 +70,30 @@ def _read_message(param: str, message: Any) -> dict[str, Any]:
     return checked
 
 
-def read_template_variables(body: Body) -> dict[str, Any]:
-    """Read what is handed to the chat template besides the messages."""
+def ends_open(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last message is a beginning of the reply, as Mistral and Moonshot mark it."""
+    last = messages[-1]
+    return last["role"] == "assistant" and any(last.get(k) is True for k in ("prefix", "partial"))
+
+
+def _read_thinking(body: Body, variables: dict[str, Any]) -> None:
+    """Read how much the model is to think; what chat_template_kwargs says of it counts first."""
+    thinks = body.boolean("enable_thinking", True)
+    if body.raw("enable_thinking") is not None:  # of services of Qwen's and others
+        variables.setdefault("enable_thinking", thinks)
+    effort = body.text("reasoning_effort")
+    if effort is not None:
+        variables.setdefault("reasoning_effort", effort)
+        for name in ("enable_thinking", "thinking"):  # what templates without levels look at
+            variables.setdefault(name, effort != "none")
+
+
+def read_template_variables(body: Body, continues: bool) -> dict[str, Any]:
+    """Read what is handed to the chat template besides the messages.
+
+    Args:
+        continues: the reply continues the last message.
+    """
     given = body.raw("chat_template_kwargs", {})
     if not isinstance(given, dict):
         body.refuse("chat_template_kwargs", given, "an object")
@@ -79,16 +101,13 @@ def read_template_variables(body: Body) -> dict[str, Any]:
         if name in given:
             body.refuse(f"chat_template_kwargs.{name}", given[name], "other variables only")
     variables = dict(given)
-    effort = body.text("reasoning_effort")
-    if effort is not None:
-        variables.setdefault("reasoning_effort", effort)
+    _read_thinking(body, variables)
     documents = body.listed("documents", MAX_DOCUMENTS, "objects with title and text")
     for index, document in enumerate(documents):
         if not isinstance(document, dict):
             body.refuse(f"documents[{index}]", document, "an object with title and text")
     if documents:
         variables["documents"] = documents
-    continues = body.boolean("continue_final_message")
     adds_prompt = body.boolean("add_generation_prompt", not continues)
     if continues and adds_prompt:
         body.refuse("add_generation_prompt", True, "false with continue_final_message")
@@ -119,12 +138,14 @@ def read_turn(
     body: Body, template: str, tool_parser: str = "auto", reasoning_parser: str = "auto"
 ) -> ChatTurn:
     """Read what makes the prompt of a chat; the parsers as the server's options name them."""
+    messages = read_messages(body)
+    continues = body.boolean("continue_final_message") or ends_open(messages)
     turn = ChatTurn(
-        messages=read_messages(body),
-        variables=read_template_variables(body),
+        messages=messages,
+        variables=read_template_variables(body, continues),
         tools=read_tools(body),
         form=call_format_of(tool_parser, template),
-        continues=body.boolean("continue_final_message"),
+        continues=continues,
         is_thinking=reasoning_parser_of(reasoning_parser, template) == "think",
         shows_reasoning=body.boolean("include_reasoning", True),
     )

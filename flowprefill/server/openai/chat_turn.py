@@ -6,11 +6,11 @@ Made by chat.py from the body; used when the request is submitted and when its t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flowprefill.errors import InvalidRequest
-from flowprefill.models.chat_template import content_text
 from flowprefill.request import SamplingParams
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.openai.message import MessageParser, PlainText
@@ -51,9 +51,11 @@ class ChatTurn:
             given = {"tools": list(self.tools.listed)} if self.tools.listed else {}
         elif self.tools.listed or any("tool_calls" in m or m["role"] == "tool" for m in messages):
             messages = messages_without_tools(messages, self.tools)
+        if self.continues:
+            messages = [*messages[:-1], _marked(messages[-1])]
         text = engine.render_chat(messages, **given, **self.variables)
         if self.continues:
-            text = _cut_after(text, content_text(messages[-1]))
+            text = _cut_at_mark(text, _last_text(self.messages[-1]))
         self.prompt_tail = text[-200:].rstrip()
         return text
 
@@ -80,13 +82,32 @@ class ChatTurn:
         return parser
 
 
-def _cut_after(prompt: str, content: str) -> str:
-    """Return the prompt up to the end of the last message's content."""
-    content = content.strip()
-    start = prompt.rfind(content)
-    if start < 0 or not content:
+# Written after the last message's content to find its end in the prompt. The space at its end
+# tells whether the template keeps white space there or trims it, as in transformers.
+_MARK = "FLOWPREFILL_CONTINUES_HERE "
+
+
+def _last_text(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    return str(content if isinstance(content, str) else content[-1]["text"])
+
+
+def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the message with the mark at the end of its content."""
+    content = message.get("content")
+    if isinstance(content, list) and content:
+        last = {**content[-1], "text": content[-1]["text"] + _MARK}
+        return {**message, "content": [*content[:-1], last]}
+    return {**message, "content": (content or "") + _MARK}
+
+
+def _cut_at_mark(prompt: str, last_text: str) -> str:
+    """Return the prompt up to the end of the last message, whose text has to be in it."""
+    start = prompt.rfind(_MARK.strip())
+    if start < 0 or not last_text.strip() or last_text.strip() not in prompt[:start]:
         raise InvalidRequest(
             "continue_final_message: the chat template changes the last message, or it is empty",
             param="continue_final_message",
         )
-    return prompt[: start + len(content)]
+    before = prompt[:start]
+    return before if prompt.startswith(_MARK, start) else before.rstrip()

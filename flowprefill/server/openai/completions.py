@@ -15,7 +15,13 @@ from flowprefill.server.http.body import Body, check_text, whole_ids
 from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS
 from flowprefill.server.openai.generation import respond
-from flowprefill.server.openai.logprobs import finite, text_offsets, token_label, top_labels
+from flowprefill.server.openai.logprobs import (
+    begun_chars,
+    finite,
+    text_offsets,
+    token_label,
+    top_labels,
+)
 from flowprefill.server.openai.message import MessagePart
 from flowprefill.server.openai.openai_schema import (
     CHAT_ONLY,
@@ -138,7 +144,7 @@ class CompletionsEndpoint(Endpoint):
         offsets = []
         for token in tokens:
             offsets.append(text_offset)
-            text_offset += len(token.text)
+            text_offset += begun_chars(tokenizer, token)
         return {
             "tokens": [token_label(tokenizer, token.token_id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],

@@ -12,6 +12,7 @@ from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.http.body import Body
 from flowprefill.server.http.endpoint import Generation, GenerationOrder
 from flowprefill.server.openai.completions import CompletionsEndpoint, read_prompts
+from flowprefill.server.openai.foreign_fields import NOT_OF_EMBEDDINGS
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.openai_schema import (
     MAX_INT,
@@ -28,6 +29,7 @@ ENCODINGS = ("float", "base64")
 def order_of_embeddings(body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
     """Check the whole body and return what to submit; touches no engine."""
     refuse_unsupported(body, own=("input",))
+    body.only_neutral(NOT_OF_EMBEDDINGS)
     prompts = read_prompts(body, context.vocab_size, max_choices, "input")
     pooling: Any = body.text("pooling", POOLINGS[0])
     _check_word(body, "pooling", pooling, POOLINGS)

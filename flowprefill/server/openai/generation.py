@@ -21,8 +21,15 @@ from flowprefill.server.http.body import Body, parse_json_object
 from flowprefill.server.http.endpoint import GENERATION, Endpoint, Generation, GenerationOrder
 from flowprefill.server.http.incoming import json_body
 from flowprefill.server.openai.logprobs import prompt_entries
+from flowprefill.server.openai.message import read_whole
 from flowprefill.server.openai.openai_schema import SchemaContext
-from flowprefill.server.openai.replies import Envelope, long_json, new_reply_id, usage_object
+from flowprefill.server.openai.replies import (
+    Envelope,
+    long_json,
+    new_reply_id,
+    total_reasoning,
+    usage_object,
+)
 from flowprefill.server.openai.streaming import stream_reply
 
 logger = logging.getLogger(__name__)
@@ -192,16 +199,20 @@ def _whole_payload(generation: Generation, completions: list[Completion]) -> dic
     spec = generation.order.spec
     if generation.order.whole is not None:
         return generation.order.whole(generation, completions)
-    choices = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
+    made = [_whole_choice(generation, i, c) for i, c in enumerate(completions)]
+    choices = [choice for choice, _ in made]
     payload = generation.envelope.wrap(generation.endpoint.reply_object, choices)
     output_tokens = sum(len(completion.tokens) for completion in completions)
-    payload["usage"] = usage_object(generation.handles, spec.n, output_tokens)
+    reasoning = total_reasoning(count for _, count in made)
+    payload["usage"] = usage_object(generation.handles, spec.n, output_tokens, reasoning)
     if spec.prompt_logprobs is not None:
         prompts = [
             prompt_entries(
-                generation.engine.tokenizer, one.prompt_logprobs or (), spec.prompt_logprobs
+                generation.engine.tokenizer,
+                generation.scored(index).prompt_logprobs or (),
+                spec.prompt_logprobs,
             )
-            for one in completions
+            for index in range(len(completions))
         ]
         generation.endpoint.with_prompt_logprobs(payload, prompts)
     if spec.return_metrics:
@@ -209,13 +220,15 @@ def _whole_payload(generation: Generation, completions: list[Completion]) -> dic
     return payload
 
 
-def _whole_choice(generation: Generation, index: int, completion: Completion) -> dict[str, Any]:
+def _whole_choice(
+    generation: Generation, index: int, completion: Completion
+) -> tuple[dict[str, Any], int | None]:
+    """Return the choice, and how many of its tokens are reasoning; see `read_whole`."""
     spec = generation.order.spec
     echo = generation.echo_text(index)
     logprobs = generation.logprobs(completion.tokens, len(echo), index)
     parser = generation.order.parser()
-    part = parser.push(echo + completion.text)
-    part.add(parser.finish())
+    part, reasoning = read_whole(parser, echo + completion.text, completion.tokens)
     choice = {
         "index": index,
         **generation.endpoint.choice(part, logprobs),
@@ -223,4 +236,4 @@ def _whole_choice(generation: Generation, index: int, completion: Completion) ->
     }
     if spec.return_token_ids:
         choice["token_ids"] = completion.token_ids
-    return choice
+    return choice, reasoning

@@ -39,6 +39,20 @@ def top_labels(
     return labels
 
 
+def begun_chars(tokenizer: ServedTokenizer, token: Token) -> int:
+    """Return how many characters begin in a token; a control token that is left out has none.
+
+    Unlike the text released with it: that may wait for what could become a stop string.
+    """
+    if not token.text and tokenizer.is_special(token.token_id):
+        return 0
+    return _begun(tokenizer.token_bytes(token.token_id))
+
+
+def _begun(spelled: bytes) -> int:
+    return sum((byte & 0xC0) != 0x80 for byte in spelled)
+
+
 def text_offsets(tokenizer: ServedTokenizer, ids: Sequence[int], text: str) -> list[int]:
     """Return where in a prompt's text each of its tokens begins, in characters.
 
@@ -56,7 +70,7 @@ def text_offsets(tokenizer: ServedTokenizer, ids: Sequence[int], text: str) -> l
                 continue
         here = encoded[position : position + len(spelled)]
         position += len(here)
-        chars += sum((byte & 0xC0) != 0x80 for byte in here)  # bytes that begin a character
+        chars += _begun(here)
     return offsets
 
 

@@ -5,8 +5,11 @@ Parsers (reasoning.py, tool_parsers.py) turn text into it; chat.py writes it int
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from flowprefill.request import Token
 
 
 @dataclass(slots=True)
@@ -57,6 +60,11 @@ class MessageParser(Protocol):
         """Whether a tool call was found so far."""
         ...
 
+    @property
+    def is_thinking(self) -> bool | None:
+        """Whether the text so far ends inside of reasoning; None where there is never any."""
+        ...
+
     def push(self, text: str) -> MessagePart:
         """Take the next text; returns what became certain with it."""
         ...
@@ -70,6 +78,7 @@ class PlainText:
     """Text is content."""
 
     has_calls = False
+    is_thinking = None
 
     def push(self, text: str) -> MessagePart:
         """Return the text."""
@@ -78,6 +87,33 @@ class PlainText:
     def finish(self) -> MessagePart:
         """Return nothing: nothing was held back."""
         return MessagePart()
+
+
+def push_token(parser: MessageParser, token: Token) -> tuple[MessagePart, bool]:
+    """Take the next token's text; returns what became certain, and whether it was reasoning."""
+    was_thinking = parser.is_thinking
+    part = parser.push(token.text)
+    return part, bool(was_thinking or parser.is_thinking)
+
+
+def read_whole(
+    parser: MessageParser, text: str, tokens: Sequence[Token]
+) -> tuple[MessagePart, int | None]:
+    """Read a whole text, given its tokens too.
+
+    Returns:
+        The message, and how many tokens are reasoning; None where there is never any.
+    """
+    if parser.is_thinking is None:
+        part, count = parser.push(text), None
+    else:
+        part, count = MessagePart(), 0
+        for token in tokens:
+            more, is_reasoning = push_token(parser, token)
+            part.add(more)
+            count += is_reasoning
+    part.add(parser.finish())
+    return part, count
 
 
 def partial_mark(text: str, mark: str) -> int:

@@ -116,12 +116,22 @@ class GenerationSpec:
             for index, (prompt, choice) in enumerate(choices)
         ]
 
+    @property
+    def scores_once(self) -> bool:
+        """Whether a prompt is scored for its first choice only.
+
+        A stream's choices each need the scores before their first token, and any may be first.
+        """
+        return self.stream is None
+
     def sampling_of(self, choice: int) -> SamplingParams:
         """Return the sampling of one choice: with a seed, each choice gets its own stream."""
-        seed = self.sampling.seed
-        if seed is None or choice == 0:
-            return self.sampling
-        return dataclasses.replace(self.sampling, seed=_shifted_seed(seed, choice))
+        sampling = self.sampling
+        if choice and self.scores_once and sampling.prompt_logprobs is not None:
+            sampling = dataclasses.replace(sampling, prompt_logprobs=None)
+        if choice and sampling.seed is not None:
+            sampling = dataclasses.replace(sampling, seed=_shifted_seed(sampling.seed, choice))
+        return sampling
 
 
 def _shifted_seed(seed: int, choice: int) -> int:

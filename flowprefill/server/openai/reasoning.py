@@ -37,6 +37,11 @@ class Thinking:
         """Whether the answer has tool calls so far."""
         return self._answer.has_calls
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the text so far ends inside of the reasoning."""
+        return self._state == "inside"
+
     def push(self, text: str) -> MessagePart:
         """Take the next text."""
         if self._state == "after":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,16 +48,34 @@ def metrics_object(timings: Timings, output_tokens: int) -> dict[str, Any]:
     }
 
 
-def usage_object(handles: Sequence[ServedHandle], n: int, output_tokens: int) -> dict[str, Any]:
-    """Return the token counts of one HTTP request; a prompt with ``n`` choices counts once."""
+def usage_object(
+    handles: Sequence[ServedHandle],
+    n: int,
+    output_tokens: int,
+    reasoning_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Return the token counts of one HTTP request; a prompt with ``n`` choices counts once.
+
+    Args:
+        reasoning_tokens: those of the output that are reasoning; None where there is never any.
+    """
     firsts = handles[::n]
     prompt_tokens = sum(handle.prompt_tokens for handle in firsts)
-    return {
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(handle.cached_tokens for handle in firsts)},
     }
+    if reasoning_tokens is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return usage
+
+
+def total_reasoning(counts: Iterable[int | None]) -> int | None:
+    """Return the reasoning tokens of all choices; None where there is never any."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 @dataclass(frozen=True, slots=True)

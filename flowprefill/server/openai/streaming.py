@@ -17,13 +17,14 @@ from typing import Any
 from aiohttp import web
 
 from flowprefill.request import FinishReason, Token
-from flowprefill.server.context import REQUEST_ID, SERVER
+from flowprefill.server.context import IS_CLIENT_GONE, REQUEST_ID, SERVER
 from flowprefill.server.engine_protocol import ServedHandle
 from flowprefill.server.http.endpoint import Generation
 from flowprefill.server.http.error_middleware import shown_error
 from flowprefill.server.http.sse import EventStream
-from flowprefill.server.openai.message import MessageParser, MessagePart
-from flowprefill.server.openai.replies import usage_object
+from flowprefill.server.openai.logprobs import begun_chars
+from flowprefill.server.openai.message import MessageParser, MessagePart, push_token
+from flowprefill.server.openai.replies import total_reasoning, usage_object
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class _Choice:
     parser: MessageParser
     is_first: bool = True
     output_tokens: int = 0
+    reasoning_tokens: int = 0
     held: list[Token] = field(default_factory=list)
     unsent: MessagePart = field(default_factory=MessagePart)
 
@@ -91,7 +93,7 @@ async def stream_reply(request: web.Request, generation: Generation) -> web.Stre
             keep_alive_s = request.app[SERVER].options.keep_alive_s
             await _send_tokens(generation, stream, next_item, keep_alive_s)
     except ConnectionResetError:
-        logger.info("request %s: client gone", request[REQUEST_ID])
+        _note_gone(request)
     except Exception as error:
         if not stream.is_open:
             raise
@@ -99,8 +101,13 @@ async def stream_reply(request: web.Request, generation: Generation) -> web.Stre
         try:
             await stream.fail(shown)
         except ConnectionResetError:
-            logger.info("request %s: client gone", request[REQUEST_ID])
+            _note_gone(request)
     return stream.response
+
+
+def _note_gone(request: web.Request) -> None:
+    request[IS_CLIENT_GONE] = True
+    logger.info("request %s: client gone", request[REQUEST_ID])
 
 
 async def _send_tokens(
@@ -146,8 +153,9 @@ class ChunkWriter:
         choice = self._choices[index]
         choice.output_tokens += 1
         choice.held.append(token)
-        if token.text:
-            choice.unsent.add(choice.parser.push(token.text))
+        part, is_reasoning = push_token(choice.parser, token)
+        choice.unsent.add(part)
+        choice.reasoning_tokens += is_reasoning
         if token.finish_reason is not None:
             choice.unsent.add(choice.parser.finish())
         elif choice.unsent.is_empty:
@@ -180,7 +188,9 @@ class ChunkWriter:
         generation = self._generation
         echoed = choice.index if choice.is_first else None
         logprobs = generation.logprobs(choice.held, choice.text_offset, echoed)
-        choice.text_offset += sum(len(held.text) for held in choice.held)
+        if logprobs is not None:
+            tokenizer = generation.engine.tokenizer
+            choice.text_offset += sum(begun_chars(tokenizer, one) for one in choice.held)
         shown, choice.unsent = choice.unsent, MessagePart()
         if choice.is_first:
             shown.content = generation.echo_text(choice.index) + shown.content
@@ -192,8 +202,12 @@ class ChunkWriter:
 
     def _usage(self) -> dict[str, Any]:
         output_tokens = sum(choice.output_tokens for choice in self._choices)
-        generation = self._generation
-        return usage_object(generation.handles, generation.order.spec.n, output_tokens)
+        reasoning = total_reasoning(
+            None if choice.parser.is_thinking is None else choice.reasoning_tokens
+            for choice in self._choices
+        )
+        handles, n = self._generation.handles, self._generation.order.spec.n
+        return usage_object(handles, n, output_tokens, reasoning)
 
     def closing_events(self) -> list[dict[str, Any]]:
         """Return the event after the last token that carries usage and metrics, if wanted."""

@@ -50,11 +50,13 @@ def _response_format(body: Body) -> StructuredOutput | None:
     kind = form.text("type")
     if kind == "text":
         return None
-    if kind == "json_object":
-        return StructuredOutput("json_object", param="response_format")
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         form.refuse("type", kind, "'text', 'json_object' or 'json_schema'")
-    inner = form.object("json_schema")
+    bare, inner = form.raw("schema"), form.object("json_schema")
+    if inner is None and bare is not None:  # as llama.cpp and some services take it
+        return _json("response_format.schema", bare)
+    if inner is None and kind == "json_object":
+        return StructuredOutput("json_object", param="response_format")
     if inner is None:
         form.refuse("json_schema", None, "an object with name and schema")
     inner.boolean("strict")  # it is enforced either way

@@ -89,6 +89,8 @@ class ToolCalls:
         self._count = 0
         self._is_start = True
 
+    is_thinking = None
+
     @property
     def has_calls(self) -> bool:
         """Whether a call was found so far."""

@@ -119,7 +119,7 @@ COMPONENTS: Mapping[str, Schema] = {
         ],
     },
     "InputItem": {
-        "description": "A message, a call, its result, or reasoning (which is left out).",
+        "description": "A message, a call, its result, or reasoning (of the message after it).",
         "type": "object",
         "properties": {
             "type": {
@@ -201,7 +201,8 @@ MEANINGS: Mapping[str, str] = {
     "function are enforced by a grammar.",
     "parallel_tool_calls": "False keeps the first call only.",
     "include_reasoning": "False leaves reasoning out of the reply.",
-    "continue_final_message": "The reply goes on with the last message.",
+    "continue_final_message": "The reply goes on with the last message; also where that, of the "
+    "assistant, has `prefix` or `partial` true.",
     "add_generation_prompt": "Handed to the chat template; not with `continue_final_message`.",
     "stream": "Answer with server-sent events.",
     "stream_options": "Only with `stream`.",
@@ -213,7 +214,9 @@ MEANINGS: Mapping[str, str] = {
     "chat_template": "Only null: the model's own is used.",
     "chat_template_kwargs": "Further variables of the chat template.",
     "documents": "For the chat template: objects with title and text.",
-    "reasoning_effort": "For the chat template.",
+    "reasoning_effort": "For the chat template, whose `enable_thinking` and `thinking` are false "
+    "with `none`, else true.",
+    "enable_thinking": "For the chat template; the same in `chat_template_kwargs` goes before it.",
     "slo": "The objectives of this request. They go before headers, class and default, value by "
     "value; other keys are refused.",
     "slo.ttft_ms": "Time to first token, milliseconds.",
@@ -229,6 +232,7 @@ MEANINGS: Mapping[str, str] = {
     "modalities": "Only text.",
     "response_format": "What the text has to be.",
     "response_format.type": "Which of the three.",
+    "response_format.schema": "The schema where `json_schema` is missing, as llama.cpp takes it.",
     "response_format.json_schema": "With the type `json_schema`; enforced whatever `strict` says.",
     "response_format.json_schema.schema": "The schema, draft 2020-12 as far as llguidance has it.",
     "response_format.json_schema.name": "Accepted without effect.",
@@ -256,8 +260,9 @@ MEANINGS: Mapping[str, str] = {
     "store": "Keep the reply for `previous_response_id`.",
     "text": "What the text has to be.",
     "text.format": "As `response_format`, the members of `json_schema` next to `type`.",
-    "text.verbosity": "Accepted without effect.",
-    "reasoning": "Accepted without effect.",
+    "text.verbosity": "Only `medium`.",
+    "reasoning": "How hard to think.",
+    "reasoning.effort": "As chats' `reasoning_effort`.",
     "tokens": "The token ids to decode.",
     "return_token_strs": "Add the text of each token.",
 }
@@ -296,6 +301,7 @@ SHAPES: Mapping[str, Schema] = {
     "dimensions": {"type": "null"},
     "slo.on_miss": {"enum": ["demote", "drop"]},
     "response_format.type": {"enum": ["text", "json_object", "json_schema"]},
+    "response_format.schema": JSON_SCHEMA,
     "response_format.json_schema.schema": JSON_SCHEMA,
     "structured_outputs.json": JSON_SCHEMA,
     "structured_outputs.regex": SOME_TEXT,
@@ -316,6 +322,8 @@ SHAPES: Mapping[str, Schema] = {
             {"type": "array", "items": ref("InputItem"), "minItems": 1, "maxItems": MAX_ITEMS},
         ]
     },
+    "text.verbosity": {"enum": ["medium", None]},
+    "reasoning.effort": TEXT,
     "text.format": {
         "type": "object",
         "required": ["type"],

@@ -137,7 +137,8 @@ _GENERATION: dict[str, Schema] = {
             "completion_tokens": INT,
             "total_tokens": INT,
             "prompt_tokens_details": obj({"cached_tokens": INT}),
-        }
+        },
+        {"completion_tokens_details": obj({"reasoning_tokens": INT})},
     ),
     "Metrics": obj(
         {

@@ -145,7 +145,7 @@ def _with_chat(own: Found, chat: Found) -> Found:
             merged.schemas[name] = own.schemas[name]
     merged.inner |= {name: inner for name, inner in own.inner.items() if name in OWN}
     for theirs, ours in RENAMED.items():
-        if "type" in chat.schemas[theirs] and ours in merged.schemas:
+        if "type" in chat.schemas.get(theirs, {}) and ours in merged.schemas:
             merged.schemas[ours] = {**chat.schemas[theirs], **merged.schemas[ours]}
     return merged
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowprefill.request import Token
 from flowprefill.server.http.endpoint import Generation
-from flowprefill.server.openai.message import CallPart, MessagePart
+from flowprefill.server.openai.message import CallPart, MessagePart, push_token
 
 Event = dict[str, Any]
 
@@ -75,14 +75,15 @@ class ResponseWriter:
         self._text = ""  # of it
         self._call = CallPart(0)
         self._number = 0
-        self._tokens = 0
+        self._tokens = self._reasoning_tokens = 0
         self._finish_reason: str | None = None
 
     def events_of(self, index: int, token: Token) -> list[Event]:  # noqa: ARG002 - only one choice
         """Return what the next token brings."""
         events = self._begin() if self._tokens == 0 else []
         self._tokens += 1
-        part = self._parser.push(token.text)
+        part, is_reasoning = push_token(self._parser, token)
+        self._reasoning_tokens += is_reasoning
         if token.finish_reason is not None:
             self._finish_reason = token.finish_reason
             part.add(self._parser.finish())
@@ -104,8 +105,9 @@ class ResponseWriter:
         events = [] if self._items or self._open else self._add("message", "")
         events += self._close()
         response = self._ended(
-            self._generation, self._whole, self._items, self._finish_reason, self._tokens
-        )
+            self._generation, self._whole, self._items, self._finish_reason, self._tokens,
+            self._reasoning_tokens,
+        )  # fmt: skip
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
     def _event(self, kind: str, **fields: Any) -> Event:

@@ -27,7 +27,7 @@ OWN = (
 # Field of the chat body -> what its caller wrote; for errors.
 RENAMED = {
     "messages": "input", "response_format": "text.format", "max_completion_tokens":
-    "max_output_tokens",
+    "max_output_tokens", "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
 }  # fmt: skip
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
@@ -59,9 +59,11 @@ def chat_fields(body: Body, fields: Mapping[str, Any], messages: Any) -> dict[st
     chat["tool_choice"] = choice
     text = body.object("text")
     if text is not None:
-        text.raw("verbosity")
+        chat["verbosity"] = text.raw("verbosity")
         chat["response_format"] = _nested_format(text.raw("format"))
-    body.object("reasoning")  # says how hard to think, which no model here is told
+    inner = body.object("reasoning")
+    if inner is not None and inner.raw("effort") is not None:
+        chat["reasoning_effort"] = inner.raw("effort")
     return chat
 
 
@@ -85,9 +87,28 @@ def input_messages(body: Body) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not 1 <= len(given) <= MAX_ITEMS:
         body.refuse("input", given, f"a text or a list of 1..{MAX_ITEMS} items")
     messages: list[dict[str, Any]] = []
+    thought = ""
     for index, item in enumerate(given):
+        if isinstance(item, dict) and item.get("type") == "reasoning":
+            thought += _thought(f"input[{index}].content", item.get("content"))
+            continue
         _add_item(f"input[{index}]", item, messages)
+        if thought and messages[-1].get("role") == "assistant":
+            messages[-1].setdefault("reasoning_content", thought)
+        thought = ""
     return messages
+
+
+def _thought(param: str, content: Any) -> str:
+    """Read what the model thought before its next message; older than that it goes unread."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        raise InvalidRequest.field(param, content, "a list of parts of reasoning text")
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise InvalidRequest.field(f"{param}[{index}]", part, "a part of reasoning text")
+    return "".join(part["text"] for part in content)
 
 
 def _add_item(param: str, item: Any, messages: list[dict[str, Any]]) -> None:
@@ -105,7 +126,7 @@ def _add_item(param: str, item: Any, messages: list[dict[str, Any]]) -> None:
     elif kind == "function_call_output":
         content = _content(f"{param}.output", item.get("output"))
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-    elif kind != "reasoning":  # what it thought is no part of the chat any more
+    else:
         allowed = "a message, function_call, function_call_output or reasoning"
         raise InvalidRequest.field(param, item, allowed)
 

@@ -16,7 +16,7 @@ from flowprefill.server.http.body import Body
 from flowprefill.server.http.endpoint import EventWriter, Generation, GenerationOrder
 from flowprefill.server.openai.chat import ChatEndpoint, order_of_chat
 from flowprefill.server.openai.generation import respond
-from flowprefill.server.openai.message import MessagePart
+from flowprefill.server.openai.message import MessagePart, read_whole
 from flowprefill.server.openai.openai_schema import SchemaContext
 from flowprefill.server.openai.replies import usage_object
 from flowprefill.server.responses.response_events import ResponseWriter, output_items
@@ -74,7 +74,7 @@ class ResponseReply:
 
     def ended(
         self, generation: Generation, whole: MessagePart, items: list[dict[str, Any]],
-        finish_reason: str | None, output_tokens: int,
+        finish_reason: str | None, output_tokens: int, reasoning_tokens: int,
     ) -> dict[str, Any]:  # fmt: skip
         """Return the whole response, and keep its chat."""
         status = "incomplete" if finish_reason == "length" else "completed"
@@ -84,7 +84,7 @@ class ResponseReply:
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": output_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
             "total_tokens": usage["total_tokens"],
         }
         if generation.order.spec.return_metrics:
@@ -98,11 +98,10 @@ class ResponseReply:
         """Return the reply that is not streamed, of the only choice."""
         (completion,) = completions
         parser = generation.order.parser()
-        part = parser.push(completion.text)
-        part.add(parser.finish())
+        part, reasoning = read_whole(parser, completion.text, completion.tokens)
         items = output_items(generation.envelope.id, part)
         tokens = len(completion.tokens)
-        return self.ended(generation, part, items, completion.finish_reason, tokens)
+        return self.ended(generation, part, items, completion.finish_reason, tokens, reasoning or 0)
 
     def writer(self, generation: Generation) -> EventWriter:
         """Return what writes the stream."""
@@ -116,9 +115,10 @@ def _as_message(whole: MessagePart) -> dict[str, Any]:
          "function": {"name": call.name, "arguments": call.arguments}}
         for call in whole.calls
     ]  # fmt: skip
+    message: dict[str, Any] = {"role": "assistant", "content": whole.content}
     if calls:
-        return {"role": "assistant", "content": whole.content or None, "tool_calls": calls}
-    return {"role": "assistant", "content": whole.content}
+        message |= {"content": whole.content or None, "tool_calls": calls}
+    return message | ({"reasoning_content": whole.reasoning} if whole.reasoning else {})
 
 
 class ResponsesEndpoint(ChatEndpoint):
