@@ -76,7 +76,7 @@ class Guard:
     def check_host(self, host: str | None) -> None:
         """Refuse a Host that may be a stranger's; every browser sends one, others may not.
 
-        A name of one word passes: nobody owns one on the internet, so no stranger's page has it.
+        A name of one word passes: on the internet it has no owner, so no stranger's page has it.
 
         Raises:
             HostNotAllowed: it is no loopback name or address, and none of the allowed hosts.
