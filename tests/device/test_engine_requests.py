@@ -312,7 +312,7 @@ def test_prompt_that_no_cache_can_hold_is_refused(open_engine: Callable[..., Eng
     engine = open_engine(kv_cache_gib=0.001, block_tokens=16)
     capacity = engine.stats().kv_blocks_total * 16
     assert capacity < engine.max_model_len
-    with pytest.raises(PromptTooLong, match=f"the KV cache holds {capacity}"):
+    with pytest.raises(PromptTooLong, match=f"KV cache {capacity} tokens"):
         engine.submit(Request(prompt_of(capacity), greedy(1)))
     assert len(ids_of(engine, prompt_of(capacity - 1), 1)) == 1
     # More was asked for than there is room: as many tokens as fit.
