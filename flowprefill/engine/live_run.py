@@ -24,7 +24,7 @@ class LiveRun:
         requests: in the order of the run's rows of logits.
         output: what the run gives.
         chooses: of each request, whether its next token is chosen by the run.
-        made: tokens that `answer` has made and nobody has been handed.
+        made: tokens that `answer` has made and `hand_over` has not handed over.
         computed: tokens of each request that are in the cache once the run has finished.
         is_preempting: it was dispatched over another run; `reason` says why.
     """

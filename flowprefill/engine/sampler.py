@@ -136,8 +136,8 @@ class Sampler:
         """
         if token_id < 0:
             raise RequestFailed(
-                f"sampling output token {self._count}: there is no token to choose: NaN or infinity "
-                "among the logits, or all of them -inf"
+                f"sampling output token {self._count}: there is no token to choose: NaN or "
+                "infinity among the logits, or all of them -inf"
             )
         self._drawn = None
         self._count += 1
