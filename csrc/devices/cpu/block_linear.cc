@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <stdexcept>
-#include <vector>
 
+#include "devices/cpu/buffer.h"
 #include "devices/cpu/gemm.h"
 
 namespace flowprefill {
@@ -46,14 +46,15 @@ void BlockLinear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows
   const auto& kernels = row_kernels<T>();
   const int64_t depth = this->depth();
   const int64_t width = this->block_columns(block);
-  thread_local std::vector<T> tile;
-  tile.resize(static_cast<size_t>(std::min(kDepthStep<T>, depth) * kPackColumns));
+  // Not a vector, which may begin within a cache line: then every vector of it lies in two.
+  thread_local Buffer buffer(static_cast<size_t>(kDepthStep<T> * kPackColumns) * sizeof(T));
+  T* tile = buffer.as<T>();
   for (int64_t k = 0; k < depth; k += kDepthStep<T>) {
     const int64_t end = std::min(k + kDepthStep<T>, depth);
     for (int64_t column = 0; column < width; column += kStripColumns) {
       const int64_t strip = block * kStripsPerBlock + column / kStripColumns;
       kernels.unpack(matrix_->format(strip), matrix_->strip(strip), k, end,
-                     tile.data() + column * kPairs<T>, kPackColumns);
+                     tile + column * kPairs<T>, kPackColumns);
     }
     const Block<T> shape{.n = width,
                          .k = end - k,
@@ -61,7 +62,7 @@ void BlockLinear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows
                          .ldb = kPackColumns,
                          .ldc = ldc,
                          .add = add || k > 0};
-    brgemm_rows(shape, rows, a + k, tile.data(), c);
+    brgemm_rows(shape, rows, a + k, tile, c);
   }
 }
 

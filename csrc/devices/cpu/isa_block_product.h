@@ -72,8 +72,6 @@ FP_INLINE void scale_and_add(const ScaleAndMinimum& by, const float* sums, int64
   }
 }
 
-constexpr int kAhead = 6144;  // bytes: a third of a microsecond of a thread's share of memory
-
 template <BlockFormat kFormat, int kRows>
 void multiply_strip_rows(const uint8_t* strip, int64_t depth, const FewRows& rows, int first_row,
                          float* out) {
@@ -90,9 +88,7 @@ void multiply_strip_rows(const uint8_t* strip, int64_t depth, const FewRows& row
     for (int g = 0; g < kGroups; ++g, group += kLayout.group_bytes() * kStripColumns) {
       const int64_t at = k + g * kGroupDepth;
       const float* sums_here = sums + at / kGroupDepth * kSums;
-      // Weights come from memory, mostly: the processor itself does not look beyond a page.
-      for (int line = 0; line < kLayout.group_bytes() * kStripColumns; line += 64)
-        __builtin_prefetch(group + kAhead + line);
+      ask_ahead<kFormat>(group);
       Floats first[kRows] = {};
       Floats second[kRows] = {};
       add_half<kFormat, kRows>(group, 0, a + at, lda, first, second);
@@ -235,8 +231,7 @@ void multiply_strip_pairs(const uint8_t* strip, int64_t depth, const FewRows& ro
     const BlockScales<kFormat> scales(strip);
     const uint8_t* group = strip + kLayout.scale_bytes * kStripColumns;
     for (int g = 0; g < kGroups; ++g, group += kLayout.group_bytes() * kStripColumns) {
-      for (int line = 0; line < kLayout.group_bytes() * kStripColumns; line += 64)
-        __builtin_prefetch(group + kAhead + line);
+      ask_ahead<kFormat>(group);
       add_half<kFormat, kRows>(group, 0, a, rows.stride, even, odd);
       if constexpr (kFormat == BlockFormat::kQ6K)
         scale_and_add<kFormat, kRows>(scales.of(g, 0), sums, rows.stride, even, odd, total);

@@ -200,6 +200,18 @@ FP_INLINE void unpack_half(const uint8_t* group, int half, const ScaleAndMinimum
   }
 }
 
+// Weights come from memory, mostly, and the processor itself does not look beyond a page: so far
+// ahead of what is read they are asked for, in bytes. A third of a microsecond of a thread's share
+// of memory. Strips follow each other, so the next one's begin is asked for too.
+constexpr int kAhead = 6144;
+
+template <BlockFormat kFormat>
+FP_INLINE void ask_ahead(const uint8_t* group) {
+  constexpr int kBytes = layout_of(kFormat).group_bytes() * kStripColumns;
+  for (int line = 0; line < kBytes; line += 64)
+    __builtin_prefetch(group + kAhead + line);
+}
+
 // See RowKernels::unpack.
 template <BlockFormat kFormat, typename T>
 void unpack_strip(const uint8_t* strip, int64_t begin, int64_t end, T* out, int64_t ld) {
@@ -212,6 +224,7 @@ void unpack_strip(const uint8_t* strip, int64_t begin, int64_t end, T* out, int6
       const uint8_t* group =
           block + (kLayout.scale_bytes + g * kLayout.group_bytes()) * kStripColumns;
       T* group_out = out + (at * kGroupDepth - begin) * ld;
+      ask_ahead<kFormat>(group);
       ScaleAndMinimum by = scales.of(g, 0);
       unpack_half<kFormat>(group, 0, by, group_out, ld);
       if constexpr (kFormat == BlockFormat::kQ6K)
