@@ -20,30 +20,6 @@ constexpr size_t kCachedWeightBytes = size_t{8} << 20;
 
 std::atomic<size_t> live_workspace{0};
 
-// Blocks [begin, end) of a product for a team: a long share for each thread, for weights that
-// follow each other can be asked for ahead, then single blocks, by which they end together.
-class Shares {
- public:
-  Shares(int64_t begin, int64_t end, int64_t threads)
-      : begin_(begin), end_(end), threads_(threads), long_((end - begin) * 7 / 8 / threads) {}
-
-  int64_t size() const { return long_ == 0 ? end_ - begin_ : threads_ + end_ - first_single(); }
-  std::pair<int64_t, int64_t> operator[](int64_t i) const {
-    if (long_ > 0 && i < threads_)
-      return {begin_ + i * long_, begin_ + (i + 1) * long_};
-    const int64_t block = first_single() + (long_ > 0 ? i - threads_ : i);
-    return {block, block + 1};
-  }
-
- private:
-  int64_t first_single() const { return begin_ + long_ * threads_; }
-
-  const int64_t begin_;
-  const int64_t end_;
-  const int64_t threads_;
-  const int64_t long_;  // blocks of a long share
-};
-
 }  // namespace
 
 size_t live_workspace_bytes() {
@@ -287,11 +263,16 @@ void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
     return;
   }
   const int32_t end = step.is_whole() ? compiled_.graph().parts(op) : step.part_end;
-  const std::byte* input = op.kind == OperatorKind::kLinear ? prepare_input(step, op) : nullptr;
-  const Shares shares(step.part_begin, end, threads_);
+  const bool is_product = op.kind == OperatorKind::kLinear;
+  const std::byte* input = is_product ? prepare_input(step, op) : nullptr;
+  const size_t row_bytes =
+      input == nullptr ? 0 : weights_->matrix(op.weight).prepared_row_bytes(step.rows());
+  const ProductShares shares(step.part_begin, end, step.rows(), threads_, is_product);
   team_->for_each(shares.size(), [&](int64_t i) {
-    const auto [first, last] = shares[i];
-    operators_.execute(op, step, {step.row_begin, step.row_end}, first, last, input);
+    const ProductShare share = shares[i];
+    operators_.execute(op, step, {step.row_begin + share.begin, step.row_begin + share.end},
+                       share.first, share.last,
+                       input == nullptr ? nullptr : input + row_bytes * share.begin);
   });
 }
 

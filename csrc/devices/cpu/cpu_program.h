@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "devices/cpu/cpu_operators.h"
+#include "devices/cpu/product_shares.h"
 #include "graph/backend.h"
 #include "graph/compiled_program.h"
 
@@ -18,8 +19,6 @@ namespace flowprefill {
 inline constexpr int32_t kRowsPerMember = 128;
 // Rows of a tile behind the layers: so many are efficient, and their logits of 256k tokens 64 MiB.
 inline constexpr int32_t kHeadTileRows = 64;
-// The product's row block; so few a member reach 97 % of the peak.
-inline constexpr int32_t kRowStep = 16;
 
 // Bytes of all activations alive in this process. Thread: any.
 size_t live_workspace_bytes();
