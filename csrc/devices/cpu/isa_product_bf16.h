@@ -5,7 +5,7 @@
 #ifdef __AVX512BF16__
 #include <cstdint>
 
-#include "devices/cpu/isa_attention.h"
+#include "devices/cpu/isa_attention_pieces.h"
 #include "devices/cpu/row_kernels.h"
 
 namespace flowprefill {

@@ -63,6 +63,7 @@ struct AttentionTile {
   int rows;
   int dim;                      // a multiple of 16
   int tokens;                   // of the block; a multiple of 16
+  bool sees_all;                // whether every row sees the whole block; else:
   const int* valid_lo;          // [rows] first token each row sees (may be < 0)
   const int* valid_hi;          // [rows] one past the last (may be <= valid_lo, or > tokens)
   float* row_max;               // [rows] running maximum, or somewhat less; kNoMaximum at first
