@@ -101,8 +101,11 @@ class Fp8Products : public testing::Test {
   void launch(const GemmSelector& gemms, const GemmArgs& product) {
     const DeviceBuffer scratch(gemms.scratch_bytes(product));
     gemms.prepare({&product, 1});
+    const size_t before = fake_cudart::count("cudaLaunchKernel");
     gemms.launch(product, {scratch.get(), scratch.bytes()}, stream_.get());
     FP_CUDA(cudaStreamSynchronize(stream_.get()));
+    const size_t launched = fake_cudart::count("cudaLaunchKernel") - before;
+    EXPECT_EQ(static_cast<size_t>(gemms.num_kernels(product)), launched);
   }
 
   float d_at(int32_t row, int32_t column) const {

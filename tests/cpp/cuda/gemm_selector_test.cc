@@ -564,9 +564,11 @@ TEST_F(RealCandidates, OfAHopperTheGuessForLargeGatedProductsIsInTwo) {
                                      of->scratch_bytes(args));
   of->launch(args, scratch, stream.get());
   EXPECT_EQ(launches.names, (std::vector<std::string>{"hopper_128x256", "gate"}));
+  EXPECT_EQ(of->num_kernels(args), 2);
   launches.names.clear();
   real(80)->launch(args, scratch, stream.get());
   EXPECT_EQ(launches.names, std::vector<std::string>{"ampere_256x128"});
+  EXPECT_EQ(real(80)->num_kernels(args), 1);
 }
 
 TEST_F(RealCandidates, GateAndUpOfManyRowsPassThroughScratchInParts) {
@@ -587,6 +589,7 @@ TEST_F(RealCandidates, GateAndUpOfManyRowsPassThroughScratchInParts) {
   of->launch(args, {memory, bytes}, stream.get());
   ASSERT_EQ(launches.gemms.size(), 3u);
   ASSERT_EQ(launches.gates.size(), 3u);
+  EXPECT_EQ(of->num_kernels(args), 6);
   const int32_t begins[] = {0, 1024, 2048, 2500};
   for (size_t i = 0; i < 3; ++i) {
     const GemmArgs& part = launches.gemms[i];

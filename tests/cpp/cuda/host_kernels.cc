@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "devices/cuda/kernels/expect.h"
 #include "devices/cuda/kernels/kernels.h"
 #include "fake_cudart.h"
 #include "plain_kernels.h"
@@ -14,6 +13,7 @@
 #include "devices/cuda/kernels/fp8_bodies.h"
 #include "devices/cuda/kernels/rope_body.h"
 #include "devices/cuda/kernels/row_bodies.h"
+#include "devices/cuda/kernels/row_grid.h"
 #include "devices/cuda/kernels/sample_body.h"
 #include "devices/cuda/kernels/score_body.h"
 #endif
@@ -80,13 +80,12 @@ bool with_bodies() {
   return fake_kernels::log().is_with_bodies;
 }
 
-// As the launches in row_kernels.cu and attention.cu have them.
-simt::Grid rows_by(int32_t rows, int32_t width, int32_t threads, size_t shared_bytes = 0) {
-  const int32_t columns = threads * kColumnsPerThread;
-  return {.x = rows,
-          .y = width == 0 ? 1 : (width + columns - 1) / columns,
-          .threads = threads,
-          .shared_bytes = shared_bytes};
+// As the launches of the kernels have them: a block a row, or blocks of columns.
+simt::Grid blocks_of(int32_t rows, int32_t threads, size_t shared_bytes = 0) {
+  return {.x = rows, .threads = threads, .shared_bytes = shared_bytes};
+}
+simt::Grid columns_of(int32_t rows, int32_t width, int32_t per_thread = kColumnsPerThread) {
+  return {.x = rows, .y = column_parts(width, per_thread), .threads = kColumnThreads};
 }
 
 // The kernel's own body on simt, or the plain loop.
@@ -108,44 +107,44 @@ std::function<void()> kernel(const simt::Grid& grid, Plain plain, Body body) {
 
 cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream) {
   check(args);
-  return launch("embed", stream,
-                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::embed(args),
-                          embed_body(t, args)));
+  return launch(
+      "embed", stream,
+      FP_KERNEL(columns_of(args.rows, args.width), fake_kernels::embed(args), embed_body(t, args)));
 }
 
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
   check(args);
   return launch(
       "rotary", stream,
-      FP_KERNEL(rows_by(args.rows, 0, 128), fake_kernels::rotary(args), rotary_body(t, args)));
+      FP_KERNEL(blocks_of(args.rows, 128), fake_kernels::rotary(args), rotary_body(t, args)));
 }
 
 template <typename Out>
 cudaError_t launch_rms_norm(const RmsNormArgs<Out>& args, cudaStream_t stream) {
   check(args);
   return launch("rms_norm", stream,
-                FP_KERNEL(rows_by(args.rows, 0, 256, 32), fake_kernels::rms_norm(args),
+                FP_KERNEL(blocks_of(args.rows, 256, 32), fake_kernels::rms_norm(args),
                           rms_norm_body(t, args)));
 }
 
 cudaError_t launch_residual(const ResidualArgs& args, cudaStream_t stream) {
   check(args);
   return launch("residual", stream,
-                FP_KERNEL(rows_by(args.rows, 0, 256, 32), fake_kernels::residual(args),
+                FP_KERNEL(blocks_of(args.rows, 256, 32), fake_kernels::residual(args),
                           residual_body(t, args)));
 }
 
 cudaError_t launch_round(const RoundArgs& args, cudaStream_t stream) {
   check(args);
-  return launch("round", stream,
-                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::round(args),
-                          round_body(t, args)));
+  return launch(
+      "round", stream,
+      FP_KERNEL(columns_of(args.rows, args.width), fake_kernels::round(args), round_body(t, args)));
 }
 
 cudaError_t launch_softcap(const SoftcapArgs& args, cudaStream_t stream) {
   check(args);
   return launch("softcap", stream,
-                FP_KERNEL(rows_by(args.rows, 2 * args.width, 128), fake_kernels::softcap(args),
+                FP_KERNEL(columns_of(args.rows, args.width, 4), fake_kernels::softcap(args),
                           softcap_body(t, args)));
 }
 
@@ -167,51 +166,50 @@ cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
   check(args);
   return launch(
       "gate", stream,
-      FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::gate(args), gate_body(t, args)));
+      FP_KERNEL(columns_of(args.rows, args.width), fake_kernels::gate(args), gate_body(t, args)));
 }
 
 cudaError_t launch_quantise(const QuantiseArgs& args, cudaStream_t stream) {
   check(args);
   return launch("quantise", stream,
-                FP_KERNEL(rows_by(args.rows, 0, 256, 32), fake_kernels::quantise(args),
+                FP_KERNEL(blocks_of(args.rows, 256, 32), fake_kernels::quantise(args),
                           quantise_body(t, args)));
 }
 
 cudaError_t launch_widen(const WidenArgs& args, cudaStream_t stream) {
   check(args);
   return launch("widen", stream,
-                FP_KERNEL(rows_by(args.rows, args.width, 128), fake_kernels::widen_codes(args),
+                FP_KERNEL(columns_of(args.rows, args.width), fake_kernels::widen_codes(args),
                           widen_body(t, args)));
 }
 
 cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
   check(args);
   return launch("rescale", stream,
-                FP_KERNEL(rows_by(args.rows, args.width(), 128), fake_kernels::rescale(args),
+                FP_KERNEL(columns_of(args.rows, args.width()), fake_kernels::rescale(args),
                           rescale_body(t, args)));
 }
 
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
   check(args);
-  return launch("argmax", stream,
-                FP_KERNEL(rows_by(args.rows, 0, 1024, 256), fake_kernels::argmax(args),
-                          argmax_body(t, args)));
+  return launch(
+      "argmax", stream,
+      FP_KERNEL(blocks_of(args.rows, 1024, 256), fake_kernels::argmax(args), argmax_body(t, args)));
 }
 
 cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream) {
   check(args);
   return launch(
       "sample", stream,
-      FP_KERNEL(rows_by(args.rows, 0, 1024, static_cast<size_t>(sample_shared_bytes(1024))),
+      FP_KERNEL(blocks_of(args.rows, 1024, static_cast<size_t>(sample_shared_bytes(1024))),
                 fake_kernels::sample(args), sample_body(t, args)));
 }
 
 cudaError_t launch_score(const ScoreArgs& args, cudaStream_t stream) {
   check(args);
-  return launch(
-      "score", stream,
-      FP_KERNEL(rows_by(args.rows, 0, 1024, static_cast<size_t>(score_shared_bytes(1024))),
-                fake_kernels::score(args), score_body(t, args)));
+  return launch("score", stream,
+                FP_KERNEL(blocks_of(args.rows, 1024, static_cast<size_t>(score_shared_bytes(1024))),
+                          fake_kernels::score(args), score_body(t, args)));
 }
 
 cudaError_t launch_pool(const PoolArgs& args, cudaStream_t stream) {
@@ -221,13 +219,21 @@ cudaError_t launch_pool(const PoolArgs& args, cudaStream_t stream) {
                           fake_kernels::pool(args), pool_body(t, args)));
 }
 
+// Where keys are split, what merges the chunks is a kernel of its own. The plain loop splits none.
 cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
   check(args);
+  std::function<void()> tiles = [args] { fake_kernels::attention(args); };
+  std::function<void()> merges = [] {};
 #ifdef FP_SIMT
-  if (with_bodies())
-    return launch("attention", stream, [args] { simt::run_attention(args); });
+  if (with_bodies()) {
+    tiles = [args] { simt::run_attention_tiles(args); };
+    merges = [args] { simt::run_attention_merges(args); };
+  }
 #endif
-  return launch("attention", stream, [args] { fake_kernels::attention(args); });
+  const cudaError_t code = launch("attention", stream, std::move(tiles));
+  if (code != cudaSuccess || args.num_merges == 0)
+    return code;
+  return launch("attention_merge", stream, std::move(merges));
 }
 
 cudaError_t launch_attention_hopper(const AttentionArgs& args, cudaStream_t stream) {
@@ -241,8 +247,7 @@ bool has_hopper_attention() {
 
 // Every tile computes the same here.
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t stream) {
-  check(args);
-  expect(!args.is_fp8(), "weights", 8, "bf16: tiles have none of FP8");
+  check_tile(args);
   return launch("gemm", stream, [args] { fake_kernels::gemm(args); });
 }
 

@@ -11,8 +11,6 @@
 namespace flowprefill::testing {
 namespace {
 
-using Logits = std::vector<std::vector<float>>;
-
 // A tensor as checkpoints of e4m3 store it: codes, then the row's scale.
 std::vector<uint8_t> blocks(int64_t rows, int64_t columns) {
   std::vector<uint8_t> bytes;
@@ -28,39 +26,7 @@ std::vector<uint8_t> blocks(int64_t rows, int64_t columns) {
   return bytes;
 }
 
-class ModelFp8Test : public ModelTest {
- protected:
-  void preempt_everywhere(const TinyModel& tiny) {
-    options_.quantizes_fp8 = true;
-    options_.num_lanes = 1;
-    const std::vector<Part> one = {{.sequence = 0, .tokens = tiny.random_tokens(26, 1)},
-                                   {.sequence = 1, .tokens = tiny.random_tokens(7, 2)}};
-    const std::vector<Part> two = {{.sequence = 2, .tokens = tiny.random_tokens(20, 3)}};
-    size_t at = 0;
-    uint32_t running = 0;
-    before_launch_ = [&](Program& program, size_t segment) {
-      if (is(program, running) && segment + 1 == at &&
-          runs_.at(running + 1)->state() == RunState::kReady)
-        dispatch(running + 1);
-    };
-    make_model(tiny);
-    start();
-    const Logits undisturbed = execute(1, one);
-    const Logits of_two = execute(2, two);
-    const size_t num_segments = programs_.at(1)->size();
-    ASSERT_GT(num_segments, 5u);
-    for (at = 1; at < num_segments; ++at) {
-      running += 10;
-      make(running, one);
-      make(running + 1, two);
-      execute_to_end(running);
-      execute_to_end(running + 1);
-      EXPECT_EQ(logits(running), undisturbed) << "preempted before segment " << at;
-      EXPECT_EQ(logits(running + 1), of_two) << "preempted before segment " << at;
-      EXPECT_EQ(runs_.at(running)->accounting().num_preemptions, 1u);
-    }
-  }
-};
+using ModelFp8Test = ModelTest;
 
 TEST_F(ModelFp8Test, logits_are_those_of_weights_and_rows_in_8_bits) {
   for (const Kind kind : {Kind::kLlama, Kind::kQwen}) {
@@ -104,11 +70,13 @@ TEST_F(ModelFp8Test, every_cut_gives_the_same_bits) {
 }
 
 TEST_F(ModelFp8Test, preempted_at_every_boundary_by_operators_gives_the_same_bits) {
+  options_.quantizes_fp8 = true;
   plan_options_.granularity = Granularity::kOperator;
   preempt_everywhere(TinyModel(Kind::kQwen, 1));
 }
 
 TEST_F(ModelFp8Test, preempted_at_every_boundary_within_a_budget_gives_the_same_bits) {
+  options_.quantizes_fp8 = true;
   plan_options_.budget_s = 1e-7;
   plan_options_.rates.weight_bytes_per_s = 1e11;
   preempt_everywhere(TinyModel(Kind::kLlama, 1));

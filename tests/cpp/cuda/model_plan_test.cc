@@ -1,5 +1,5 @@
-// Plans of transformers without running them: which plan a batch gets, what its segments read and
-// write, where inputs lie.
+// Plans of transformers: which plan a batch gets, what its segments read and write, where inputs
+// lie, how many kernels they launch.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -224,6 +224,58 @@ TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
       ASSERT_EQ(entries[i], batch.sequences[i].rows * 4);
   }
   EXPECT_TRUE(has_several);
+}
+
+// Eager, captured, then replayed: what was launched is what the plan counts by.
+class ModelLaunchesTest : public ModelTest {
+ protected:
+  void expect_counted(const TinyModel& tiny, const std::vector<Part>& parts) {
+    std::vector<size_t> counted, launched;
+    size_t before = 0;
+    before_launch_ = [&](Program&, size_t) { before = fake_cudart::count("cudaLaunchKernel"); };
+    after_launch_ = [&](Program& program, size_t segment) {
+      launched.push_back(fake_cudart::count("cudaLaunchKernel") - before);
+      counted.push_back(dynamic_cast<CudaModelProgram&>(program).num_kernels(segment));
+    };
+    make_model(tiny);
+    start();
+    execute(1, parts);
+    EXPECT_EQ(counted, launched) << "eager";
+    const std::vector<size_t> of_segments = counted;
+    execute(2, parts);
+    launched.clear();
+    execute(3, parts);
+    size_t nodes = 0;
+    for (size_t i = 0; i < launched.size(); ++i) {
+      const bool is_replayed = launched[i] == 0;
+      EXPECT_EQ(is_replayed ? of_segments[i] : launched[i], of_segments[i]);
+      nodes += is_replayed ? of_segments[i] : 0;
+    }
+    EXPECT_GT(nodes, 0u);
+    EXPECT_EQ(model_->graph_report().bytes, nodes * fake_cudart::kBytesPerNode);
+    tear_down();
+  }
+  int64_t num_ran(const char* name) const { return std::ranges::count(fake_kernels::ran(), name); }
+};
+
+TEST_F(ModelLaunchesTest, of_products_are_counted_as_they_are_made) {
+  const std::vector<Part> parts = {{0, {}, TinyModel(Kind::kQwen).random_tokens(10, 1)},
+                                   {1, {}, TinyModel(Kind::kQwen).random_tokens(6, 2)}};
+  for (const bool is_fp8 : {false, true}) {
+    for (const Granularity granularity : {Granularity::kNone, Granularity::kOperator}) {
+      fake_kernels::reset();
+      options_.quantizes_fp8 = is_fp8;
+      plan_options_.granularity = granularity;
+      expect_counted(TinyModel(Kind::kQwen, 1), parts);
+      EXPECT_EQ(num_ran("quantise"), is_fp8 ? 3 * 3 : 0) << "of qkv, o and gate_up, three times";
+    }
+  }
+}
+
+TEST_F(ModelLaunchesTest, of_split_attention_are_counted_as_they_are_made) {
+  options_.max_context = 4096;
+  expect_counted(TinyModel(Kind::kLlama, 2), {{0, {}, {5}}});
+  EXPECT_EQ(num_ran("attention_merge"), 2 * 3) << "two layers, three times";
 }
 
 TEST_F(ModelPlanTest, buckets_share_graphs_between_budgets_that_cut_alike) {

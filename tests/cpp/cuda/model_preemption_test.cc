@@ -9,63 +9,7 @@
 namespace flowprefill::testing {
 namespace {
 
-using Logits = std::vector<std::vector<float>>;
-
-class ModelPreemptionTest : public ModelTest {
- protected:
-  // A long prompt's parts: its first tokens are in the cache already.
-  Part long_part(const TinyModel& tiny, int32_t sequence, uint32_t seed) const {
-    const std::vector<int32_t> tokens = tiny.random_tokens(30, seed);
-    return {sequence, first(tokens, 4), between(tokens, 4, 30)};
-  }
-
-  // Fills the cache with the parts' contexts.
-  void fill(const std::vector<Part>& parts) {
-    uint32_t id = 1000;
-    for (const Part& part : parts)
-      execute(++id, {{.sequence = part.sequence, .tokens = part.context}});
-    events_.clear();
-  }
-
-  // Run 1 is preempted before each of its segments in turn by run 2, on one lane.
-  void preempt_everywhere(const TinyModel& tiny) {
-    options_.num_lanes = 1;
-    const std::vector<Part> one = {long_part(tiny, 0, 1), long_part(tiny, 1, 2)};
-    const std::vector<Part> two = {long_part(tiny, 2, 3), long_part(tiny, 3, 4)};
-    size_t at = 0;
-    uint32_t running = 0;
-    before_launch_ = [&](Program& program, size_t segment) {
-      if (is(program, running) && segment + 1 == at &&
-          runs_.at(running + 1)->state() == RunState::kReady)
-        dispatch(running + 1);
-    };
-    make_model(tiny);
-    start();
-    fill(one);
-    fill(two);
-    const Logits undisturbed = execute(1, one);
-    const Logits of_two = execute(2, two);
-    const size_t num_segments = programs_.at(1)->size();
-    ASSERT_GT(num_segments, 5u);
-    for (at = 1; at < num_segments; ++at) {
-      running += 10;
-      make(running, one);
-      make(running + 1, two);
-      const LaneReport before = model_->lane_report();
-      execute_to_end(running);
-      execute_to_end(running + 1);
-      EXPECT_EQ(logits(running), undisturbed) << "preempted before segment " << at;
-      EXPECT_EQ(logits(running + 1), of_two) << "preempted before segment " << at;
-      EXPECT_EQ(runs_.at(running)->accounting().num_preemptions, 1u);
-      const LaneReport after = model_->lane_report();
-      EXPECT_EQ(after.spilled_bytes - before.spilled_bytes, programs_.at(running)->live_bytes(at));
-      EXPECT_EQ(after.restored_bytes - before.restored_bytes,
-                programs_.at(running)->live_bytes(at));
-      EXPECT_GT(programs_.at(running)->live_bytes(at), 0u);
-      EXPECT_LT(programs_.at(running)->live_bytes(at), programs_.at(running)->workspace_bytes());
-    }
-  }
-};
+using ModelPreemptionTest = ModelTest;
 
 TEST_F(ModelPreemptionTest, preempted_at_every_boundary_by_operators_gives_the_same_bits) {
   plan_options_.granularity = Granularity::kOperator;

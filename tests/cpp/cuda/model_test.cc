@@ -39,8 +39,6 @@ INSTANTIATE_TEST_SUITE_P(Kinds, ModelKinds,
 
 // ---- buckets, graphs, granularities: the same bits whatever the way
 
-using Logits = std::vector<std::vector<float>>;
-
 class ModelWays : public ModelTest {
  protected:
   static std::vector<Part> parts(const TinyModel& tiny) {

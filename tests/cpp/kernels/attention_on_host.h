@@ -7,34 +7,49 @@
 
 namespace flowprefill::simt {
 
-template <int kDim>
-void run_attention_of(const AttentionArgs& args, uint32_t seed) {
-  const bool splits = args.num_merges > 0;
-  Grid grid{.x = splits ? args.num_blocks : args.num_tiles,
-            .y = args.kv_end - args.kv_begin,
-            .threads = 128,
-            .shared_bytes = attention_shared_bytes(kDim),
-            .seed = seed};
-  if (!splits)
-    return launch(grid, [&](const Thread& t) { attention_body<kDim>(t, args); });
-  launch(grid, [&](const Thread& t) { attention_split_body<kDim>(t, args); });
-  grid.x = args.num_merges;
-  grid.shared_bytes = 0;
-  launch(grid, [&](const Thread& t) { attention_merge_body<kDim>(t, args); });
+// Calls `run` with the head size as its template argument.
+template <typename Run>
+void with_head_size(int32_t head_dim, const Run& run) {
+  switch (head_dim) {
+    case 64:
+      return run.template operator()<64>();
+    case 96:
+      return run.template operator()<96>();
+    case 128:
+      return run.template operator()<128>();
+    default:
+      return run.template operator()<256>();
+  }
 }
 
-// args: checked. seed: of the order in which threads run.
+inline Grid attention_grid(const AttentionArgs& args, int32_t blocks, uint32_t seed) {
+  return {.x = blocks, .y = args.kv_end - args.kv_begin, .threads = 128, .seed = seed};
+}
+
+// The first kernel of launch_attention(). args: checked. seed: of the order in which threads run.
+inline void run_attention_tiles(const AttentionArgs& args, uint32_t seed = 1) {
+  with_head_size(args.head_dim, [&]<int kDim>() {
+    const bool splits = args.num_merges > 0;
+    Grid grid = attention_grid(args, splits ? args.num_blocks : args.num_tiles, seed);
+    grid.shared_bytes = attention_shared_bytes(kDim);
+    if (splits)
+      return launch(grid, [&](const Thread& t) { attention_split_body<kDim>(t, args); });
+    launch(grid, [&](const Thread& t) { attention_body<kDim>(t, args); });
+  });
+}
+
+// The second, where there are merges.
+inline void run_attention_merges(const AttentionArgs& args, uint32_t seed = 1) {
+  with_head_size(args.head_dim, [&]<int kDim>() {
+    launch(attention_grid(args, args.num_merges, seed),
+           [&](const Thread& t) { attention_merge_body<kDim>(t, args); });
+  });
+}
+
 inline void run_attention(const AttentionArgs& args, uint32_t seed = 1) {
-  switch (args.head_dim) {
-    case 64:
-      return run_attention_of<64>(args, seed);
-    case 96:
-      return run_attention_of<96>(args, seed);
-    case 128:
-      return run_attention_of<128>(args, seed);
-    default:
-      return run_attention_of<256>(args, seed);
-  }
+  run_attention_tiles(args, seed);
+  if (args.num_merges > 0)
+    run_attention_merges(args, seed);
 }
 
 }  // namespace flowprefill::simt

@@ -38,6 +38,9 @@ class CudaModelProgram final : public ModelProgram {
   // Bytes of a lane that it uses.
   size_t workspace_bytes() const override { return plan_->plan->lane_bytes(); }
 
+  // Kernels that segment i launches: the nodes of its graph.
+  size_t num_kernels(size_t i) const { return plan_->plan->segment(i).num_kernels; }
+
   // The token bucket it is padded to; 0: exact size, no graphs.
   int32_t bucket() const { return plan_->plan->bucket(); }
 

@@ -86,9 +86,13 @@ GemmCandidate in_two(GemmCandidate gemm, const GemmArgs& args) {
       .name = gemm.name + " + gate",
       .scratch_bytes = gemm.scratch_bytes + gate_up_bytes(args),
       .launch = [launch = std::move(gemm.launch)](
-                    const GemmArgs& gated, std::span<std::byte> scratch, cudaStream_t stream) {
-        return launch_in_two(launch, gated, scratch, stream);
-      }};
+                    const GemmArgs& gated, std::span<std::byte> scratch,
+                    cudaStream_t stream) { return launch_in_two(launch, gated, scratch, stream); },
+      .num_kernels =
+          [](const GemmArgs& gated) {
+            const int32_t step = rows_at_once(gated);
+            return 2 * ((gated.rows() + step - 1) / step);
+          }};
   if (gemm.prepare) {
     both.prepare = [prepare = std::move(gemm.prepare)](const GemmArgs& gated) {
       prepare(without_gate(gated));

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <string>
 #include <utility>
 
 #include "devices/cuda/kernels/expect.h"
@@ -35,6 +37,10 @@ class Scratch {
 
 int32_t whole_multiple(int64_t count, int32_t step, int32_t most) {
   return static_cast<int32_t>(std::min<int64_t>(most, std::max<int64_t>(count / step, 1) * step));
+}
+
+int32_t parts_of(int32_t count, int32_t step) {
+  return (count + step - 1) / step;
 }
 
 // Codes and sums, and room for the same rows in bf16.
@@ -177,76 +183,102 @@ cudaError_t multiply_widened(GemmTile tile, const GemmArgs& sums, const Pieces& 
   return code;
 }
 
-// Rows to codes, `multiply`, and what follows it, for as many rows at a time as scratch has room.
-template <typename Multiply>
-cudaError_t launch_parts(const GemmArgs& args, const Pieces& pieces, bool rescales,
-                         cudaStream_t stream, const Multiply& multiply) {
-  const int32_t step = rows_at_once(args);
-  cudaError_t code = cudaSuccess;
-  for (int32_t row = args.row_begin; row < args.row_end && code == cudaSuccess; row += step) {
-    const int32_t rows = std::min(step, args.row_end - row);
-    code = quantise(args, row, rows, pieces, stream);
-    if (code == cudaSuccess)
-      code = multiply(row, rows);
-    if (code == cudaSuccess && rescales)
-      code = rescale(args, row, rows, pieces, stream);
-  }
-  return code;
-}
+// One way to multiply rows of codes by the weights.
+struct CodeProduct {
+  // Multiplies the codes in `pieces`, of `rows` rows from `row` on.
+  using Multiply = std::function<cudaError_t(const GemmArgs&, const Pieces& pieces, int32_t row,
+                                             int32_t rows, cudaStream_t)>;
 
-Pieces pieces_of(const GemmArgs& args, std::span<std::byte> scratch, bool widens,
-                 size_t workspace_bytes) {
-  check(args);
-  const Pieces pieces(args, scratch.data(), widens, workspace_bytes);
-  expect(scratch.size() >= pieces.bytes, "scratch bytes", static_cast<int64_t>(scratch.size()),
-         "at least scratch_bytes() of these arguments");
-  return pieces;
-}
+  std::string name = {};
+  bool widens = false;    // wants the pieces for codes in bf16
+  bool rescales = false;  // leaves sums, without scales and epilogue; else it writes d
+  size_t workspace_bytes = 0;
+  Multiply multiply = {};
+  std::function<int32_t(const GemmArgs&)> num_kernels = {};  // of one multiply(); empty: one
+  std::function<void(const GemmArgs&)> prepare = {};
+};
 
 // Where nothing is launched yet, addresses stand for any.
 Pieces nowhere(const GemmArgs& args, bool widens, size_t workspace_bytes) {
   return {args, reinterpret_cast<std::byte*>(uintptr_t{1} << 30), widens, workspace_bytes};
 }
 
-GemmCandidate by_library(const std::shared_ptr<const CublasLt>& library, const GemmArgs& shape,
-                         bool has_outer_scales) {
-  constexpr size_t kWorkspace = CublasLt::kWorkspaceBytes;
-  const auto product = has_outer_scales ? with_outer_scales : into_sums;
-  return {.name = has_outer_scales ? "cublaslt fp8, scales" : "cublaslt fp8 + rescale",
-          .scratch_bytes = nowhere(shape, false, kWorkspace).bytes,
+// Rows to codes, their product, and what follows it, for as many rows at a time as scratch has
+// room.
+cudaError_t launch_parts(const CodeProduct& product, const GemmArgs& args,
+                         std::span<std::byte> scratch, cudaStream_t stream) {
+  check(args);
+  const Pieces pieces(args, scratch.data(), product.widens, product.workspace_bytes);
+  expect(scratch.size() >= pieces.bytes, "scratch bytes", static_cast<int64_t>(scratch.size()),
+         "at least scratch_bytes() of these arguments");
+  const int32_t step = rows_at_once(args);
+  cudaError_t code = cudaSuccess;
+  for (int32_t row = args.row_begin; row < args.row_end && code == cudaSuccess; row += step) {
+    const int32_t rows = std::min(step, args.row_end - row);
+    code = quantise(args, row, rows, pieces, stream);
+    if (code == cudaSuccess)
+      code = product.multiply(args, pieces, row, rows, stream);
+    if (code == cudaSuccess && product.rescales)
+      code = rescale(args, row, rows, pieces, stream);
+  }
+  return code;
+}
+
+int32_t num_kernels(const CodeProduct& product, const GemmArgs& args) {
+  const int32_t multiplies = product.num_kernels ? product.num_kernels(args) : 1;
+  return parts_of(args.rows(), rows_at_once(args)) * (1 + multiplies + (product.rescales ? 1 : 0));
+}
+
+GemmCandidate candidate_of(CodeProduct product, const GemmArgs& shape) {
+  const auto shared = std::make_shared<const CodeProduct>(std::move(product));
+  return {.name = shared->name,
+          .scratch_bytes = nowhere(shape, shared->widens, shared->workspace_bytes).bytes,
           .launch =
-              [library, product, has_outer_scales](
-                  const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream) {
-                const Pieces pieces = pieces_of(args, scratch, false, kWorkspace);
-                return launch_parts(
-                    args, pieces, !has_outer_scales, stream, [&](int32_t row, int32_t rows) {
-                      GemmArgs part = product(args, pieces);
-                      part.row_end = rows;
-                      if (has_outer_scales)
-                        part.d = d_at(args, row);
-                      return library->launch(part, {pieces.workspace, kWorkspace}, stream);
-                    });
+              [shared](const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream) {
+                return launch_parts(*shared, args, scratch, stream);
+              },
+          .prepare = shared->prepare,
+          .num_kernels = [shared](const GemmArgs& args) { return num_kernels(*shared, args); }};
+}
+
+CodeProduct by_library(const std::shared_ptr<const CublasLt>& library, bool has_outer_scales) {
+  constexpr size_t kWorkspace = CublasLt::kWorkspaceBytes;
+  const auto of_rows = has_outer_scales ? with_outer_scales : into_sums;
+  return {.name = has_outer_scales ? "cublaslt fp8, scales" : "cublaslt fp8 + rescale",
+          .rescales = !has_outer_scales,
+          .workspace_bytes = kWorkspace,
+          .multiply =
+              [=](const GemmArgs& args, const Pieces& pieces, int32_t row, int32_t rows,
+                  cudaStream_t stream) {
+                GemmArgs part = of_rows(args, pieces);
+                part.row_end = rows;
+                if (has_outer_scales)
+                  part.d = d_at(args, row);
+                return library->launch(part, {pieces.workspace, kWorkspace}, stream);
               },
           .prepare =
-              [library, product](const GemmArgs& args) {
-                GemmArgs whole = product(args, nowhere(args, false, kWorkspace));
+              [=](const GemmArgs& args) {
+                GemmArgs whole = of_rows(args, nowhere(args, false, kWorkspace));
                 whole.row_end = args.rows();
                 library->prepare(whole);
               }};
 }
 
-GemmCandidate by_tile(GemmTile tile, const GemmArgs& shape) {
-  return {
-      .name = std::string("fp8 widened, ") + gemm_tile_name(tile),
-      .scratch_bytes = nowhere(shape, true, 0).bytes,
-      .launch = [tile](const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream) {
-        const Pieces pieces = pieces_of(args, scratch, true, 0);
-        return launch_parts(args, pieces, true, stream, [&](int32_t, int32_t rows) {
-          GemmArgs sums = into_sums(args, pieces);
-          sums.row_end = rows;
-          return multiply_widened(tile, sums, pieces, stream);
-        });
-      }};
+CodeProduct by_tile(GemmTile tile) {
+  return {.name = std::string("fp8 widened, ") + gemm_tile_name(tile),
+          .widens = true,
+          .rescales = true,
+          .multiply =
+              [tile](const GemmArgs& args, const Pieces& pieces, int32_t, int32_t rows,
+                     cudaStream_t stream) {
+                GemmArgs sums = into_sums(args, pieces);
+                sums.row_end = rows;
+                return multiply_widened(tile, sums, pieces, stream);
+              },
+          .num_kernels =
+              [](const GemmArgs& args) {
+                return 1 + 2 * parts_of(args.columns, columns_at_once(args));
+              }};
 }
 
 }  // namespace
@@ -256,13 +288,13 @@ std::vector<GemmCandidate> fp8_candidates(const GemmArgs& args, const GemmDevice
   std::vector<GemmCandidate> out;
   if (library != nullptr && device.compute_capability >= 89) {
     if (device.compute_capability == 90 && library->has_outer_scales() && has_plain_epilogue(args))
-      out.push_back(by_library(library, args, true));
-    out.push_back(by_library(library, args, false));
+      out.push_back(candidate_of(by_library(library, true), args));
+    out.push_back(candidate_of(by_library(library, false), args));
   }
   const GemmArgs sums = into_sums(args, nowhere(args, true, 0));
   for (const GemmTile tile :
        gemm_tiles(sums, device.compute_capability, device.num_multiprocessors))
-    out.push_back(by_tile(tile, args));
+    out.push_back(candidate_of(by_tile(tile), args));
   return out;
 }
 

@@ -190,6 +190,11 @@ void GemmSelector::launch(const GemmArgs& args, std::span<std::byte> scratch, cu
   });
 }
 
+int32_t GemmSelector::num_kernels(const GemmArgs& args) const {
+  const std::shared_ptr<Ranking> ranking = ranking_of(args);
+  return ranking->candidates[ranking->first].kernels_of(args);
+}
+
 std::shared_ptr<GemmSelector::Ranking> GemmSelector::ranking_of(const GemmArgs& args) const {
   const GemmShape shape = shape_of(args);
   const MutexLock lock(mutex_);

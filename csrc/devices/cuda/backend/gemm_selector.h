@@ -30,6 +30,10 @@ struct GemmCandidate {
   // What launch() of this shape needs, and what takes too long between two segments. Throws as
   // launch(); empty: it needs nothing.
   std::function<void(const GemmArgs&)> prepare = {};
+  // Kernels that launch() launches; empty: one.
+  std::function<int32_t(const GemmArgs&)> num_kernels = {};
+
+  int32_t kernels_of(const GemmArgs& args) const { return num_kernels ? num_kernels(args) : 1; }
 };
 
 // The candidates for these arguments, best guess first. Depends on everything but the pointers.
@@ -68,6 +72,9 @@ class GemmSelector {
   // CudaError, std::invalid_argument; what the first candidate said if all refuse. Thread: any.
   void launch(const GemmArgs& args, std::span<std::byte> scratch, cudaStream_t stream,
               const CallContext& context = {}) const;
+
+  // Kernels that launch() would launch, by the choice as it stands. Thread: any.
+  int32_t num_kernels(const GemmArgs& args) const;
 
   // Measures every shape among `products` that is not known yet and writes the cache. Products of
   // one shape take turns, so giving each layer's finds the weights in memory rather than in cache.

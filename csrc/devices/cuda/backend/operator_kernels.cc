@@ -82,6 +82,28 @@ void OperatorKernels::prepare(const PlanShape& shape, const Step& step) const {
   }
 }
 
+size_t OperatorKernels::num_kernels(const PlanShape& shape, const Step& step) const {
+  size_t count = 0;
+  for (int32_t i = step.first; i <= step.last; ++i)
+    count += num_kernels(shape, shape.graph.op(i), step);
+  return count;
+}
+
+size_t OperatorKernels::num_kernels(const PlanShape& shape, const Operator& op,
+                                    const Step& step) const {
+  if (op.kind == OperatorKind::kLinear) {
+    const int32_t of_product = gemms_.num_kernels(product(shape, weights_, op, step, nowhere()));
+    return static_cast<size_t>(of_product) + (op.softcap == 0.0f ? 0 : 1);
+  }
+  if (op.kind != OperatorKind::kAttention)
+    return 1;
+  const AttentionLaunches& launches = shape.inputs.attention[shape.attention_index(step)];
+  size_t count = launches.num_row_tiles > 0 ? 1 : 0;
+  for (const AttentionLists& lists : launches.lists)
+    count += lists.num_merges > 0 ? 2 : 1;
+  return count;
+}
+
 void OperatorKernels::launch(const Call& call) const {
   switch (call.op.kind) {
     case OperatorKind::kEmbed:

@@ -20,13 +20,17 @@ class OperatorKernels {
                   const GemmSelector& gemms, size_t scratch_bytes)
       : weights_(weights), cache_(cache), gemms_(gemms), scratch_bytes_(scratch_bytes) {}
 
-  // Launches the step's operators in order, a kernel each. Throws CudaError naming operator and
-  // layer. Captures and eager launches give the same kernels and arguments.
+  // Launches the step's operators in order, num_kernels() kernels. Throws CudaError naming operator
+  // and layer. Captures and eager launches give the same kernels and arguments.
   void launch(const PlanShape& shape, const Step& step, const LaunchArgs& args) const;
 
   // Gets the step's products ready, so that launch() asks no library. May take 200 us for a shape
   // of product that is new. Thread: any.
   void prepare(const PlanShape& shape, const Step& step) const;
+
+  // Kernels that launch() launches: one for most operators; of products and attention several.
+  // Thread: any.
+  size_t num_kernels(const PlanShape& shape, const Step& step) const;
 
   // The product of the step's first operator over its rows and parts, in a lane that starts at
   // `lane`; nowhere(): to ask by shape alone.
@@ -43,6 +47,7 @@ class OperatorKernels {
 
   static GemmArgs product(const PlanShape& shape, const DeviceWeights& weights, const Operator& op,
                           const Step& step, std::byte* lane);
+  size_t num_kernels(const PlanShape& shape, const Operator& op, const Step& step) const;
   void launch(const Call& call) const;
   void embed(const Call& call) const;
   void rotary(const Call& call) const;

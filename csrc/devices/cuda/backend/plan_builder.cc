@@ -233,15 +233,15 @@ CudaSegment PlanBuilder::segment(BuiltPlan& built, size_t index, int32_t bucket,
   const std::span<const Step> steps = built.compiled.steps(index);
   CudaSegment segment{.label = built.compiled.label(index), .shape = shape_of(steps, variant)};
   built.planned_s.push_back(segment.label.predicted_s);
-  size_t num_kernels = 0;  // one of each operator
   for (const Step& step : steps) {
     segment.access = joined(segment.access, access_of(*graph_, built.shape->lane, step, last_rows));
-    num_kernels += static_cast<size_t>(step.last - step.first) + 1;
     kernels_.prepare(*built.shape, step);
+    segment.num_kernels += kernels_.num_kernels(*built.shape, step);
   }
-  segment.is_capturable = bucket > 0 && !cuts_heads(*graph_, steps) &&
-                          is_worth_graph(num_kernels, segment.label.predicted_s, options_.policy);
-  built.num_graph_kernels += segment.is_capturable ? num_kernels : 0;
+  segment.is_capturable =
+      bucket > 0 && !cuts_heads(*graph_, steps) &&
+      is_worth_graph(segment.num_kernels, segment.label.predicted_s, options_.policy);
+  built.num_graph_kernels += segment.is_capturable ? segment.num_kernels : 0;
   segment.launch = [shape = built.shape, own = std::vector(steps.begin(), steps.end()),
                     &kernels = kernels_](const LaunchArgs& args) {
     for (const Step& step : own)

@@ -1,11 +1,11 @@
 // Launches of the FP8 kernels: one block per row. Declared in kernels.h.
 #include "devices/cuda/kernels/fp8_bodies.h"
 #include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/kernels/row_grid.h"
 
 namespace flowprefill {
 namespace {
 
-constexpr int kColumnThreads = 128;  // of kernels that split a row's columns into blocks
 constexpr int kQuantiseThreads = 256;
 
 extern __shared__ unsigned char shared_memory[];
@@ -20,30 +20,26 @@ __global__ void __launch_bounds__(kColumnThreads) rescale_kernel(RescaleArgs arg
   rescale_body(DeviceThread(nullptr), args);
 }
 
-dim3 grid(int32_t rows, int32_t width) {
-  constexpr int32_t kColumns = kColumnThreads * kColumnsPerThread;
-  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>((width + kColumns - 1) / kColumns),
-              1);
-}
-
 }  // namespace
 
 cudaError_t launch_quantise(const QuantiseArgs& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = sizeof(float) * kQuantiseThreads / 32;
-  quantise_kernel<<<static_cast<unsigned>(args.rows), kQuantiseThreads, kShared, stream>>>(args);
+  quantise_kernel<<<row_grid(args.rows), kQuantiseThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 
 cudaError_t launch_widen(const WidenArgs& args, cudaStream_t stream) {
   check(args);
-  widen_kernel<<<grid(args.rows, args.width), kColumnThreads, 0, stream>>>(args);
+  const dim3 blocks = row_grid(args.rows, column_parts(args.width));
+  widen_kernel<<<blocks, kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
   check(args);
-  rescale_kernel<<<grid(args.rows, args.width()), kColumnThreads, 0, stream>>>(args);
+  const dim3 blocks = row_grid(args.rows, column_parts(args.width()));
+  rescale_kernel<<<blocks, kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

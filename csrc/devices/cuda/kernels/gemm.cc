@@ -1,5 +1,4 @@
 // launch_gemm(): from the tile's name to its kernel. Declared in kernels.h.
-#include "devices/cuda/kernels/expect.h"
 #include "devices/cuda/kernels/gemm_kernels.h"
 #include "devices/cuda/kernels/kernels.h"
 
@@ -38,8 +37,7 @@ cudaError_t launch_gated(const GemmArgs& args, GemmTile tile, cudaStream_t strea
 }  // namespace
 
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
-  check(args);
-  expect(!args.is_fp8(), "weights", 8, "bf16: tiles have none of FP8");
+  check_tile(args);
   if (args.is_gated)
     return launch_gated(args, tile, stream);
   return args.output == GemmOutput::kFloat ? launch<float>(args, tile, stream)

@@ -121,4 +121,9 @@ void check(const GemmArgs& args) {
   expect_aligned("bias", args.bias);
 }
 
+void check_tile(const GemmArgs& args) {
+  check(args);
+  expect(!args.is_fp8(), "weights", 8, "bf16: tiles have none of FP8");
+}
+
 }  // namespace flowprefill

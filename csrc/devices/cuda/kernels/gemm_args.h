@@ -82,5 +82,7 @@ std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
 
 // Throws std::invalid_argument naming the field, its value and what is allowed.
 void check(const GemmArgs& args);
+// As check(), of what launch_gemm() takes: weights in bf16.
+void check_tile(const GemmArgs& args);
 
 }  // namespace flowprefill

@@ -2,11 +2,11 @@
 #include "devices/cuda/kernels/kernels.h"
 #include "devices/cuda/kernels/rope_body.h"
 #include "devices/cuda/kernels/row_bodies.h"
+#include "devices/cuda/kernels/row_grid.h"
 
 namespace flowprefill {
 namespace {
 
-constexpr int kColumnThreads = 128;  // of kernels that split a row's columns into blocks
 constexpr int kNormThreads = 256;
 constexpr int kArgmaxThreads = 1024;
 constexpr int kRopeWarps = 4;
@@ -48,27 +48,17 @@ __global__ void __launch_bounds__(kArgmaxThreads) argmax_kernel(ArgmaxArgs args)
   argmax_body(DeviceThread(shared_memory), args);
 }
 
-// Rows lie in x, which has no limit that matters; parts of a row in y.
-dim3 grid(int32_t rows, int32_t parts) {
-  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(parts), 1);
-}
-
-int32_t column_parts(int32_t width) {
-  constexpr int32_t kColumns = kColumnThreads * kColumnsPerThread;
-  return (width + kColumns - 1) / kColumns;
-}
-
 }  // namespace
 
 cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream) {
   check(args);
-  embed_kernel<<<grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
+  embed_kernel<<<row_grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
   check(args);
-  rotary_kernel<<<grid(args.rows, 1), kColumnThreads, 0, stream>>>(args);
+  rotary_kernel<<<row_grid(args.rows), kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -76,27 +66,26 @@ template <typename Out>
 cudaError_t launch_rms_norm(const RmsNormArgs<Out>& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = sizeof(float) * kNormThreads / 32;
-  rms_norm_kernel<Out><<<grid(args.rows, 1), kNormThreads, kShared, stream>>>(args);
+  rms_norm_kernel<Out><<<row_grid(args.rows), kNormThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 
 cudaError_t launch_residual(const ResidualArgs& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = sizeof(float) * kNormThreads / 32;
-  residual_kernel<<<grid(args.rows, 1), kNormThreads, kShared, stream>>>(args);
+  residual_kernel<<<row_grid(args.rows), kNormThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 
 cudaError_t launch_round(const RoundArgs& args, cudaStream_t stream) {
   check(args);
-  round_kernel<<<grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
+  round_kernel<<<row_grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 cudaError_t launch_softcap(const SoftcapArgs& args, cudaStream_t stream) {
   check(args);
-  constexpr int32_t kColumns = kColumnThreads * 4;
-  const dim3 blocks = grid(args.rows, (args.width + kColumns - 1) / kColumns);
+  const dim3 blocks = row_grid(args.rows, column_parts(args.width, 4));
   softcap_kernel<<<blocks, kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
@@ -107,19 +96,19 @@ cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
   constexpr int kThreads = kRopeWarps * 32;
   if (args.norms_rows) {
     constexpr size_t kShared = sizeof(float) * kRopeWarps;
-    rope_rows_kernel<In><<<grid(args.rows, kRopeRowParts), kThreads, kShared, stream>>>(args);
+    rope_rows_kernel<In><<<row_grid(args.rows, kRopeRowParts), kThreads, kShared, stream>>>(args);
     return cudaGetLastError();
   }
   const int32_t heads = args.heads + 2 * args.kv_heads;
   const int32_t parts = (heads + kRopeWarps - 1) / kRopeWarps;
-  rope_kernel<In><<<grid(args.rows, parts), kThreads, 0, stream>>>(args);
+  rope_kernel<In><<<row_grid(args.rows, parts), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <typename In>
 cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
   check(args);
-  const dim3 blocks = grid(args.rows, column_parts(args.width));
+  const dim3 blocks = row_grid(args.rows, column_parts(args.width));
   gate_kernel<In><<<blocks, kColumnThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
@@ -127,7 +116,7 @@ cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = (sizeof(float) + sizeof(int32_t)) * kArgmaxThreads / 32;
-  argmax_kernel<<<grid(args.rows, 1), kArgmaxThreads, kShared, stream>>>(args);
+  argmax_kernel<<<row_grid(args.rows), kArgmaxThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 

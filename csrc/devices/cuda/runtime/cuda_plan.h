@@ -33,6 +33,7 @@ struct CudaSegment {
   SegmentLabel label = {};
   SegmentShape shape = {};
   SegmentAccess access = {};  // bytes of the lane
+  size_t num_kernels = 0;     // that `launch` launches, as the builder counts
   // Whether it may be a graph; false: launched eagerly each time. Decided by the builder: see
   // bucket.h.
   bool is_capturable = true;
