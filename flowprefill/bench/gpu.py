@@ -38,7 +38,7 @@ from flowprefill.bench.random_model import SHAPES
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median, quantiles
 from flowprefill.config import EngineConfig, Granularity
-from flowprefill.engine.cuda_device import cublas_lt_libraries
+from flowprefill.engine.cuda_device import CudaDevice, cublas_lt_libraries
 from flowprefill.engine.device_choice import DeviceChoice, choose_device
 from flowprefill.engine.loading import model_shape, plan_options
 from flowprefill.errors import CheckpointError, ConfigError
@@ -109,6 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PART", help=f"of {', '.join(gpu_shape.PARTS)}; default all",
     )  # fmt: skip
     shape.add_argument("--peer", choices=["transformers"], help="measure it on the same card too")
+    shape.add_argument(
+        "--weights", nargs="+", choices=("bf16", "fp8"), default=["bf16"],
+        help="one after the other, --limit-s for each; fp8: from compute capability 8.9 on; "
+        "default bf16",
+    )  # fmt: skip
     shape.add_argument("--picture", type=Path, help="a .png or .svg file to draw")
 
 
@@ -129,7 +134,10 @@ def run(args: argparse.Namespace) -> int:
     check_least("tokens", min(args.tokens), 1)
     if args.quick:
         args.rounds, args.shorts = 1, min(args.shorts, hol.QUICK_SHORTS)
-    names = ("model", "rounds", "seed", "tokens", "short_tokens", "shorts", "granularity", "only")
+    names = (
+        "model", "quantization", "rounds", "seed", "tokens", "short_tokens", "shorts",
+        "granularity", "only",
+    )  # fmt: skip
     report = Report("gpu", {name: getattr(args, name) for name in names})
     report.extra["gpu"] = {"device": choice.name, **_device_info(choice)}
     measure(report, choice, args)
@@ -150,11 +158,19 @@ def _run_shape(choice: DeviceChoice, args: argparse.Namespace) -> int:
         raise ConfigError(
             f"tokens: got {max(args.tokens)}, expected at most {longest}", param="tokens"
         )
-    names = ("shape", "layers", "seed", "tokens", "limit_s", "parts", "peer")
+    if args.quantization != "auto":
+        raise ConfigError(
+            f"quantization: got {args.quantization!r}, expected --weights instead with --shape",
+            param="quantization",
+        )
+    if "fp8" in args.weights:
+        _device_of(choice, "fp8")
+    names = ("shape", "layers", "seed", "tokens", "limit_s", "parts", "peer", "weights")
     report = Report("gpu", {name: getattr(args, name) for name in names})
     report.extra["gpu"] = {"device": choice.name, **_device_info(choice)}
     with _named_errors(choice):
-        gpu_shape.ShapeBench(report, choice, args).measure()
+        for weights in args.weights:
+            gpu_shape.ShapeBench(report, choice, args, weights).measure()
     for table, (title, columns) in gpu_shape_tables.TABLES.items():
         rows = [row for row in report.rows if row["table"] == table]
         if rows:
@@ -174,6 +190,12 @@ def _choose_gpu(device: str) -> DeviceChoice:
     if choice.module is None:
         raise ConfigError(f"device: got {device!r}, expected a GPU: cuda or cuda:N", param="device")
     return choice
+
+
+def _device_of(choice: DeviceChoice, quantization: str) -> CudaDevice:
+    """Return the GPU as the engine has it; ConfigError if it does not compute that."""
+    config = EngineConfig(quantization=quantization)
+    return CudaDevice(config, choice.module, choice.index, choice.reason)
 
 
 def _device_info(choice: DeviceChoice) -> dict[str, Any]:
@@ -196,6 +218,7 @@ def measure(report: Report, choice: DeviceChoice, args: argparse.Namespace) -> N
 
 
 def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespace) -> None:
+    device = _device_of(choice, args.quantization)
     checkpoint = open_checkpoint(args.model)
     longest = max(*args.tokens, args.short_tokens)
     if longest > checkpoint.config.max_position:
@@ -210,8 +233,8 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
             "gemm_cache_path": str(Path(folder) / "gemm-choices"),  # measured by the first
             "cublas_lt_libraries": cublas_lt_libraries(choice.module, choice.index),
         }
-        open_model = _opener(choice, checkpoint, longest, common)
-        shape = model_shape(checkpoint.graph, "bf16")
+        open_model = _opener(choice, device, checkpoint, longest, common)
+        shape = model_shape(checkpoint.graph, "bf16", device.quantization)
         plan = _measure_usual(report, open_model, args, shape)
         if "prefill" in args.only:
             with open_model(has_graphs=False) as model:
@@ -223,18 +246,26 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
 
 
 def _opener(
-    choice: DeviceChoice, checkpoint: Checkpoint, longest: int, common: dict[str, Any]
+    choice: DeviceChoice,
+    device: CudaDevice,
+    checkpoint: Checkpoint,
+    longest: int,
+    common: dict[str, Any],
 ) -> OpenModel:
     """Load the weights; returns what makes models of them."""
     say(f"loading {checkpoint.name}")
     with _named_errors(choice):
-        weights = load_weights(choice, checkpoint)
+        sources = device.block_formats(checkpoint)
+        weights = load_weights(choice, checkpoint, sources, device.quantization)
 
     @contextmanager
     def open_model(**options: Any) -> Iterator[GpuModel]:
         say(", ".join(f"{name} {value}" for name, value in options.items()))
         with _named_errors(choice):
-            model = GpuModel(choice, checkpoint, weights, longest, common | options)
+            model = GpuModel(
+                choice, checkpoint, weights, longest, common | options,
+                quantization=device.quantization,
+            )  # fmt: skip
         try:
             yield model
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import select
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,12 +50,26 @@ def gaps_of(segments: Sequence[Segment]) -> list[float]:
     ]
 
 
-def load_weights(choice: DeviceChoice, checkpoint: WeightSource) -> _cuda.Model:
-    """Load a model that holds weights alone, for the models that share them."""
+def load_weights(
+    choice: DeviceChoice,
+    checkpoint: WeightSource,
+    fp8_sources: Collection[str] = (),
+    quantization: str = "none",
+) -> _cuda.Model:
+    """Load a model that holds weights alone, for the models that share them.
+
+    Args:
+        fp8_sources: tensors that come in e4m3, and stay so.
+        quantization: fp8: the other matrices of layers are rounded to it.
+    """
     assert choice.module is not None
-    options = {"device": choice.index}
+    options = {
+        "device": choice.index,
+        "quantizes_fp8": quantization == "fp8",
+        "fp8_sources": list(fp8_sources),
+    }
     model: _cuda.Model = choice.module.Model(checkpoint.graph, options)
-    fill_model(model, checkpoint)
+    fill_model(model, checkpoint, in_blocks=fp8_sources)
     return model
 
 
@@ -70,6 +84,7 @@ class GpuModel:
         longest: int,
         options: dict[str, Any],
         max_sequences: int = 4,
+        quantization: str = "none",
     ) -> None:
         """Start an executor of a model's weights; it captures graphs and measures kernels.
 
@@ -79,12 +94,13 @@ class GpuModel:
                 probe.
             options: of the native model, added to those that follow from the prompt.
             max_sequences: of the largest batch that is decoded.
+            quantization: of the weights: none or fp8.
         """
         assert choice.module is not None
         config = checkpoint.config
         self.cuda: Any = choice.module
         self._vocab_size = config.vocab_size
-        self._shape = model_shape(checkpoint.graph, "bf16")
+        self._shape = model_shape(checkpoint.graph, "bf16", quantization)
         probes = CudaDevice.probe_sizes
         longest = max(longest, probes.tokens)
         self._most = max(longest, min(probes.tokens + probes.context, config.max_position))

@@ -11,6 +11,11 @@ the JSON is written anew after it. Rows are told apart by their key `table`:
 - `decode`: tokens per second of a batch of sequences, tokens chosen on the device;
 - `operators`: time and rate of each operator in a prefill; `torch`: its cuBLAS and attention;
 - `transformers` (`--peer transformers`): prefill by that library on the same card.
+
+With `--weights fp8` those of layers are e4m3. `operators` then has products with what is
+around them: rows are rounded before, some are scaled after. `torch` has its products of e4m3 with a
+scale for each row and column, of operands that are rounded already, and those of bf16. Both are
+measured one after the other with `--weights bf16 fp8`; rows say which they are of.
 """
 
 from __future__ import annotations
@@ -57,29 +62,36 @@ SHARES = (0.5, 0.99, 1)
 class ShapeBench:
     """The loaded weights, what was measured of them so far, and the time that is left."""
 
-    def __init__(self, report: Report, choice: DeviceChoice, args: argparse.Namespace) -> None:
+    def __init__(
+        self, report: Report, choice: DeviceChoice, args: argparse.Namespace, weights: str
+    ) -> None:
         """Load the weights.
 
         Args:
             args: shape, layers (0: all), tokens, parts, limit_s, peer, seed, and json: where the
                 report is written after each row, or None.
+            weights: of the layers: bf16 or fp8.
         """
         self._since_s = time.monotonic()
         self._report = report
         self._choice = choice
         self._args = args
+        self._form = weights
+        self._quantization = "fp8" if weights == "fp8" else "none"
         self._cuda: Any = choice.module
         make = SHAPES[args.shape]
         self._config = make(args.layers) if args.layers else make()
         self._checkpoint = RandomCheckpoint(args.shape, self._config)
-        self._shape = model_shape(self._checkpoint.graph, "bf16")
+        self._shape = model_shape(self._checkpoint.graph, "bf16", self._quantization)
         self._rates = MachineRates()
         self._prefilled_s: dict[tuple[int, str], float] = {}
-        self._weights = load_weights(choice, self._checkpoint)
+        fp8_sources = self._checkpoint.layer_matrices() if weights == "fp8" else []
+        self._weights = load_weights(choice, self._checkpoint, fp8_sources)
         self._keep("load", seconds=time.monotonic() - self._since_s)
 
     def _keep(self, table: str, **row: Any) -> None:
         """Print a row and write the report."""
+        row = {"weights": self._form} | row
         self._report.rows.append({"table": table} | row)
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
         passed_s = time.monotonic() - self._since_s
@@ -99,8 +111,9 @@ class ShapeBench:
         since_s = time.monotonic()
         longest = max(*self._args.tokens, SHORT_TOKENS, *BATCHES)
         model = GpuModel(
-            self._choice, self._checkpoint, self._weights, longest, common | options, max(BATCHES)
-        )
+            self._choice, self._checkpoint, self._weights, longest, common | options, max(BATCHES),
+            self._quantization,
+        )  # fmt: skip
         self._keep("start", seconds=time.monotonic() - since_s, **options)
         try:
             yield model
@@ -124,11 +137,12 @@ class ShapeBench:
                 for tokens in self._args.tokens:
                     if tokens <= EAGER_TOKENS and self._has(5):
                         self._prefill(model, tokens, USUAL, "eager")
-        if self._args.peer == "transformers" and self._wants("transformers", 30):
+        is_first = self._form == self._args.weights[0]  # the peer is bf16 in both
+        if is_first and self._args.peer == "transformers" and self._wants("transformers", 30):
             self._transformers()
 
     def _measure_usual(self, model: GpuModel) -> None:
-        self._report.extra["memory"] = model.memory()
+        self._report.extra[self._named("memory")] = model.memory()
         self._rates = rates = model.rates()
         self._keep(
             "rates",
@@ -160,8 +174,12 @@ class ShapeBench:
             self._make_run(model, tokens)
         self._graphs(model)
 
+    def _named(self, key: str) -> str:
+        """Return the report's key of these weights."""
+        return key if self._form == "bf16" else f"{key}_{self._form}"
+
     def _graphs(self, model: GpuModel) -> None:
-        self._report.extra["graphs"] = model.graph_report()
+        self._report.extra[self._named("graphs")] = model.graph_report()
 
     def _prefill(
         self, model: GpuModel, tokens: int, granularity: str, launch: str = "graph"
@@ -338,10 +356,13 @@ class ShapeBench:
         if device is None:
             return
         lengths = [tokens for tokens in self._args.tokens if tokens >= 512]
-        for rows in (
-            gpu_torch.attention_rows(device, self._config, reversed(lengths)),
-            gpu_torch.product_rows(device, self._products(), [n for n in lengths if n <= LONG]),
-        ):
+        few, products = [n for n in lengths if n <= LONG], self._products()
+        first = (  # attention is the same whatever the weights are
+            gpu_torch.product_rows(device, products, few, "fp8")
+            if self._form == "fp8"
+            else gpu_torch.attention_rows(device, self._config, reversed(lengths))
+        )
+        for rows in (first, gpu_torch.product_rows(device, products, few)):
             for row in rows:
                 self._keep(**row)
                 if not self._has(15):
@@ -355,7 +376,7 @@ class ShapeBench:
             for row in gpu_torch.transformers_rows(
                 device, self._config, lengths, lambda: self._has(15)
             ):
-                self._keep(**row)
+                self._keep(**row, weights="bf16")
 
     def _make_run(self, model: GpuModel, tokens: int) -> None:
         """Measure how long making a run costs the engine's thread."""

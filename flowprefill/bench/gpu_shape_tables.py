@@ -11,6 +11,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "prefill": (
         "Prefill of one prompt",
         {
+            "weights": "weights",
             "tokens": "tokens", "granularity": "granularity", "launch": "launch",
             "segments": "segments", "tokens_per_s": "tokens/s", "min": "min", "max": "max",
             "tflops_per_s": "TFLOP/s",
@@ -19,6 +20,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "blocking": (
         "Short prompts during a long one",
         {
+            "weights": "weights",
             "granularity": "granularity", "run_ahead": "run-ahead",
             "blocking_p50_s": "blocking p50 ms", "blocking_p99_s": "p99 ms",
             "blocking_max_s": "max ms", "segment_max_s": "longest segment ms",
@@ -29,6 +31,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "hol": (
         "A short prompt's time to its token during the longest one",
         {
+            "weights": "weights",
             "granularity": "granularity", "long_tokens": "long tokens",
             "short_alone_p50_s": "alone p50 ms", "short_beside_p50_s": "during p50 ms",
             "short_beside_max_s": "max ms", "long_alone_s": "long alone ms", "shorts": "samples",
@@ -37,19 +40,23 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "decode": (
         "Decode steps",
         {
+            "weights": "weights",
             "batch": "sequences", "context": "context", "tokens_per_s": "tokens/s",
             "step_p50_s": "step p50 ms", "weight_gbytes_per_s": "weights GB/s",
         },
     ),
     "operators": (
         "Operators in a prefill, of one layer",
-        {"operator": "operator", "tokens": "tokens", "us": "µs", "tflops_per_s": "TFLOP/s"},
+        {
+            "weights": "weights", "operator": "operator", "tokens": "tokens", "us": "µs",
+            "tflops_per_s": "TFLOP/s",
+        },
     ),
     "torch": (
         "torch's libraries",
         {
-            "operator": "operator", "tokens": "tokens", "us": "µs", "tflops_per_s": "TFLOP/s",
-            "failure": "failure",
+            "weights": "weights", "operator": "operator", "tokens": "tokens", "us": "µs",
+            "tflops_per_s": "TFLOP/s", "failure": "failure",
         },
     ),
     "transformers": (
@@ -57,7 +64,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         {"how": "how", "tokens": "tokens", "tokens_per_s": "tokens/s"},
     ),
 }  # fmt: skip
-BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+BLUE, RED, ORANGE, GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -91,12 +98,14 @@ def _of(rows: list[Row], table: str, **fields: Any) -> list[Row]:
 
 def _draw_prefill(axes: Any, rows: list[Row]) -> None:
     """Tokens per second by length: cut, in one segment, and by transformers."""
+    usual = {"granularity": "budget:0.5", "launch": "graph"}
     lines = {
-        "budget of 0.5 ms": _of(rows, "prefill", granularity="budget:0.5", launch="graph"),
-        "in one segment": _of(rows, "prefill", granularity="none"),
-        "transformers": _of(rows, "transformers", how="sdpa"),
+        "budget of 0.5 ms": _of(rows, "prefill", weights="bf16", **usual),
+        "fp8, budget of 0.5 ms": _of(rows, "prefill", weights="fp8", **usual),
+        "in one segment": _of(rows, "prefill", weights="bf16", granularity="none"),
+        "transformers": _of(rows, "transformers", how="sdpa", weights="bf16"),
     }
-    for (name, of_line), color in zip(lines.items(), (BLUE, ORANGE, GREEN), strict=True):
+    for (name, of_line), color in zip(lines.items(), (BLUE, RED, ORANGE, GREEN), strict=True):
         found = sorted(of_line, key=lambda row: row["tokens"])
         if found:
             xs, ys = ([row[key] for row in found] for key in ("tokens", "tokens_per_s"))
@@ -107,9 +116,10 @@ def _draw_prefill(axes: Any, rows: list[Row]) -> None:
 
 
 def _draw_blocking(axes: Any, rows: list[Row]) -> None:
-    """Blocking by granularity and run-ahead: median and the longest 1 %."""
+    """Blocking by granularity and run-ahead: median and the longest 1 %; of what came first."""
+    measured = [row["weights"] for row in rows if row["table"] == "blocking"]
     for depth, color in ((1, BLUE), (2, ORANGE)):
-        found = _of(rows, "blocking", run_ahead=depth)
+        found = _of(rows, "blocking", run_ahead=depth, weights=next(iter(measured), ""))
         names = [row["granularity"] for row in found]
         for key, marker in (("blocking_p50_s", "o"), ("blocking_p99_s", "^")):
             values = [1e3 * row[key] if row[key] else float("nan") for row in found]
@@ -123,9 +133,15 @@ def _draw_blocking(axes: Any, rows: list[Row]) -> None:
 
 
 def _draw_decode(axes: Any, rows: list[Row]) -> None:
-    found = _of(rows, "decode")
-    if found:
-        axes.bar(
-            [str(row["batch"]) for row in found], [row["tokens_per_s"] for row in found], color=BLUE
-        )
+    """Tokens per second by batch, side by side."""
+    found = {name: _of(rows, "decode", weights=name) for name in ("bf16", "fp8")}
+    found = {name: of_one for name, of_one in found.items() if of_one}
+    width = 0.8 / max(len(found), 1)
+    for i, (name, of_one) in enumerate(found.items()):
+        places = [at + i * width for at in range(len(of_one))]
+        rates = [row["tokens_per_s"] for row in of_one]
+        color = RED if name == "fp8" else BLUE
+        axes.bar(places, rates, width, color=color, label=name)
+        axes.set_xticks(range(len(of_one)), [str(row["batch"]) for row in of_one])
+        axes.legend(fontsize=8)
     axes.set(title="decode", xlabel="sequences", ylabel="tokens/s")

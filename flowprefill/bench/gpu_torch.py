@@ -1,5 +1,6 @@
-"""What torch's libraries reach on the same GPU: cuBLAS, cuDNN's and FlashAttention's attention, and
-a model of `transformers`; rows that `bench gpu --shape` puts next to its own.
+"""What torch's libraries reach on the same GPU: its products in bf16 and in FP8, cuDNN's and
+FlashAttention's attention, and a model of `transformers`; rows that `bench gpu --shape` puts next
+to its own.
 """
 
 from __future__ import annotations
@@ -47,29 +48,55 @@ def _random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tens
 
 
 def product_rows(
-    device: torch.device, products: dict[str, tuple[int, int]], lengths: Iterable[int]
+    device: torch.device,
+    products: dict[str, tuple[int, int]],
+    lengths: Iterable[int],
+    weights: str = "bf16",
 ) -> Iterator[Row]:
-    """Measure cuBLAS.
+    """Measure products: cuBLAS's in bf16, or in e4m3 what `torch._scaled_mm` takes.
+
+    One row with `failure`, the last, where torch or the device has none.
 
     Args:
-        products: (columns, depth) by operator. lengths: rows.
+        products: (columns, depth) by operator. lengths: rows. weights: bf16 or fp8.
     """
+    measure = _fp8_product_us if weights == "fp8" else _product_us
     for rows in lengths:
         for name, (columns, depth) in products.items():
-            us = _product_us(device, rows, columns, depth)
-            yield {
-                "table": "torch",
-                "operator": name,
-                "tokens": rows,
-                "us": us,
-                "tflops_per_s": 2e-6 * rows * columns * depth / us,
-            }
+            row: Row = {"table": "torch", "weights": weights, "operator": name}
+            row["tokens"] = rows
+            try:
+                us = measure(device, rows, columns, depth)
+            except (AttributeError, RuntimeError) as error:
+                yield row | {"failure": _first_line(error)}
+                return
+            yield row | {"us": us, "tflops_per_s": 2e-6 * rows * columns * depth / us}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:120]
 
 
 def _product_us(device: torch.device, rows: int, columns: int, depth: int) -> float:
     x = _random(device, rows, depth)
     weights = cycle([_random(device, columns, depth, scale=0.02) for _ in range(COPIES)])
     return us_of(lambda: linear(x, next(weights)))
+
+
+def _fp8_product_us(device: torch.device, rows: int, columns: int, depth: int) -> float:
+    """Multiply e4m3 by e4m3 into bf16, with a scale for each row and column.
+
+    Without fast accumulation, as ours. Raises RuntimeError or AttributeError where there is none.
+    """
+
+    def codes(count: int) -> torch.Tensor:
+        return _random(device, count, depth, scale=60.0).to(torch.float8_e4m3fn)
+
+    multiply: Any = torch._scaled_mm
+    x, row_scales = codes(rows), torch.full((rows, 1), 0.02, device=device)
+    weights = cycle([codes(columns).t() for _ in range(COPIES)])
+    scales = torch.full((1, columns), 3e-4, device=device)
+    return us_of(lambda: multiply(x, next(weights), row_scales, scales, out_dtype=torch.bfloat16))
 
 
 def _attention_us(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
@@ -92,7 +119,7 @@ def attention_rows(
             try:
                 us = _attention_us(backend, q, k, v)
             except RuntimeError as error:
-                yield row | {"failure": str(error).partition("\n")[0][:120]}
+                yield row | {"failure": _first_line(error)}
                 continue
             flops = 4 * heads * size * attention_pairs(tokens, 0)
             yield row | {"us": us, "tflops_per_s": flops / us / 1e6}

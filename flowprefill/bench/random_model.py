@@ -33,6 +33,9 @@ def tiny(layers: int = 2) -> ModelConfig:
 SHAPES = {"llama-3.1-8b": llama_8b, "tiny": tiny}
 
 
+SCALE = 3e-4  # of every row of e4m3: weights are then about as large as in bf16
+
+
 class RandomCheckpoint:
     """What fill_model() reads: one random row of numbers, cut to each tensor's shape."""
 
@@ -44,13 +47,37 @@ class RandomCheckpoint:
         most = max(int(np.prod(shape)) for shape in self._shapes.values())
         piece = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
         self._numbers = piece.repeat(-(-most // piece.numel()))
+        self._codes = (piece / SCALE).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def layer_matrices(self) -> list[str]:
+        """Return the tensors of the layers' products, which may come in e4m3."""
+        return [
+            part.source
+            for operator, weight in self.graph.product_weights()
+            if operator.layer >= 0
+            for part in weight.parts
+        ]
 
     def weights(
         self,
         progress: Progress | None = None,  # noqa: ARG002
-        in_blocks: Collection[str] = (),  # noqa: ARG002
+        in_blocks: Collection[str] = (),
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each weight; norms are ones."""
+        """Yield each weight; norms are ones. In blocks: rows of e4m3, each with its scale."""
         for name, shape in self._shapes.items():
-            numbers = self._numbers[: int(np.prod(shape))].reshape(shape)
-            yield name, torch.ones(shape) if len(shape) == 1 else numbers
+            if name in in_blocks:
+                yield name, self._rows_of_e4m3(*shape)
+            elif len(shape) == 1:
+                yield name, torch.ones(shape)
+            else:
+                yield name, self._numbers[: int(np.prod(shape))].reshape(shape)
+
+    def _rows_of_e4m3(self, rows: int, columns: int) -> torch.Tensor:
+        """Return uint8 [rows, columns + 4]: codes, then a float."""
+        found = torch.empty(rows, columns + 4, dtype=torch.uint8)
+        found[:, columns:] = torch.tensor([SCALE]).view(torch.uint8)
+        step = max(self._codes.numel() // columns, 1)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            found[row : row + count, :columns] = self._codes[: count * columns].view(count, columns)
+        return found

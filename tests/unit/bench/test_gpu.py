@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import transformers
@@ -29,6 +31,7 @@ class Model:
     made: ClassVar[list[dict[str, Any]]] = []  # options of those that were loaded
     sharing: ClassVar[list[dict[str, Any]]] = []  # of those with another's weights
     library_failure = ""
+    capability = (9, 0)
 
     def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:
         Model.made.append(options)
@@ -42,6 +45,13 @@ class Model:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    def make_run(self, run_id: int, batch: Any, plan: Any, fetch_logits: bool = True) -> Any:
+        return self.inner.make_run(run_id, batch, plan)
+
+    def load_blocks(self, name: str, rows: npt.NDArray[np.uint8]) -> None:
+        codes = torch.from_numpy(rows[:, :-4].copy()).view(torch.float8_e4m3fn).float()
+        self.inner.load(name, codes.numpy() * rows[:, -4:].copy().view(np.float32))
 
     def lane_bytes(self, block_tokens: int) -> int:
         return 1000
@@ -70,7 +80,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, st
 
     def device_info(index: int = 0) -> dict[str, Any]:
         return {
-            "name": "Stand-in", "compute_capability": (9, 0), "multiprocessors": 4,
+            "name": "Stand-in", "compute_capability": Model.capability, "multiprocessors": 4,
             "memory_bytes": 8 * GIB, "free_bytes": 4 * GIB,
             "driver_version": "13.0", "runtime_version": "13.0",
         }  # fmt: skip
@@ -173,6 +183,10 @@ def test_only_the_tables_asked_for_are_measured(
         (["--only", "speed"], "speed"),
         (["--shape", "tiny", "--tokens", "5000"], "tokens: got 5000, expected at most 2048"),
         (["--shape", "tiny", "--limit-s", "0"], "limit-s: got 0"),
+        (
+            ["--shape", "tiny", "--quantization", "fp8"],
+            "quantization: got 'fp8', expected --weights",
+        ),
     ],
 )
 def test_bad_flags_are_named(
@@ -210,6 +224,39 @@ def test_a_model_that_no_kernel_takes_is_named(
     assert "cuda:0: head_dim: got 16, expected 64, 96 or 128" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_shape_is_measured_in_bf16_and_in_fp8(
+    tmp_path: Path, gpus: list[tuple[bool, str]]
+) -> None:
+    path, picture = tmp_path / "report.json", tmp_path / "report.svg"
+    flags = ["--shape", "tiny", "--layers", "1", "--tokens", "64", "--limit-s", "1e9"]
+    flags += ["--weights", "bf16", "fp8", "--parts", "prefill", "decode", "operators", "torch"]
+    flags += ["--json", str(path), "--picture", str(picture)]
+    assert main(["bench", "gpu", *flags]) == 0
+    report = json.loads(path.read_text())
+    of_bf16, of_fp8 = ([row["table"] for row in report["rows"] if row["weights"] == name]
+                       for name in ("bf16", "fp8"))  # fmt: skip
+    assert of_bf16 == of_fp8
+    assert {"prefill", "decode", "operators", "torch"} <= set(of_fp8)
+    assert [row["batch"] for row in rows_of(report, "decode")] == [1, 16, 64, 1, 16, 64]
+    assert [len(options["fp8_sources"]) for options in Model.made] == [0, 7], "q k v o gate up down"
+    assert {"memory", "memory_fp8", "graphs", "graphs_fp8"} <= report.keys()
+    assert "<svg" in picture.read_text()
+
+
+def test_fp8_is_refused_where_the_gpu_does_not_multiply_it(
+    gpus: list[tuple[bool, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Model, "capability", (8, 0))
+    flags = ["--shape", "tiny", "--tokens", "64", "--weights", "bf16", "fp8"]
+    assert main(["bench", "gpu", *flags]) == 2
+    message = "quantization: got 'fp8', expected 'auto' or 'none' on cuda:0: its compute capability"
+    assert f"{message} is 8.0, FP8 is multiplied from 8.9 on" in capsys.readouterr().err
+    assert not Model.made, "said before anything is loaded"
+
+
 def test_the_peer_is_the_same_shape_in_transformers() -> None:
     config = tiny(1)
     is_time_left = iter([True, True, False]).__next__
@@ -232,6 +279,33 @@ def test_what_torch_lacks_is_told_beside_what_it_has(monkeypatch: pytest.MonkeyP
     assert "failure" in cudnn, "a library of GPUs"
     pairs = 32 * 33 / 2
     assert flash["tflops_per_s"] == pytest.approx(4 * 4 * 64 * pairs / 10e-6 / 1e12)
+
+
+def test_torch_multiplies_e4m3_with_a_scale_for_each_row_and_column(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def scaled_mm(
+        x: torch.Tensor, y: torch.Tensor, of_x: torch.Tensor, of_y: torch.Tensor, out_dtype: Any
+    ) -> torch.Tensor:
+        assert (x.dtype, y.dtype, out_dtype) == (*2 * (torch.float8_e4m3fn,), torch.bfloat16)
+        assert (x.is_contiguous(), y.t().is_contiguous()) == (True, True), "as the kernels want it"
+        assert (of_x.shape, of_y.shape) == ((8, 1), (1, 32))
+        out = (x.float() * of_x) @ (y.float() * of_y)
+        assert 0 < out.abs().max() < torch.inf
+        return out.to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(gpu_torch, "us_of", lambda call: call() is None or 10.0)
+    here, products = torch.device("cpu"), {"o_proj": (32, 16), "down_proj": (32, 48)}
+    rows = list(gpu_torch.product_rows(here, products, [8], "fp8"))
+    assert [(row["operator"], row["weights"]) for row in rows] == [
+        ("o_proj", "fp8"),
+        ("down_proj", "fp8"),
+    ]
+    assert rows[1]["tflops_per_s"] == pytest.approx(2 * 8 * 32 * 48 / 10e-6 / 1e12)
+    monkeypatch.delattr(torch, "_scaled_mm")
+    (row,) = gpu_torch.product_rows(here, products, [8, 16], "fp8")
+    assert "_scaled_mm" in row["failure"], "said once"
 
 
 def test_gaps_are_those_within_a_run() -> None:
