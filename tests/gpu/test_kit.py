@@ -1,13 +1,23 @@
-"""The kit of a bare GPU machine: what its report writes."""
+"""The kit of a bare GPU machine: what its report writes, and which packages it brings."""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from kit import report
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a machine with torch for GPUs and the usual libraries has; see docs/cuda.md.
+PRESENT = {
+    "torch", "numpy", "aiohttp", "safetensors", "tokenizers", "jinja2", "prometheus_client", "rich",
+    "transformers", "hypothesis", "pytest", "matplotlib", "yaml",
+}  # fmt: skip
 
 RESULTS = """<testsuites><testsuite>
   <testcase classname="Gemm" name="Adds"/>
@@ -37,3 +47,31 @@ def test_a_report_is_written_for_a_card_alone(
     assert found["tests"]["gpu_test"] == {"run": 2, "skipped": 1, "failed": ["Gemm.Fails"]}
     assert "missing" in found["tests"]["pytest"]
     assert found["stages"] == [["3", "tests", "status 1 after 3 s"]]
+
+
+def packed() -> set[str]:
+    """The packages that pack.sh brings, as one imports them."""
+    script = (ROOT / "tests/gpu/kit/pack.sh").read_text()
+    (names,) = re.findall(r'download "\$kit/wheels" (.*)', script)
+    return {name.partition("==")[0].replace("-", "_") for name in names.split()}
+
+
+def test_what_the_package_depends_on_is_packed_or_present() -> None:
+    """Else nothing of it can be imported there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[<>=\[ ]", line)[0] for line in project["dependencies"]}
+    assert needed <= PRESENT | packed()
+
+
+def test_what_the_device_suite_imports_is_packed_or_present() -> None:
+    """All of its files are imported when tests are collected, those without a test of GPUs too."""
+    files = [*(ROOT / "tests/device").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    own = {path.stem for path in files} | {"flowprefill"}
+    found = set()
+    for path in files:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").partition(".")[0])
+    assert found - own - set(sys.stdlib_module_names) <= PRESENT | packed()

@@ -1,4 +1,5 @@
-// Section "gemm": every candidate for every product of a layer, cuBLASLt's among them.
+// Section "gemm": every candidate for every product of a layer, cuBLASLt's among them, in bf16 and
+// where the card multiplies it in FP8: its times include quantising the rows and scaling the sums.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -13,6 +14,10 @@ struct Product {
   const char* name;
   int columns, depth;
   bool is_float, adds, gated;
+  bool is_fp8 = false;
+
+  double weight_bytes() const { return (is_fp8 ? 1.0 : 2.0) * columns * depth; }
+  double flops_of_row() const { return 2.0 * columns * depth; }
 };
 constexpr Product kQkvProduct = {"qkv", kQkv, kHidden, false, false, false};
 constexpr Product kGateUp = {"gate_up", 2 * kInner, kHidden, false, false, true};
@@ -38,10 +43,18 @@ std::vector<std::string> lt_libraries() {
   return out;
 }
 
-// A fresh one for each shape, so that no choice of before counts.
-std::unique_ptr<GemmSelector> make_selector(std::string* reason) {
+cudaDeviceProp card() {
   cudaDeviceProp properties = {};
   FP_CUDA(cudaGetDeviceProperties(&properties, 0));
+  return properties;
+}
+bool has_fp8() {
+  return card().major * 10 + card().minor >= 89;
+}
+
+// A fresh one for each shape, so that no choice of before counts.
+std::unique_ptr<GemmSelector> make_selector(std::string* reason) {
+  const cudaDeviceProp properties = card();
   return make_gemm_selector({.compute_capability = properties.major * 10 + properties.minor,
                              .num_multiprocessors = properties.multiProcessorCount,
                              .name = properties.name},
@@ -58,14 +71,19 @@ std::string told(const GemmTiming& timing, double flops, double weight_bytes) {
 // The memory that all products share.
 struct Operands {
   DeviceBuffer weights = random_halves(size_t{kCopies} * 2 * kInner * kHidden, 0.02f, 10);
+  DeviceBuffer codes = random_codes(size_t{kCopies} * 2 * kInner * kHidden, 11);
+  DeviceBuffer scales = on_device(std::vector<float>(2 * kInner, 3e-4f));
   DeviceBuffer d{size_t{kMostRows} * kInner * 4};
 
   std::vector<GemmArgs> args_of(const Product& product, int rows, const DeviceBuffer& a) const {
     std::vector<GemmArgs> args;
-    for (size_t i = 0; i < kCopies; ++i)
+    for (size_t i = 0; i < kCopies; ++i) {
+      const size_t copy = i * 2 * kInner * kHidden;
+      const Fp8Operands fp8 = {.b = as<E4m3>(codes) + copy, .b_scales = floats(scales)};
       args.push_back({.a = halves(a),
                       .lda = product.depth,
-                      .b = halves(weights) + i * 2 * kInner * kHidden,
+                      .b = product.is_fp8 ? nullptr : halves(weights) + copy,
+                      .fp8 = product.is_fp8 ? fp8 : Fp8Operands{},
                       .ldb = product.depth,
                       .d = d.get(),
                       .ldd = product.gated ? product.columns / 2 : product.columns,
@@ -76,6 +94,7 @@ struct Operands {
                       .row_end = rows,
                       .columns = product.columns,
                       .depth = product.depth});
+    }
     return args;
   }
 };
@@ -87,13 +106,13 @@ void measure(const Product& product, const std::vector<GemmArgs>& args, const ch
   const DeviceBuffer scratch(selector->scratch_bytes(args[0]));
   const auto reports = selector->measure_all(args, {scratch.get(), scratch.bytes()}, stream);
   const int rows = args[0].row_end;
-  const double weight_bytes = 2.0 * product.columns * product.depth;
   std::string line;
   for (const GemmTiming& timing : reports[0].timings) {
-    line += told(timing, weight_bytes * rows, weight_bytes);
+    line += told(timing, product.flops_of_row() * rows, product.weight_bytes());
     line += timing.candidate == reports[0].chosen ? " <- chosen\t" : "\t";
   }
-  say("gemm", std::string(product.name) + " x " + std::to_string(rows) + note, line);
+  const char* in_fp8 = product.is_fp8 ? ", fp8" : "";
+  say("gemm", std::string(product.name) + " x " + std::to_string(rows) + in_fp8 + note, line);
 }
 
 }  // namespace
@@ -104,9 +123,18 @@ void bench_gemm(cudaStream_t stream) {
   say("gemm", "cublaslt", reason.empty() ? "loaded" : "not loaded: " + reason);
   const Operands operands;
   const DeviceBuffer noise = random_halves(size_t{kMostRows} * kInner, 1, 9);
-  for (const int rows : {4096, 1024, 256, 1, 64, 2048, 512, kMostRows, 16})
-    for (const Product& product : kProducts)
-      measure(product, operands.args_of(product, rows, noise), "", stream);
+  for (const bool is_fp8 : {false, true}) {
+    if (is_fp8 && !has_fp8()) {
+      say("gemm", "fp8", "left out: multiplied from compute capability 8.9 on");
+      break;
+    }
+    for (const int rows : {4096, 1024, 256, 1, 64, 2048, 512, kMostRows, 16}) {
+      for (Product product : kProducts) {
+        product.is_fp8 = is_fp8;
+        measure(product, operands.args_of(product, rows, noise), "", stream);
+      }
+    }
+  }
   // Zeros switch no wires and so take less power: how much faster they are.
   const DeviceBuffer zeros(size_t{4096} * kHidden * 2);
   for (const Product& product : {kQkvProduct, kGateUp})

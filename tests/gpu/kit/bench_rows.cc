@@ -67,6 +67,53 @@ void bench_layer_rows(cudaStream_t stream) {
        [&](cudaStream_t s) { FP_CUDA(launch_rope(rope, s)); });
 }
 
+// What stands around a product in FP8.
+void bench_fp8_rows(cudaStream_t stream) {
+  const DeviceBuffer in = random_halves(size_t{kRows} * kInner, 1, 7);
+  const DeviceBuffer codes(size_t{kRows} * kInner), sums(size_t{kRows} * 2 * kInner * 4),
+      scales(size_t{2} * kInner * 4), out(size_t{kRows} * kInner * 4);
+  for (const int width : {kHidden, kInner}) {
+    const double us = device_us(
+        [&](cudaStream_t s) {
+          FP_CUDA(launch_quantise({.in = halves(in),
+                                   .ld_in = width,
+                                   .out = as<E4m3>(codes),
+                                   .ld_out = width,
+                                   .scales = floats(scales),
+                                   .rows = kRows,
+                                   .width = width},
+                                  s));
+        },
+        stream);
+    say("rows", "quantise 4096 x " + std::to_string(width),
+        text("%.1f us\t%.0f GB/s", us, 3.0 * kRows * width / us / 1e3));
+  }
+  for (const bool is_gated : {false, true}) {
+    const int columns = is_gated ? 2 * kInner : kHidden;
+    const int width = is_gated ? kInner : kHidden;
+    const double us = device_us(
+        [&](cudaStream_t s) {
+          FP_CUDA(launch_rescale({.in = floats(sums),
+                                  .ld_in = columns,
+                                  .row_scales = floats(scales),
+                                  .column_scales = floats(scales),
+                                  .out = out.get(),
+                                  .ld_out = width,
+                                  .output = is_gated ? GemmOutput::kBf16 : GemmOutput::kFloat,
+                                  .adds_to_out = !is_gated,
+                                  .is_gated = is_gated,
+                                  .rows = kRows,
+                                  .columns = columns},
+                                 s));
+        },
+        stream);
+    const double bytes = 4.0 * columns + (is_gated ? 2.0 : 8.0) * width;
+    say("rows",
+        std::string("rescale 4096 x ") + std::to_string(columns) + (is_gated ? ", gate" : ", add"),
+        text("%.1f us\t%.0f GB/s", us, bytes * kRows / us / 1e3));
+  }
+}
+
 void bench_sampling(cudaStream_t stream) {
   DeviceBuffer logits(size_t{kVocab} * 4 * 32), tokens(32 * 4);
   std::vector<float> random(kVocab);
@@ -107,6 +154,7 @@ void bench_sampling(cudaStream_t stream) {
 
 void bench_rows(cudaStream_t stream) {
   bench_layer_rows(stream);
+  bench_fp8_rows(stream);
   bench_sampling(stream);
 }
 

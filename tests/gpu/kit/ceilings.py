@@ -64,12 +64,45 @@ def product(name: str, rows: int, columns: int, depth: int) -> None:
     say("torch gemm", f"{name} x {rows}", f"{us:.1f} us", *rates)
 
 
+def fp8_product(name: str, rows: int, columns: int, depth: int, is_fast: bool) -> None:
+    """Measure e4m3 by e4m3 into bf16, with a scale for each row and column."""
+
+    def codes(count: int) -> torch.Tensor:
+        return random(count, depth, scale=60.0).to(torch.float8_e4m3fn)
+
+    x, weights = codes(rows), cycle([codes(columns).t() for _ in range(COPIES)])
+    scales = [torch.full(shape, 0.01, device=DEVICE) for shape in ((rows, 1), (1, columns))]
+
+    def call() -> object:
+        return torch._scaled_mm(
+            x, next(weights), *scales, out_dtype=torch.bfloat16, use_fast_accum=is_fast
+        )
+
+    us = us_of(call)
+    flops, weight_bytes = 2 * rows * columns * depth, columns * depth
+    rates = f"{flops / us / 1e6:.0f} TF/s", f"{weight_bytes / us / 1e3:.0f} GB/s"
+    how = ", fast sums" if is_fast else ""
+    say("torch gemm", f"{name} x {rows}, fp8{how}", f"{us:.1f} us", *rates)
+
+
 def products() -> None:
     """Measure cuBLAS."""
     for rows in ROWS:
         for name, (columns, depth) in PRODUCTS.items():
             product(name, rows, columns, depth)
     product("8192^3 ceiling", 8192, 8192, 8192)
+
+
+def fp8_products() -> None:
+    """Measure torch's products of FP8; where there are none the first says why."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        say("torch gemm", "fp8", "left out: multiplied from compute capability 8.9 on")
+        return
+    for rows in ROWS:
+        for name, (columns, depth) in PRODUCTS.items():
+            fp8_product(name, rows, columns, depth, is_fast=False)
+    for is_fast in (False, True):  # with sums of fewer bits, which ours never have
+        fp8_product("8192^3 ceiling", 8192, 8192, 8192, is_fast)
 
 
 def one_attention(name: str, length: int) -> None:
@@ -121,13 +154,13 @@ def main() -> int:
     cudnn = f"cudnn {torch.backends.cudnn.version()}"
     say("torch", torch.__version__, torch.version.cuda, torch.cuda.get_device_name(), cudnn)
     status = 0
-    for part in (attention, copies, products):
+    for part in (attention, copies, products, fp8_products):
         if time.monotonic() > until_s:
             say("torch", part.__name__, "left out: no time")
             continue
         try:
             part()
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             say("torch", part.__name__, "FAILED " + repr(error)[:200])
             status = 1
     return status

@@ -37,20 +37,33 @@ std::string text(const char* format, double a, double b, double c) {
   return out;
 }
 
-DeviceBuffer random_halves(size_t count, float scale, unsigned seed) {
-  DeviceBuffer out(count * 2);
-  const size_t piece = std::min<size_t>(count, size_t{1} << 20);
-  std::vector<Bf16> host(piece);
+namespace {
+
+template <typename T>
+DeviceBuffer random_values(size_t count, float scale, unsigned seed, T (*rounded)(float)) {
+  DeviceBuffer out(count * sizeof(T));
+  std::vector<T> host(std::min<size_t>(count, size_t{1} << 20));
   std::mt19937 random(seed);
   std::normal_distribution<float> normal(0.0f, scale);
-  for (Bf16& value : host)
-    value = to_bf16(normal(random));
-  FP_CUDA(cudaMemcpy(out.get(), host.data(), piece * 2, cudaMemcpyHostToDevice));
-  for (size_t done = piece; done < count; done *= 2)
-    FP_CUDA(cudaMemcpy(out.get() + done * 2, out.get(), std::min(done, count - done) * 2,
+  for (T& value : host)
+    value = rounded(normal(random));
+  const size_t piece = host.size() * sizeof(T);
+  FP_CUDA(cudaMemcpy(out.get(), host.data(), piece, cudaMemcpyHostToDevice));
+  for (size_t done = piece; done < out.bytes(); done *= 2)
+    FP_CUDA(cudaMemcpy(out.get() + done, out.get(), std::min(done, out.bytes() - done),
                        cudaMemcpyDeviceToDevice));
   FP_CUDA(cudaDeviceSynchronize());
   return out;
+}
+
+}  // namespace
+
+DeviceBuffer random_halves(size_t count, float scale, unsigned seed) {
+  return random_values<Bf16>(count, scale, seed, to_bf16);
+}
+
+DeviceBuffer random_codes(size_t count, unsigned seed) {
+  return random_values<E4m3>(count, 60.0f, seed, to_e4m3);
 }
 
 double device_us(const Launch& launch, cudaStream_t stream, int rounds) {

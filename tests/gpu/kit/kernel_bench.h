@@ -25,8 +25,9 @@ double median(std::vector<double> values);
 void say(const char* section, const std::string& what, const std::string& figures);
 std::string text(const char* format, double a, double b = 0, double c = 0);
 
-// Random bf16 numbers; filled on the host once, then doubled on the device.
+// Random numbers; made on the host once, then doubled on the device.
 DeviceBuffer random_halves(size_t count, float scale, unsigned seed);
+DeviceBuffer random_codes(size_t count, unsigned seed);
 
 template <typename T>
 DeviceBuffer on_device(const std::vector<T>& values) {

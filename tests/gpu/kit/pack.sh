@@ -27,9 +27,9 @@ fi
 
 download() { "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: -d "$@"; }
 
-# Packages that the machine lacks, all of pure Python.
+# Packages that the machine lacks: of pure Python, or compiled for every version of it.
 rm -f "$kit"/wheels/*
-download "$kit/wheels" gguf==0.19.0 pytest-asyncio==1.5.0 pytest-timeout==2.4.0
+download "$kit/wheels" gguf==0.19.0 llguidance==1.9.1 pytest-asyncio==1.5.0 pytest-timeout==2.4.0
 
 # Headers: CUTLASS's, and cuBLASLt's, whose library comes with torch there.
 cutlass=$work/cutlass/cutlass_library/source/include

@@ -39,8 +39,10 @@ def tests(path: Path) -> dict[str, Any]:
 def main() -> int:
     """Write the file if the benches named a card."""
     out, logs, commit = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    model_path = out / "model_bench.json"
-    model = json.loads(model_path.read_text()) if model_path.exists() else {}
+    model, fp8 = (
+        json.loads(path.read_text()) if path.exists() else {}
+        for path in (out / "model_bench.json", out / "fp8_bench.json")
+    )
     kernels = table(out / "kernel_bench.tsv")
     named = [row[1] for row in kernels if row[0] == "device" and len(row) > 1]
     card = named[0] if named else model.get("gpu", {}).get("name", "")
@@ -53,9 +55,10 @@ def main() -> int:
         "stages": table(out / "summary.tsv"),
         "tests": {
             "gpu_test": tests(logs / "gpu_test.xml"),
-            "pytest": tests(out / "pytest.xml"),
+            "pytest": tests(logs / "pytest.xml"),
         },
         "model": model,
+        "model_fp8": fp8,
         "kernels": kernels,
         "ceilings": table(out / "ceilings.tsv"),
     }

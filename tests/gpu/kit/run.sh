@@ -10,8 +10,9 @@
 #   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   import     the modules load and see the GPU
-#   model      an 8B shape with random weights, MODEL_S=175 seconds in order of value: prefill, blocking, decode, operators
+#   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value: prefill, blocking, decode, operators
 #              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
+#   fp8        the same with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
 #   pytest     tests/device on device cuda
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
@@ -19,12 +20,12 @@
 #   hol        short prompts while a long one is prefilled, by the engine; only if it is named
 #
 # $OUT (out/gpu-kit) gets, anew after every stage, so that a killed command leaves what was done: summary.tsv (second,
-# stage, status), logs.tar.gz, kernel_bench.tsv, ceilings.tsv, model_bench.json, pytest.xml, hol.json; and from a machine
+# stage, status), logs.tar.gz, kernel_bench.tsv, ceilings.tsv, model_bench.json, fp8_bench.json, hol.json; from a machine
 # with a GPU <card>-<commit>.json, all of it in one. Status 77 of a stage: no GPU. PYTHON: an interpreter with torch.
 set -u
 BUDGET=${1:-540}
 shift || true
-STAGES=${*:-probe build tests kernels ceilings import model pytest sanitizer source ncu}
+STAGES=${*:-probe build tests kernels ceilings import model fp8 pytest sanitizer source ncu}
 START=$(date +%s)
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 KIT=$REPO/.gpu-kit
@@ -65,7 +66,7 @@ wants() { case " $STAGES " in *" $1 "*) return 0 ;; esac; return 1; }
 export PYTHONUNBUFFERED=1
 PATH=$(dirname "$PY"):$PATH
 SITE=$("$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
-for wheel in "$KIT"/wheels/*.whl; do # of pure Python: unpacking is installing, and quicker than pip
+for wheel in "$KIT"/wheels/*.whl; do # for any Python: unpacking is installing, and quicker than pip
   "$PY" -m zipfile -e "$wheel" "$WORK/site" || note wheels "FAILED: $wheel"
 done >>"$LOGS/wheels.log" 2>&1
 STUB_PID=
@@ -94,6 +95,9 @@ probe() {
   done
   ls -d /usr/local/cuda*
   "$PY" -c 'import sysconfig, os; p = sysconfig.get_path("include"); print("Python.h", os.path.exists(p + "/Python.h"), p)'
+  "$PY" -c 'import importlib.util, sys; print("missing packages:", *[n for n in sys.argv[1:] if not importlib.util.find_spec(n)] or ["none"])' \
+    torch numpy aiohttp safetensors tokenizers llguidance jinja2 gguf prometheus_client rich transformers hypothesis pytest pytest_asyncio \
+    pytest_timeout matplotlib
   "$PY" -m pip list --disable-pip-version-check 2>/dev/null | grep -i -E \
     '^(torch|numpy|transformers|tokenizers|safetensors|aiohttp|jinja2|prometheus|rich|pytest|hypothesis|triton|cmake|ninja|nvidia|gguf|anyio)'
   echo "LT=$LT"
@@ -147,14 +151,17 @@ print(cuda.__file__, cuda.device_count(), *cuda.availability())
 if not cuda.device_count():
     sys.exit(77)
 print(cuda.device_info())'
-wants model && stage model $((${MODEL_S:-175} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-175}" \
+wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
   --json "$OUT/model_bench.json"
+# In a process of its own: an error that stays on the device takes no figure of bf16 with it.
+wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
+  --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$OUT/fp8_bench.json"
 if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"
 fi
 # Settings of its own: with another torch, warnings are not ours to mend, and a plugin may be missing.
 wants pytest && stage pytest 180 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -m gpu \
-  -p no:cacheprovider -q --maxfail=8 --junitxml="$OUT/pytest.xml" \
+  -p no:cacheprovider -q --maxfail=8 --junitxml="$LOGS/pytest.xml" \
   --deselect tests/device/test_benches.py::test_the_bench_fills_its_tables
 if wants sanitizer; then
   few='Attention.OfRagged*:Attention.WithinAWindow:Row*:Rope*:Sample*'
