@@ -6,10 +6,13 @@ On the double the products are those of codes widened to bf16, by plain loops: c
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,31 +26,70 @@ from test_preemption import stop_everywhere
 from tiny_models import save_with_tokenizer, tiny_model
 
 from flowprefill import ConfigError, Engine
+from flowprefill.bench import gpu_shape
+from flowprefill.cli import main
 from flowprefill.models.checkpoint import open_checkpoint
 
-# Largest difference to torch's logits over the largest, where torch rounds the same to e4m3. What
-# differs in the last bits of bf16 is rounded to other numbers of e4m3 now and then, 1/8 away, and
-# these models add to it: found up to 0.21, where rounding itself makes 0.3. tests/cpp/cuda compares
-# with a transformer that rounds where the kernels do.
-TOLERANCE = 0.3
+LOG2_E = 1 / math.log(2)  # scores are powers of two
 # How a folder stores its projections; plain: in bf16. Blocks are rounded again, by rows.
 STORED = ("plain", "float channel", "fp8 tensor", "fp8 block")
 
 
-def rounded(rows: torch.Tensor) -> torch.Tensor:
+def in_bf16(values: torch.Tensor) -> torch.Tensor:
+    return values.bfloat16().float()
+
+
+def in_e4m3(rows: torch.Tensor) -> torch.Tensor:
     """Divide each row by what makes its largest 448, round it to e4m3, multiply again."""
     scales = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
-    codes = (rows / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+    codes = (rows * (1 / scales)).clamp(-448, 448).to(torch.float8_e4m3fn)
     return codes.float() * scales
 
 
-def round_products(model: transformers.PreTrainedModel, rounds_weights: bool) -> None:
-    """Have a model of transformers round what the products of its layers multiply."""
+def attend_in_bf16(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of one prompt, [1, heads, tokens, width], with what is kept in bf16."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (in_bf16(x).repeat_interleave(groups, 1) for x in (key, value))
+    scores = in_bf16(query * (scaling * LOG2_E)) @ keys.transpose(2, 3)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    shares = (scores.masked_fill(later, -torch.inf) / LOG2_E).softmax(-1)
+    return (shares @ values).transpose(1, 2).contiguous(), None
+
+
+def round_as_kernels_do(model: transformers.PreTrainedModel, rounds_weights: bool) -> None:
+    """Have a model of transformers round what the kernels round, and there.
+
+    What is left are sums in another order. They tip a rounding to bf16 now and then, that one to
+    e4m3 in a sixteenth of the cases: then one of 128 addends is off by an eighth at most, a product
+    by 1/8 / sqrt(128) = 1 % of its size. So logits are as close as those of bf16.
+    """
+
+    def round_rows(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (in_e4m3(in_bf16(args[0])),)
+
+    def round_product(module: Any, _: object, output: torch.Tensor) -> torch.Tensor:
+        bias = 0 if module.bias is None else module.bias
+        return in_bf16(output - bias) + bias  # which is added behind the store
+
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
             if rounds_weights:
-                module.weight.data = rounded(module.weight.data)
-            module.register_forward_pre_hook(lambda _, args: (rounded(args[0].bfloat16().float()),))
+                module.weight.data = in_e4m3(module.weight.data)
+            module.register_forward_pre_hook(round_rows)
+            if name.endswith(("q_proj", "k_proj", "v_proj")):
+                module.register_forward_hook(round_product)
+    head: Any = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, args: (in_bf16(args[0]),))
+    transformers.AttentionInterface.register("in_bf16", attend_in_bf16)
+    model.set_attn_implementation("in_bf16")
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +108,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
             meant = quantise_folder(saved.folder, stored, KINDS[kind])
             state = {name: torch.from_numpy(values) for name, values in meant.items()}
             model.load_state_dict(state, strict=False)
-        round_products(model, rounds_weights=kind in ("plain", "fp8 block"))
+        round_as_kernels_do(model, rounds_weights=kind in ("plain", "fp8 block"))
         return Saved(stored, saved.ids, reference_logits(model, saved.ids))
 
     return make
@@ -111,13 +153,16 @@ def open_fp8(
 @pytest.mark.parametrize("kind", STORED)
 @on(GPUS)
 def test_logits_are_those_of_rounded_weights_and_rows(
-    open_fp8: Callable[[str], Runner], kind: str
+    fp8_device: Device, open_fp8: Callable[[str], Runner], kind: str
 ) -> None:
     native = open_fp8(kind)
     for tokens in (1, 65, 130):
-        got = native.prefill(native.ids[:tokens], "operator")
-        error = relative_error(got, native.saved.expected[tokens - 1])
-        assert error < TOLERANCE, f"{tokens} tokens: {error}"
+        error = relative_error(
+            native.prefill(native.ids[:tokens], "operator"), native.saved.expected[tokens - 1]
+        )
+        # A GPU's sums have fewer bits than float, so more roundings tip.
+        allowed = fp8_device.tolerance * (1 if fp8_device.is_double else 2)
+        assert error < allowed, f"{tokens} tokens: {error}"
 
 
 @on(GPUS)
@@ -223,3 +268,24 @@ def test_rows_of_another_shape_are_named(device: Device, folders: Callable[[str]
         model.load_blocks("layers.0.o", np.zeros(3, np.uint8))
     with pytest.raises(RuntimeError, match=r"layers\.0\.q: .*not announced"):
         model.load_blocks("layers.0.q", np.zeros((3, 260), np.uint8))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@on(GPUS)
+def test_the_bench_measures_a_shape_in_fp8(fp8_device: Device, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    flags = ["--shape", "tiny", "--layers", "1", "--tokens", "64", "520", "--limit-s", "1e9"]
+    flags += ["--weights", "bf16", "fp8", "--parts", "prefill", "decode", "operators", "torch"]
+    assert main(["bench", "gpu", *flags, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    rows = [row for row in report["rows"] if row["weights"] == "fp8"]
+    prefills = [row["tokens"] for row in rows if row["table"] == "prefill"]
+    assert prefills == [64, 520]
+    assert [row["batch"] for row in rows if row["table"] == "decode"] == list(gpu_shape.BATCHES)
+    assert {"attention", "down_proj"} <= {
+        row["operator"] for row in rows if row["table"] == "operators"
+    }
+    assert any(row["table"] == "torch" for row in rows), "its products, or why there are none"
+    assert report["graphs_fp8"]["num_failed"] == 0, report["graphs_fp8"]["last_failure"]
+    assert report["memory_fp8"]["weight_bytes"] < report["memory"]["weight_bytes"]

@@ -2,6 +2,7 @@
 // e4m3 through the selector, by every candidate the GPU has, cuBLASLt's included where it is.
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 
 #include "device_test.h"
@@ -151,10 +152,14 @@ class Fp8Products : public Fp8 {
     std::vector<std::string> names;
     if (has_library)
       names = {"libcublasLt.so.13", "libcublasLt.so"};
-    return make_gemm_selector({.compute_capability = gpu_.compute_capability,
-                               .num_multiprocessors = gpu_.num_multiprocessors,
-                               .name = gpu_.name},
-                              {.cublas_lt_libraries = names});
+    std::string failure;
+    auto found = make_gemm_selector({.compute_capability = gpu_.compute_capability,
+                                     .num_multiprocessors = gpu_.num_multiprocessors,
+                                     .name = gpu_.name},
+                                    {.cublas_lt_libraries = names}, &failure);
+    if (has_library && !failure.empty())  // else a run would seem to have tried it
+      std::printf("without cuBLASLt: %s\n", failure.c_str());
+    return found;
   }
 
   // By plain loops over codes.

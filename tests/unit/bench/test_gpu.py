@@ -184,7 +184,7 @@ def test_only_the_tables_asked_for_are_measured(
         (["--shape", "tiny", "--tokens", "5000"], "tokens: got 5000, expected at most 2048"),
         (["--shape", "tiny", "--limit-s", "0"], "limit-s: got 0"),
         (
-            ["--shape", "tiny", "--quantization", "fp8"],
+            ["--shape", "tiny", "--tokens", "64", "--quantization", "fp8"],
             "quantization: got 'fp8', expected --weights",
         ),
     ],
