@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from flowprefill.bench.common import (
     load_engine,
     say,
 )
-from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights
+from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights, short_beside
 from flowprefill.bench.prefill import flops_of
 from flowprefill.bench.random_model import SHAPES
 from flowprefill.bench.report import Report, Row, print_table
@@ -194,8 +193,7 @@ def _choose_gpu(device: str) -> DeviceChoice:
 
 def _device_of(choice: DeviceChoice, quantization: str) -> CudaDevice:
     """Return the GPU as the engine has it; ConfigError if it does not compute that."""
-    config = EngineConfig(quantization=quantization)
-    return CudaDevice(config, choice.module, choice.index, choice.reason)
+    return CudaDevice(EngineConfig(quantization=quantization), choice.module, choice.index, "")
 
 
 def _device_info(choice: DeviceChoice) -> dict[str, Any]:
@@ -246,26 +244,22 @@ def _measure_models(report: Report, choice: DeviceChoice, args: argparse.Namespa
 
 
 def _opener(
-    choice: DeviceChoice,
-    device: CudaDevice,
-    checkpoint: Checkpoint,
-    longest: int,
+    choice: DeviceChoice, device: CudaDevice, checkpoint: Checkpoint, longest: int,
     common: dict[str, Any],
-) -> OpenModel:
+) -> OpenModel:  # fmt: skip
     """Load the weights; returns what makes models of them."""
     say(f"loading {checkpoint.name}")
     with _named_errors(choice):
-        sources = device.block_formats(checkpoint)
-        weights = load_weights(choice, checkpoint, sources, device.quantization)
+        numbers = device.quantization
+        weights = load_weights(choice, checkpoint, device.block_formats(checkpoint), numbers)
 
     @contextmanager
     def open_model(**options: Any) -> Iterator[GpuModel]:
         say(", ".join(f"{name} {value}" for name, value in options.items()))
         with _named_errors(choice):
             model = GpuModel(
-                choice, checkpoint, weights, longest, common | options,
-                quantization=device.quantization,
-            )  # fmt: skip
+                choice, checkpoint, weights, longest, common | options, quantization=numbers
+            )
         try:
             yield model
         finally:
@@ -378,9 +372,9 @@ def run_ahead_row(depth: int, model: GpuModel, plan: Any, args: argparse.Namespa
     blocking = []
     for _ in range(args.shorts):
         delay_s = rng.uniform(0.0, SPAN * median(took_s))
-        blocked_s = blocking_s(model, plan, (long_tokens, args.short_tokens), delay_s)
-        if blocked_s is not None:
-            blocking.append(blocked_s)
+        found = short_beside(model, plan, (long_tokens, args.short_tokens), delay_s)
+        if found is not None:
+            blocking.append(found[0])
     lengths = [segment.end_s - segment.start_s for segment in segments]
     say(f"run-ahead {depth}  blocking {median(blocking) * 1e3:.3f} ms")
     return {
@@ -393,26 +387,6 @@ def run_ahead_row(depth: int, model: GpuModel, plan: Any, args: argparse.Namespa
         "segments": len(segments) // args.rounds,
         "blocked": len(blocking),
     }
-
-
-def blocking_s(model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float) -> float | None:
-    """Dispatch a long prompt and, some time later, a short one.
-
-    Returns:
-        Seconds from the dispatch of the short one to the start of its first segment; None if the
-        long one had ended by then, or had not begun.
-    """
-    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
-    with model.recorded() as segments:
-        model.dispatch(long)
-        time.sleep(delay_s)
-        model.dispatch(short)
-        model.finish(short)
-        was_blocked = long.state == "suspended"
-        model.cancel(long)
-    dispatched_s = short.accounting().dispatched_s
-    started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
-    return started_s[0] - dispatched_s if was_blocked and started_s else None
 
 
 def _measure_hol(report: Report, args: argparse.Namespace) -> list[Row]:
