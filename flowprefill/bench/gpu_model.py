@@ -271,3 +271,23 @@ def short_beside(
     if not was_running or not started_s:
         return None
     return max(started_s[0] - dispatched_s, 0.0), ended_s - dispatched_s
+
+
+def blocking_s(model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float) -> float | None:
+    """Dispatch a long prompt and, some time later, a short one.
+
+    Returns:
+        Seconds from the dispatch of the short one to the start of its first segment; None if the
+        long one had ended by then, or had not begun.
+    """
+    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
+    with model.recorded() as segments:
+        model.dispatch(long)
+        time.sleep(delay_s)
+        model.dispatch(short)
+        model.finish(short)
+        was_blocked = long.state == "suspended"
+        model.cancel(long)
+    dispatched_s = short.accounting().dispatched_s
+    started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
+    return started_s[0] - dispatched_s if was_blocked and started_s else None

@@ -46,8 +46,8 @@ class Model:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def make_run(self, run_id: int, batch: Any, plan: Any, fetch_logits: bool = True) -> Any:
-        return self.inner.make_run(run_id, batch, plan)
+    def make_run(self, *args: Any, fetch_logits: bool = True, **options: Any) -> Any:
+        return self.inner.make_run(*args, **options)
 
     def load_blocks(self, name: str, rows: npt.NDArray[np.uint8]) -> None:
         codes = torch.from_numpy(rows[:, :-4].copy()).view(torch.float8_e4m3fn).float()
