@@ -251,6 +251,7 @@ class Request:
             templates write them themselves.
         priority: among equally urgent requests the smaller goes first (as in vLLM).
         tenant: whom it belongs to, for fair shares of the queue; empty: no tenant.
+        client: with whom decode steps are shared fairly where not all fit; empty: the tenant.
         pooling: nothing is generated, the answer is an embedding of the prompt: of its ``last``
             token, or the ``mean`` of all. None: the prompt is continued.
     """
@@ -261,6 +262,7 @@ class Request:
     add_special_tokens: bool = True
     priority: int = 0
     tenant: str = ""
+    client: str = ""
     pooling: Pooling | None = None
 
     def __post_init__(self) -> None:

@@ -153,6 +153,7 @@ class LiveRequest:
             weight=self.service.weight,
             service_class=BACKGROUND if self.service.is_background else self.slo.service_class,
             tenant=self.request.tenant,
+            client=self.request.client or self.request.tenant,
             output=self.output,
             is_promised=self.is_promised and first_token,
         )

@@ -18,25 +18,39 @@ Held sequences, whose tokens no client takes, are in no step and never due. One 
 counts as if its last token had been made then: the time for which it was held makes no other wait.
 
 Bound: a decode step starts no later than max(due time, that pause) + one boundary; and one
-prefill's deadline never makes another sequence wait past its own due time. Sequences over
-max_running take turns, the earliest due first.
+prefill's deadline never makes another sequence wait past its own due time.
+
+Who is in a step, where not all fit: first those with a TPOT objective that could not wait for the
+step after it, then those without one, then the rest, `background` last. Of each client one in turn,
+its earliest due first; of those without an objective at least one once it is due. And a step is no
+wider than these allow:
+
+- a TPOT objective of a sequence in it, if a step for that one alone would meet it: one that cannot
+  be met makes nothing narrower and its sequence no more urgent than those without;
+- a client whose sequences have no objective: with n such clients, each gets its tokens at least at
+  1 / n of the pace at which it would get them alone, however many sequences others have.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.job import BACKGROUND
+from flowprefill.scheduling.step_time import StepTime
 from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
     from flowprefill.scheduling.cost_model import CostModel
     from flowprefill.scheduling.interface import SchedulerSettings
     from flowprefill.scheduling.job import Job
+
+PACED, PLAIN, BEHIND = range(3)  # bands: with an objective that can be met, without, background
+PACE = 0.9  # share of a TPOT objective that a step for it may take, by prediction
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +62,7 @@ class DecodingJob:
         last_token_s: when its last token was made.
         due_s: when the next one is due.
         is_held: takes part in no step; one that it was in already still ends with it.
+        band: where it waits.
         version: which heap record counts; -1 while it is in a step or held.
     """
 
@@ -56,7 +71,27 @@ class DecodingJob:
     last_token_s: float
     due_s: float = math.inf
     is_held: bool = False
+    band: int = PLAIN
     version: int = -1
+
+
+@dataclass(slots=True)
+class Line:
+    """Sequences of one client and band that wait for a step, the earliest due first."""
+
+    count: int = 0
+    records: list[tuple[float, int, DecodingJob]] = field(default_factory=list)
+
+    def push(self, sequence: DecodingJob) -> None:
+        """Add one; its version is new."""
+        heapq.heappush(self.records, (sequence.due_s, sequence.version, sequence))
+        self.count += 1
+
+    def first(self) -> DecodingJob:
+        """Return the one that is due first; there is one."""
+        while self.records[0][1] != self.records[0][2].version:
+            heapq.heappop(self.records)
+        return self.records[0][2]
 
 
 class Decoding:
@@ -71,13 +106,17 @@ class Decoding:
         self._cost_model = cost_model
         self._settings = settings
         self._sequences: dict[str, DecodingJob] = {}
-        self._idle: list[tuple[float, int, DecodingJob]] = []
+        # By band, then client; of sequences that wait for a step. No line is empty.
+        self._idle: tuple[dict[str, Line], ...] = ({}, {}, {})
         self._idle_count = 0
         self._idle_context = 0
         self._idle_best_effort = 0
         self._versions = count()
         self.held = 0
         self._last_step_end_s = -math.inf
+        self._step_taken = (-math.inf, 0.0)  # when, and how long it takes by the model alone
+        self._step_time = StepTime(self._model_s(1, 0))
+        self._rows = settings.max_running  # that the last step might have
         self.step: Work | None = None
 
     def __len__(self) -> int:
@@ -122,22 +161,22 @@ class Decoding:
         if self.step is None or sequence.job not in self.step.jobs:
             self._wait(sequence)
 
-    def take_step(self, serial: int) -> Work:
-        """Make a step of the sequences that are due first; they stay in it until it ends."""
-        taken: list[DecodingJob] = []
-        while len(taken) < self._settings.max_running and self._peek() is not None:
-            _, _, sequence = heapq.heappop(self._idle)
-            self._leave_idle(sequence)
-            taken.append(sequence)
+    def take_step(self, serial: int, now: float) -> Work:
+        """Make a step of those whose turn it is; they stay in it until it ends."""
+        taken = self._choose(now)
         context = sum(sequence.context_tokens for sequence in taken)
         seconds = self._cost_model.decode_s(len(taken), context)
         self.step = Work([sequence.job for sequence in taken], serial, seconds, "decode")
         self.step.deadline_s = min(sequence.due_s for sequence in taken)
+        self._step_taken = (now, self._model_s(len(taken), context))
         return self.step
 
     def end_step(self, now: float, ends: frozenset[str]) -> list[Job]:
         """Give the step's sequences their token; returns the jobs that end with it."""
         assert self.step is not None
+        if not self.step.suspensions:
+            since_s, model_s = self._step_taken
+            self._step_time.observe(model_s, len(self.step.jobs), now - since_s)
         ended = [job for job in self.step.jobs if job.id in ends]
         for job in self.step.jobs:
             sequence = self._sequences[job.id]
@@ -184,33 +223,71 @@ class Decoding:
         """Return (predicted seconds left, due time) of the step that would run."""
         if self.step is not None:
             return self.step.remaining_s, self.step.deadline_s
-        top = self._peek()
-        assert top is not None
-        rows = min(self._idle_count, self._settings.max_running)
+        rows = min(self._idle_count, self._rows)
         context = self._idle_context * rows // self._idle_count
-        return self._cost_model.decode_s(rows, context), top.due_s
+        due = min(line.first().due_s for lines in self._idle for line in lines.values())
+        return self._cost_model.decode_s(rows, context), due
 
-    def _peek(self) -> DecodingJob | None:
-        while self._idle and self._idle[0][1] != self._idle[0][2].version:
-            heapq.heappop(self._idle)
-        return self._idle[0][2] if self._idle else None
+    def _model_s(self, rows: int, context: int) -> float:
+        """Return a step's time without the online correction, learnt from steps of other widths."""
+        return self._cost_model.decode_s(rows, context) / self._cost_model.correction("decode")
+
+    def _choose(self, now: float) -> list[DecodingJob]:
+        """Take those that the next step is for; see the head of this file."""
+        most = min(self._idle_count, self._settings.max_running)
+        context = self._idle_context / self._idle_count
+
+        def pace_s(rows: int) -> float:
+            return self._step_time.seconds(self._model_s(rows, int(rows * context)), rows)
+
+        plain = tuple(self._idle[PLAIN].values())
+        is_one_due = any(line.first().due_s <= now for line in plain)
+        taken: list[DecodingJob] = []
+        self._take_turns(PACED, most - is_one_due, taken, now + 2 * pace_s(most))
+        limits = [PACE * sequence.job.tpot_s for sequence in taken]
+        if len(plain) > 1:
+            limits.append(len(plain) * pace_s(min(line.count for line in plain)))
+        fitting = bisect_right(range(1, most + 1), min(limits, default=math.inf), key=pace_s)
+        rows = max(fitting, min(len(taken) + 1, most))
+        self._rows = rows if rows < most else self._settings.max_running
+        for band in (PLAIN, PACED, BEHIND):
+            self._take_turns(band, rows, taken)
+        return taken
+
+    def _take_turns(
+        self, band: int, rows: int, taken: list[DecodingJob], due_by: float = math.inf
+    ) -> None:
+        """Add to `taken` until it has so many: of each client one in turn, if due by then."""
+        lines = sorted(self._idle[band].values(), key=lambda line: line.first().due_s)
+        while len(taken) < rows and lines:
+            lines = [line for line in lines if line.count and line.first().due_s <= due_by]
+            for line in lines[: rows - len(taken)]:
+                taken.append(line.first())
+                self._leave_idle(taken[-1])
 
     def _wait(self, sequence: DecodingJob) -> None:
         if sequence.is_held:
             return
-        is_best_effort = _is_best_effort(sequence.job)
-        wanted = self._settings.max_stall_s if is_best_effort else sequence.job.tpot_s
-        if sequence.job.service_class == BACKGROUND:
-            wanted = math.inf
+        job = sequence.job
+        is_best_effort = _is_best_effort(job)
+        wanted = self._settings.max_stall_s if is_best_effort else job.tpot_s
+        alone_s = self._step_time.seconds(self._model_s(1, sequence.context_tokens), 1)
+        sequence.band = PACED if alone_s <= PACE * job.tpot_s < math.inf else PLAIN
+        if job.service_class == BACKGROUND:
+            wanted, sequence.band = math.inf, BEHIND
         sequence.due_s = sequence.last_token_s + wanted
         sequence.version = next(self._versions)
-        heapq.heappush(self._idle, (sequence.due_s, sequence.version, sequence))
+        self._idle[sequence.band].setdefault(job.client, Line()).push(sequence)
         self._idle_count += 1
         self._idle_context += sequence.context_tokens
         self._idle_best_effort += is_best_effort
 
     def _leave_idle(self, sequence: DecodingJob) -> None:
         sequence.version = -1
+        lines, client = self._idle[sequence.band], sequence.job.client
+        lines[client].count -= 1
+        if not lines[client].count:
+            del lines[client]
         self._idle_count -= 1
         self._idle_context -= sequence.context_tokens
         self._idle_best_effort -= _is_best_effort(sequence.job)

@@ -32,6 +32,8 @@ class Job:
             per weight are given up.
         service_class: name of its class, for shares and reports; empty: none.
         tenant: whom it belongs to, for fairness; empty: no tenant is named.
+        client: with whom its decode steps are shared fairly: its tenant, or an address; empty: all
+            that name none are one.
         output: what its prefill gives; a prefill packs jobs of one output.
         is_promised: it was admitted because its deadline can be met: not given up for others.
     """
@@ -47,6 +49,7 @@ class Job:
     weight: float = 1.0
     service_class: str = ""
     tenant: str = ""
+    client: str = ""
     output: RunOutput = "logits"
     is_promised: bool = False
 

@@ -318,7 +318,7 @@ class Scheduler:
         if prefill is None:
             step = self._decoding.step
             if step is None:
-                step = self._decoding.take_step(next(self._serials))
+                step = self._decoding.take_step(next(self._serials), now)
                 self._start(step)
             return step
         if prefill.is_started:

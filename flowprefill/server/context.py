@@ -18,7 +18,7 @@ from flowprefill.server.observe.live_feed import LiveFeed
 from flowprefill.server.options import ServerOptions
 from flowprefill.server.responses.response_store import ResponseStore
 from flowprefill.server.slo import ClientRules
-from flowprefill.server.tenants import Tenants
+from flowprefill.server.tenants import Tenants, network_of
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
@@ -115,14 +115,16 @@ class ServerContext:
             raise NotReady("the model is still loading")
         return self._engine
 
-    def rules_for(self, headers: Mapping[str, str]) -> ClientRules:
+    def rules_for(self, headers: Mapping[str, str], address: str | None) -> ClientRules:
         """Return what a client may state, by its key; raises Unauthorized."""
         options = self.options
+        tenant = self._tenants.of(headers)
         return ClientRules(
             options.client_slo,
             options.client_priority,
             options.min_ttft_ms,
-            self._tenants.of(headers),
+            tenant,
+            tenant.name or network_of(address),
         )
 
     def check_debug(self, headers: Mapping[str, str]) -> None:

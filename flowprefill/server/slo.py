@@ -31,12 +31,15 @@ class ClientRules:
         may_state_priority: else its priority must be 0.
         min_ttft_ms: smallest objective it may state.
         tenant: who it is, and which classes it may use.
+        client: for fair shares of decode steps: the tenant's name, or where there are none the
+            address.
     """
 
     may_state_objectives: bool = True
     may_state_priority: bool = True
     min_ttft_ms: float = 0.0
     tenant: Tenant = ONLY_TENANT
+    client: str = ""
 
     def check_priority(self, priority: int) -> int:
         """Return the priority; raises InvalidRequest if it may not be stated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,14 @@ class Tenants:
             message = "authorization: the key is that of no tenant"
             raise Unauthorized(message, param="authorization")
         return tenant
+
+
+def network_of(address: str | None) -> str:
+    """Return what tells clients without keys apart: the address, of IPv6 its first 64 bits."""
+    if address is None or ":" not in address:
+        return address or ""
+    whole = ipaddress.IPv6Address(address.partition("%")[0])
+    return str(whole.ipv4_mapped or whole.exploded[:19])
 
 
 def _read(name: str, spec: Any) -> tuple[str, Tenant]:

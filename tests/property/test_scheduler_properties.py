@@ -37,6 +37,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[Client], dict[str, Any]]:
             draw(TPOT),
             draw(st.sampled_from(["demote", "drop"])),
             draw(st.sampled_from([0, 0, 0, 1])),
+            client=draw(st.sampled_from(["", "", "one", "two"])),
         )
         leaves = arrival + draw(st.sampled_from([math.inf, math.inf, 0.0, 0.01, 0.4]))
         stalls = [(arrival + a, arrival + a + b) for a, b in draw(STALLS)]
@@ -196,3 +197,21 @@ def test_scheduler_stream_of_prefills_decode_keeps_its_pace(
     pace = min(tpot, scheduler.settings.max_stall_s)
     assert max(gaps) <= pace + 0.02
     assert all(len(client.ends) == 1 for client in stream)
+
+
+@settings(max_examples=40)
+@given(sizes=st.lists(st.sampled_from([1, 2, 10, 100]), min_size=2, max_size=5))
+def test_scheduler_each_of_n_clients_decodes_at_one_nth_of_its_pace_alone(sizes: list[int]) -> None:
+    seconds, model = 2.0, cost_model()
+    most = SchedulerSettings().max_running
+    clients = [
+        Client(Job(f"{name}-{number}", 1.0, 0, client=str(name)), 10**6, 1.0 + seconds)
+        for name, size in enumerate(sizes)
+        for number in range(size)
+    ]
+    VirtualDevice(Scheduler("slack_edf", cost_model()), clients).play()
+    for name, size in enumerate(sizes):
+        rows = min(size, most)
+        alone = rows / model.decode_s(rows, 0) * seconds
+        gained = sum(len(one.token_times) for one in clients if one.job.client == str(name))
+        assert gained >= 0.9 * alone / len(sizes) - rows, (name, gained, alone)

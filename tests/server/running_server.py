@@ -126,11 +126,14 @@ class RunningServer:
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> Reply:
         return self.request("POST", path, body, headers)
 
-    def raw_socket(self, path: str, body: dict[str, Any], receive_bytes: int = 0) -> socket.socket:
+    def raw_socket(
+        self, path: str, body: dict[str, Any], receive_bytes: int = 0, address: str = "127.0.0.1"
+    ) -> socket.socket:
         """Open a connection, send a whole request, and leave the reply to the caller.
 
         Args:
             receive_bytes: what the client's kernel takes before it is read; 0: as is usual.
+            address: the client's.
         """
         raw = json.dumps(body).encode()
         head = (
@@ -141,6 +144,7 @@ class RunningServer:
         connection.settimeout(WAIT_S)
         if receive_bytes:  # before it connects: it bounds the window
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.bind((address, 0))
         connection.connect(("127.0.0.1", self.port))
         connection.sendall(head.encode() + raw)
         return connection

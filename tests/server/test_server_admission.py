@@ -11,6 +11,7 @@ from running_server import RunningServer, StartServer
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, Overloaded
 from flowprefill.server.options import ServerOptions
+from flowprefill.server.tenants import network_of
 
 CONFIG = EngineConfig(classes={"chat": {"ttft_ms": 250}, "batch": {"background": True}})
 TENANTS = {
@@ -36,12 +37,31 @@ def test_key_tells_tenant_and_its_first_class_is_the_default(
     server = start_server(engine, tenants=TENANTS)
     assert server.post("/v1/completions", HI, key("sk-shop")).status == 200
     assert engine.submitted[-1].request.tenant == "shop"
+    assert engine.submitted[-1].request.client == "shop"
     assert engine.submitted[-1].slo.service_class == "batch"
     chat = {**HI, "slo": {"class": "chat"}}
     assert server.post("/v1/completions", chat, key("sk-shop")).status == 200
     assert engine.submitted[-1].slo.service_class == "chat"
     assert server.post("/v1/completions", HI, {"Authorization": "bearer  sk-us"}).status == 200
     assert engine.submitted[-1].slo.service_class == "default"
+
+
+def test_without_tenants_addresses_tell_clients_apart(
+    engine: FakeEngine, start_server: StartServer
+) -> None:
+    server = start_server(engine)
+    for number, address in enumerate(("127.0.0.1", "127.0.0.2")):
+        with server.raw_socket("/v1/completions", HI, address=address):
+            request = engine.wait_submitted(number + 1).request
+            assert (request.tenant, request.client) == ("", address)
+
+
+@pytest.mark.parametrize(("address", "client"), [
+    (None, ""), ("", ""), ("10.0.0.7", "10.0.0.7"), ("::ffff:10.0.0.7", "10.0.0.7"),
+    ("2001:db8:1:2:3::4", "2001:0db8:0001:0002"), ("fe80::1%eth0", "fe80:0000:0000:0000"),
+])  # fmt: skip
+def test_network_of_tells_clients_apart(address: str | None, client: str) -> None:
+    assert network_of(address) == client
 
 
 @pytest.mark.parametrize("fields", [{"slo": {"class": "chat"}}, {"service_tier": "gold"}])

@@ -92,6 +92,28 @@ def test_clients_that_never_read_have_no_part_in_the_steps_of_one_that_does(
     wait_for(lambda: engine.stats().kv_blocks_used == 0)
 
 
+def test_client_beside_never_reading_ones_of_another_address_is_in_every_step() -> None:
+    """While their systems still take tokens, so that none of them is held."""
+    config = EngineConfig(calibrate=False, kv_cache_gib=0.1, max_running=4)
+    stalled = {"prompt": "x", "stream": True, "max_tokens": 300, "ignore_eos": True}
+    body = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True}
+    with Engine(config=config) as engine, contextlib.ExitStack() as stack:
+        server = RunningServer(engine, ServerOptions())
+        stack.callback(server.end)
+        for _ in range(20):
+            stack.enter_context(
+                server.raw_socket("/v1/completions", stalled, address="127.0.0.2")
+            )
+        wait_for(lambda: engine.stats().running == 20)
+        name = server.post("/v1/completions", body).json()["id"]
+        assert engine.stats().held == 0
+        steps = [one["requests"] for one in engine.decisions() if one["kind"] == "decode"]
+    own = [number for number, step in enumerate(steps) if name in step]
+    assert len(own) == 11
+    assert own == list(range(own[0], own[0] + 11))
+    assert max(len(steps[number]) for number in own) > 1
+
+
 CITY = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},

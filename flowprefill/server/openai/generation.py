@@ -107,7 +107,7 @@ async def _read_order(
 ) -> GenerationOrder:
     """Read and check the body, in a thread if it is long; while overloaded not even that."""
     engine = context.engine
-    rules = context.rules_for(request.headers)
+    rules = context.rules_for(request.headers, request.remote)
     schema = SchemaContext(
         headers=request.headers,
         config=engine.config,

@@ -83,6 +83,7 @@ class GenerationSpec:
         service_tier: the body's, if it chose the service class.
         priority: among equally urgent requests the smaller goes first.
         tenant: who asks; empty where the server knows no tenants.
+        client: for fair shares of decode steps: the tenant, or the address.
         prompt_logprobs: alternatives of the field of that name; None: not asked for. What the
             engine is asked for is in `sampling`: an echo's logprobs want them too.
     """
@@ -97,6 +98,7 @@ class GenerationSpec:
     service_tier: str | None
     priority: int
     tenant: str = ""
+    client: str = ""
     prompt_logprobs: int | None = None
 
     def requests(
@@ -112,6 +114,7 @@ class GenerationSpec:
                 add_special_tokens=special_tokens,
                 priority=self.priority,
                 tenant=self.tenant,
+                client=self.client,
             )
             for index, (prompt, choice) in enumerate(choices)
         ]
@@ -208,6 +211,7 @@ def generation_spec(
         service_tier=tier if tier in context.service_tiers else None,
         priority=rules.check_priority(body.integer("priority", 0, -(2**31), MAX_INT)),
         tenant=rules.tenant.name,
+        client=rules.client,
         prompt_logprobs=prompt_logprobs,
     )
 
