@@ -26,7 +26,7 @@ its earliest due first; of those without an objective at least one once it is du
 wider than these allow:
 
 - a TPOT objective of a sequence in it, if a step for that one alone would meet it: one that cannot
-  be met makes nothing narrower and its sequence no more urgent than those without;
+  be met makes no step narrower, and its sequence waits among those without;
 - a client whose sequences have no objective: with n such clients, each gets its tokens at least at
   1 / n of the pace at which it would get them alone, however many sequences others have.
 """
