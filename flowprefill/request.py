@@ -247,13 +247,12 @@ class Request:
         prompt: text, or token ids (used as they are, no special tokens added).
         sampling: see SamplingParams.
         id: unique among live requests; made up when not given.
-        add_special_tokens: whether the tokenizer adds its own (BOS) to a text prompt; chat
-            templates write them themselves.
+        add_special_tokens: whether the tokenizer adds its own (BOS); chat templates write them.
         priority: among equally urgent requests the smaller goes first (as in vLLM).
         tenant: whom it belongs to, for fair shares of the queue; empty: no tenant.
-        client: with whom decode steps are shared fairly where not all fit; empty: the tenant.
         pooling: nothing is generated, the answer is an embedding of the prompt: of its ``last``
             token, or the ``mean`` of all. None: the prompt is continued.
+        client: with whom decode steps are shared fairly where not all fit; empty: the tenant.
     """
 
     prompt: str | Sequence[int]
@@ -262,8 +261,8 @@ class Request:
     add_special_tokens: bool = True
     priority: int = 0
     tenant: str = ""
-    client: str = ""
     pooling: Pooling | None = None
+    client: str = ""
 
     def __post_init__(self) -> None:
         if self.pooling is not None and self.pooling not in POOLINGS:

@@ -101,9 +101,7 @@ def test_client_beside_never_reading_ones_of_another_address_is_in_every_step() 
         server = RunningServer(engine, ServerOptions())
         stack.callback(server.end)
         for _ in range(20):
-            stack.enter_context(
-                server.raw_socket("/v1/completions", stalled, address="127.0.0.2")
-            )
+            stack.enter_context(server.raw_socket("/v1/completions", stalled, address="127.0.0.2"))
         wait_for(lambda: engine.stats().running == 20)
         name = server.post("/v1/completions", body).json()["id"]
         assert engine.stats().held == 0
