@@ -41,11 +41,14 @@ Granularity granularity_from(const std::string& name) {
 }
 
 MachineRates make_rates(const py::object& gemm_flops_per_s, const py::object& attention_flops_per_s,
-                        const py::object& weight_bytes_per_s, const py::object& step_overhead_s) {
+                        const py::object& weight_bytes_per_s, const py::object& step_overhead_s,
+                        const py::object& cache_bytes_per_s) {
+  const py::object& cache = cache_bytes_per_s.is_none() ? weight_bytes_per_s : cache_bytes_per_s;
   return {.gemm_flops_per_s = positive("gemm_flops_per_s", gemm_flops_per_s),
           .attention_flops_per_s = positive("attention_flops_per_s", attention_flops_per_s),
           .weight_bytes_per_s = positive("weight_bytes_per_s", weight_bytes_per_s),
-          .step_overhead_s = positive("step_overhead_s", step_overhead_s)};
+          .step_overhead_s = positive("step_overhead_s", step_overhead_s),
+          .cache_bytes_per_s = positive("cache_bytes_per_s", cache)};
 }
 
 PlanOptions make_options(const py::object& granularity, const MachineRates& rates,
@@ -108,11 +111,13 @@ void bind_run_arguments(py::module_& m) {
   py::class_<MachineRates>(m, "MachineRates", py::module_local())
       .def(py::init(&make_rates), py::kw_only(), py::arg("gemm_flops_per_s"),
            py::arg("attention_flops_per_s"), py::arg("weight_bytes_per_s"),
-           py::arg("step_overhead_s") = MachineRates().step_overhead_s)
+           py::arg("step_overhead_s") = MachineRates().step_overhead_s,
+           py::arg("cache_bytes_per_s") = py::none())
       .def_readonly("gemm_flops_per_s", &MachineRates::gemm_flops_per_s)
       .def_readonly("attention_flops_per_s", &MachineRates::attention_flops_per_s)
       .def_readonly("weight_bytes_per_s", &MachineRates::weight_bytes_per_s)
-      .def_readonly("step_overhead_s", &MachineRates::step_overhead_s);
+      .def_readonly("step_overhead_s", &MachineRates::step_overhead_s)
+      .def_readonly("cache_bytes_per_s", &MachineRates::cache_bytes_per_s);
   py::class_<PlanOptions>(m, "PlanOptions", py::module_local())
       .def(py::init(&make_options), py::kw_only(), py::arg("granularity"), py::arg("rates"),
            py::arg("budget_s") = PlanOptions().budget_s,

@@ -1,8 +1,10 @@
 // Binds runs, the executor, its events and its timeline, for any device.
+#include <tuple>
 #include <vector>
 
 #include "bindings/module.h"
 #include "bindings/pausing_program.h"
+#include "graph/operator_times.h"
 #include "runtime/clock.h"
 
 namespace py = pybind11;
@@ -41,6 +43,24 @@ std::vector<Event> pop_events(Executor& executor) {
   std::vector<Event> events;
   executor.events().pop_all(events);
   return events;
+}
+
+// Tuples of (product_flops, weight_bytes, attention_flops, cache_bytes, other_s, seconds,
+// segments).
+std::vector<std::tuple<double, double, double, double, double, double, uint32_t>> times_of(
+    const Executor& executor, const py::object& object, const MachineRates& rates) {
+  const Run& run = own_run(object);
+  const auto* program = dynamic_cast<const ModelProgram*>(&program_of(run));
+  if (program == nullptr)
+    return {};
+  const py::gil_scoped_release release;
+  std::vector<std::tuple<double, double, double, double, double, double, uint32_t>> out;
+  for (const OperatorTime& time : operator_times(executor.timeline(), run, *program, rates)) {
+    const OperatorWork& work = time.work;
+    out.emplace_back(work.product_flops, work.weight_bytes, work.attention_flops, work.cache_bytes,
+                     work.other_s, time.seconds, time.segments);
+  }
+  return out;
 }
 
 // What runs and the executor tell of themselves: values, read only.
@@ -164,6 +184,7 @@ py::class_<Executor> bind_runtime(py::module_& m) {
           "timeline",
           [](const Executor& e, uint64_t since) { return e.timeline().snapshot(since); },
           py::arg("since") = 0)
+      .def("operator_times", &times_of, py::arg("run"), py::arg("rates"))
       .def("stats", &Executor::stats)
       .def_property_readonly("event_fd", [](Executor& e) { return e.events().fd(); });
   return executor;

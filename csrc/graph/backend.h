@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -38,6 +39,8 @@ class ModelProgram : public Program {
   virtual std::span<const PromptScore> scores() const { return {}; }
   // [sequences, columns] row-major; empty unless asked for.
   virtual std::span<const float> embeddings() const { return {}; }
+  // What segment i does of this batch; nothing where that is not known. Thread: any.
+  virtual std::optional<OperatorWork> work(size_t /*segment*/) const { return std::nullopt; }
   // Bytes of activations that it holds now.
   virtual size_t workspace_bytes() const = 0;
 };

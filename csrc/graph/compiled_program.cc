@@ -76,6 +76,13 @@ SegmentLabel CompiledProgram::label(size_t segment) const {
   return label;
 }
 
+OperatorWork CompiledProgram::work(size_t segment) const {
+  OperatorWork work;
+  for (const Step& step : steps(segment))
+    work += step.work;
+  return work;
+}
+
 uint64_t CompiledProgram::live_tensors(size_t cursor) const {
   if (cursor == 0)
     return 0;

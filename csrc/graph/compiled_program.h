@@ -26,6 +26,8 @@ class CompiledProgram {
 
   // The first operator, the layers and the rows of a segment, and its predicted time.
   SegmentLabel label(size_t segment) const;
+  // What the segment was planned to do.
+  OperatorWork work(size_t segment) const;
   // Whether the segment begins behind the layers, so that its label's rows are sequences.
   bool is_per_sequence(size_t segment) const;
 

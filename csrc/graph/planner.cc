@@ -47,7 +47,8 @@ class Planner {
 
   void add(const Step& step) {
     plan_.steps.push_back(step);
-    plan_.steps.back().predicted_s = cost_.step_s(step);
+    plan_.steps.back().work = cost_.step_work(step);
+    plan_.steps.back().predicted_s = o_.rates.seconds(plan_.steps.back().work);
   }
   void add(int32_t first, int32_t last, int32_t begin, int32_t end) {
     add({.first = first, .last = last, .row_begin = begin, .row_end = end, .base = base_});

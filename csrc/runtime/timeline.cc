@@ -100,4 +100,18 @@ TimelineSnapshot Timeline::snapshot(uint64_t since) const {
   return snapshot;
 }
 
+std::vector<TimelineRecord> Timeline::of_run(uint64_t run_id, int64_t start_ns) const {
+  std::vector<TimelineRecord> records;
+  const uint64_t next = size();
+  const uint64_t oldest = next > capacity() ? next - capacity() : 0;
+  for (uint64_t index = next; index > oldest; --index) {
+    TimelineRecord record;
+    if (!read(index - 1, record) || record.start_ns < start_ns)
+      break;
+    if (record.run_id == run_id)
+      records.push_back(record);
+  }
+  return records;
+}
+
 }  // namespace flowprefill

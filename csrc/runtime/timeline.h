@@ -43,6 +43,11 @@ class Timeline {
   // All records with index >= since that are still in the ring. Any thread; never blocks.
   TimelineSnapshot snapshot(uint64_t since = 0) const;
 
+  // The records of one run that are still in the ring, the newest first.
+  // start_ns: when the run began, by the records' clock; none before that are looked at.
+  // Thread: any; never blocks. Cost: some 20 ns for each record since then, of whichever run.
+  std::vector<TimelineRecord> of_run(uint64_t run_id, int64_t start_ns) const;
+
   size_t capacity() const { return mask_ + 1; }
   // Records ever written.
   uint64_t size() const { return next_.load(std::memory_order_acquire); }

@@ -95,6 +95,24 @@ TEST(TimelineTest, overwritten_records_are_counted_as_lost) {
   EXPECT_EQ(snapshot.next, 20u);
 }
 
+TEST(TimelineTest, records_of_one_run_since_its_start_newest_first) {
+  Timeline timeline(8);
+  for (uint64_t i = 0; i < 20; ++i) {
+    TimelineRecord record = record_of(i);
+    record.run_id = i % 2;
+    timeline.append(record);
+  }
+  const auto indices_since = [&](int64_t start_ns) {
+    std::vector<uint64_t> indices;
+    for (const TimelineRecord& record : timeline.of_run(1, start_ns))
+      indices.push_back(record.index);
+    return indices;
+  };
+  EXPECT_EQ(indices_since(0), (std::vector<uint64_t>{19, 17, 15, 13}));
+  EXPECT_EQ(indices_since(10 * 16), (std::vector<uint64_t>{19, 17}));
+  EXPECT_TRUE(timeline.of_run(2, 0).empty());
+}
+
 // The smaller the ring, the more often the writer is in the slot that is being read.
 class TimelineRace : public ::testing::TestWithParam<size_t> {};
 

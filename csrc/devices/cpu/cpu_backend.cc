@@ -154,7 +154,8 @@ CutRules cpu_cuts(int threads, CpuNumbers numbers) {
           .head_tile_rows = kHeadTileRows,
           .costs = {.weight_element_bytes = weight_element_bytes,
                     .embed_row_s = 1.5e-6 / threads,
-                    .kept_element_s = 5e-10 / threads}};
+                    .kept_element_s = 5e-10 / threads,
+                    .cache_element_bytes = numbers.element == CpuElement::kFloat ? 4 : 2}};
 }
 
 std::unique_ptr<Backend> make_cpu_backend(ModelGraph graph, CpuNumbers numbers, int threads,

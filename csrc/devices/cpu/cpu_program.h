@@ -35,6 +35,7 @@ class CpuProgram final : public ModelProgram {
 
   size_t size() const override { return compiled_.size(); }
   SegmentLabel label(size_t i) const override { return compiled_.label(i); }
+  std::optional<OperatorWork> work(size_t i) const override { return compiled_.work(i); }
   void execute(size_t i, const ExecutionContext& context) override;
   size_t live_bytes(size_t cursor) const override;
   void give_back_dead(size_t cursor) override;

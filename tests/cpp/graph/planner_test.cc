@@ -239,6 +239,28 @@ TEST_F(PlannerTest, attention_with_a_window_costs_its_keys_alone) {
   EXPECT_NEAR(seconds_of(1), keys * per_key_s, 1e-12);
 }
 
+// 4 heads of 64 read 2 of keys and values: 1,024 operations or 512 bytes for a key.
+TEST_F(PlannerTest, rows_of_decode_steps_cost_reading_the_cache_where_that_takes_longer) {
+  cuts_.costs.cache_element_bytes = 2;
+  options_.rates.cache_bytes_per_s = 1e11;
+  const auto attention_of = [&](const Batch& batch) {
+    OperatorWork work;
+    for (const Step& step : make_plan(graph_, batch, options_, cuts_).steps)
+      work += step.work;
+    return std::pair(work.attention_flops, work.cache_bytes);
+  };
+  options_.granularity = Granularity::kOperator;
+  const double keys = 2 * (53 + 31) + 2 * 16;  // of three layers; the first sees 16 a row
+  const auto [decode_flops, read_bytes] = attention_of(batch_with({{1, 52}, {1, 30}}));
+  EXPECT_EQ(decode_flops, 0);
+  EXPECT_EQ(read_bytes, keys * 512);
+  const auto [prefill_flops, prefill_bytes] = attention_of(batch_with({{2, 52}, {1, 30}}));
+  EXPECT_GT(prefill_flops, 0);
+  EXPECT_EQ(prefill_bytes, 0);
+  options_.rates.cache_bytes_per_s = 1e15;
+  EXPECT_EQ(attention_of(batch_with({{1, 52}, {1, 30}})).second, 0);
+}
+
 TEST_F(PlannerTest, predictions_for_another_batch_are_its_own) {
   options_.rates.attention_flops_per_s = 1e9;
   const Plan p = plan(Granularity::kLayer);
