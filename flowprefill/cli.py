@@ -44,6 +44,7 @@ BENCHES: Mapping[str, str] = {
     "hol": "short prompts arriving during a long one, for each granularity",
     "prefill": "prefill throughput by prompt length, against transformers",
     "where": "where a prefill's time goes, by operator, against the machine's peak",
+    "rates": "how a wrong calibration is mended by what executes",
     "quality": "what numbers of fewer bits cost: perplexity of a text, agreement with float32",
     "control": "from submit() to the executor seeing it, while all cores compute",
     "load": "requests over HTTP at a rate, with SLO attainment",

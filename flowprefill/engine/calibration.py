@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import select
@@ -18,7 +19,13 @@ import numpy as np
 
 from flowprefill.config import Granularity
 from flowprefill.engine.loading import plan_options
-from flowprefill.scheduling.cost_model import MachineRates, ModelShape, attention_pairs
+from flowprefill.scheduling.cost_model import (
+    MachineRates,
+    ModelShape,
+    attention_pairs,
+    corrected,
+)
+from flowprefill.scheduling.operator_rates import Corrections
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
@@ -122,6 +129,24 @@ def were_measured_busy(
     measured_s = min(execute(executor, make_probe(tokens, 0)) for _ in range(2))
     linear_s = tokens * shape.linear_flops_per_token / rates.gemm_flops_per_s
     return linear_s > TOO_SLOW * measured_s
+
+
+def mended(
+    rates: MachineRates, corrections: Corrections, is_exclusive: bool
+) -> MachineRates | None:
+    """Return the rates to keep for the next start; None: those that are kept will do.
+
+    Args:
+        rates: those that are kept.
+        corrections: what was learnt since.
+        is_exclusive: whether no other process uses the device. Where others do, rates are mended
+            only where they are too slow: what makes them slower may not be there next time.
+    """
+    most = math.inf if is_exclusive else 1.0
+    kept = Corrections(*(min(factor, most) for factor in corrections))
+    if max(max(factor, 1 / factor) for factor in kept[:-1]) < TOO_SLOW:
+        return None
+    return corrected(rates, kept)
 
 
 def default_cache_dir() -> Path:

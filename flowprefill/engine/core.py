@@ -44,7 +44,6 @@ from flowprefill.scheduling import (
     SchedulerEvent,
     TimerFired,
     Work,
-    WorkKind,
 )
 
 if TYPE_CHECKING:
@@ -307,15 +306,11 @@ class EngineCore:
     def _batch_of(self, run_id: int, requests: list[LiveRequest]) -> Batch:
         """Return what a run over the requests computes."""
         output = requests[0].output if requests else "logits"  # a prefill packs those of one
-        is_decode = output == "logits" and all(
-            len(request.ids) - request.computed == 1 for request in requests
-        )
         chooses = output == "logits" and self._worker.limits.chooses_tokens
-        kind: WorkKind = "decode" if is_decode else "prefill"
         return Batch(
             run_id=run_id,
             sequences=[request.next_piece(chooses_token=chooses) for request in requests],
-            slowdown=self._scheduler.cost_model.correction(kind),
+            corrections=self._scheduler.cost_model.corrections,
             output=output,
         )
 
@@ -446,6 +441,18 @@ class EngineCore:
         self._deliver()
         for request in active.requests:  # the next run executes already
             request.prepare_sampling()
+        if kind == "finished":
+            self._learn(active)
+
+    def _learn(self, active: LiveRun) -> None:
+        """Correct the rates by what the run's segments took."""
+        cost_model = self._scheduler.cost_model
+        if not cost_model.learns_from(active.work.kind):
+            return
+        times = self._worker.operator_times(active.run)
+        if times:
+            with self._lock:
+                cost_model.observe_operators(times)
 
     def _note_held(self, active: LiveRun) -> None:
         """Note that held requests of a finished run are at rest, and decode if it was a prefill."""

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from flowprefill.models.tokenizer import Tokenizer
     from flowprefill.scheduling.cost_model import ModelShape
+    from flowprefill.scheduling.operator_rates import Corrections
     from flowprefill.scheduling.policies import Policy
 
 log = logging.getLogger(__name__)
@@ -319,6 +320,11 @@ class Engine:
     def rates(self) -> MachineRates:
         """What calibration measured, or what is assumed without."""
         return self._worker.rates or MachineRates()
+
+    @property
+    def corrections(self) -> Corrections:
+        """True over calibrated time of each kind of operator, as learnt so far."""
+        return self._cost_model.operators.corrections
 
     # ---- making --------------------------------------------------------------------------------
 

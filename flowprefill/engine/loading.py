@@ -14,39 +14,42 @@ from flowprefill.errors import CheckpointError
 from flowprefill.models.checkpoint import Progress, block_bytes
 from flowprefill.models.graph import ModelGraph
 from flowprefill.models.model_config import ModelConfig
-from flowprefill.scheduling.cost_model import MachineRates, ModelShape
+from flowprefill.scheduling.cost_model import MachineRates, ModelShape, corrected
+from flowprefill.scheduling.operator_rates import NONE, Corrections
 
 
-def slowdown_of(correction: float, is_exclusive: bool) -> float:
-    """Return the slowdown to plan segments by, in steps of 0.1: few different plans are made.
+def undisturbed(corrections: Corrections, is_exclusive: bool) -> Corrections:
+    """Return the corrections to plan segments by.
 
     Args:
-        correction: measured over predicted time of late.
         is_exclusive: whether no other process uses the device. Then it is as slow as it was
             measured to be, and segments planned by its calibration would be too long. Where others
             use the cores too, they make segments longer without the work being more, and shorter
-            segments would only add to that: no slowdown over 1.
+            segments would only add to that: by what all operators are slower is left out.
     """
-    return max(round(correction if is_exclusive else min(correction, 1.0), 1), 0.1)
+    others = 1.0 if is_exclusive else max(min(corrections), 1.0)
+    return Corrections(*(factor / others for factor in corrections))
 
 
 def plan_options(
-    native: Any, granularity: Granularity, rates: MachineRates, slowdown: float = 1.0
+    native: Any, granularity: Granularity, rates: MachineRates, corrections: Corrections = NONE
 ) -> Any:
     """Return the planner's options: how to cut, and how fast this machine is.
 
     Args:
         native: the module whose runs they are for.
-        slowdown: measured over predicted time of late; segments are planned by it.
+        corrections: true over calibrated time of operators; segments are planned by it.
     """
+    now = corrected(rates, corrections)
     return native.PlanOptions(
         granularity=granularity.kind,
         budget_s=granularity.budget_s or 2e-3,
         chunk_tokens=granularity.chunk_tokens or 512,
         rates=native.MachineRates(
-            gemm_flops_per_s=rates.gemm_flops_per_s / slowdown,
-            attention_flops_per_s=rates.attention_flops_per_s / slowdown,
-            weight_bytes_per_s=rates.weight_bytes_per_s / slowdown,
+            gemm_flops_per_s=now.gemm_flops_per_s,
+            attention_flops_per_s=now.attention_flops_per_s,
+            weight_bytes_per_s=now.weight_bytes_per_s,
+            cache_bytes_per_s=rates.weight_bytes_per_s / corrections.cache,
         ),
     )
 

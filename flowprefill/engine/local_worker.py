@@ -19,12 +19,13 @@ from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine import calibration
 from flowprefill.engine.device import longest_of
 from flowprefill.engine.device_choice import open_model
-from flowprefill.engine.loading import model_shape, plan_options, slowdown_of
+from flowprefill.engine.loading import model_shape, plan_options, undisturbed
 from flowprefill.engine.prompt_logprobs import SCORE
 from flowprefill.engine.sampler import DeviceSampling
 from flowprefill.engine.worker import WorkerLimits, WorkerStats
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import MachineRates
+from flowprefill.scheduling.operator_rates import NONE, Corrections, OperatorTime
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,7 +81,8 @@ class LocalWorker:
             True,
             config.max_running or self._device.max_running,
         )
-        self._plans: dict[float, Any] = {}
+        self._planned: tuple[Corrections, Any] = NONE, None  # the last plan, and what it is for
+        self._kept: calibration.RatesFile | None = None
 
     def start(self) -> None:
         """Start the executor, prepared for the rates kept from earlier; else measure them."""
@@ -95,7 +97,7 @@ class LocalWorker:
         if kept is not None and (rates is None or self._is_too_slow(rates)):
             rates = self._measure()
             kept.write(rates)
-        self.rates = rates
+        self.rates, self._kept = rates, kept
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._sleep = select.poll()
         self._sleep.register(self._executor.event_fd, select.POLLIN)
@@ -105,6 +107,10 @@ class LocalWorker:
         """Stop the executor; after the thread that polls has ended."""
         self._executor.stop()
         os.close(self._wake_fd)
+        if self._kept is not None and self.rates is not None:
+            better = calibration.mended(self.rates, self._planned[0], self._device.is_exclusive)
+            if better is not None:
+                self._kept.write(better)
 
     def now_s(self) -> float:
         """Return the monotonic clock, which the executor reads too."""
@@ -125,7 +131,7 @@ class LocalWorker:
                 for s in batch.sequences
             ],
         )
-        plan = self._plan(batch.slowdown)
+        plan = self._plan(batch.corrections)
         model: Any = self._model
         run: RunHandle
         if batch.output != "logits":
@@ -201,7 +207,7 @@ class LocalWorker:
     def set_granularity(self, granularity: Granularity) -> None:
         """Cut the runs made from now on so."""
         self.granularity = granularity
-        self._plans.clear()
+        self._planned = self._planned[0], None
 
     def stats(self) -> WorkerStats:
         """Return the executor's counts and the size of the workspaces."""
@@ -212,6 +218,11 @@ class LocalWorker:
             workspace_bytes=self._device.workspace_bytes(self._model),
             max_blocking_s=native.max_blocking_s,
         )
+
+    def operator_times(self, run: Any) -> list[OperatorTime]:
+        """Return what the segments of a finished run took; a GPU's do not tell."""
+        rates = self._plan(self._planned[0]).rates
+        return [OperatorTime(*each) for each in self._executor.operator_times(run, rates)]
 
     def timeline(self, since: int = 0) -> list[Any]:
         """Return what the executor's ring holds of the segments from that one on."""
@@ -277,12 +288,12 @@ class LocalWorker:
         capacity = self.limits.num_blocks * self.limits.block_tokens
         return min(capacity, self._max_position)
 
-    def _plan(self, slowdown: float) -> Any:
+    def _plan(self, corrections: Corrections) -> Any:
         """Return the planner's options, by the rates measured of late."""
-        rounded = slowdown_of(slowdown, self._device.is_exclusive)
-        if rounded not in self._plans:
+        made_for, plan = self._planned
+        if plan is None or made_for != corrections:
+            own = undisturbed(corrections, self._device.is_exclusive)
             rates = self.rates or MachineRates()
-            self._plans[rounded] = plan_options(
-                self._device.native, self.granularity, rates, rounded
-            )
-        return self._plans[rounded]
+            plan = plan_options(self._device.native, self.granularity, rates, own)
+            self._planned = corrections, plan
+        return plan

@@ -6,9 +6,11 @@ nothing reads a clock but `Worker.now_s`, so a worker may as well be simulated o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from flowprefill.scheduling.operator_rates import NONE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from flowprefill.engine.sampler import DeviceSampling
     from flowprefill.request import RunOutput
     from flowprefill.scheduling import MachineRates, ModelShape
+    from flowprefill.scheduling.operator_rates import Corrections, OperatorTime
 
     Logits = npt.NDArray[np.float32]
     Scores = npt.NDArray[Any]
@@ -69,13 +72,13 @@ class Batch:
 
     Attributes:
         run_id: unique for the life of the worker.
-        slowdown: measured over predicted time of such runs of late; segments are cut by it.
+        corrections: true over calibrated time of operators; segments are cut by it.
         output: what the run has to give, one of the worker's outputs.
     """
 
     run_id: int
     sequences: list[BatchSequence]
-    slowdown: float = 1.0
+    corrections: Corrections = NONE
     output: RunOutput = "logits"
 
 
@@ -251,6 +254,12 @@ class Worker(Protocol):
 
     def stats(self) -> WorkerStats:
         """Return counts and sizes."""
+
+    def operator_times(self, run: RunHandle) -> Sequence[OperatorTime]:
+        """Return what the segments of a finished run took, by kind of operator; none: not known.
+
+        Segments that are too long ago are left out.
+        """
 
     def timeline(self, since: int = 0) -> list[TimelineRecord]:
         """Return the segments executed last, oldest first; since: none before that many."""

@@ -6,9 +6,10 @@ Pure: rates are measured elsewhere and given in. One prediction is
              + (token, context token) pairs * flops per pair / attention rate + output head
 
 so context that is in the cache costs attention, not projections. A decode step has one row for
-each sequence's whole cache: there attention takes at least the time to read the cache. What the
-formula misses is corrected online: one factor for each kind of work, and one for the attention of
-prefills, which is told apart from the rest by prompts of different lengths.
+each sequence's whole cache: there attention takes at least the time to read the cache. The rates
+are corrected online, each by a factor of its own (operator_rates.py): by the executed time of every
+segment where the worker tells it, else by that of whole runs. What the formula misses then is
+corrected by one factor for each kind of work.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from flowprefill.scheduling.operator_rates import Corrections, OperatorRates
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from flowprefill.scheduling.job import WorkKind
+    from flowprefill.scheduling.operator_rates import OperatorTime
 
 KINDS: tuple[WorkKind, ...] = ("prefill", "decode")
 LEARNING_RATE = 0.1  # share of an observed log error that goes into the correction
 MAX_CORRECTION = 8.0
-ATTENTION_GAIN = 3.0  # attention learns faster than the whole: it is seldom most of a prefill
+WHOLE_RUN = 10  # timed segments that the time of a whole run tells as much as
+STEPS_BETWEEN = 8  # rates are learnt from one decode step in so many: there are many, all alike
 MAX_STEP = 4.0  # one observation counts at most as this ratio: a stalled machine is no new truth
 WINDOW = 256  # observations the error quantiles are taken from
 ENOUGH = 16  # observations before the quantiles are believed
@@ -89,6 +94,20 @@ class ModelShape:
             )
 
 
+class RunShape(NamedTuple):
+    """How much a run computes.
+
+    Attributes:
+        tokens: new ones, of all its prompts; of a decode step: its sequences.
+        pairs: (token, visible token) pairs; of a decode step: tokens in the cache.
+        head_rows: rows that the output head computes.
+    """
+
+    tokens: int
+    pairs: float
+    head_rows: int
+
+
 def attention_pairs(tokens: int, context: int) -> float:
     """Return how many (token, visible token) pairs causal attention over new tokens has."""
     return tokens * context + tokens * (tokens + 1) / 2
@@ -103,8 +122,11 @@ class CostModel:
         self.shape = shape
         self.rates = rates if rates is not None else MachineRates()
         self.is_calibrated = is_calibrated
+        self.operators = OperatorRates()
+        self._is_told_segments = False
+        self._corrected = self.rates
+        self._cache_bytes_per_s = self.rates.weight_bytes_per_s  # corrected
         self._correction: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
-        self._attention = 1.0  # of attention in prefills; their correction multiplies it too
         self._ratios: dict[WorkKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
         self._seen = dict.fromkeys(KINDS, 0)
         self._overrun: dict[WorkKind, float] = dict.fromkeys(KINDS, 1.0)
@@ -120,7 +142,15 @@ class CostModel:
         Args:
             head_rows: rows that the output head computes: one, more where a prompt is scored.
         """
-        return self._rest_s(tokens, head_rows) + self._attention_s(attention_pairs(tokens, context))
+        rates, pairs = self.rates, attention_pairs(tokens, context)
+        return self._rest_s(tokens, head_rows, rates) + self._attention_s(pairs, rates)
+
+    def nominal_s(self, shape: RunShape) -> float:
+        """Return the same for a packed prefill."""
+        rates = self.rates
+        return self._rest_s(shape.tokens, shape.head_rows, rates) + self._attention_s(
+            shape.pairs, rates
+        )
 
     def batch_prefill_s(self, prompts: Iterable[tuple[int, int]]) -> float:
         """Return the predicted time of one prefill over (tokens, context) pairs, seconds."""
@@ -133,40 +163,67 @@ class CostModel:
 
     def packed_prefill_s(self, tokens: int, pairs: float, head_rows: int) -> float:
         """Return the predicted time of a packed prefill from its sums; O(1), for batching."""
-        attention = self._attention * self._attention_s(pairs)
-        return self._correction["prefill"] * (self._rest_s(tokens, head_rows) + attention)
+        rates = self._corrected
+        rest_s = self._rest_s(tokens, head_rows, rates)
+        return self._correction["prefill"] * (rest_s + self._attention_s(pairs, rates))
 
     def decode_s(self, sequences: int, total_context: int) -> float:
         """Return the predicted time of one decode step over sequences with so much context."""
-        rates = self.rates
-        read_s = total_context * self.shape.cache_bytes_per_token / rates.weight_bytes_per_s
-        attention = max(self._attention_s(total_context), read_s)
-        return self._correction["decode"] * (self._rest_s(sequences, sequences) + attention)
+        rates = self._corrected
+        read_s = total_context * self.shape.cache_bytes_per_token / self._cache_bytes_per_s
+        attention = max(self._attention_s(total_context, rates), read_s)
+        return self._correction["decode"] * (self._rest_s(sequences, sequences, rates) + attention)
 
     def observe(
         self,
         kind: WorkKind,
         predicted_s: float,
         measured_s: float,
-        prompts: Sequence[tuple[int, int]] = (),
+        shape: RunShape | None = None,
     ) -> None:
-        """Learn from one finished work; O(prompts).
+        """Learn from one finished work.
 
         Args:
             predicted_s: what this model said, correction included, seconds.
             measured_s: time it was executing, suspensions not counted, seconds.
-            prompts: (tokens, context) pairs of a prefill: how much of it was attention.
+            shape: what it computed; None: not known, and only the kind's factor is learnt.
         """
         if not (predicted_s > 0 and measured_s > 0 and math.isfinite(measured_s)):
             return
         ratio = measured_s / predicted_s
         self._ratios[kind].append(ratio)
+        if shape is not None:
+            if not self._is_told_segments and self.learns_from(kind):
+                parts, other_s = self._parts(kind, shape)
+                self.operators.observe(parts, other_s, measured_s, WHOLE_RUN)
+                self._correct()
+            ratio = measured_s / self._run_s(kind, shape)  # by what is known now: rates have moved
         self._seen[kind] += 1
         step = min(max(ratio, 1 / MAX_STEP), MAX_STEP) ** LEARNING_RATE
         self._correction[kind] = _bounded(self._correction[kind] * step)
-        if prompts:
-            gain = ATTENTION_GAIN * self._attention_share(prompts)
-            self._attention = _bounded(self._attention * step**gain)
+
+    def learns_from(self, kind: WorkKind) -> bool:
+        """Return whether the rates are to be learnt from the work that is observed next."""
+        return kind == "prefill" or self._seen[kind] % STEPS_BETWEEN == 0
+
+    def observe_operators(self, times: Iterable[OperatorTime]) -> None:
+        """Learn from the executed segments of a run; whole runs no longer move the rates then."""
+        self._is_told_segments = True
+        rates = self.rates
+        for time in times:
+            parts = (
+                time.product_flops / rates.gemm_flops_per_s,
+                time.weight_bytes / rates.weight_bytes_per_s,
+                time.attention_flops / rates.attention_flops_per_s,
+                time.cache_bytes / rates.weight_bytes_per_s,
+            )
+            self.operators.observe(parts, time.other_s, time.seconds, time.segments)
+        self._correct()
+
+    @property
+    def corrections(self) -> Corrections:
+        """What segments are to be cut by; see OperatorRates.planned."""
+        return self.operators.planned
 
     def correction(self, kind: WorkKind) -> float:
         """Return the factor learnt so far; 1 is none."""
@@ -195,19 +252,49 @@ class CostModel:
             return predicted_s * min(1.0, self.error_quantile("prefill", 0.05))
         return predicted_s * (0.8 if self.is_calibrated else 0.25)
 
-    def _attention_share(self, prompts: Sequence[tuple[int, int]]) -> float:
-        """Return how much of a prefill's predicted time is attention."""
-        tokens = sum(new for new, _ in prompts)
-        pairs = sum(attention_pairs(new, context) for new, context in prompts)
-        attention = self._attention * self._attention_s(pairs)
-        return attention / (attention + self._rest_s(tokens, len(prompts)))
+    def _correct(self) -> None:
+        factors = self.operators.corrections
+        self._corrected = corrected(self.rates, factors)
+        self._cache_bytes_per_s = self.rates.weight_bytes_per_s / factors.cache
 
-    def _attention_s(self, pairs: float) -> float:
-        return pairs * self.shape.attention_flops_per_pair / self.rates.attention_flops_per_s
+    def _run_s(self, kind: WorkKind, shape: RunShape) -> float:
+        if kind == "decode":
+            return self.decode_s(shape.tokens, int(shape.pairs))
+        return self.packed_prefill_s(*shape)
 
-    def _rest_s(self, tokens: int, head_rows: int) -> float:
+    def _parts(
+        self, kind: WorkKind, shape: RunShape
+    ) -> tuple[tuple[float, float, float, float], float]:
+        """Return what the calibrated rates predict for each kind of operator, and the overhead.
+
+        Which rate bounds products and cached attention is told by the corrected ones.
+        """
+        rates, model, factors = self.rates, self.shape, self.operators.corrections
+        by_products = by_weights = 0.0
+        layers = (model.linear_flops_per_token, shape.tokens, model.weight_bytes)
+        head = (model.head_flops_per_sequence, shape.head_rows, model.head_bytes)
+        for flops, rows, weight_bytes in (layers, head):
+            if not rows:
+                continue
+            multiply_s = rows * flops / rates.gemm_flops_per_s
+            read_s = weight_bytes / rates.weight_bytes_per_s
+            if factors.products * multiply_s >= factors.weights * read_s:
+                by_products += multiply_s
+            else:
+                by_weights += read_s
+        attention_s, cache_s = self._attention_s(shape.pairs, rates), 0.0
+        if kind == "decode":
+            cache_s = shape.pairs * model.cache_bytes_per_token / rates.weight_bytes_per_s
+            is_read = factors.cache * cache_s > factors.attention * attention_s
+            attention_s, cache_s = (0.0, cache_s) if is_read else (attention_s, 0.0)
+        return (by_products, by_weights, attention_s, cache_s), rates.run_overhead_s
+
+    def _attention_s(self, pairs: float, rates: MachineRates) -> float:
+        return pairs * self.shape.attention_flops_per_pair / rates.attention_flops_per_s
+
+    def _rest_s(self, tokens: int, head_rows: int, rates: MachineRates) -> float:
         """Return the overhead, products and output head of a work."""
-        rates, shape = self.rates, self.shape
+        shape = self.shape
         linear = max(
             shape.weight_bytes / rates.weight_bytes_per_s,
             tokens * shape.linear_flops_per_token / rates.gemm_flops_per_s,
@@ -217,6 +304,16 @@ class CostModel:
             head_rows * shape.head_flops_per_sequence / rates.gemm_flops_per_s,
         )
         return rates.run_overhead_s + linear + (head if head_rows else 0.0)
+
+
+def corrected(rates: MachineRates, factors: Corrections) -> MachineRates:
+    """Return the rates that the factors make of the calibrated ones; the cache has none."""
+    return MachineRates(
+        rates.gemm_flops_per_s / factors.products,
+        rates.attention_flops_per_s / factors.attention,
+        rates.weight_bytes_per_s / factors.weights,
+        rates.run_overhead_s,
+    )
 
 
 def _bounded(correction: float) -> float:

@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
+from flowprefill.scheduling.cost_model import RunShape
 from flowprefill.scheduling.job import BACKGROUND
 from flowprefill.scheduling.step_time import StepTime
 from flowprefill.scheduling.work import Verdict, Work
@@ -167,6 +168,7 @@ class Decoding:
         context = sum(sequence.context_tokens for sequence in taken)
         seconds = self._cost_model.decode_s(len(taken), context)
         self.step = Work([sequence.job for sequence in taken], serial, seconds, "decode")
+        self.step.shape = RunShape(len(taken), context, len(taken))
         self.step.deadline_s = min(sequence.due_s for sequence in taken)
         self._step_taken = (now, self._model_s(len(taken), context))
         return self.step

@@ -12,7 +12,7 @@ import math
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
-from flowprefill.scheduling.cost_model import attention_pairs
+from flowprefill.scheduling.cost_model import RunShape, attention_pairs
 from flowprefill.scheduling.decoding import Decoding
 from flowprefill.scheduling.interface import (
     Arrival,
@@ -215,10 +215,7 @@ class Scheduler:
         if executed_s is None and work.suspensions == 0:
             executed_s = work.executed_s
         if executed_s is not None:
-            prompts = [
-                (job.prompt_tokens, job.context_tokens) for job in work.jobs if not work.is_decode
-            ]
-            self.cost_model.observe(work.kind, work.predicted_s, executed_s, prompts)
+            self.cost_model.observe(work.kind, work.predicted_s, executed_s, work.shape)
         self._release(work)
         if work.is_decode:
             for job in self._decoding.end_step(now, ends):
@@ -337,13 +334,7 @@ class Scheduler:
 
     def _merge(self, head: Work, members: list[Work]) -> Work:
         jobs = [member.jobs[0] for member in members]
-        seconds = self.cost_model.packed_prefill_s(
-            sum(job.prompt_tokens for job in jobs),
-            sum(attention_pairs(job.prompt_tokens, job.context_tokens) for job in jobs),
-            sum(job.head_rows for job in jobs),
-        )
-        nominal_s = seconds / self.cost_model.correction("prefill")
-        merged = Work(jobs, head.serial, seconds, nominal_s=nominal_s)
+        merged = self._prefill_of(jobs, head.serial)
         since = [member.late_since_s for member in members if member.late_since_s is not None]
         merged.late_since_s = min(since, default=None)
         merged.is_protected = any(member.is_protected for member in members)
@@ -394,11 +385,17 @@ class Scheduler:
     # -- bookkeeping -------------------------------------------------------------------------
 
     def _new_work(self, job: Job, serial: int) -> Work:
-        nominal_s = self.cost_model.nominal_prefill_s(
-            job.prompt_tokens, job.context_tokens, job.head_rows
+        return self._prefill_of([job], serial)
+
+    def _prefill_of(self, jobs: list[Job], serial: int) -> Work:
+        shape = RunShape(
+            sum(job.prompt_tokens for job in jobs),
+            sum(attention_pairs(job.prompt_tokens, job.context_tokens) for job in jobs),
+            sum(job.head_rows for job in jobs),
         )
-        seconds = nominal_s * self.cost_model.correction("prefill")
-        return Work([job], serial, seconds, nominal_s=nominal_s)
+        seconds = self.cost_model.packed_prefill_s(*shape)
+        nominal_s = self.cost_model.nominal_s(shape)
+        return Work(jobs, serial, seconds, nominal_s=nominal_s, shape=shape)
 
     def _start(self, work: Work) -> None:
         work.id = next(self._work_ids)

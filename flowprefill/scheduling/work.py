@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from flowprefill.scheduling.job import BACKGROUND
 
 if TYPE_CHECKING:
+    from flowprefill.scheduling.cost_model import RunShape
     from flowprefill.scheduling.job import Job, WorkKind
 
 OVERRUN = 0.05  # a work past its prediction is taken to need this share of its time so far
@@ -81,6 +82,7 @@ class Work:
         has_ended: it is done with, or went into a packed prefill.
         rank: as of the last ranking in the queue.
         version: which of the queue's records of it counts; -1 when it is not in the queue.
+        shape: what its run computes, jobs that end early included; None: not known.
     """
 
     jobs: list[Job]
@@ -111,6 +113,7 @@ class Work:
     has_ended: bool = False
     rank: Rank = UNRANKED
     version: int = -1
+    shape: RunShape | None = None
 
     def __post_init__(self) -> None:
         self.remaining_s = self.predicted_s

@@ -169,6 +169,10 @@ class VirtualWorker:
         device = self._device
         return WorkerStats(device.preemptions, 0, 0, max(device.blocking_s, default=0.0))
 
+    def operator_times(self, run: Any) -> list[Any]:  # noqa: ARG002
+        """Return none: rates are learnt from whole runs."""
+        return []
+
     def timeline(self, since: int = 0) -> list[Any]:  # noqa: ARG002
         """Return none: segments are not kept."""
         return []

@@ -99,6 +99,7 @@ class VirtualDevice:
         self.runs: dict[int, Run] = {}
         self.log: list[tuple[float, SchedulerEvent, Decision]] = []
         self.now = 0.0
+        self._truth = CostModel(scheduler.cost_model.shape, scheduler.cost_model.rates)
         self._random = random.Random(seed)
         self._noise, self._fail_share, self._report_s = noise, fail_share, report_s
         self._on_decision = on_decision
@@ -207,7 +208,12 @@ class VirtualDevice:
         if work.kind == "decode" and not decision.is_resume:
             assert self._held.isdisjoint(work.job_ids), "a held sequence is in a new step"
         if run is None:
-            uncorrected_s = work.predicted_s / self.scheduler.cost_model.correction(work.kind)
+            assert work.shape is not None
+            rows, context, _ = work.shape
+            is_decode = work.kind == "decode"
+            uncorrected_s = (
+                self._truth.decode_s(rows, int(context)) if is_decode else work.nominal_s
+            )
             true_s = uncorrected_s * math.exp(self._random.gauss(0.0, self._noise))
             boundary_s = self.scheduler.settings.max_blocking_s
             run = self.runs[work.id] = Run(work, true_s, boundary_s)

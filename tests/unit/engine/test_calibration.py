@@ -14,14 +14,16 @@ import numpy.typing as npt
 import pytest
 
 from flowprefill import _core
+from flowprefill.config import Granularity
 from flowprefill.engine import calibration
 from flowprefill.engine.calibration import RatesFile
 from flowprefill.engine.cpu_device import CpuDevice
 from flowprefill.engine.cuda_device import CudaDevice
 from flowprefill.engine.device import ProbeSizes
-from flowprefill.engine.loading import slowdown_of
+from flowprefill.engine.loading import plan_options, undisturbed
 from flowprefill.scheduling import MachineRates, ModelShape
 from flowprefill.scheduling.cost_model import attention_pairs
+from flowprefill.scheduling.operator_rates import NONE, Corrections
 
 RATES = MachineRates(1e11, 5e10, 1e10, 1e-3)
 OTHER = MachineRates(2e11, 5e10, 1e10, 1e-3)
@@ -196,9 +198,35 @@ def test_probes_compute_noise_and_the_same_each_time() -> None:
 def test_only_a_device_of_our_own_is_planned_slower_than_calibrated() -> None:
     assert CudaDevice.is_exclusive
     assert not CpuDevice.is_exclusive
+    faster = Corrections(0.5, 0.6, 0.5, 1.2)
     for is_exclusive in (True, False):
-        assert slowdown_of(1.0, is_exclusive) == 1.0
-        assert slowdown_of(0.52, is_exclusive) == 0.5, "faster: longer segments"
-        assert slowdown_of(0.01, is_exclusive) == 0.1
-    assert slowdown_of(2.64, is_exclusive=True) == 2.6
-    assert slowdown_of(2.64, is_exclusive=False) == 1.0, "others use the cores"
+        assert undisturbed(NONE, is_exclusive) == NONE
+        assert undisturbed(faster, is_exclusive) == faster, "longer segments"
+    slower = Corrections(2.0, 2.0, 3.0, 2.5)
+    assert undisturbed(slower, is_exclusive=True) == slower
+    alike = undisturbed(slower, is_exclusive=False)
+    assert alike == Corrections(1.0, 1.0, 1.5, 1.25), "others use the cores; attention is its own"
+
+
+def test_plans_are_made_by_the_corrected_rates() -> None:
+    plan = plan_options(_core, Granularity("none"), RATES, Corrections(0.5, 2.0, 4.0, 5.0)).rates
+    assert plan.gemm_flops_per_s == pytest.approx(2e11)
+    assert plan.weight_bytes_per_s == pytest.approx(5e9)
+    assert plan.attention_flops_per_s == pytest.approx(1.25e10)
+    assert plan.cache_bytes_per_s == pytest.approx(2e9)
+
+
+def test_rates_that_were_learnt_are_kept_where_those_kept_are_far_from_them() -> None:
+    for is_exclusive in (True, False):
+        assert calibration.mended(RATES, NONE, is_exclusive) is None
+        close = Corrections(0.9, 1.1, 0.85, 4.0)
+        assert calibration.mended(RATES, close, is_exclusive) is None, "the cache has no rate"
+    halved = Corrections(0.5, 0.5, 2.0, 1.0)
+    better = calibration.mended(RATES, halved, is_exclusive=False)
+    assert better == MachineRates(2e11, 5e10, 2e10, 1e-3), "others may have slowed the attention"
+    assert calibration.mended(RATES, halved, is_exclusive=True) == MachineRates(
+        2e11, 2.5e10, 2e10, 1e-3
+    )
+    slower = Corrections(2.0, 2.0, 2.0, 2.0)
+    assert calibration.mended(RATES, slower, is_exclusive=False) is None
+    assert calibration.mended(RATES, slower, is_exclusive=True) is not None

@@ -15,6 +15,7 @@ from engines import ids_of, prompt_of
 
 from flowprefill import ConfigError, Engine, EngineConfig, _core
 from flowprefill.engine.device_choice import choose_device
+from flowprefill.scheduling.cost_model import RunShape
 
 TOO_OLD = (False, "Old GPU has compute capability 7.5, 8.0 or higher is needed")
 
@@ -240,7 +241,10 @@ def test_a_gpu_that_has_become_slower_gets_shorter_segments(
 
     fake_cuda.install(monkeypatch, [fake_cuda.USABLE], model=Model)
     engine = open_engine(device="cuda", dtype="auto")
-    for _ in range(100):
-        engine._core._scheduler.cost_model.observe("prefill", 1.0, 2.0)
+    cost_model = engine._core._scheduler.cost_model
+    for _ in range(20):
+        shape = RunShape(1_000, 500_500, 1)
+        true_s = 3.0 * cost_model.nominal_s(shape)
+        cost_model.observe("prefill", cost_model.packed_prefill_s(*shape), true_s, shape)
     ids_of(engine, prompt_of(40), 1)
     assert rates[0] < engine.rates.gemm_flops_per_s / 2
