@@ -76,7 +76,7 @@ def test_any_machine_is_found_in_any_order(truth: Corrections, seed: int) -> Non
 def noisy(rng: random.Random, segments: int) -> float:
     """Return measured over true time of segments: one in a hundred stalls for 20 times its own.
 
-    Beside others a stalled one counts as three times the usual, see operator_times() in csrc/graph.
+    Among others a stalled one counts as three times the usual, see operator_times() in csrc/graph.
     """
     most = 3.0 if segments > 2 else math.inf
     ratios = [

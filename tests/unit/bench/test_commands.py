@@ -155,6 +155,22 @@ def test_bad_flags_are_named_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
+def test_rates_shows_what_was_calibrated_learnt_and_kept(folder: Path, tmp_path: Path) -> None:
+    flags = ("--quick", "--factor", "0.1", "--tokens", "100", "400")
+    report = bench(folder, tmp_path, "rates", *flags)
+    assert [row["tokens"] for row in report["rows"]] == [100, 400]
+    for row in report["rows"]:
+        assert row["calibrated_error"] == pytest.approx(row["calibrated_s"] / row["executed_s"] - 1)
+        assert 0 < row["predicted_s"] < row["calibrated_s"]
+        assert row["segment_s"] > 0
+    assert [row["rate"] for row in report["rates"]] == ["products", "weights", "attention"]
+    for row in report["rates"]:
+        assert row["at_start"] == pytest.approx(0.1)
+        assert row["learnt"] > 0.1
+        assert row["kept"] > 0.1
+    assert main(["bench", "rates", "--factor", "0"]) == 2
+
+
 def test_prompt_longer_than_the_model_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from flowprefill import _core
+from flowprefill import Engine, Request, SamplingParams, _core
 from flowprefill.config import Granularity
 from flowprefill.engine import calibration
 from flowprefill.engine.calibration import RatesFile
@@ -23,7 +24,7 @@ from flowprefill.engine.device import ProbeSizes
 from flowprefill.engine.loading import plan_options, undisturbed
 from flowprefill.scheduling import MachineRates, ModelShape
 from flowprefill.scheduling.cost_model import attention_pairs
-from flowprefill.scheduling.operator_rates import NONE, Corrections
+from flowprefill.scheduling.operator_rates import NONE, Corrections, OperatorTime
 
 RATES = MachineRates(1e11, 5e10, 1e10, 1e-3)
 OTHER = MachineRates(2e11, 5e10, 1e10, 1e-3)
@@ -230,3 +231,42 @@ def test_rates_that_were_learnt_are_kept_where_those_kept_are_far_from_them() ->
     slower = Corrections(2.0, 2.0, 2.0, 2.0)
     assert calibration.mended(RATES, slower, is_exclusive=False) is None
     assert calibration.mended(RATES, slower, is_exclusive=True) is not None
+
+
+def test_executed_segments_are_told_by_kind_of_operator(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, told = open_engine(granularity="budget:2"), list[list[OperatorTime]]()
+    cost_model = engine._cost_model
+    monkeypatch.setattr(cost_model, "observe_operators", lambda times: told.append(list(times)))
+    engine.submit(Request(list(range(200)), SamplingParams(max_tokens=1))).result(60)
+    engine.close()  # the event thread learns once the answer is out
+    (times,) = told
+    shape, total = engine.model_shape, OperatorTime(*map(sum, zip(*times, strict=True)))
+    pairs = attention_pairs(200, 0)
+    assert total.product_flops == pytest.approx(200 * shape.linear_flops_per_token)
+    assert total.weight_bytes == pytest.approx(shape.head_bytes), "of one row: it is read"
+    assert total.attention_flops == pytest.approx(pairs * shape.attention_flops_per_pair)
+    assert total.cache_bytes == 0
+    assert total.segments == len(engine.timeline())
+    assert all(time.seconds > 0 and time.other_s > 0 for time in times)
+
+
+def test_closing_keeps_rates_that_were_learnt(
+    open_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(calibrate=True, cache_dir=str(tmp_path))
+    (path,) = tmp_path.glob("rates-*.json")
+    cost_model, before = engine._cost_model, json.loads(path.read_text())
+    for _ in range(20):
+        work = OperatorTime(cost_model.rates.gemm_flops_per_s, 0, 0, 0, 0, 0.25, 100)
+        cost_model.observe_operators([work])
+    monkeypatch.setattr(cost_model, "observe_operators", lambda times: None)
+    engine.submit(Request([1, 2, 3], SamplingParams(max_tokens=1))).result(60)
+    engine.close()
+    after = json.loads(path.read_text())
+    assert after["key"] == before["key"]
+    ratio = after["rates"]["gemm_flops_per_s"] / before["rates"]["gemm_flops_per_s"]
+    assert ratio == pytest.approx(4.0, rel=0.16)
+    assert after["rates"]["attention_flops_per_s"] > before["rates"]["attention_flops_per_s"]
+    assert after["rates"]["run_overhead_s"] == before["rates"]["run_overhead_s"]
