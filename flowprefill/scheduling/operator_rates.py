@@ -102,7 +102,7 @@ class OperatorRates:
         noise = MISFIT**2 + SEGMENT_SPREAD**2 / max(segments, 1)
         variance = sum(gains[k] * shares[k] for k in KINDS) + noise
         most = FARTHEST * math.sqrt(variance)
-        error = min(max(math.log(seconds / predicted), -most), most)
+        error = min(max(math.log(seconds) - math.log(predicted), -most), most)
         for i in KINDS:
             moved = self._logs[i] + gains[i] * error / variance
             self._logs[i] = min(max(moved, -math.log(MOST)), math.log(MOST))

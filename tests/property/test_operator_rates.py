@@ -69,7 +69,7 @@ def test_one_kind_that_differs_is_found_within_a_few_runs(kind: int, factor: flo
 @settings(max_examples=20, deadline=None)
 def test_any_machine_is_found_in_any_order(truth: Corrections, seed: int) -> None:
     rates = taught(truth, 20, seed)
-    assert error_of(rates, truth) < 1.12
+    assert error_of(rates, truth) < 1.2
     assert tuple(rates.planned) == pytest.approx(tuple(rates.corrections), rel=0.16)
 
 
