@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from flowprefill.bench.goodput.clairvoyant import (
     Timed,
     clairvoyant,
     jobs_of,
+    looking_ahead,
     most_on_time,
 )
 from flowprefill.bench.goodput.lab import LEAST_LOAD, MOST_LOAD, START_LOAD, Lab
-from flowprefill.bench.goodput.pairs import mean_interval
+from flowprefill.bench.goodput.pairs import mean_interval, ratio_interval
 from flowprefill.bench.goodput.search import Search
 from flowprefill.bench.report import Row
 from flowprefill.traces import TraceRequest, scaled_rate, window
@@ -28,6 +30,14 @@ CALIBRATION_COLUMNS = {
     "bound_any": "bound with packing",
 }
 
+LOOKAHEAD_COLUMNS = {
+    "target": "target",
+    "lookahead_s": "sees ahead s",
+    "max_rate_rps": "rate 1/s",
+    "share_of_clairvoyant": "of clairvoyant",
+    "share_of_clairvoyant_low": "low",
+    "share_of_clairvoyant_high": "high",
+}
 
 Ideal = Callable[[Sequence[Timed]], set[int]]
 
@@ -74,6 +84,32 @@ def sweep_rows(lab: Lab, indices: Sequence[int], ideal: Ideal, name: str) -> lis
                 "attainment_high": found.high,
             }
         )  # fmt: skip
+    return rows
+
+
+def lookahead_rows(
+    lab: Lab, lookaheads_s: Sequence[float], best: Mapping[float, Sequence[float | None]]
+) -> list[Row]:
+    """Return for each target and lookahead the highest rate of a scheduler that sees so far.
+
+    Args:
+        best: target -> the clairvoyant heuristic's rate on each sample.
+    """
+    rows: list[Row] = []
+    for target, of_best in best.items():
+        for ahead_s in lookaheads_s:
+            found = searches_of(lab, partial(looking_ahead, ahead_s=ahead_s), target)
+            rates = [lab.rate_rps(one.index) if one.index is not None else None for one in found]
+            share = ratio_interval(rates, of_best)
+            known = [rate for rate in rates if rate is not None]
+            rows.append(
+                {
+                    "target": target, "lookahead_s": ahead_s,
+                    "max_rate_rps": mean_interval(known).mean,
+                    "share_of_clairvoyant": share.mean, "share_of_clairvoyant_low": share.low,
+                    "share_of_clairvoyant_high": share.high, "rates_rps": rates,
+                }
+            )  # fmt: skip
     return rows
 
 

@@ -16,6 +16,10 @@ unit weights, too long for hundreds of jobs.
 by Moore and Hodgson's rule, and executes the kept job that is due first. With exact times and free
 interruption it is what a scheduler without knowledge of the future can be compared with.
 
+`looking_ahead` lies in between: it knows what arrives within a given time. At each arrival and end,
+and whenever an arrival comes into sight, it plans by the heuristic what is there and what it sees,
+and executes the kept job that is due first. So it tells what knowledge of the future is worth.
+
 `most_on_time` is an upper bound. Proof: let I = [a, b) be an interval. Jobs with a <= r_j and
 d_j <= b that are on time do all their work in I, so their times sum to at most b - a; the most jobs
 that fit are those that fit when taken shortest first, m(I) of the n(I). So at least n(I) - m(I) of
@@ -145,6 +149,54 @@ def _kept_first(jobs: Sequence[Timed], left: dict[int, float], now: float) -> in
         if ends_s > jobs[number].due_s + SLACK:
             ends_s += heapq.heappop(kept)[0]
     return min((n for _, n in kept), key=lambda n: (jobs[n].due_s, n), default=None)
+
+
+def looking_ahead(jobs: Sequence[Timed], ahead_s: float) -> set[int]:
+    """Return the indices of jobs that end on time if all that arrives within ahead_s is known."""
+    order = sorted(range(len(jobs)), key=lambda n: jobs[n].release_s)
+    left: dict[int, float] = {}
+    ended: set[int] = set()
+    now, position = 0.0, 0
+    while position < len(order) or left:
+        seen = position
+        while seen < len(order) and jobs[order[seen]].release_s <= now + ahead_s + SLACK:
+            seen += 1
+        planned = _planned_first(jobs, left, order[position:seen], now)
+        next_s = jobs[order[position]].release_s if position < len(order) else float("inf")
+        if seen < len(order):
+            next_s = min(next_s, max(jobs[order[seen]].release_s - ahead_s, now + SLACK))
+        if planned is not None and now + left[planned] <= next_s:
+            now += left.pop(planned)
+            ended.add(planned)
+            continue
+        if position == len(order):  # what is left cannot be on time
+            return ended
+        if planned is not None:
+            left[planned] -= max(next_s - now, 0.0)
+        now = max(now, next_s)
+        while position < len(order) and jobs[order[position]].release_s <= now:
+            left[order[position]] = jobs[order[position]].work_s
+            position += 1
+    return ended
+
+
+def _planned_first(
+    jobs: Sequence[Timed], left: dict[int, float], coming: Sequence[int], now: float
+) -> int | None:
+    """Plan by the heuristic; return the kept job of those there that is due first.
+
+    If none there is kept, the shortest: the time would be lost.
+    """
+    for number in [n for n, work_s in left.items() if now + work_s > jobs[n].due_s + SLACK]:
+        del left[number]
+    here = list(left)
+    kept = clairvoyant(
+        [Timed(now, jobs[n].due_s, left[n]) for n in here] + [jobs[n] for n in coming]
+    )
+    planned = [here[n] for n in kept if n < len(here)]
+    if planned:
+        return min(planned, key=lambda n: (jobs[n].due_s, n))
+    return min(here, key=lambda n: (left[n], n), default=None)
 
 
 def most_on_time(jobs: Sequence[Timed]) -> int:

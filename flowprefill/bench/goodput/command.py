@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sim.add_argument("--noise", type=float, default=0.0, help="sigma of true / predicted time")
     sim.add_argument("--bias", type=float, default=1.0, help="predicted / true time")
     sim.add_argument("--no-clairvoyant", action="store_true", help="leave the comparison out")
+    sim.add_argument("--lookahead", type=float, nargs="*", default=[], metavar="SECONDS",
+                     help="also an ideal scheduler that sees so far ahead")  # fmt: skip
     engine = parser.add_argument_group("backends engine and URL")
     engine.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
     engine.add_argument("--guess-profile", default="", metavar="PROFILE",
@@ -124,6 +126,9 @@ def _check(args: argparse.Namespace) -> None:
         for value in getattr(args, name):
             if not 0 < value <= 100:
                 raise ConfigError(f"{name}: got {value}, expected numbers in (0, 100]", param=name)
+    for value in args.lookahead:
+        if not 0 <= value <= 1e6:
+            raise ConfigError(f"lookahead: got {value}, expected numbers >= 0", param="lookahead")
     if args.quick:
         args.samples = min(args.samples, QUICK_SAMPLES)
         args.setting = args.setting or list(QUICK_SETTINGS)
@@ -215,6 +220,11 @@ def _measure(
         report.extra["calibration"] = calibration
         tables.append(("Clairvoyant heuristic", calibration, bounds.CALIBRATION_COLUMNS))
         print_table("Clairvoyant heuristic", calibration, bounds.CALIBRATION_COLUMNS)
+        if args.lookahead:
+            seeing = bounds.lookahead_rows(lab, args.lookahead, ideals.clairvoyant)
+            report.extra["lookahead"] = seeing
+            tables.append(("Worth of seeing ahead", seeing, bounds.LOOKAHEAD_COLUMNS))
+            print_table("Worth of seeing ahead", seeing, bounds.LOOKAHEAD_COLUMNS)
     rate_rps = _common_rate(args, lab, report.rows)
     drawn = _sweeps(args, lab, settings, report, tables, (rate_rps, ideals is not None))
     portraits = _portraits(lab, settings, rate_rps)

@@ -12,6 +12,7 @@ from flowprefill.bench.goodput.clairvoyant import (
     Timed,
     clairvoyant,
     jobs_of,
+    looking_ahead,
     most_on_time,
     queue_knowing,
 )
@@ -69,6 +70,33 @@ def test_queue_knowing_gives_up_what_it_could_not_foresee() -> None:
     assert queue_knowing(jobs) == {1, 2}
     tight = [Timed(0.0, 2.0, 2.0), Timed(1.0, 2.2, 1.2)]
     assert len(queue_knowing(tight)) == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("ahead_s", [0.0, 0.5, 2.0])
+def test_looking_ahead_is_feasible_and_never_better_than_the_best(
+    seed: int, ahead_s: float
+) -> None:
+    jobs = random_jobs(seed, 9)
+    ended = looking_ahead(jobs, ahead_s)
+    assert is_feasible([jobs[n] for n in ended])
+    assert len(ended) <= best_of_all(jobs)
+
+
+def test_looking_ahead_keeps_more_the_further_it_sees() -> None:
+    def mean(ahead_s: float) -> float:
+        return sum(len(looking_ahead(random_jobs(n, 40, 20.0), ahead_s)) for n in range(20)) / 20
+
+    all_known = sum(len(clairvoyant(random_jobs(n, 40, 20.0))) for n in range(20)) / 20
+    blind, some, all_seen = mean(0.0), mean(1.0), mean(100.0)
+    assert blind < some < all_seen
+    assert all_seen == pytest.approx(all_known, rel=0.02)
+
+
+def test_looking_ahead_gives_up_only_what_it_sees_no_room_for() -> None:
+    # The first long job fits; with the two that come the second does not.
+    jobs = [Timed(0.0, 3.0, 3.0), Timed(1.0, 2.0, 1.0), Timed(2.0, 3.0, 1.0), Timed(0.0, 1.0, 0.9)]
+    assert looking_ahead(jobs, 2.0) == {1, 2, 3}
 
 
 def test_heuristic_is_near_the_best_on_the_mean() -> None:
