@@ -253,6 +253,7 @@ def test_bad_field_is_a_400_that_names_it(
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),
         (b'{"prompt": "a", "temperature": Infinity}', "Infinity"),
         (b'{"prompt": "a", "temperature": -Infinity}', "-Infinity"),
+        (b'{"prompt": "a", "temperature": 1e999}', "1e999 is larger than any number"),
         (b'{"prompt": ' + b"[" * 200_000, "nested too deeply"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "too long"),
     ],
@@ -265,12 +266,6 @@ def test_bad_body_is_a_400_that_says_why(
     assert reply.error["param"] == "body"
     assert words in reply.error["message"]
     assert engine.submitted == []
-
-
-def test_number_beyond_floats_is_a_400_that_names_the_field(server: RunningServer) -> None:
-    reply = server.post(COMPLETIONS, b'{"prompt": "a", "temperature": 1e999}')
-    assert reply.status == 400
-    assert reply.error["param"] == "temperature"
 
 
 def test_deep_but_closed_nesting_is_a_400(server: RunningServer) -> None:

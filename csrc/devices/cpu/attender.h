@@ -255,11 +255,12 @@ class Attender {
   // Which columns of the tile starting at `key` each row may see.
   void mask(int32_t key) {
     const int32_t back = args_.window > 0 ? args_.window : last_ + 1;
+    size_t row = 0;
     for (int32_t h = 0; h < group_; ++h) {
-      for (int32_t r = 0; r < item_.rows; ++r) {
+      for (int32_t r = 0; r < item_.rows; ++r, ++row) {
         const int32_t end = item_.position + r + 1 - key;
-        s_.valid_hi[static_cast<size_t>(h * item_.rows + r)] = end;
-        s_.valid_lo[static_cast<size_t>(h * item_.rows + r)] = end - back;
+        s_.valid_hi[row] = end;
+        s_.valid_lo[row] = end - back;
       }
     }
   }
