@@ -16,6 +16,12 @@ struct SamplingParams {
   float uniform = 0;  // the random number, 0 <= uniform < 1
 };
 
+// Temperatures below are greedy, as in flowprefill/engine/sampler.py.
+inline constexpr float kGreedyBelow = 1e-5f;
+// The token of a row without an answer: NaN or +inf among the logits, or all of them -inf. On a GPU
+// of padding too.
+inline constexpr int32_t kNoToken = -1;
+
 // One for each sequence of a batch, or none. Throws std::invalid_argument naming the field, its
 // value and what is allowed.
 void check(std::span<const SamplingParams> sampling, int32_t num_sequences);

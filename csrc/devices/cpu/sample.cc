@@ -7,8 +7,7 @@
 namespace flowprefill {
 namespace {
 
-constexpr float kGreedyBelow = 1e-5f;  // temperatures; as in sampler.py
-constexpr int32_t kBlock = 256;        // weights that are added up together
+constexpr int32_t kBlock = 256;  // weights that are added up together
 // Mostly a few large weights are all that is kept: those of at least so much are tried first.
 constexpr float kLikely[] = {1e-2f, 1e-4f, std::numeric_limits<float>::min()};
 
@@ -125,7 +124,7 @@ int32_t sample(const RowKernels<float>& kernels, const float* logits, int32_t n,
                const SamplingParams& params) {
   const int32_t likeliest = kernels.most_likely(logits, n);
   if (likeliest < 0)
-    return kNoChoice;
+    return kNoToken;
   if (params.temperature < kGreedyBelow)
     return likeliest;
   thread_local Distribution left;

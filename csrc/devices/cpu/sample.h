@@ -9,10 +9,7 @@
 
 namespace flowprefill {
 
-// A row without an answer: NaN or +inf among the logits, or all of them -inf.
-inline constexpr int32_t kNoChoice = -1;
-
-// logits: [n], n >= 1; -inf: ruled out. params have been checked.
+// logits: [n], n >= 1; -inf: ruled out. params have been checked. kNoToken: there is no answer.
 //
 // The order of filters, and of tokens when drawing, is that of flowprefill/engine/sampler.py:
 // temperature, min_p, top_k, top_p, each among what the one before left; of equally likely tokens

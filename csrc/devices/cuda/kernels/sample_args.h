@@ -17,8 +17,6 @@ struct SampleArgs {
   int32_t width = 0;  // vocabulary, at most kMaxSampleWidth
 };
 
-// A row without an answer: padding, NaN or +inf among the logits, or all of them -inf.
-inline constexpr int32_t kNoToken = -1;
 inline constexpr int32_t kMaxSampleWidth = 1 << 22;
 
 // Throws std::invalid_argument naming the field, its value and what is allowed.

@@ -14,8 +14,6 @@
 
 namespace flowprefill {
 
-// Temperatures below are greedy, as in sampler.py.
-constexpr float kGreedyBelow = 1e-5f;
 // Bits of a threshold found in one pass over the row; each takes a sum for every value they have.
 constexpr int kBitsPerPass = 3;
 constexpr int kSumsPerPass = (1 << kBitsPerPass) - 1;
