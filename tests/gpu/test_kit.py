@@ -30,8 +30,9 @@ def test_a_report_is_written_for_a_card_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logs = tmp_path / "logs"
-    logs.mkdir()
-    (logs / "gpu_test.xml").write_text(RESULTS)
+    (logs / "gpu_test").mkdir(parents=True)
+    (tmp_path / "tests").write_text("Gemm.Adds\nGemm.Dies\n")
+    (logs / "gpu_test" / "Gemm.Adds.xml").write_text(RESULTS)
     (tmp_path / "summary.tsv").write_text("3\ttests\tstatus 1 after 3 s\n")
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(logs), "abc123"])
     (tmp_path / "kernel_bench.tsv").write_text("no GPU: no driver\n")
@@ -40,12 +41,15 @@ def test_a_report_is_written_for_a_card_alone(
         "kernel_bench.tsv",
         "logs",
         "summary.tsv",
+        "tests",
     ]
     (tmp_path / "kernel_bench.tsv").write_text("device\tNVIDIA H100 80GB\t132\n")
     report.main()
     found = json.loads((tmp_path / "nvidia-h100-80gb-abc123.json").read_text())
-    assert found["tests"]["gpu_test"] == {"run": 2, "skipped": 1, "failed": ["Gemm.Fails"]}
-    assert "missing" in found["tests"]["pytest"]
+    of_cpp = found["tests"]["gpu_test"]
+    assert (of_cpp["run"], of_cpp["skipped"], of_cpp["failed"]) == (2, 1, ["Gemm.Fails"])
+    assert [line.partition(":")[0] for line in of_cpp["missing"]] == ["Gemm.Dies"]
+    assert found["tests"]["pytest"]["missing"]
     assert found["stages"] == [["3", "tests", "status 1 after 3 s"]]
 
 

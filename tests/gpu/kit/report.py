@@ -21,18 +21,22 @@ def table(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in lines]
 
 
-def tests(path: Path) -> dict[str, Any]:
-    """Return what a file of test results says: counts, and the names of what failed."""
-    try:
-        cases = list(ET.parse(path).iter("testcase"))
-    except (FileNotFoundError, ET.ParseError) as error:  # not run, or killed
-        return {"missing": str(error)}
+def tests(paths: list[Path]) -> dict[str, Any]:
+    """Return what files of test results say: counts, and the names of what failed."""
+    cases, missing = [], []
+    for path in paths:
+        try:
+            cases += ET.parse(path).iter("testcase")
+        except (FileNotFoundError, ET.ParseError) as error:  # not run, or killed
+            missing.append(f"{path.stem}: {error}")
+    cases = [c for c in cases if c.get("status") != "notrun"]
     failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = [c for c in cases if c.find("skipped") is not None]
     return {
         "run": len(cases) - len(skipped),
         "skipped": len(skipped),
         "failed": [f"{c.get('classname')}.{c.get('name')}" for c in failed],
+        "missing": missing,
     }
 
 
@@ -54,8 +58,8 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "stages": table(out / "summary.tsv"),
         "tests": {
-            "gpu_test": tests(logs / "gpu_test.xml"),
-            "pytest": tests(logs / "pytest.xml"),
+            "gpu_test": tests([(logs / "gpu_test" / f"{name[0]}.xml") for name in table(logs.parent / "tests")]),
+            "pytest": tests([logs / "pytest.xml"]),
         },
         "model": model,
         "model_fp8": fp8,

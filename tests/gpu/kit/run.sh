@@ -6,14 +6,14 @@
 # Stages run in the order of their value, each under its own limit and the budget's; one that fails stops no other:
 #   probe      what is installed
 #   build      _core and _cuda by g++ alone, over the kernels of pack.sh; in the background, with "tests"
-#   tests      gpu_test: every kernel against plain loops, graphs, whole tiny models
-#   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's
-#   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
+#   tests      gpu_test: every kernel against plain loops, graphs, whole tiny models; each test in a process of its own
 #   import     the modules load and see the GPU
+#   pytest     tests/device on device cuda
+#   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's; KERNELS_S=100 seconds
+#   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value: prefill, blocking, decode, operators
 #              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
 #   fp8        the same with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
-#   pytest     tests/device on device cuda
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
 #   ncu        a profile of the attention kernel
@@ -25,7 +25,7 @@
 set -u
 BUDGET=${1:-540}
 shift || true
-STAGES=${*:-probe build tests kernels ceilings import model fp8 pytest sanitizer source ncu}
+STAGES=${*:-probe build tests import pytest kernels ceilings model fp8 sanitizer source ncu}
 START=$(date +%s)
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 KIT=$REPO/.gpu-kit
@@ -82,7 +82,7 @@ GENERATOR=$(command -v ninja >/dev/null && echo Ninja || echo "Unix Makefiles")
 LT=$(find "$SITE"/nvidia/*/lib -name 'libcublasLt.so.*' 2>/dev/null | head -n 1) # read by kernel_bench
 # gpu_test asks the linker for it by its name.
 [ -z "$LT" ] || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(dirname "$LT")"
-export LT GENERATOR KIT WORK REPO PY SITE PYTHONPATH=$REPO:$WORK/site XDG_CACHE_HOME=$WORK/cache
+export LT GENERATOR KIT WORK LOGS REPO PY SITE PYTHONPATH=$REPO:$WORK/site XDG_CACHE_HOME=$WORK/cache
 
 probe() {
   nvidia-smi
@@ -90,7 +90,8 @@ probe() {
   uname -a
   head -n 3 /etc/os-release
   ldd --version | head -n 1
-  nproc
+  lscpu | grep 'Model name'
+  echo "matrix units of the processor:" $(grep -o -w -E 'amx_bf16|amx_int8|avx512_bf16' /proc/cpuinfo | sort -u)
   free -g
   df -h "$WORK" "$REPO"
   "$PY" --version
@@ -114,7 +115,22 @@ build_modules() {
     && cmake --build "$WORK/modules" -j "${JOBS:-$(nproc)}" --target _core _cuda \
     && cp "$WORK"/modules/lib/_c*.so "$REPO/flowprefill/"
 }
-export -f probe build_modules
+# one_test NAME: a fault of one stays on the device of its process.
+one_test() {
+  timeout 60 "$KIT/prebuilt/gpu_test" --gtest_filter="$1" --gtest_output="xml:$LOGS/gpu_test/$1.xml" >"$LOGS/gpu_test/$1.log" 2>&1
+  local code=$?
+  [ $code -eq 0 ] || { echo "$1: status $code"; grep -v -E '^(Running main|Note: Google|\[[-= ]*\])' "$LOGS/gpu_test/$1.log" | head -n 12; }
+  return $code
+}
+run_tests() {
+  mkdir -p "$LOGS/gpu_test"
+  local code=0
+  "$KIT/prebuilt/gpu_test" --gtest_list_tests | awk '/^[^ ].*\.$/ { suite = $1 } /^  / { print suite $1 }' >"$WORK/tests"
+  xargs -P 6 -I NAME bash -c 'one_test NAME' <"$WORK/tests" || code=1
+  echo "$(cat "$LOGS"/gpu_test/*.log | grep -c '^\[       OK \]') of $(wc -l <"$WORK/tests") tests passed"
+  return $code
+}
+export -f probe build_modules one_test run_tests
 
 # ---- the stages
 
@@ -128,9 +144,9 @@ if wants build; then
   ) &
 fi
 if wants tests; then
-  stage tests 170 40 "$KIT/prebuilt/gpu_test" --gtest_output="xml:$LOGS/gpu_test.xml"
-  grep -m 1 '^without cuBLASLt' "$LOGS/tests.log"
-  ! grep -q 'PASSED  \] 0 tests' "$LOGS/tests.log" || note tests "nothing ran, $(grep -m 1 'no GPU' "$LOGS/tests.log")"
+  stage tests 170 80 bash -c run_tests
+  cat "$LOGS"/gpu_test/*.log | grep -m 1 '^without cuBLASLt'
+  ! grep -q '^0 of' "$LOGS/tests.log" || note tests "nothing ran, $(cat "$LOGS"/gpu_test/*.log | grep -m 1 'no GPU')"
 fi
 if wants build; then
   while [ ! -e "$WORK/build.rc" ] && [ "$(left)" -gt 20 ]; do sleep 1; done
@@ -138,15 +154,6 @@ if wants build; then
   note build "status $(cat "$WORK/build.rc" 2>/dev/null || echo none) at $((ended - START)) s"
   tail -n 5 "$LOGS/build.log"
   keep
-fi
-# From here on nothing else computes: figures.
-if wants kernels; then
-  stage kernels 100 80 "$KIT/prebuilt/kernel_bench"
-  cp "$LOGS/kernels.log" "$OUT/kernel_bench.tsv"
-fi
-if wants ceilings; then
-  stage ceilings 60 45 "$PY" "$KIT/src/ceilings.py" 45
-  cp "$LOGS/ceilings.log" "$OUT/ceilings.tsv"
 fi
 wants import && stage import 40 8 "$PY" -c '
 import sys
@@ -156,11 +163,6 @@ print(cuda.__file__, cuda.device_count(), *cuda.availability())
 if not cuda.device_count():
     sys.exit(77)
 print(cuda.device_info())'
-wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
-  --json "$OUT/model_bench.json"
-# In a process of its own: an error that stays on the device takes no figure of bf16 with it.
-wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
-  --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$OUT/fp8_bench.json"
 if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"
 fi
@@ -169,9 +171,23 @@ fi
 if wants pytest; then
   rest=$(($(left) < 180 ? $(left) : 180))
   stage pytest 180 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -m gpu \
-    -p no:cacheprovider -v --maxfail=8 --junitxml="$LOGS/pytest.xml" --session-timeout=$((rest > 40 ? rest - 20 : 20)) \
-    -k 'not test_the_bench'
+    -p no:cacheprovider -v --maxfail=60 --junitxml="$LOGS/pytest.xml" --session-timeout=$((rest > 40 ? rest - 20 : 20)) \
+    -k 'not test_the_bench' $("$PY" -c 'import xdist; print("-n 6 --max-worker-restart 20")' 2>/dev/null)
 fi
+# From here on nothing else computes: figures.
+if wants kernels; then
+  stage kernels "${KERNELS_S:-100}" 80 "$KIT/prebuilt/kernel_bench"
+  cp "$LOGS/kernels.log" "$OUT/kernel_bench.tsv"
+fi
+if wants ceilings; then
+  stage ceilings 60 45 "$PY" "$KIT/src/ceilings.py" 45
+  cp "$LOGS/ceilings.log" "$OUT/ceilings.tsv"
+fi
+wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
+  --json "$OUT/model_bench.json"
+# In a process of its own: an error that stays on the device takes no figure of bf16 with it.
+wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
+  --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$OUT/fp8_bench.json"
 if wants sanitizer; then
   few='Attention.OfRagged*:Attention.WithinAWindow:Row*:Rope*:Sample*'
   stage sanitizer-memcheck 70 12 compute-sanitizer --tool memcheck --error-exitcode 9 \
