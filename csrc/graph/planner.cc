@@ -1,6 +1,7 @@
 #include "graph/planner.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace flowprefill {
 namespace {
@@ -160,22 +161,44 @@ class Planner {
   void add_attention(int32_t index, int32_t begin, int32_t end) {
     for (int32_t row = begin; row < end;) {
       const int32_t stop = std::min(row + attention_rows(g_.op(index), row, end), end);
-      add_parts(index, row, stop, cuts_.slices_heads ? 1 : g_.parts(g_.op(index)));
+      add_parts(index, row, stop, least_kv_heads(row, stop));
       row = stop;
     }
   }
 
+  // KV heads of a slice over these rows.
+  int32_t least_kv_heads(int32_t begin, int32_t end) const {
+    const int32_t all = g_.attention.kv_heads;
+    const int64_t queries = queries_of_kv_head(begin, end);
+    const int64_t wanted = (cuts_.min_attention_queries + queries - 1) / queries;
+    return cuts_.slices_heads ? static_cast<int32_t>(std::min<int64_t>(wanted, all)) : all;
+  }
+
+  int64_t queries_of_kv_head(int32_t begin, int32_t end) const {
+    const int32_t tile = cuts_.attention_tile;
+    int64_t queries = 0;
+    for (const Sequence& s : batch_.sequences) {
+      const int64_t rows = std::min(end, s.row_end()) - std::max(begin, s.row_begin);
+      if (rows > 0)
+        queries += (rows * g_.attention.heads_per_kv() + tile - 1) / tile * tile;
+    }
+    return std::max<int64_t>(queries, 1);  // rows of padding alone have none
+  }
+
   // Most rows from `row` whose attention fits the budget, head by head if it may be, in equal
-  // slices of whole row blocks.
+  // slices of whole row blocks; not so few that all heads of them leave the device idle.
   int32_t attention_rows(const Operator& op, int32_t row, int32_t end) const {
     const double budget_s = o_.budget_s * (cuts_.slices_heads ? g_.parts(op) : 1);
     const double total = cost_.operator_s(op, row, end);
+    const auto all = static_cast<double>(end - row);
+    const double queries = static_cast<double>(queries_of_kv_head(row, end)) * g_.parts(op);
+    const double least = std::min(cuts_.min_attention_queries / queries, 1.0) * all;
     if (total <= budget_s)
       return end - row;
-    const double wanted = std::min(total / budget_s, static_cast<double>(end - row));
-    const auto slices = static_cast<int32_t>(wanted) + 1;
-    const int32_t rows = (end - row + slices - 1) / slices;
-    return std::max(cuts_.row_step, rows / cuts_.row_step * cuts_.row_step);
+    const auto slices = static_cast<int32_t>(std::min(total / budget_s, all)) + 1;
+    const int32_t rows = (end - row + slices - 1) / slices / cuts_.row_step * cuts_.row_step;
+    const auto least_steps = static_cast<int32_t>(std::ceil(least / cuts_.row_step));
+    return std::max({rows, least_steps * cuts_.row_step, cuts_.row_step});
   }
 
   // One operator over some rows, in as many equal slices of its parts as the budget wants, each of

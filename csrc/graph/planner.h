@@ -34,6 +34,10 @@ struct CutRules {
   int32_t min_product_parts = 16;  // parts in a slice of a product
   bool slices_heads = true;        // attention by KV heads before rows: few rows at once are slow
   bool slices_products = false;    // products of a tile by parts; else tiles have fewer rows
+  // (row, query head) pairs of a slice of attention: fewer would leave a part of the device idle.
+  // Each sequence's count as whole tiles of those that share a KV head.
+  int32_t min_attention_queries = 1;
+  int32_t attention_tile = 1;
   int32_t embed_rows = 512;        // rows of a step before the layers
   int32_t head_tile_rows = 64;     // rows that go through what follows the layers together
   CostRules costs;

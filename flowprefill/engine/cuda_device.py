@@ -147,7 +147,7 @@ class CudaDevice:
             "measures_gemms": settings.calibrate,
             "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
             "cublas_lt_libraries": cublas_lt_libraries(self.native, self._index),
-            "attention": os.environ.get("FLOWPREFILL_CUDA_ATTENTION") or "portable",
+            "attention": os.environ.get("FLOWPREFILL_CUDA_ATTENTION") or "auto",
             "quantizes_fp8": self.quantization == "fp8",
             "fp8_sources": list(self.block_formats(checkpoint)),
         }

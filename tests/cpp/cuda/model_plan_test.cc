@@ -197,7 +197,7 @@ TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
     const auto of_hopper = [&](const AttentionLaunches& launches) {
       for (const AttentionTile& tile : list(launches.row_tiles, launches.num_row_tiles)) {
         const auto of = static_cast<size_t>(tile.sequence) - 1;
-        EXPECT_TRUE(rules.is_for_hopper(batch.sequences[of].rows, batch.sequences[of].length()));
+        EXPECT_TRUE(rules.is_for_hopper(batch.sequences[of].rows));
         entries[of] += 4 * std::min(attention_rows_of_tile(128), tile.entries - tile.entry);
       }
     };
@@ -212,7 +212,7 @@ TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
           const auto of = static_cast<size_t>(tile.sequence) - 1;
           const Sequence& s = batch.sequences[of];
           ASSERT_EQ(tile.chunk_keys, rules.split.chunk_keys(s.rows, s.length()));
-          ASSERT_FALSE(rules.is_for_hopper(s.rows, s.length()));
+          ASSERT_FALSE(rules.is_for_hopper(s.rows));
           ASSERT_LE(tile.chunk_keys == 0 ? 0 : tile.partial + (tile.chunk + 1) * tile.entries,
                     launches.partial_rows);
           if (tile.chunk == 0)

@@ -183,6 +183,37 @@ TEST_F(PlannerTest, slices_of_attention_are_whole_row_steps) {
   }
 }
 
+TEST_F(PlannerTest, slices_of_attention_have_the_queries_that_fill_the_device) {
+  for (const int32_t least : {16, 40, 64, 1000}) {
+    cuts_.min_attention_queries = least;
+    for (const double budget_s : {1e-9, 4 * 70 * 4.0 * 256 / 1e12 / 2 * 1.1}) {
+      const Plan p = plan(Granularity::kBudget, budget_s);
+      for (const Step& step : p.steps) {
+        if (graph_.op(step.first).kind != OperatorKind::kAttention)
+          continue;
+        const int32_t kv_heads = step.is_whole() ? 2 : step.part_end - step.part_begin;
+        const int32_t rest = 4 * std::min(p.tile_rows - step.row_begin + step.base,
+                                          kRows - step.row_begin);  // of the tile
+        EXPECT_GE(4 / 2 * kv_heads * step.rows(), std::min(least, rest)) << least;
+      }
+    }
+  }
+}
+
+// Each of these sequences has a tile of its own for each KV head.
+TEST_F(PlannerTest, decode_rows_fill_the_device_by_their_tiles) {
+  batch_ = batch_with({{1, 500}, {1, 500}, {1, 500}, {1, 500}});
+  cuts_.min_attention_queries = 64;
+  const auto is_cut = [this](int32_t tile) {
+    cuts_.attention_tile = tile;
+    return std::ranges::any_of(plan(Granularity::kBudget, 1e-9).steps, [this](const Step& step) {
+      return graph_.op(step.first).kind == OperatorKind::kAttention && !step.is_whole();
+    });
+  };
+  EXPECT_TRUE(is_cut(16)) << "4 tiles of 16 for a KV head";
+  EXPECT_FALSE(is_cut(8));
+}
+
 TEST_F(PlannerTest, head_is_cut_into_no_fewer_parts_than_the_device_wants) {
   for (const int32_t least : {1, 2, 3}) {
     cuts_.min_product_parts = least;

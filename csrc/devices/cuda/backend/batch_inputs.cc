@@ -42,12 +42,14 @@ Slices slices_in(const Batch& batch, const AttentionRows& rows, const AttentionR
     const int32_t end = std::min(rows.end, s.row_end());
     if (begin >= end)
       continue;
-    auto& of_kernel = rules.is_for_hopper(s.rows, s.length()) ? slices.hopper : slices.portable;
-    of_kernel.push_back({.row = begin - rows.base,
-                         .rows = end - begin,
-                         .position = s.context + begin - s.row_begin,
-                         .sequence = static_cast<int32_t>(i),
-                         .chunk_keys = rules.split.chunk_keys(s.rows, s.length())});
+    const bool is_for_hopper = rules.is_for_hopper(s.rows);
+    auto& of_kernel = is_for_hopper ? slices.hopper : slices.portable;
+    of_kernel.push_back(
+        {.row = begin - rows.base,
+         .rows = end - begin,
+         .position = s.context + begin - s.row_begin,
+         .sequence = static_cast<int32_t>(i),
+         .chunk_keys = is_for_hopper ? 0 : rules.split.chunk_keys(s.rows, s.length())});
   }
   return slices;
 }
