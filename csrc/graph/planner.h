@@ -38,8 +38,8 @@ struct CutRules {
   // Each sequence's count as whole tiles of those that share a KV head.
   int32_t min_attention_queries = 1;
   int32_t attention_tile = 1;
-  int32_t embed_rows = 512;        // rows of a step before the layers
-  int32_t head_tile_rows = 64;     // rows that go through what follows the layers together
+  int32_t embed_rows = 512;     // rows of a step before the layers
+  int32_t head_tile_rows = 64;  // rows that go through what follows the layers together
   CostRules costs;
 };
 

@@ -49,6 +49,7 @@ def main() -> int:
     )
     kernels = table(out / "kernel_bench.tsv")
     named = [row[1] for row in kernels if row[0] == "device" and len(row) > 1]
+    listed = table(logs.parent / "tests")
     card = named[0] if named else model.get("gpu", {}).get("name", "")
     if not card:
         return 0
@@ -58,7 +59,7 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "stages": table(out / "summary.tsv"),
         "tests": {
-            "gpu_test": tests([(logs / "gpu_test" / f"{name[0]}.xml") for name in table(logs.parent / "tests")]),
+            "gpu_test": tests([logs / "gpu_test" / f"{row[0]}.xml" for row in listed]),
             "pytest": tests([logs / "pytest.xml"]),
         },
         "model": model,
