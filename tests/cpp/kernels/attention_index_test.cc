@@ -161,7 +161,10 @@ TEST(AttentionRowTiles, BlocksCoverEveryRowAndHeadOnce) {
     const auto items = static_cast<int32_t>(tiles.size()) * heads;
     int64_t longest = 0;
     for (int32_t block = 0; block < kBlocks; ++block) {
-      for (int32_t item = block; item < items; item += kBlocks) {
+      for (int32_t turn = 0;; ++turn) {
+        const int32_t item = item_of_turn(turn, block, kBlocks);
+        if (item >= items)
+          break;
         const AttentionTile& tile = tiles[static_cast<size_t>(item / heads)];
         if (tile.sequence == 0)
           break;
@@ -183,6 +186,19 @@ TEST(AttentionRowTiles, BlocksCoverEveryRowAndHeadOnce) {
     const auto [least, most] = std::ranges::minmax(work);
     EXPECT_LE(most - least, longest) << "items are sorted, so turns differ by less than the first";
   }
+}
+
+// 2,048 rows of 32 heads: tiles of 1 to 16 units of work, 33 for each block on average.
+TEST(AttentionRowTiles, BlocksHaveNearlyEqualWork) {
+  constexpr int32_t kBlocks = 132, kHeads = 32, kItems = 16 * kHeads;
+  int32_t most = 0;
+  for (int32_t block = 0; block < kBlocks; ++block) {
+    int32_t work = 0;
+    for (int32_t turn = 0; item_of_turn(turn, block, kBlocks) < kItems; ++turn)
+      work += 16 - item_of_turn(turn, block, kBlocks) / kHeads;
+    most = std::max(most, work);
+  }
+  EXPECT_LE(most, 34);
 }
 
 TEST(AttentionTiles, RefusesWhatNoKernelCanTake) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "devices/cuda/kernels/batch_view.h"
+#include "devices/cuda/kernels/portable.h"
 
 namespace flowprefill {
 
@@ -76,6 +77,13 @@ struct AttentionArgs {
 // (the last blocks of a launch should be short ones). Throws std::invalid_argument for bad slices.
 std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slices,
                                            int32_t heads_per_kv);
+
+// The item, a tile for one query head, that a block of launch_attention_hopper() takes in its
+// turn. Items are sorted, longest first, and every other turn goes backwards through the
+// blocks: so their sums differ little.
+FP_HD int32_t item_of_turn(int32_t turn, int32_t block, int32_t blocks) {
+  return turn % 2 == 0 ? turn * blocks + block : (turn + 1) * blocks - 1 - block;
+}
 
 // Rows of a tile of launch_attention_hopper().
 constexpr int32_t attention_rows_of_tile(int32_t head_dim) {

@@ -50,7 +50,7 @@ struct BaseTwoScores {
   }
 };
 
-// Blocks take the items (tile, query head) in turn, longest tiles first; heads of a tile are
+// Blocks take the items (tile, query head) in turn, see item_of_turn(); heads of a tile are
 // neighbours, so that blocks that run together read the same keys. Padding comes last.
 struct TileScheduler {
   struct Params {
@@ -63,7 +63,7 @@ struct TileScheduler {
   };
 
   struct WorkTileInfo {
-    int item = 0;
+    int turn = 0;
     int q_tile = 0;
     int head = 0;
     int kv_head = 0;
@@ -79,9 +79,10 @@ struct TileScheduler {
     }
   };
 
-  CUTLASS_DEVICE static WorkTileInfo work(const Params& params, int item) {
+  CUTLASS_DEVICE static WorkTileInfo work(const Params& params, int turn) {
     WorkTileInfo info;
-    info.item = item;
+    info.turn = turn;
+    const int item = item_of_turn(turn, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
     if (item >= params.num_items)
       return info;
     int index;
@@ -97,11 +98,11 @@ struct TileScheduler {
     return info;
   }
   CUTLASS_DEVICE WorkTileInfo get_initial_work(const Params& params) const {
-    return work(params, static_cast<int>(blockIdx.x));
+    return work(params, 0);
   }
   template <bool kIsProducer = false>
   CUTLASS_DEVICE WorkTileInfo get_next_work(const Params& params, const WorkTileInfo& last) const {
-    return work(params, last.item + static_cast<int>(gridDim.x));
+    return work(params, last.turn + 1);
   }
   CUTLASS_DEVICE void init_consumer() const {}
   CUTLASS_DEVICE void prefetch_next_work(const Params&, WorkTileInfo&) const {}
