@@ -167,12 +167,12 @@ class Attender {
 
   // Tile by tile: all scores, then their softmax, then the products with the values.
   void attend_tiles(int32_t first, int32_t end, const PartialSoftmax& to) {
-    s_.scores.resize(static_cast<size_t>(rows_) * kTileKeys);
-    s_.probabilities.resize(static_cast<size_t>(rows_) * kTileKeys);
     const int32_t tile = std::max(kTileKeys / block_tokens_, 1) * block_tokens_;
+    s_.scores.resize(static_cast<size_t>(rows_) * static_cast<size_t>(tile));
+    s_.probabilities.resize(static_cast<size_t>(rows_) * static_cast<size_t>(tile));
     // Tiles lie where they lie for any rows, as spans do.
     for (int32_t key = first; key < end; key = (key / tile + 1) * tile)
-      process_tile(key, std::min((key / tile + 1) * tile, end) - key, to);
+      process_tile(key, std::min((key / tile + 1) * tile, end) - key, tile, to);
     brgemm_end<T>();
   }
 
@@ -219,19 +219,17 @@ class Attender {
     }
   }
 
-  void process_tile(int32_t key, int32_t keys, const PartialSoftmax& to) {
-    const Block<T> scores{.n = block_tokens_,
-                          .k = dim_,
-                          .lda = dim_,
-                          .ldb = block_tokens_,
-                          .ldc = keys,
-                          .add = false};
+  // ld: the same for tiles of any keys, for ATen compiles a product anew for every one, on every
+  // thread.
+  void process_tile(int32_t key, int32_t keys, int64_t ld, const PartialSoftmax& to) {
+    const Block<T> scores{
+        .n = block_tokens_, .k = dim_, .lda = dim_, .ldb = block_tokens_, .ldc = ld, .add = false};
     for (int32_t k = 0; k < keys; k += block_tokens_) {
       brgemm(scores, rows_, s_.q.data(), keys_at(key + k), s_.scores.data() + k);
     }
     mask(key);
     row_kernels<T>().softmax({.scores = s_.scores.data(),
-                              .ld = keys,
+                              .ld = ld,
                               .rows = rows_,
                               .cols = keys,
                               .valid_lo = s_.valid_lo.data(),
@@ -243,7 +241,7 @@ class Attender {
                               .softcap = args_.softcap},
                              s_.probabilities.data());
     const Block<T> shape{
-        .n = dim_, .k = block_tokens_, .lda = keys, .ldb = dim_, .ldc = dim_, .add = true};
+        .n = dim_, .k = block_tokens_, .lda = ld, .ldb = dim_, .ldc = dim_, .add = true};
     for (int32_t k = 0; k < keys; k += block_tokens_) {
       brgemm(shape, rows_, s_.probabilities.data() + k, values_at(key + k), to.output);
     }

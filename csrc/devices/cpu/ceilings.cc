@@ -83,10 +83,63 @@ __attribute__((target("avx512f,avx512vnni"))) void multiply_int8() {
     }
   }
 }
+
+// Palette 1: eight tiles of 16 rows of 64 bytes. Not on the stack: GCC's _tile_loadconfig says that
+// it reads 8 bytes, so the rest might never be written.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+constexpr TileConfig kTiles;
+constexpr int kTileSums = 6;  // more than the latency; the other two tiles are what is multiplied
+
+#define FP_TILES(instruction) \
+  instruction(2, 0, 1);       \
+  instruction(3, 0, 1);       \
+  instruction(4, 0, 1);       \
+  instruction(5, 0, 1);       \
+  instruction(6, 0, 1);       \
+  instruction(7, 0, 1)
+
+// Of zeros: only after isa() has said kAmx.
+__attribute__((target("amx-tile,amx-bf16,amx-int8"))) void multiply_tiles(bool of_bytes) {
+  _tile_loadconfig(&kTiles);
+  for (int64_t i = 0; i < kSteps; ++i) {
+    if (of_bytes) {
+      FP_TILES(_tile_dpbusd);
+    } else {
+      FP_TILES(_tile_dpbf16ps);
+    }
+  }
+  _tile_release();
+}
+#undef FP_TILES
+
+// Operations per second of AMX: a call of a product in L1 takes as long as its instructions.
+double tile_rate(Team& team, bool of_bytes) {
+  const double operations = 2.0 * 16 * 16 * (of_bytes ? 64 : 32) * kTileSums * kSteps;
+  return best_rate(team, operations, [of_bytes](int64_t) { multiply_tiles(of_bytes); });
+}
 #endif
+
+double bf16_rate(Team& team) {
+  if (!has_bf16_gemm())
+    return 0.0;
+#if FP_ISA_LEVELS > 1
+  if (isa() == Isa::kAmx)
+    return tile_rate(team, false);
+#endif
+  return product_rate<Bf16>(team);
+}
 
 double int8_rate(Team& team) {
 #if FP_ISA_LEVELS > 1
+  if (isa() == Isa::kAmx && __builtin_cpu_supports("amx-int8"))
+    return tile_rate(team, true);
   if (isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni")) {
     return best_rate(team, 2.0 * 64 * kSums * kSteps, [](int64_t) { multiply_int8(); });
   }
@@ -129,7 +182,7 @@ int64_t l2_bytes() {
 Ceilings measure_ceilings(int threads) {
   Team team(threads);
   Ceilings found{.f32 = product_rate<float>(team),
-                 .bf16 = has_bf16_gemm() ? product_rate<Bf16>(team) : 0.0,
+                 .bf16 = bf16_rate(team),
                  .int8 = int8_rate(team),
                  .reads = {}};
   Buffer memory(kMemory);

@@ -10,7 +10,7 @@ namespace flowprefill {
 
 struct Ceilings {
   // Operations per second, two for each multiplication that is added. Of products whose operands
-  // stay in L1, but int8: of the instruction alone. 0: there is no instruction for it.
+  // stay in L1, but int8, and bf16 by AMX: of the instruction alone. 0: there is none for it.
   double f32 = 0.0;
   double bf16 = 0.0;
   double int8 = 0.0;

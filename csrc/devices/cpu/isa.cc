@@ -1,5 +1,8 @@
 #include "devices/cpu/isa.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -11,6 +14,21 @@ constexpr const char* kVariable = "FLOWPREFILL_ISA";
 constexpr std::array kNames{"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 // The same in oneDNN's words.
 constexpr std::array kOneDnnNames{"SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "ALL"};
+
+#if FP_ISA_LEVELS > 1
+// Tiles are a state that Linux keeps for processes which have asked for it, threads included. It
+// refuses where it is older than 5.16, where a sandbox does, and while a thread has a signal stack
+// that is too small; oneDNN then computes without tiles, and so must those who choose by isa().
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+  constexpr long kAsk = 0x1023;  // ARCH_REQ_XCOMP_PERM, which older headers lack
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa best_of_processor() {
 #if FP_ISA_LEVELS > 1
@@ -24,7 +42,8 @@ Isa best_of_processor() {
     return Isa::kAvx2;
   if (!__builtin_cpu_supports("avx512bf16"))
     return Isa::kAvx512;
-  return __builtin_cpu_supports("amx-bf16") ? Isa::kAmx : Isa::kAvx512Bf16;
+  const bool has_tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  return has_tiles && may_use_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
 #else
   return Isa::kBaseline;
 #endif

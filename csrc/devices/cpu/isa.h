@@ -14,7 +14,7 @@ enum class Isa : uint8_t { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* name_of(Isa isa);  // "baseline", "avx2", "avx512", "avx512_bf16", "amx"
 
-// What this processor has, least first. Thread: any.
+// What this processor has and the kernel lets this process use, least first. Thread: any.
 std::vector<Isa> available_isas();
 
 // The one in use. FLOWPREFILL_ISA is read at the first call; a limited process limits oneDNN too,

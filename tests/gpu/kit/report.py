@@ -43,9 +43,12 @@ def tests(paths: list[Path]) -> dict[str, Any]:
 def main() -> int:
     """Write the file if the benches named a card."""
     out, logs, commit = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    model, fp8 = (
+    model, fp8, cpu, cpu_avx512 = (
         json.loads(path.read_text()) if path.exists() else {}
-        for path in (out / "model_bench.json", out / "fp8_bench.json")
+        for path in (
+            *(out / "model_bench.json", out / "fp8_bench.json"),
+            *(logs / "cpu_figures.json", logs / "cpu_figures_avx512.json"),
+        )
     )
     kernels = table(out / "kernel_bench.tsv")
     named = [row[1] for row in kernels if row[0] == "device" and len(row) > 1]
@@ -61,7 +64,10 @@ def main() -> int:
         "tests": {
             "gpu_test": tests([logs / "gpu_test" / f"{row[0]}.xml" for row in listed]),
             "pytest": tests([logs / "pytest.xml"]),
+            "cpu": tests([logs / "cpu_pytest.xml"]),
         },
+        "cpu": cpu,
+        "cpu_without_amx": cpu_avx512,
         "model": model,
         "model_fp8": fp8,
         "kernels": kernels,

@@ -9,6 +9,8 @@
 #   tests      gpu_test: every kernel against plain loops, graphs, whole tiny models; each test in a process of its own
 #   import     the modules load and see the GPU
 #   pytest     tests/device on device cuda
+#   cpu        the CPU engine by its best instruction set (AMX): kernels and tests/device, at the same time as "pytest"; then
+#              figures alone (cpu_figures.py), CPU_S=40 seconds
 #   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's; KERNELS_S=100 seconds
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value: prefill, blocking, decode, operators
@@ -25,7 +27,7 @@
 set -u
 BUDGET=${1:-540}
 shift || true
-STAGES=${*:-probe build tests import pytest kernels ceilings model fp8 sanitizer source ncu}
+STAGES=${*:-probe build tests import pytest cpu kernels ceilings model fp8 sanitizer source ncu}
 START=$(date +%s)
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 KIT=$REPO/.gpu-kit
@@ -130,7 +132,24 @@ run_tests() {
   echo "$(cat "$LOGS"/gpu_test/*.log | grep -c '^\[       OK \]') of $(wc -l <"$WORK/tests") tests passed"
   return $code
 }
-export -f probe build_modules one_test run_tests
+# In bf16 and int8: what is computed in f32 has nothing of its own on this processor.
+cpu_tests() {
+  local code=0 program
+  for program in "$KIT"/prebuilt/cpu/*; do
+    timeout 30 "$program" --gtest_brief=1 || code=1
+  done
+  "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -k 'cpu-bf16 or cpu-int8' \
+    -p no:cacheprovider -q --maxfail=30 --junitxml="$LOGS/cpu_pytest.xml" --session-timeout=42 \
+    $("$PY" -c 'import xdist; print("-n 8 --max-worker-restart 20")' 2>/dev/null) || code=1
+  return $code
+}
+# The same without AMX at the end: whether it is worth its rounding.
+cpu_figures() {
+  "$PY" "$KIT/src/cpu_figures.py" "$LOGS/cpu_figures.json" $((${CPU_S:-40} - 12))
+  ! grep -q -w amx_bf16 /proc/cpuinfo \
+    || FLOWPREFILL_ISA=avx512_bf16 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 "$PY" "$KIT/src/cpu_figures.py" "$LOGS/cpu_figures_avx512.json" 6
+}
+export -f probe build_modules one_test run_tests cpu_tests cpu_figures
 
 # ---- the stages
 
@@ -168,13 +187,25 @@ if [ -n "$STUB_PID" ]; then
 fi
 # Settings of its own: with another torch, warnings are not ours to mend, and a plugin may be missing. It ends between two tests
 # when its time is over, since a killed one leaves no list of what failed. The benches are stages of their own.
+CPU_PID=
+if wants cpu; then
+  rest=$(($(left) < 60 ? $(left) : 60))
+  (timeout -k 5 $rest bash -c cpu_tests >"$LOGS/cpu_tests.log" 2>&1) &
+  CPU_PID=$!
+fi
 if wants pytest; then
   rest=$(($(left) < 180 ? $(left) : 180))
   stage pytest 180 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -m gpu \
     -p no:cacheprovider -v --maxfail=60 --junitxml="$LOGS/pytest.xml" --session-timeout=$((rest > 40 ? rest - 20 : 20)) \
     -k 'not test_the_bench' $("$PY" -c 'import xdist; print("-n 6 --max-worker-restart 20")' 2>/dev/null)
 fi
+if [ -n "$CPU_PID" ]; then
+  wait "$CPU_PID"
+  note cpu-tests "status $?"
+  tail -n 25 "$LOGS/cpu_tests.log"
+fi
 # From here on nothing else computes: figures.
+wants cpu && stage cpu-figures "${CPU_S:-40}" 45 bash -c cpu_figures
 if wants kernels; then
   stage kernels "${KERNELS_S:-100}" 80 "$KIT/prebuilt/kernel_bench"
   cp "$LOGS/kernels.log" "$OUT/kernel_bench.tsv"
