@@ -185,14 +185,14 @@ print(cuda.device_info())'
 if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"
 fi
-# Settings of its own: with another torch, warnings are not ours to mend, and a plugin may be missing. It ends between two tests
-# when its time is over, since a killed one leaves no list of what failed. The benches are stages of their own.
 CPU_PID=
 if wants cpu; then
   rest=$(($(left) < 60 ? $(left) : 60))
   (timeout -k 5 $rest bash -c cpu_tests >"$LOGS/cpu_tests.log" 2>&1) &
   CPU_PID=$!
 fi
+# Settings of its own: with another torch, warnings are not ours to mend, and a plugin may be missing. It ends between two tests
+# when its time is over, since a killed one leaves no list of what failed. The benches are stages of their own.
 if wants pytest; then
   rest=$(($(left) < 180 ? $(left) : 180))
   stage pytest 180 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -m gpu \
