@@ -72,8 +72,7 @@ cpu_tests=(row_kernels_test attention_tile_test block_kernels_test sample_test)
 cmake -S "$repo/tests/cpp" -B "$work/cpu" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" \
   -DCMAKE_EXE_LINKER_FLAGS="-static-libstdc++ -static-libgcc" >"$work/configure-cpu.log"
 cmake --build "$work/cpu" -j "${JOBS:-2}" --target "${cpu_tests[@]}"
-mkdir -p "$kit/prebuilt/cpu"
-for name in "${cpu_tests[@]}"; do strip -o "$kit/prebuilt/cpu/$name" "$work/cpu/$name"; done
+(cd "$work/cpu" && strip "${cpu_tests[@]}" && tar -cJf "$kit/cpu-tests.tar.xz" "${cpu_tests[@]}") # much of them is the same
 strip --strip-debug "$kit"/prebuilt/{gpu_test,kernel_bench,libflowprefill_cuda_kernels.a}
 tr ';' '\n' <<<"$architectures" >"$kit/prebuilt/architectures"
 git -C "$repo" describe --always --dirty --abbrev=12 --exclude='*' >"$kit/prebuilt/commit"

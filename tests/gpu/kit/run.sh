@@ -135,12 +135,12 @@ run_tests() {
 # In bf16 and int8: what is computed in f32 has nothing of its own on this processor.
 cpu_tests() {
   local code=0 program
-  for program in "$KIT"/prebuilt/cpu/*; do
+  for program in "$WORK"/cpu/*; do
     timeout 30 "$program" --gtest_brief=1 || code=1
   done
   "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -k 'cpu-bf16 or cpu-int8' \
-    -p no:cacheprovider -q --maxfail=30 --junitxml="$LOGS/cpu_pytest.xml" --session-timeout=42 \
-    $("$PY" -c 'import xdist; print("-n 8 --max-worker-restart 20")' 2>/dev/null) || code=1
+    -p no:cacheprovider -q --maxfail=30 --junitxml="$LOGS/cpu_pytest.xml" --session-timeout=35 \
+    $("$PY" -c 'import os, xdist; print("-n", min(8, os.cpu_count()), "--max-worker-restart 20")' 2>/dev/null) || code=1
   return $code
 }
 # The same without AMX at the end: whether it is worth its rounding.
@@ -187,6 +187,8 @@ if [ -n "$STUB_PID" ]; then
 fi
 CPU_PID=
 if wants cpu; then
+  mkdir -p "$WORK/cpu"
+  unpack "$WORK/cpu" "$KIT/cpu-tests.tar.xz"
   rest=$(($(left) < 60 ? $(left) : 60))
   (timeout -k 5 $rest bash -c cpu_tests >"$LOGS/cpu_tests.log" 2>&1) &
   CPU_PID=$!
