@@ -20,7 +20,9 @@ from flowprefill.bench import gpu_shape
 from flowprefill.cli import main
 
 WAIT_S = 120.0
-CLOSE_CALL = 0.1  # logits so near each other may change places by rounding
+# Errors of two devices' logits that may make them change places: one logit's standard deviations,
+# of which a difference of two has 1.4.
+CLOSE_CALL = 4.5
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -29,11 +31,12 @@ PROMPTS = (
 )
 
 
-class Margins:
-    """Keeps, of every run of a CPU engine, how far the best logit is before the second."""
+class Observed:
+    """An engine that chooses its tokens on the host, which keeps what it chose from."""
 
     def __init__(self, engine: Engine) -> None:
-        self.found: list[float] = []
+        self._engine = engine
+        self._found: list[npt.NDArray[np.float32]] = []
         worker: Any = engine._worker
         self._logits = worker.logits
         worker.logits = self._keep
@@ -41,31 +44,42 @@ class Margins:
 
     def _keep(self, run: Any) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = self._logits(run)
-        second, best = np.partition(logits[0], -2)[-2:]
-        self.found.append(float(best - second))
+        self._found.append(logits[0].copy())
         return logits
+
+    def generate(self, prompt: str, count: int) -> tuple[list[int], npt.NDArray[np.float32]]:
+        """Return the tokens and the logits before each of them, [count, vocabulary]."""
+        self._found.clear()
+        completion = self._engine.submit(Request(prompt, greedy(count))).result(WAIT_S)
+        assert len(self._found) == count
+        return completion.token_ids, np.array(self._found)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @on(GPUS)
 def test_greedy_tokens_are_the_cpus_but_for_close_calls(device: Device, open_engine: Any) -> None:
+    """How close a call may be follows from how far apart the logits of the devices are.
+
+    With random weights in 30 layers the same rounding makes a larger part of them.
+    """
     prompts = PROMPTS[:1] if device.is_double else PROMPTS
     count = 4 if device.is_double else 24
     on_cpu = open_engine("smollm2-135m", device="cpu")
-    margins, want = Margins(on_cpu), []
-    for prompt in prompts:
-        margins.found.clear()
-        completion = on_cpu.submit(Request(prompt, greedy(count))).result(WAIT_S)
-        want.append((completion.token_ids, list(margins.found)))
-        assert len(margins.found) == count
+    observed = Observed(on_cpu)
+    want = [observed.generate(prompt, count) for prompt in prompts]
     on_cpu.close(0.0)
     on_gpu = open_engine("smollm2-135m")
-    for prompt, (ids, margin) in zip(prompts, want, strict=True):
-        got = on_gpu.submit(Request(prompt, greedy(count))).result(WAIT_S).token_ids
+    chosen = [on_gpu.submit(Request(p, greedy(count))).result(WAIT_S).token_ids for p in prompts]
+    observed = Observed(on_gpu)
+    for prompt, got, (ids, logits) in zip(prompts, chosen, want, strict=True):
+        errors = observed.generate(prompt, 1)[1][0] - logits[0]
+        assert errors.std() < 2 * device.tolerance * logits[0].std()
         differences = [i for i in range(count) if got[i] != ids[i]]
         if differences:  # what follows the first one answers another text
-            assert margin[differences[0]] < CLOSE_CALL, f"{prompt!r}: {got} instead of {ids}"
+            first = differences[0]
+            behind = logits[first].max() - logits[first, got[first]]
+            assert behind < CLOSE_CALL * errors.std(), f"{prompt!r}: {got} instead of {ids}"
     assert_all_free(on_gpu)
 
 

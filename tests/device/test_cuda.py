@@ -22,6 +22,9 @@ from flowprefill.scheduling.cost_model import MachineRates
 OpenEngine = Callable[..., Engine]
 ERROR_LAUNCH_FAILURE = 719
 DOUBLES = ("cuda-double",)
+# With what an uncalibrated engine assumes, a decode step may seem to take so long that launching it
+# kernel by kernel costs nothing.
+FAST = MachineRates(1e15, 1e15, 1e15, 1e-4)
 
 
 @pytest.fixture
@@ -115,17 +118,19 @@ def test_a_cuda_call_that_fails_ends_one_request_only(
 @on(GPUS)
 def test_decode_steps_replay_graphs(open_engine: OpenEngine) -> None:
     engine = open_engine(device="cuda", granularity="budget:2")
+    worker: Any = engine._worker
+    worker.rates = FAST
     ids_of(engine, prompt_of(20), 20)
-    report = engine._worker._model.graph_report()  # type: ignore[attr-defined]
+    report = worker._model.graph_report()
     assert report["num_failed"] == 0, report["last_failure"]
-    assert report["num_replayed"] > 0
+    assert report["num_replayed"] >= 18, "of 19 steps the first is eager"
 
 
 @on(DOUBLES)
 def test_a_decode_step_of_more_than_64_sequences_is_one_graph(open_engine: OpenEngine) -> None:
     engine = open_engine(device="cuda", granularity="budget:1000")
     worker: Any = engine._worker
-    worker.rates = MachineRates(1e15, 1e15, 1e15, 1e-4)  # so launches are worth a graph
+    worker.rates = FAST
     prompts = [prompt_of(1, seed) for seed in range(70)]  # packed: at most 64 in a prefill
     alone = [ids_of(engine, prompt, 5) for prompt in prompts[:6]]
     seen, before = worker._executor.timeline().next, worker._model.graph_report()
