@@ -89,6 +89,9 @@ std::string last_fault();  // name of the last call made to fail
 void set_device_bytes(size_t bytes);
 // What cudaGetDeviceProperties tells: major * 10 + minor.
 void set_compute_capability(int capability);
+// During the next cudaGraphInstantiate another process takes so much of the device's memory; it
+// gives it back at reset().
+void take_beside_next_exec(size_t bytes);
 // Device memory of an executable, for each of its nodes.
 inline constexpr size_t kBytesPerNode = 64 << 10;
 

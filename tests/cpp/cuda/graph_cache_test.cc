@@ -123,6 +123,14 @@ TEST_F(GraphCacheTest, executable_larger_than_the_budget_is_not_kept) {
   EXPECT_EQ(recorded_.size(), 1u);
 }
 
+TEST_F(GraphCacheTest, memory_that_another_process_takes_is_no_graphs) {
+  make();
+  fake_cudart::take_beside_next_exec(size_t{8} << 30);
+  EXPECT_TRUE(get(1));
+  EXPECT_TRUE(get(1));
+  EXPECT_LT(cache_->report().bytes, size_t{8} << 20);
+}
+
 TEST_F(GraphCacheTest, warming_captures_the_largest_bucket_first_and_stops_at_the_budget) {
   options_.eager_launches = 1;
   options_.max_executables = 2;

@@ -12,6 +12,18 @@ namespace {
 // Least that is counted for a node: the measured difference of free memory is zero while the driver
 // still has room in what it took before.
 constexpr size_t kMinBytesPerNode = 4096;
+// Most that is counted: of free memory, which is the whole GPU's, other processes may take
+// gigabytes meanwhile, and no budget would have room for such a graph ever again. A driver takes
+// whole pages of 2 MiB.
+constexpr size_t kMaxBytesPerNode = size_t{256} << 10;
+constexpr size_t kPageBytes = size_t{4} << 20;
+
+// What a graph of so many nodes took, by free memory before and after.
+size_t measured_bytes(size_t num_nodes, size_t before, size_t after) {
+  const size_t nodes = std::max<size_t>(1, num_nodes);
+  return std::clamp(before - std::min(before, after), nodes * kMinBytesPerNode,
+                    nodes * kMaxBytesPerNode + kPageBytes);
+}
 
 size_t free_bytes(const CallContext& context) {
   size_t free = 0;
@@ -106,12 +118,10 @@ void GraphCache::capture_into(Entry& entry, const Record& record, const CallCont
   const Stopwatch stopwatch;
   try {
     const Graph graph = capture(stream_.get(), record, context);
-    const size_t least = std::max<size_t>(1, graph.num_nodes(context)) * kMinBytesPerNode;
     const size_t before = free_bytes(context);
     GraphExec exec(graph, stream_.get(), context);
     stream_.synchronize(context);  // the upload: this stream has nothing else
-    const size_t after = free_bytes(context);
-    entry.bytes = std::max(least, before - std::min(before, after));
+    entry.bytes = measured_bytes(graph.num_nodes(context), before, free_bytes(context));
     if (make_room(entry.bytes, previous_request)) {
       entry.exec = std::move(exec);
       const MutexLock lock(mutex_);
