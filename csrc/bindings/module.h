@@ -41,11 +41,11 @@ const Program& program_of(const Run& run);
 // The program of a finished run whose result is wanted. `what` it gives: in the errors. Throws
 // std::invalid_argument if the program has no such result, or the run is in another state.
 template <typename P>
-const P& finished(const pybind11::handle& object, const std::string& what) {
+const P& finished(const pybind11::handle& object, const char* what) {
   const Run& run = own_run(object);
   const auto* program = dynamic_cast<const P*>(&program_of(run));
   if (program == nullptr)
-    throw std::invalid_argument("run: has no " + what);
+    throw std::invalid_argument(std::string("run: has no ") + what);
   if (run.state() != RunState::kFinished) {
     throw std::invalid_argument(std::string("run: is ") + to_string(run.state()) + ", " + what +
                                 " exist once it has finished");
