@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numeric>
 #include <random>
+#include <span>
 
 #include "devices/cuda/kernels/attention_split.h"
 #include "kernel_bench.h"
@@ -78,32 +79,47 @@ void bench_tiles(const Case& one, const char* how, const std::vector<AttentionSl
   tell(one, how, device_us([&](cudaStream_t s) { FP_CUDA(launch_attention(args, s)); }, stream, 5));
 }
 
-// Hopper's kernel on the same operands, and by how much its output differs from the other's.
+std::vector<Bf16> output_of(const AttentionArgs& args, size_t elements) {
+  std::vector<Bf16> output(elements);
+  FP_CUDA(cudaDeviceSynchronize());
+  FP_CUDA(cudaMemcpy(output.data(), args.out, elements * sizeof(Bf16), cudaMemcpyDeviceToHost));
+  return output;
+}
+
+// By how much the other kernel's output is off, as shares of the largest element; a NaN stays.
+void tell_difference(const Case& one, std::span<const Bf16> portable, std::span<const Bf16> other) {
+  double worst = 0, squares = 0, largest = 0;
+  for (size_t i = 0; i < portable.size(); ++i) {
+    const double difference = std::abs(widen(portable[i]) - widen(other[i]));
+    worst = std::isnan(worst) || difference <= worst ? worst : difference;
+    squares += difference * difference;
+    largest = std::max<double>(largest, std::abs(widen(portable[i])));
+  }
+  const double typical = std::sqrt(squares / static_cast<double>(portable.size()));
+  say("attention", std::string(one.name) + ", hopper's output",
+      text(
+          "off the portable one's by %.2g of its largest element at most (%.2g), %.2g of it by RMS",
+          worst / largest, largest, typical / largest));
+}
+
+// Hopper's kernel on the same operands, after the portable one: args.out has that one's output.
 void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
   const std::vector<AttentionTile> tiles = attention_row_tiles(slices_of(one, 0), kDim);
   const DeviceBuffer tile_list = on_device(tiles);
   args.tiles = as<const AttentionTile>(tile_list);
   args.num_tiles = static_cast<int32_t>(tiles.size());
   args.rows = one.sequences * one.rows;
-  std::vector<Bf16> portable(size_t(args.rows) * kHeads * kDim), hopper(portable.size());
-  const size_t bytes = portable.size() * sizeof(Bf16);
-  FP_CUDA(cudaMemcpy(portable.data(), args.out, bytes, cudaMemcpyDeviceToHost));
+  const size_t elements = size_t(args.rows) * kHeads * kDim;
+  const std::vector<Bf16> portable = output_of(args, elements);
+  FP_CUDA(cudaMemset(args.out, 0xff, elements * sizeof(Bf16)));  // NaN: what it leaves out shows
+  FP_CUDA(cudaDeviceSynchronize());
   const cudaError_t code = launch_attention_hopper(args, stream);
   if (code != cudaSuccess) {
     say("attention", std::string(one.name) + ", hopper", cudaGetErrorString(code));
     static_cast<void>(cudaGetLastError());
     return;
   }
-  FP_CUDA(cudaStreamSynchronize(stream));
-  FP_CUDA(cudaMemcpy(hopper.data(), args.out, bytes, cudaMemcpyDeviceToHost));
-  double worst = 0, most = 0;
-  for (size_t i = 0; i < portable.size(); ++i) {
-    const double difference = std::abs(widen(portable[i]) - widen(hopper[i]));
-    worst = difference <= worst ? worst : difference;  // a NaN stays
-    most = std::max<double>(most, std::abs(widen(portable[i])));
-  }
-  say("attention", std::string(one.name) + ", hopper's output",
-      text("differs from the portable one's by %.2g at most, of %.2g", worst, most));
+  tell_difference(one, portable, output_of(args, elements));
   tell(one, ", hopper",
        device_us([&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(args, s)); }, stream, 5));
 }
@@ -128,10 +144,10 @@ void bench_case(const Case& one, cudaStream_t stream) {
       .kv_heads = kKv,
       .kv_end = kKv,
       .head_dim = kDim};
-  if (one.rows >= 128 && has_hopper_attention())
-    bench_hopper(one, args, stream);
   const AttentionSplit split{multiprocessors(), kHeads / kKv, kKv};
   bench_tiles(one, "", slices_of(one, 0), args, stream);
+  if (one.rows >= 128 && has_hopper_attention())
+    bench_hopper(one, args, stream);
   if (const int32_t chunk_keys = split.chunk_keys(one.rows, one.context + one.rows))
     bench_tiles(one, ", keys split", slices_of(one, chunk_keys), args, stream);
 }
