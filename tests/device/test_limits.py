@@ -21,12 +21,17 @@ CLOCKS_S = 1e-4  # by which a time of the GPU may be off on the host's clock
 SLACK_BYTES = 4 << 20  # of what the driver takes and gives back in whole pages
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @on(("cuda",))  # the clock of the double stands still but for kernels
 def test_a_dispatch_waits_for_no_more_segments_than_the_host_is_ahead(
     device: Device, depth: int
 ) -> None:
-    """Invariant 4 on a GPU: run_ahead + 1 segments of the other run end after the dispatch."""
+    """Invariant 4 on a GPU: run_ahead + 1 segments of the other run end after the dispatch.
+
+    Where other processes have turns on the GPU, its clock cannot be set by the host's to CLOCKS_S:
+    an event on an idle stream waits for the end of their turn.
+    """
     checkpoint = open_checkpoint("smollm2-135m")
     choice = find_gpu(None)
     weights = load_weights(choice, checkpoint)
@@ -52,6 +57,7 @@ def test_a_dispatch_waits_for_no_more_segments_than_the_host_is_ahead(
     assert num_blocked > 10, "the long prompt was too quick to be met"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("has_graphs", [True, False])
 @on(GPUS)
 def test_a_thousand_runs_take_no_more_memory(

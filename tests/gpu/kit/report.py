@@ -63,7 +63,7 @@ def main() -> int:
         "stages": table(out / "summary.tsv"),
         "tests": {
             "gpu_test": tests([logs / "gpu_test" / f"{row[0]}.xml" for row in listed]),
-            "pytest": tests([logs / "pytest.xml"]),
+            "pytest": tests([logs / "pytest.xml", logs / "alone.xml"]),
             "cpu": tests([logs / "cpu_pytest.xml"]),
         },
         "cpu": cpu,

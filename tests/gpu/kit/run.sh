@@ -8,7 +8,8 @@
 #   build      _core and _cuda by g++ alone, over the kernels of pack.sh; in the background, with "tests"
 #   tests      gpu_test: every kernel against plain loops, graphs, whole tiny models; each test in a process of its own
 #   import     the modules load and see the GPU
-#   pytest     tests/device on device cuda
+#   pytest     tests/device on device cuda, by six processes at once
+#   alone      those of its tests that no other process may disturb
 #   cpu        the CPU engine by its best instruction set (AMX): kernels and tests/device, at the same time as "pytest"; then
 #              figures alone (cpu_figures.py), CPU_S=40 seconds
 #   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's; KERNELS_S=100 seconds
@@ -27,7 +28,7 @@
 set -u
 BUDGET=${1:-540}
 shift || true
-STAGES=${*:-probe build tests import pytest cpu kernels ceilings model fp8 sanitizer source ncu}
+STAGES=${*:-probe build tests import pytest alone cpu kernels ceilings model fp8 sanitizer source ncu}
 START=$(date +%s)
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 KIT=$REPO/.gpu-kit
@@ -195,17 +196,23 @@ if wants cpu; then
 fi
 # Settings of its own: with another torch, warnings are not ours to mend, and a plugin may be missing. It ends between two tests
 # when its time is over, since a killed one leaves no list of what failed. The benches are stages of their own.
-if wants pytest; then
-  rest=$(($(left) < 180 ? $(left) : 180))
-  stage pytest 180 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -m gpu \
-    -p no:cacheprovider -v --maxfail=60 --junitxml="$LOGS/pytest.xml" --session-timeout=$((rest > 40 ? rest - 20 : 20)) \
-    -k 'not test_the_bench' $("$PY" -c 'import xdist; print("-n 6 --max-worker-restart 20")' 2>/dev/null)
-fi
+# pytest_stage NAME SECONDS MARKERS OPTION...
+pytest_stage() {
+  local name=$1 most=$2 markers=$3 rest
+  shift 3
+  rest=$(($(left) < most ? $(left) : most))
+  stage "$name" "$most" 40 "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device \
+    -m "$markers" -p no:cacheprovider -p no:benchmark -v --maxfail=60 --junitxml="$LOGS/$name.xml" \
+    --session-timeout=$((rest > 40 ? rest - 20 : 20)) -k 'not test_the_bench' "$@"
+}
+wants pytest && OMP_NUM_THREADS=$((($(nproc) + 5) / 6)) pytest_stage pytest 180 'gpu and not alone' \
+  $("$PY" -c 'import xdist; print("-n 6 --max-worker-restart 20")' 2>/dev/null)
 if [ -n "$CPU_PID" ]; then
   wait "$CPU_PID"
   note cpu-tests "status $?"
   tail -n 25 "$LOGS/cpu_tests.log"
 fi
+wants alone && pytest_stage alone 90 'gpu and alone'
 # From here on nothing else computes: figures.
 wants cpu && stage cpu-figures "${CPU_S:-40}" 45 bash -c cpu_figures
 if wants kernels; then
