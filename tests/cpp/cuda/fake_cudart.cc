@@ -86,8 +86,8 @@ struct Device {
   size_t total_bytes = size_t{1} << 40;
   int compute_capability = 80;
   size_t used_bytes = 0;
-  size_t beside_bytes = 0;  // that another process will take
-  size_t taken_beside = 0;  // of used_bytes
+  size_t others_bytes = 0;     // that another process will take
+  size_t taken_by_others = 0;  // of used_bytes
 
   std::set<cudaStream_t> streams;
   std::set<cudaEvent_t> events;
@@ -260,8 +260,8 @@ void reset() {
   d.clock_ns = 0;
   d.total_bytes = size_t{1} << 40;
   d.compute_capability = 80;
-  d.used_bytes -= std::exchange(d.taken_beside, 0);
-  d.beside_bytes = 0;
+  d.used_bytes -= std::exchange(d.taken_by_others, 0);
+  d.others_bytes = 0;
   last_error = cudaSuccess;
 }
 
@@ -348,9 +348,9 @@ void set_compute_capability(int capability) {
   device().compute_capability = capability;
 }
 
-void take_beside_next_exec(size_t bytes) {
+void take_during_next_exec(size_t bytes) {
   const Lock lock(device().mutex);
-  device().beside_bytes = bytes;
+  device().others_bytes = bytes;
 }
 
 void set_device_bytes(size_t bytes) {
@@ -743,9 +743,9 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
   const size_t bytes = graph->nodes.size() * kBytesPerNode;
   if (d.used_bytes + bytes > d.total_bytes)
     return result(cudaErrorMemoryAllocation);
-  const size_t beside = std::exchange(d.beside_bytes, 0);
-  d.taken_beside += beside;
-  d.used_bytes += bytes + beside;
+  const size_t others = std::exchange(d.others_bytes, 0);
+  d.taken_by_others += others;
+  d.used_bytes += bytes + others;
   *exec = new CUgraphExec_st{std::make_shared<const std::vector<Op>>(graph->nodes)};
   d.execs.insert(*exec);
   return cudaSuccess;

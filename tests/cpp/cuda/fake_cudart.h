@@ -91,7 +91,7 @@ void set_device_bytes(size_t bytes);
 void set_compute_capability(int capability);
 // During the next cudaGraphInstantiate another process takes so much of the device's memory; it
 // gives it back at reset().
-void take_beside_next_exec(size_t bytes);
+void take_during_next_exec(size_t bytes);
 // Device memory of an executable, for each of its nodes.
 inline constexpr size_t kBytesPerNode = 64 << 10;
 

@@ -125,7 +125,7 @@ TEST_F(GraphCacheTest, executable_larger_than_the_budget_is_not_kept) {
 
 TEST_F(GraphCacheTest, memory_that_another_process_takes_is_no_graphs) {
   make();
-  fake_cudart::take_beside_next_exec(size_t{8} << 30);
+  fake_cudart::take_during_next_exec(size_t{8} << 30);
   EXPECT_TRUE(get(1));
   EXPECT_TRUE(get(1));
   EXPECT_LT(cache_->report().bytes, size_t{8} << 20);
