@@ -214,9 +214,23 @@ class EngineCore:
             RuntimeError: requests are live, or a run is; nothing has changed.
         """
         with self._lock:
-            if self._live or self._runs:
-                raise RuntimeError(f"{len(self._live)} requests are live, expected an idle engine")
+            self._check_idle()
             self._scheduler.settings.max_blocking_s = seconds
+
+    def set_scheduler(self, scheduler: Scheduler) -> None:
+        """Have a new scheduler decide from now on.
+
+        Raises:
+            RuntimeError: requests are live, or a run is; nothing has changed.
+        """
+        with self._lock:
+            self._check_idle()
+            self._scheduler = scheduler
+            self._gate.set_scheduler(scheduler)
+
+    def _check_idle(self) -> None:
+        if self._live or self._runs:
+            raise RuntimeError(f"{len(self._live)} requests are live, expected an idle engine")
 
     # ---- decisions -----------------------------------------------------------------------------
 

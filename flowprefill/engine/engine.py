@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,7 +35,7 @@ from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import InvalidRequest, NotReady, PromptTooLong, overflow
 from flowprefill.models.chat_template import read_template_file
-from flowprefill.models.checkpoint import Progress, open_checkpoint
+from flowprefill.models.checkpoint import Checkpoint, Progress, open_checkpoint
 from flowprefill.request import SLO, Pooling, Request
 from flowprefill.scheduling import (
     CostModel,
@@ -71,7 +72,7 @@ class Engine:
 
     def __init__(
         self,
-        model: str | Path = "smollm2-135m",
+        model: str | Path | Checkpoint = "smollm2-135m",
         config: EngineConfig | None = None,
         *,
         policy: Callable[[CostModel, SchedulerSettings], Policy] | None = None,
@@ -81,7 +82,7 @@ class Engine:
 
         Args:
             model: packaged name, Hugging Face folder, GGUF file, or ``ORG/NAME`` of a downloaded
-                model on the hub.
+                model on the hub; or a checkpoint that is open.
             policy: makes a scheduling policy of one's own; None: the one the settings name.
             progress: called while loading with bytes done and bytes in all.
 
@@ -89,7 +90,11 @@ class Engine:
             CheckpointError, ConfigError: what is wrong with the files or the settings.
         """
         self.config = config or EngineConfig()
-        checkpoint = open_checkpoint(model, self.config.max_model_len)
+        checkpoint = (
+            model
+            if isinstance(model, Checkpoint)
+            else open_checkpoint(model, self.config.max_model_len)
+        )
         self.model_id = checkpoint.name
         self.model_config = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
@@ -215,6 +220,25 @@ class Engine:
         self._core.set_max_blocking(granularity.max_blocking_s)
         self._worker.set_granularity(granularity)
 
+    def set_policy(self, policy: str, max_batch_tokens: int = 0) -> None:
+        """Order requests otherwise from now on, e.g. to compare policies on one loaded model.
+
+        What was learnt of predicted against true times is forgotten, as after a start.
+
+        Args:
+            policy: as the setting of that name.
+            max_batch_tokens: as the setting of that name; 0: as it is.
+
+        Raises:
+            ConfigError: it is not a policy, or not a number of tokens.
+            RuntimeError: requests are live. Nothing has changed then.
+        """
+        tokens = max_batch_tokens or self.config.max_batch_tokens
+        config = replace(self.config, policy=policy, max_batch_tokens=tokens)
+        cost_model = self._make_cost_model()
+        self._core.set_scheduler(Scheduler(policy, cost_model, self._settings_of(config)))
+        self.config, self._cost_model = config, cost_model
+
     def close(self, timeout: float | None = None) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds (None: as long as it takes) for the
         live ones, cancel the rest, and stop. Idempotent."""
@@ -331,14 +355,8 @@ class Engine:
     def _make_core(
         self, policy: Callable[[CostModel, SchedulerSettings], Policy] | None
     ) -> EngineCore:
-        settings = SchedulerSettings(
-            max_batch_tokens=self.config.max_batch_tokens,
-            max_running=self._worker.limits.max_running,
-            max_blocking_s=self._worker.granularity.max_blocking_s,
-        )
-        worker = self._worker
-        cost_model = CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)
-        self._cost_model = cost_model
+        settings = self._settings_of(self.config)
+        self._cost_model = cost_model = self._make_cost_model()
         own = policy(cost_model, settings) if policy is not None else self.config.policy
         scheduler = Scheduler(own, cost_model, settings)
         limits = AdmissionLimits(
@@ -347,7 +365,18 @@ class Engine:
             backlog_limit(self.config.max_backlog_s, is_calibrated=cost_model.is_calibrated),
             self.config.tenant_share,
         )
-        return EngineCore(scheduler, worker, self._pool, limits)
+        return EngineCore(scheduler, self._worker, self._pool, limits)
+
+    def _make_cost_model(self) -> CostModel:
+        worker = self._worker
+        return CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)
+
+    def _settings_of(self, config: EngineConfig) -> SchedulerSettings:
+        return SchedulerSettings(
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=self._worker.limits.max_running,
+            max_blocking_s=self._worker.granularity.max_blocking_s,
+        )
 
     def _token_ids(self, request: Request) -> list[int]:
         if isinstance(request.prompt, str):

@@ -38,6 +38,10 @@ class Gate:
         self._share = PrefillShare()
         self._tenants = TenantBook()
 
+    def set_scheduler(self, scheduler: Scheduler) -> None:
+        """Ask another one from now on; nothing waits in either."""
+        self._scheduler = scheduler
+
     def note(self, now: float) -> None:
         """Book the time since the last event; called before the scheduler hears of the next."""
         current = self._scheduler.current

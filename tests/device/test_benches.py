@@ -17,7 +17,11 @@ from engines import assert_all_free, greedy
 
 from flowprefill import Engine, Request
 from flowprefill.bench import gpu_shape
+from flowprefill.bench.goodput.engine_backend import EngineBackend
+from flowprefill.bench.goodput.setting import Setting
+from flowprefill.bench.random_model import RandomCheckpoint, tiny
 from flowprefill.cli import main
+from flowprefill.traces import TraceRequest
 
 WAIT_S = 120.0
 # Errors of two devices' logits that may make them change places: one logit's standard deviations,
@@ -157,6 +161,20 @@ def test_the_bench_of_a_shape_fills_its_tables(
     assert found["graphs"]["num_failed"] == 0, found["graphs"]["last_failure"]
     assert found["memory"]["weight_bytes"] > 0
     assert "<svg" in picture.read_text()
+
+
+@on(GPUS)
+def test_the_bench_of_goodput_keeps_one_engine_of_random_weights(device: Device) -> None:
+    settings = {**device.settings, "calibrate": False, "max_model_len": 512}
+    del settings["granularity"]
+    backend = EngineBackend(RandomCheckpoint("tiny", tiny(1)), keeps_engine=True, **settings)
+    assert backend.description["device"].startswith("cuda")
+    requests = [TraceRequest(0.002 * n, 20 + 30 * (n % 3), 1, "a", ttft_s=60.0) for n in range(9)]
+    for text in ("fcfs+none", "slack_edf+chunk:32", "s_edf_paper+operator", "slack_edf+budget:0.5"):
+        measured = backend.measure(Setting.parse(text), requests, 1, is_detailed=True)
+        assert (measured.attainment, measured.failed) == (1.0, 0)
+        assert measured.stretches or device.is_double  # whose clock is its own
+    backend.close()
 
 
 @on(GPUS)

@@ -13,6 +13,7 @@ from engines import WAIT_S, Spinning, assert_all_free, greedy, ids_of, prompt_of
 from flowprefill import SLO, Engine, Request
 from flowprefill.config import POLICIES
 from flowprefill.engine.live_run import LiveRun
+from flowprefill.errors import ConfigError
 from flowprefill.request import Timings
 
 OpenEngine = Callable[..., Engine]
@@ -68,6 +69,29 @@ def test_without_boundaries_nothing_can_overtake(open_engine: OpenEngine) -> Non
     short = engine.submit(Request(prompt_of(30, 2), greedy(1)), SOON)
     short.result(WAIT_S)
     assert long.result(WAIT_S).timings.preemptions == 0
+
+
+def test_a_policy_set_later_decides_from_then_on(open_engine: OpenEngine) -> None:
+    engine = open_engine(granularity="operator", prefix_cache=False, policy="fcfs")
+    long_ids, short_ids = prompt_of(LONG, 1), prompt_of(30, 2)
+
+    def preemptions_of_long() -> int:
+        long = start_long(engine, Request(long_ids, greedy(1)), LATER)
+        engine.submit(Request(short_ids, greedy(1)), SOON).result(WAIT_S)
+        return long.result(WAIT_S).timings.preemptions
+
+    assert preemptions_of_long() == 0
+    with pytest.raises(ConfigError, match="policy"):
+        engine.set_policy("latest")
+    live = start_long(engine, Request(long_ids, greedy(1)))
+    with pytest.raises(RuntimeError, match="live"):
+        engine.set_policy("edf")
+    live.result(WAIT_S)
+    assert engine.describe()["policy"] == "fcfs"
+    assert_all_free(engine)
+    engine.set_policy("edf", 64)
+    assert (engine.describe()["policy"], engine.config.max_batch_tokens) == ("edf", 64)
+    assert any(preemptions_of_long() for _ in range(TRIES))
 
 
 class Prefills:

@@ -51,6 +51,17 @@ def test_a_report_is_written_for_a_card_alone(
     assert [line.partition(":")[0] for line in of_cpp["missing"]] == ["Gemm.Dies"]
     assert found["tests"]["pytest"]["missing"]
     assert found["stages"] == [["3", "tests", "status 1 after 3 s"]]
+    assert found["goodput"] == {}
+
+
+def test_a_report_of_goodput_alone_names_the_engines_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = {"settings": {"engine": {"device": "cuda:0", "gpu": "NVIDIA H200"}}, "rows": [1]}
+    (tmp_path / "goodput.json").write_text(json.dumps(bench))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(tmp_path / "logs"), "abc"])
+    report.main()
+    assert json.loads((tmp_path / "nvidia-h200-abc.json").read_text())["goodput"] == bench
 
 
 def packed() -> set[str]:

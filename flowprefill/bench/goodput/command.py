@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flowprefill.bench.common import check_least, say
 from flowprefill.bench.goodput import bounds, charts, png, results
 from flowprefill.bench.goodput.chart import LineChart, Timeline
 from flowprefill.bench.goodput.clairvoyant import clairvoyant, queue_knowing
-from flowprefill.bench.goodput.lab import Lab, Place, Starts
+from flowprefill.bench.goodput.lab import POINT_REQUESTS, Lab, Place, Starts
 from flowprefill.bench.goodput.measurement import Backend, Measurement
 from flowprefill.bench.goodput.page import page
 from flowprefill.bench.goodput.records import Records
@@ -36,6 +37,7 @@ from flowprefill.bench.goodput.workload import (
     check_workload,
     make_workload,
 )
+from flowprefill.bench.random_model import SHAPES, RandomCheckpoint
 from flowprefill.bench.report import Report, Row, json_path, print_table
 from flowprefill.errors import ConfigError
 from flowprefill.traces import scaled_rate
@@ -54,11 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``flowprefill bench goodput``."""
     parser.add_argument("--backend", default="sim", help="sim, engine, or a server's http:// URL")
     parser.add_argument("--setting", action="append", metavar="S", help=f"{FORM}; several times")
+    parser.add_argument("--ours", default=OURS, metavar="S",
+                        help=f"compare the others with it, default {OURS}")  # fmt: skip
     parser.add_argument("--target", action="append", type=float, metavar="SHARE",
                         help="attainment, several times; sim: 0.9 and 0.99, else 0.9")  # fmt: skip
     parser.add_argument("--loads", type=float, nargs="*",
                         help="sweep these shares of the capacity; none: no sweep")  # fmt: skip
     parser.add_argument("--slo-scales", type=float, nargs="*", help="sweep these; none: no sweep")
+    parser.add_argument("--rate-step", type=float, default=0.0, metavar="RATIO",
+                        help="of the rates' grid; default: sim 1.005, else 1.05")  # fmt: skip
+    parser.add_argument("--point-s", type=float, default=0.0, metavar="SECONDS",
+                        help=f"serve what arrives so long at each rate, {POINT_REQUESTS} requests "
+                        "at least; 0: all of the sample")  # fmt: skip
     parser.add_argument("--budget", type=float, default=0.0, metavar="MINUTES",
                         help="begin no measurement that may end later; 0 is no limit")  # fmt: skip
     parser.add_argument("--resume", type=json_path, metavar="FILE",
@@ -76,6 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="also an ideal scheduler that sees so far ahead")  # fmt: skip
     engine = parser.add_argument_group("backends engine and URL")
     engine.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
+    engine.add_argument("--shape", choices=sorted(SHAPES),
+                        help="random weights of this shape instead of a model")  # fmt: skip
+    engine.add_argument("--one-engine", action="store_true",
+                        help="load once for all measurements")  # fmt: skip
     engine.add_argument("--guess-profile", default="", metavar="PROFILE",
                         help="begin searches where a simulation of it ends")  # fmt: skip
     engine.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
@@ -111,6 +124,11 @@ def _check(args: argparse.Namespace) -> None:
     check_workload(args)
     check_least("budget", args.budget, 0)
     check_least("threads", args.threads, 0)
+    check_least("point_s", args.point_s, 0)
+    if args.rate_step and not 1.001 <= args.rate_step <= 2:
+        message = f"rate_step: got {args.rate_step}, expected a ratio in [1.001, 2]"
+        raise ConfigError(message, param="rate_step")
+    Setting.parse(args.ours)
     is_sim = args.backend == "sim"
     args.target = args.target or ([0.9, 0.99] if is_sim else [0.9])
     for target in args.target:
@@ -147,7 +165,10 @@ def _backend_of(args: argparse.Namespace) -> Backend:
 
     if args.backend == "engine":
         names = ("dtype", "device", "threads", "kv_cache_gib")
-        return EngineBackend(args.model, **{name: getattr(args, name) for name in names})
+        settings = {name: getattr(args, name) for name in names}
+        shape = args.shape
+        model = RandomCheckpoint(shape, SHAPES[shape]()) if shape else args.model
+        return EngineBackend(model, keeps_engine=args.one_engine, **settings)
     return UrlBackend(args.backend, args.vocab_size)
 
 
@@ -155,7 +176,7 @@ def _settings_of(args: argparse.Namespace, backend: Backend) -> list[Setting]:
     if args.backend.startswith("http"):
         if args.setting:
             raise ConfigError("setting: a server at a URL has its own, expected none")
-        return [Setting.parse(OURS)]  # a name only
+        return [Setting.parse(args.ours)]  # a name only
     if args.setting:
         return parse_all(args.setting)
     names = BASELINES if backend.is_fast else FEW
@@ -165,7 +186,7 @@ def _settings_of(args: argparse.Namespace, backend: Backend) -> list[Setting]:
 def _lab_of(
     args: argparse.Namespace, backend: Backend, workload: Workload, deadline_s: float
 ) -> Lab:
-    step = FINE_STEP if backend.is_fast else COARSE_STEP
+    step = args.rate_step or (FINE_STEP if backend.is_fast else COARSE_STEP)
     names = (
         "trace", "requests", "format", "start_s", "length_s", "objectives", "slo_scale",
         "carry_slo", "ttft_only", "length_scale", "max_tokens", "with_decode", "samples",
@@ -174,10 +195,14 @@ def _lab_of(
     )  # fmt: skip
     identity: dict[str, Any] = {name: getattr(args, name) for name in names}
     identity |= {"trace": str(args.trace), "backend": backend.name, "step": step}
+    identity |= {name: getattr(args, name) for name in ("shape", "point_s") if getattr(args, name)}
     records = Records(args.resume, identity)
     if len(records):
         say(f"{len(records)} measurements are in {args.resume} already")
-    return Lab(backend, workload.samples, workload.base_rps, records, step, args.seed, deadline_s)
+    return Lab(
+        backend, workload.samples, workload.base_rps, records, step, args.seed, deadline_s,
+        Setting.parse(args.ours), args.point_s or math.inf,
+    )  # fmt: skip
 
 
 def _described(
@@ -193,6 +218,7 @@ def _described(
         "seeds": [args.seed + number for number in range(len(lab.samples))],
         "capacity_rps": lab.capacity_rps,
         "backend": lab.backend.name,
+        "engine": getattr(lab.backend, "description", None),
     }
 
 
@@ -253,7 +279,13 @@ def _guessed(args: argparse.Namespace, lab: Lab, settings: Sequence[Setting]) ->
 
     role: Any = "mixed" if args.with_decode else "prefill"
     simulator = SimBackend(args.guess_profile, role=role)
-    virtual = Lab(simulator, lab.samples, lab.base_rps, Records(None, {}), lab.step, lab.seed)
+    measured = getattr(lab.backend, "rates", None)
+    if measured is not None:
+        simulator.profile = simulator.profile.with_rates(
+            gemm_flops_per_s=measured.gemm_flops_per_s,
+            attention_flops_per_s=measured.attention_flops_per_s,
+        )
+    virtual = replace(lab, backend=simulator, records=Records(None, {}), places={})
     found = virtual.searches(settings, args.target, COARSE_STRIDE)
     faster = lab.capacity_rps / virtual.capacity_rps
     starts: dict[tuple[Setting, float], list[int | None]] = {}
@@ -287,7 +319,7 @@ def _ideals(
 
 def _common_rate(args: argparse.Namespace, lab: Lab, rows: Sequence[Row]) -> float:
     """Return ours' highest rate at the first target, or the highest of any, or a load of 0.7."""
-    ours = results.mean_rate(rows, Setting.parse(OURS), args.target[0])
+    ours = results.mean_rate(rows, lab.ours, args.target[0])
     known = [row["max_rate_rps"] for row in rows if row["samples"]]
     return ours or max(known, default=0.7 * lab.capacity_rps)
 
@@ -307,7 +339,7 @@ def _sweeps(
         indices = [lab.index_of(load * lab.capacity_rps) for load in args.loads]
         rows = results.sweep(lab, settings, indices, [1.0])
         report.extra["by_rate"] = rows
-        against = results.against_ours(rows)
+        against = results.against_ours(rows, lab.ours)
         tables.append(("Ours against each, over the sweep of rates", against,
                        results.AGAINST_COLUMNS))  # fmt: skip
         print_table("Ours against each", against, results.AGAINST_COLUMNS)
@@ -319,6 +351,7 @@ def _sweeps(
         rows = results.measured(lab, settings)
         report.extra["by_rate"] = rows
         tables.append(("Measured rates", rows, results.SWEEP_COLUMNS))
+        print_table("Measured rates", rows, results.SWEEP_COLUMNS)
     drawn.append(charts.by_rate(rows, settings, args.target))
     if args.slo_scales:
         say(f"sweep of {len(args.slo_scales)} SLO scales")

@@ -8,7 +8,9 @@ import math
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from flowprefill.bench.arrivals import Planned
@@ -22,11 +24,15 @@ from flowprefill.engine import Engine
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.records import RequestRecord
 from flowprefill.errors import FlowPrefillError
+from flowprefill.models.checkpoint import Checkpoint
 from flowprefill.request import SLO, Request, SamplingParams
 from flowprefill.traces import TraceRequest
 
 WARM_TOKENS = (64, 512)
-SOLO_TOKENS = (16, 64, 256, 1024, 3072)  # lengths whose time alone is measured
+SOLO_TOKENS = (16, 64, 256, 1024, 3072, 8192, 16384)  # lengths whose time alone is measured
+SOLO_ENOUGH_S = 1.0  # no longer ones once one takes so long
+KEPT_WARM_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+IDLE_TIMEOUT_S = 10.0  # from the last answer to an engine without runs
 END_TIMEOUT_S = 900.0  # for the last answer after the last request was sent
 TOUCHING_S = 1e-3  # segments of one run closer than this are one stretch
 
@@ -49,9 +55,11 @@ def measured_solo(engine: Engine) -> Callable[[int], float]:
         first_token_s(engine, random_ids(rng, tokens, engine.vocab_size))  # its shapes' first use
         tries = [random_ids(rng, tokens, engine.vocab_size) for _ in range(3)]
         times_s.append(median(first_token_s(engine, ids) for ids in tries))
+        if times_s[-1] > SOLO_ENOUGH_S and len(times_s) > 1:
+            break
 
     def solo_s(tokens: int) -> float:
-        above = min(max(bisect_left(lengths, tokens), 1), len(lengths) - 1)
+        above = min(max(bisect_left(lengths, tokens), 1), len(times_s) - 1)
         span = lengths[above] - lengths[above - 1]
         slope_s = (times_s[above] - times_s[above - 1]) / span
         return max(times_s[above] + slope_s * (tokens - lengths[above]), times_s[0])
@@ -80,19 +88,42 @@ class Watcher:
 
 
 class EngineBackend:
-    """A fresh engine in this process for each measurement, so that none profits from the last."""
+    """A fresh engine in this process for each measurement, so that none profits from the last.
+
+    Or one for all, where loading takes longer than measuring: it gets a fresh scheduler each time,
+    and each granularity is warmed up at its first use.
+    """
 
     name = "engine"
     is_fast = False
 
-    def __init__(self, model: str, **settings: Any) -> None:
-        """Remember how to make engines; settings as `EngineConfig` takes them."""
+    def __init__(
+        self, model: str | Checkpoint, *, keeps_engine: bool = False, **settings: Any
+    ) -> None:
+        """Make an engine, which calibrates itself, and measure prompts alone.
+
+        Args:
+            keeps_engine: one engine serves all measurements.
+            settings: as `EngineConfig` takes them.
+        """
         self._model = model
         self._settings = {"prefix_cache": False, **settings}
-        with self._made(Setting("fcfs", "none")) as engine:
+        self._kept: Engine | None = None
+        self._warmed: set[tuple[str, int]] = set()
+        engine = self._made(Setting("fcfs", "none"))
+        try:
             self.vocab_size, self.max_model_len = engine.vocab_size, engine.max_model_len
-            self.description = engine.describe()
+            self.rates = engine.rates
+            self.description = engine.describe() | {"rates": asdict(self.rates)}
             self._solo_s = measured_solo(engine)
+        except BaseException:
+            engine.close(0.0)
+            raise
+        if keeps_engine:
+            self._kept = engine
+            engine.freeze_garbage()
+        else:
+            engine.close(0.0)
 
     def _made(self, setting: Setting) -> Engine:
         config = EngineConfig(
@@ -108,7 +139,27 @@ class EngineBackend:
         return self._solo_s(prompt_tokens)
 
     def close(self) -> None:
-        """Nothing is held between measurements."""
+        """Close the engine that was kept."""
+        if self._kept is not None:
+            self._kept.close(0.0)
+            self._kept = None
+
+    @contextmanager
+    def _engine(self, setting: Setting, most_tokens: int) -> Iterator[Engine]:
+        """Yield an engine with this setting, warmed up for prompts of up to so many tokens."""
+        if self._kept is None:
+            with self._made(setting) as engine:
+                engine.freeze_garbage()
+                _warm(engine, [min(tokens, most_tokens) for tokens in (*WARM_TOKENS, most_tokens)])
+                yield engine
+            return
+        _switch(self._kept, setting)
+        shapes = setting.granularity, setting.most_batch_tokens
+        if shapes not in self._warmed:
+            self._warmed.add(shapes)
+            lengths = [tokens for tokens in KEPT_WARM_TOKENS if tokens < most_tokens]
+            _warm(self._kept, [tokens for tokens in (*lengths, most_tokens) for _ in range(2)])
+        yield self._kept
 
     def measure(
         self, setting: Setting, requests: Sequence[TraceRequest], seed: int, *, is_detailed: bool
@@ -119,10 +170,11 @@ class EngineBackend:
         try:
             return self._measured(setting, requests, prompts, is_detailed)
         finally:
-            # What `freeze_garbage` keeps would stay for good: an engine's weights and cache, each
-            # time.
-            gc.unfreeze()
-            gc.collect()
+            if self._kept is None:
+                # What `freeze_garbage` keeps would stay for good: an engine's weights and cache,
+                # each time.
+                gc.unfreeze()
+                gc.collect()
 
     def _measured(
         self,
@@ -131,9 +183,7 @@ class EngineBackend:
         prompts: Sequence[list[int]],
         is_detailed: bool,
     ) -> Measurement:
-        with self._made(setting) as engine:
-            engine.freeze_garbage()
-            self._warm(engine, max(one.prompt_tokens for one in requests))
+        with self._engine(setting, max(one.prompt_tokens for one in requests)) as engine:
             watcher = Watcher()
             engine.subscribe(watcher)
             start_s, sent = _submit_all(engine, requests, prompts)
@@ -151,11 +201,26 @@ class EngineBackend:
             is_detailed=is_detailed,
         )
 
-    def _warm(self, engine: Engine, most_tokens: int) -> None:
-        rng = random.Random(0)
-        for tokens in (*WARM_TOKENS, most_tokens):
-            ids = random_ids(rng, min(tokens, most_tokens), engine.vocab_size)
-            engine.submit(Request(ids, FIRST_TOKEN_ONLY)).result(END_TIMEOUT_S)
+
+def _warm(engine: Engine, lengths: Sequence[int]) -> None:
+    rng = random.Random(0)
+    for tokens in lengths:
+        ids = random_ids(rng, tokens, engine.vocab_size)
+        engine.submit(Request(ids, FIRST_TOKEN_ONLY)).result(END_TIMEOUT_S)
+
+
+def _switch(engine: Engine, setting: Setting) -> None:
+    """Give an engine another setting once its last run has ended, soon after its last answer."""
+    until_s = time.monotonic() + IDLE_TIMEOUT_S
+    while True:
+        try:
+            engine.set_granularity(setting.granularity)
+            engine.set_policy(setting.policy, setting.most_batch_tokens)
+            return
+        except RuntimeError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(1e-3)
 
 
 def _submit_all(

@@ -11,12 +11,13 @@ from flowprefill.bench.common import say
 from flowprefill.bench.goodput.measurement import Backend, Measurement
 from flowprefill.bench.goodput.records import Records
 from flowprefill.bench.goodput.search import Search
-from flowprefill.bench.goodput.setting import FIRST_COME, Setting
-from flowprefill.traces import Trace, scaled_rate
+from flowprefill.bench.goodput.setting import FIRST_COME, OURS, Setting
+from flowprefill.traces import Trace, TraceRequest, scaled_rate
 
 START_LOAD, START_LOAD_FIRST_COME = 0.7, 0.25  # where searches begin
 LEAST_LOAD, MOST_LOAD = 0.003, 30.0  # where they give up
 SAID_EVERY_S = 10.0
+POINT_REQUESTS = 60  # that a measurement cut by `point_s` has at least: 90 % of fewer says little
 
 Starts = Mapping[tuple[Setting, float], Sequence[int | None]]
 
@@ -52,6 +53,10 @@ class Lab:
         step: the grid's rates are ``base_rps * step**index``.
         seed: of prompts and noise; sample n gets seed + n.
         deadline_s: on the monotonic clock; inf is no budget.
+        ours: the setting that the others are compared with.
+        point_s: a measurement serves what arrives within so many seconds, and at least
+            `POINT_REQUESTS`; inf: the whole sample. Prompts of a lower rate are the first ones of a
+            higher rate.
         beyond_s: how much longer than its requests' span a measurement took, at most so far.
         places: what this run has asked for, without details.
     """
@@ -63,6 +68,8 @@ class Lab:
     step: float
     seed: int
     deadline_s: float = math.inf
+    ours: Setting = field(default_factory=lambda: Setting.parse(OURS))
+    point_s: float = math.inf
     beyond_s: float = 0.0
     places: dict[Place, Measurement] = field(default_factory=dict)
     _said_s: float = field(default_factory=time.monotonic)
@@ -91,8 +98,17 @@ class Lab:
         """Whether a measurement is likely to end before the deadline."""
         span_s = 0.0
         if not self.backend.is_fast:
-            span_s = self.samples[place.sample].span_s / self.step**place.index
+            requests = self.requests_at(place)
+            span_s = requests[-1].at_s - requests[0].at_s
         return time.monotonic() + span_s + self.beyond_s <= self.deadline_s
+
+    def requests_at(self, place: Place) -> Sequence[TraceRequest]:
+        """Return what is sent there, with the bench's own objectives."""
+        sample = scaled_rate(self.samples[place.sample], self.step**place.index)
+        requests = sample.requests
+        end_s = requests[0].at_s + self.point_s
+        within = sum(one.at_s < end_s for one in requests)
+        return requests[: max(within, POINT_REQUESTS)]
 
     def at(self, place: Place, *, is_detailed: bool = False) -> Measurement | None:
         """Return a measurement, made now if need be; None: there is no time left to make it."""
@@ -108,10 +124,9 @@ class Lab:
 
     def _measure(self, place: Place, key: str, is_detailed: bool) -> None:
         began_s = time.monotonic()
-        sample = scaled_rate(self.samples[place.sample], self.step**place.index)
         requests = [
             replace(one, ttft_s=one.ttft_s * place.slo_scale, tpot_s=one.tpot_s * place.slo_scale)
-            for one in sample.requests
+            for one in self.requests_at(place)
         ]
         found = self.backend.measure(
             place.setting, requests, self.seed + place.sample, is_detailed=is_detailed

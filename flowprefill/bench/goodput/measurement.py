@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from flowprefill.bench.goodput.setting import Setting
-from flowprefill.bench.statistics import percentile
+from flowprefill.bench.statistics import median, percentile
 from flowprefill.traces import TraceRequest
 
 
@@ -53,6 +53,8 @@ class Measurement:
         blocking_mean_s, blocking_p99_s: waits of dispatched runs for the one that executed.
         late_s: how much later than planned a request was sent, at most (real backends).
         failed: requests without a first token.
+        median_ttft_s: of the requests that had a first token; NaN: none had.
+        median_by_class: the same by class.
         ttft_s: by class, sorted, finite ones only; kept where details were asked for.
         blocking_s: every wait, where details were asked for.
         stretches: what executed when, where details were asked for and known.
@@ -67,6 +69,8 @@ class Measurement:
     blocking_p99_s: float = 0.0
     late_s: float = 0.0
     failed: int = 0
+    median_ttft_s: float = math.nan
+    median_by_class: dict[str, float] = field(default_factory=dict)
     ttft_s: dict[str, list[float]] = field(default_factory=dict)
     blocking_s: list[float] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)
@@ -129,6 +133,8 @@ def summarised(
         blocking_p99_s=percentile(blocking_s, 0.99) if blocking_s else 0.0,
         late_s=late_s,
         failed=sum(math.isinf(one.ttft_s) for one in served),
+        median_ttft_s=_median(served),
+        median_by_class={name: _median(ones) for name, ones in by_class.items()},
     )
     if is_detailed:
         found.ttft_s = {
@@ -138,6 +144,10 @@ def summarised(
         found.blocking_s = sorted(blocking_s)
         found.stretches = list(stretches)
     return found
+
+
+def _median(served: Sequence[Served]) -> float:
+    return median(one.ttft_s for one in served if one.ttft_s < math.inf)
 
 
 def _share(served: Sequence[Served]) -> float:

@@ -10,7 +10,7 @@ from flowprefill.bench.goodput.lab import Lab, Place
 from flowprefill.bench.goodput.measurement import Measurement
 from flowprefill.bench.goodput.pairs import Interval, mean_interval, ratio_interval
 from flowprefill.bench.goodput.search import Search
-from flowprefill.bench.goodput.setting import FIRST_COME, OURS, Setting
+from flowprefill.bench.goodput.setting import FIRST_COME, Setting
 from flowprefill.bench.report import Row
 
 Found = Mapping[tuple[Setting, float], Sequence[Search]]
@@ -37,6 +37,8 @@ SWEEP_COLUMNS = {
     "load": "load",
     "rate_rps": "rate 1/s",
     "slo_scale": "SLO scale",
+    "requests": "requests",
+    "median_ttft_s": "median TTFT ms",
     "attainment": "on time %",
     "attainment_low": "low %",
     "attainment_high": "high %",
@@ -68,11 +70,11 @@ class Ideals:
 def rows_of(lab: Lab, found: Found, ideals: Ideals | None = None) -> list[Row]:
     """Return one row per setting and target; without ideals, the shares of them are left out."""
     rates = {key: rates_of(lab, searches) for key, searches in found.items()}
+    first_come = Setting.parse(FIRST_COME)
     rows = []
     for (setting, target), mine in rates.items():
         others = {
-            name: rates.get((Setting.parse(name), target), [None] * len(mine))
-            for name in (FIRST_COME, OURS)
+            one: rates.get((one, target), [None] * len(mine)) for one in (first_come, lab.ours)
         }
         known = [rate for rate in mine if rate is not None]
         row: Row = {
@@ -83,8 +85,8 @@ def rows_of(lab: Lab, found: Found, ideals: Ideals | None = None) -> list[Row]:
             "target": target,
             **_named("max_rate", mean_interval(known), mean_name="max_rate_rps"),
             "goodput_rps": mean_interval(known).mean * target,
-            **_named("ratio_to_fcfs", ratio_interval(mine, others[FIRST_COME])),
-            **_named("ours_over", ratio_interval(others[OURS], mine)),
+            **_named("ratio_to_fcfs", ratio_interval(mine, others[first_come])),
+            **_named("ours_over", ratio_interval(others[lab.ours], mine)),
             "samples": len(known),
             "unfinished": sum(not one.is_done for one in found[setting, target]),
             "rates_rps": mine,
@@ -147,7 +149,7 @@ def _sweep_rows(
     places: Mapping[Place, Measurement],
 ) -> list[Row]:
     rows: list[Row] = []
-    ours = Setting.parse(OURS)
+    ours = lab.ours
     numbers = range(len(lab.samples))
     for setting in settings:
         pairs = [
@@ -171,6 +173,10 @@ def _sweep_rows(
                 "ours_minus_least": min(differences, default=math.nan),
                 "preemptions": sum(one.preemptions for one in ones),
                 "requests": sum(one.requests for one in ones),
+                "failed": sum(one.failed for one in ones),
+                "late_s": max(one.late_s for one in ones),
+                "median_ttft_s": mean_interval([one.median_ttft_s for one in ones]).mean,
+                "by_class": _by_class(ones),
                 "blocking_mean_s": mean_interval([one.blocking_mean_s for one in ones]).mean,
                 "blocking_p99_s": max(one.blocking_p99_s for one in ones),
             }
@@ -178,12 +184,26 @@ def _sweep_rows(
     return rows
 
 
-def against_ours(rows: Sequence[Row]) -> list[Row]:
+def _by_class(ones: Sequence[Measurement]) -> dict[str, dict[str, float]]:
+    """Return attainment and median TTFT of each class, means over the samples that have it."""
+    found = {}
+    for name in dict.fromkeys(name for one in ones for name in one.by_class):
+        of_class = [one for one in ones if name in one.by_class]
+        found[name] = {
+            "attainment": mean_interval([one.by_class[name] for one in of_class]).mean,
+            "median_ttft_s": mean_interval(
+                [one.median_by_class.get(name, math.nan) for one in of_class]
+            ).mean,
+        }
+    return found
+
+
+def against_ours(rows: Sequence[Row], ours: Setting) -> list[Row]:
     """Return per setting how ours compares over a whole sweep: mean and least difference."""
     found: list[Row] = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == setting]
-        if setting == OURS or any(math.isnan(row["ours_minus"]) for row in mine):
+        if setting == str(ours) or any(math.isnan(row["ours_minus"]) for row in mine):
             continue
         found.append(
             {

@@ -6,6 +6,7 @@
 # ninja, gguf and the embedded model. 2 minutes of one core. Downloads 7 MB, and once 423 MB (nvidia-cublas, for its header)
 # unless LT_INCLUDE names a folder with cublasLt.h, or NO_LT=1 leaves its candidate out.
 #   ARCHITECTURES=90-real   what the kernels are compiled for; those of sm_90a are always among them
+#   FLOWPREFILL_TRACES=FOLDER  with the Qwen trace; without it the stage "goodput" serves synthetic requests
 #   JOBS=2                  compilers at once
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/../../.." && pwd)
@@ -21,6 +22,11 @@ rm -rf "$kit/src"
 cp -r "$source" "$kit/src"
 rm -rf "$kit/src/__pycache__" "$kit/src/pack.sh"
 mv "$kit/src/run.sh" "$kit/run.sh"
+# The times and lengths of a trace's requests, for the stage "goodput".
+if [ -n "${FLOWPREFILL_TRACES-}" ]; then
+  mkdir -p "$kit/traces"
+  cp "$FLOWPREFILL_TRACES/qwen_traceA_0.0min_2.0min.jsonl" "$kit/traces/"
+fi
 if [ "${1-}" = --quick ]; then
   exit 0
 fi

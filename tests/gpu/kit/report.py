@@ -43,17 +43,18 @@ def tests(paths: list[Path]) -> dict[str, Any]:
 def main() -> int:
     """Write the file if the benches named a card."""
     out, logs, commit = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    model, fp8, cpu, cpu_avx512 = (
+    model, fp8, goodput, cpu, cpu_avx512 = (
         json.loads(path.read_text()) if path.exists() else {}
         for path in (
-            *(out / "model_bench.json", out / "fp8_bench.json"),
+            *(out / f"{name}.json" for name in ("model_bench", "fp8_bench", "goodput")),
             *(logs / "cpu_figures.json", logs / "cpu_figures_avx512.json"),
         )
     )
     kernels = table(out / "kernel_bench.tsv")
     named = [row[1] for row in kernels if row[0] == "device" and len(row) > 1]
     listed = table(logs.parent / "tests")
-    card = named[0] if named else model.get("gpu", {}).get("name", "")
+    engine = goodput.get("settings", {}).get("engine") or {}
+    card = named[0] if named else model.get("gpu", {}).get("name", engine.get("gpu", ""))
     if not card:
         return 0
     report = {
@@ -70,6 +71,7 @@ def main() -> int:
         "cpu_without_amx": cpu_avx512,
         "model": model,
         "model_fp8": fp8,
+        "goodput": goodput,
         "kernels": kernels,
         "ceilings": table(out / "ceilings.tsv"),
     }

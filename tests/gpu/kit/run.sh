@@ -16,19 +16,21 @@
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value: prefill, blocking, decode, operators
 #              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
-#   fp8        the same with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
+#   fp8        "model" with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
+#   goodput    that shape served by the engine: the highest rate of a trace's requests (pack.sh) at which 90 % have their first
+#              token in time, by policy and granularity; GOODPUT_S=160 seconds (flowprefill bench goodput --shape)
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
 #   ncu        a profile of the attention kernel
 #   hol        short prompts while a long one is prefilled, by the engine; only if it is named
 #
 # $OUT (out/gpu-kit) gets, anew after every stage, so that a killed command leaves what was done: summary.tsv (second,
-# stage, status), logs.tar.gz, kernel_bench.tsv, ceilings.tsv, model_bench.json, fp8_bench.json, hol.json; from a machine
+# stage, status), logs.tar.gz, kernel_bench.tsv, ceilings.tsv, model_bench.json, goodput.json, fp8_bench.json, hol.json; from a machine
 # with a GPU <card>-<commit>.json, all of it in one. Status 77 of a stage: no GPU. PYTHON: an interpreter with torch.
 set -u
 BUDGET=${1:-540}
 shift || true
-STAGES=${*:-probe build tests import pytest alone cpu kernels ceilings model fp8 sanitizer source ncu}
+STAGES=${*:-probe build tests import pytest alone cpu kernels ceilings model goodput fp8 sanitizer source ncu}
 START=$(date +%s)
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 KIT=$REPO/.gpu-kit
@@ -225,6 +227,19 @@ if wants ceilings; then
 fi
 wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
   --json "$OUT/model_bench.json"
+if wants goodput; then
+  trace=$(find "$KIT/traces" -name '*.jsonl' 2>/dev/null | head -n 1) # without one: the bench's synthetic requests
+  seconds=$(($(left) < ${GOODPUT_S:-160} ? $(left) : ${GOODPUT_S:-160}))
+  rm -f "$LOGS/goodput-points.json" # each point as it is measured, in case it is killed
+  # Objectives as tight for this card as the published ones are for theirs. The first prompts of a trace at each rate, as many as
+  # come in 8 s. In turns, so that an early end leaves something of each setting.
+  stage goodput $((seconds + 15)) 60 "$PY" -m flowprefill bench goodput --backend engine --one-engine \
+    --shape "${GOODPUT_SHAPE:-llama-3.1-8b}" --device "${GOODPUT_DEVICE:-cuda}" --kv-cache-gib "${GOODPUT_KV_GIB:-48}" \
+    ${trace:+--trace "$trace"} --length-scale "${GOODPUT_LENGTHS:-1}" --carry-slo --point-s 8 --rate-step 1.1 \
+    --guess-profile llama-3.1-8b@h200 --target 0.9 --ours slack_edf+budget:0.5 --setting fcfs+none --setting slack_edf+chunk:512 \
+    --setting s_edf_paper+operator --setting slack_edf+budget:0.5 --budget "$(awk "BEGIN { print $seconds / 60 }")" \
+    --resume "$LOGS/goodput-points.json" --json "$OUT/goodput.json"
+fi
 # In a process of its own: an error that stays on the device takes no figure of bf16 with it.
 wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
   --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$OUT/fp8_bench.json"

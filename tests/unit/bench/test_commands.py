@@ -14,8 +14,10 @@ import transformers
 from flowprefill import Engine, EngineConfig, Request, SamplingParams
 from flowprefill.bench.goodput import engine_backend
 from flowprefill.bench.goodput.engine_backend import EngineBackend, UrlBackend
+from flowprefill.bench.goodput.lab import POINT_REQUESTS
 from flowprefill.bench.goodput.setting import Setting
 from flowprefill.bench.http_client import running_server
+from flowprefill.bench.random_model import SHAPES, RandomCheckpoint
 from flowprefill.bench.transformers_model import TransformersModel
 from flowprefill.cli import main
 from flowprefill.errors import ConfigError
@@ -211,6 +213,42 @@ def test_goodput_on_an_engine_measures_each_setting(folder: Path, tmp_path: Path
     assert all(0 <= row["attainment"] <= 1 for row in report["by_rate"])
     assert report["settings"]["capacity_rps"] > 0
     assert "<svg" in (tmp_path / "out" / "goodput.html").read_text()
+
+
+def test_goodput_of_a_shape_needs_no_model_and_loads_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        engine_backend, "Engine", lambda *args: made.append(Engine(*args)) or made[-1]
+    )
+    path = tmp_path / "report.json"
+    flags = ["--backend", "engine", "--shape", "tiny", "--one-engine", "--device", "cpu"]
+    load = ["--length-scale", "0.05", "--kv-cache-gib", "0.1", "--point-s", "0.01"]
+    settings = ["fcfs+none", "slack_edf+chunk:32", "slack_edf+budget:0.5"]
+    flags += ["--target", "0.5", "--rate-step", "1.5", "--budget", "0.5", "--requests", "90"]
+    flags += [flag for one in settings for flag in ("--setting", one)]
+    command = ["bench", "goodput", *flags, *load, "--ours", settings[-1], "--json", str(path)]
+    assert main(command) == 0
+    report = json.loads(path.read_text())
+    assert [row["setting"] for row in report["rows"]] == settings
+    assert len(made) == 1
+    assert not made[0].is_ready
+    served = {row["setting"]: row for row in report["by_rate"]}
+    assert served.keys() == set(settings)
+    for row in served.values():
+        assert POINT_REQUESTS <= row["requests"] <= 90
+        assert row["failed"] == 0
+        assert row["median_ttft_s"] > 0
+        assert sum(one["attainment"] > 0 for one in row["by_class"].values()) > 0
+    assert report["settings"]["engine"]["rates"]["gemm_flops_per_s"] > 0
+
+
+def test_a_checkpoint_of_random_weights_has_a_tokenizer_of_bytes() -> None:
+    tokenizer = RandomCheckpoint("tiny", SHAPES["tiny"]()).tokenizer
+    ids = tokenizer.encode("né 東")
+    assert ids == list("né 東".encode())
+    assert tokenizer.decode([*ids, 500]) == "né 東"
 
 
 def test_goodput_engine_backend_serves_equal_requests_and_times_them(folder: Path) -> None:

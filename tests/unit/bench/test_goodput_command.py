@@ -14,7 +14,7 @@ import pytest
 
 from flowprefill import cli
 from flowprefill.bench.goodput.chart import cumulative, ticks
-from flowprefill.bench.goodput.lab import Lab, Place
+from flowprefill.bench.goodput.lab import POINT_REQUESTS, Lab, Place
 from flowprefill.bench.goodput.measurement import Measurement
 from flowprefill.bench.goodput.records import Records
 from flowprefill.bench.goodput.results import Ideals, rates_of, rows_of, sweep
@@ -118,6 +118,16 @@ def test_budget_counts_the_span_of_what_is_sent_in_real_time() -> None:
     assert not lab.has_time_for(Place(OURS, 0, 0))
 
 
+def test_a_point_serves_the_first_requests_for_so_long_or_so_many() -> None:
+    lab = make_lab()
+    times = (TraceRequest(n / 2, 10, ttft_s=1.0) for n in range(1000))
+    lab.samples, lab.point_s = [Trace("t", tuple(times))], 20.0
+    for rate_rps in (1.0, 2.0, 10.0):
+        requests = lab.requests_at(Place(OURS, 0, lab.index_of(rate_rps)))
+        assert len(requests) == pytest.approx(max(20 * rate_rps, POINT_REQUESTS), abs=2)
+        assert requests[-1].at_s == pytest.approx((len(requests) - 1) / rate_rps, rel=0.01)
+
+
 def test_sweep_compares_with_ours_at_equal_places() -> None:
     lab = make_lab()
     rows = sweep(lab, [FIRST, OURS], [lab.index_of(3.0)], [1.0, 0.5])
@@ -186,6 +196,9 @@ def test_quick_simulation_reports_rates_and_draws_a_page(
         (["--setting", "fcfs"], "expected POLICY+GRANULARITY"),
         (["--slo-scale", "0"], "slo_scale: got 0.0"),
         (["--loads", "0"], "loads: got 0.0"),
+        (["--rate-step", "1"], "rate_step: got 1.0, expected a ratio"),
+        (["--point-s", "-1"], "point_s: got -1.0"),
+        (["--ours", "mine"], "expected POLICY+GRANULARITY"),
         (["--backend", "http://localhost:1", "--setting", "fcfs+none"], "has its own"),
         (["--objectives", "mine"], "expected one of qwen-8b"),
     ],
