@@ -110,6 +110,10 @@ def run(args: argparse.Namespace) -> int:
     report = Report("goodput", _described(args, settings, workload, lab))
     try:
         _measure(args, lab, settings, report, workload)
+    except BaseException:  # an interrupt too: what was measured is worth keeping
+        report.extra.setdefault("by_rate", results.measured(lab, settings))
+        report.write(args.json)
+        raise
     finally:
         lab.records.write()
         backend.close()
@@ -168,7 +172,13 @@ def _backend_of(args: argparse.Namespace) -> Backend:
         settings = {name: getattr(args, name) for name in names}
         shape = args.shape
         model = RandomCheckpoint(shape, SHAPES[shape]()) if shape else args.model
-        return EngineBackend(model, keeps_engine=args.one_engine, **settings)
+        say("loading, calibrating, and measuring prompts alone")
+        found = EngineBackend(model, keeps_engine=args.one_engine, **settings)
+        say(f"engine on {found.description['device']}, started in "
+            f"{found.description['start_s']:.1f} s; "
+            f"products {found.rates.gemm_flops_per_s / 1e12:.1f} TFLOP/s, "
+            f"attention {found.rates.attention_flops_per_s / 1e12:.1f}")  # fmt: skip
+        return found
     return UrlBackend(args.backend, args.vocab_size)
 
 

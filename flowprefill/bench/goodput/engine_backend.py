@@ -23,7 +23,7 @@ from flowprefill.config import EngineConfig
 from flowprefill.engine import Engine
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.records import RequestRecord
-from flowprefill.errors import FlowPrefillError
+from flowprefill.errors import FlowPrefillError, NotReady
 from flowprefill.models.checkpoint import Checkpoint
 from flowprefill.request import SLO, Request, SamplingParams
 from flowprefill.traces import TraceRequest
@@ -110,11 +110,17 @@ class EngineBackend:
         self._settings = {"prefix_cache": False, **settings}
         self._kept: Engine | None = None
         self._warmed: set[tuple[str, int]] = set()
+        since_s = time.monotonic()
         engine = self._made(Setting("fcfs", "none"))
+        start_s = time.monotonic() - since_s
         try:
             self.vocab_size, self.max_model_len = engine.vocab_size, engine.max_model_len
             self.rates = engine.rates
-            self.description = engine.describe() | {"rates": asdict(self.rates)}
+            self.description = engine.describe() | {
+                "rates": asdict(self.rates),
+                "start_s": start_s,
+                "max_model_len": self.max_model_len,
+            }
             self._solo_s = measured_solo(engine)
         except BaseException:
             engine.close(0.0)
@@ -143,6 +149,7 @@ class EngineBackend:
         if self._kept is not None:
             self._kept.close(0.0)
             self._kept = None
+            gc.unfreeze()
 
     @contextmanager
     def _engine(self, setting: Setting, most_tokens: int) -> Iterator[Engine]:
@@ -153,6 +160,8 @@ class EngineBackend:
                 _warm(engine, [min(tokens, most_tokens) for tokens in (*WARM_TOKENS, most_tokens)])
                 yield engine
             return
+        if self._kept.has_failed:
+            raise NotReady("engine: it has failed, the log says why; nothing more can be measured")
         _switch(self._kept, setting)
         shapes = setting.granularity, setting.most_batch_tokens
         if shapes not in self._warmed:

@@ -244,6 +244,25 @@ def test_goodput_of_a_shape_needs_no_model_and_loads_once(
     assert report["settings"]["engine"]["rates"]["gemm_flops_per_s"] > 0
 
 
+def test_goodput_writes_what_was_measured_before_its_engine_failed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    original = EngineBackend._measured
+
+    def once(backend: EngineBackend, *args: Any) -> Any:
+        assert backend._kept is not None
+        measured = original(backend, *args)
+        backend._kept._core.has_failed = True
+        return measured
+
+    monkeypatch.setattr(EngineBackend, "_measured", once)
+    flags = ["--backend", "engine", "--one-engine", "--model", str(folder), "--device", "cpu"]
+    flags += ["--quick", "--length-scale", "0.05", "--kv-cache-gib", "0.1", "--rate-step", "1.5"]
+    assert main(["bench", "goodput", *flags, "--json", str(path)]) != 0
+    assert [row["requests"] for row in json.loads(path.read_text())["by_rate"]] == [60]
+
+
 def test_a_checkpoint_of_random_weights_has_a_tokenizer_of_bytes() -> None:
     tokenizer = RandomCheckpoint("tiny", SHAPES["tiny"]()).tokenizer
     ids = tokenizer.encode("né 東")
