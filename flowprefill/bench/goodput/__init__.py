@@ -1,10 +1,12 @@
 """`flowprefill bench goodput`: the highest rate at which policies meet their objectives.
 
-command.py has the flags and the order of work; backends measure, searches ask, reports show.
+arguments.py has the flags, command.py the order of work; backends measure, searches ask, reports
+show.
 """
 
 from __future__ import annotations
 
-from flowprefill.bench.goodput.command import add_arguments, run
+from flowprefill.bench.goodput.arguments import add_arguments
+from flowprefill.bench.goodput.command import run
 
 __all__ = ["add_arguments", "run"]
