@@ -148,6 +148,28 @@ TEST_P(Sample, ARowOf50257) {
   }
 }
 
+// No width that a device might like; from narrow distributions to nearly even ones, in which one
+// threshold has thousands of near neighbours.
+TEST_P(Sample, ARowOf200003) {
+  const int32_t width = 200003;
+  engine.seed(12);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> values(static_cast<size_t>(width));
+  for (float& value : values)
+    value = normal(engine);
+  for (const SamplingParams p :
+       {SamplingParams{.temperature = 0.5f, .top_p = 0.9f, .uniform = 0.618f},
+        SamplingParams{.temperature = 1, .top_k = 3000, .uniform = 0.7f},
+        SamplingParams{
+            .temperature = 1, .top_k = 50, .top_p = 0.9f, .min_p = 0.2f, .uniform = 0.5f},
+        SamplingParams{.temperature = 1, .uniform = 0.4f},
+        SamplingParams{.temperature = 1000, .top_p = 0.7f, .uniform = 0.3f}}) {
+    const int32_t token = sample(values, {p}).front();
+    EXPECT_TRUE(allowed(values.data(), width, p, 5e-6).contains(token))
+        << token << ", temperature " << p.temperature << ", top_k " << p.top_k;
+  }
+}
+
 // Every token of the distribution once, by its share of the uniform numbers.
 TEST_P(Sample, UniformNumbersArePartedAsTheWeightsAre) {
   const std::vector<float> row = {std::log(1.0f), std::log(4.0f), -kInfinity, std::log(2.0f),
@@ -186,6 +208,59 @@ TEST_P(Sample, OfEqualTokensTheFirstStay) {
   EXPECT_EQ(last({.top_k = 4, .top_p = 0.99f}), 5);  // top_k leaves 0, top_p keeps it
   EXPECT_EQ(first({.top_k = 4, .top_p = 0.99f}), 0);
   EXPECT_EQ(first({.top_p = 0.99f, .min_p = 0.5f}), 1);  // min_p comes first
+}
+
+// More equal ones than any list of candidates may have room for.
+TEST_P(Sample, OfManyEqualTokensTheFirstStay) {
+  const int32_t width = 3001;
+  const std::vector<float> alike(width, 0.25f);
+  const auto of_alike = [&, this](SamplingParams p) {
+    p.temperature = 0.7f;
+    return sample(alike, {p}).front();
+  };
+  EXPECT_EQ(of_alike({.top_k = 4, .uniform = 0.6f}), 2);
+  EXPECT_EQ(of_alike({.uniform = 0.5f}), 1500);
+  EXPECT_EQ(of_alike({.top_k = width, .uniform = 0.5f}), 1500);
+  EXPECT_EQ(of_alike({.top_k = width - 1, .uniform = 1.0f}), width - 2);
+  EXPECT_EQ(of_alike({.top_p = 0.5f, .uniform = 0.999f}), 1499);  // of 1501
+  EXPECT_EQ(of_alike({.top_k = 2000, .top_p = 0.5f, .uniform = 1.0f}), 999);
+  EXPECT_EQ(of_alike({.top_p = 1e-6f, .uniform = 1.0f}), 0);
+  EXPECT_EQ(of_alike({.min_p = 1, .uniform = 1.0f}), width - 1);
+
+  std::vector<float> some_ahead(5000, 1.0f);
+  std::fill_n(some_ahead.begin(), 5, 2.0f);
+  const auto last = [&, this](SamplingParams p) {
+    p.temperature = 1;
+    p.uniform = 0.99999f;
+    return sample(some_ahead, {p}).front();
+  };
+  EXPECT_EQ(last({.top_k = 1005}), 1004);
+  EXPECT_EQ(last({.top_p = 0.5f}), 2495);  // 13.6 of five, 2491 of the others: half of 5008.6
+  EXPECT_EQ(last({.top_k = 1005, .top_p = 0.5f}), 498);  // 13.6 and 494, half of 1013.6
+  EXPECT_EQ(last({.top_p = 0.5f, .min_p = 0.5f}), 2);
+}
+
+TEST_P(Sample, TopKOfTheWholeRowLeavesAll) {
+  engine.seed(6);
+  const int32_t width = 1203;
+  std::vector<float> row(static_cast<size_t>(width));
+  for (float& value : row)
+    value = real(-3, 3);
+  for (const float uniform : {0.0f, 0.3f, 0.999f}) {
+    const auto with = [&, this](int32_t top_k) {
+      return sample(row, {{.temperature = 1, .top_k = top_k, .uniform = uniform}}).front();
+    };
+    EXPECT_EQ(with(width), with(0));
+    EXPECT_EQ(with(width + 1), with(0));
+  }
+}
+
+TEST_P(Sample, TheSmallestNumbersAreInOrder) {
+  const std::vector<float> row = {1e-40f, -0.0f, 0.0f, -1e-40f};  // as likely as each other
+  for (int32_t top_k = 1; top_k <= 4; ++top_k) {
+    EXPECT_EQ(sample(row, {{.temperature = 1, .top_k = top_k, .uniform = 0.99f}}),
+              std::vector{top_k - 1});
+  }
 }
 
 TEST_P(Sample, ZeroAndMinusZeroAreEqual) {

@@ -298,6 +298,15 @@ int32_t Thread::shuffle_xor(int32_t value, int mask) const {
   return static_cast<int32_t>(block_->operands(index_).value);
 }
 
+uint32_t Thread::add(uint32_t* shared, uint32_t value) const {
+  auto* bytes = reinterpret_cast<unsigned char*>(shared);
+  if (bytes < block_->shared() || bytes + sizeof value > block_->shared_end())
+    throw Violation("addition outside of shared memory");
+  const uint32_t before = *shared;
+  *shared += value;
+  return before;
+}
+
 void Thread::copy_16(void* to, const void* from, bool is_valid) const {
   auto* bytes = static_cast<unsigned char*>(to);
   const bool is_inside = bytes >= block_->shared() && bytes + 16 <= block_->shared_end();

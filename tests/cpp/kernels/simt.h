@@ -43,6 +43,7 @@ class Thread {
   void sync() const;
   float shuffle_xor(float value, int mask) const;
   int32_t shuffle_xor(int32_t value, int mask) const;
+  uint32_t add(uint32_t* shared, uint32_t value) const;
   void copy_16(void* to, const void* from, bool is_valid) const;
   void wait_for_copies() const;
   void load_matrices(const void* row, uint32_t (&out)[4]) const;

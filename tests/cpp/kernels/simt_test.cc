@@ -104,6 +104,22 @@ TEST(Simt, ACopyArrivesAtItsWaitAndNotBefore) {
   });
 }
 
+TEST(Simt, AddsOneAfterTheOtherAndOnlyInside) {
+  std::multiset<uint32_t> before;
+  simt::launch({.threads = 64, .shared_bytes = 8}, [&](const Thread& t) {
+    auto* shared = t.shared<uint32_t>();
+    if (t.index() == 0)
+      shared[1] = 5;
+    t.sync();
+    before.insert(t.add(shared + 1, 2));
+    EXPECT_THROW(t.add(shared + 2, 1), simt::Violation);
+  });
+  EXPECT_EQ(before.size(), 64u);
+  EXPECT_EQ(std::set(before.begin(), before.end()).size(), 64u);
+  EXPECT_EQ(*before.begin(), 5u);
+  EXPECT_EQ(*before.rbegin(), 5u + 2 * 63);
+}
+
 TEST(Simt, AMissingBarrierShows) {
   // Without sync() between write and read some order of threads reads NaN.
   int wrong = 0;

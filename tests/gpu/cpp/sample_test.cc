@@ -67,7 +67,9 @@ class Sample : public DeviceTest {
 };
 
 TEST_F(Sample, GivesTheTokenOfTheSortingSampler) {
-  for (const int32_t width : {1, 203, kIsDouble ? 350 : 128256}) {
+  const std::vector<int32_t> wide = {128256, 128259, 200003};
+  for (const int32_t width :
+       kIsDouble ? std::vector{1, 203, 350} : std::vector{1, 203, wide[0], wide[1], wide[2]}) {
     std::vector<SamplingParams> params;
     for (int i = 0; i < 12; ++i) {
       params.push_back({.temperature = 0.3f + 0.2f * static_cast<float>(i),
@@ -116,6 +118,30 @@ TEST_F(Sample, ExactCases) {
         {.temperature = 1, .top_k = 4, .uniform = 0.6f},
         {.temperature = 1, .min_p = 0.5f, .uniform = 0.99f},
         {.temperature = 1, .top_p = 0.01f, .uniform = 0.99f},
+        {.temperature = 1}});
+  expect_kernel([&](cudaStream_t s) { return launch_sample(args(Place::kDevice), s); },
+                [&] { fake_kernels::sample(args(Place::kHost)); });
+}
+
+// Thresholds among more equal tokens than the kernel's list has room for; whole numbers of weights,
+// so no rounding decides.
+TEST_F(Sample, ManyEqualTokens) {
+  constexpr int32_t kWidth = kIsDouble ? 2503 : 128259;
+  std::vector<float> logits(size_t{10} * (kWidth + 1), 0.25f);
+  for (const int32_t index : {6, 7})  // one is far ahead
+    logits[static_cast<size_t>(index * (kWidth + 1) + kWidth / 2)] = 60.0f;
+  for (int32_t i = 0; i < kWidth; ++i)  // as likely as each other, but not equal
+    logits[static_cast<size_t>(8 * (kWidth + 1) + i)] = static_cast<float>(i % 5 - 2) * 1e-40f;
+  make(kWidth, logits,
+       {{.temperature = 1, .uniform = 0.5f},
+        {.temperature = 1, .top_k = 4, .uniform = 0.6f},
+        {.temperature = 1, .top_k = kWidth, .uniform = 0.7f},
+        {.temperature = 1, .top_k = kWidth - 1, .uniform = 0.9999999f},
+        {.temperature = 1, .top_p = 0.5f, .uniform = 0.8f},
+        {.temperature = 1, .top_k = 2000, .top_p = 0.25f, .min_p = 0.5f, .uniform = 0.7f},
+        {.temperature = 1, .top_k = 1500, .top_p = 0.999f, .uniform = 0.9f},
+        {.temperature = 1, .min_p = 0.1f, .uniform = 0.9f},
+        {.temperature = 1, .top_k = 7, .uniform = 0.9f},
         {.temperature = 1}});
   expect_kernel([&](cudaStream_t s) { return launch_sample(args(Place::kDevice), s); },
                 [&] { fake_kernels::sample(args(Place::kHost)); });

@@ -1,6 +1,7 @@
 // Section "rows": the kernels that read and write rows once, and sampling.
 #include <numeric>
 #include <random>
+#include <utility>
 
 #include "kernel_bench.h"
 
@@ -114,23 +115,31 @@ void bench_fp8_rows(cudaStream_t stream) {
   }
 }
 
+// Logits as a wide nucleus has them: some 25,000 tokens make up 95 %.
 void bench_sampling(cudaStream_t stream) {
-  DeviceBuffer logits(size_t{kVocab} * 4 * 32), tokens(32 * 4);
+  constexpr int kMost = 256;
+  DeviceBuffer logits(size_t{kVocab} * 4 * kMost), tokens(kMost * 4);
   std::vector<float> random(kVocab);
   std::mt19937 engine(3);
   std::normal_distribution<float> normal;
   for (float& value : random)
     value = 2 * normal(engine);
-  for (int i = 0; i < 32; ++i)
+  for (int i = 0; i < kMost; ++i)
     FP_CUDA(cudaMemcpy(logits.get() + size_t{kVocab} * 4 * static_cast<size_t>(i), random.data(),
                        kVocab * 4, cudaMemcpyHostToDevice));
-  for (const bool is_random : {false, true}) {
-    std::vector<SamplingParams> p(32);
-    if (is_random)
-      for (auto& one : p)
-        one = {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f, .min_p = 0, .uniform = 0.5f};
-    const DeviceBuffer params = on_device(p);
-    for (const int n : {1, 32}) {
+  const std::pair<const char*, SamplingParams> cases[] = {
+      {"greedy", {}},
+      {"temperature", {.temperature = 0.8f, .uniform = 0.5f}},
+      {"min_p 0.05", {.temperature = 0.8f, .min_p = 0.05f, .uniform = 0.5f}},
+      {"top_k 50, top_p 0.95", {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f, .uniform = 0.5f}},
+      {"top_k 50, top_p 0.95, min_p 0.05",
+       {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f, .min_p = 0.05f, .uniform = 0.5f}},
+      {"top_k 5000", {.temperature = 0.8f, .top_k = 5000, .uniform = 0.5f}},
+      {"top_p 0.95", {.temperature = 0.8f, .top_p = 0.95f, .uniform = 0.5f}},
+      {"top_p 0.7, nearly even", {.temperature = 1000, .top_p = 0.7f, .uniform = 0.5f}}};
+  for (const auto& [what, one] : cases) {
+    const DeviceBuffer params = on_device(std::vector<SamplingParams>(kMost, one));
+    for (const int n : {1, 32, 64, kMost}) {
       const double us = device_us(
           [&](cudaStream_t s) {
             FP_CUDA(launch_sample({.logits = floats(logits),
@@ -142,9 +151,7 @@ void bench_sampling(cudaStream_t stream) {
                                   s));
           },
           stream);
-      say("rows",
-          std::string("sample ") + (is_random ? "top_k 50, top_p 0.95" : "greedy") + ", rows " +
-              std::to_string(n),
+      say("rows", std::string("sample ") + what + ", rows " + std::to_string(n),
           text("%.1f us", us));
     }
   }

@@ -21,8 +21,10 @@
 
 #if FP_ON_DEVICE
 #define FP_UNROLL _Pragma("unroll")
+#define FP_ROLLED _Pragma("unroll 1")  // a body too large to stand there several times
 #else
 #define FP_UNROLL
+#define FP_ROLLED
 #endif
 
 namespace flowprefill {

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kSampleThreads = 1024;
 
-extern __shared__ unsigned char shared_memory[];
+extern __shared__ __align__(16) unsigned char shared_memory[];
 
 __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleArgs args) {
   sample_body(DeviceThread(shared_memory), args);

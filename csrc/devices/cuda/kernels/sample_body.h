@@ -7,169 +7,102 @@
 // number so gives the same token, unless it, or a threshold, falls within the rounding of the
 // weights. Here a weight is a fixed-point number of 40 bits below the largest: sums are exact and
 // do not depend on the order of adding, so a row gives the same token in any batch.
+//
+// After the pass for the largest logit there are two ways, with the same choice. Mostly min_p or
+// top_k leave candidates for one list in shared memory, one for each thread: all is decided there.
+// Otherwise passes over the row follow.
 #pragma once
 
-#include "devices/cuda/kernels/block_sums.h"
-#include "devices/cuda/kernels/sample_args.h"
+#include "devices/cuda/kernels/sample_filters.h"
 
 namespace flowprefill {
 
-// Bits of a threshold found in one pass over the row; each takes a sum for every value they have.
-constexpr int kBitsPerPass = 3;
-constexpr int kSumsPerPass = (1 << kBitsPerPass) - 1;
-static_assert(kSumsPerPass <= kMaxSums);
-
-constexpr int32_t sample_shared_bytes(int32_t threads) {
-  return sum_words(threads) * static_cast<int32_t>(sizeof(uint64_t));
+// What tokens have to weigh together for top_p, of `total`; at least 1.
+FP_HD uint64_t share_of(float top_p, uint64_t total) {
+  const double share = static_cast<double>(top_p) * static_cast<double>(total);
+  auto wanted = static_cast<uint64_t>(share > 1.0 ? share : 1.0);
+  wanted += static_cast<double>(wanted) < share ? 1 : 0;
+  return wanted < total ? wanted : total;
 }
 
-// A number that orders logits as their values do; NaN aside. -0 equals 0.
-FP_HD uint32_t order_of(float logit) {
-  const uint32_t bits = bits_of(logit + 0.0f);
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-FP_HD float logit_of(uint32_t order) {
-  return float_of((order & 0x80000000u) != 0 ? order & 0x7fffffffu : ~order);
-}
-
-// One row and which of its tokens are left.
-struct SampledRow {
-  const float* logits;
-  int32_t width;
-  float top;                 // the largest logit
-  float log2_scale;          // log2(e) / temperature
-  float least_weight;        // min_p
-  uint32_t least_order = 0;  // what is ordered below is out, and of what equals it ids beyond
-  int32_t last_id;
-
-  FP_HD float weight(float logit) const { return exp2_of((logit - top) * log2_scale); }
-  FP_HD bool has(float logit, int32_t id) const {
-    const uint32_t order = order_of(logit);
-    return weight(logit) >= least_weight &&
-           (order > least_order || (order == least_order && id <= last_id));
-  }
-};
-
-// What a token counts for.
-struct OneEach {
-  FP_HD uint64_t operator()(const SampledRow&, float) const { return 1; }
-};
-struct ItsWeight {
-  FP_HD uint64_t operator()(const SampledRow& row, float logit) const {
-    return static_cast<uint64_t>(row.weight(logit) * 1099511627776.0f);  // 2^40
-  }
-};
-
-// Sum over the tokens that are left.
-template <class Counted, class Thread>
-FP_HD uint64_t total_of(const Thread& t, const SampledRow& row, uint64_t* scratch) {
-  uint64_t sum[1] = {0};
-  for (int32_t id = t.index(); id < row.width; id += t.count()) {
-    const float logit = row.logits[id];
-    sum[0] += row.has(logit, id) ? Counted()(row, logit) : 0;
-  }
-  block_sums(t, sum, scratch);
-  return sum[0];
+// The weight that the drawn token's passes. A uniform number that was rounded up to 1 means the
+// last token.
+FP_HD uint64_t target_of(float uniform, uint64_t total) {
+  const double at = static_cast<double>(uniform) * static_cast<double>(total);
+  const auto target = static_cast<uint64_t>(at > 0.0 ? at : 0.0);
+  return target < total ? target : total - 1;
 }
 
-// Leaves the fewest most likely tokens that count for at least `wanted`, 1 <= wanted <= the total.
-template <class Counted, class Thread>
-FP_HD void keep_most_likely(const Thread& t, uint64_t wanted, SampledRow* row, uint64_t* scratch) {
-  // The largest order with enough at or above it, from the highest bits down.
-  uint32_t order = 0;
-  uint64_t above = 0;  // counted beyond what the bits so far can reach
-  for (int shift = 30; shift >= 0; shift -= kBitsPerPass) {
-    uint64_t sums[kSumsPerPass] = {};  // [i]: at or above order + (i + 1 << shift)
-    for (int32_t id = t.index(); id < row->width; id += t.count()) {
-      const float logit = row->logits[id];
-      const uint32_t its = order_of(logit);
-      if (its < order || !row->has(logit, id))
-        continue;
-      const uint32_t step = (its - order) >> shift;
-      const uint64_t counted = Counted()(*row, logit);
-      FP_UNROLL for (uint32_t i = 0; i < kSumsPerPass; ++i) sums[i] += step > i ? counted : 0;
-    }
-    block_sums(t, sums, scratch);
-    uint32_t taken = 0;
-    FP_UNROLL for (uint32_t i = 0; i < kSumsPerPass; ++i) taken += sums[i] >= wanted ? 1 : 0;
-    FP_UNROLL for (uint32_t i = 0; i < kSumsPerPass; ++i) above = i == taken ? sums[i] : above;
-    order += taken << shift;
-  }
-  // Of the equal ones at the threshold, so many that it is enough.
-  const uint64_t each = Counted()(*row, logit_of(order));
-  const uint64_t needed = (wanted - above + each - 1) / each;
-  const int32_t last = passing(t, row->width, needed - 1, scratch, [row, order](int32_t id) {
-    const float logit = row->logits[id];
-    return order_of(logit) == order && row->has(logit, id) ? uint64_t{1} : uint64_t{0};
-  });
-  row->least_order = order;
-  row->last_id = last;
-}
-
-// The largest logit and its first token; kNoToken for a row without an answer. The same in all
-// threads.
+// From a list of `n` weights with all tokens that top_k, top_p and the draw can take.
 template <class Thread>
-FP_HD int32_t most_likely(const Thread& t, const float* logits, int32_t width, uint64_t* scratch,
-                          float* top) {
-  float best = minus_infinity();
-  int32_t token = width;
-  int32_t is_bad = 0;
-  const auto take = [&best, &token](float value, int32_t id) {
-    if (value > best || (value == best && id < token)) {
-      best = value;
-      token = id;
-    }
-  };
-  for (int32_t id = t.index(); id < width; id += t.count()) {
-    const float value = logits[id];
-    is_bad |= value < -minus_infinity() ? 0 : 1;  // NaN is not
-    take(value, id);
+FP_HD int32_t draw_from_list(const Thread& t, const SamplingParams& params, int32_t n,
+                             const SampleScratch& s) {
+  const bool is_mine = t.index() < n;
+  const Candidate mine = is_mine ? s.list[t.index()] : Candidate{0, 0};
+  Above over;
+  if (is_mine && (params.top_k > 0 || params.top_p < 1.0f))
+    over = above(s.list, n, mine.key);
+  bool is_left = is_mine && (params.top_k <= 0 || over.tokens < params.top_k);
+  uint64_t total = block_sum(t, is_left ? mine.counts : 0, s.sums);
+  if (params.top_p < 1.0f) {
+    is_left = is_left && over.count < share_of(params.top_p, total);
+    total = block_sum(t, is_left ? mine.counts : 0, s.sums);
   }
-  FP_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
-    const float value = t.shuffle_xor(best, mask);
-    take(value, t.shuffle_xor(token, mask));
-    is_bad |= t.shuffle_xor(is_bad, mask);
-  }
-  const int32_t warps = t.count() / 32;
-  auto* values = reinterpret_cast<float*>(scratch);
-  auto* tokens = reinterpret_cast<int32_t*>(values + warps);
-  if (t.lane() == 0) {
-    values[t.warp()] = best;
-    tokens[t.warp()] = is_bad != 0 ? kNoToken : token;
+  if (is_mine && !is_left)
+    s.list[t.index()].counts = 0;
+  t.sync();
+  if (is_left) {
+    const uint64_t target = target_of(params.uniform, total);
+    uint64_t before = 0;
+    for (int32_t i = 0; i < n; ++i)
+      before += s.list[i].id() < mine.id() ? s.list[i].counts : 0;
+    if (before <= target && target < before + mine.counts)  // one thread
+      *s.index = mine.id();
   }
   t.sync();
-  for (int32_t warp = 0; warp < warps; ++warp) {
-    is_bad |= tokens[warp] == kNoToken ? 1 : 0;
-    take(values[warp], tokens[warp]);
+  return *s.index;
+}
+
+// The last bin up to which there are at least top_k tokens, by the largest of each tile alone, or
+// kLastBin; -1 if they surely are too many for a list.
+template <class Thread>
+FP_HD int32_t last_bin_of_list(const Thread& t, int32_t top_k, const SampledRow& row,
+                               const SampleScratch& s) {
+  clear_bins(t, s);
+  for (int32_t tile = 0; tile * row.groups_of_tile < row.groups; ++tile) {
+    const float largest = largest_of_tile(t, s.largest, tile);
+    if (row.parts(largest).value() != 0)
+      add_to_bin(t, s, row.bin(largest), 1);
   }
-  t.sync();  // scratch may be written again
-  *top = best;
-  return is_bad != 0 || best == minus_infinity() ? kNoToken : token;
+  const FoundBin found = find_bin(
+      t, s, [top_k](uint64_t) { return top_k > 0 ? static_cast<uint64_t>(top_k) : ~uint64_t{0}; });
+  if (found.with > static_cast<uint64_t>(t.count()))
+    return -1;
+  return found.bin < 0 ? kLastBin : found.bin;
 }
 
 template <class Thread>
 FP_HD int32_t draw(const Thread& t, const SamplingParams& params, SampledRow* row,
-                   uint64_t* scratch) {
-  if (params.top_k > 0 && params.top_k < row->width) {
-    const auto wanted = static_cast<uint64_t>(params.top_k);
-    if (wanted < total_of<OneEach>(t, *row, scratch))
-      keep_most_likely<OneEach>(t, wanted, row, scratch);
+                   const SampleScratch& s) {
+  const int32_t last = last_bin_of_list(t, params.top_k, *row, s);
+  if (last >= 0) {
+    const int32_t n = fill_list(t, Counted::kItsWeight, *row, s, 0, last);
+    if (n <= t.count())
+      return draw_from_list(t, params, n, s);
   }
-  uint64_t total = total_of<ItsWeight>(t, *row, scratch);
-  if (params.top_p < 1.0f) {
-    const double share = static_cast<double>(params.top_p) * static_cast<double>(total);
-    auto wanted = static_cast<uint64_t>(share > 1.0 ? share : 1.0);
-    wanted += static_cast<double>(wanted) < share ? 1 : 0;
-    keep_most_likely<ItsWeight>(t, wanted < total ? wanted : total, row, scratch);
-    total = total_of<ItsWeight>(t, *row, scratch);
+  FP_ROLLED for (int filter = 0; filter < 2; ++filter) {
+    const bool is_top_k = filter == 0;
+    const Counted counted = is_top_k ? Counted::kOneEach : Counted::kItsWeight;
+    if (is_top_k ? params.top_k <= 0 || params.top_k >= row->width : params.top_p >= 1.0f)
+      continue;
+    const auto wanted_of = [&params, is_top_k](uint64_t total) {
+      return is_top_k ? static_cast<uint64_t>(params.top_k) : share_of(params.top_p, total);
+    };
+    keep_most_likely(t, counted, wanted_of, row, s);
   }
-  // A uniform number that was rounded up to 1 means the last one.
-  const double at = static_cast<double>(params.uniform) * static_cast<double>(total);
-  const auto target = static_cast<uint64_t>(at > 0.0 ? at : 0.0);
-  return passing(t, row->width, target < total ? target : total - 1, scratch, [row](int32_t id) {
-    const float logit = row->logits[id];
-    return row->has(logit, id) ? ItsWeight()(*row, logit) : uint64_t{0};
-  });
+  return find_in_row(
+      t, *row, s, [](const Parts& parts, float) { return parts; },
+      [&params](uint64_t total) { return target_of(params.uniform, total); });
 }
 
 // One row per block_x(). Shared memory: sample_shared_bytes().
@@ -178,17 +111,15 @@ FP_HD void sample_body(const Thread& t, const SampleArgs& args) {
   const int32_t at = t.block_x();
   int32_t token = kNoToken;
   if (args.rows_in == nullptr || args.rows_in[at] >= 0) {  // the same for the whole block
-    auto* scratch = t.template shared<uint64_t>();
+    const SampleScratch scratch = scratch_of(t);
     const SamplingParams params = args.params[at];
-    SampledRow row = {.logits = args.logits + at * args.ld_logits,
-                      .width = args.width,
-                      .top = 0.0f,
-                      .log2_scale = 1.44269504088896340736f / params.temperature,
-                      .least_weight = params.min_p,
-                      .last_id = args.width};
-    token = most_likely(t, row.logits, row.width, scratch, &row.top);
-    if (token != kNoToken && params.temperature >= kGreedyBelow)
+    SampledRow row = row_of(t, args, at);
+    token = most_likely(t, &row, scratch.largest, scratch.sums);
+    if (token != kNoToken && params.temperature >= kGreedyBelow) {
+      row.log2_scale = 1.44269504088896340736f / params.temperature;
+      row.least_weight = params.min_p;
       token = draw(t, params, &row, scratch);
+    }
   }
   if (t.index() == 0)
     args.out[at] = token;

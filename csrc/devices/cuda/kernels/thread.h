@@ -50,6 +50,14 @@ class DeviceThread {
     return value;
   }
 
+  // Adds to shared memory, in one step for all threads; returns what was there before.
+  FP_HD uint32_t add(uint32_t* shared, uint32_t value) const {
+    uint32_t before = 0;
+    FP_DEVICE_ONLY(before = atomicAdd(shared, value);)
+    static_cast<void>(shared), static_cast<void>(value);
+    return before;
+  }
+
   // Starts a copy of 16 bytes from global to shared memory, of zeros where !is_valid (`from` is not
   // read then but must be an address). Both 16-byte aligned.
   FP_HD void copy_16(void* to, const void* from, bool is_valid) const {
