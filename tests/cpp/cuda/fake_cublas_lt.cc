@@ -185,10 +185,12 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
   ++fake_cublas_lt_asked;
   fake_cublas_lt_rows = static_cast<int>(as<Layout>(b).columns);
   auto& wants = as<std::map<cublasLtMatmulPreferenceAttributes_t, uint64_t>>(preference);
-  const bool is_as_documented =
-      wants.at(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) == CUBLASLT_REDUCTION_SCHEME_NONE &&
-      wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES) == 16 &&
-      wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES) == 16;
+  // The depth may be split for few rows only, and without atomics.
+  const uint64_t scheme = as<Layout>(b).columns < 2048 ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
+                                                       : CUBLASLT_REDUCTION_SCHEME_NONE;
+  const bool is_as_documented = wants.at(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) == scheme &&
+                                wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES) == 16 &&
+                                wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES) == 16;
   // Nothing for a depth of 8: what a library may say of any product.
   const bool takes = takes_fp8(as<Product>(product), as<Layout>(a), as<Layout>(b), as<Layout>(d));
   *count = is_as_documented && takes && as<Layout>(a).rows != 8 ? 1 : 0;

@@ -80,6 +80,17 @@ constexpr int32_t kOuterVectors = 3;  // a scale for each row of its A, and for 
 // Rows of the longest operator.
 constexpr int32_t kMostRows = 1 << 17;
 
+// Whether the depth may be split among blocks of threads. A product of few rows has too few tiles
+// to keep a GPU busy otherwise: 32 for 4096 columns, on 132 multiprocessors. Of the schemes this
+// one is as repeatable as no split: partial sums of float go to the workspace, and a second kernel
+// adds them in order; there are no atomics. How many parts there are stands in the algorithm, which
+// is one for all slices, and their borders follow from it and the depth: neither the rows nor the
+// columns of a slice change the order of an element's sum.
+uint32_t reduction_schemes(const GemmShape& shape) {
+  return shape.rows == kRowClasses.back() ? CUBLASLT_REDUCTION_SCHEME_NONE
+                                          : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+}
+
 // Descriptors of one operator and the algorithm the library suggests for it; the rows and columns
 // of a slice are set anew for each launch. cuBLASLt's matrices are column-major, so it is told d^T
 // = b * a^T: its A is our b, its B our a.
@@ -175,8 +186,7 @@ class Product {
            shape.rows, args.ldd);
     lt_.check(lt_.preference_create(&preference_), "cublasLtMatmulPreferenceCreate");
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CublasLt::kWorkspaceBytes);
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-           static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction_schemes(shape));
     for (const auto attribute :
          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {

@@ -50,10 +50,11 @@ class CublasLt {
   // answer.
   void prepare(const GemmArgs& args) const;
 
-  // As launch_gemm(). One algorithm for all slices of an operator, and splits of the depth are
-  // ruled out: an element's bits depend on its row and column alone. Throws std::invalid_argument
-  // as check(), and std::runtime_error naming call and status where the library refuses, or if it
-  // was not prepared. Thread: any, one at a time inside.
+  // As launch_gemm(). One algorithm for all slices of an operator, which splits the depth in a
+  // fixed way or not at all: an element's bits depend on its row and column alone. `workspace` is
+  // written, so it belongs to one stream at a time. Throws std::invalid_argument as check(), and
+  // std::runtime_error naming call and status where the library refuses, or if it was not prepared.
+  // Thread: any, one at a time inside.
   cudaError_t launch(const GemmArgs& args, std::span<std::byte> workspace,
                      cudaStream_t stream) const;
 
