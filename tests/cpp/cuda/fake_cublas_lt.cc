@@ -3,6 +3,7 @@
 // once and on the host. Built only where cublasLt.h is.
 #include <cublasLt.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -180,7 +181,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t product,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t d,
-                                              cublasLtMatmulPreference_t preference, int,
+                                              cublasLtMatmulPreference_t preference, int most,
                                               cublasLtMatmulHeuristicResult_t* result, int* count) {
   ++fake_cublas_lt_asked;
   fake_cublas_lt_rows = static_cast<int>(as<Layout>(b).columns);
@@ -193,24 +194,43 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                 wants.at(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES) == 16;
   // Nothing for a depth of 8: what a library may say of any product.
   const bool takes = takes_fp8(as<Product>(product), as<Layout>(a), as<Layout>(b), as<Layout>(d));
-  *count = is_as_documented && takes && as<Layout>(a).rows != 8 ? 1 : 0;
-  result->workspaceSize = kWorkspaceBytes;
-  result->state = CUBLAS_STATUS_SUCCESS;
-  // The algorithm: how the depth is split into sums, by the sizes asked for.
-  result->algo = {};
-  result->algo.data[0] = as<Layout>(b).columns <= 64 ? 2 : as<Layout>(a).columns % 128 == 0 ? 8 : 4;
+  *count = is_as_documented && takes && as<Layout>(a).rows != 8 ? std::min(most, 3) : 0;
+  // The algorithms: how the depth is split into sums, by the sizes asked for.
+  const uint64_t split = as<Layout>(b).columns <= 64 ? 2 : as<Layout>(a).columns % 128 == 0 ? 8 : 4;
+  for (int i = 0; i < *count; ++i) {
+    result[i] = {};
+    result[i].workspaceSize = kWorkspaceBytes;
+    result[i].state = CUBLAS_STATUS_SUCCESS;
+    result[i].algo.data[0] = split << i;
+  }
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algorithm,
+                                                    cublasLtMatmulAlgoConfigAttributes_t attribute,
+                                                    void* value, size_t bytes, size_t* written) {
+  const bool is_short = attribute == CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID ||
+                        attribute == CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID;
+  if (bytes != (is_short ? 2 : 4))
+    return CUBLAS_STATUS_INVALID_VALUE;
+  const auto number = attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM
+                          ? static_cast<uint32_t>(algorithm->data[0])
+                          : static_cast<uint32_t>(attribute);
+  std::memcpy(value, &number, bytes);
+  *written = bytes;
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t,
                                        cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                        cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                       const cublasLtMatmulAlgo_t*,
+                                       const cublasLtMatmulAlgo_t* algorithm,
                                        cublasLtMatmulHeuristicResult_t* result) {
   // Of a depth of 24 only: an algorithm that wants more memory the more rows there are.
   const bool grows = as<Layout>(a).rows == 24;
   result->workspaceSize = grows ? as<Layout>(b).columns * kWorkspaceBytes : kWorkspaceBytes;
   result->state = CUBLAS_STATUS_SUCCESS;
-  return CUBLAS_STATUS_SUCCESS;
+  // Of a depth of 40 only: no two parts.
+  const bool takes = as<Layout>(a).rows != 40 || algorithm->data[0] != 2;
+  return takes ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, const void* alpha,
                               const void* a, cublasLtMatrixLayout_t of_a, const void* b,

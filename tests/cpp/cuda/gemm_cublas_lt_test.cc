@@ -171,6 +171,25 @@ TEST_F(CublasLtTest, AsksOncePerOperatorAndClassOfRowsBeforeTheLaunch) {
   EXPECT_EQ(counted("fake_cublas_lt_live"), 0);
 }
 
+TEST_F(CublasLtTest, TakesTheSuggestionThatIsNamedAmongThoseThatRunAllSlices) {
+  const auto library = load();
+  ASSERT_NE(library, nullptr) << reason;
+  const auto split = [&](const GemmArgs& args, size_t suggestion) {
+    library->prepare(args, suggestion);
+    EXPECT_EQ(library->launch(args, workspace, nullptr, suggestion), cudaSuccess);
+    const std::string config = library->config(args, suggestion);
+    return config.substr(config.find("split"), 7);
+  };
+  for (const auto& [suggestion, parts] : {std::pair{0, "split 2"}, {2, "split 8"}, {1, "split 4"}})
+    EXPECT_EQ(split(product(5), static_cast<size_t>(suggestion)), parts);
+  EXPECT_THROW(library->prepare(product(5), 3), std::runtime_error) << "there are three";
+  EXPECT_THROW(library->config(product(5), 3), std::runtime_error) << "was not prepared";
+  const GemmArgs refused = product(5, 64, 40);
+  EXPECT_EQ(split(refused, 0), "split 4") << "no two parts of a depth of 40";
+  EXPECT_EQ(split(refused, 1), "split 8");
+  EXPECT_THROW(library->prepare(refused, 2), std::runtime_error);
+}
+
 // The library's algorithms sum in different orders here; slices of one operator do not.
 TEST_F(CublasLtTest, SlicesOfAnOperatorHaveTheBitsOfTheWhole) {
   constexpr int32_t rows = 700, columns = 128, depth = 64;

@@ -1,10 +1,13 @@
 // Section "gemm": every candidate for every product of a layer, cuBLASLt's among them, in bf16 and
 // where the card multiplies it in FP8: its times include quantising the rows and scaling the sums.
+// Then what cuBLASLt suggests for each product, with the time of every suggestion: whether its
+// first, which is taken unmeasured, is its best.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 
 #include "devices/cuda/backend/gemm_candidates.h"
+#include "devices/cuda/backend/gemm_cublas_lt.h"
 #include "kernel_bench.h"
 
 namespace flowprefill {
@@ -28,7 +31,7 @@ constexpr Product kProducts[] = {
     {"down", kHidden, kInner, true, true, false},
 };
 constexpr int kMostRows = 8192;
-constexpr int kCopies = 4;  // of the weights, taking turns
+constexpr int kCopies = 8;  // of the weights, taking turns: 134 MB of o in FP8, more than an L2
 
 std::vector<std::string> lt_libraries() {
   const char* set = std::getenv("LT");
@@ -115,6 +118,71 @@ void measure(const Product& product, const std::vector<GemmArgs>& args, const ch
   say("gemm", std::string(product.name) + " x " + std::to_string(rows) + in_fp8 + note, line);
 }
 
+// The product alone: without gate; of FP8 with the rows' codes, and scales where it writes d
+// itself.
+GemmArgs of_library(GemmArgs args, const Operands& operands) {
+  if (args.is_gated)
+    args.ldd = args.columns;
+  if (args.is_fp8()) {
+    args.fp8.a = as<E4m3>(operands.codes);
+    if (args.is_gated)
+      args.output = GemmOutput::kFloat;
+    else
+      args.fp8.a_scales = floats(operands.scales);
+  }
+  args.is_gated = false;
+  return args;
+}
+
+// Each suggestion for one product: its time and its algorithm.
+void measure_suggestions(const CublasLt& library, const Product& product,
+                         std::vector<GemmArgs> args, cudaStream_t stream) {
+  const DeviceBuffer workspace(CublasLt::kWorkspaceBytes);
+  const int rows = args[0].row_end;
+  const std::string what = std::string(product.name) + " x " + std::to_string(rows) +
+                           (product.is_fp8 ? ", fp8" : "") + ", suggestion ";
+  for (size_t i = 0; i < CublasLt::kSuggestions; ++i) {
+    try {
+      library.prepare(args[0], i);
+      size_t next = 0;
+      const double us = device_us(
+          [&](cudaStream_t s) {
+            FP_CUDA(library.launch(args[next++ % args.size()], {workspace.get(), workspace.bytes()},
+                                   s, i));
+          },
+          stream, 5);
+      say("cublaslt", what + std::to_string(i),
+          text("%.1f us %.0f GB/s\t", us, product.weight_bytes() / us / 1e3) +
+              library.config(args[0], i));
+    } catch (const CudaError&) {
+      throw;
+    } catch (const std::exception& error) {
+      say("cublaslt", what + std::to_string(i), error.what());
+      return;
+    }
+  }
+}
+
+void bench_suggestions(const Operands& operands, const DeviceBuffer& a, cudaStream_t stream) {
+  std::string reason;
+  const auto library = CublasLt::load(lt_libraries(), &reason);
+  if (library == nullptr)
+    return say("cublaslt", "not loaded", reason);
+  for (const bool is_fp8 : {false, true}) {
+    if (is_fp8 && !(has_fp8() && library->has_outer_scales()))
+      break;
+    for (const int rows : {1, 16, 64, 256, 512, 2048}) {
+      for (Product product : kProducts) {
+        product.is_fp8 = is_fp8;
+        std::vector<GemmArgs> args = operands.args_of(product, rows, a);
+        for (GemmArgs& copy : args)
+          copy = of_library(copy, operands);
+        measure_suggestions(*library, product, std::move(args), stream);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void bench_gemm(cudaStream_t stream) {
@@ -139,6 +207,7 @@ void bench_gemm(cudaStream_t stream) {
   const DeviceBuffer zeros(size_t{4096} * kHidden * 2);
   for (const Product& product : {kQkvProduct, kGateUp})
     measure(product, operands.args_of(product, 4096, zeros), " on zeros", stream);
+  bench_suggestions(operands, noise, stream);
 }
 
 }  // namespace flowprefill

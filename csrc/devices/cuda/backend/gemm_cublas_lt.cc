@@ -37,6 +37,7 @@ struct Functions {
   decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
   decltype(&cublasLtMatmulAlgoGetHeuristic) get_heuristic = nullptr;
   decltype(&cublasLtMatmulAlgoCheck) check_algorithm = nullptr;
+  decltype(&cublasLtMatmulAlgoConfigGetAttribute) get_config = nullptr;
   decltype(&cublasLtMatmul) matmul = nullptr;
 
   // Name of the first function that is missing; null: all there.
@@ -62,6 +63,7 @@ struct Functions {
     take(&preference_set, "cublasLtMatmulPreferenceSetAttribute");
     take(&get_heuristic, "cublasLtMatmulAlgoGetHeuristic");
     take(&check_algorithm, "cublasLtMatmulAlgoCheck");
+    take(&get_config, "cublasLtMatmulAlgoConfigGetAttribute");
     take(&matmul, "cublasLtMatmul");
     return missing;
   }
@@ -91,14 +93,16 @@ uint32_t reduction_schemes(const GemmShape& shape) {
                                           : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
 }
 
-// Descriptors of one operator and the algorithm the library suggests for it; the rows and columns
-// of a slice are set anew for each launch. cuBLASLt's matrices are column-major, so it is told d^T
-// = b * a^T: its A is our b, its B our a.
+// Descriptors of one operator and one of the algorithms that the library suggests for it; the rows
+// and columns of a slice are set anew for each launch. cuBLASLt's matrices are column-major, so it
+// is told d^T = b * a^T: its A is our b, its B our a.
 class Product {
  public:
-  Product(const Functions& lt, cublasLtHandle_t handle, const GemmArgs& args) : lt_(lt) {
+  Product(const Functions& lt, cublasLtHandle_t handle, const GemmArgs& args, size_t suggestion)
+      : lt_(lt) {
     try {
-      make(handle, args);
+      make(args);
+      take_suggestion(handle, shape_of(args), suggestion);
     } catch (...) {
       destroy();
       throw;
@@ -129,6 +133,35 @@ class Product {
         lt_.matmul(handle, product_, &alpha, weights, weights_, rows, rows_, &beta, d, result_, d,
                    result_, &found_.algo, workspace.data(), CublasLt::kWorkspaceBytes, stream),
         "cublasLtMatmul");
+  }
+
+  std::string config() const {
+    struct Attribute {
+      const char* name;
+      cublasLtMatmulAlgoConfigAttributes_t id;
+      size_t bytes = sizeof(uint32_t);
+    };
+    constexpr Attribute kAttributes[] = {
+        {"algorithm", CUBLASLT_ALGO_CONFIG_ID},
+        {"tile", CUBLASLT_ALGO_CONFIG_TILE_ID},
+        {"stages", CUBLASLT_ALGO_CONFIG_STAGES_ID},
+        {"split", CUBLASLT_ALGO_CONFIG_SPLITK_NUM},
+        {"scheme", CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME},
+        {"swizzle", CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING},
+        {"custom", CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION},
+        {"inner", CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID, sizeof(uint16_t)},
+        {"cluster", CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, sizeof(uint16_t)},
+    };
+    std::string out;
+    for (const Attribute& attribute : kAttributes) {
+      uint32_t value = 0;
+      size_t written = 0;
+      const cublasStatus_t status =
+          lt_.get_config(&found_.algo, attribute.id, &value, attribute.bytes, &written);
+      const bool is_known = status == CUBLAS_STATUS_SUCCESS;
+      out += std::string(attribute.name) + ' ' + (is_known ? std::to_string(value) : "?") + ' ';
+    }
+    return out + "workspace " + std::to_string(found_.workspaceSize);
   }
 
  private:
@@ -165,7 +198,7 @@ class Product {
               "cublasLtMatrixLayoutCreate");
   }
 
-  void make(cublasLtHandle_t handle, const GemmArgs& args) {
+  void make(const GemmArgs& args) {
     lt_.check(lt_.product_create(&product_, CUBLAS_COMPUTE_32F, CUDA_R_32F),
               "cublasLtMatmulDescCreate");
     set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
@@ -192,19 +225,37 @@ class Product {
           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
       prefer(attribute, uint32_t{16});
     }
+  }
+
+  // Of the suggestions that can run all slices, the one with this index.
+  void take_suggestion(cublasLtHandle_t handle, const GemmShape& shape, size_t suggestion) {
+    std::array<cublasLtMatmulHeuristicResult_t, CublasLt::kSuggestions> found = {};
     int count = 0;
-    lt_.check(lt_.get_heuristic(handle, product_, weights_, rows_, result_, result_, preference_, 1,
-                                &found_, &count),
+    lt_.check(lt_.get_heuristic(handle, product_, weights_, rows_, result_, result_, preference_,
+                                static_cast<int>(found.size()), found.data(), &count),
               "cublasLtMatmulAlgoGetHeuristic");
-    if (count == 0)
-      throw std::runtime_error("cublasLtMatmulAlgoGetHeuristic: nothing for this product");
-    lt_.check(found_.state, "cublasLtMatmulAlgoGetHeuristic");
-    check_rows(handle, 1, shape.columns);
-    check_rows(handle, shape.rows == kRowClasses.back() ? kMostRows : shape.rows, shape.columns);
+    std::string reason = "there are " + std::to_string(count) + " for this product";
+    for (const auto& one : std::span(found).first(static_cast<size_t>(count))) {
+      found_ = one;
+      try {
+        check_slices(handle, shape);
+      } catch (const std::runtime_error& error) {
+        reason = error.what();
+        continue;
+      }
+      if (suggestion-- == 0)
+        return;
+    }
+    throw std::runtime_error("cublasLtMatmulAlgoGetHeuristic: no such suggestion: " + reason);
   }
 
   // A launch that is refused in the midst of an operator would give its other slices another
   // kernel.
+  void check_slices(cublasLtHandle_t handle, const GemmShape& shape) {
+    lt_.check(found_.state, "cublasLtMatmulAlgoGetHeuristic");
+    check_rows(handle, 1, shape.columns);
+    check_rows(handle, shape.rows == kRowClasses.back() ? kMostRows : shape.rows, shape.columns);
+  }
   void check_rows(cublasLtHandle_t handle, int32_t rows, int32_t columns) {
     set_size(rows, columns);
     cublasLtMatmulHeuristicResult_t checked = {};
@@ -237,9 +288,9 @@ class Product {
   cublasLtMatmulHeuristicResult_t found_ = {};
 };
 
-using ProductKey = std::array<int64_t, 11>;
+using ProductKey = std::array<int64_t, 12>;
 
-ProductKey key_of(const GemmArgs& args) {
+ProductKey key_of(const GemmArgs& args, size_t suggestion) {
   const GemmShape shape = shape_of(args);
   return {shape.rows,
           shape.columns,
@@ -251,7 +302,8 @@ ProductKey key_of(const GemmArgs& args) {
           args.adds_to_d,
           args.bias != nullptr,
           args.is_fp8(),
-          args.fp8.a_scales != nullptr};
+          args.fp8.a_scales != nullptr,
+          static_cast<int64_t>(suggestion)};
 }
 
 }  // namespace
@@ -262,6 +314,13 @@ struct CublasLt::Library {
   Mutex mutex;
   // Rows and bias are set in the descriptors that are launched.
   std::map<ProductKey, std::unique_ptr<Product>> products FP_GUARDED_BY(mutex);
+
+  Product& prepared(const GemmArgs& args, size_t suggestion) FP_REQUIRES(mutex) {
+    const auto found = products.find(key_of(args, suggestion));
+    if (found == products.end())
+      throw std::runtime_error("cuBLASLt: this product was not prepared");
+    return *found->second;
+  }
 
   ~Library() {
     products.clear();
@@ -323,24 +382,25 @@ void check_taken(const GemmArgs& args) {
 
 }  // namespace
 
-void CublasLt::prepare(const GemmArgs& args) const {
+void CublasLt::prepare(const GemmArgs& args, size_t suggestion) const {
   check_taken(args);
+  const ProductKey key = key_of(args, suggestion);
   {
     const MutexLock lock(library_->mutex);
-    if (library_->products.contains(key_of(args)))
+    if (library_->products.contains(key))
       return;
     if (library_->products.size() == kMaxProducts) {
       throw std::runtime_error("cuBLASLt: " + std::to_string(kMaxProducts) +
                                " products are prepared, no more are kept");
     }
   }
-  auto product = std::make_unique<Product>(library_->functions, library_->handle, args);
+  auto product = std::make_unique<Product>(library_->functions, library_->handle, args, suggestion);
   const MutexLock lock(library_->mutex);
-  library_->products.try_emplace(key_of(args), std::move(product));
+  library_->products.try_emplace(key, std::move(product));
 }
 
 cudaError_t CublasLt::launch(const GemmArgs& args, std::span<std::byte> workspace,
-                             cudaStream_t stream) const {
+                             cudaStream_t stream, size_t suggestion) const {
   check_taken(args);
   expect(workspace.size() >= kWorkspaceBytes, "workspace", static_cast<int64_t>(workspace.size()),
          "at least 32 MiB");
@@ -348,11 +408,14 @@ cudaError_t CublasLt::launch(const GemmArgs& args, std::span<std::byte> workspac
   expect(address % kWorkspaceAlignment == 0, "workspace's address", static_cast<int64_t>(address),
          "a multiple of 256");
   const MutexLock lock(library_->mutex);
-  const auto found = library_->products.find(key_of(args));
-  if (found == library_->products.end())
-    throw std::runtime_error("cuBLASLt: this product was not prepared");
-  found->second->launch(library_->handle, args, workspace, stream);
+  library_->prepared(args, suggestion).launch(library_->handle, args, workspace, stream);
   return cudaSuccess;
+}
+
+std::string CublasLt::config(const GemmArgs& args, size_t suggestion) const {
+  check_taken(args);
+  const MutexLock lock(library_->mutex);
+  return library_->prepared(args, suggestion).config();
 }
 
 }  // namespace flowprefill
@@ -374,11 +437,15 @@ bool CublasLt::takes(const GemmArgs&) {
   return false;
 }
 
-void CublasLt::prepare(const GemmArgs&) const {
+void CublasLt::prepare(const GemmArgs&, size_t) const {
   throw std::logic_error("CublasLt: compiled without cublasLt.h");
 }
 
-cudaError_t CublasLt::launch(const GemmArgs&, std::span<std::byte>, cudaStream_t) const {
+cudaError_t CublasLt::launch(const GemmArgs&, std::span<std::byte>, cudaStream_t, size_t) const {
+  throw std::logic_error("CublasLt: compiled without cublasLt.h");
+}
+
+std::string CublasLt::config(const GemmArgs&, size_t) const {
   throw std::logic_error("CublasLt: compiled without cublasLt.h");
 }
 

@@ -23,6 +23,8 @@ class CublasLt {
   // Products prepared at most: each keeps descriptors and an algorithm. A model has some dozens:
   // slices share those of their operator.
   static constexpr size_t kMaxProducts = 1024;
+  // Algorithms that the library is asked for; fewer may be there.
+  static constexpr size_t kSuggestions = 8;
 
   // Loads the first of `libraries` (paths, or names for the dynamic linker) that can be used on the
   // current device. Null, and why in *reason, if there is none. Once loaded it stays loaded.
@@ -43,20 +45,24 @@ class CublasLt {
   // that are quantised already.
   static bool takes(const GemmArgs& args);
 
-  // Asks the library for an algorithm for the operator that these are a slice of, by its class of
-  // rows (shape_of()), unless it is known, and whether it takes one row and the most: up to a
-  // millisecond. launch() takes any slice of such an operator. Throws as launch(), and
-  // std::runtime_error beyond kMaxProducts. Thread: any; no launch() waits for the library's
-  // answer.
-  void prepare(const GemmArgs& args) const;
+  // Asks the library for algorithms for the operator that these are a slice of, by its class of
+  // rows (shape_of()), unless that is known, and keeps one of those that take one row and the most:
+  // suggestion 0 is what the library holds to be the fastest. Up to a millisecond. launch() takes
+  // any slice of such an operator. Throws as launch(), and std::runtime_error beyond kMaxProducts
+  // or where there is no such suggestion. Thread: any; no launch() waits for the library's answer.
+  void prepare(const GemmArgs& args, size_t suggestion = 0) const;
 
   // As launch_gemm(). One algorithm for all slices of an operator, which splits the depth in a
   // fixed way or not at all: an element's bits depend on its row and column alone. `workspace` is
   // written, so it belongs to one stream at a time. Throws std::invalid_argument as check(), and
   // std::runtime_error naming call and status where the library refuses, or if it was not prepared.
   // Thread: any, one at a time inside.
-  cudaError_t launch(const GemmArgs& args, std::span<std::byte> workspace,
-                     cudaStream_t stream) const;
+  cudaError_t launch(const GemmArgs& args, std::span<std::byte> workspace, cudaStream_t stream,
+                     size_t suggestion = 0) const;
+
+  // The prepared algorithm in the numbers of cublasLt.h, e.g. "algorithm 66 tile 15 stages 20
+  // split 4 scheme 2 ... workspace 2097152". Throws as launch().
+  std::string config(const GemmArgs& args, size_t suggestion = 0) const;
 
  private:
   struct Library;
