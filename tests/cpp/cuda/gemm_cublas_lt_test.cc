@@ -150,11 +150,11 @@ TEST_F(CublasLtTest, AsksOncePerOperatorAndClassOfRowsBeforeTheLaunch) {
     EXPECT_THROW(library->launch(product(5), workspace, nullptr), std::runtime_error)
         << "was not prepared";
     EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 0) << "a launch never asks";
-    for (const int32_t rows : {5, 64, 6, 1})
+    for (const int32_t rows : {17, 64, 40, 33})
       library->prepare(product(rows));
     EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 1);
     EXPECT_EQ(counted("fake_cublas_lt_rows"), 64);
-    for (const int32_t rows : {5, 64, 6, 1})
+    for (const int32_t rows : {17, 64, 40, 33})
       EXPECT_EQ(library->launch(product(rows), workspace, nullptr), cudaSuccess);
     GemmArgs slice = product(5);
     slice.operator_rows = 3000;
@@ -162,6 +162,8 @@ TEST_F(CublasLtTest, AsksOncePerOperatorAndClassOfRowsBeforeTheLaunch) {
     library->prepare(slice);
     EXPECT_EQ(counted("fake_cublas_lt_rows"), 2048);
     EXPECT_EQ(counted("fake_cublas_lt_asked") - asked, 2);
+    library->prepare(product(16));
+    EXPECT_EQ(counted("fake_cublas_lt_rows"), 16);
     EXPECT_THROW(library->prepare(product(5, 64, 8)), std::runtime_error)
         << "nothing for a depth of 8";
     slice.depth = 24;

@@ -525,8 +525,9 @@ TEST_F(RealCandidates, AProductHasTheTilesOfTheDevice) {
   plain.is_gated = false;
   plain.columns = 16;
   auto of = real(80);
-  EXPECT_EQ(names(of->measure_all({&plain, 1}, {}, stream.get())[0]),
-            (std::vector<std::string>{"ampere_64x64", "ampere_128x128", "ampere_256x128"}));
+  EXPECT_EQ(
+      names(of->measure_all({&plain, 1}, {}, stream.get())[0]),
+      (std::vector<std::string>{"few_rows", "ampere_64x64", "ampere_128x128", "ampere_256x128"}));
   EXPECT_EQ(of->scratch_bytes(plain), 0u);
 }
 

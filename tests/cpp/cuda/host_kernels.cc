@@ -246,8 +246,8 @@ bool has_hopper_attention() {
 }
 
 // Every tile computes the same here.
-cudaError_t launch_gemm(const GemmArgs& args, GemmTile, cudaStream_t stream) {
-  check_tile(args);
+cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
+  check_tile(args, tile);
   return launch("gemm", stream, [args] { fake_kernels::gemm(args); });
 }
 

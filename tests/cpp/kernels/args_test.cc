@@ -114,13 +114,22 @@ TEST(GemmTiles, WideOnesFirstWhereEveryMultiprocessorHasWork) {
   EXPECT_EQ(gemm_tiles(big, 100, 148), (std::vector{kAmpere256x128, kAmpere128x128, kAmpere64x64}));
   const GemmArgs small = gemm(16, 4096, 4096);
   EXPECT_EQ(gemm_tiles(small, 80, 108),
-            (std::vector{kAmpere64x64, kAmpere128x128, kAmpere256x128}));
+            (std::vector{kFewRows, kAmpere64x64, kAmpere128x128, kAmpere256x128}));
+  EXPECT_EQ(gemm_tiles(gemm(17, 4096, 4096), 80, 108).front(), kAmpere64x64);
   EXPECT_TRUE(gemm_tiles(big, 75, 40).empty());
   GemmArgs gated = big;
   gated.is_gated = true;
   EXPECT_EQ(gemm_tiles(gated, 90, 132), gemm_tiles(gated, 80, 132));  // no fused kernel of its own
-  for (const GemmTile tile : gemm_tiles(big, 90, 132))
-    EXPECT_STRNE(gemm_tile_name(tile), "?");
+  for (const GemmArgs& args : {big, small}) {
+    for (const GemmTile tile : gemm_tiles(args, 90, 132))
+      EXPECT_STRNE(gemm_tile_name(tile), "?");
+  }
+}
+
+TEST(GemmTiles, OfFewRowsTakesSixteen) {
+  check_tile(gemm(16, 256, 64), GemmTile::kFewRows);
+  check_tile(gemm(17, 256, 64), GemmTile::kAmpere64x64);
+  EXPECT_THROW(check_tile(gemm(17, 256, 64), GemmTile::kFewRows), std::invalid_argument);
 }
 
 TEST(RowArgs, SayWhichFieldIsWrong) {

@@ -36,6 +36,7 @@ struct Operands {
 struct Copy {
   void* to;
   unsigned char bytes[16];
+  int32_t group;  // of its thread's
 };
 
 Bf16 half(uint32_t pair, int which) {
@@ -93,6 +94,7 @@ class Block {
   }
   Operands& operands(int32_t index) { return fibre(index).operands; }
   std::vector<Copy>& copies(int32_t index) { return fibre(index).copies; }
+  int32_t& group(int32_t index) { return fibre(index).group; }
   const Grid& grid() const { return grid_; }
   int32_t x() const { return x_; }
   int32_t y() const { return y_; }
@@ -108,6 +110,7 @@ class Block {
     std::unique_ptr<unsigned char[]> stack;
     Operands operands;
     std::vector<Copy> copies;
+    int32_t group = 0;  // of the copies that are started now
     bool is_ready = true;
     bool is_finished = false;
   };
@@ -313,7 +316,7 @@ void Thread::copy_16(void* to, const void* from, bool is_valid) const {
   const auto misalignment = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from));
   if (!is_inside || misalignment % 16 != 0)
     throw Violation("copy to outside of shared memory, or not aligned to 16 bytes");
-  Copy copy{.to = to, .bytes = {}};
+  Copy copy{.to = to, .bytes = {}, .group = block_->group(index_)};
   if (is_valid)
     std::memcpy(copy.bytes, from, sizeof copy.bytes);
   // Until the wait its target holds neither the old bytes nor the new ones.
@@ -325,6 +328,22 @@ void Thread::wait_for_copies() const {
   for (const Copy& copy : block_->copies(index_))
     std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
   block_->copies(index_).clear();
+}
+
+void Thread::end_copies() const {
+  ++block_->group(index_);
+}
+
+void Thread::wait_for_groups_but(int32_t count) const {
+  std::vector<Copy>& copies = block_->copies(index_);
+  const auto is_under_way = [&](const Copy& copy) {
+    return copy.group >= block_->group(index_) - count;
+  };
+  for (const Copy& copy : copies) {
+    if (!is_under_way(copy))
+      std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+  }
+  std::erase_if(copies, [&](const Copy& copy) { return !is_under_way(copy); });
 }
 
 void Thread::load_matrices(const void* row, uint32_t (&out)[4]) const {

@@ -46,6 +46,11 @@ class Thread {
   uint32_t add(uint32_t* shared, uint32_t value) const;
   void copy_16(void* to, const void* from, bool is_valid) const;
   void wait_for_copies() const;
+  void end_copies() const;
+  template <int kCount>
+  void wait_for_copies_but() const {
+    wait_for_groups_but(kCount);
+  }
   void load_matrices(const void* row, uint32_t (&out)[4]) const;
   void load_matrices_transposed(const void* row, uint32_t (&out)[4]) const;
   void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const;
@@ -54,6 +59,7 @@ class Thread {
   friend class Block;
   Thread(Block* block, int32_t index) : block_(block), index_(index) {}
   unsigned char* shared_bytes() const;
+  void wait_for_groups_but(int32_t count) const;
 
   Block* block_;
   int32_t index_;

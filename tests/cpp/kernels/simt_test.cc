@@ -120,6 +120,29 @@ TEST(Simt, AddsOneAfterTheOtherAndOnlyInside) {
   EXPECT_EQ(*before.rbegin(), 5u + 2 * 63);
 }
 
+TEST(Simt, AWaitForGroupsLeavesTheLastOnesUnderWay) {
+  alignas(16) const float from[4] = {1, 2, 3, 4};
+  simt::launch({.shared_bytes = 64}, [&](const Thread& t) {
+    if (t.index() != 0)
+      return;
+    auto* shared = t.shared<float>();
+    for (int i = 0; i < 4; ++i) {
+      t.copy_16(shared + 4 * i, from, true);
+      if (i < 3)
+        t.end_copies();
+    }
+    t.wait_for_copies_but<1>();
+    EXPECT_EQ(shared[0], 1.0f);
+    EXPECT_EQ(shared[4], 1.0f);
+    EXPECT_TRUE(std::isnan(shared[8]));
+    t.wait_for_copies_but<0>();
+    EXPECT_EQ(shared[8], 1.0f);
+    EXPECT_TRUE(std::isnan(shared[12])) << "its group is not ended";
+    t.wait_for_copies();
+    EXPECT_EQ(shared[12], 1.0f);
+  });
+}
+
 TEST(Simt, AMissingBarrierShows) {
   // Without sync() between write and read some order of threads reads NaN.
   int wrong = 0;

@@ -5,6 +5,7 @@
 // be equal to the bit. With normal numbers it is equal within rounding.
 #include "device_test.h"
 #include "devices/cuda/backend/gemm_candidates.h"
+#include "devices/cuda/backend/gemm_cublas_lt.h"
 
 namespace flowprefill::testing {
 namespace {
@@ -172,6 +173,11 @@ TEST_F(Gemm, AtTheEdgesOfTiles) {
     expect_every_tile({.rows = 70, .columns = 72, .depth = depth}, true);
 }
 
+TEST_F(Gemm, OfEveryFewRows) {
+  for (int32_t rows = 1; rows <= kMostFewRows; ++rows)
+    expect_every_tile({.rows = rows, .columns = 72, .depth = 1112, .has_bias = true}, true);
+}
+
 TEST_F(Gemm, OfNormalNumbersIsEqualWithinRounding) {
   expect_every_tile({.depth = 576, .has_bias = true, .adds_to_d = true}, false);
   expect_every_tile({.depth = 576, .output = GemmOutput::kBf16, .has_bias = true}, false);
@@ -226,6 +232,75 @@ TEST_F(Gemm, LargeProductsPickTheRightElements) {
     SCOPED_TRACE(gemm_tile_name(tile));
     expect_kernel([&](cudaStream_t s) { return launch_gemm(args(Place::kDevice), tile, s); },
                   [&] { floats_->host() = want; });
+  }
+}
+
+// cuBLASLt's suggestions: those for few rows split the depth. Slices of rows and of columns, as
+// preemption cuts them, have to have the bits of the whole for all of them.
+class LibraryGemm : public Gemm {
+ protected:
+  // Where the double takes the runtime's place there is no library: our kernels are cut instead.
+  std::shared_ptr<const CublasLt> load() {
+    std::string reason;
+    const std::vector<std::string> names = {"libcublasLt.so.13", "libcublasLt.so"};
+    return kIsDouble ? nullptr : CublasLt::load(names, &reason);
+  }
+
+  // d's bits after the product in slices of so many rows and columns.
+  template <typename Launch>
+  std::vector<std::byte> cut(int32_t rows, int32_t columns, const Launch& launch) {
+    return run([&](cudaStream_t s) {
+      cudaError_t code = cudaSuccess;
+      for (int32_t row = 0; row < shape_.rows; row += rows) {
+        for (int32_t column = 0; column < shape_.columns; column += columns) {
+          GemmArgs part = args(Place::kDevice);
+          part.operator_rows = shape_.rows;
+          part.operator_columns = shape_.columns;
+          part.row_begin = 1 + row;
+          part.row_end = 1 + std::min(row + rows, shape_.rows);
+          part.columns = std::min(columns, shape_.columns - column);
+          part.b += column * part.ldb;
+          part.d = static_cast<float*>(part.d) + column;
+          if (code == cudaSuccess)
+            code = launch(part, s);
+        }
+      }
+      return code;
+    })[3];
+  }
+
+  template <typename Launch>
+  void expect_same_bits(const Launch& launch) {
+    const std::vector<std::byte> whole = cut(shape_.rows, shape_.columns, launch);
+    EXPECT_TRUE(cut(1 + shape_.rows / 3, shape_.columns, launch) == whole) << "rows";
+    EXPECT_TRUE(cut(shape_.rows, shape_.columns / 4, launch) == whole) << "columns";
+    EXPECT_TRUE(cut(1, shape_.columns / 2, launch) == whole) << "both";
+  }
+};
+
+TEST_F(LibraryGemm, SlicesHaveTheBitsOfTheWhole) {
+  const auto library = load();
+  const DeviceBuffer workspace(CublasLt::kWorkspaceBytes);
+  const int32_t scale = kIsDouble ? 32 : 1;
+  for (const int32_t rows : {5, 16, 40, 130}) {
+    make({.rows = rows, .columns = 2048 / scale, .depth = 7168 / scale, .adds_to_d = true}, false);
+    if (rows <= kMostFewRows) {
+      expect_same_bits([](const GemmArgs& part, cudaStream_t s) {
+        return launch_gemm(part, GemmTile::kFewRows, s);
+      });
+    }
+    for (size_t i = 0; library != nullptr && i < CublasLt::kSuggestions; ++i) {
+      const GemmArgs whole = args(Place::kDevice);
+      try {
+        library->prepare(whole, i);
+      } catch (const std::runtime_error&) {
+        break;  // no more suggestions
+      }
+      SCOPED_TRACE(std::to_string(rows) + " rows, " + library->config(whole, i));
+      expect_same_bits([&](const GemmArgs& part, cudaStream_t s) {
+        return library->launch(part, {workspace.get(), workspace.bytes()}, s, i);
+      });
+    }
   }
 }
 

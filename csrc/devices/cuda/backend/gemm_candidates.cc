@@ -14,7 +14,11 @@ namespace {
 
 // Raise it when a kernel of csrc/devices/cuda/kernels changes its speed: older measurements are
 // void then.
-constexpr const char* kKernels = "kernels 3";
+constexpr const char* kKernels = "kernels 4";
+
+// Whether our kernel for few rows is guessed to be faster than cuBLASLt: by calculation, not yet
+// measured.
+constexpr bool kFewRowsFirst = true;
 
 // Gate and up lie in scratch between GEMM and gate, at most so much of them at once.
 constexpr int64_t kMaxGateUpBytes = int64_t{256} << 20;
@@ -125,6 +129,9 @@ class Candidates {
       out.push_back(of_tile(tile));
     if (args.is_gated)
       add_pairs(args, &out);
+    const auto few = std::ranges::find(out, kFewRowsName, &GemmCandidate::name);
+    if (kFewRowsFirst && few != out.end())
+      std::rotate(out.begin(), few, few + 1);
     return out;
   }
 
@@ -134,9 +141,10 @@ class Candidates {
   }
 
   // The fused kernels have mma.sync only. Where the guess for the bare product is of a faster kind,
-  // that one and a gate are guessed to be faster too.
+  // that one and a gate are guessed to be faster too. The fused kernel for few rows needs no pair.
   void add_pairs(const GemmArgs& args, std::vector<GemmCandidate>* out) const {
     std::vector<GemmCandidate> bare = (*this)(without_gate(args));
+    std::erase_if(bare, [this](const GemmCandidate& c) { return c.name == kFewRowsName; });
     const bool has_faster_kind =
         !bare.empty() && (bare.front().name == "cublaslt" ||
                           bare.front().name == gemm_tile_name(GemmTile::kHopper128x256));
@@ -145,6 +153,8 @@ class Candidates {
       out->insert(i == 0 && has_faster_kind ? out->begin() : out->end(), std::move(both));
     }
   }
+
+  const std::string kFewRowsName = gemm_tile_name(GemmTile::kFewRows);
 
   GemmDevice device_;
   std::shared_ptr<const CublasLt> library_;

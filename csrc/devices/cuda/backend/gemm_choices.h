@@ -22,9 +22,10 @@ struct GemmDevice {
   std::string libraries = {};  // versions of the libraries among the candidates
 };
 
-// The rows that a choice is made for, by the rows of the whole operator: decode steps, short
-// prompts and everything else. Few, so that batches of other sizes get the same bits.
-inline constexpr std::array<int32_t, 3> kRowClasses = {64, 512, 2048};
+// The rows that a choice is made for, by the rows of the whole operator: few and many sequences
+// that decode, short prompts and everything else. Few, so that batches of other sizes get the same
+// bits.
+inline constexpr std::array<int32_t, 4> kRowClasses = {kMostFewRows, 64, 512, 2048};
 
 // Products with equal shapes share a choice; slices of one operator have equal shapes.
 struct GemmShape {

@@ -1,3 +1,5 @@
+// Long because all that is known of the library stands here: its functions, the descriptors and
+// algorithm of a product, and the products that are prepared.
 #include "devices/cuda/backend/gemm_cublas_lt.h"
 
 #include <stdexcept>

@@ -8,6 +8,8 @@ namespace {
 template <typename Output>
 cudaError_t launch(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
   switch (tile) {
+    case GemmTile::kFewRows:
+      return gemm_few_rows(args, stream);
     case GemmTile::kAmpere64x64:
       return gemm_ampere_64x64<Output>(args, stream);
     case GemmTile::kAmpere128x128:
@@ -22,6 +24,8 @@ cudaError_t launch(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
 
 cudaError_t launch_gated(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
   switch (tile) {
+    case GemmTile::kFewRows:
+      return gemm_few_rows(args, stream);
     case GemmTile::kAmpere64x64:
       return gemm_gated_ampere_64x64(args, stream);
     case GemmTile::kAmpere128x128:
@@ -37,7 +41,7 @@ cudaError_t launch_gated(const GemmArgs& args, GemmTile tile, cudaStream_t strea
 }  // namespace
 
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream) {
-  check_tile(args);
+  check_tile(args, tile);
   if (args.is_gated)
     return launch_gated(args, tile, stream);
   return args.output == GemmOutput::kFloat ? launch<float>(args, tile, stream)

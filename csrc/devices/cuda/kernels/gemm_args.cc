@@ -56,6 +56,8 @@ void check_fp8(const GemmArgs& args) {
 
 const char* gemm_tile_name(GemmTile tile) {
   switch (tile) {
+    case GemmTile::kFewRows:
+      return "few_rows";
     case GemmTile::kAmpere64x64:
       return "ampere_64x64";
     case GemmTile::kAmpere128x128:
@@ -84,6 +86,8 @@ std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
     (blocks(args, tile) >= num_multiprocessors ? busy : idle).push_back(tile);
   }
   busy.insert(busy.end(), idle.rbegin(), idle.rend());
+  if (args.rows() <= kMostFewRows)
+    busy.insert(busy.begin(), GemmTile::kFewRows);
   return busy;
 }
 
@@ -121,8 +125,10 @@ void check(const GemmArgs& args) {
   expect_aligned("bias", args.bias);
 }
 
-void check_tile(const GemmArgs& args) {
+void check_tile(const GemmArgs& args, GemmTile tile) {
   check(args);
+  expect(tile != GemmTile::kFewRows || args.rows() <= kMostFewRows, "rows", args.rows(),
+         "at most 16 by few_rows");
   expect(!args.is_fp8(), "weights", 8, "bf16: tiles have none of FP8");
 }
 

@@ -1,5 +1,5 @@
 // GemmArgs and GemmTile: one matrix product with its fused epilogue, and which kernel computes it.
-// Filled by OperatorKernels and host tests, read by gemm_sm80.cu and gemm_sm90.cu.
+// Filled by OperatorKernels and host tests, read by the launches in gemm_*.cu.
 #pragma once
 
 #include <cstdint>
@@ -51,25 +51,28 @@ struct GemmArgs {
   int32_t operator_columns = 0;
 
   bool is_fp8() const { return fp8.b != nullptr; }
-  int32_t rows() const { return row_end - row_begin; }
+  FP_HD int32_t rows() const { return row_end - row_begin; }
   int32_t whole_rows() const { return operator_rows > 0 ? operator_rows : rows(); }
   int32_t whole_columns() const { return operator_columns > 0 ? operator_columns : columns; }
-  int32_t d_columns() const { return is_gated ? columns / 2 : columns; }
-  const Bf16* first_a() const { return a + row_begin * lda; }
+  FP_HD int32_t d_columns() const { return is_gated ? columns / 2 : columns; }
+  FP_HD const Bf16* first_a() const { return a + row_begin * lda; }
   // d at the first row of the slice, as T (float or Bf16).
   template <typename T>
-  T* first_d() const {
+  FP_HD T* first_d() const {
     return static_cast<T*>(d) + row_begin * ldd;
   }
 };
 
 // Rows x columns that one block of threads computes.
 enum class GemmTile : uint8_t {
+  kFewRows,        // at most kMostFewRows rows: 32 columns, as fast as the weights can be read
   kAmpere64x64,    // few rows or columns: more blocks than a wider tile gives
   kAmpere128x128,  // the default of compute capability 8.x and of everything without an own kernel
   kAmpere256x128,  // long prompts: half the reads of the weights
   kHopper128x256,  // compute capability 9.0 only: TMA and warp-group matrix instructions
 };
+
+inline constexpr int32_t kMostFewRows = 16;
 
 const char* gemm_tile_name(GemmTile tile);
 
@@ -82,7 +85,7 @@ std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
 
 // Throws std::invalid_argument naming the field, its value and what is allowed.
 void check(const GemmArgs& args);
-// As check(), of what launch_gemm() takes: weights in bf16.
-void check_tile(const GemmArgs& args);
+// As check(), of what launch_gemm() takes: weights in bf16, no more rows than the tile has.
+void check_tile(const GemmArgs& args, GemmTile tile);
 
 }  // namespace flowprefill

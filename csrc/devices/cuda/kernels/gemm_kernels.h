@@ -1,5 +1,6 @@
-// The CUTLASS kernels behind launch_gemm(), one function per tile and output type. Defined in
-// gemm_sm80.cu, gemm_sm90.cu and gemm_gated_sm80.cu, called by gemm.cc only.
+// The kernels behind launch_gemm(), those of CUTLASS with one function per tile and output type.
+// Defined in gemm_few_rows.cu, gemm_sm80.cu, gemm_sm90.cu and gemm_gated_sm80.cu, called by gemm.cc
+// only.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,6 +18,9 @@ template <typename Output>
 cudaError_t gemm_ampere_256x128(const GemmArgs& args, cudaStream_t stream);
 template <typename Output>
 cudaError_t gemm_hopper_128x256(const GemmArgs& args, cudaStream_t stream);
+
+// Every epilogue; at most kMostFewRows rows.
+cudaError_t gemm_few_rows(const GemmArgs& args, cudaStream_t stream);
 
 // args.is_gated, bf16 output.
 cudaError_t gemm_gated_ampere_64x64(const GemmArgs& args, cudaStream_t stream);

@@ -73,6 +73,16 @@ class DeviceThread {
     FP_DEVICE_ONLY(asm volatile("cp.async.wait_all;" ::: "memory");)
   }
 
+  // Ends a group of copies: those that this thread started since the last one.
+  FP_HD void end_copies() const {
+    FP_DEVICE_ONLY(asm volatile("cp.async.commit_group;" ::: "memory");)
+  }
+  // Waits for all groups that this thread ended but the last kCount.
+  template <int kCount>
+  FP_HD void wait_for_copies_but() const {
+    FP_DEVICE_ONLY(asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");)
+  }
+
   // Four 8 x 8 matrices of bf16 from shared memory. Lane i gives the address of row i % 8 of matrix
   // i / 8 (8 elements, 16-byte aligned) and gets of each matrix row lane / 4, columns 2 * (lane %
   // 4) and the next; transposed: column lane / 4, rows 2 * (lane % 4) and the next.

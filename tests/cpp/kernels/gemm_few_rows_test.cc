@@ -1,0 +1,209 @@
+// few_rows_body() on the host, against sums in double: every number of rows, every epilogue, sizes
+// that fill no block, no step and no turn of the warps.
+#include "devices/cuda/kernels/gemm_few_rows_body.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "reference.h"
+#include "simt.h"
+
+namespace flowprefill {
+namespace {
+
+struct Case {
+  int32_t rows = 5;
+  int32_t columns = 48;
+  int32_t depth = 200;
+  bool is_float = true;
+  bool has_bias = false;
+  bool adds_to_d = false;
+  bool is_gated = false;
+  bool is_gelu = false;
+  float scale = 1;
+};
+
+void run(const GemmArgs& args, uint32_t seed) {
+  check_tile(args, GemmTile::kFewRows);
+  const simt::Grid grid{.x = (args.columns + kFewRowsColumns - 1) / kFewRowsColumns,
+                        .threads = kFewRowsThreads,
+                        .shared_bytes = kFewRowsSharedBytes,
+                        .seed = seed};
+  simt::launch(grid, [&](const simt::Thread& t) {
+    if (args.rows() <= 8)
+      few_rows_body<1>(t, args);
+    else
+      few_rows_body<2>(t, args);
+  });
+}
+
+// A product with a row before it and one behind, which are neither read nor written.
+class Product {
+ public:
+  explicit Product(const Case& of, uint32_t seed = 1)
+      : of_(of), lda_(of.depth + 8), ldb_(of.depth + 16), random_(seed) {
+    fill(&a_, (of.rows + 2) * lda_);
+    fill(&b_, of.columns * ldb_);
+    for (int64_t i = 0; i < lda_; ++i)
+      a_[static_cast<size_t>(i)] = a_[a_.size() - 1 - static_cast<size_t>(i)] = kNan;
+    for (int32_t i = 0; i < of.columns; ++i)
+      bias_.push_back(normal_(random_));
+    for (int64_t i = 0; i < (of.rows + 2) * ldd(); ++i)
+      floats_.push_back(normal_(random_));
+    for (const float value : floats_)
+      halves_.push_back(to_bf16(value));
+    floats_before_ = floats_;
+    halves_before_ = halves_;
+  }
+
+  int64_t ldd() const { return d_columns() + 8; }
+  int32_t d_columns() const { return of_.is_gated ? of_.columns / 2 : of_.columns; }
+
+  GemmArgs args() {
+    return {.a = a_.data(),
+            .lda = lda_,
+            .b = b_.data(),
+            .ldb = ldb_,
+            .bias = of_.has_bias ? bias_.data() : nullptr,
+            .d = of_.is_float ? static_cast<void*>(floats_.data()) : halves_.data(),
+            .ldd = ldd(),
+            .output = of_.is_float ? GemmOutput::kFloat : GemmOutput::kBf16,
+            .adds_to_d = of_.adds_to_d,
+            .is_gated = of_.is_gated,
+            .is_gelu = of_.is_gelu,
+            .scale = of_.scale,
+            .row_begin = 1,
+            .row_end = 1 + of_.rows,
+            .columns = of_.columns,
+            .depth = of_.depth};
+  }
+
+  void test() {
+    run(args(), 1);
+    for (int32_t row = 0; row < of_.rows + 2; ++row) {
+      for (int32_t column = 0; column < ldd(); ++column)
+        ASSERT_NO_FATAL_FAILURE(test_at(row, column)) << "row " << row << ", column " << column;
+    }
+  }
+
+  // d in full after the whole product, or after it in slices of columns and rows.
+  std::vector<float> whole() {
+    restore();
+    run(args(), 2);
+    return floats_;
+  }
+  std::vector<float> cut(int32_t rows, int32_t columns) {
+    restore();
+    for (int32_t row = 0; row < of_.rows; row += rows) {
+      for (int32_t column = 0; column < of_.columns; column += columns) {
+        GemmArgs part = args();
+        part.b += column * ldb_;
+        part.bias = of_.has_bias ? part.bias + column : nullptr;
+        part.d = floats_.data() + column;
+        part.columns = smaller(columns, of_.columns - column);
+        part.row_begin = 1 + row;
+        part.row_end = 1 + smaller(row + rows, of_.rows);
+        run(part, 3);
+      }
+    }
+    return floats_;
+  }
+
+ private:
+  static constexpr Bf16 kNan = 0x7fc1;
+
+  void restore() { floats_ = floats_before_; }
+  void fill(std::vector<Bf16>* matrix, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      matrix->push_back(to_bf16(normal_(random_)));
+    // Behind the depth of a row there is nothing that may count.
+    const int64_t ld = matrix == &a_ ? lda_ : ldb_;
+    for (int64_t i = 0; i < count; ++i) {
+      if (i % ld >= of_.depth)
+        (*matrix)[static_cast<size_t>(i)] = kNan;
+    }
+  }
+
+  // A column of the bare product with its bias.
+  double sum(int32_t row, int32_t column) const {
+    double sum = of_.has_bias ? bias_[static_cast<size_t>(column)] : 0.0;
+    for (int32_t k = 0; k < of_.depth; ++k) {
+      sum += static_cast<double>(of_.scale) * widen(a_[static_cast<size_t>(row * lda_ + k)]) *
+             widen(b_[static_cast<size_t>(column * ldb_ + k)]);
+    }
+    return sum;
+  }
+
+  void test_at(int32_t row, int32_t column) const {
+    const auto at = static_cast<size_t>(row * ldd() + column);
+    const double before = of_.is_float ? floats_before_[at] : widen(halves_before_[at]);
+    const double got = of_.is_float ? floats_[at] : widen(halves_[at]);
+    if (row == 0 || row > of_.rows || column >= d_columns()) {
+      ASSERT_EQ(got, before) << "written outside";
+      return;
+    }
+    double want = 0;
+    if (of_.is_gated) {
+      const double gate = sum(row, 2 * column);
+      want =
+          (of_.is_gelu ? reference::gelu(gate) : reference::silu(gate)) * sum(row, 2 * column + 1);
+    } else {
+      want = sum(row, column) + (of_.adds_to_d ? before : 0.0);
+    }
+    ASSERT_NEAR(got, want, std::abs(want) * (of_.is_float ? 1e-6 : 1.0 / 256) + 1e-3);
+  }
+
+  const Case of_;
+  const int64_t lda_, ldb_;
+  std::mt19937 random_;
+  std::normal_distribution<float> normal_;
+  std::vector<Bf16> a_, b_;
+  std::vector<float> bias_, floats_, floats_before_;
+  std::vector<Bf16> halves_, halves_before_;
+};
+
+TEST(FewRows, EveryNumberOfRows) {
+  for (int32_t rows = 1; rows <= kMostFewRows; ++rows)
+    Product({.rows = rows}).test();
+}
+
+TEST(FewRows, SizesThatFillNoBlockNoStepAndNoTurn) {
+  for (const int32_t columns : {8, 32, 72})
+    Product({.rows = 3, .columns = columns, .depth = 64}).test();
+  for (const int32_t depth : {8, 32, 56, 64, 72, 512, 520, 1032, 1600})
+    Product({.rows = 9, .columns = 8, .depth = depth}).test();
+}
+
+TEST(FewRows, EveryEpilogue) {
+  for (const int32_t rows : {2, 11}) {
+    for (const bool is_float : {true, false}) {
+      Product({.rows = rows, .is_float = is_float, .has_bias = true, .scale = 0.25f}).test();
+      Product({.rows = rows, .is_float = is_float, .adds_to_d = true}).test();
+      Product({.rows = rows, .is_float = is_float, .has_bias = true, .adds_to_d = true}).test();
+    }
+    for (const bool is_second : {false, true}) {
+      Product({.rows = rows,
+               .is_float = false,
+               .has_bias = is_second,
+               .is_gated = true,
+               .is_gelu = is_second})
+          .test();
+    }
+  }
+}
+
+// Decode steps of other batch sizes, slices of rows and of columns: the bits of the whole.
+TEST(FewRows, BitsDependOnNoSlice) {
+  Product product({.rows = 13, .columns = 96, .depth = 712, .has_bias = true, .adds_to_d = true});
+  const std::vector<float> want = product.whole();
+  EXPECT_EQ(product.cut(1, 96), want);
+  EXPECT_EQ(product.cut(7, 40), want);
+  EXPECT_EQ(product.cut(13, 8), want);
+}
+
+}  // namespace
+}  // namespace flowprefill
