@@ -44,8 +44,6 @@ PORTABLE = (
 TENSOR_CORE = (
     "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
     "attention_kernel<256>",
-    "attention_split_kernel<64>", "attention_split_kernel<96>", "attention_split_kernel<128>",
-    "attention_split_kernel<256>",
     "few_rows_kernel<1>", "few_rows_kernel<2>",
     "gemm_ampere_64x64<bf16>", "gemm_ampere_64x64<float>",
     "gemm_ampere_128x128<bf16>", "gemm_ampere_128x128<float>",

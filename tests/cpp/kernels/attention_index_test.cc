@@ -120,6 +120,24 @@ TEST(AttentionSplit, FewRowsOnALongContextFillTheCard) {
   }
 }
 
+TEST(AttentionSplit, SequencesOfAtMost16EntriesDecode) {
+  EXPECT_TRUE((AttentionSplit{132, 4, 8}.is_decode(4)));
+  EXPECT_FALSE((AttentionSplit{132, 4, 8}.is_decode(5)));
+  EXPECT_TRUE((AttentionSplit{0, 16, 2}.is_decode(1)));
+  EXPECT_FALSE((AttentionSplit{132, 17, 2}.is_decode(1)));
+  const std::vector<AttentionSlice> slice = {
+      {.row = 0, .rows = 2, .position = 100, .sequence = 0, .chunk_keys = 64, .is_decode = true}};
+  for (const AttentionTile& tile : attention_tiles(slice, 8))
+    EXPECT_EQ(tile.is_decode, 1);
+  EXPECT_EQ(attention_tiles(slice, 8).size(), 2u);
+}
+
+// What the kernel declares fits twice: an A100's multiprocessor has 164 KiB, a block takes 1 more.
+TEST(AttentionSharedMemory, LeavesRoomForTwoBlocks) {
+  for (const int32_t head_dim : {64, 96, 128, 256})
+    EXPECT_LE(2 * (attention_shared_bytes(head_dim) + 1024), size_t{164} * 1024) << head_dim;
+}
+
 TEST(AttentionSplit, ManyRowsOrFewKeysAreNotSplit) {
   const AttentionSplit split{132, 4, 8};
   EXPECT_EQ(split.chunk_keys(2048, 131072), 0);
@@ -219,6 +237,8 @@ TEST(AttentionTiles, RefusesWhatNoKernelCanTake) {
   EXPECT_EQ(message({0, 1, 0, 0}, 0), "heads_per_kv: got 0, expected at least 1");
   EXPECT_EQ(message({0, INT32_MAX, 0, 0}, 2),
             "rows: got 2147483647, expected rows times query heads per KV head below 2^31");
+  EXPECT_EQ(message({0, 5, 0, 0, 0, true}, 4),
+            "rows: got 5, expected rows times query heads per KV head at most 16 for decoding");
 }
 
 TEST(Fragments, EveryElementOfEveryOperandLiesInOnePlace) {
@@ -293,8 +313,7 @@ TEST(PageWalk, EveryTokenHasItsOwnSlot) {
 // The 8 rows of a matrix that one ldmatrix reads must lie in 8 different groups of 4 banks.
 TEST(SharedMemory, RowsOfAMatrixLieInDifferentBanks) {
   for (const int32_t dim : {64, 96, 128, 256}) {
-    const int32_t rows = 2 * attention_keys(dim) + (shares_queries(dim) ? kAttentionEntries : 0);
-    const auto stride = static_cast<int32_t>(attention_shared_bytes(dim)) / rows;
+    const auto stride = static_cast<int32_t>(sizeof(Bf16)) * attention_stride(dim);
     std::set<int32_t> groups;
     for (int32_t row = 0; row < 8; ++row)
       groups.insert(row * stride / 16 % 8);

@@ -29,11 +29,8 @@ inline Grid attention_grid(const AttentionArgs& args, int32_t blocks, uint32_t s
 // The first kernel of launch_attention(). args: checked. seed: of the order in which threads run.
 inline void run_attention_tiles(const AttentionArgs& args, uint32_t seed = 1) {
   with_head_size(args.head_dim, [&]<int kDim>() {
-    const bool splits = args.num_merges > 0;
-    Grid grid = attention_grid(args, splits ? args.num_blocks : args.num_tiles, seed);
+    Grid grid = attention_grid(args, num_blocks_of(args), seed);
     grid.shared_bytes = attention_shared_bytes(kDim);
-    if (splits)
-      return launch(grid, [&](const Thread& t) { attention_split_body<kDim>(t, args); });
     launch(grid, [&](const Thread& t) { attention_body<kDim>(t, args); });
   });
 }

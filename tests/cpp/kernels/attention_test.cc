@@ -134,6 +134,14 @@ struct Case {
   }
   // Splits the keys of sequence `i` into chunks of so many keys.
   void split(size_t i, int32_t chunk_keys) { slices[i].chunk_keys = chunk_keys; }
+  // Lets a sequence be computed as one that decodes, where its entries are few enough.
+  void decode(size_t i) {
+    slices[i].is_decode = slices[i].rows * (shape.heads / shape.kv_heads) <= kDecodeEntries;
+  }
+  void decode_all() {
+    for (size_t i = 0; i < slices.size(); ++i)
+      decode(i);
+  }
   at::Tensor run(uint32_t seed) const {
     return run(attention_tiles(slices, shape.heads / shape.kv_heads), seed);
   }
@@ -210,6 +218,28 @@ TEST_P(Attention, OverSplitKeysIsAtensWithinRoundingOnRandomBatches) {
   expect_is_atens(c, c.run(GetParam()));
 }
 
+// Sequences that decode, some with split keys, next to others.
+TEST_P(Attention, OfDecodingSequencesIsAtensWithinRoundingOnRandomBatches) {
+  Random random(200 + GetParam());
+  const int32_t kv_heads = random.integer(1, 2);
+  const int32_t group = random.integer(1, 16);
+  Shape shape{.heads = kv_heads * group,
+              .kv_heads = kv_heads,
+              .head_dim = std::vector{64, 96, 128, 256}[GetParam() % 4],
+              .block_shift = random.integer(0, 7),
+              .window = random.coin() ? random.integer(1, 250) : 0,
+              .softcap = random.coin() ? 3.0f : 0.0f,
+              .sequences = {}};
+  for (int32_t i = random.integer(1, 4); i > 0; --i)
+    shape.sequences.push_back(
+        {random.integer(0, 400), random.coin() ? random.integer(1, 16 / group) : 17});
+  Case c(shape, random);
+  c.decode_all();
+  for (size_t i = 0; i < c.slices.size(); ++i)
+    c.split(i, random.coin() ? 0 : 64 * random.integer(1, 4));
+  expect_is_atens(c, c.run(GetParam()));
+}
+
 INSTANTIATE_TEST_SUITE_P(Seeds, Attention, testing::Range(1u, 17u));
 
 TEST(AttentionEdges, LengthsAroundTheTileSizes) {
@@ -245,6 +275,37 @@ TEST(AttentionEdges, EverySeenKeyCountsOnceAndNoOther) {
   }
 }
 
+// As above: around the 16 keys of a warp, the 64 of a block, the 128 that the buffers hold, and
+// windows that start within either. The table ends with the last key: nothing is read behind it.
+TEST(AttentionEdges, OfDecodingSequencesEverySeenKeyCountsOnceAndNoOther) {
+  Random random(19);
+  for (const auto& [dim, block_shift] : {std::pair{64, 4}, {128, 2}, {256, 6}}) {
+    for (const int32_t window : {0, 5, 70}) {
+      for (const int32_t context : {0, 14, 15, 47, 62, 63, 79, 126, 127, 190, 255, 300}) {
+        Case c({.heads = 2,
+                .kv_heads = 2,
+                .head_dim = dim,
+                .block_shift = block_shift,
+                .window = window,
+                .sequences = {{context, 2}}},
+               random);
+        c.decode(0);
+        if (context % 2 == 1)
+          c.split(0, context % 3 == 0 ? 64 : 128);
+        c.tables.resize(static_cast<size_t>(((context + 1) >> block_shift) + 1));
+        c.tables.shrink_to_fit();
+        c.q.zero_();
+        c.place(c.values, 0, at::arange(context + 2).view({1, -1, 1}).expand({2, -1, dim}));
+        const at::Tensor last = at::arange(context, context + 2).to(at::kDouble);
+        const at::Tensor first =
+            window > 0 ? (last - window + 1).clamp_min(0) : at::zeros_like(last);
+        const at::Tensor want = ((first + last) / 2).view({2, 1, 1}).expand({2, 2, dim});
+        expect_close(c.run(1), want, kBf16Rounding, 1e-5);
+      }
+    }
+  }
+}
+
 TEST(AttentionEdges, AWindowOfOneSeesTheRowItself) {
   Random random(8);
   const Case c({.heads = 3, .window = 1, .sequences = {{70, 30}}}, random);
@@ -255,6 +316,15 @@ TEST(AttentionEdges, AWindowOfOneSeesTheRowItself) {
 TEST(AttentionEdges, LargeScoresDoNotOverflow) {
   Random random(9);
   Case c({.sequences = {{100, 20}}}, random);
+  c.q.mul_(500.0);
+  expect_is_atens(c, c.run(1));
+}
+
+TEST(AttentionEdges, OfDecodingSequencesLargeScoresDoNotOverflow) {
+  Random random(20);
+  Case c({.sequences = {{200, 2}, {3, 1}}}, random);
+  c.decode_all();
+  c.split(0, 128);
   c.q.mul_(500.0);
   expect_is_atens(c, c.run(1));
 }
@@ -333,6 +403,41 @@ TEST(AttentionBits, OverSplitKeysRowsDoNotDependOnSlicingBatchOrHeads) {
     expect_equal(out.slice(0, 0, 40), want.slice(0, 0, 40));
     const std::vector<AttentionSlice> alone = {c.slices[1]};
     expect_equal(c.run(attention_tiles(alone, 3), 4).slice(0, 40, 41), want.slice(0, 40, 41));
+  }
+}
+
+// Of sequences that decode, likewise; their warps end in another order with every seed.
+TEST(AttentionBits, OfDecodingSequencesRowsDoNotDependOnSlicingBatchOrHeads) {
+  for (const auto& [dim, window, chunk_keys] :
+       {std::tuple{64, 0, 0}, {128, 150, 128}, {256, 0, 64}}) {
+    Random random(21);
+    Case c({.heads = 6,
+            .kv_heads = 2,
+            .head_dim = dim,
+            .window = window,
+            .softcap = window > 0 ? 2.0f : 0.0f,
+            .sequences = {{217, 5}, {300, 1}, {40, 20}}},
+           random);
+    c.decode_all();
+    c.split(0, chunk_keys);
+    c.split(1, chunk_keys);
+    const at::Tensor want = c.run(1);
+    for (const auto& [begin, end] : {std::pair{0, 2}, {2, 3}, {3, 5}}) {
+      AttentionSlice slice = c.slices[0];
+      slice.row += begin;
+      slice.rows = end - begin;
+      slice.position += begin;
+      const auto tiles = attention_tiles(std::vector<AttentionSlice>{slice}, 3);
+      for (int32_t head = 0; head < 2; ++head) {
+        const at::Tensor got =
+            c.run(tiles, static_cast<uint32_t>(2 + begin + head), head, head + 1);
+        expect_equal(got.slice(0, begin, end).slice(1, 3 * head, 3 * head + 3),
+                     want.slice(0, begin, end).slice(1, 3 * head, 3 * head + 3));
+        EXPECT_EQ(count_finite(got), (end - begin) * 3 * dim);
+      }
+    }
+    const std::vector<AttentionSlice> alone = {c.slices[1]};
+    expect_equal(c.run(attention_tiles(alone, 3), 4).slice(0, 5, 6), want.slice(0, 5, 6));
   }
 }
 

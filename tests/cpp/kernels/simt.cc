@@ -19,7 +19,15 @@ namespace {
 constexpr int32_t kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 
-enum class Call : uint8_t { kNone, kSync, kShuffle, kLoad, kLoadTransposed, kMultiplyAdd };
+enum class Call : uint8_t {
+  kNone,
+  kSync,
+  kSyncWarp,
+  kShuffle,
+  kLoad,
+  kLoadTransposed,
+  kMultiplyAdd
+};
 
 // What a thread brings to a collective call, and what it takes home.
 struct Operands {
@@ -173,6 +181,8 @@ class Block {
     if (is_stopped(first))
       return;
     switch (call) {
+      case Call::kSyncWarp:
+        break;
       case Call::kShuffle:
         shuffle(first);
         break;
@@ -290,6 +300,10 @@ void Thread::sync() const {
   block_->wait(*this, {.call = Call::kSync});
 }
 
+void Thread::sync_warp() const {
+  block_->wait(*this, {.call = Call::kSyncWarp});
+}
+
 float Thread::shuffle_xor(float value, int mask) const {
   block_->wait(*this, {.call = Call::kShuffle, .value = bits_of(value), .mask = mask});
   return float_of(block_->operands(index_).value);
@@ -325,9 +339,15 @@ void Thread::copy_16(void* to, const void* from, bool is_valid) const {
 }
 
 void Thread::wait_for_copies() const {
-  for (const Copy& copy : block_->copies(index_))
-    std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
-  block_->copies(index_).clear();
+  wait_for_copies_before(INT32_MAX);
+}
+
+void Thread::wait_for_copies_before(int32_t group) const {
+  std::erase_if(block_->copies(index_), [&](const Copy& copy) {
+    if (copy.group < group)
+      std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+    return copy.group < group;
+  });
 }
 
 void Thread::end_copies() const {
@@ -335,15 +355,7 @@ void Thread::end_copies() const {
 }
 
 void Thread::wait_for_groups_but(int32_t count) const {
-  std::vector<Copy>& copies = block_->copies(index_);
-  const auto is_under_way = [&](const Copy& copy) {
-    return copy.group >= block_->group(index_) - count;
-  };
-  for (const Copy& copy : copies) {
-    if (!is_under_way(copy))
-      std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
-  }
-  std::erase_if(copies, [&](const Copy& copy) { return !is_under_way(copy); });
+  wait_for_copies_before(block_->group(index_) - count);
 }
 
 void Thread::load_matrices(const void* row, uint32_t (&out)[4]) const {

@@ -41,6 +41,7 @@ class Thread {
     return reinterpret_cast<T*>(shared_bytes());
   }
   void sync() const;
+  void sync_warp() const;
   float shuffle_xor(float value, int mask) const;
   int32_t shuffle_xor(int32_t value, int mask) const;
   uint32_t add(uint32_t* shared, uint32_t value) const;
@@ -60,6 +61,7 @@ class Thread {
   Thread(Block* block, int32_t index) : block_(block), index_(index) {}
   unsigned char* shared_bytes() const;
   void wait_for_groups_but(int32_t count) const;
+  void wait_for_copies_before(int32_t group) const;
 
   Block* block_;
   int32_t index_;

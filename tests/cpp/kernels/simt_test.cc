@@ -143,6 +143,32 @@ TEST(Simt, AWaitForGroupsLeavesTheLastOnesUnderWay) {
   });
 }
 
+TEST(Simt, GroupsOfCopiesArriveInTheirOrder) {
+  alignas(16) static constexpr uint16_t kFrom[3][8] = {{1}, {2}, {3}};
+  simt::launch({.shared_bytes = 32 * 3 * 16}, [](const Thread& t) {
+    auto* to = t.shared<uint16_t>() + t.lane() * 24;
+    const auto arrived = [&] {
+      return int{to[0] == 1} + 2 * int{to[8] == 2} + 4 * int{to[16] == 3};
+    };
+    t.copy_16(to, kFrom[0], true);
+    t.end_copies();
+    t.copy_16(to + 8, kFrom[1], true);
+    t.end_copies();
+    t.copy_16(to + 16, kFrom[2], true);
+    t.wait_for_copies_but<2>();
+    EXPECT_EQ(arrived(), 0);
+    t.end_copies();
+    t.wait_for_copies_but<2>();
+    EXPECT_EQ(arrived(), 1);
+    t.end_copies();  // an empty one counts
+    t.wait_for_copies_but<2>();
+    EXPECT_EQ(arrived(), 3);
+    t.wait_for_copies_but<0>();
+    EXPECT_EQ(arrived(), 7);
+    t.sync_warp();
+  });
+}
+
 TEST(Simt, AMissingBarrierShows) {
   // Without sync() between write and read some order of threads reads NaN.
   int wrong = 0;

@@ -265,6 +265,45 @@ TEST_F(Attention, OverSplitKeys) {
   }
 }
 
+// Around a warp's 16 keys, a block's 64, what the buffers hold, and windows that start within; a
+// table that ends with the last key; split and not; next to a sequence that does not decode.
+TEST_F(Attention, OfDecodingSequences) {
+  for (const int32_t head_dim : {64, 96, 128, 256}) {
+    for (const auto& [block_shift, window] : {std::pair{4, 0}, {2, 90}, {6, 30}}) {
+      make({.heads = 8,
+            .kv_heads = 2,
+            .head_dim = head_dim,
+            .block_shift = block_shift,
+            .window = window,
+            .softcap = window == 30 ? 3.0f : 0.0f,
+            .parts = {{0, 1}, {15, 1}, {47, 2}, {127, 1}, {13, 20}, {60, 4}, {400, 1}, {319, 1}}});
+      for (AttentionSlice& slice : slices_)
+        slice.is_decode = slice.rows <= 4;
+      slices_[5].chunk_keys = 64;
+      slices_[6].chunk_keys = 192;
+      slices_[7].chunk_keys = 128;
+      expect_is_plain();
+    }
+  }
+}
+
+TEST_F(Attention, OfDecodingSequencesRowsDoNotDependOnSlicesOrBatch) {
+  make({.heads = 6, .kv_heads = 2, .head_dim = 128, .parts = {{437, 5}, {0, 11}, {300, 1}}});
+  slices_[0].is_decode = slices_[2].is_decode = true;
+  slices_[0].chunk_keys = 192;
+  const std::vector<Bf16> want = bits_of(slices_);
+  for (const auto& [begin, end] : {std::pair{0, 2}, {2, 3}, {3, 5}}) {
+    const std::vector<AttentionSlice> slice = {{begin, end - begin, 437 + begin, 0, 192, true}};
+    const std::vector<Bf16> got = bits_of(slice);
+    EXPECT_TRUE(std::equal(got.begin() + begin * ld(), got.begin() + end * ld(),
+                           want.begin() + begin * ld()))
+        << "rows " << begin << " to " << end;
+  }
+  const std::vector<Bf16> alone = bits_of(std::span(slices_).subspan(2));
+  EXPECT_TRUE(
+      std::equal(alone.begin() + 16 * ld(), alone.begin() + 17 * ld(), want.begin() + 16 * ld()));
+}
+
 TEST_F(Attention, OverSplitKeysRowsDoNotDependOnSlicesOrBatch) {
   make({.heads = 3, .window = 200, .parts = {{237, 90}, {0, 11}}});
   slices_[0].chunk_keys = 64;
@@ -284,7 +323,9 @@ TEST_F(Attention, OfOneRowOnALongContext) {
   make({.heads = 8, .kv_heads = 2, .head_dim = 128, .parts = {{context, 1}}});
   const AttentionSplit split{132, 4, 2};
   slices_[0].chunk_keys = split.chunk_keys(1, context + 1);
+  slices_[0].is_decode = split.is_decode(1);
   ASSERT_GT(slices_[0].chunk_keys, 0);
+  ASSERT_TRUE(slices_[0].is_decode);
   expect_is_plain();
 }
 

@@ -30,13 +30,15 @@ int multiprocessors() {
 
 // chunk_keys: 0: the keys are not split.
 std::vector<AttentionSlice> slices_of(const Case& one, int32_t chunk_keys) {
+  const AttentionSplit split{multiprocessors(), kHeads / kKv, kKv};
   std::vector<AttentionSlice> slices;
   for (int i = 0; i < one.sequences; ++i) {
     slices.push_back({.row = i * one.rows,
                       .rows = one.rows,
                       .position = one.context,
                       .sequence = i,
-                      .chunk_keys = chunk_keys});
+                      .chunk_keys = chunk_keys,
+                      .is_decode = split.is_decode(one.rows)});
   }
   return slices;
 }

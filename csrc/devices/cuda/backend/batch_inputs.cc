@@ -49,7 +49,8 @@ Slices slices_in(const Batch& batch, const AttentionRows& rows, const AttentionR
          .rows = end - begin,
          .position = s.context + begin - s.row_begin,
          .sequence = static_cast<int32_t>(i),
-         .chunk_keys = is_for_hopper ? 0 : rules.split.chunk_keys(s.rows, s.length())});
+         .chunk_keys = is_for_hopper ? 0 : rules.split.chunk_keys(s.rows, s.length()),
+         .is_decode = !is_for_hopper && rules.split.is_decode(s.rows)});
   }
   return slices;
 }

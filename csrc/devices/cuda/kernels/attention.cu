@@ -16,18 +16,13 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args)
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads) attention_split_kernel(AttentionArgs args) {
-  attention_split_body<kDim>(DeviceThread(shared_memory), args);
-}
-
-template <int kDim>
 __global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionArgs args) {
   attention_merge_body<kDim>(DeviceThread(shared_memory), args);
 }
 
 template <int kDim>
 cudaError_t launch(const AttentionArgs& args, cudaStream_t stream) {
-  const auto kernel = args.num_merges > 0 ? attention_split_kernel<kDim> : attention_kernel<kDim>;
+  const auto kernel = attention_kernel<kDim>;
   const size_t shared_bytes = attention_shared_bytes(kDim);
   if (shared_bytes > kFreeSharedBytes) {
     const cudaError_t code = cudaFuncSetAttribute(
@@ -36,8 +31,8 @@ cudaError_t launch(const AttentionArgs& args, cudaStream_t stream) {
       return code;
   }
   const auto heads = static_cast<unsigned>(args.kv_end - args.kv_begin);
-  const int32_t blocks = args.num_merges > 0 ? args.num_blocks : args.num_tiles;
-  kernel<<<dim3(static_cast<unsigned>(blocks), heads), kThreads, shared_bytes, stream>>>(args);
+  const dim3 blocks(static_cast<unsigned>(num_blocks_of(args)), heads);
+  kernel<<<blocks, kThreads, shared_bytes, stream>>>(args);
   if (args.num_merges > 0) {
     const dim3 merges(static_cast<unsigned>(args.num_merges), heads);
     attention_merge_kernel<kDim><<<merges, kThreads, 0, stream>>>(args);

@@ -31,7 +31,8 @@ void add_tiles(std::vector<AttentionTile>& tiles, const AttentionSlice& slice, i
                      .entry = entry,
                      .entries = slice.rows * heads_per_kv,
                      .chunk_keys = slice.chunk_keys,
-                     .partial = slice.chunk_keys == 0 ? 0 : partial};
+                     .partial = slice.chunk_keys == 0 ? 0 : partial,
+                     .is_decode = slice.is_decode ? 1 : 0};
   for (; tile.chunk < num_chunks(slice) && num_keys(tile, heads_per_kv, size) > 0; ++tile.chunk)
     tiles.push_back(tile);
 }
@@ -51,6 +52,8 @@ std::vector<AttentionTile> tiles_of(std::span<const AttentionSlice> slices, int3
     const int64_t entries = int64_t{slice.rows} * heads_per_kv;
     expect(entries <= INT32_MAX - size, "rows", slice.rows,
            "rows times query heads per KV head below 2^31");
+    expect(!slice.is_decode || entries <= kDecodeEntries, "rows", slice.rows,
+           "rows times query heads per KV head at most 16 for decoding");
     for (int64_t entry = 0; entry < entries; entry += size)
       add_tiles(tiles, slice, static_cast<int32_t>(entry), heads_per_kv, size,
                 static_cast<int32_t>(partial));
@@ -85,7 +88,8 @@ std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slice
 std::vector<AttentionTile> attention_row_tiles(std::span<const AttentionSlice> slices,
                                                int32_t head_dim) {
   for (const AttentionSlice& slice : slices)
-    expect(slice.chunk_keys == 0, "chunk_keys", slice.chunk_keys, "0: these tiles have no chunks");
+    expect(slice.chunk_keys == 0 && !slice.is_decode, "chunk_keys", slice.chunk_keys,
+           "0: these tiles have no chunks");
   return tiles_of(slices, 1, attention_rows_of_tile(head_dim));
 }
 
@@ -117,8 +121,10 @@ bool has_attention_kernel(int32_t head_dim) {
 
 size_t attention_shared_bytes(int32_t head_dim) {
   const int32_t queries = shares_queries(head_dim) ? kAttentionEntries : 0;
-  const auto rows = static_cast<size_t>(2 * attention_keys(head_dim) + queries);
-  return sizeof(Bf16) * rows * static_cast<size_t>(head_dim + 8);
+  const int32_t decode_queries = shares_queries(head_dim) ? kDecodeEntries : 0;
+  const int32_t rows = std::max(2 * attention_keys(head_dim) + queries,
+                                kAttentionEntries * decode_buffers(head_dim) + decode_queries);
+  return sizeof(Bf16) * static_cast<size_t>(rows) * static_cast<size_t>(attention_stride(head_dim));
 }
 
 void check_rows(const AttentionArgs& args) {

@@ -14,6 +14,7 @@
 namespace flowprefill {
 
 constexpr int32_t kAttentionEntries = 64;  // (row, query head) pairs of one tile
+constexpr int32_t kDecodeEntries = 16;     // most of a slice that attention_decode_body.h computes
 constexpr int32_t kChunkStep = 64;         // chunks are whole steps of keys of every kernel
 
 // Keys that a tile takes at once: fewer where its output fills the registers. Such a tile keeps its
@@ -25,6 +26,19 @@ constexpr bool shares_queries(int32_t head_dim) {
   return head_dim > 128;
 }
 
+// Elements of a row of shared memory. 16 bytes of padding make them an odd number of 16-byte words,
+// so that the 8 rows of a matrix lie in different banks.
+constexpr int32_t attention_stride(int32_t head_dim) {
+  return head_dim + 8;
+}
+
+// Buffers of 16 keys or values that each warp of a decode tile fills in turn; even. So many that
+// two blocks keep more bytes in flight than a multiprocessor's share of the memory's rate needs (33
+// KB at 4.3 TB/s and 1 us) and fit together into the shared memory that an A100's has.
+constexpr int32_t decode_buffers(int32_t head_dim) {
+  return head_dim > 128 ? 2 : 4;
+}
+
 // Rows of one sequence that attend together: all of a slice's new rows.
 struct AttentionSlice {
   int32_t row;             // first row, index into q and out
@@ -32,6 +46,7 @@ struct AttentionSlice {
   int32_t position;        // of the first row in its sequence
   int32_t sequence;        // row of the block tables
   int32_t chunk_keys = 0;  // of AttentionSplit; 0: the keys are not split
+  bool is_decode = false;  // of AttentionSplit; only of at most kDecodeEntries entries
 };
 
 // One block's work for one KV head. The entries of a slice are its (row, query head of the group)
@@ -44,7 +59,8 @@ struct AttentionTile {
   int32_t entries;         // of the whole slice: where the last tile ends
   int32_t chunk_keys = 0;  // 0: all keys; else those of one chunk, from chunk * chunk_keys on
   int32_t chunk = 0;
-  int32_t partial = 0;  // the slice's first row of the partial results: one per chunk and entry
+  int32_t partial = 0;    // the slice's first row of the partial results: one per chunk and entry
+  int32_t is_decode = 0;  // 1: attention_decode_body.h computes it
 };
 
 struct AttentionArgs {
@@ -72,6 +88,11 @@ struct AttentionArgs {
   int32_t window = 0;    // keys a row may look back on, itself included; 0: all
   float softcap = 0;     // scores, in base 2, become cap * tanh(score / cap); 0: they stay
 };
+
+// Blocks of threads per KV head that share the tiles.
+FP_HD int32_t num_blocks_of(const AttentionArgs& args) {
+  return args.num_merges > 0 ? args.num_blocks : args.num_tiles;
+}
 
 // The tiles of some slices for heads_per_kv query heads per KV head, those with most keys first
 // (the last blocks of a launch should be short ones). Throws std::invalid_argument for bad slices.

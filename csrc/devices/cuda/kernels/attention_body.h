@@ -12,21 +12,19 @@
 // Where keys are split (flash-decoding), a block takes tiles of one chunk of the keys in turn and
 // writes maximum, sum and output of its chunk as float; attention_merge_body.h puts them together.
 // Chunks start at multiples of their size of the position, for the same reason.
+//
+// Tiles of sequences that decode, a few entries each, are attention_decode_body.h's.
 #pragma once
 
 #include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/attention_decode_body.h"
 #include "devices/cuda/kernels/attention_merge_body.h"
 #include "devices/cuda/kernels/mma_layout.h"
 #include "devices/cuda/kernels/thread.h"
 
 namespace flowprefill {
 
-// Shared memory row of one key or value. 16 bytes of padding make the stride an odd number of
-// 16-byte words, so that the 8 rows of a matrix lie in different banks.
-template <int kDim>
-constexpr int32_t kSharedStride = kDim + 8;
-
-template <int kDim, bool kSplits, class Thread>
+template <int kDim, class Thread>
 class AttentionBody {
  public:
   // index: of the tile.
@@ -42,13 +40,11 @@ class AttentionBody {
     const int32_t last = smaller(tile_.entry + kAttentionEntries, tile_.entries) - 1;
     int32_t end = position_of(last) + 1;
     int32_t begin = first_key();
-    if constexpr (kSplits) {
-      if (tile_.chunk_keys > 0) {
-        begin = larger(begin, tile_.chunk * tile_.chunk_keys);
-        end = smaller(end, (tile_.chunk + 1) * tile_.chunk_keys);
-        if (begin >= end)  // the chunk lies before the window
-          return;
-      }
+    if (tile_.chunk_keys > 0) {
+      begin = larger(begin, tile_.chunk * tile_.chunk_keys);
+      end = smaller(end, (tile_.chunk + 1) * tile_.chunk_keys);
+      if (begin >= end)  // the chunk lies before the window
+        return;
     }
     begin = begin / kKeys * kKeys;
     load_queries();
@@ -74,12 +70,12 @@ class AttentionBody {
   static constexpr int kThreads = kAttentionEntries / 16 * 32;
   static constexpr int32_t kKeys = attention_keys(kDim);
   static constexpr bool kSharesQueries = shares_queries(kDim);
-  static constexpr int kDepthSteps = kDim / 16;            // of the query-key product
-  static constexpr int kKeyColumns = kKeys / 8;            // 8-wide columns of the scores
-  static constexpr int kOutColumns = kDim / 8;             // 8-wide columns of the output
-  static constexpr int kKeySteps = kKeys / 16;             // depth of the value product
-  static constexpr int32_t kWords = kDim / 8;              // 16-byte words of a key
-  static constexpr int32_t kStride = kSharedStride<kDim>;  // elements
+  static constexpr int kDepthSteps = kDim / 16;               // of the query-key product
+  static constexpr int kKeyColumns = kKeys / 8;               // 8-wide columns of the scores
+  static constexpr int kOutColumns = kDim / 8;                // 8-wide columns of the output
+  static constexpr int kKeySteps = kKeys / 16;                // depth of the value product
+  static constexpr int32_t kWords = kDim / 8;                 // 16-byte words of a key
+  static constexpr int32_t kStride = attention_stride(kDim);  // elements
 
   FP_HD Bf16* keys() const { return t_.template shared<Bf16>(); }
   FP_HD Bf16* values() const { return keys() + kKeys * kStride; }
@@ -166,7 +162,7 @@ class AttentionBody {
       if (e >= tile_.entries)
         continue;
       // Read again: registers are scarce while keys are multiplied.
-      if (kSplits && args_.tiles[index_].chunk_keys > 0)
+      if (args_.tiles[index_].chunk_keys > 0)
         store_partial(half, e, sum);
       else
         store_output(half, e, 1.0f / sum);
@@ -315,23 +311,23 @@ class AttentionBody {
   float sums_[2] = {};
 };
 
-// block_x(): tile; block_y(): KV head, from kv_begin on; 128 threads. No tile has chunks.
+// block_x(): of num_blocks_of() blocks, which take the tiles in turn: a graph's list has room for
+// far more chunks than most batches have, and blocks for all of them would cost more than the
+// attention. Padding comes last. block_y(): KV head, from kv_begin on; 128 threads.
 template <int kDim, class Thread>
-FP_HD void attention_body(const Thread& t, const AttentionArgs& args) {
-  if (args.tiles[t.block_x()].sequence > 0)
-    AttentionBody<kDim, false, Thread>(t, args, t.block_x()).run();
-}
-
-// block_x(): of args.num_blocks, which take the tiles in turn: a graph's list has room for far more
-// chunks than most batches have, and blocks for all of them would cost more than the attention.
-// Padding comes last. Else as attention_body().
-template <int kDim, class Thread>
-FP_HD void attention_split_body(Thread t, const AttentionArgs& args) {
-  for (int32_t i = t.block_x(); i < args.num_tiles; i += args.num_blocks) {
+FP_HD void attention_body(Thread t, const AttentionArgs& args) {
+  for (int32_t i = t.block_x(); i < args.num_tiles; i += num_blocks_of(args)) {
     if (args.tiles[i].sequence <= 0)
       return;
     t.recompute();
-    AttentionBody<kDim, true, Thread>(t, args, i).run();
+    if (args.tiles[i].is_decode != 0)
+      AttentionDecode<kDim, Thread>(t, args, i).run();
+    t.recompute();
+    // Read again, and no else: registers for what is computed for both are not there.
+    if (args.tiles[i].is_decode == 0)
+      AttentionBody<kDim, Thread>(t, args, i).run();
+    t.recompute();
+    t.sync();  // the next tile may use shared memory otherwise
   }
 }
 

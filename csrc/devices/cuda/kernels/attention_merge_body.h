@@ -29,23 +29,38 @@ template <int kDim, class Thread>
 FP_HD void merge_entry(const Thread& t, const AttentionArgs& args, const AttentionTile& tile,
                        int32_t entry) {
   constexpr int kColumns = kDim / 32;
+  constexpr int kChunksAtOnce = 4;  // loads in flight
   const int32_t group = args.heads / args.kv_heads;
   const int32_t position = tile.position + entry / group;
   const int32_t first_key = args.window > 0 ? larger(0, position - args.window + 1) : 0;
   const int32_t begin = first_key / tile.chunk_keys;
   const int32_t end = position / tile.chunk_keys + 1;
   float peak = minus_infinity();
-  for (int32_t chunk = begin; chunk < end; ++chunk) {
+  for (int32_t chunk = begin + t.lane(); chunk < end; chunk += 32) {
     const float other = *AttentionPartial<kDim>(args, tile, chunk, entry, t.block_y()).peak_and_sum;
+    peak = other > peak ? other : peak;
+  }
+  FP_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
+    const float other = t.shuffle_xor(peak, mask);
     peak = other > peak ? other : peak;
   }
   float out[kColumns] = {};
   float sum = 0.0f;
-  for (int32_t chunk = begin; chunk < end; ++chunk) {
-    const AttentionPartial<kDim> partial(args, tile, chunk, entry, t.block_y());
-    const float scale = exp2_of(partial.peak_and_sum[0] - peak);
-    sum += partial.peak_and_sum[1] * scale;
-    FP_UNROLL for (int i = 0; i < kColumns; ++i) out[i] += partial.out[t.lane() + 32 * i] * scale;
+  for (int32_t chunk = begin; chunk < end; chunk += kChunksAtOnce) {
+    float parts[kChunksAtOnce][kColumns];
+    Vec<float, 2> peaks_and_sums[kChunksAtOnce];
+    FP_UNROLL for (int i = 0; i < kChunksAtOnce; ++i) {
+      // Beyond the last: that one again, scaled to nothing.
+      const AttentionPartial<kDim> partial(args, tile, smaller(chunk + i, end - 1), entry,
+                                           t.block_y());
+      peaks_and_sums[i] = *reinterpret_cast<const Vec<float, 2>*>(partial.peak_and_sum);
+      FP_UNROLL for (int c = 0; c < kColumns; ++c) parts[i][c] = partial.out[t.lane() + 32 * c];
+    }
+    FP_UNROLL for (int i = 0; i < kChunksAtOnce; ++i) {
+      const float scale = chunk + i < end ? exp2_of(peaks_and_sums[i].v[0] - peak) : 0.0f;
+      sum += peaks_and_sums[i].v[1] * scale;
+      FP_UNROLL for (int c = 0; c < kColumns; ++c) out[c] += parts[i][c] * scale;
+    }
   }
   const int32_t head = (args.kv_begin + t.block_y()) * group + entry % group;
   Bf16* to = args.out + (tile.row + entry / group) * args.ld_out + int64_t{head} * kDim;

@@ -33,6 +33,10 @@ int32_t AttentionSplit::chunk_keys(int32_t rows, int32_t keys) const {
   return static_cast<int32_t>(std::max<int64_t>(step, kLeastKeys));
 }
 
+bool AttentionSplit::is_decode(int32_t rows) const {
+  return int64_t{rows} * heads_per_kv <= kDecodeEntries;  // `return false`: never
+}
+
 // Fewer rows have no more chunks each than one row has, and no sequence more than the worst number
 // of rows has.
 AttentionNeeds AttentionSplit::needs(int32_t rows, int32_t sequences, int32_t max_keys) const {

@@ -29,6 +29,9 @@ struct AttentionSplit {
   // at least 1; 0: its keys are not split, since there are enough blocks without or few keys.
   int32_t chunk_keys(int32_t rows, int32_t keys) const;
 
+  // Whether such a sequence's warps take different keys of a tile (attention_decode_body.h).
+  bool is_decode(int32_t rows) const;
+
   // For `rows` rows of at most `sequences` sequences with up to max_keys keys each.
   AttentionNeeds needs(int32_t rows, int32_t sequences, int32_t max_keys) const;
 

@@ -38,6 +38,9 @@ class DeviceThread {
   // Waits for the block; what its threads wrote to shared memory before is seen after.
   FP_HD void sync() const { FP_DEVICE_ONLY(__syncthreads();) }
 
+  // As sync(), of the warp.
+  FP_HD void sync_warp() const { FP_DEVICE_ONLY(__syncwarp();) }
+
   // The value of lane (lane() ^ mask).
   FP_HD float shuffle_xor(float value, int mask) const {
     FP_DEVICE_ONLY(value = __shfl_xor_sync(0xffffffffu, value, mask);)
