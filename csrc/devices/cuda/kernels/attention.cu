@@ -6,7 +6,6 @@ namespace flowprefill {
 namespace {
 
 constexpr int kThreads = kAttentionEntries / 16 * 32;
-constexpr size_t kFreeSharedBytes = 48 * 1024;  // more have to be asked for
 
 extern __shared__ unsigned char shared_memory[];
 
@@ -24,12 +23,14 @@ template <int kDim>
 cudaError_t launch(const AttentionArgs& args, cudaStream_t stream) {
   const auto kernel = attention_kernel<kDim>;
   const size_t shared_bytes = attention_shared_bytes(kDim);
-  if (shared_bytes > kFreeSharedBytes) {
-    const cudaError_t code = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (code != cudaSuccess)
-      return code;
-  }
+  // Two blocks a multiprocessor: the kernel needs the shared memory, not the cache beside it.
+  cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared);
+  if (code == cudaSuccess)
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(shared_bytes));
+  if (code != cudaSuccess)
+    return code;
   const auto heads = static_cast<unsigned>(args.kv_end - args.kv_begin);
   const dim3 blocks(static_cast<unsigned>(num_blocks_of(args)), heads);
   kernel<<<blocks, kThreads, shared_bytes, stream>>>(args);
