@@ -23,7 +23,7 @@ template <int kDim>
 cudaError_t launch(const AttentionArgs& args, cudaStream_t stream) {
   const auto kernel = attention_kernel<kDim>;
   const size_t shared_bytes = attention_shared_bytes(kDim);
-  // Two blocks a multiprocessor: the kernel needs the shared memory, not the cache beside it.
+  // So that two blocks fit a multiprocessor, which then has less first-level cache.
   cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                           cudaSharedmemCarveoutMaxShared);
   if (code == cudaSuccess)

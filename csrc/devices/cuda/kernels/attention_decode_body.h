@@ -71,6 +71,8 @@ class AttentionDecode {
   static constexpr int kOutColumns = kDim / 8;   // 8-wide columns of the output
   static constexpr int32_t kWords = kDim / 8;    // 16-byte words of a key
   static constexpr int32_t kStride = attention_stride(kDim);
+  // That the lanes copy at once, one word each; 0: not whole ones.
+  static constexpr int32_t kRowsAtOnce = 32 % kWords == 0 ? 32 / kWords : 0;
   static constexpr int32_t kColumns = kDim / 32;  // dimensions of a lane where warps are added
   static_assert(kBuffers % 2 == 0, "keys and values take turns");
   static_assert(kBlockKeys == kChunkStep, "chunks start where warps' turns do");
@@ -118,16 +120,36 @@ class AttentionDecode {
   // end; rows from end_ on are zeros, so that no NaN meets a masked key's zero probability.
   FP_HD void copy(const Bf16* cache, int32_t buffer) const {
     if (next_ < end_) {
-      FP_UNROLL for (int i = 0; i < kKeys * kWords / 32; ++i) {
-        const int32_t word = i * 32 + t_.lane();
-        const int32_t row = word / kWords;
-        const int32_t column = word % kWords * 8;
-        const bool is_valid = next_ + row < end_;
-        const int64_t offset = is_valid ? cache_offset(row) + column : 0;
-        t_.copy_16(buffer_at(buffer) + row * kStride + column, cache + offset, is_valid);
-      }
+      if (kRowsAtOnce > 0 && has_large_blocks())
+        copy_of_block(cache, buffer_at(buffer));
+      else
+        copy_rows(cache, buffer_at(buffer));
     }
     t_.end_copies();
+  }
+
+  // All lie in one block: addresses are one and a step. (Beyond the end they are the block's too.)
+  FP_HD void copy_of_block(const Bf16* cache, Bf16* to) const {
+    const int32_t row = t_.lane() / kWords;
+    const int32_t column = t_.lane() % kWords * 8;
+    const int64_t step = kRowsAtOnce * args_.cache.token_stride;
+    const Bf16* from = cache + cache_offset(row) + column;
+    to += row * kStride + column;
+    FP_UNROLL for (int i = 0; i < kKeys * kWords / 32; ++i) {
+      t_.copy_16(to + i * kRowsAtOnce * kStride, from, next_ + row + i * kRowsAtOnce < end_);
+      from += step;
+    }
+  }
+
+  FP_HD void copy_rows(const Bf16* cache, Bf16* to) const {
+    FP_UNROLL for (int i = 0; i < kKeys * kWords / 32; ++i) {
+      const int32_t word = i * 32 + t_.lane();
+      const int32_t row = word / kWords;
+      const int32_t column = word % kWords * 8;
+      const bool is_valid = next_ + row < end_;
+      const int64_t offset = is_valid ? cache_offset(row) + column : 0;
+      t_.copy_16(to + row * kStride + column, cache + offset, is_valid);
+    }
   }
 
   FP_HD void copy_keys(int32_t buffer) const { copy(args_.cache.keys, buffer); }
