@@ -8,13 +8,13 @@
 #   build      _core and _cuda by g++ alone, over the kernels of pack.sh; in the background, with "tests"
 #   tests      gpu_test: every kernel against plain loops, graphs, whole tiny models; each test in a process of its own
 #   import     the modules load and see the GPU
-#   pytest     tests/device on device cuda, by six processes at once
+#   pytest     tests/device on device cuda, by ten processes at once
 #   alone      those of its tests that no other process may disturb
 #   cpu        the CPU engine by its best instruction set (AMX): kernels and tests/device, at the same time as "pytest"; then
 #              figures alone (cpu_figures.py), CPU_S=40 seconds
 #   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's; KERNELS_S=100 seconds
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
-#   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value: prefill, blocking, decode, operators
+#   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value (or MODEL_PARTS): prefill, blocking, decode, operators
 #              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
 #   fp8        "model" with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
 #   goodput    that shape served by the engine: the highest rate of a trace's requests (pack.sh) at which 90 % have their first
@@ -207,8 +207,8 @@ pytest_stage() {
     -m "$markers" -p no:cacheprovider -p no:benchmark -v --maxfail=60 --junitxml="$LOGS/$name.xml" \
     --session-timeout=$((rest > 40 ? rest - 20 : 20)) -k 'not test_the_bench' "$@"
 }
-wants pytest && OMP_NUM_THREADS=$((($(nproc) + 5) / 6)) pytest_stage pytest 180 'gpu and not alone' \
-  $("$PY" -c 'import xdist; print("-n 6 --max-worker-restart 20")' 2>/dev/null)
+wants pytest && OMP_NUM_THREADS=$((($(nproc) + 9) / 10)) pytest_stage pytest 180 'gpu and not alone' \
+  $("$PY" -c 'import xdist; print("-n 10 --max-worker-restart 20")' 2>/dev/null)
 if [ -n "$CPU_PID" ]; then
   wait "$CPU_PID"
   note cpu-tests "status $?"
@@ -226,7 +226,7 @@ if wants ceilings; then
   cp "$LOGS/ceilings.log" "$OUT/ceilings.tsv"
 fi
 wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
-  --json "$OUT/model_bench.json"
+  ${MODEL_PARTS:+--parts $MODEL_PARTS} --json "$OUT/model_bench.json"
 if wants goodput; then
   trace=$(find "$KIT/traces" -name '*.jsonl' 2>/dev/null | head -n 1) # without one: the bench's synthetic requests
   seconds=$(($(left) < ${GOODPUT_S:-160} ? $(left) : ${GOODPUT_S:-160}))
