@@ -157,19 +157,6 @@ LiveRange Layout::all(int32_t tensor) const {
   return rows(tensor, 0, places_[static_cast<size_t>(tensor)].rows);
 }
 
-LiveSet Layout::columns(int32_t tensor, int32_t row, int32_t row_end, int32_t begin,
-                        int32_t end) const {
-  const Place& place = places_[static_cast<size_t>(tensor)];
-  std::vector<LiveRange> ranges;
-  ranges.reserve(static_cast<size_t>(row_end - row));
-  for (; row < row_end; ++row) {
-    ranges.push_back(
-        {rows(tensor, row, row).offset + static_cast<size_t>(begin) * place.element_bytes,
-         static_cast<size_t>(end - begin) * place.element_bytes});
-  }
-  return ranges;
-}
-
 namespace {
 
 // Where the rows of a step lie in the tensors of its operators.
@@ -185,9 +172,12 @@ class Access {
       reads = g_.is_gather(op) ? gathered(op.input) : LiveSet({rows(op.input)});
     if (op.rotary >= 0)
       reads = reads.united(LiveSet({rows(op.rotary)}));
-    const LiveSet writes = written(op);
+    const LiveSet writes({rows(op.output)});
     const bool starts_pool = op.kind == OperatorKind::kPool && step_.row_begin == 0;
-    if (reads_output(op) && !starts_pool)
+    // A part leaves the other columns of its rows: the first part makes all that was there dead,
+    // the others keep it. So a part has one range, not one for each row.
+    const bool keeps_parts = !step_.is_whole() && step_.part_begin > 0;
+    if ((reads_output(op) && !starts_pool) || keeps_parts)
       reads = reads.united(writes);
     return {.reads = std::move(reads), .writes = writes};
   }
@@ -214,19 +204,6 @@ class Access {
         break;
     }
     return layout_.all(tensor);
-  }
-
-  LiveSet written(const Operator& op) const {
-    if (step_.is_whole())
-      return LiveSet({rows(op.output)});
-    const int32_t columns = g_.part_columns(op);
-    const Extent extent = g_.output_of(op).extent;
-    const int32_t base = is_of_tile(extent) ? step_.base : 0;
-    const bool is_sequence = extent == Extent::kSequence;
-    return layout_.columns(op.output, is_sequence ? 0 : step_.row_begin - base,
-                           is_sequence ? layout_.sizes().sequences : step_.row_end - base,
-                           step_.part_begin * columns,
-                           std::min(step_.part_end * columns, layout_.stride(op.output)));
   }
 
   const ModelGraph& g_;

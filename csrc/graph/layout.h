@@ -51,8 +51,6 @@ class Layout {
   // Rows [begin, end) of a tensor.
   LiveRange rows(int32_t tensor, int32_t begin, int32_t end) const;
   LiveRange all(int32_t tensor) const;
-  // Columns [begin, end) of rows [row, row_end) of a tensor.
-  LiveSet columns(int32_t tensor, int32_t row, int32_t row_end, int32_t begin, int32_t end) const;
   LiveRange result() const { return result_; }
 
  private:

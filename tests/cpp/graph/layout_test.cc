@@ -134,7 +134,7 @@ TEST_F(LayoutTest, result_is_the_logits_and_what_is_made_of_them_side_by_side) {
   EXPECT_EQ(layout.offset(logits) % 256, 0u);
 }
 
-TEST_F(LayoutTest, a_step_reads_and_writes_its_own_rows_and_parts) {
+TEST_F(LayoutTest, a_step_reads_and_writes_its_own_rows) {
   const ModelGraph graph = llama_graph({.num_layers = 1});
   const Layout layout(graph, kRules, {.rows = 32, .tile_rows = 16, .sequences = 2});
   const auto index = [&](const std::string& name) {
@@ -159,15 +159,31 @@ TEST_F(LayoutTest, a_step_reads_and_writes_its_own_rows_and_parts) {
   const SegmentAccess chain = access("attn_norm", "rope", tile);
   EXPECT_EQ(chain.reads, LiveSet({layout.rows(hidden, 20, 28),
                                   layout.rows(tensor_named(graph, "rotary"), 20, 28)}));
-  Step heads = tile;
+}
+
+// The first part begins the rows anew, the others keep what is there of them.
+TEST_F(LayoutTest, parts_have_the_whole_rows) {
+  const ModelGraph graph = llama_graph();
+  const Layout layout(graph, kRules, {.rows = 64, .tile_rows = 16, .sequences = 4});
+  const auto access = [&](const std::string& name, Step step) {
+    while (graph.op(step.first).name != name)
+      ++step.first;
+    step.last = step.first;
+    return access_of(graph, layout, step, {});
+  };
+  const LiveRange context = layout.rows(tensor_named(graph, "context"), 4, 12);
+  Step heads{.row_begin = 20, .row_end = 28, .base = 16, .part_begin = 0, .part_end = 1};
+  const LiveSet inputs = access("attention", heads).reads;
+  EXPECT_EQ(inputs.without(LiveSet({context})), inputs);
+  EXPECT_EQ(access("attention", heads).writes, LiveSet({context}));
   heads.part_begin = 1;
   heads.part_end = 2;
-  EXPECT_EQ(access("attention", "attention", heads).writes,
-            layout.columns(context, 4, 12, 128, 256));
+  EXPECT_EQ(access("attention", heads).writes, LiveSet({context}));
+  EXPECT_EQ(access("attention", heads).reads, inputs.united(LiveSet({context})));
   const Step last_part{.row_begin = 0, .row_end = 2, .part_begin = 3, .part_end = 4};
-  EXPECT_EQ(access("lm_head", "lm_head", last_part).writes,
-            layout.columns(graph.logits(), 0, 2, 192, 208))
-      << "with the padding of the vocabulary";
+  const LiveSet logits({layout.all(graph.logits())});
+  EXPECT_EQ(access("lm_head", last_part).writes, logits);
+  EXPECT_EQ(access("lm_head", last_part).reads.united(logits), access("lm_head", last_part).reads);
 }
 
 TEST_F(LayoutTest, final_norm_reads_the_last_rows_or_any) {
