@@ -192,10 +192,10 @@ TEST_F(GemmSelection, AmongEqualsTheBetterGuessStays) {
 TEST_F(GemmSelection, AChoiceIsOfItsShapeOnly) {
   GemmSelector of = selector({timed("a", 50), timed("b", 20)});
   measure(of, {product(100)});
-  EXPECT_EQ(launched(of, product(65)), "b");  // 65 to 512 rows are one class
-  EXPECT_EQ(launched(of, product(512)), "b");
+  EXPECT_EQ(launched(of, product(65)), "b");  // 65 to 128 rows are one class
+  EXPECT_EQ(launched(of, product(128)), "b");
   EXPECT_EQ(launched(of, product(64)), "a");
-  EXPECT_EQ(launched(of, product(513)), "a");
+  EXPECT_EQ(launched(of, product(129)), "a");
   const auto changed = [](auto change) {
     GemmArgs args = product();
     change(args);
@@ -431,10 +431,10 @@ TEST_F(GemmSelection, ADamagedFileIsNotUsed) {
   for (size_t length = 0; length < text.size(); ++length)
     EXPECT_TRUE(read(text.substr(0, length)).empty()) << "cut off after " << length;
   for (const char* line :
-       {"x 256 64 0 0 0 0 0 b\n", "512 256 64 2 0 0 0 0 b\n", "512 256 64 0 0 0 0 2 b\n",
-        "512 256 64 0 0 0 0 0\n", "512 256 64 0 0 0 0 0 b\n", "\n"}) {
+       {"x 256 64 0 0 0 0 0 b\n", "128 256 64 2 0 0 0 0 b\n", "128 256 64 0 0 0 0 2 b\n",
+        "128 256 64 0 0 0 0 0\n", "128 256 64 0 0 0 0 0 b\n", "\n"}) {
     std::string damaged = text;
-    damaged.insert(text.find("512 256"), line);
+    damaged.insert(text.find("128 256"), line);
     EXPECT_TRUE(read(damaged).empty()) << line;
   }
   EXPECT_TRUE(read(std::string(3000, '\xff')).empty());
