@@ -5,11 +5,12 @@ the JSON is written anew after it. Rows are told apart by their key `table`:
 
 - `prefill`: tokens per second of one prompt, from dispatch to result, by length and granularity;
   `of_none`: against the same prompt in one segment, so 1 less it is the cost of being preemptible;
+- `decode`: tokens per second of a batch of sequences, tokens chosen on the device;
+- `operators`: time and rate of each operator in a prefill;
 - `blocking`: by granularity and run-ahead, from the dispatch of a short prompt during a long one to
   its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
 - `hol`: the same short prompt's time to its token, during the longest prompt and alone;
-- `decode`: tokens per second of a batch of sequences, tokens chosen on the device;
-- `operators`: time and rate of each operator in a prefill; `torch`: its cuBLAS and attention;
+- `torch`: cuBLAS and attention of it, of the same sizes;
 - `transformers` (`--peer transformers`): prefill by that library on the same card.
 
 With `--weights fp8` those of layers are e4m3. `operators` then has products with what is
@@ -45,7 +46,7 @@ from flowprefill.engine.loading import model_shape, plan_options
 from flowprefill.scheduling.cost_model import CostModel, MachineRates, attention_pairs
 
 PARTS = (
-    "prefill", "blocking", "hol", "decode", "operators", "torch", "preemptible", "run_ahead",
+    "prefill", "decode", "operators", "blocking", "hol", "torch", "preemptible", "run_ahead",
     "make_run", "eager", "transformers",
 )  # fmt: skip
 USUAL = "budget:0.5"
@@ -155,15 +156,15 @@ class ShapeBench:
             if self._has(10):
                 self._prefill(model, tokens, USUAL)
         self._graphs(model)
-        if self._wants("blocking", 20):
-            self._blocking(model, 1)
-        if self._wants("hol", 20):
-            self._hol(model)
         for batch in BATCHES if self._wants("decode", 10) else ():
             self._decode(model, batch)
         for tokens in lengths if self._wants("operators", 10) else ():
             if self._has(10):
                 self._operators(model, tokens)
+        if self._wants("blocking", 20):
+            self._blocking(model, 1)
+        if self._wants("hol", 20):
+            self._hol(model)
         if self._wants("torch", 20):
             self._torch()
         for tokens in reversed(lengths) if self._wants("preemptible", 10) else ():
