@@ -33,6 +33,7 @@ CudaBackendOptions backend_options_from(const py::dict& values) {
   const std::map<std::string, std::function<void(const py::dict&, const char*)>> fields = {
       {"device", into(o.device)},
       {"run_ahead", into(o.run_ahead)},
+      {"launches_late", into(o.launches_late)},
       {"num_lanes", into(o.num_lanes)},
       {"max_tokens", into(o.max_tokens)},
       {"max_sequences", into(o.max_sequences)},

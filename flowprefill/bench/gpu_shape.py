@@ -9,6 +9,8 @@ the JSON is written anew after it. Rows are told apart by their key `table`:
 - `operators`: time and rate of each operator in a prefill;
 - `blocking`: by granularity and run-ahead, from the dispatch of a short prompt during a long one to
   its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
+  `at_once`: the same where the next segment is launched as soon as one begins, not shortly before
+  it ends;
 - `hol`: the same short prompt's time to its token, during the longest prompt and alone;
 - `torch`: cuBLAS and attention of it, of the same sizes;
 - `transformers` (`--peer transformers`): prefill by that library on the same card.
@@ -46,8 +48,8 @@ from flowprefill.engine.loading import model_shape, plan_options
 from flowprefill.scheduling.cost_model import CostModel, MachineRates, attention_pairs
 
 PARTS = (
-    "prefill", "decode", "operators", "blocking", "hol", "torch", "preemptible", "run_ahead",
-    "make_run", "eager", "transformers",
+    "prefill", "decode", "operators", "blocking", "at_once", "hol", "torch", "preemptible",
+    "run_ahead", "make_run", "eager", "transformers",
 )  # fmt: skip
 USUAL = "budget:0.5"
 GRANULARITIES = ("budget:0.3", USUAL, "budget:1", "budget:2", "none")
@@ -130,6 +132,9 @@ class ShapeBench:
         """Measure the parts that are asked for, while there is time."""
         with self._model() as model:
             self._measure_usual(model)
+        if self._wants("at_once", 15):
+            with self._model(launches_late=False) as model:
+                self._blocking(model, 1, is_late=False)
         if self._wants("run_ahead", 20):
             with self._model(run_ahead=2) as model:
                 self._blocking(model, 2)
@@ -211,7 +216,7 @@ class ShapeBench:
         known = self._prefilled_s.get((tokens, granularity))
         return known if known is not None else self._prefill(model, tokens, granularity)
 
-    def _blocking(self, model: GpuModel, run_ahead: int) -> None:
+    def _blocking(self, model: GpuModel, run_ahead: int, is_late: bool = True) -> None:
         """Measure by granularity how long short prompts wait, and the gaps between launches."""
         long_tokens = min(LONG, max(self._args.tokens))
         self._prefill_s(model, long_tokens, "none")
@@ -234,6 +239,7 @@ class ShapeBench:
             self._keep(
                 "blocking",
                 run_ahead=run_ahead,
+                launches_late=is_late and run_ahead == 1,
                 granularity=granularity,
                 long_tokens=long_tokens,
                 **quantiles("blocking", waits, SHARES),

@@ -339,6 +339,7 @@ std::unique_ptr<Device> CudaBackend::make_device(const std::optional<PlanOptions
     throw std::logic_error("make_device() was called before: one executor owns the GPU's stream");
   CudaDeviceOptions options;
   options.run_ahead = state_->options.run_ahead;
+  options.launches_late = state_->options.launches_late;
   options.spin_s = state_->options.spin_s;
   options.anchor_s = state_->options.anchor_s;
   options.prepare = [state = state_, warm] { state->prepare(warm); };

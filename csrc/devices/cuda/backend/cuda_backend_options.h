@@ -33,6 +33,7 @@ struct CudaBackendOptions {
   double spin_s = 50e-6;         // polls this long before it sleeps: see CudaDeviceOptions
   double anchor_s = 1;           // see CudaDeviceOptions
   int run_ahead = 1;             // segments the host may be ahead, 1 to 4
+  bool launches_late = true;     // with run_ahead 1: see CudaDeviceOptions
   int32_t num_lanes = 2;         // runs whose activations stay on the device while suspended
   int32_t max_tokens = 8192;     // new tokens of the largest batch
   int32_t max_sequences = 256;   // of the largest batch

@@ -1,8 +1,10 @@
 #include "devices/cuda/runtime/cuda_device.h"
 
 #include <algorithm>
+#include <chrono>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "runtime/clock.h"
@@ -10,6 +12,26 @@
 namespace flowprefill {
 
 namespace {
+
+// A launch that is kept back comes so long before the end of the segment that executes: the time
+// that launching takes, and a share of that segment for what was predicted wrongly.
+constexpr int64_t kLeadNs = 60'000;
+constexpr double kLeadShare = 0.15;
+
+constexpr double kLearning = 0.1;       // weight of a segment in slowness_
+constexpr double kLeastLearntNs = 5e4;  // shorter segments tell of launches
+
+// Waits are slept but for the last of them, in pieces, since a segment may end earlier than
+// expected; and it is asked for a while after it should have ended.
+constexpr int64_t kPieceNs = 100'000;
+constexpr int64_t kWakingNs = 80'000;
+constexpr int64_t kLateNs = 150'000;
+
+// One piece of a wait of left_ns, or nothing where too little is left.
+void doze(int64_t left_ns) {
+  if (left_ns > kWakingNs)
+    std::this_thread::sleep_for(std::chrono::nanoseconds(std::min(left_ns - kWakingNs, kPieceNs)));
+}
 
 CudaDeviceOptions checked(CudaDeviceOptions options) {
   if (options.run_ahead < 1 || options.run_ahead > CudaDevice::kMaxRunAhead) {
@@ -70,6 +92,7 @@ void CudaDevice::launch(Program& program, size_t i) {
   Slot& next = slot(num_launched_);
   const SegmentLabel label = program.label(i);
   next.context = {.op = label.op, .layer = label.layer};
+  next.predicted_ns = label.predicted_s * 1e9;
   try {
     launch_into(next, program, i);
   } catch (const CudaError& error) {
@@ -86,6 +109,7 @@ void CudaDevice::launch_into(Slot& slot, Program& program, size_t i) {
   if (num_launched_ == num_done_ && clock_->is_stale())
     clock_->anchor(resources_->stream(), slot.context, spin_ns());
   slot.start.record(resources_->stream(), slot.context);
+  slot.launched_ns = now_ns();
   program.execute(i, {});
   slot.end.record(resources_->stream(), slot.context);
 }
@@ -93,6 +117,33 @@ void CudaDevice::launch_into(Slot& slot, Program& program, size_t i) {
 void CudaDevice::throttle() {
   while (num_launched_ - num_done_ > static_cast<size_t>(options_.run_ahead))
     wait_oldest();
+  if (options_.launches_late && options_.run_ahead == 1 && num_launched_ - num_done_ == 1)
+    hold_next_launch();
+}
+
+// When the oldest segment in flight is expected to end, `share` of its time from now on.
+int64_t CudaDevice::expected_end_ns(const Slot& oldest, double share) const {
+  return std::max(oldest.launched_ns, last_end_ns_) +
+         static_cast<int64_t>(oldest.predicted_ns * slowness_ * share);
+}
+
+// Mail that comes meanwhile loses nothing: whoever takes it waits for this segment anyway.
+void CudaDevice::hold_next_launch() {
+  const Slot& oldest = slot(num_done_);
+  const int64_t until_ns = expected_end_ns(oldest, 1 - kLeadShare) - kLeadNs;
+  for (int64_t left_ns = until_ns - now_ns(); left_ns > 0; left_ns = until_ns - now_ns()) {
+    if (oldest.end.is_done(oldest.context))
+      return;
+    doze(left_ns);
+  }
+}
+
+void CudaDevice::learn(const Slot& done, const SegmentTime& time) {
+  last_end_ns_ = time.end_ns;
+  if (done.predicted_ns < kLeastLearntNs)
+    return;
+  const double ratio = static_cast<double>(time.end_ns - time.start_ns) / done.predicted_ns;
+  slowness_ += kLearning * (std::clamp(ratio, 0.01, 3.0) - slowness_);
 }
 
 // After a failure events tell nothing certain (one may never have been recorded), the stream does.
@@ -110,9 +161,10 @@ void CudaDevice::drain() {
 void CudaDevice::wait_oldest() {
   const Slot& oldest = slot(num_done_);
   try {
-    wait_for(oldest.end, oldest.context);
+    wait_for(oldest);
     const int64_t start_ns = clock_->time_of(oldest.start, oldest.context);
     times_[num_times_] = {start_ns, clock_->advance_to(oldest.end, oldest.context)};
+    learn(oldest, times_[num_times_]);
   } catch (...) {
     is_broken_ = true;
     throw;
@@ -121,15 +173,17 @@ void CudaDevice::wait_oldest() {
   ++num_done_;
 }
 
-void CudaDevice::wait_for(const StreamEvent& event, const CallContext& context) const {
+void CudaDevice::wait_for(const Slot& oldest) const {
   if (options_.spin_s > 0) {
-    const int64_t until_ns = now_ns() + spin_ns();
-    do {
-      if (event.is_done(context))
+    const int64_t end_ns = expected_end_ns(oldest, 1);
+    const int64_t until_ns = std::max(now_ns() + spin_ns(), end_ns + kLateNs);
+    for (int64_t now = now_ns(); now < until_ns; now = now_ns()) {
+      if (oldest.end.is_done(oldest.context))
         return;
-    } while (now_ns() < until_ns);
+      doze(end_ns - now);
+    }
   }
-  event.wait(context);
+  oldest.end.wait(oldest.context);
 }
 
 bool CudaDevice::take_segment_time(SegmentTime& time) {
