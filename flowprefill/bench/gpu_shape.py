@@ -60,6 +60,8 @@ SHORT_TOKENS, SHORTS, HOL_SHORTS = 64, 30, 6
 EAGER_TOKENS = 2048  # at most
 SPAN = 0.85  # of the long prompt's time, within which a short one arrives
 SHARES = (0.5, 0.99, 1)
+# Segments are called by their first operator; a norm rides with the product that reads it.
+RIDES_WITH = {"attn_norm": "qkv_proj", "mlp_norm": "gate_up_proj"}
 
 
 class ShapeBench:
@@ -317,7 +319,8 @@ class ShapeBench:
             model.prefill_s(tokens, plan)
         spent_s: dict[str, float] = defaultdict(float)
         for segment in segments:
-            spent_s[labels[segment.index].op] += segment.end_s - segment.start_s
+            name = labels[segment.index].op
+            spent_s[RIDES_WITH.get(name, name)] += segment.end_s - segment.start_s
         for name, flops in self._flops(tokens).items():
             if spent_s.get(name):
                 self._keep(

@@ -159,7 +159,7 @@ def test_the_bench_of_a_shape_fills_its_tables(
     assert all(row["segments"] > 0 and row["of_none"] > 0 for row in blocking)
     assert [row["batch"] for row in rows if row["table"] == "decode"] == list(gpu_shape.BATCHES)
     operators = {row["operator"] for row in rows if row["table"] == "operators"}
-    assert {"attention", "down_proj"} <= operators
+    assert {"qkv_proj", "attention", "o_proj", "gate_up_proj", "down_proj"} == operators
     assert found["graphs"]["num_failed"] == 0, found["graphs"]["last_failure"]
     assert found["memory"]["weight_bytes"] > 0
     assert "<svg" in picture.read_text()
