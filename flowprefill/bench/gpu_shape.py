@@ -28,7 +28,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,10 +136,10 @@ class ShapeBench:
             self._measure_usual(model)
         if self._wants("at_once", 15):
             with self._model(launches_late=False) as model:
-                self._blocking(model, 1, is_late=False)
+                self._blocking(model, 1, (USUAL,), is_late=False)
         if self._wants("run_ahead", 20):
             with self._model(run_ahead=2) as model:
-                self._blocking(model, 2)
+                self._blocking(model, 2, (USUAL,))
         if self._wants("eager", 20):
             with self._model(has_graphs=False) as model:
                 for tokens in self._args.tokens:
@@ -218,12 +218,18 @@ class ShapeBench:
         known = self._prefilled_s.get((tokens, granularity))
         return known if known is not None else self._prefill(model, tokens, granularity)
 
-    def _blocking(self, model: GpuModel, run_ahead: int, is_late: bool = True) -> None:
+    def _blocking(
+        self,
+        model: GpuModel,
+        run_ahead: int,
+        granularities: Sequence[str] = GRANULARITIES,
+        is_late: bool = True,
+    ) -> None:
         """Measure by granularity how long short prompts wait, and the gaps between launches."""
         long_tokens = min(LONG, max(self._args.tokens))
         self._prefill_s(model, long_tokens, "none")
         rng = random.Random(self._args.seed)
-        for granularity in GRANULARITIES:
+        for granularity in granularities:
             if not self._has(10):
                 return
             plan = self._plan(granularity)

@@ -21,7 +21,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         "Short prompts during a long one",
         {
             "weights": "weights",
-            "granularity": "granularity", "run_ahead": "run-ahead", "launches_late": "late launches",
+            "granularity": "granularity", "run_ahead": "run-ahead", "launches_late": "late launch",
             "blocking_p50_s": "blocking p50 ms", "blocking_p99_s": "p99 ms",
             "blocking_max_s": "max ms", "segment_max_s": "longest segment ms",
             "gap_p50_s": "gap p50 ms", "gap_share": "gaps %", "of_none": "speed of none %",

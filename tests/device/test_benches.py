@@ -152,9 +152,9 @@ def test_the_bench_of_a_shape_fills_its_tables(
     assert {(n, "graph", "operator") for n in (64, 520)} <= prefills
     blocking = [row for row in rows if row["table"] == "blocking"]
     assert [(row["run_ahead"], row["launches_late"], row["granularity"]) for row in blocking] == [
-        (depth, is_late, name)
-        for depth, is_late in ((1, True), (1, False), (2, False))
-        for name in gpu_shape.GRANULARITIES
+        *((1, True, name) for name in gpu_shape.GRANULARITIES),
+        (1, False, usual),
+        (2, False, usual),
     ]
     assert all(row["segments"] > 0 and row["of_none"] > 0 for row in blocking)
     assert [row["batch"] for row in rows if row["table"] == "decode"] == list(gpu_shape.BATCHES)
