@@ -316,7 +316,8 @@ AttentionArgs OperatorKernels::attention_args(const Call& call) const {
 }
 
 // Where keys may be split, enough blocks for a tile each of those that are not, and to fill the
-// multiprocessors with those that are.
+// multiprocessors with those that are. Behind Hopper's kernel the list is mostly padding: no more
+// than fill the multiprocessors, since blocks that find nothing take time too.
 void OperatorKernels::attention(const Call& call) const {
   const size_t index = call.shape.attention_index(call.step);
   const AttentionLaunches& launches = call.shape.inputs.attention[index];
@@ -334,8 +335,8 @@ void OperatorKernels::attention(const Call& call) const {
     args.num_tiles = lists.num_tiles;
     args.merges = call.input<AttentionTile>(lists.merges);
     args.num_merges = lists.num_merges;
-    args.num_blocks =
-        std::min(lists.num_tiles, std::max(lists.num_whole, (units + heads - 1) / heads));
+    const int32_t whole = launches.num_row_tiles > 0 ? 0 : lists.num_whole;
+    args.num_blocks = std::min(lists.num_tiles, std::max(whole, (units + heads - 1) / heads));
     FP_CUDA(launch_attention(args, call.args.stream), call.context);
   }
 }
