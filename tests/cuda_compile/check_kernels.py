@@ -44,7 +44,7 @@ PORTABLE = (
 TENSOR_CORE = (
     "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
     "attention_kernel<256>",
-    "few_rows_kernel<1>", "few_rows_kernel<2>",
+    *(f"few_rows_kernel<{tiles}, {element}>" for tiles in (1, 2) for element in ("bf16", "e4m3")),
     "gemm_ampere_64x64<bf16>", "gemm_ampere_64x64<float>",
     "gemm_ampere_128x128<bf16>", "gemm_ampere_128x128<float>",
     "gemm_ampere_256x128<bf16>", "gemm_ampere_256x128<float>",

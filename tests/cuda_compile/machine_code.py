@@ -93,4 +93,6 @@ def short_name(name: str) -> str:
         tile = re.search(r"C<(\d+)>, cute::C<(\d+)>, cute::C<64>", name)
         return f"gemm_hopper_{tile[1]}x{tile[2]}<{output}>" if tile else "gemm_hopper"
     match = re.search(r"(\w+_kernel(?:<[^>(]*>)?)\(", name)
-    return match[1].replace("unsigned short", "bf16") if match else name
+    if match is None:
+        return name
+    return match[1].replace("unsigned short", "bf16").replace("flowprefill::", "").lower()

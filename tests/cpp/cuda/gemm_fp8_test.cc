@@ -190,16 +190,43 @@ TEST_F(Fp8Products, AreThoseOfCodesAndScalesInEveryEpilogue) {
 TEST_F(Fp8Products, KernelsOwnBodiesComputeTheSame) {
   if (!fake_kernels::has_bodies())
     GTEST_SKIP() << "built for a sanitizer, without the bodies";
-  make({.rows = 9, .columns = 48, .depth = 48, .has_bias = true, .adds_to_d = true});
   fake_kernels::use_bodies(true);
-  expect_right();
-  make({.rows = 9, .columns = 48, .depth = 48, .output = GemmOutput::kBf16, .is_gated = true});
-  expect_right();
+  for (const int32_t rows : {9, 20}) {
+    make({.rows = rows, .columns = 48, .depth = 48, .has_bias = true, .adds_to_d = true});
+    expect_right();
+    make({.rows = rows, .columns = 48, .depth = 48, .output = GemmOutput::kBf16, .is_gated = true});
+    expect_right();
+  }
+}
+
+// Of at most 16 rows: quantised, multiplied, and nothing else.
+TEST_F(Fp8Products, OfFewRowsHaveAKernelThatScales) {
+  const auto ran = [this](const Options& options) {
+    make(options);
+    fake_kernels::reset();
+    fake_kernels::use_bodies(false);
+    expect_right();
+    return fake_kernels::ran();
+  };
+  const std::vector<std::string> two = {"quantise", "gemm"};
+  for (const bool is_second : {false, true}) {
+    EXPECT_EQ(ran({.rows = 16, .has_bias = is_second, .adds_to_d = !is_second}), two);
+    EXPECT_EQ(ran({.rows = 5,
+                   .output = GemmOutput::kBf16,
+                   .has_bias = !is_second,
+                   .adds_to_d = !is_second,
+                   .is_gated = is_second}),
+              two);
+  }
+  EXPECT_EQ(ran({.rows = 1, .scale = 0.25f}), two);
+  EXPECT_EQ(ran({.rows = 17}),
+            (std::vector<std::string>{"quantise", "widen", "widen", "gemm", "rescale"}));
 }
 
 TEST_F(Fp8Products, SlicesOfRowsAndColumnsHaveTheBitsOfTheWhole) {
-  for (const bool is_gated : {false, true}) {
-    make({.output = is_gated ? GemmOutput::kBf16 : GemmOutput::kFloat,
+  for (const auto& [rows, is_gated] : {std::pair{70, false}, {70, true}, {16, false}, {16, true}}) {
+    make({.rows = rows,
+          .output = is_gated ? GemmOutput::kBf16 : GemmOutput::kFloat,
           .has_bias = true,
           .adds_to_d = !is_gated,
           .is_gated = is_gated});
@@ -209,7 +236,7 @@ TEST_F(Fp8Products, SlicesOfRowsAndColumnsHaveTheBitsOfTheWhole) {
     const std::vector<float> floats = floats_;
     const std::vector<Bf16> halves = halves_;
     restore();
-    for (const auto& [begin, end] : {std::pair{0, 1}, {1, 33}, {33, 70}}) {
+    for (const auto& [begin, end] : {std::pair{0, 1}, {1, rows / 2}, {rows / 2, rows}}) {
       launch(*gemms, args(begin, end, 0, 64));
       launch(*gemms, args(begin, end, 64, 192));
     }
@@ -241,15 +268,17 @@ TEST_F(Fp8Products, ManyRowsPassThroughScratchInParts) {
 }
 
 TEST_F(Fp8Products, ARowWithNanOrInfinityIsNanAndOthersAreNot) {
-  make({.rows = 3});
-  a_[5] = to_bf16(std::nanf(""));
-  a_[static_cast<size_t>(lda()) + 7] = to_bf16(INFINITY);
-  restore();
-  launch(*selector(), args(0, 3));
-  for (int32_t column = 0; column < of_.columns; ++column) {
-    ASSERT_TRUE(std::isnan(d_at(0, column)));
-    ASSERT_TRUE(std::isnan(d_at(1, column)));
-    ASSERT_TRUE(std::isfinite(d_at(2, column)));
+  for (const int32_t rows : {3, 20}) {
+    make({.rows = rows});
+    a_[5] = to_bf16(std::nanf(""));
+    a_[static_cast<size_t>(lda()) + 7] = to_bf16(INFINITY);
+    restore();
+    launch(*selector(), args(0, rows));
+    for (int32_t column = 0; column < of_.columns; ++column) {
+      ASSERT_TRUE(std::isnan(d_at(0, column)));
+      ASSERT_TRUE(std::isnan(d_at(1, column)));
+      ASSERT_TRUE(std::isfinite(d_at(2, column)));
+    }
   }
 }
 

@@ -43,7 +43,7 @@ TEST_F(ModelFp8Test, logits_are_those_of_weights_and_rows_in_8_bits) {
     EXPECT_NE(tiny.logits(tokens), of_bf16);
     const auto names = fake_kernels::ran();
     EXPECT_EQ(std::ranges::count(names, "quantise"), 2 * 3) << "qkv, o and gate_up of 2 layers";
-    EXPECT_EQ(std::ranges::count(names, "rescale"), 2 * 3);
+    EXPECT_EQ(std::ranges::count(names, "rescale"), 0) << "12 rows: the products scale";
     tear_down();
     fake_cudart::reset();
     fake_kernels::reset();

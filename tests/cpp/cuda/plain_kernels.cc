@@ -393,16 +393,20 @@ void rescale(const RescaleArgs& args) {
 }
 
 void gemm(const GemmArgs& args) {
+  const auto element = [&args](const Bf16* wide, const E4m3* codes, int64_t at) {
+    return args.is_fp8() ? widen(codes[at]) : widen(wide[at]);
+  };
   std::vector<float> a(static_cast<size_t>(args.depth));
   std::vector<float> products(static_cast<size_t>(args.columns));
   for (int32_t row = args.row_begin; row < args.row_end; ++row) {
     for (int32_t k = 0; k < args.depth; ++k)
-      a[static_cast<size_t>(k)] = widen(args.a[row * args.lda + k]);
+      a[static_cast<size_t>(k)] = element(args.a, args.fp8.a, row * args.lda + k);
     for (int32_t column = 0; column < args.columns; ++column) {
-      const Bf16* b = args.b + column * args.ldb;
       float sum = 0;
       for (int32_t k = 0; k < args.depth; ++k)
-        sum += a[static_cast<size_t>(k)] * widen(b[k]);
+        sum += a[static_cast<size_t>(k)] * element(args.b, args.fp8.b, column * args.ldb + k);
+      if (args.is_fp8() && args.fp8.a_scales != nullptr)
+        sum *= args.fp8.a_scales[row] * args.fp8.b_scales[column];
       products[static_cast<size_t>(column)] =
           sum * args.scale + (args.bias == nullptr ? 0 : args.bias[column]);
     }
@@ -413,7 +417,8 @@ void gemm(const GemmArgs& args) {
               ? static_cast<float>(gate_of(products[2 * at], args.is_gelu) * products[2 * at + 1])
               : products[at];
       if (args.output == GemmOutput::kBf16) {
-        static_cast<Bf16*>(args.d)[row * args.ldd + column] = to_bf16(value);
+        Bf16& d = static_cast<Bf16*>(args.d)[row * args.ldd + column];
+        d = to_bf16(value + (args.adds_to_d ? widen(d) : 0.0f));
       } else {
         float& d = static_cast<float*>(args.d)[row * args.ldd + column];
         d = value + (args.adds_to_d ? d : 0.0f);

@@ -132,6 +132,26 @@ TEST(GemmTiles, OfFewRowsTakesSixteen) {
   EXPECT_THROW(check_tile(gemm(17, 256, 64), GemmTile::kFewRows), std::invalid_argument);
 }
 
+TEST(GemmTiles, OfFewRowsAloneTakesFp8AndRowsThatAreQuantised) {
+  alignas(16) const E4m3 codes[16] = {};
+  alignas(16) const float scales[4] = {};
+  GemmArgs g = gemm(16, 256, 64);
+  g.fp8 = {.b = codes, .b_scales = scales};
+  const auto refused_by = [&g](GemmTile tile) -> std::string {
+    try {
+      check_tile(g, tile);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(refused_by(GemmTile::kFewRows), "fp8.a: got 0, expected no null where weights are FP8");
+  g.fp8.a = codes;
+  EXPECT_EQ(refused_by(GemmTile::kFewRows), "");
+  EXPECT_EQ(refused_by(GemmTile::kAmpere64x64),
+            "weights: got 8, expected bf16: tiles other than few_rows have none of FP8");
+}
+
 TEST(RowArgs, SayWhichFieldIsWrong) {
   EXPECT_EQ(refusal(EmbedArgs{.ld_table = 12, .ld_hidden = 12, .rows = 1, .width = 12}),
             "width: got 12, expected a positive multiple of 8");

@@ -68,13 +68,16 @@ TEST(E4m3, EveryCodeIsWidenedAsAtenDoesAndComesBack) {
   for (int i = 0; i < 256; ++i)
     codes(all)[i].bits = static_cast<uint8_t>(i);
   const at::Tensor want = all.to(at::kFloat);
+  const at::Tensor halves = all.to(at::kHalf);
   for (int i = 0; i < 256; ++i) {
     const float got = widen(codes(all)[i]);
     if (is_nan(codes(all)[i])) {
       ASSERT_TRUE(std::isnan(got));
+      ASSERT_GT(f16_of(codes(all)[i]) & 0x7fff, 0x7c00u) << "NaN in f16 too";
       continue;
     }
     ASSERT_EQ(bits_of(got), bits_of(floats(want)[i])) << i;
+    ASSERT_EQ(f16_of(codes(all)[i]), halves.data_ptr<at::Half>()[i].x) << i;
     ASSERT_EQ(to_e4m3(got).bits, i);
     ASSERT_EQ(widen(to_bf16(got)), got) << "bf16 has it exactly";
   }

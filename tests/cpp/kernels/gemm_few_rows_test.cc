@@ -1,5 +1,5 @@
 // few_rows_body() on the host, against sums in double: every number of rows, every epilogue, sizes
-// that fill no block, no step and no turn of the warps.
+// that fill no block, no step and no turn of the warps; of bf16 and of e4m3.
 #include "devices/cuda/kernels/gemm_few_rows_body.h"
 
 #include <gtest/gtest.h>
@@ -25,7 +25,17 @@ struct Case {
   bool is_gated = false;
   bool is_gelu = false;
   float scale = 1;
+  bool is_fp8 = false;
+  bool has_scales = true;  // where FP8
 };
+
+template <typename Element>
+void run_body(const simt::Thread& t, const GemmArgs& args) {
+  if (args.rows() <= 8)
+    few_rows_body<1, Element>(t, args);
+  else
+    few_rows_body<2, Element>(t, args);
+}
 
 void run(const GemmArgs& args, uint32_t seed) {
   check_tile(args, GemmTile::kFewRows);
@@ -34,10 +44,10 @@ void run(const GemmArgs& args, uint32_t seed) {
                         .shared_bytes = kFewRowsSharedBytes,
                         .seed = seed};
   simt::launch(grid, [&](const simt::Thread& t) {
-    if (args.rows() <= 8)
-      few_rows_body<1>(t, args);
+    if (args.is_fp8())
+      run_body<E4m3>(t, args);
     else
-      few_rows_body<2>(t, args);
+      run_body<Bf16>(t, args);
   });
 }
 
@@ -45,13 +55,21 @@ void run(const GemmArgs& args, uint32_t seed) {
 class Product {
  public:
   explicit Product(const Case& of, uint32_t seed = 1)
-      : of_(of), lda_(of.depth + 8), ldb_(of.depth + 16), random_(seed) {
+      : of_(of), lda_(of.depth + (of.is_fp8 ? 16 : 8)), ldb_(of.depth + 16), random_(seed) {
     fill(&a_, (of.rows + 2) * lda_);
     fill(&b_, of.columns * ldb_);
     for (int64_t i = 0; i < lda_; ++i)
       a_[static_cast<size_t>(i)] = a_[a_.size() - 1 - static_cast<size_t>(i)] = kNan;
     for (int32_t i = 0; i < of.columns; ++i)
       bias_.push_back(normal_(random_));
+    row_scales_.assign(static_cast<size_t>(of.rows + 2), of.has_scales ? std::nanf("") : 1);
+    column_scales_.assign(static_cast<size_t>(of.columns), 1);
+    if (of.is_fp8 && of.has_scales) {
+      for (size_t i = 1; i + 1 < row_scales_.size(); ++i)
+        row_scales_[i] = 0.1f + std::abs(normal_(random_));
+      for (float& scale : column_scales_)
+        scale = 0.1f + std::abs(normal_(random_));
+    }
     for (int64_t i = 0; i < (of.rows + 2) * ldd(); ++i)
       floats_.push_back(normal_(random_));
     for (const float value : floats_)
@@ -64,9 +82,19 @@ class Product {
   int32_t d_columns() const { return of_.is_gated ? of_.columns / 2 : of_.columns; }
 
   GemmArgs args() {
-    return {.a = a_.data(),
+    Fp8Operands fp8;
+    if (of_.is_fp8) {
+      a_codes_ = codes(a_);
+      b_codes_ = codes(b_);
+      fp8 = {.b = b_codes_.data(),
+             .b_scales = column_scales_.data(),
+             .a = a_codes_.data(),
+             .a_scales = of_.has_scales ? row_scales_.data() : nullptr};
+    }
+    return {.a = of_.is_fp8 ? nullptr : a_.data(),
             .lda = lda_,
-            .b = b_.data(),
+            .b = of_.is_fp8 ? nullptr : b_.data(),
+            .fp8 = fp8,
             .ldb = ldb_,
             .bias = of_.has_bias ? bias_.data() : nullptr,
             .d = of_.is_float ? static_cast<void*>(floats_.data()) : halves_.data(),
@@ -90,6 +118,16 @@ class Product {
     }
   }
 
+  // The same with a NaN in one row, which is NaN then.
+  void test_nan_in_row(int32_t row) {
+    a_[static_cast<size_t>(row * lda_ + of_.depth / 2)] = kNan;
+    run(args(), 1);
+    for (int32_t i = 1; i <= of_.rows; ++i) {
+      for (int32_t column = 0; column < d_columns(); ++column)
+        ASSERT_EQ(std::isnan(floats_[static_cast<size_t>(i * ldd() + column)]), i == row);
+    }
+  }
+
   // d in full after the whole product, or after it in slices of columns and rows.
   std::vector<float> whole() {
     restore();
@@ -101,7 +139,12 @@ class Product {
     for (int32_t row = 0; row < of_.rows; row += rows) {
       for (int32_t column = 0; column < of_.columns; column += columns) {
         GemmArgs part = args();
-        part.b += column * ldb_;
+        if (of_.is_fp8) {
+          part.fp8.b += column * ldb_;
+          part.fp8.b_scales += column;
+        } else {
+          part.b += column * ldb_;
+        }
         part.bias = of_.has_bias ? part.bias + column : nullptr;
         part.d = floats_.data() + column;
         part.columns = smaller(columns, of_.columns - column);
@@ -119,7 +162,7 @@ class Product {
   void restore() { floats_ = floats_before_; }
   void fill(std::vector<Bf16>* matrix, int64_t count) {
     for (int64_t i = 0; i < count; ++i)
-      matrix->push_back(to_bf16(normal_(random_)));
+      matrix->push_back(to_bf16(of_.is_fp8 ? widen(to_e4m3(normal_(random_))) : normal_(random_)));
     // Behind the depth of a row there is nothing that may count.
     const int64_t ld = matrix == &a_ ? lda_ : ldb_;
     for (int64_t i = 0; i < count; ++i) {
@@ -128,11 +171,23 @@ class Product {
     }
   }
 
+  // Exact.
+  static std::vector<E4m3> codes(const std::vector<Bf16>& values) {
+    std::vector<E4m3> out;
+    for (const Bf16 value : values)
+      out.push_back(to_e4m3(widen(value)));
+    return out;
+  }
+
   // A column of the bare product with its bias.
   double sum(int32_t row, int32_t column) const {
+    double scale = of_.scale;
+    if (of_.is_fp8)
+      scale *= double{row_scales_[static_cast<size_t>(row)]} *
+               column_scales_[static_cast<size_t>(column)];
     double sum = of_.has_bias ? bias_[static_cast<size_t>(column)] : 0.0;
     for (int32_t k = 0; k < of_.depth; ++k) {
-      sum += static_cast<double>(of_.scale) * widen(a_[static_cast<size_t>(row * lda_ + k)]) *
+      sum += scale * widen(a_[static_cast<size_t>(row * lda_ + k)]) *
              widen(b_[static_cast<size_t>(column * ldb_ + k)]);
     }
     return sum;
@@ -162,6 +217,8 @@ class Product {
   std::mt19937 random_;
   std::normal_distribution<float> normal_;
   std::vector<Bf16> a_, b_;
+  std::vector<E4m3> a_codes_, b_codes_;
+  std::vector<float> row_scales_, column_scales_;
   std::vector<float> bias_, floats_, floats_before_;
   std::vector<Bf16> halves_, halves_before_;
 };
@@ -169,6 +226,8 @@ class Product {
 TEST(FewRows, EveryNumberOfRows) {
   for (int32_t rows = 1; rows <= kMostFewRows; ++rows)
     Product({.rows = rows}).test();
+  for (int32_t rows = 1; rows <= kMostFewRows; ++rows)
+    Product({.rows = rows, .depth = 208, .is_fp8 = true}).test();
 }
 
 TEST(FewRows, SizesThatFillNoBlockNoStepAndNoTurn) {
@@ -176,33 +235,57 @@ TEST(FewRows, SizesThatFillNoBlockNoStepAndNoTurn) {
     Product({.rows = 3, .columns = columns, .depth = 64}).test();
   for (const int32_t depth : {8, 32, 56, 64, 72, 512, 520, 1032, 1600})
     Product({.rows = 9, .columns = 8, .depth = depth}).test();
+  for (const int32_t columns : {16, 32, 80})
+    Product({.rows = 3, .columns = columns, .depth = 128, .is_fp8 = true}).test();
+  for (const int32_t depth : {16, 64, 112, 128, 144, 1024, 1040, 2064, 3200})
+    Product({.rows = 9, .columns = 16, .depth = depth, .is_fp8 = true}).test();
+}
+
+void test_every_epilogue(Case of) {
+  const auto test = [&of](auto... change) {
+    Case changed = of;
+    (change(&changed), ...);
+    Product(changed).test();
+  };
+  const auto biased = [](Case* c) { c->has_bias = true; };
+  const auto scaled = [](Case* c) { c->scale = 0.25f; };
+  const auto added = [](Case* c) { c->adds_to_d = true; };
+  const auto gated = [](Case* c) { c->is_gated = true; };
+  const auto gelu = [](Case* c) { c->is_gelu = true; };
+  for (const bool is_float : {true, false}) {
+    of.is_float = is_float;
+    test(biased, scaled);
+    test(added);
+    test(biased, added);
+  }
+  test(gated);
+  test(gated, biased, gelu);
 }
 
 TEST(FewRows, EveryEpilogue) {
   for (const int32_t rows : {2, 11}) {
-    for (const bool is_float : {true, false}) {
-      Product({.rows = rows, .is_float = is_float, .has_bias = true, .scale = 0.25f}).test();
-      Product({.rows = rows, .is_float = is_float, .adds_to_d = true}).test();
-      Product({.rows = rows, .is_float = is_float, .has_bias = true, .adds_to_d = true}).test();
-    }
-    for (const bool is_second : {false, true}) {
-      Product({.rows = rows,
-               .is_float = false,
-               .has_bias = is_second,
-               .is_gated = true,
-               .is_gelu = is_second})
-          .test();
-    }
+    test_every_epilogue({.rows = rows});
+    test_every_epilogue({.rows = rows, .depth = 208, .is_fp8 = true});
   }
+  Product({.depth = 208, .is_fp8 = true, .has_scales = false}).test();
+}
+
+TEST(FewRows, ANanAmongTheCodesOfARowMakesThatRowNan) {
+  for (const int32_t rows : {5, 16})
+    Product({.rows = rows, .depth = 208, .is_fp8 = true}).test_nan_in_row(3);
 }
 
 // Decode steps of other batch sizes, slices of rows and of columns: the bits of the whole.
 TEST(FewRows, BitsDependOnNoSlice) {
-  Product product({.rows = 13, .columns = 96, .depth = 712, .has_bias = true, .adds_to_d = true});
-  const std::vector<float> want = product.whole();
-  EXPECT_EQ(product.cut(1, 96), want);
-  EXPECT_EQ(product.cut(7, 40), want);
-  EXPECT_EQ(product.cut(13, 8), want);
+  Case of = {.rows = 13, .columns = 96, .depth = 704, .has_bias = true, .adds_to_d = true};
+  for (const bool is_fp8 : {false, true}) {
+    of.is_fp8 = is_fp8;
+    Product product(of);
+    const std::vector<float> want = product.whole();
+    EXPECT_EQ(product.cut(1, 96), want);
+    EXPECT_EQ(product.cut(7, is_fp8 ? 48 : 40), want);
+    EXPECT_EQ(product.cut(13, is_fp8 ? 16 : 8), want);
+  }
 }
 
 }  // namespace

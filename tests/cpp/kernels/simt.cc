@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -26,7 +27,8 @@ enum class Call : uint8_t {
   kShuffle,
   kLoad,
   kLoadTransposed,
-  kMultiplyAdd
+  kMultiplyAdd,
+  kMultiplyAddF16
 };
 
 // What a thread brings to a collective call, and what it takes home.
@@ -49,6 +51,21 @@ struct Copy {
 
 Bf16 half(uint32_t pair, int which) {
   return static_cast<Bf16>(pair >> (16 * which));
+}
+
+float widen_bf16(uint16_t bits) {
+  return widen(bits);
+}
+
+// IEEE 754, binary16.
+float widen_f16(uint16_t bits) {
+  const int exponent = bits >> 10 & 31;
+  const auto fraction = static_cast<float>(bits & 1023);
+  float size =
+      exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+  if (exponent == 31)
+    size = fraction == 0 ? INFINITY : NAN;
+  return bits >> 15 == 0 ? size : -size;
 }
 
 }  // namespace
@@ -187,7 +204,10 @@ class Block {
         shuffle(first);
         break;
       case Call::kMultiplyAdd:
-        multiply_add(first);
+        multiply_add(first, widen_bf16);
+        break;
+      case Call::kMultiplyAddF16:
+        multiply_add(first, widen_f16);
         break;
       default:
         load(first, call == Call::kLoadTransposed);
@@ -248,17 +268,18 @@ class Block {
       throw Violation("address not aligned to 16 bytes");
   }
 
-  // PTX ISA, mma .m16n8k16 .bf16: gathers the operands by the fragment maps, multiplies, scatters.
-  void multiply_add(int32_t first) {
+  // PTX ISA, mma .m16n8k16 .bf16 or .f16: gathers the operands by the fragment maps, multiplies,
+  // scatters.
+  void multiply_add(int32_t first, float (*widened)(uint16_t)) {
     float a[16][16];
     float b[16][8];
     for (int32_t lane = 0; lane < kWarp; ++lane) {
       const Operands& o = operands(first + lane);
       for (int32_t pair = 0; pair < 2; ++pair) {
         for (int32_t i = 0; i < 4; ++i)
-          a[a_row(lane, i)][a_column(lane, i) + pair] = widen(half(o.a[i], pair));
+          a[a_row(lane, i)][a_column(lane, i) + pair] = widened(half(o.a[i], pair));
         for (int32_t i = 0; i < 2; ++i)
-          b[b_row(lane, i) + pair][b_column(lane)] = widen(half(o.b[i], pair));
+          b[b_row(lane, i) + pair][b_column(lane)] = widened(half(o.b[i], pair));
       }
     }
     for (int32_t lane = 0; lane < kWarp; ++lane) {
@@ -368,6 +389,11 @@ void Thread::load_matrices_transposed(const void* row, uint32_t (&out)[4]) const
 
 void Thread::multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
   block_->wait(*this, {.call = Call::kMultiplyAdd, .c = c, .a = a, .b = {b0, b1}});
+}
+
+void Thread::multiply_add_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                              uint32_t b1) const {
+  block_->wait(*this, {.call = Call::kMultiplyAddF16, .c = c, .a = a, .b = {b0, b1}});
 }
 
 void launch(const Grid& grid, const std::function<void(const Thread&)>& body) {

@@ -55,6 +55,7 @@ class Thread {
   void load_matrices(const void* row, uint32_t (&out)[4]) const;
   void load_matrices_transposed(const void* row, uint32_t (&out)[4]) const;
   void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const;
+  void multiply_add_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const;
 
  private:
   friend class Block;

@@ -233,7 +233,12 @@ TEST_F(Fp8Products, AreThoseOfCodesAndSlicesHaveTheBitsOfTheWhole) {
     make(90, 1024 / scale, 512 / scale, is_gated, is_gated);
     expect_product();
   }
+  // Of few rows, for which there is a kernel of our own.
   make(4, 256 / scale, 512 / scale, false, true);
+  expect_product();
+  make(16, 1056, 2048 / scale + 16, false, false);
+  expect_product();
+  make(11, 1024 / scale, 4096 / scale, true, true);
   expect_product();
 }
 

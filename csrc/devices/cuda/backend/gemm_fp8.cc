@@ -17,6 +17,10 @@ namespace {
 constexpr int64_t kMaxRowBytes = int64_t{256} << 20;
 constexpr int64_t kMaxWeightBytes = int64_t{64} << 20;
 
+// Whether our kernel for few rows is guessed to be faster than cuBLASLt: by calculation, not yet
+// measured.
+constexpr bool kFewRowsFirst = true;
+
 // Gives out scratch, each piece aligned as libraries want their workspace.
 class Scratch {
  public:
@@ -102,7 +106,7 @@ GemmArgs into_sums(const GemmArgs& args, const Pieces& pieces) {
   return sums;
 }
 
-// What the library writes to d itself.
+// What is written to d by the product itself.
 GemmArgs with_outer_scales(const GemmArgs& args, const Pieces& pieces) {
   GemmArgs scaled = of_codes(args, pieces);
   scaled.fp8.a_scales = pieces.scales;
@@ -264,6 +268,17 @@ CodeProduct by_library(const std::shared_ptr<const CublasLt>& library, bool has_
               }};
 }
 
+CodeProduct by_few_rows() {
+  return {.name = std::string("fp8 ") + gemm_tile_name(GemmTile::kFewRows),
+          .multiply = [](const GemmArgs& args, const Pieces& pieces, int32_t row, int32_t rows,
+                         cudaStream_t stream) {
+            GemmArgs part = with_outer_scales(args, pieces);
+            part.row_end = rows;
+            part.d = d_at(args, row);
+            return launch_gemm(part, GemmTile::kFewRows, stream);
+          }};
+}
+
 CodeProduct by_tile(GemmTile tile) {
   return {.name = std::string("fp8 widened, ") + gemm_tile_name(tile),
           .widens = true,
@@ -291,10 +306,14 @@ std::vector<GemmCandidate> fp8_candidates(const GemmArgs& args, const GemmDevice
       out.push_back(candidate_of(by_library(library, true), args));
     out.push_back(candidate_of(by_library(library, false), args));
   }
+  if (args.rows() <= kMostFewRows)
+    out.insert(kFewRowsFirst ? out.begin() : out.end(), candidate_of(by_few_rows(), args));
   const GemmArgs sums = into_sums(args, nowhere(args, true, 0));
   for (const GemmTile tile :
-       gemm_tiles(sums, device.compute_capability, device.num_multiprocessors))
-    out.push_back(candidate_of(by_tile(tile), args));
+       gemm_tiles(sums, device.compute_capability, device.num_multiprocessors)) {
+    if (tile != GemmTile::kFewRows)  // it needs no widening
+      out.push_back(candidate_of(by_tile(tile), args));
+  }
   return out;
 }
 

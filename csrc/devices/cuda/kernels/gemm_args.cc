@@ -129,7 +129,9 @@ void check_tile(const GemmArgs& args, GemmTile tile) {
   check(args);
   expect(tile != GemmTile::kFewRows || args.rows() <= kMostFewRows, "rows", args.rows(),
          "at most 16 by few_rows");
-  expect(!args.is_fp8(), "weights", 8, "bf16: tiles have none of FP8");
+  expect(!args.is_fp8() || tile == GemmTile::kFewRows, "weights", 8,
+         "bf16: tiles other than few_rows have none of FP8");
+  expect(!args.is_fp8() || args.fp8.a != nullptr, "fp8.a", 0, "no null where weights are FP8");
 }
 
 }  // namespace flowprefill

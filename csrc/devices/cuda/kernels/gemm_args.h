@@ -85,7 +85,8 @@ std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
 
 // Throws std::invalid_argument naming the field, its value and what is allowed.
 void check(const GemmArgs& args);
-// As check(), of what launch_gemm() takes: weights in bf16, no more rows than the tile has.
+// As check(), of what launch_gemm() takes: no more rows than the tile has; weights in bf16, or for
+// few_rows in FP8 with rows that are quantised already.
 void check_tile(const GemmArgs& args, GemmTile tile);
 
 }  // namespace flowprefill

@@ -8,26 +8,32 @@ namespace {
 extern __shared__ unsigned char shared_memory[];
 
 // Two blocks on a multiprocessor: one reads on while the other adds its sums.
-template <int kTiles>
+template <int kTiles, typename Element>
 __global__ void __launch_bounds__(kFewRowsThreads, 2) few_rows_kernel(GemmArgs args) {
-  few_rows_body<kTiles>(DeviceThread(shared_memory), args);
+  few_rows_body<kTiles, Element>(DeviceThread(shared_memory), args);
 }
 
-template <int kTiles>
+template <int kTiles, typename Element>
 cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((args.columns + kFewRowsColumns - 1) / kFewRowsColumns);
-  const cudaError_t code = cudaFuncSetAttribute(
-      few_rows_kernel<kTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, kFewRowsSharedBytes);
+  const cudaError_t code =
+      cudaFuncSetAttribute(few_rows_kernel<kTiles, Element>,
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, kFewRowsSharedBytes);
   if (code != cudaSuccess)
     return code;
-  few_rows_kernel<kTiles><<<blocks, kFewRowsThreads, kFewRowsSharedBytes, stream>>>(args);
+  few_rows_kernel<kTiles, Element><<<blocks, kFewRowsThreads, kFewRowsSharedBytes, stream>>>(args);
   return cudaGetLastError();
+}
+
+template <typename Element>
+cudaError_t launch_rows(const GemmArgs& args, cudaStream_t stream) {
+  return args.rows() <= 8 ? launch<1, Element>(args, stream) : launch<2, Element>(args, stream);
 }
 
 }  // namespace
 
 cudaError_t gemm_few_rows(const GemmArgs& args, cudaStream_t stream) {
-  return args.rows() <= 8 ? launch<1>(args, stream) : launch<2>(args, stream);
+  return args.is_fp8() ? launch_rows<E4m3>(args, stream) : launch_rows<Bf16>(args, stream);
 }
 
 }  // namespace flowprefill

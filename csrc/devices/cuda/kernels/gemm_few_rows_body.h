@@ -2,15 +2,20 @@
 // gemm_few_rows.cu, run on the host by tests/cpp/kernels.
 //
 // A block has 32 columns of d, so 32 rows of b. Its warps take turns along the depth, 64 elements
-// at a time, and their sums are added in shared memory, always in the same order: what an element's
-// bits depend on are its row of a, its row of b and the depth. Products are by tensor cores, the
-// weights as the operand with 16 rows: 1 to 8 rows of a cost the same, 9 to 16 little more.
+// (128 of e4m3) at a time, and their sums are added in shared memory, always in the same order:
+// what an element's bits depend on are its row of a, its row of b and the depth. Products are by
+// tensor cores, the weights as the operand with 16 rows: 1 to 8 rows of a cost the same, 9 to 16
+// little more.
 //
 // A warp has two further steps, 8 KiB of weights, under way while it multiplies one, and two blocks
 // fit a multiprocessor. They lie in shared memory, in a place of its own for each lane, so that no
 // lane waits for another. The instruction multiplies any order of the depth as long as both
 // operands have the same: so a lane copies 16 bytes in a row of each where its fragments would be
 // four separate words, and reads them back as they are, without ldmatrix.
+//
+// E4m3 becomes f16 in registers, which is exact. Compute capability 9.0 has no instruction that
+// multiplies e4m3 on a warp: the compiler would convert in the same way, and the rows once for each
+// 16 rows of b.
 #pragma once
 
 #include "devices/cuda/kernels/gemm_args.h"
@@ -23,7 +28,6 @@ namespace flowprefill {
 constexpr int32_t kFewRowsColumns = 32;  // of d, by one block; gate and up alternate among them
 constexpr int32_t kFewRowsWarps = 8;
 constexpr int32_t kFewRowsThreads = kFewRowsWarps * 32;
-constexpr int32_t kFewRowsDepth = 64;  // of one step of a warp
 constexpr int32_t kFewRowsStages = 3;  // steps that have room in shared memory
 // Between the rows of sums in shared memory: a warp's stores meet no bank twice.
 constexpr int32_t kFewRowsStride = kFewRowsColumns + 4;
@@ -36,20 +40,33 @@ constexpr int32_t kFewRowsPieces = 8;
 constexpr size_t kFewRowsSharedBytes =
     sizeof(FewRowsPiece) * kFewRowsThreads * kFewRowsPieces * kFewRowsStages;
 
-// One warp's sums over its steps.
-template <int kTiles, class Thread>
+// What is multiplied, by type.
+FP_HD void few_rows_operands(const GemmArgs& args, const Bf16** a, const Bf16** b) {
+  *a = args.a;
+  *b = args.b;
+}
+FP_HD void few_rows_operands(const GemmArgs& args, const E4m3** a, const E4m3** b) {
+  *a = args.fp8.a;
+  *b = args.fp8.b;
+}
+
+// One warp's sums over its steps. Element: Bf16 or E4m3.
+template <int kTiles, typename Element, class Thread>
 class FewRowsWarp {
  public:
   FP_HD FewRowsWarp(const Thread& t, const GemmArgs& args, int32_t first_column)
-      : t_(t), depth_(args.depth), k_(kFewRowsDepth * t.warp() + 8 * (t.lane() % 4)) {
+      : t_(t), depth_(args.depth), k_(kDepth * t.warp() + kPiece * (t.lane() % 4)) {
+    const Element* a;
+    const Element* b;
+    few_rows_operands(args, &a, &b);
     // Rows beyond the last of a or b are read as that one: their products are never stored.
     FP_UNROLL for (int j = 0; j < 4; ++j) {
       const int32_t column = smaller(first_column + t.lane() / 4 + 8 * j, args.columns - 1);
-      b_[j] = args.b + column * args.ldb + k_;
+      b_[j] = b + column * args.ldb + k_;
     }
     FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       const int32_t row = smaller(args.row_begin + t.lane() / 4 + 8 * tile, args.row_end - 1);
-      a_[tile] = args.a + row * args.lda + k_;
+      a_[tile] = a + row * args.lda + k_;
     }
   }
 
@@ -61,7 +78,7 @@ class FewRowsWarp {
     load<0>(&even);
     load<1>(&odd);
     // The same number of turns for all lanes. Beyond the depth all is zero.
-    for (int32_t begin = kFewRowsDepth * t_.warp(); begin < depth_; begin += 2 * kTurn) {
+    for (int32_t begin = kDepth * t_.warp(); begin < depth_; begin += 2 * kTurn) {
       run_step(&even);
       run_step(&odd);
     }
@@ -81,9 +98,13 @@ class FewRowsWarp {
   }
 
  private:
-  static constexpr int32_t kTurn = kFewRowsWarps * kFewRowsDepth;  // from step to step
+  static constexpr bool kIsFp8 = sizeof(Element) == 1;
+  static constexpr int32_t kPiece = sizeof(FewRowsPiece) / sizeof(Element);
+  static constexpr int32_t kHalf = 4 * kPiece;  // of the depth, by the four lanes of a row
+  static constexpr int32_t kDepth = 2 * kHalf;  // of one step of a warp
+  static constexpr int32_t kTurn = kFewRowsWarps * kDepth;  // from step to step
 
-  // Of two times 32 of the depth, a lane's 8 elements.
+  // A lane's piece of either half of a step.
   struct Rows {
     FewRowsPiece v[2][kTiles];
   };
@@ -97,7 +118,7 @@ class FewRowsWarp {
   FP_HD void start(int32_t ahead) const {
     const int32_t stage = (stage_ + ahead) % kFewRowsStages;
     FP_UNROLL for (int half = 0; half < 2; ++half) {
-      const int32_t offset = kTurn * ahead + 32 * half;
+      const int32_t offset = kTurn * ahead + kHalf * half;
       FP_UNROLL for (int j = 0; j < 4; ++j) {
         t_.copy_16(place(stage) + (4 * half + j) * kFewRowsThreads, b_[j] + offset,
                    k_ + offset < depth_);
@@ -112,8 +133,8 @@ class FewRowsWarp {
       FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
         FewRowsPiece& piece = out->v[half][tile];
         piece = {};
-        if (k_ + kOffset + 32 * half < depth_)
-          piece = *reinterpret_cast<const FewRowsPiece*>(a_[tile] + kOffset + 32 * half);
+        if (k_ + kOffset + kHalf * half < depth_)
+          piece = *reinterpret_cast<const FewRowsPiece*>(a_[tile] + kOffset + kHalf * half);
       }
     }
   }
@@ -126,7 +147,12 @@ class FewRowsWarp {
     FP_UNROLL for (int half = 0; half < 2; ++half) {
       FewRowsPiece weights[4];
       FP_UNROLL for (int j = 0; j < 4; ++j) weights[j] = copied[(4 * half + j) * kFewRowsThreads];
-      multiply(weights, rows->v[half]);
+      if constexpr (kIsFp8)
+        multiply_codes(weights, rows->v[half]);
+      else
+        multiply(weights, rows->v[half]);
+      if (kIsFp8 && kTiles > 1)
+        t_.sync_warp();  // the compiler has no registers for both halves at once
     }
     load<2>(rows);
     k_ += kTurn;
@@ -149,12 +175,29 @@ class FewRowsWarp {
     }
   }
 
+  // A word of all four lanes of a row, four codes each, is one 16 of the depth.
+  FP_HD void multiply_codes(const FewRowsPiece (&b)[4], const FewRowsPiece (&a)[kTiles]) {
+    FP_UNROLL for (int word = 0; word < 4; ++word) {
+      uint32_t rows[kTiles][2];
+      FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) widen_to_f16(a[tile].v[word], rows[tile]);
+      FP_UNROLL for (int m = 0; m < 2; ++m) {
+        uint32_t low[2];
+        uint32_t high[2];
+        widen_to_f16(b[2 * m].v[word], low);
+        widen_to_f16(b[2 * m + 1].v[word], high);
+        const uint32_t weights[4] = {low[0], high[0], low[1], high[1]};
+        FP_UNROLL for (int tile = 0; tile < kTiles; ++tile)
+            t_.multiply_add_f16(c_[m][tile], weights, rows[tile][0], rows[tile][1]);
+      }
+    }
+  }
+
   const Thread& t_;
   int32_t depth_;
-  int32_t stage_ = 0;  // where the weights of the step at k_ lie
-  int32_t k_;          // this lane's, of the step that is multiplied next
-  const Bf16* b_[4];   // at k_
-  const Bf16* a_[kTiles];
+  int32_t stage_ = 0;    // where the weights of the step at k_ lie
+  int32_t k_;            // this lane's, of the step that is multiplied next
+  const Element* b_[4];  // at k_
+  const Element* a_[kTiles];
   float c_[2][kTiles][4] = {};
 };
 
@@ -177,14 +220,14 @@ FP_HD void store_few(const GemmArgs& args, int32_t row, int32_t column, const fl
 }
 
 // Grid: x, columns / 32 rounded up. kFewRowsThreads threads, kFewRowsSharedBytes of shared memory.
-// args: checked by check_tile(), at most 8 * kTiles rows.
-template <int kTiles, class Thread>
+// args: checked by check_tile(), at most 8 * kTiles rows; Element: what is multiplied.
+template <int kTiles, typename Element, class Thread>
 FP_HD void few_rows_body(Thread t, const GemmArgs& args) {
   constexpr int32_t kSums = 8 * kTiles * kFewRowsStride;
   static_assert(sizeof(float) * kFewRowsWarps * kSums <= kFewRowsSharedBytes);
   float* sums = t.template shared<float>();
   {
-    FewRowsWarp<kTiles, Thread> warp(t, args, kFewRowsColumns * t.block_x());
+    FewRowsWarp<kTiles, Element, Thread> warp(t, args, kFewRowsColumns * t.block_x());
     warp.run();
     t.recompute();
     t.sync();  // all are multiplied
@@ -204,6 +247,10 @@ FP_HD void few_rows_body(Thread t, const GemmArgs& args) {
         *reinterpret_cast<const Vec<float, 2>*>(sums + warp * kSums + row * kFewRowsStride + pair);
     total[0] += part.v[0];
     total[1] += part.v[1];
+  }
+  if (sizeof(Element) == 1 && args.fp8.a_scales != nullptr) {
+    const float row_scale = args.fp8.a_scales[args.row_begin + row];
+    FP_UNROLL for (int i = 0; i < 2; ++i) total[i] *= row_scale * args.fp8.b_scales[column + i];
   }
   if (args.is_gated) {
     const GatedOutput out{args.first_d<Bf16>(), args.ldd,     args.bias,

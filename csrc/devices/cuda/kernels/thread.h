@@ -105,9 +105,18 @@ class DeviceThread {
     static_cast<void>(row), static_cast<void>(out);
   }
 
-  // c[16, 8] += a[16, 16] * b[16, 8] on the warp; which element lies where: mma_layout.h.
+  // c[16, 8] += a[16, 16] * b[16, 8] of bf16 on the warp; which element lies where: mma_layout.h.
   FP_HD void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
     FP_DEVICE_ONLY(asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                                "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));)
+    static_cast<void>(c), static_cast<void>(a), static_cast<void>(b0), static_cast<void>(b1);
+  }
+  // The same of f16.
+  FP_HD void multiply_add_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                              uint32_t b1) const {
+    FP_DEVICE_ONLY(asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));)
