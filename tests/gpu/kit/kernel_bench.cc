@@ -1,7 +1,7 @@
 // Times the CUDA kernels on the shapes of Llama-3.1-8B, and what launching costs the host. run.sh's
 // stage "kernels" runs it, alone on the GPU.
-//   kernel_bench [host] [attention] [rows] [gemm]   (none: all). One line per figure, fields parted
-//   by tabs. Status 77: no GPU. LT=path:path says where cuBLASLt may lie.
+//   kernel_bench [host] [decode_layer] [attention] [rows] [gemm]   (none: all). One line per
+//   figure, fields parted by tabs. Status 77: no GPU. LT=path:path says where cuBLASLt may lie.
 #include "kernel_bench.h"
 
 #include <algorithm>
@@ -91,6 +91,7 @@ struct Section {
   void (*bench)(cudaStream_t);
 };
 constexpr Section kSections[] = {{"host", bench_host},
+                                 {"decode_layer", bench_decode},
                                  {"attention", bench_attention},
                                  {"rows", bench_rows},
                                  {"gemm", bench_gemm}};

@@ -51,6 +51,7 @@ inline float* floats(const DeviceBuffer& buffer) {
 double device_us(const Launch& launch, cudaStream_t stream, int rounds = 7);
 
 void bench_host(cudaStream_t stream);
+void bench_decode(cudaStream_t stream);
 void bench_attention(cudaStream_t stream);
 void bench_rows(cudaStream_t stream);
 void bench_gemm(cudaStream_t stream);

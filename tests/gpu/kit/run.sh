@@ -12,7 +12,8 @@
 #   alone      those of its tests that no other process may disturb
 #   cpu        the CPU engine by its best instruction set (AMX): kernels and tests/device, at the same time as "pytest"; then
 #              figures alone (cpu_figures.py), CPU_S=40 seconds
-#   kernels    kernel_bench: launches, waking up, attention, rows, products and cuBLASLt's; KERNELS_S=100 seconds
+#   kernels    kernel_bench: launches, waking up, layers that decode, attention, rows, products and cuBLASLt's; KERNELS_S=100
+#              seconds (KERNELS_PARTS="host decode_layer": some of its sections)
 #   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value (or MODEL_PARTS): prefill, blocking, decode, operators
 #              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
@@ -122,9 +123,10 @@ build_modules() {
 }
 # one_test NAME: a fault of one stays on the device of its process.
 one_test() {
-  timeout 60 "$KIT/prebuilt/gpu_test" --gtest_filter="$1" --gtest_output="xml:$LOGS/gpu_test/$1.xml" >"$LOGS/gpu_test/$1.log" 2>&1
+  local name=$1${FLOWPREFILL_CUDA_PDL:+, PDL $FLOWPREFILL_CUDA_PDL}
+  timeout 60 "$KIT/prebuilt/gpu_test" --gtest_filter="$1" --gtest_output="xml:$LOGS/gpu_test/$name.xml" >"$LOGS/gpu_test/$name.log" 2>&1
   local code=$?
-  [ $code -eq 0 ] || { echo "$1: status $code"; grep -v -E '^(Running main|Note: Google|\[[-= ]*\])' "$LOGS/gpu_test/$1.log" | head -n 12; }
+  [ $code -eq 0 ] || { echo "$name: status $code"; grep -v -E '^(Running main|Note: Google|\[[-= ]*\])' "$LOGS/gpu_test/$name.log" | head -n 12; }
   return $code
 }
 run_tests() {
@@ -132,7 +134,10 @@ run_tests() {
   local code=0
   "$KIT/prebuilt/gpu_test" --gtest_list_tests | awk '/^[^ ].*\.$/ { suite = $1 } /^  / { print suite $1 }' >"$WORK/tests"
   xargs -P 6 -I NAME bash -c 'one_test NAME' <"$WORK/tests" || code=1
-  echo "$(cat "$LOGS"/gpu_test/*.log | grep -c '^\[       OK \]') of $(wc -l <"$WORK/tests") tests passed"
+  # Again with launches that overlap (docs/configuration.md): whole models, and products, whose kernel reads ahead.
+  grep -E '^(Model|Gemm)' "$WORK/tests" >"$WORK/tests_pdl"
+  FLOWPREFILL_CUDA_PDL=1 xargs -P 6 -I NAME bash -c 'one_test NAME' <"$WORK/tests_pdl" || code=1
+  echo "$(cat "$LOGS"/gpu_test/*.log | grep -c '^\[       OK \]') of $(cat "$WORK"/tests "$WORK"/tests_pdl | wc -l) tests passed"
   return $code
 }
 # In bf16 and int8: what is computed in f32 has nothing of its own on this processor.
@@ -218,7 +223,7 @@ wants alone && pytest_stage alone 90 'gpu and alone'
 # From here on nothing else computes: figures.
 wants cpu && stage cpu-figures "${CPU_S:-40}" 45 bash -c cpu_figures
 if wants kernels; then
-  stage kernels "${KERNELS_S:-100}" 80 "$KIT/prebuilt/kernel_bench"
+  stage kernels "${KERNELS_S:-100}" 80 "$KIT/prebuilt/kernel_bench" ${KERNELS_PARTS-}
   cp "$LOGS/kernels.log" "$OUT/kernel_bench.tsv"
 fi
 if wants ceilings; then

@@ -179,6 +179,7 @@ cudaError_t multiply_widened(GemmTile tile, const GemmArgs& sums, const Pieces& 
     part.fp8 = {};
     part.a = pieces.wide_rows;
     part.b = pieces.wide_weights;
+    part.b_is_made = true;
     part.ldb = depth;
     part.d = pieces.sums + begin;
     if (code == cudaSuccess)

@@ -1,6 +1,7 @@
 // Launch of the attention kernels, one instance per head size. Declared in kernels.h.
 #include "devices/cuda/kernels/attention_body.h"
 #include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/kernels/launch.cuh"
 
 namespace flowprefill {
 namespace {
@@ -11,12 +12,12 @@ extern __shared__ unsigned char shared_memory[];
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args) {
-  attention_body<kDim>(DeviceThread(shared_memory), args);
+  attention_body<kDim>(after_predecessor(shared_memory), args);
 }
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionArgs args) {
-  attention_merge_body<kDim>(DeviceThread(shared_memory), args);
+  attention_merge_body<kDim>(after_predecessor(shared_memory), args);
 }
 
 template <int kDim>
@@ -33,12 +34,11 @@ cudaError_t launch(const AttentionArgs& args, cudaStream_t stream) {
     return code;
   const auto heads = static_cast<unsigned>(args.kv_end - args.kv_begin);
   const dim3 blocks(static_cast<unsigned>(num_blocks_of(args)), heads);
-  kernel<<<blocks, kThreads, shared_bytes, stream>>>(args);
-  if (args.num_merges > 0) {
-    const dim3 merges(static_cast<unsigned>(args.num_merges), heads);
-    attention_merge_kernel<kDim><<<merges, kThreads, 0, stream>>>(args);
-  }
-  return cudaGetLastError();
+  code = launch_kernel(kernel, blocks, kThreads, shared_bytes, stream, args);
+  if (code != cudaSuccess || args.num_merges == 0)
+    return code;
+  const dim3 merges(static_cast<unsigned>(args.num_merges), heads);
+  return launch_kernel(attention_merge_kernel<kDim>, merges, kThreads, 0, stream, args);
 }
 
 }  // namespace

@@ -40,6 +40,7 @@ struct GemmArgs {
   bool adds_to_d = false;  // the residual stream: d += ...
   bool is_gated = false;   // bf16 output only, without adds_to_d and scale
   bool is_gelu = false;    // where gated
+  bool b_is_made = false;  // a kernel wrote b in the same stream: not to be read before it ended
   float scale = 1;
   int32_t row_begin = 0;
   int32_t row_end = 0;

@@ -1,6 +1,7 @@
 // Launch of the product of at most 16 rows: decode steps. Called through gemm.cc.
 #include "devices/cuda/kernels/gemm_few_rows_body.h"
 #include "devices/cuda/kernels/gemm_kernels.h"
+#include "devices/cuda/kernels/launch.cuh"
 
 namespace flowprefill {
 namespace {
@@ -21,8 +22,8 @@ cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kFewRowsSharedBytes);
   if (code != cudaSuccess)
     return code;
-  few_rows_kernel<kTiles, Element><<<blocks, kFewRowsThreads, kFewRowsSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(few_rows_kernel<kTiles, Element>, blocks, kFewRowsThreads,
+                       kFewRowsSharedBytes, stream, args, !args.b_is_made);
 }
 
 template <typename Element>

@@ -73,6 +73,7 @@ class FewRowsWarp {
   FP_HD void run() {
     for (int32_t step = 0; step < kFewRowsStages - 1; ++step)
       start(step);
+    t_.wait_for_predecessor();  // the weights are no kernel's; all else may be
     Rows even;
     Rows odd;
     load<0>(&even);
@@ -220,12 +221,15 @@ FP_HD void store_few(const GemmArgs& args, int32_t row, int32_t column, const fl
 }
 
 // Grid: x, columns / 32 rounded up. kFewRowsThreads threads, kFewRowsSharedBytes of shared memory.
-// args: checked by check_tile(), at most 8 * kTiles rows; Element: what is multiplied.
+// args: checked by check_tile(), at most 8 * kTiles rows; Element: what is multiplied. May be
+// launched while the kernel before it runs, unless args.b_is_made: the first steps' weights are
+// under way when that one ends.
 template <int kTiles, typename Element, class Thread>
 FP_HD void few_rows_body(Thread t, const GemmArgs& args) {
   constexpr int32_t kSums = 8 * kTiles * kFewRowsStride;
   static_assert(sizeof(float) * kFewRowsWarps * kSums <= kFewRowsSharedBytes);
   float* sums = t.template shared<float>();
+  t.let_successor_start();
   {
     FewRowsWarp<kTiles, Element, Thread> warp(t, args, kFewRowsColumns * t.block_x());
     warp.run();

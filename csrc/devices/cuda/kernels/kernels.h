@@ -18,6 +18,17 @@
 
 namespace flowprefill {
 
+// Lets our kernels start before the one before them in the stream has ended (programmatic dependent
+// launch), or no more, for launches from now on: a captured graph keeps what held when it was
+// captured. Returns what held before; at first that is the environment variable
+// FLOWPREFILL_CUDA_PDL, 0 or 1. No result depends on it. Thread: any.
+bool overlap_launches(bool on);
+
+// Whether those on the current device do: where it is switched on and the device runs code compiled
+// for compute capability 9.0 or above. Throws std::invalid_argument if the variable is neither 0
+// nor 1. Thread: any.
+bool overlaps_launches();
+
 cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream);
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream);
 template <typename Out>  // float or Bf16

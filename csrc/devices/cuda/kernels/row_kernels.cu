@@ -1,5 +1,6 @@
 // Launches of the row kernels: one block per row, 128 to 1024 threads. Declared in kernels.h.
 #include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/kernels/launch.cuh"
 #include "devices/cuda/kernels/rope_body.h"
 #include "devices/cuda/kernels/row_bodies.h"
 #include "devices/cuda/kernels/row_grid.h"
@@ -14,80 +15,77 @@ constexpr int kRopeWarps = 4;
 extern __shared__ unsigned char shared_memory[];
 
 __global__ void __launch_bounds__(kColumnThreads) embed_kernel(EmbedArgs args) {
-  embed_body(DeviceThread(nullptr), args);
+  embed_body(after_predecessor(nullptr), args);
 }
 __global__ void __launch_bounds__(kColumnThreads) rotary_kernel(RotaryArgs args) {
-  rotary_body(DeviceThread(nullptr), args);
+  rotary_body(after_predecessor(nullptr), args);
 }
 template <typename Out>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs<Out> args) {
-  rms_norm_body(DeviceThread(shared_memory), args);
+  rms_norm_body(after_predecessor(shared_memory), args);
 }
 __global__ void __launch_bounds__(kNormThreads) residual_kernel(ResidualArgs args) {
-  residual_body(DeviceThread(shared_memory), args);
+  residual_body(after_predecessor(shared_memory), args);
 }
 __global__ void __launch_bounds__(kColumnThreads) round_kernel(RoundArgs args) {
-  round_body(DeviceThread(nullptr), args);
+  round_body(after_predecessor(nullptr), args);
 }
 __global__ void __launch_bounds__(kColumnThreads) softcap_kernel(SoftcapArgs args) {
-  softcap_body(DeviceThread(nullptr), args);
+  softcap_body(after_predecessor(nullptr), args);
 }
 template <typename In>
 __global__ void __launch_bounds__(kRopeWarps * 32) rope_kernel(RopeArgs<In> args) {
-  rope_body(DeviceThread(nullptr), args);
+  rope_body(after_predecessor(nullptr), args);
 }
 template <typename In>
 __global__ void __launch_bounds__(kRopeWarps * 32) rope_rows_kernel(RopeArgs<In> args) {
-  rope_rows_body(DeviceThread(shared_memory), args);
+  rope_rows_body(after_predecessor(shared_memory), args);
 }
 template <typename In>
 __global__ void __launch_bounds__(kColumnThreads) gate_kernel(GateArgs<In> args) {
-  gate_body(DeviceThread(nullptr), args);
+  gate_body(after_predecessor(nullptr), args);
 }
 __global__ void __launch_bounds__(kArgmaxThreads) argmax_kernel(ArgmaxArgs args) {
-  argmax_body(DeviceThread(shared_memory), args);
+  argmax_body(after_predecessor(shared_memory), args);
 }
 
 }  // namespace
 
 cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream) {
   check(args);
-  embed_kernel<<<row_grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(embed_kernel, row_grid(args.rows, column_parts(args.width)), kColumnThreads,
+                       0, stream, args);
 }
 
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
   check(args);
-  rotary_kernel<<<row_grid(args.rows), kColumnThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(rotary_kernel, row_grid(args.rows), kColumnThreads, 0, stream, args);
 }
 
 template <typename Out>
 cudaError_t launch_rms_norm(const RmsNormArgs<Out>& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = sizeof(float) * kNormThreads / 32;
-  rms_norm_kernel<Out><<<row_grid(args.rows), kNormThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(rms_norm_kernel<Out>, row_grid(args.rows), kNormThreads, kShared, stream,
+                       args);
 }
 
 cudaError_t launch_residual(const ResidualArgs& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = sizeof(float) * kNormThreads / 32;
-  residual_kernel<<<row_grid(args.rows), kNormThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(residual_kernel, row_grid(args.rows), kNormThreads, kShared, stream, args);
 }
 
 cudaError_t launch_round(const RoundArgs& args, cudaStream_t stream) {
   check(args);
-  round_kernel<<<row_grid(args.rows, column_parts(args.width)), kColumnThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(round_kernel, row_grid(args.rows, column_parts(args.width)), kColumnThreads,
+                       0, stream, args);
 }
 
 cudaError_t launch_softcap(const SoftcapArgs& args, cudaStream_t stream) {
   check(args);
   const dim3 blocks = row_grid(args.rows, column_parts(args.width, 4));
-  softcap_kernel<<<blocks, kColumnThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(softcap_kernel, blocks, kColumnThreads, 0, stream, args);
 }
 
 template <typename In>
@@ -96,28 +94,25 @@ cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream) {
   constexpr int kThreads = kRopeWarps * 32;
   if (args.norms_rows) {
     constexpr size_t kShared = sizeof(float) * kRopeWarps;
-    rope_rows_kernel<In><<<row_grid(args.rows, kRopeRowParts), kThreads, kShared, stream>>>(args);
-    return cudaGetLastError();
+    return launch_kernel(rope_rows_kernel<In>, row_grid(args.rows, kRopeRowParts), kThreads,
+                         kShared, stream, args);
   }
   const int32_t heads = args.heads + 2 * args.kv_heads;
   const int32_t parts = (heads + kRopeWarps - 1) / kRopeWarps;
-  rope_kernel<In><<<row_grid(args.rows, parts), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(rope_kernel<In>, row_grid(args.rows, parts), kThreads, 0, stream, args);
 }
 
 template <typename In>
 cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
   check(args);
   const dim3 blocks = row_grid(args.rows, column_parts(args.width));
-  gate_kernel<In><<<blocks, kColumnThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(gate_kernel<In>, blocks, kColumnThreads, 0, stream, args);
 }
 
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
   check(args);
   constexpr size_t kShared = (sizeof(float) + sizeof(int32_t)) * kArgmaxThreads / 32;
-  argmax_kernel<<<row_grid(args.rows), kArgmaxThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(argmax_kernel, row_grid(args.rows), kArgmaxThreads, kShared, stream, args);
 }
 
 template cudaError_t launch_rms_norm<float>(const RmsNormArgs<float>&, cudaStream_t);

@@ -13,6 +13,12 @@ namespace flowprefill {
 #define FP_DEVICE_ONLY(...)
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FP_HOPPER_ONLY(...) __VA_ARGS__
+#else
+#define FP_HOPPER_ONLY(...)
+#endif
+
 // One thread of a one-dimensional block in a two-dimensional grid. Collective calls (sync,
 // shuffles, matrices) must be reached by all threads of the block or warp.
 class DeviceThread {
@@ -33,6 +39,16 @@ class DeviceThread {
   template <typename T>
   FP_HD T* shared() const {
     return reinterpret_cast<T*>(shared_);
+  }
+
+  // Waits for the end of the kernel before this one, if that still runs (launch.cuh): what kernels
+  // wrote is there after, and nothing reads what this one overwrites.
+  FP_HD void wait_for_predecessor() const {
+    FP_HOPPER_ONLY(asm volatile("griddepcontrol.wait;" ::: "memory");)
+  }
+  // Lets the next kernel start, as far as it does not wait for this one, when all blocks came here.
+  FP_HD void let_successor_start() const {
+    FP_HOPPER_ONLY(asm volatile("griddepcontrol.launch_dependents;" ::: "memory");)
   }
 
   // Waits for the block; what its threads wrote to shared memory before is seen after.

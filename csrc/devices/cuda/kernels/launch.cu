@@ -1,0 +1,68 @@
+// The switch of overlapping launches and where they can be. Declared in kernels.h.
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "devices/cuda/kernels/kernels.h"
+
+namespace flowprefill {
+namespace {
+
+// Until a run on a GPU has shown that it is faster and changes no bit.
+constexpr bool kOverlapsByDefault = false;
+
+constexpr const char* kVariable = "FLOWPREFILL_CUDA_PDL";
+
+bool is_asked_for() {
+  const char* value = std::getenv(kVariable);
+  if (value == nullptr || *value == '\0')
+    return kOverlapsByDefault;
+  if (std::strcmp(value, "0") != 0 && std::strcmp(value, "1") != 0) {
+    throw std::invalid_argument(std::string(kVariable) + ": got '" + value + "', expected 0 or 1");
+  }
+  return *value == '1';
+}
+
+std::atomic<bool>& is_on() {
+  static std::atomic<bool> on = is_asked_for();
+  return on;
+}
+
+// Tells by its attributes which code the device runs: all kernels here are compiled for the same.
+__global__ void probe_kernel() {}
+
+// Code for less has no wait, though a newer device may run it.
+bool has_wait() {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess)
+    return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+  static_cast<void>(cudaGetLastError());
+  return false;
+}
+
+enum class Known : uint8_t { kNot, kNo, kYes };
+constexpr size_t kDevices = 64;
+
+}  // namespace
+
+bool overlap_launches(bool on) {
+  return is_on().exchange(on);
+}
+
+bool overlaps_launches() {
+  if (!is_on())
+    return false;
+  static std::array<std::atomic<Known>, kDevices> devices = {};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || static_cast<size_t>(device) >= kDevices)
+    return false;
+  std::atomic<Known>& known = devices[static_cast<size_t>(device)];
+  if (known == Known::kNot)
+    known = has_wait() ? Known::kYes : Known::kNo;
+  return known == Known::kYes;
+}
+
+}  // namespace flowprefill
