@@ -43,7 +43,7 @@ bool has_wait() {
   return false;
 }
 
-enum class Known : uint8_t { kNot, kNo, kYes };
+enum class Known : uint8_t { kNothing, kLacksIt, kHasIt };
 constexpr size_t kDevices = 64;
 
 }  // namespace
@@ -60,9 +60,9 @@ bool overlaps_launches() {
   if (cudaGetDevice(&device) != cudaSuccess || static_cast<size_t>(device) >= kDevices)
     return false;
   std::atomic<Known>& known = devices[static_cast<size_t>(device)];
-  if (known == Known::kNot)
-    known = has_wait() ? Known::kYes : Known::kNo;
-  return known == Known::kYes;
+  if (known == Known::kNothing)
+    known = has_wait() ? Known::kHasIt : Known::kLacksIt;
+  return known == Known::kHasIt;
 }
 
 }  // namespace flowprefill

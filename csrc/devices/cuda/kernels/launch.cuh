@@ -19,7 +19,7 @@
 namespace flowprefill {
 
 // As kernel<<<grid, threads, shared_bytes, stream>>>(args). A kernel launched by this must begin
-// with after_predecessor(), or keep to the rules above by itself; `overlaps`: whether it may.
+// with after_predecessor(), or keep the rules above in another way. overlaps: whether it may.
 template <typename Args>
 cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, unsigned threads, size_t shared_bytes,
                           cudaStream_t stream, const Args& args, bool overlaps = true) {
