@@ -340,22 +340,12 @@ class ShapeBench:
             "operator_times", tokens=tokens, seconds=dict(spent_s), gap_s=sum(gaps_of(segments))
         )
 
-    def _products(self) -> dict[str, tuple[int, int]]:
-        """Return (columns, depth) of the products of one layer."""
-        weights = {weight.name: weight for weight in self._checkpoint.graph.weights}
-        found = {}
-        for op, _ in self._checkpoint.graph.products():
-            if op.layer == 0:
-                weight = weights[op.weight]
-                found[op.name] = (sum(part.rows for part in weight.parts), weight.columns)
-        return found
-
     def _flops(self, tokens: int) -> dict[str, float]:
         """Return operations of all layers by operator."""
         config = self._config
         flops = {
             name: 2.0 * tokens * columns * depth * config.num_layers
-            for name, (columns, depth) in self._products().items()
+            for name, (columns, depth) in self._checkpoint.layer_products().items()
         }
         pairs = attention_pairs(tokens, 0)
         flops["attention"] = 4 * config.num_heads * config.head_dim * pairs * config.num_layers
@@ -372,7 +362,7 @@ class ShapeBench:
         if device is None:
             return
         lengths = [tokens for tokens in self._args.tokens if tokens >= 512]
-        few, products = [n for n in lengths if n <= LONG], self._products()
+        few, products = [n for n in lengths if n <= LONG], self._checkpoint.layer_products()
         first = (  # attention is the same whatever the weights are
             gpu_torch.product_rows(device, products, few, "fp8")
             if self._form == "fp8"

@@ -121,3 +121,13 @@ class RandomCheckpoint(Checkpoint):
             if operator.layer >= 0
             for part in weight.parts
         ]
+
+    def layer_products(self) -> dict[str, tuple[int, int]]:
+        """Return (columns, depth) of the products of one layer."""
+        weights = {weight.name: weight for weight in self.graph.weights}
+        found = {}
+        for op, _ in self.graph.products():
+            if op.layer == 0:
+                weight = weights[op.weight]
+                found[op.name] = (sum(part.rows for part in weight.parts), weight.columns)
+        return found

@@ -230,7 +230,7 @@ if wants ceilings; then
   stage ceilings 60 45 "$PY" "$KIT/src/ceilings.py" 45
   cp "$LOGS/ceilings.log" "$OUT/ceilings.tsv"
 fi
-wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
+wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
   ${MODEL_PARTS:+--parts $MODEL_PARTS} --json "$OUT/model_bench.json"
 if wants goodput; then
   trace=$(find "$KIT/traces" -name '*.jsonl' 2>/dev/null | head -n 1) # without one: the bench's synthetic requests
@@ -238,7 +238,7 @@ if wants goodput; then
   rm -f "$LOGS/goodput-points.json" # each point as it is measured, in case it is killed
   # Objectives as tight for this card as the published ones are for theirs. The first prompts of a trace at each rate, as many as
   # come in 8 s. In turns, so that an early end leaves something of each setting.
-  stage goodput $((seconds + 15)) 60 "$PY" -m flowprefill bench goodput --backend engine --one-engine \
+  stage goodput $((seconds + 15)) 60 "$PY" -X faulthandler -m flowprefill bench goodput --backend engine --one-engine \
     --shape "${GOODPUT_SHAPE:-llama-3.1-8b}" --device "${GOODPUT_DEVICE:-cuda}" --kv-cache-gib "${GOODPUT_KV_GIB:-48}" \
     ${trace:+--trace "$trace"} --length-scale "${GOODPUT_LENGTHS:-1}" --carry-slo --point-s 8 --rate-step 1.1 \
     --guess-profile llama-3.1-8b@h200 --target 0.9 --ours slack_edf+budget:0.5 --setting fcfs+none --setting slack_edf+chunk:512 \
@@ -246,7 +246,7 @@ if wants goodput; then
     --resume "$LOGS/goodput-points.json" --json "$OUT/goodput.json"
 fi
 # In a process of its own: an error that stays on the device takes no figure of bf16 with it.
-wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
+wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
   --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$OUT/fp8_bench.json"
 if wants sanitizer; then
   few='Attention.OfRagged*:Attention.WithinAWindow:Row*:Rope*:Sample*'
@@ -268,7 +268,7 @@ fi
 wants ncu && stage ncu 60 40 ncu --clock-control none --launch-skip 2 --launch-count 1 -k regex:attention_kernel \
   --section SpeedOfLight --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
   --section ComputeWorkloadAnalysis "$KIT/prebuilt/kernel_bench" attention
-wants hol && stage hol 150 40 "$PY" -m flowprefill bench gpu --only hol --tokens 6000 --json "$OUT/hol.json"
+wants hol && stage hol 150 40 "$PY" -X faulthandler -m flowprefill bench gpu --only hol --tokens 6000 --json "$OUT/hol.json"
 note end "budget left: $(left) s"
 keep
 cat "$OUT/summary.tsv"
