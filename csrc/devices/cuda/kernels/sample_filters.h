@@ -149,7 +149,7 @@ FP_HD int32_t fill_list(const Thread& t, Counted counted, const SampledRow& row,
   const auto room = static_cast<uint32_t>(t.count());
   if (t.index() == 0)
     *s.counter = 0;
-  t.sync();  // nobody reads the bins any more, which lie in the same place
+  t.sync();  // all have read the bins, which lie in the same place
   visit_groups(t, row, s.largest, last, [&](const float(&logits)[kGroup], int32_t group) {
     bool is_full = false;
     FP_UNROLL for (int32_t i = 0; i < kGroup; ++i) {

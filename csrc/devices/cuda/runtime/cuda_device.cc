@@ -127,7 +127,7 @@ int64_t CudaDevice::expected_end_ns(const Slot& oldest, double share) const {
          static_cast<int64_t>(oldest.predicted_ns * slowness_ * share);
 }
 
-// Mail that comes meanwhile loses nothing: whoever takes it waits for this segment anyway.
+// Mail that comes meanwhile loses nothing: the executor would wait for this segment anyway.
 void CudaDevice::hold_next_launch() {
   const Slot& oldest = slot(num_done_);
   const int64_t until_ns = expected_end_ns(oldest, 1 - kLeadShare) - kLeadNs;
