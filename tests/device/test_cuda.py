@@ -132,9 +132,9 @@ def test_a_decode_step_of_more_than_64_sequences_is_one_graph(open_engine: OpenE
     worker: Any = engine._worker
     worker.rates = FAST
     prompts = [prompt_of(1, seed) for seed in range(70)]  # packed: at most 64 in a prefill
-    alone = [ids_of(engine, prompt, 5) for prompt in prompts[:6]]
+    alone = [ids_of(engine, prompt, 12) for prompt in prompts[:6]]
     seen, before = worker._executor.timeline().next, worker._model.graph_report()
-    handles = [engine.submit(Request(prompt, greedy(5))) for prompt in prompts]
+    handles = [engine.submit(Request(prompt, greedy(12))) for prompt in prompts]
     together = [handle.result(WAIT_S).token_ids for handle in handles]
     assert together[:6] == alone
     records = worker._executor.timeline(seen).records
