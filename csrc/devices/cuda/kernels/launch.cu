@@ -7,6 +7,7 @@
 #include <string>
 
 #include "devices/cuda/kernels/kernels.h"
+#include "devices/cuda/kernels/launch.cuh"
 
 namespace flowprefill {
 namespace {
@@ -31,13 +32,11 @@ std::atomic<bool>& is_on() {
   return on;
 }
 
-// Tells by its attributes which code the device runs: all kernels here are compiled for the same.
-__global__ void probe_kernel() {}
-
-// Code for less has no wait, though a newer device may run it.
+// Code for less has no wait, though a newer device may run it. All kernels here are compiled for
+// the same, so one of them tells.
 bool has_wait() {
   cudaFuncAttributes attributes = {};
-  if (cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess)
+  if (softcap_attributes(&attributes) == cudaSuccess)
     return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
   static_cast<void>(cudaGetLastError());
   return false;

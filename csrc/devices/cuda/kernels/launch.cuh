@@ -37,6 +37,9 @@ cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, unsigned threads, siz
   return code == cudaSuccess ? code : cudaGetLastError();  // no later call finds it again
 }
 
+// What the device runs of softcap_kernel. Defined in row_kernels.cu, called by launch.cu.
+cudaError_t softcap_attributes(cudaFuncAttributes* out);
+
 // The thread, once all that earlier kernels wrote is there. `shared`: as DeviceThread has it.
 __device__ __forceinline__ DeviceThread after_predecessor(unsigned char* shared) {
   const DeviceThread t(shared);

@@ -122,4 +122,8 @@ template cudaError_t launch_rope<Bf16>(const RopeArgs<Bf16>&, cudaStream_t);
 template cudaError_t launch_gate<float>(const GateArgs<float>&, cudaStream_t);
 template cudaError_t launch_gate<Bf16>(const GateArgs<Bf16>&, cudaStream_t);
 
+cudaError_t softcap_attributes(cudaFuncAttributes* out) {
+  return cudaFuncGetAttributes(out, softcap_kernel);
+}
+
 }  // namespace flowprefill
