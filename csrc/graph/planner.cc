@@ -190,11 +190,11 @@ class Planner {
   int32_t attention_rows(const Operator& op, int32_t row, int32_t end) const {
     const double budget_s = o_.budget_s * (cuts_.slices_heads ? g_.parts(op) : 1);
     const double total = cost_.operator_s(op, row, end);
+    if (total <= budget_s)
+      return end - row;
     const auto all = static_cast<double>(end - row);
     const double queries = static_cast<double>(queries_of_kv_head(row, end)) * g_.parts(op);
     const double least = std::min(cuts_.min_attention_queries / queries, 1.0) * all;
-    if (total <= budget_s)
-      return end - row;
     const auto slices = static_cast<int32_t>(std::min(total / budget_s, all)) + 1;
     const int32_t rows = (end - row + slices - 1) / slices / cuts_.row_step * cuts_.row_step;
     const auto least_steps = static_cast<int32_t>(std::ceil(least / cuts_.row_step));

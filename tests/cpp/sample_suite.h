@@ -57,6 +57,15 @@ class Sample : public testing::TestWithParam<Implementation> {
   float real(float low, float high) {
     return std::uniform_real_distribution<float>(low, high)(engine);
   }
+
+  std::vector<float> normal_row(int32_t width, uint32_t seed) {
+    engine.seed(seed);
+    std::normal_distribution<float> normal(0, 3);
+    std::vector<float> values(static_cast<size_t>(width));
+    for (float& value : values)
+      value = normal(engine);
+    return values;
+  }
   bool coin() { return integer(0, 1) == 1; }
   // Wide rows; with few distinct values: many ties.
   std::vector<float> logits(int32_t count) {
@@ -135,11 +144,7 @@ TEST_P(Sample, GreedyIsTheFirstOfTheLargest) {
 
 TEST_P(Sample, ARowOf50257) {
   const int32_t width = 50257;
-  engine.seed(11);
-  std::normal_distribution<float> normal(0, 3);
-  std::vector<float> values(static_cast<size_t>(width));
-  for (float& value : values)
-    value = normal(engine);
+  const std::vector<float> values = normal_row(width, 11);
   for (const int32_t top_k : {0, 400}) {
     const SamplingParams p = {
         .temperature = 0.8f, .top_k = top_k, .top_p = 0.95f, .uniform = 0.618f};
@@ -152,11 +157,7 @@ TEST_P(Sample, ARowOf50257) {
 // threshold has thousands of near neighbours.
 TEST_P(Sample, ARowOf200003) {
   const int32_t width = 200003;
-  engine.seed(12);
-  std::normal_distribution<float> normal(0, 3);
-  std::vector<float> values(static_cast<size_t>(width));
-  for (float& value : values)
-    value = normal(engine);
+  const std::vector<float> values = normal_row(width, 12);
   for (const SamplingParams p :
        {SamplingParams{.temperature = 0.5f, .top_p = 0.9f, .uniform = 0.618f},
         SamplingParams{.temperature = 1, .top_k = 3000, .uniform = 0.7f},

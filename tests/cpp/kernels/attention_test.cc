@@ -181,18 +181,25 @@ void expect_is_atens(const Case& c, const at::Tensor& got) {
   }
 }
 
+// Without sequences; `which` chooses the head size.
+Shape random_heads(Random& random, int32_t kv_heads, int32_t group, uint32_t which,
+                   int32_t most_window) {
+  return {.heads = kv_heads * group,
+          .kv_heads = kv_heads,
+          .head_dim = std::vector{64, 96, 128, 256}[which % 4],
+          .block_shift = random.integer(0, 7),
+          .window = random.coin() ? random.integer(1, most_window) : 0,
+          .softcap = random.coin() ? 3.0f : 0.0f,  // so low that it matters
+          .sequences = {}};
+}
+
 class Attention : public testing::TestWithParam<uint32_t> {};
 
 TEST_P(Attention, IsAtensWithinRoundingOnRandomBatches) {
   Random random(GetParam());
   const int32_t kv_heads = random.integer(1, 2);
-  Shape shape{.heads = kv_heads * random.integer(1, 5),
-              .kv_heads = kv_heads,
-              .head_dim = std::vector{64, 96, 128, 256}[GetParam() % 4],
-              .block_shift = random.integer(0, 7),
-              .window = random.coin() ? random.integer(1, 150) : 0,
-              .softcap = random.coin() ? 3.0f : 0.0f,  // so low that it matters
-              .sequences = {}};
+  const int32_t group = random.integer(1, 5);
+  Shape shape = random_heads(random, kv_heads, group, GetParam(), 150);
   for (int32_t i = random.integer(1, 3); i > 0; --i)
     shape.sequences.push_back({random.integer(0, 140), random.integer(1, 40)});
   const Case c(shape, random);
@@ -203,13 +210,8 @@ TEST_P(Attention, IsAtensWithinRoundingOnRandomBatches) {
 TEST_P(Attention, OverSplitKeysIsAtensWithinRoundingOnRandomBatches) {
   Random random(100 + GetParam());
   const int32_t kv_heads = random.integer(1, 2);
-  Shape shape{.heads = kv_heads * random.integer(1, 5),
-              .kv_heads = kv_heads,
-              .head_dim = std::vector{64, 96, 128, 256}[GetParam() % 4],
-              .block_shift = random.integer(0, 7),
-              .window = random.coin() ? random.integer(1, 250) : 0,
-              .softcap = random.coin() ? 3.0f : 0.0f,
-              .sequences = {}};
+  const int32_t group = random.integer(1, 5);
+  Shape shape = random_heads(random, kv_heads, group, GetParam(), 250);
   for (int32_t i = random.integer(1, 3); i > 0; --i)
     shape.sequences.push_back({random.integer(0, 400), random.integer(1, 20)});
   Case c(shape, random);
@@ -223,13 +225,7 @@ TEST_P(Attention, OfDecodingSequencesIsAtensWithinRoundingOnRandomBatches) {
   Random random(200 + GetParam());
   const int32_t kv_heads = random.integer(1, 2);
   const int32_t group = random.integer(1, 16);
-  Shape shape{.heads = kv_heads * group,
-              .kv_heads = kv_heads,
-              .head_dim = std::vector{64, 96, 128, 256}[GetParam() % 4],
-              .block_shift = random.integer(0, 7),
-              .window = random.coin() ? random.integer(1, 250) : 0,
-              .softcap = random.coin() ? 3.0f : 0.0f,
-              .sequences = {}};
+  Shape shape = random_heads(random, kv_heads, group, GetParam(), 250);
   for (int32_t i = random.integer(1, 4); i > 0; --i)
     shape.sequences.push_back(
         {random.integer(0, 400), random.coin() ? random.integer(1, 16 / group) : 17});

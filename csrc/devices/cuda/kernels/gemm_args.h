@@ -79,8 +79,8 @@ const char* gemm_tile_name(GemmTile tile);
 
 // Which kernels take these arguments on a device of this compute capability (major * 10 + minor),
 // best guess first.
-// The order is a guess by blocks per multiprocessor, not measured on a GPU; GemmSelector can
-// measure which is fastest. Empty below 80.
+// The order is a guess by blocks per multiprocessor; GemmSelector can measure which is fastest.
+// Empty below 80.
 std::vector<GemmTile> gemm_tiles(const GemmArgs& args, int compute_capability,
                                  int num_multiprocessors);
 

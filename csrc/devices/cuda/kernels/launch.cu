@@ -12,7 +12,8 @@
 namespace flowprefill {
 namespace {
 
-// Until a run on a GPU has shown that it is faster and changes no bit.
+// On an H200 it changes no bit and saves 2.5 % of a decode layer for one sequence; the device suite
+// has yet to run with it on a GPU.
 constexpr bool kOverlapsByDefault = false;
 
 constexpr const char* kVariable = "FLOWPREFILL_CUDA_PDL";
