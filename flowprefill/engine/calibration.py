@@ -85,6 +85,10 @@ def measure(
 ) -> MachineRates:
     """Measure the four rates: one token, a short prompt, a short prompt on a long context.
 
+    Attention is what the long context adds to the short prompt, so the two take turns: a machine
+    whose speed drifts changes both. It is products with work in between, so its rate is at most
+    theirs; a larger one is noise.
+
     Args:
         executor: started, idle; no other thread takes its events.
         max_context: tokens that the KV cache and the model allow; probes keep to it.
@@ -104,13 +108,15 @@ def measure(
     context = min(sizes.context, max_context - tokens)
     if context < MIN_CONTEXT:
         return MachineRates(gemm, gemm / 2, weight_bytes_per_s, OVERHEAD_S)
-    alone_s = seconds(tokens, 0)
     for start in range(0, context, tokens) if sizes.fills_context else ():
         execute(executor, make_probe(min(tokens, context - start), start))
+    alone_s = behind_s = math.inf
+    for _ in range(ROUNDS):
+        alone_s = min(alone_s, execute(executor, make_probe(tokens, 0)))
+        behind_s = min(behind_s, execute(executor, make_probe(tokens, context)))
     pairs = attention_pairs(tokens, context) - attention_pairs(tokens, 0)
-    attention_s = max(seconds(tokens, context) - alone_s, 1e-6)
-    attention = pairs * shape.attention_flops_per_pair / attention_s
-    return MachineRates(gemm, attention, weight_bytes_per_s, OVERHEAD_S)
+    attention = pairs * shape.attention_flops_per_pair / max(behind_s - alone_s, 1e-6)
+    return MachineRates(gemm, min(attention, gemm), weight_bytes_per_s, OVERHEAD_S)
 
 
 def were_measured_busy(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -127,10 +126,18 @@ def test_probes_have_the_devices_sizes_and_tell_its_rates(
     assert rates.gemm_flops_per_s == pytest.approx(1e11, rel=0.1)
     assert rates.attention_flops_per_s == pytest.approx(5e10, rel=0.1)
     fills = [(500, 0), (500, 500), (300, 1000)] if fills_context else []
-    *before, last = (size for size, _ in itertools.groupby(machine.asked))
-    assert last == (500, 1300)
-    assert before == [(500, 0), (1, 0), (500, 0), *fills[1:]]
-    assert machine.asked.count((500, 0)) == 7 + len(fills[:1])
+    rounds = calibration.ROUNDS
+    linear = [(500, 0)] + rounds * [(1, 0)] + rounds * [(500, 0)]
+    assert machine.asked == [*linear, *fills, *rounds * [(500, 0), (500, 1300)]]
+
+
+def test_attention_is_never_faster_than_products(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([1.0, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0, 1.2, 1.25, 1.2, 1.25, 1.2, 1.25])
+    monkeypatch.setattr(calibration, "execute", lambda executor, probe: next(times))
+    rates = machine.measure(ProbeSizes(500, 1300), 10_000)
+    assert rates.attention_flops_per_s == rates.gemm_flops_per_s
 
 
 @pytest.mark.parametrize(("kept", "is_busy"), [(1.0, False), (0.4, True), (2.0, False)])
