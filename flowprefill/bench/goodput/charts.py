@@ -25,10 +25,12 @@ def colours(settings: Sequence[Setting]) -> dict[str, int]:
 def by_rate(
     rows: Sequence[Row], settings: Sequence[Setting], targets: Sequence[float]
 ) -> LineChart:
-    """Draw attainment against rate."""
+    """Draw attainment against rate, from 0 on, so that lengths along the axis compare."""
+    lines = _lines(rows, settings, "rate_rps")
+    most = max((one.points[-1][0] for one in lines), default=1.0)
     return LineChart(
         "attainment-by-rate", "Requests on time against rate", "requests per second",
-        "share on time", _lines(rows, settings, "rate_rps"), marks=targets, y_range=(0.0, 1.0),
+        "share on time", lines, marks=targets, x_range=(0.0, most), y_range=(0.0, 1.0),
     )  # fmt: skip
 
 
