@@ -95,7 +95,7 @@ def window(trace: Trace, start_s: float, length_s: float) -> Trace:
 
 
 def resampled(
-    trace: Trace, seed: int, block_s: float = BLOCK_S, span_s: float = float("inf")
+    trace: Trace, seed: int, block_s: float = BLOCK_S, span_s: float | None = None
 ) -> Trace:
     """Draw a trace from blocks of time of this one (circular block bootstrap).
 
@@ -104,15 +104,19 @@ def resampled(
     policies on the same ones.
 
     Args:
-        block_s: length of a block, seconds > 0; cut to the span.
-        span_s: of the sample, seconds > 0; cut to the trace's, which is the default.
+        block_s: length of a block, seconds > 0; cut to both spans.
+        span_s: of the sample, seconds > 0, may be longer than the trace's, which is the default.
+            Of a trace whose requests arrive at once the sample is the trace itself.
 
     Source: Politis and Romano, A circular block-resampling procedure for stationary data, 1992.
     """
+    if trace.span_s <= 0:
+        return trace
+    span_s = trace.span_s if span_s is None else span_s
     _check_positive("block_s", block_s)
+    _check_positive("span_s", span_s)
     rng = random.Random(seed)
-    span_s = min(span_s, trace.span_s)
-    block_s = min(block_s, span_s)
+    block_s = min(block_s, span_s, trace.span_s)
     requests: list[TraceRequest] = []
     begin_s = 0.0
     while begin_s < span_s:

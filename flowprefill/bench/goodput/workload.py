@@ -27,6 +27,7 @@ from flowprefill.traces import (
 from flowprefill.traces.synthetic import REQUESTS
 
 QUICK_REQUESTS = 60
+SAMPLE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--with-decode", action="store_true", help="outputs as the trace says")
     group.add_argument("--samples", type=int, default=-1,
                        help="resamples; 0: the trace itself; default: sim 12, else 0")  # fmt: skip
-    group.add_argument("--sample-s", type=float, default=120.0, help="span of a resample")
+    group.add_argument("--sample-s", type=float,
+                       help="span of a resample; default: the trace's, 120 at most")  # fmt: skip
     group.add_argument("--block-s", type=float, default=10.0, help="of a resample's blocks")
     group.add_argument("--seed", type=int, default=1, help="of resamples, prompts and noise")
 
@@ -72,8 +74,8 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 def check_workload(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags out of range."""
     for name in ("slo_scale", "length_scale", "sample_s", "block_s"):
-        if not 0 < getattr(args, name) <= 1e6:
-            value = getattr(args, name)
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= 1e6:
             raise ConfigError(f"{name}: got {value}, expected a number > 0", param=name)
     for name in ("start_s", "length_s", "max_tokens"):
         check_least(name, getattr(args, name), 0)
@@ -134,9 +136,9 @@ def _trace_of(args: argparse.Namespace) -> Trace:
 def _samples(args: argparse.Namespace, trace: Trace) -> tuple[Trace, ...]:
     if not args.samples:
         return (trace,)
+    span_s = args.sample_s or min(trace.span_s, SAMPLE_S)
     return tuple(
-        resampled(trace, args.seed + number, args.block_s, args.sample_s)
-        for number in range(args.samples)
+        resampled(trace, args.seed + number, args.block_s, span_s) for number in range(args.samples)
     )
 
 

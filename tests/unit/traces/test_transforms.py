@@ -109,6 +109,18 @@ def test_resamples_have_the_rate_of_the_trace_on_the_mean() -> None:
     assert sum(counts) / 200 == pytest.approx(400, rel=0.03)
 
 
+def test_a_resample_may_be_longer_than_the_trace() -> None:
+    trace = synthetic_trace(3, 400)
+    sample = resampled(trace, 1, span_s=20 * trace.span_s)
+    assert len(sample.requests) == pytest.approx(20 * 400, rel=0.05)
+    assert 19.9 * trace.span_s < times(sample)[-1] <= 20 * trace.span_s
+
+
+def test_resamples_of_what_arrives_at_once_are_that() -> None:
+    trace = Trace("t", (TraceRequest(0.0, 5, 1), TraceRequest(0.0, 6, 1)))
+    assert resampled(trace, 1) == trace
+
+
 @pytest.mark.parametrize("block", [1, 16, 1000])
 def test_resample_by_requests_keeps_their_number(block: int) -> None:
     trace = synthetic_trace(3, 100)
