@@ -49,6 +49,10 @@ class Timed(NamedTuple):
     work_s: float
 
 
+# jobs, work left of those that are there, those that are seen coming, now -> which to execute
+First = Callable[[Sequence[Timed], dict[int, float], Sequence[int], float], int | None]
+
+
 def jobs_of(requests: Sequence[TraceRequest], work_s: Callable[[int], float]) -> list[Timed]:
     """Return requests as jobs; work_s: prompt tokens -> seconds."""
     return [Timed(one.at_s, one.at_s + one.ttft_s, work_s(one.prompt_tokens)) for one in requests]
@@ -116,43 +120,19 @@ def _interval_of(jobs: Sequence[Timed], order: Sequence[int], due_s: float) -> l
 
 def queue_knowing(jobs: Sequence[Timed]) -> set[int]:
     """Return the indices of jobs that end on time if each moment is planned by what is there."""
-    order = sorted(range(len(jobs)), key=lambda n: jobs[n].release_s)
-    left: dict[int, float] = {}
-    ended: set[int] = set()
-    now, position = 0.0, 0
-    while position < len(order) or left:
-        planned = _kept_first(jobs, left, now)
-        next_s = jobs[order[position]].release_s if position < len(order) else float("inf")
-        if planned is not None and now + left[planned] <= next_s:
-            now += left.pop(planned)
-            ended.add(planned)
-            continue
-        if position == len(order):  # what is left cannot be on time
-            return ended
-        if planned is not None:
-            left[planned] -= next_s - now
-        now = max(now, next_s)
-        left[order[position]] = jobs[order[position]].work_s
-        position += 1
-    return ended
-
-
-def _kept_first(jobs: Sequence[Timed], left: dict[int, float], now: float) -> int | None:
-    """Plan by Moore and Hodgson's rule; return the kept job that is due first."""
-    for number in [n for n, work_s in left.items() if now + work_s > jobs[n].due_s + SLACK]:
-        del left[number]
-    ends_s = now
-    kept: list[tuple[float, int]] = []  # a heap, the longest first
-    for number in sorted(left, key=lambda n: (jobs[n].due_s, n)):
-        heapq.heappush(kept, (-left[number], number))
-        ends_s += left[number]
-        if ends_s > jobs[number].due_s + SLACK:
-            ends_s += heapq.heappop(kept)[0]
-    return min((n for _, n in kept), key=lambda n: (jobs[n].due_s, n), default=None)
+    return _executed(jobs, 0.0, _kept_first)
 
 
 def looking_ahead(jobs: Sequence[Timed], ahead_s: float) -> set[int]:
     """Return the indices of jobs that end on time if all that arrives within ahead_s is known."""
+    return _executed(jobs, ahead_s, _planned_first)
+
+
+def _executed(jobs: Sequence[Timed], ahead_s: float, first: First) -> set[int]:
+    """Execute at each moment the job that a plan puts first; return those that end on time.
+
+    It plans anew at each arrival and end, and whenever an arrival comes into sight.
+    """
     order = sorted(range(len(jobs)), key=lambda n: jobs[n].release_s)
     left: dict[int, float] = {}
     ended: set[int] = set()
@@ -161,7 +141,9 @@ def looking_ahead(jobs: Sequence[Timed], ahead_s: float) -> set[int]:
         seen = position
         while seen < len(order) and jobs[order[seen]].release_s <= now + ahead_s + SLACK:
             seen += 1
-        planned = _planned_first(jobs, left, order[position:seen], now)
+        for number in [n for n, work_s in left.items() if now + work_s > jobs[n].due_s + SLACK]:
+            del left[number]
+        planned = first(jobs, left, order[position:seen], now)
         next_s = jobs[order[position]].release_s if position < len(order) else float("inf")
         if seen < len(order):
             next_s = min(next_s, max(jobs[order[seen]].release_s - ahead_s, now + SLACK))
@@ -169,7 +151,7 @@ def looking_ahead(jobs: Sequence[Timed], ahead_s: float) -> set[int]:
             now += left.pop(planned)
             ended.add(planned)
             continue
-        if position == len(order):  # what is left cannot be on time
+        if position == len(order):  # nothing is left that can be on time
             return ended
         if planned is not None:
             left[planned] -= max(next_s - now, 0.0)
@@ -180,6 +162,20 @@ def looking_ahead(jobs: Sequence[Timed], ahead_s: float) -> set[int]:
     return ended
 
 
+def _kept_first(
+    jobs: Sequence[Timed], left: dict[int, float], _coming: Sequence[int], now: float
+) -> int | None:
+    """Plan by Moore and Hodgson's rule; return the kept job that is due first."""
+    ends_s = now
+    kept: list[tuple[float, int]] = []  # a heap, the longest first
+    for number in sorted(left, key=lambda n: (jobs[n].due_s, n)):
+        heapq.heappush(kept, (-left[number], number))
+        ends_s += left[number]
+        if ends_s > jobs[number].due_s + SLACK:
+            ends_s += heapq.heappop(kept)[0]
+    return min((n for _, n in kept), key=lambda n: (jobs[n].due_s, n), default=None)
+
+
 def _planned_first(
     jobs: Sequence[Timed], left: dict[int, float], coming: Sequence[int], now: float
 ) -> int | None:
@@ -187,8 +183,6 @@ def _planned_first(
 
     If none there is kept, the shortest: the time would be lost.
     """
-    for number in [n for n, work_s in left.items() if now + work_s > jobs[n].due_s + SLACK]:
-        del left[number]
     here = list(left)
     kept = clairvoyant(
         [Timed(now, jobs[n].due_s, left[n]) for n in here] + [jobs[n] for n in coming]
