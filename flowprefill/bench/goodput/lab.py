@@ -94,12 +94,9 @@ class Lab:
         """Return the rate at an index, requests per second."""
         return float(self.base_rps * self.step**index)
 
-    def has_time_for(self, place: Place) -> bool:
-        """Whether a measurement is likely to end before the deadline."""
-        span_s = 0.0
-        if not self.backend.is_fast:
-            requests = self.requests_at(place)
-            span_s = requests[-1].at_s - requests[0].at_s
+    def has_time_for(self, requests: Sequence[TraceRequest]) -> bool:
+        """Whether a measurement of these is likely to end before the deadline."""
+        span_s = 0.0 if self.backend.is_fast else requests[-1].at_s - requests[0].at_s
         return time.monotonic() + span_s + self.beyond_s <= self.deadline_s
 
     def requests_at(self, place: Place) -> Sequence[TraceRequest]:
@@ -114,22 +111,25 @@ class Lab:
         """Return a measurement, made now if need be; None: there is no time left to make it."""
         key = place.key + (" detailed" if is_detailed else "")
         if key not in self.records:
-            if not self.has_time_for(place):
+            requests = self.requests_at(place)
+            if not self.has_time_for(requests):
                 return None
-            self._measure(place, key, is_detailed)
+            self._measure(place, requests, key, is_detailed)
         found = self.records[key]
         if not is_detailed:
             self.places[place] = found
         return found
 
-    def _measure(self, place: Place, key: str, is_detailed: bool) -> None:
+    def _measure(
+        self, place: Place, requests: Sequence[TraceRequest], key: str, is_detailed: bool
+    ) -> None:
         began_s = time.monotonic()
-        requests = [
-            replace(one, ttft_s=one.ttft_s * place.slo_scale, tpot_s=one.tpot_s * place.slo_scale)
-            for one in self.requests_at(place)
+        scale = place.slo_scale
+        sent = [
+            replace(one, ttft_s=one.ttft_s * scale, tpot_s=one.tpot_s * scale) for one in requests
         ]
         found = self.backend.measure(
-            place.setting, requests, self.seed + place.sample, is_detailed=is_detailed
+            place.setting, sent, self.seed + place.sample, is_detailed=is_detailed
         )
         self.records.add(key, found)
         span_s = 0.0 if self.backend.is_fast else found.span_s

@@ -112,10 +112,11 @@ def test_budget_counts_the_span_of_what_is_sent_in_real_time() -> None:
     lab.backend.is_fast = False
     lab.deadline_s = time.monotonic() + 60.0
     span_s = lab.samples[0].span_s  # 9.5 s at the trace's own rate
-    assert lab.has_time_for(Place(OURS, 0, 0))
-    assert not lab.has_time_for(Place(OURS, 0, lab.index_of(2.0 * span_s / 70.0)))
+    assert lab.has_time_for(lab.requests_at(Place(OURS, 0, 0)))
+    stretched = Place(OURS, 0, lab.index_of(2.0 * span_s / 70.0))
+    assert not lab.has_time_for(lab.requests_at(stretched))
     lab.beyond_s = 55.0
-    assert not lab.has_time_for(Place(OURS, 0, 0))
+    assert not lab.has_time_for(lab.requests_at(Place(OURS, 0, 0)))
 
 
 def test_a_point_serves_the_first_requests_for_so_long_or_so_many() -> None:
