@@ -14,6 +14,7 @@ import numpy.typing as npt
 # The module has its own classes of these names; they are the same plain values.
 from flowprefill._core import Batch as Batch
 from flowprefill._core import BatchSequence as BatchSequence
+from flowprefill._core import DeviceSampling as DeviceSampling
 from flowprefill._core import ExecutorStats as ExecutorStats
 from flowprefill._core import MachineRates as MachineRates
 from flowprefill._core import OperatorTuple, RunEventKind, RunState
@@ -71,19 +72,6 @@ class RunEvent:
     def cursor(self) -> int: ...
     @property
     def time_s(self) -> float: ...
-
-class DeviceSampling:
-    """How the device chooses the next token of one sequence."""
-
-    def __init__(
-        self,
-        *,
-        temperature: float,  # 0: the most likely token, whatever the rest says
-        top_k: int,  # 0: all
-        top_p: float,
-        min_p: float,
-        uniform: float,  # the random number, in [0, 1)
-    ) -> None: ...
 
 class Executor:
     """The thread that launches on the device. dispatch, cancel and suspend never wait."""
