@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -11,6 +11,7 @@ from aiohttp import web
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.errors import InvalidRequest
 from flowprefill.server.context import SERVER
+from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.observe.trace_slices import TraceSlices, row_name
 from flowprefill.server.openai.replies import long_json
 
@@ -53,44 +54,39 @@ def _row_name(run: str) -> str:
 
 async def timeline(request: web.Request) -> web.Response:
     """Handle GET /debug/timeline."""
-    context = request.app[SERVER]
-    context.check_debug(request.headers)
-    engine = context.engine
-    # Tens of thousands of segments: not on the event loop.
-    text = await context.in_thread(lambda: long_json(chrome_trace(engine.timeline())))
-    return web.json_response(text=text)
+    return await _answer(request, lambda engine: chrome_trace(engine.timeline()))
 
 
 async def decisions(request: web.Request) -> web.Response:
     """Handle GET /debug/decisions."""
-    context = request.app[SERVER]
-    context.check_debug(request.headers)
-    engine = context.engine
-    text = await context.in_thread(lambda: long_json({"decisions": engine.decisions()}))
-    return web.json_response(text=text)
+    return await _answer(request, lambda engine: {"decisions": engine.decisions()})
 
 
 async def requests(request: web.Request) -> web.Response:
     """Handle GET /debug/requests: the last ones in short."""
-    context = request.app[SERVER]
-    context.check_debug(request.headers)
-    engine = context.engine
-    text = await context.in_thread(lambda: long_json({"requests": engine.recent_requests()}))
-    return web.json_response(text=text)
+    return await _answer(request, lambda engine: {"requests": engine.recent_requests()})
 
 
 async def one_request(request: web.Request) -> web.Response:
     """Handle GET /debug/requests/{id}: what happened to it and why."""
-    context = request.app[SERVER]
-    context.check_debug(request.headers)
-    engine, wanted = context.engine, request.match_info["id"]
+    wanted = request.match_info["id"]
 
-    def find() -> str:
+    def find(engine: ServedEngine) -> dict[str, Any]:
         story = engine.story(wanted)
         if story is not None:
-            return long_json(story)
+            return story
         choices = [choice["id"] for choice in engine.recent_requests(wanted)]
         hint = f"; its choices are {', '.join(reversed(choices))}" if choices else ""
         raise UnknownRequest(f"id: {wanted[:80]!r} is none of the last requests{hint}", param="id")
 
-    return web.json_response(text=await context.in_thread(find))
+    return await _answer(request, find)
+
+
+async def _answer(request: web.Request, look: Callable[[ServedEngine], Any]) -> web.Response:
+    """Answer with what the engine tells, if the client may see it."""
+    context = request.app[SERVER]
+    context.check_debug(request.headers)
+    engine = context.engine
+    # Tens of thousands of entries: not on the event loop.
+    text = await context.in_thread(lambda: long_json(look(engine)))
+    return web.json_response(text=text)
