@@ -1,13 +1,11 @@
 """Engine: what users make and submit to. Joins tokenizer, KV blocks, scheduler and worker.
 
 Every method may be called from any thread and from asyncio; none blocks on the device but `close`.
-Long because what users call, what the engine tells and how it is made are one class.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import os
 import time
@@ -15,15 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine.core import EngineCore
 from flowprefill.engine.gate import backlog_limit
-from flowprefill.engine.grammars import Grammars
-from flowprefill.engine.handle import Handle
+from flowprefill.engine.intake import Intake
 from flowprefill.engine.kv_blocks import BlockPool
-from flowprefill.engine.live_request import LiveRequest, TokenSide
 from flowprefill.engine.local_worker import LocalWorker
 from flowprefill.engine.records import (
     EngineObserver,
@@ -31,9 +25,7 @@ from flowprefill.engine.records import (
     TimelineEntry,
     timeline_entry,
 )
-from flowprefill.engine.sampler import Sampler
-from flowprefill.engine.stop import StopChecker
-from flowprefill.errors import InvalidRequest, NotReady, PromptTooLong, overflow
+from flowprefill.errors import NotReady
 from flowprefill.models.chat_template import read_template_file
 from flowprefill.models.checkpoint import Checkpoint, Progress, open_checkpoint
 from flowprefill.request import SLO, Pooling, Request
@@ -49,6 +41,7 @@ from flowprefill.scheduling.outlook import work_s
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from flowprefill.engine.handle import Handle
     from flowprefill.models.tokenizer import Tokenizer
     from flowprefill.scheduling.cost_model import ModelShape
     from flowprefill.scheduling.operator_rates import Corrections
@@ -110,10 +103,14 @@ class Engine:
         self.max_model_len = limits.max_model_len
         self._pool = BlockPool(limits.num_blocks, limits.block_tokens, self.config.prefix_cache)
         self._core = self._make_core(policy)
-        self._classes = {name: self.config.service_class(name) for name in self.config.classes}
-        self._unnamed_class = self.config.service_class("")
-        self._grammars = Grammars(self.tokenizer, self.vocab_size)
-        self._seeds = itertools.count(time.time_ns())
+        self._intake = Intake(
+            self._core,
+            self.config,
+            self.tokenizer,
+            self.vocab_size,
+            self.max_model_len,
+            limits.num_blocks * limits.block_tokens,
+        )
         self.created = int(time.time())
         self._is_open, self._process = True, os.getpid()
         self._core.start()
@@ -141,9 +138,7 @@ class Engine:
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
         self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer
-        ids = self._token_ids(request)
-        slo = slo or self.config.default_slo()
-        live = self._make_live(request, slo, ids, self._room_for(ids, request), arrival_s)
+        live = self._intake.live(request, slo or self.config.default_slo(), arrival_s)
         self._core.submit(live)
         return live.handle
 
@@ -204,7 +199,7 @@ class Engine:
 
     def warm_structured(self) -> None:
         """Make what structured output needs (0.5 s), so that the first such request is as quick."""
-        self._grammars.warm()
+        self._intake.grammars.warm()
 
     def set_granularity(self, text: str) -> None:
         """Cut prefills otherwise from now on, e.g. to compare granularities on one loaded model.
@@ -245,7 +240,7 @@ class Engine:
         self._is_open = False
         if os.getpid() == self._process:  # a forked child has none of the threads to stop
             self._core.close(timeout)
-        self._grammars.close()
+        self._intake.grammars.close()
 
     @staticmethod
     def freeze_garbage() -> None:
@@ -377,80 +372,6 @@ class Engine:
             max_running=self._worker.limits.max_running,
             max_blocking_s=self._worker.granularity.max_blocking_s,
         )
-
-    def _token_ids(self, request: Request) -> list[int]:
-        if isinstance(request.prompt, str):
-            self.tokenizer.check_fits(request.prompt, self.max_model_len)
-            ids = self.tokenizer.encode(request.prompt, request.add_special_tokens)
-            if not ids:
-                raise InvalidRequest.field("prompt", request.prompt, "at least one token")
-        else:
-            ids = list(request.prompt)
-        if {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) < self.vocab_size:
-            return ids
-        for token in ids:
-            is_id = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
-            if not is_id or not 0 <= token < self.vocab_size:
-                allowed = f"token ids in 0..{self.vocab_size - 1}"
-                raise InvalidRequest.field("prompt", token, allowed)
-        return ids
-
-    def _room_for(self, ids: list[int], request: Request) -> int:
-        """Return how many tokens may be generated, at least one if any is wanted."""
-        capacity = self._pool.num_blocks * self._pool.block_tokens
-        limit = min(self.max_model_len, capacity)
-        longest = limit - int(request.generates)
-        if len(ids) > longest:
-            to_generate = ", one is to generate" if request.generates else ""
-            raise PromptTooLong(
-                f"prompt: got {len(ids)} tokens, expected at most {longest}. {overflow(limit)} "
-                f"(max_model_len {self.max_model_len}, KV cache {capacity} tokens{to_generate})",
-                param="prompt",
-            )
-        wanted = request.sampling.max_tokens
-        room = limit - len(ids)
-        if wanted is not None and len(ids) + wanted > self.max_model_len:
-            raise PromptTooLong(
-                f"max_tokens: got {wanted} on a prompt of {len(ids)} tokens, expected at most "
-                f"{self.max_model_len - len(ids)}. {overflow(self.max_model_len)}",
-                param="max_tokens",
-            )
-        return room if wanted is None else min(room, wanted)
-
-    def _make_live(
-        self, request: Request, slo: SLO, ids: list[int], room: int, arrival_s: float
-    ) -> LiveRequest:
-        eos = self.tokenizer.eos_ids
-        params, num_prompt, seed = request.sampling, len(ids), next(self._seeds)
-        structured = params.structured
-        grammar = None if structured is None else self._grammars.compile(structured)
-        live = LiveRequest(
-            request=request,
-            slo=slo,
-            handle=Handle(
-                request.id,
-                len(ids),
-                on_cancel=lambda: self._core.cancel(live),
-                on_hold=lambda is_held: self._core.hold(live, is_held=is_held),
-            ),
-            make_token_side=lambda: TokenSide(
-                Sampler(
-                    params,
-                    self.vocab_size,
-                    ids[:num_prompt],
-                    seed,
-                    eos,
-                    None if grammar is None else grammar.start(),
-                ),
-                StopChecker(params, eos, room),
-                self.tokenizer.incremental_decoder(params.skip_special_tokens, keeps_space=True),
-            ),
-            arrival_s=arrival_s,
-            ids=ids,
-            num_prompt=num_prompt,
-            service=self._classes.get(slo.service_class, self._unnamed_class),
-        )
-        return live
 
 
 def _length_of(prompt: str | Sequence[int]) -> int:
