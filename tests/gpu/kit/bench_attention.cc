@@ -134,18 +134,17 @@ void bench_case(const Case& one, cudaStream_t stream) {
   const size_t q_elements = size_t(one.sequences) * size_t(one.rows) * kHeads * kDim;
   const DeviceBuffer q = random_halves(q_elements, 0.13f, 8), out(q.bytes());
   const DeviceBuffer tables = on_device(shuffled_blocks(blocks * one.sequences));
-  AttentionArgs args{
-      .q = halves(q),
-      .ld_q = kHeads * kDim,
-      .out = halves(out),
-      .ld_out = kHeads * kDim,
-      .cache = {halves(cache), halves(cache) + half, 2 * half, kDim, kBlockTokens * kDim, 4},
-      .block_tables = as<const int32_t>(tables),
-      .block_table_stride = blocks,
-      .heads = kHeads,
-      .kv_heads = kKv,
-      .kv_end = kKv,
-      .head_dim = kDim};
+  AttentionArgs args{.q = halves(q),
+                     .ld_q = kHeads * kDim,
+                     .out = halves(out),
+                     .ld_out = kHeads * kDim,
+                     .cache = cache_of(cache),
+                     .block_tables = as<const int32_t>(tables),
+                     .block_table_stride = blocks,
+                     .heads = kHeads,
+                     .kv_heads = kKv,
+                     .kv_end = kKv,
+                     .head_dim = kDim};
   const AttentionSplit split{multiprocessors(), kHeads / kKv, kKv};
   bench_tiles(one, "", slices_of(one, 0), args, stream);
   if (one.rows >= 128 && has_hopper_attention())

@@ -163,59 +163,22 @@ class DecodeStep {
             .block_table_stride = kBlocks};
   }
 
-  static CacheView cache_of(const Layer& layer) {
-    const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
-    Bf16* const keys = halves(layer.cache);
-    return {keys, keys + half, 2 * half, kDim, kBlockTokens * kDim, 4};
-  }
-
   void norm(cudaStream_t stream) const {
-    FP_CUDA(launch_rms_norm(RmsNormArgs<Bf16>{.hidden = floats(hidden_),
-                                              .ld_hidden = kHidden,
-                                              .weight = floats(weight_),
-                                              .out = halves(normed_),
-                                              .ld_out = kHidden,
-                                              .rows = rows_,
-                                              .width = kHidden,
-                                              .eps = 1e-5f},
-                            stream));
+    FP_CUDA(launch_rms_norm(norm_args(hidden_, weight_, normed_, rows_), stream));
   }
 
   void rope(const Layer& layer, cudaStream_t stream) const {
-    FP_CUDA(launch_rope(RopeArgs<Bf16>{.batch = batch(),
-                                       .qkv = halves(qkv_),
-                                       .ld_qkv = kQkv,
-                                       .rotary = floats(rotary_),
-                                       .q = halves(q_),
-                                       .ld_q = kHeads * kDim,
-                                       .cache = cache_of(layer),
-                                       .q_scale = 1.442695f / std::sqrt(float{kDim}),
-                                       .eps = 1e-5f,
-                                       .rows = rows_,
-                                       .heads = kHeads,
-                                       .kv_heads = kKv,
-                                       .head_dim = kDim,
-                                       .turning = kDim},
-                        stream));
+    FP_CUDA(launch_rope(rope_args(batch(), qkv_, rotary_, q_, layer.cache, rows_), stream));
   }
 
   // Adds to the residual stream where `d` is that one.
   void product(const DeviceBuffer& a, int depth, const DeviceBuffer& b, int columns,
                const DeviceBuffer& d, bool is_gated, cudaStream_t stream) const {
-    const bool adds = &d == &hidden_;
-    const GemmArgs args{.a = halves(a),
-                        .lda = depth,
-                        .b = halves(b),
-                        .ldb = depth,
-                        .d = d.get(),
-                        .ldd = is_gated ? columns / 2 : columns,
-                        .output = adds ? GemmOutput::kFloat : GemmOutput::kBf16,
-                        .adds_to_d = adds,
-                        .is_gated = is_gated,
-                        .row_begin = 0,
-                        .row_end = rows_,
-                        .columns = columns,
-                        .depth = depth};
+    GemmArgs args = product_args(a, depth, b, columns, d, rows_, &d == &hidden_);
+    if (is_gated) {
+      args.is_gated = true;
+      args.ldd = columns / 2;
+    }
     FP_CUDA(launch_gemm(args, GemmTile::kFewRows, stream));
   }
 
@@ -224,7 +187,7 @@ class DecodeStep {
     product(normed_, kHidden, layer.qkv, kQkv, qkv_, false, stream);
     rope(layer, stream);
     AttentionArgs attention = attention_;
-    attention.cache = cache_of(layer);
+    attention.cache = cache_of(layer.cache);
     FP_CUDA(launch_attention(attention, stream));
     product(attended_, kHeads * kDim, layer.o, kHidden, hidden_, false, stream);
     norm(stream);
@@ -371,34 +334,16 @@ void bench_chains(cudaStream_t stream) {
   FP_CUDA(cudaMemset(hidden.get(), 0, hidden.bytes()));
   FP_CUDA(cudaMemset(a.get(), 0, a.bytes()));
   const Pair small([&](cudaStream_t s) {
-    for (int i = 0; i < kSmall; ++i) {
-      FP_CUDA(launch_rms_norm(RmsNormArgs<Bf16>{.hidden = floats(hidden),
-                                                .ld_hidden = kHidden,
-                                                .weight = floats(weight),
-                                                .out = halves(a),
-                                                .ld_out = kHidden,
-                                                .rows = 1,
-                                                .width = kHidden,
-                                                .eps = 1e-5f},
-                              s));
-    }
+    for (int i = 0; i < kSmall; ++i)
+      FP_CUDA(launch_rms_norm(norm_args(hidden, weight, a, 1), s));
   });
   compare_times("norm of a row", small, kSmall, 0, stream);
   const DeviceBuffer b = random_halves(size_t{8} * kHidden * kHidden, 0.02f, 12);
   const Pair products([&](cudaStream_t s) {
+    GemmArgs args = product_args(a, kHidden, b, kHidden, out, 1, true);
     for (size_t i = 0; i < kProducts; ++i) {
-      FP_CUDA(launch_gemm({.a = halves(a),
-                           .lda = kHidden,
-                           .b = halves(b) + i % 8 * kHidden * kHidden,
-                           .ldb = kHidden,
-                           .d = out.get(),
-                           .ldd = kHidden,
-                           .adds_to_d = true,
-                           .row_begin = 0,
-                           .row_end = 1,
-                           .columns = kHidden,
-                           .depth = kHidden},
-                          GemmTile::kFewRows, s));
+      args.b = halves(b) + i % 8 * kHidden * kHidden;
+      FP_CUDA(launch_gemm(args, GemmTile::kFewRows, s));
     }
   });
   compare_times("o x 1 after o x 1", products, kProducts, 2.0 * kHidden * kHidden, stream);

@@ -21,14 +21,7 @@ class SmallKernel {
  private:
   DeviceBuffer hidden_{size_t{kHidden} * 4}, out_{size_t{kHidden} * 2},
       weight_{size_t{kHidden} * 4};
-  const RmsNormArgs<Bf16> args_{.hidden = floats(hidden_),
-                                .ld_hidden = kHidden,
-                                .weight = floats(weight_),
-                                .out = halves(out_),
-                                .ld_out = kHidden,
-                                .rows = 1,
-                                .width = kHidden,
-                                .eps = 1e-5f};
+  const RmsNormArgs<Bf16> args_ = norm_args(hidden_, weight_, out_, 1);
 };
 
 // Median time of the host for one launch, us.
@@ -48,17 +41,7 @@ void bench_gemm_launches(cudaStream_t stream) {
   const DeviceBuffer a = random_halves(size_t{512} * kHidden, 1, 1),
                      b = random_halves(size_t{kHidden} * kHidden, 0.02f, 2);
   DeviceBuffer d(size_t{512} * kHidden * 4);
-  const GemmArgs gemm{.a = halves(a),
-                      .lda = kHidden,
-                      .b = halves(b),
-                      .ldb = kHidden,
-                      .d = d.get(),
-                      .ldd = kHidden,
-                      .adds_to_d = true,
-                      .row_begin = 0,
-                      .row_end = 512,
-                      .columns = kHidden,
-                      .depth = kHidden};
+  const GemmArgs gemm = product_args(a, kHidden, b, kHidden, d, 512, true);
   for (const GemmTile tile : {GemmTile::kHopper128x256, GemmTile::kAmpere128x128}) {
     const Launch launch = [&](cudaStream_t s) { FP_CUDA(launch_gemm(gemm, tile, s)); };
     try {
@@ -137,17 +120,7 @@ void bench_waiting(cudaStream_t stream) {
   const DeviceBuffer wide = random_halves(size_t{2 * kInner} * kHidden, 0.02f, 3);
   const DeviceBuffer many = random_halves(size_t{2048} * kHidden, 1, 4);
   DeviceBuffer result(size_t{2048} * 2 * kInner * 2);
-  const GemmArgs big{.a = halves(many),
-                     .lda = kHidden,
-                     .b = halves(wide),
-                     .ldb = kHidden,
-                     .d = result.get(),
-                     .ldd = 2 * kInner,
-                     .output = GemmOutput::kBf16,
-                     .row_begin = 0,
-                     .row_end = 2048,
-                     .columns = 2 * kInner,
-                     .depth = kHidden};
+  const GemmArgs big = product_args(many, kHidden, wide, 2 * kInner, result, 2048, false);
   const StreamEvent done = StreamEvent::make();
   std::vector<double> asked, slept, idle_asked, idle_slept;
   for (int i = 0; i < 60; ++i) {

@@ -26,15 +26,7 @@ void bench_layer_rows(cudaStream_t stream) {
     say("rows", what, text("%.1f us\t%.0f GB/s", us, bytes / us / 1e3));
   };
   told("rms_norm 4096 x 4096", 1.0 * kRows * kHidden * 6, [&](cudaStream_t s) {
-    FP_CUDA(launch_rms_norm(RmsNormArgs<Bf16>{.hidden = floats(hidden),
-                                              .ld_hidden = kHidden,
-                                              .weight = floats(weight),
-                                              .out = halves(normed),
-                                              .ld_out = kHidden,
-                                              .rows = kRows,
-                                              .width = kHidden,
-                                              .eps = 1e-5f},
-                            s));
+    FP_CUDA(launch_rms_norm(norm_args(hidden, weight, normed, kRows), s));
   });
   told("gate 4096 x 14336", 1.0 * kRows * kInner * 6, [&](cudaStream_t s) {
     FP_CUDA(launch_gate(GateArgs<Bf16>{.in = halves(gate_up),
@@ -45,25 +37,11 @@ void bench_layer_rows(cudaStream_t stream) {
                                        .width = kInner},
                         s));
   });
-  const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
-  RopeArgs<Bf16> rope{
-      .batch = {.sequences = as<int32_t>(sequences),
-                .positions = as<int32_t>(positions),
-                .block_tables = as<int32_t>(tables),
-                .block_table_stride = kRows / kBlockTokens},
-      .qkv = halves(qkv),
-      .ld_qkv = kQkv,
-      .rotary = floats(rotary),
-      .q = halves(q),
-      .ld_q = kHeads * kDim,
-      .cache = {halves(cache), halves(cache) + half, 2 * half, kDim, kBlockTokens * kDim, 4},
-      .q_scale = 1,
-      .eps = 1e-5f,
-      .rows = kRows,
-      .heads = kHeads,
-      .kv_heads = kKv,
-      .head_dim = kDim,
-      .turning = kDim};
+  const BatchView batch{.sequences = as<int32_t>(sequences),
+                        .positions = as<int32_t>(positions),
+                        .block_tables = as<int32_t>(tables),
+                        .block_table_stride = kRows / kBlockTokens};
+  const RopeArgs<Bf16> rope = rope_args(batch, qkv, rotary, q, cache, kRows);
   told("rope 4096 rows", 1.0 * kRows * (kQkv * 4 + kDim * 4),
        [&](cudaStream_t s) { FP_CUDA(launch_rope(rope, s)); });
 }

@@ -5,6 +5,7 @@
 #include "kernel_bench.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -64,6 +65,59 @@ DeviceBuffer random_halves(size_t count, float scale, unsigned seed) {
 
 DeviceBuffer random_codes(size_t count, unsigned seed) {
   return random_values<E4m3>(count, 60.0f, seed, to_e4m3);
+}
+
+RmsNormArgs<Bf16> norm_args(const DeviceBuffer& hidden, const DeviceBuffer& weight,
+                            const DeviceBuffer& out, int rows) {
+  return {.hidden = floats(hidden),
+          .ld_hidden = kHidden,
+          .weight = floats(weight),
+          .out = halves(out),
+          .ld_out = kHidden,
+          .rows = rows,
+          .width = kHidden,
+          .eps = 1e-5f};
+}
+
+RopeArgs<Bf16> rope_args(const BatchView& batch, const DeviceBuffer& qkv,
+                         const DeviceBuffer& rotary, const DeviceBuffer& q,
+                         const DeviceBuffer& cache, int rows) {
+  return {.batch = batch,
+          .qkv = halves(qkv),
+          .ld_qkv = kQkv,
+          .rotary = floats(rotary),
+          .q = halves(q),
+          .ld_q = kHeads * kDim,
+          .cache = cache_of(cache),
+          .q_scale = 1.442695f / std::sqrt(float{kDim}),
+          .eps = 1e-5f,
+          .rows = rows,
+          .heads = kHeads,
+          .kv_heads = kKv,
+          .head_dim = kDim,
+          .turning = kDim};
+}
+
+GemmArgs product_args(const DeviceBuffer& a, int depth, const DeviceBuffer& b, int columns,
+                      const DeviceBuffer& d, int rows, bool adds) {
+  return {.a = halves(a),
+          .lda = depth,
+          .b = halves(b),
+          .ldb = depth,
+          .d = d.get(),
+          .ldd = columns,
+          .output = adds ? GemmOutput::kFloat : GemmOutput::kBf16,
+          .adds_to_d = adds,
+          .row_begin = 0,
+          .row_end = rows,
+          .columns = columns,
+          .depth = depth};
+}
+
+CacheView cache_of(const DeviceBuffer& cache) {
+  const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
+  Bf16* const keys = halves(cache);
+  return {keys, keys + half, 2 * half, kDim, kBlockTokens * kDim, 4};
 }
 
 double device_us(const Launch& launch, cudaStream_t stream, int rounds) {

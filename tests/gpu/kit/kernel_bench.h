@@ -46,6 +46,18 @@ inline float* floats(const DeviceBuffer& buffer) {
   return as<float>(buffer);
 }
 
+// Arguments of kernels on `rows` rows of that shape, each buffer one dense matrix.
+RmsNormArgs<Bf16> norm_args(const DeviceBuffer& hidden, const DeviceBuffer& weight,
+                            const DeviceBuffer& out, int rows);
+RopeArgs<Bf16> rope_args(const BatchView& batch, const DeviceBuffer& qkv,
+                         const DeviceBuffer& rotary, const DeviceBuffer& q,
+                         const DeviceBuffer& cache, int rows);
+// a [rows, depth] times b [columns, depth], into bf16 or added to float.
+GemmArgs product_args(const DeviceBuffer& a, int depth, const DeviceBuffer& b, int columns,
+                      const DeviceBuffer& d, int rows, bool adds);
+// One layer's keys and values.
+CacheView cache_of(const DeviceBuffer& cache);
+
 // Median device time of one launch, us: rounds of so many launches that a round takes a millisecond
 // or more.
 double device_us(const Launch& launch, cudaStream_t stream, int rounds = 7);
