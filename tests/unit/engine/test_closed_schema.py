@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -122,7 +123,9 @@ NO_SCHEMAS: list[Any] = [
 
 @pytest.mark.parametrize("schema", NO_SCHEMAS)
 def test_what_is_no_schema_is_left_to_the_compiler(schema: Any) -> None:
-    close_objects(schema)
+    given = copy.deepcopy(schema)
+    close_objects(given)
+    assert given == schema
 
 
 @pytest.fixture(scope="module")
