@@ -16,13 +16,22 @@ from flowprefill.models.families import Family, GgufForm, family_of_gguf
 from flowprefill.models.gguf_metadata import GgufMetadata, has_values
 from flowprefill.models.gguf_parts import read_gguf
 from flowprefill.models.gguf_tokenizer import build_tokenizer
-from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers, known_ids
+from flowprefill.models.model_config import (
+    ModelConfig,
+    bad_field,
+    checked_layers,
+    known_ids,
+    named_in_errors,
+)
 from flowprefill.models.rope import RopeScaling
 from flowprefill.models.tokenizer import Tokenizer
 from flowprefill.models.weight_names import gguf_name
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _TEMPLATE = "tokenizer.chat_template"
+# Markers of code models: what comes after them is another file.
+_FILE_MARKS = ("fim_pad", "fim_rep", "fim_sep")
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # where the file names none, as in llama.cpp
 # Names that templates know tokens by, and those in GGUF's keys.
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
 
@@ -41,10 +50,11 @@ class GgufFile:
         """
         self._metadata = read_gguf(path)
         self._check_quantisations()
-        family = family_of_gguf(self._metadata.get("general.architecture", str))
-        assert family.gguf is not None
-        self._form = family.gguf
-        self.config = _model_config(self._metadata, family, self._form)
+        with named_in_errors(path):
+            family = family_of_gguf(self._metadata.get("general.architecture", str))
+            assert family.gguf is not None
+            self._form = family.gguf
+            self.config = _model_config(self._metadata, family, self._form)
         self.special_tokens: Mapping[str, str] = {
             f"{name}_token": text
             for name, key in _NAMED.items()
@@ -90,7 +100,8 @@ class GgufFile:
 
     def read_tokenizer(self) -> Tokenizer:
         """Build the tokenizer from the ``tokenizer.ggml`` keys."""
-        return build_tokenizer(self._metadata, self.config)
+        with named_in_errors(self._metadata.path):
+            return build_tokenizer(self._metadata, self.config)
 
     def _token_text(self, name: str) -> str | None:
         token_id = self._metadata.values.get(f"tokenizer.ggml.{name}_token_id")
@@ -156,16 +167,21 @@ def _model_config(metadata: GgufMetadata, family: Family, form: GgufForm) -> Mod
         "o_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "bos_token_id": next(iter(_token_ids(metadata, "bos")), None),
-        "eos_token_ids": _token_ids(metadata, "eos", "eot", "eom"),
+        "eos_token_ids": _token_ids(metadata, "eos", "eot", "eom", *_FILE_MARKS),
     }
     return ModelConfig(**(common | form.read(metadata, common)))
 
 
 def _token_ids(metadata: GgufMetadata, *names: str) -> tuple[int, ...]:
-    keys = (f"tokenizer.ggml.{name}_token_id" for name in names)
-    ids = [metadata.get(key, int) for key in keys if key in metadata.values]
     tokens = metadata.values.get("tokenizer.ggml.tokens", [])
-    return known_ids(ids, len(tokens) if isinstance(tokens, list) else 0)
+    count = len(tokens) if isinstance(tokens, list) else 0
+    is_sentencepiece = metadata.values.get("tokenizer.ggml.model") == "llama"
+    found: list[int] = []
+    for name in names:
+        assumed = _SENTENCEPIECE_IDS.get(name, -1) if is_sentencepiece else -1
+        given = metadata.get(f"tokenizer.ggml.{name}_token_id", int, assumed)
+        found.append(given if 0 <= given < count else assumed)
+    return known_ids(found, count)
 
 
 def _chat_templates(metadata: GgufMetadata) -> dict[str, str]:

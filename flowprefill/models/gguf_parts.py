@@ -13,6 +13,7 @@ from flowprefill.errors import CheckpointError
 from flowprefill.models.gguf_metadata import GgufMetadata
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MAX_PARTS = 10_000
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
@@ -31,6 +32,24 @@ def one_model(paths: Sequence[Path]) -> Path | None:
     return min(paths) if len(models) == 1 and None not in models else None
 
 
+def part_names(path: Path) -> list[str]:
+    """Names of all files of the model that a file is part of, by its own; itself if it is whole."""
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match["count"]) > MAX_PARTS:
+        return [path.name]
+    count = int(match["count"])
+    return [f"{match['stem']}-{part + 1:05}-of-{count:05}.gguf" for part in range(count)]
+
+
+def ggufs_of(folder: Path) -> list[Path]:
+    """Return the GGUF files that a folder is about: none where it holds safetensors.
+
+    Repositories of GGUF files may have the config.json of the model they are made of.
+    """
+    is_hf = (folder / "config.json").exists() and any(folder.glob("*.safetensors*"))
+    return [] if is_hf else sorted(folder.glob("*.gguf"))
+
+
 def read_gguf(path: Path) -> GgufMetadata:
     """Open a GGUF, and if it is part of a split model the other parts as well.
 
@@ -44,13 +63,16 @@ def read_gguf(path: Path) -> GgufMetadata:
     count = metadata.get(_COUNT, int, 0)
     if count <= 1:
         return metadata
+    if count > MAX_PARTS:
+        allowed = f"at most {MAX_PARTS}"
+        raise CheckpointError(f"{path}: {_COUNT}: got {count}, expected {allowed}", param=_COUNT)
     match = _PART.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         allowed = f"NAME-00001-of-{count:05}.gguf, as {_COUNT} is {count}"
         raise CheckpointError(
             f"{path}: file name of a part of a split model, expected {allowed}", param="model"
         )
-    names = [f"{match['stem']}-{part + 1:05}-of-{match['count']}.gguf" for part in range(count)]
+    names = part_names(path)
     first = _part(path.with_name(names[0]), 0, count)
     for number, name in enumerate(names[1:], start=1):
         first.add_part(_part(path.with_name(name), number, count))

@@ -35,7 +35,8 @@ _TEKKEN = (
 _END_NAMES = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
-    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~[",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
 })  # fmt: skip
 # Names that end a text only where none of these sets is in the vocabulary.
 _NO_END_WITH = {
@@ -45,7 +46,7 @@ _NO_END_WITH = {
 }  # fmt: skip
 # Markers of code models: what comes after them is another file.
 _FILE_MARKS = frozenset({
-    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 })  # fmt: skip
 
@@ -116,11 +117,14 @@ def build_tokenizer(metadata: GgufMetadata, config: ModelConfig) -> Tokenizer:
     ends = end_tokens(vocabulary.ids)
     _add_special(inner, vocabulary, ends)
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, add_bos)
+    ends_prompts = metadata.get("tokenizer.ggml.add_eos_token", bool, False)
     return Tokenizer(
         inner,
         bos_id=config.bos_token_id,
         eos_ids=(*config.eos_token_ids, *ends),
         add_bos=add_bos,
+        # The first is that of the key eos_token_id, if the file has one.
+        last_id=next(iter(config.eos_token_ids), None) if ends_prompts else None,
         literal_ids=[i for i, kind in enumerate(vocabulary.types) if kind in _LITERAL],
     )
 
@@ -206,6 +210,8 @@ def _ranked_merges(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tup
         for token, token_id in vocabulary.ids.items()
         if vocabulary.types[token_id] == _NORMAL
     }
+    if not isinstance(scores[0], (int, float)):
+        raise _bad("tokenizer.ggml.scores", scores[:3], "numbers")
     ranked: list[tuple[float, int, int, tuple[str, str]]] = []
     for token, token_id in normal.items():
         for cut in range(1, len(token)):

@@ -16,7 +16,7 @@ from flowprefill.models.families import family_of, read_config
 from flowprefill.models.hf_config import HfConfig
 from flowprefill.models.hf_tokenizer import HfTokenizer
 from flowprefill.models.json_file import read_json
-from flowprefill.models.model_config import known_ids
+from flowprefill.models.model_config import known_ids, named_in_errors
 from flowprefill.models.quantisation import read_quantisation
 from flowprefill.models.quantised_weights import E4M3, FLOATS, Stored, find_quantised
 from flowprefill.models.sampling_defaults import read_sampling_defaults
@@ -25,6 +25,7 @@ from flowprefill.models.weight_names import hf_name
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_TABLE = "rotary_emb.inv_freq"
 _HEAD, _PREFIX = hf_name("lm_head"), "model."
 _ELEMENT_BYTES = {
     "BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I32": 4, "I64": 8,
@@ -42,23 +43,28 @@ class HfFolder:
         """
         self._path = path
         values = read_json(path / "config.json", required=True)
-        config = read_config(values)
-        self._quantisation = read_quantisation(values)
+        with named_in_errors(path / "config.json"):
+            config = read_config(values)
+            self._quantisation = read_quantisation(values)
         self._tokenizer = HfTokenizer(path)
         self.special_tokens = self._tokenizer.special_tokens
         self.chat_templates = self._tokenizer.chat_templates
         self._family = family_of(config)
         generation = HfConfig(read_json(path / "generation_config.json"))
-        self.sampling_defaults = read_sampling_defaults(generation.values)
-        eos = config.eos_token_ids + generation.token_ids("eos_token_id")
-        bos = generation.token_ids("bos_token_id")
+        with named_in_errors(path / "generation_config.json"):
+            self.sampling_defaults = read_sampling_defaults(generation.values)
+            eos = config.eos_token_ids + generation.token_ids("eos_token_id")
+            bos = generation.token_ids("bos_token_id")
         self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
         self._stored: dict[str, Stored] = {}
         for name in self._weight_files():
             self._open_weights(name)
-        self._is_bare = hf_name("embed").removeprefix(_PREFIX) in self._stored
+        bare = (hf_name(name).removeprefix(_PREFIX) for name in ("embed", "final_norm"))
+        self._is_bare = any(name in self._stored for name in bare)
         self._quantised = find_quantised(self._quantisation, self._stored, self._read_stored)
         self._shapes = self._weight_shapes()
+        self._embed = self._stored_embedding(config.tie_embeddings)
         self.config = replace(
             config,
             bos_token_id=bos[0] if bos else config.bos_token_id,
@@ -72,14 +78,18 @@ class HfFolder:
 
     def stored_name(self, canonical: str) -> str:
         """Hugging Face's name of a canonical weight; bare decoders are stored without "model."."""
+        if canonical == "embed":
+            return self._embed
+        return self._plain_name(canonical)
+
+    def _plain_name(self, canonical: str) -> str:
         name = hf_name(canonical, self._family.hf_names)
         return name.removeprefix(_PREFIX) if self._is_bare else name
 
     def is_ignored(self, stored: str) -> bool:
         """Tied output projections are sometimes stored again; old files keep rotary tables."""
         tied_head = stored == _HEAD and self.config.tie_embeddings
-        is_rotary_table = stored.endswith("rotary_emb.inv_freq")
-        return tied_head or is_rotary_table or self._quantisation.is_read_past(stored)
+        return tied_head or stored.endswith(_TABLE) or self._quantisation.is_read_past(stored)
 
     def stored_bytes(self, stored: str) -> int:
         """Bytes of a tensor in its file; of a quantised weight with all that belongs to it."""
@@ -124,14 +134,22 @@ class HfFolder:
         """Build the tokenizer from tokenizer.json and the files next to it."""
         return self._tokenizer.build(self.config)
 
+    def _stored_embedding(self, tied: bool) -> str:
+        """Name of the embedding; of two tied tensors some writers keep only the head."""
+        name = self._plain_name("embed")
+        return _HEAD if tied and name not in self._shapes and _HEAD in self._shapes else name
+
     def _has_own_head(self) -> bool:
         """Whether an output projection is stored that is not the embedding."""
-        embed = self.stored_name("embed")
-        if _HEAD not in self._shapes or embed not in self._shapes:
+        if _HEAD not in self._shapes or self._embed not in self._shapes:
             return _HEAD in self._shapes
-        if _HEAD in self._quantised:
+        if self._embed == _HEAD:
+            return False
+        if _HEAD in self._quantised or self._shapes[_HEAD] != self._shapes[self._embed]:
             return True
-        return not torch.equal(self._read(_HEAD), self._read(embed))
+        head, embed = self._read(_HEAD), self._read(self._embed)
+        wider = torch.promote_types(head.dtype, embed.dtype)
+        return not torch.equal(head.to(wider), embed.to(wider))
 
     def _weight_files(self) -> list[str]:
         # As in transformers, the whole file counts: an index next to it is a leftover.
@@ -143,7 +161,8 @@ class HfFolder:
                 f"{self._path / _INDEX}: weight_map: expected an object of tensor: file",
                 param=_INDEX,
             )
-        names = sorted({str(name) for name in weight_map.values()})
+        self._file_of = {name: str(file).removeprefix("./") for name, file in weight_map.items()}
+        names = sorted(set(self._file_of.values()))
         for name in names:
             if Path(name).name != name:
                 raise CheckpointError(
@@ -161,6 +180,8 @@ class HfFolder:
         try:
             opened: Any = safe_open(path, framework="pt")
             for tensor in opened.keys():  # noqa: SIM118 - not a mapping
+                if self._file_of.get(tensor, name) != name:
+                    continue  # a leftover: the index has it elsewhere
                 view = opened.get_slice(tensor)
                 self._add_tensor(tensor, Stored(view.get_dtype(), tuple(view.get_shape())))
                 self._files[tensor] = opened
@@ -182,7 +203,8 @@ class HfFolder:
             if name in shapes:
                 message = f"tensor {name}: stored packed too, expected once"
                 raise CheckpointError(message, param=name)
-            if tensor.dtype not in FLOATS and not self._quantisation.is_read_past(name):
+            is_read = not (name.endswith(_TABLE) or self._quantisation.is_read_past(name))
+            if tensor.dtype not in FLOATS and is_read:
                 message = f"got dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
                 raise CheckpointError(f"tensor {name}: {message}", param=name)
             shapes[name] = tensor.shape

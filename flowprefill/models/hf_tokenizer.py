@@ -10,7 +10,7 @@ import tokenizers
 
 from flowprefill.errors import CheckpointError
 from flowprefill.models.json_file import is_text, read_json
-from flowprefill.models.model_config import ModelConfig, bad_field
+from flowprefill.models.model_config import ModelConfig, bad_field, named_in_errors
 from flowprefill.models.special_tokens import SpecialTokens, read_special_tokens
 from flowprefill.models.tokenizer import Tokenizer, is_library_error
 from flowprefill.models.tokenizer_file import read_tokenizer_json
@@ -32,12 +32,16 @@ class HfTokenizer:
         self._config = read_json(folder / "tokenizer_config.json")
         self._special_map = read_json(folder / "special_tokens_map.json")
         self._added = read_json(folder / "added_tokens.json")
-        tokens = self._special_tokens([])
+        with named_in_errors(folder):
+            tokens = self._special_tokens([])
+            self.chat_templates = self._chat_templates()
         self.special_tokens = {name: str(token.content) for name, token in tokens.named.items()}
-        self.chat_templates = self._chat_templates()
 
-    def _special_tokens(self, stored: list[Mapping[str, Any]]) -> SpecialTokens:
-        return read_special_tokens(self._config, self._special_map, self._added, stored)
+    def _special_tokens(
+        self, stored: list[Mapping[str, Any]], padding: Mapping[str, Any] | None = None
+    ) -> SpecialTokens:
+        pad = {} if padding is None else {"pad_token": padding["pad_token"]}
+        return read_special_tokens(pad | self._config, self._special_map, self._added, stored)
 
     def build(self, config: ModelConfig) -> Tokenizer:
         """Build the tokenizer; raises CheckpointError.
@@ -51,7 +55,8 @@ class HfTokenizer:
         try:
             stored = read_tokenizer_json(path).get("added_tokens") or []
             inner = tokenizers.Tokenizer.from_file(str(path))
-            tokens = self._special_tokens(stored)
+            inner.encode_special_tokens = self._config.get("split_special_tokens") is True
+            tokens = self._special_tokens(stored, inner.padding)
             tokens.add_to(inner)
         except BaseException as error:
             if not is_library_error(error):
@@ -78,8 +83,10 @@ class HfTokenizer:
             return {}
         if is_text(value):
             return {"default": value}
+        if isinstance(value, dict) and all(is_text(text) for text in (*value, *value.values())):
+            return value
         if not isinstance(value, list) or not all(map(_is_named_template, value)):
-            allowed = "text, or a list of objects {name, template}"
+            allowed = "text, a list of objects {name, template}, or an object name: template"
             raise bad_field("tokenizer_config.json: chat_template", value, allowed)
         return {entry["name"]: entry["template"] for entry in value}
 

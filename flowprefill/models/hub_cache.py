@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowprefill.errors import CheckpointError
+from flowprefill.models.gguf_parts import ggufs_of, part_names
 from flowprefill.models.json_file import read_json
 
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
@@ -56,12 +57,15 @@ class HubName:
 
 def hub_cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Where the hub's tools keep what they download."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if environment.get(name):
-            return Path(environment[name]).expanduser()
-    if environment.get("HF_HOME"):
-        return Path(environment["HF_HOME"]).expanduser() / "hub"
-    return Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface/hub"
+    places = {
+        "HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": "", "HF_HOME": "hub",
+        "XDG_CACHE_HOME": "huggingface/hub",
+    }  # fmt: skip
+    given = next((name for name in places if environment.get(name)), "")
+    place = environment.get(given) or "~/.cache"
+    # As the hub's tools do it: a home that is not known stays as it is written.
+    text = os.path.expandvars(os.path.expanduser(place))  # noqa: PTH111
+    return Path(text) / places.get(given, "huggingface/hub")
 
 
 def find_in_hub_cache(name: HubName) -> Path:
@@ -78,6 +82,7 @@ def find_in_hub_cache(name: HubName) -> Path:
     missing = _missing_file(snapshot, name)
     if missing is not None:
         what = f"model {name.repo}: {snapshot / missing} is missing"
+        name = replace(name, file=missing) if name.file else name
         raise CheckpointError(f"{what}; to download it, run: {name.command}", param="model")
     return snapshot / name.file if name.file else snapshot
 
@@ -99,9 +104,12 @@ def _snapshot(folder: Path, revision: str) -> Path | None:
 def _missing_file(snapshot: Path, name: HubName) -> str | None:
     """Name a file that loading needs and that was not downloaded."""
     if name.file:
-        return None if (snapshot / name.file).is_file() else name.file
-    if any(snapshot.glob("*.gguf")) and not (snapshot / "config.json").exists():
-        return None
+        folder = Path(name.file).parent
+        parts = [str(folder / part) for part in part_names(Path(name.file))]
+        return next((part for part in parts if not (snapshot / part).is_file()), None)
+    ggufs = ggufs_of(snapshot)
+    if ggufs:
+        return next((path.name for path in ggufs if not path.is_file()), None)
     needed = ["config.json", "tokenizer.json"]
     if (snapshot / _INDEX).is_file() and not (snapshot / "model.safetensors").is_file():
         weight_map = read_json(snapshot / _INDEX).get("weight_map")

@@ -6,9 +6,11 @@ and the engine.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from flowprefill.models.graph import Activation
 from flowprefill.models.rope import RopeScaling, inverse_frequencies
 
 MAX_LAYERS = 4096
+_UNNAMED = "model config: "  # what errors begin with where the file is not known
 
 
 def checked_layers(name: str, value: int) -> int:
@@ -30,8 +33,20 @@ def checked_layers(name: str, value: int) -> int:
 
 def bad_field(name: str, value: Any, allowed: str) -> CheckpointError:
     """Build the error for one field of a model's configuration."""
-    message = f"model config: {name}: got {shortened(value)}, expected {allowed}"
+    message = f"{_UNNAMED}{name}: got {shortened(value)}, expected {allowed}"
     return CheckpointError(message, param=name)
+
+
+@contextlib.contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Have errors about the fields of a file begin with its path."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in error.message:
+            raise
+        message = f"{path}: {error.message.removeprefix(_UNNAMED)}"
+        raise CheckpointError(message, param=error.param) from None
 
 
 def known_ids(ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:

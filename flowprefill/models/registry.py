@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowprefill.errors import CheckpointError
-from flowprefill.models.gguf_parts import model_name, one_model
+from flowprefill.errors import CheckpointError, shortened
+from flowprefill.models.gguf_parts import ggufs_of, model_name, one_model
 from flowprefill.models.hub_cache import HubName, find_in_hub_cache
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -53,11 +54,12 @@ def resolve_model(source: str | Path) -> ModelSource:
     """
     if isinstance(source, str) and source in PACKAGED_MODELS:
         return ModelSource(source, _packaged_path(source))
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - an unknown home stays as it is
+    is_folder, is_file = _kind_of(path)
+    if is_folder:
         found = _model_of(path)
         return ModelSource(path.resolve().name if found == path else model_name(found), found)
-    if path.is_file() and path.suffix == ".gguf":
+    if is_file and path.suffix == ".gguf":
         return ModelSource(model_name(path), path)
     name = HubName.parse(source) if isinstance(source, str) else None
     if name is not None:
@@ -65,16 +67,25 @@ def resolve_model(source: str | Path) -> ModelSource:
         return ModelSource(name.repo, _model_of(cached) if cached.is_dir() else cached)
     names = ", ".join(PACKAGED_MODELS)
     raise CheckpointError(
-        f"model: got {str(source)!r}, expected {names}, a folder with config.json and safetensors, "
-        "a .gguf file that exists, or the name of a downloaded model on the hub, ORG/NAME",
+        f"model: got {shortened(str(source))}, expected {names}, a folder with config.json and "
+        "safetensors, a .gguf file that exists, or the name of a model downloaded from the hub, "
+        "ORG/NAME",
         param="model",
     )
 
 
+def _kind_of(path: Path) -> tuple[bool, bool]:
+    try:
+        return path.is_dir(), path.is_file()
+    except OSError as error:  # too long a name, a folder that may not be looked into
+        what = f"model: {shortened(str(path))}: {error.strerror}"
+        raise CheckpointError(what, param="model") from None
+
+
 def _model_of(folder: Path) -> Path:
     """Return what to open in a folder: itself, or the GGUF it holds, whole or split."""
-    ggufs = sorted(folder.glob("*.gguf"))
-    if (folder / "config.json").exists() or not ggufs:
+    ggufs = ggufs_of(folder)
+    if not ggufs:
         return folder
     one = one_model(ggufs)
     if one is None:

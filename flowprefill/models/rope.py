@@ -121,7 +121,8 @@ class RopeScaling:
         Raises:
             CheckpointError: unknown kind, or a field that is missing or of the wrong type.
         """
-        kind = values.get("rope_type", values.get("type", "default"))
+        kinds = (values.get("rope_type"), values.get("type"), "default")
+        kind = next(kind for kind in kinds if kind is not None)
         if kind == "su" or (kind == "yarn" and "long_factor" in values):  # in old files of Phi-3
             kind = "longrope"
         if kind not in ROPE_KINDS:

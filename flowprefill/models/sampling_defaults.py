@@ -25,7 +25,7 @@ def read_sampling_defaults(values: Mapping[str, Any]) -> dict[str, float]:
     """Read the fields of generation_config.json that say how tokens are chosen, without nulls.
 
     Raises:
-        CheckpointError: a value of the wrong kind or out of its range; names file and field.
+        CheckpointError: a value of the wrong kind or out of its range; names the field.
     """
     found: dict[str, float] = {}
     for name, (low, high) in FIELDS.items():
@@ -36,6 +36,6 @@ def read_sampling_defaults(values: Mapping[str, Any]) -> dict[str, float]:
         if number is None or not low <= number <= high or (name in _WHOLE and not is_whole):
             kind = "an integer" if name in _WHOLE else "a number"
             allowed = f"{kind} in [{low:g}, {high:g}] or null"
-            raise bad_field(f"generation_config.json: {name}", values[name], allowed)
+            raise bad_field(name, values[name], allowed)
         found[name] = int(number) if name in _WHOLE else number
     return found

@@ -24,6 +24,8 @@ NAMES = (
 )  # fmt: skip
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
+_OWN = "model_specific_special_tokens"
+_TYPE, _ADDED_TOKEN = "__type", "AddedToken"
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
@@ -50,13 +52,18 @@ class SpecialTokens:
         """Make a tokenizer know them; those that it has keep what it says of them."""
         known = list(inner.get_added_tokens_decoder().values())
         described = {repr(token) for token in known}
-        new = [token for token in self.listed if repr(token) not in described]
+        names = {token.content for token in self.named.values()}
+        new = [
+            token
+            for token in self.listed
+            if repr(token) not in described or (token.content in names and not token.special)
+        ]
         texts = {token.content for token in [*known, *new]}
         declared = [*self.named.values(), *self.extra]  # of one declared twice the last counts
         new += [token for token in declared if token.content not in texts]
         # Once special, always special: that is how the library skips them.
         special = {token.content for token in known if token.special}
-        special |= {token.content for token in self.named.values()}
+        special |= names
         for token in new:
             token.special = token.special or token.content in special
         if new:
@@ -105,13 +112,18 @@ def _merged(
     """Join both files; apart from it the tokens that a model names for itself in an object."""
     merged: dict[str, Any] = dict(config)
     own: dict[str, Any] = {}
+    has_names = any(_is_own(name) and is_text(value) for name, value in merged.items())
+    if isinstance(merged.get(_OWN), Mapping) and not has_names:  # those in their own keys win
+        own = dict(merged[_OWN])
     if merged.get(_OLD_EXTRA) is not None and not merged.get(_EXTRA):
         merged[_EXTRA] = merged.pop(_OLD_EXTRA)
-    for values in ({}, special_map):
+    typed = {name: {**value, _TYPE: _ADDED_TOKEN} if isinstance(value, Mapping) else value
+             for name, value in special_map.items() if name != _EXTRA}  # fmt: skip
+    for values in ({}, dict(special_map) | typed):
         before = merged.get(_EXTRA)
         merged |= values
         if isinstance(merged.get(_EXTRA), Mapping):
-            own |= merged.pop(_EXTRA)
+            own = (own if values else {}) | merged.pop(_EXTRA)
         elif isinstance(before, list) and isinstance(values.get(_EXTRA), list):
             merged[_EXTRA] = [*before, *values[_EXTRA]]
     if _EXTRA not in merged and _OLD_EXTRA in merged:
@@ -119,11 +131,16 @@ def _merged(
     return merged, own
 
 
+def _is_own(name: str) -> bool:
+    """Whether a key names a token that only this model has, such as image_token."""
+    return name.endswith("_token") and name not in NAMES
+
+
 def _named(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, AddedToken]:
     found = {name: _token(name, values[name]) for name in NAMES if values.get(name) is not None}
     for name, value in values.items():  # a model's own, such as image_token
-        is_object = isinstance(value, Mapping) and "content" in value
-        if name.endswith("_token") and name not in NAMES and (is_text(value) or is_object):
+        is_object = isinstance(value, Mapping) and value.get(_TYPE) == _ADDED_TOKEN
+        if _is_own(name) and (is_text(value) or (is_object and "content" in value)):
             found[name] = _token(name, value)
     return found | {name: _token(f"{_EXTRA}.{name}", value) for name, value in own.items()}
 

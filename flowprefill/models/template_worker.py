@@ -101,11 +101,14 @@ class _ContentReader:
         loops = [loop for loop in tree.find_all(nodes.For) if self._is_content(_source(loop.iter))]
         picks = (item for item in tree.find_all(nodes.Getitem) if self._is_content(item.node))
         filters = list(tree.find_all(nodes.Filter))
+        reads = list(_with_inner(tree, (nodes.Getattr, nodes.Getitem, nodes.Call)))
         lists = (
             bool(loops)
             or any(isinstance(item.arg, nodes.Const) and type(item.arg.value) is int
                    for item in picks)
             or any(f.name in _PART_FILTERS and self._is_content(_source(f.node)) for f in filters)
+            or any(_takes_attribute(f) and self._is_content(_source(f.node)) for f in filters)
+            or any(_key(read) == "text" and self._is_end_of_content(read) for read in reads)
             or any(f.name == "tojson" and _is_message(f.node) for f in filters)
         )  # fmt: skip
         asks = any(
@@ -115,30 +118,75 @@ class _ContentReader:
         return Form(lists, not asks and any(map(_reads_text, loops)))
 
     def _is_content(self, node: nodes.Node | None) -> bool:
-        if isinstance(node, nodes.Getattr):
-            return node.attr == "content"
-        if isinstance(node, nodes.Getitem):
-            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
         if isinstance(node, nodes.CondExpr):
             return self._is_content(node.expr1) or self._is_content(node.expr2)
-        return isinstance(node, nodes.Name) and node.name in self._aliases
+        if isinstance(node, (nodes.Or, nodes.And)):
+            return self._is_content(node.left) or self._is_content(node.right)
+        if isinstance(node, nodes.Filter) and node.name in _LIST_FILTERS:
+            return self._is_content(node.node)
+        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+            return self._is_content(node.node)
+        return _key(node) == "content" or _name(node) in self._aliases
+
+    def _is_end_of_content(self, read: Any) -> bool:
+        """Whether something is read of the first or the last part."""
+        owner = _owner(read)
+        is_end = isinstance(owner, nodes.Filter) and owner.name in ("first", "last")
+        return is_end and self._is_content(_source(owner))
 
     def _find_aliases(self) -> bool:
         """Add names that stand for content: set to it, or called with it; whether there are new."""
         known = len(self._aliases)
-        for assigned in self._tree.find_all(nodes.Assign):
-            if isinstance(assigned.target, nodes.Name) and self._is_content(assigned.node):
-                self._aliases.add(assigned.target.name)
+        pairs = [(assigned.target, assigned.node) for assigned in self._tree.find_all(nodes.Assign)]
+        for block in self._tree.find_all(nodes.With):
+            pairs += zip(block.targets, block.values, strict=True)
+        self._aliases |= {_name(target) for target, value in pairs if self._is_content(value)}
+        self._aliases.discard("")
         macros = {macro.name: macro.args for macro in self._tree.find_all(nodes.Macro)}
         for call in self._tree.find_all(nodes.Call):
             names = macros.get(getattr(call.node, "name", ""), [])
-            pairs = [(name.name, given) for name, given in zip(names, call.args, strict=False)]
-            pairs += [(keyword.key, keyword.value) for keyword in call.kwargs if names]
-            self._aliases |= {name for name, given in pairs if self._is_content(given)}
+            given = [(name.name, value) for name, value in zip(names, call.args, strict=False)]
+            given += [(keyword.key, keyword.value) for keyword in call.kwargs if names]
+            self._aliases |= {name for name, value in given if self._is_content(value)}
         return len(self._aliases) > known
 
 
 _PART_FILTERS = ("map", "select", "selectattr", "reject", "rejectattr", "groupby")
+
+
+# Those that give a list for a list.
+_LIST_FILTERS = ("default", "d", "list", "reverse", "sort", "unique", *_PART_FILTERS)
+
+
+def _takes_attribute(found: nodes.Filter) -> bool:
+    """Whether a filter reads an attribute of each item: ``join('', attribute='text')``."""
+    is_second = found.name in ("join", "sum") and len(found.args) > (found.name == "join")
+    return is_second or any(keyword.key == "attribute" for keyword in found.kwargs)
+
+
+def _key(node: nodes.Node | None) -> str:
+    """What is read of an object: ``.x``, ``['x']`` or ``.get('x')``; else empty."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    key: Any = node.arg if isinstance(node, nodes.Getitem) else None
+    if isinstance(node, nodes.Call) and getattr(node.node, "attr", "") == "get" and node.args:
+        key = node.args[0]
+    return str(key.value) if isinstance(key, nodes.Const) else ""
+
+
+def _owner(read: Any) -> Any:
+    """What something is read of; see _key."""
+    method: Any = read.node
+    return method.node if isinstance(read, nodes.Call) else method
+
+
+def _name(node: nodes.Node | None) -> str:
+    """Name of a variable, or of one in a namespace, else empty."""
+    if isinstance(node, nodes.NSRef):
+        return f"{node.name}.{node.attr}"
+    if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+        return f"{node.node.name}.{node.attr}"
+    return str(node.name) if isinstance(node, nodes.Name) else ""
 
 
 def _source(node: nodes.Node | None) -> nodes.Node | None:
@@ -160,11 +208,10 @@ def _is_message(node: nodes.Node | None) -> bool:
 def _reads_text(loop: nodes.For) -> bool:
     """Whether a loop reads ``text`` of what it goes through."""
     name = getattr(loop.target, "name", None)
-    reads = [read for body in loop.body for read in _with_inner(body, nodes.Getattr)
-             if read.attr == "text"]  # fmt: skip
-    reads += [read for body in loop.body for read in _with_inner(body, nodes.Getitem)
-              if isinstance(read.arg, nodes.Const) and read.arg.value == "text"]  # fmt: skip
-    return any(getattr(read.node, "name", "") == name for read in reads)
+    kinds = (nodes.Getattr, nodes.Getitem, nodes.Call)
+    reads = [read for body in loop.body for read in _with_inner(body, kinds)
+             if _key(read) == "text"]  # fmt: skip
+    return any(getattr(_owner(read), "name", "") == name for read in reads)
 
 
 def _with_inner(node: nodes.Node, kind: Any) -> Iterator[Any]:

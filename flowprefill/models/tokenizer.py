@@ -58,6 +58,7 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Iterable[int] = (),
         add_bos: bool | None = None,
+        last_id: int | None = None,
         literal_ids: Iterable[int] = (),
     ) -> None:
         """Wrap a tokenizer.
@@ -68,6 +69,8 @@ class Tokenizer:
             eos_ids: ids that end a text.
             add_bos: whether encoding with special tokens starts with bos_id; None leaves that to
                 ``inner``'s own post-processor.
+            last_id: token that encoding with special tokens puts at the end; embedding models
+                have one.
             literal_ids: tokens whose string is their text, not a spelling of it.
 
         Raises:
@@ -80,6 +83,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self._add_bos = add_bos if bos_id is not None else None
+        self._last_id = last_id
         self._pieces, self._strips_space = _pieces_of(description)
         self._bytes_table = byte_of_character()
         self._bound = prompt_bound(description, self._bytes_table)
@@ -119,6 +123,8 @@ class Tokenizer:
                 ids.insert(0, self.bos_id)
             elif not self._add_bos and starts and not self._writes_bos(text):
                 del ids[0]
+        if add_special_tokens and self._last_id is not None and ids[-1:] != [self._last_id]:
+            ids.append(self._last_id)
         return ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:

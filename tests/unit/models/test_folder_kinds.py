@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_hf_folder import write_tokenizer
@@ -46,6 +47,47 @@ def test_an_index_of_shards_that_are_gone_names_the_first(save_tiny: Save) -> No
     gone.unlink()
     with pytest.raises(CheckpointError, match=gone.name):
         open_checkpoint(folder)
+
+
+def test_the_index_says_which_of_two_tensors_counts(save_tiny: Save) -> None:
+    _, folder = save_tiny("llama", "8KB")
+    named = {name: tensor.clone() for name, tensor in open_checkpoint(folder).weights()}
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    stored = load_file(first), load_file(second)
+    for path, own, other in ((first, *stored), (second, *stored[::-1])):
+        save_file({**{name: tensor + 1 for name, tensor in other.items()}, **own}, path)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    for name, tensor in open_checkpoint(folder).weights():
+        assert (tensor == named[name]).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_of_two_tied_tensors_the_head_may_be_the_one_that_is_stored(
+    save_tiny: Save, family: str
+) -> None:
+    model, folder = save_tiny(family, tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    weights["model.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)  # of old writers
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    read = dict(open_checkpoint(folder).weights())
+    assert "lm_head" not in read
+    torch.testing.assert_close(read["embed"], model.get_input_embeddings().weight, rtol=0, atol=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(theirs.get_input_embeddings().weight, read["embed"])
+
+
+def test_a_head_of_another_dtype_is_compared_by_its_values(save_tiny: Save) -> None:
+    _, folder = save_tiny("llama", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    embed = weights["model.embed_tokens.weight"].bfloat16()
+    same = {**weights, "model.embed_tokens.weight": embed, "lm_head.weight": embed.float()}
+    save_file(same, folder / "model.safetensors")
+    assert open_checkpoint(folder).config.tie_embeddings
+    save_file({**same, "lm_head.weight": embed.float() + 1}, folder / "model.safetensors")
+    assert not open_checkpoint(folder).config.tie_embeddings
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "8KB"])
@@ -104,6 +146,14 @@ def test_templates_lie_in_more_places(save_tiny: Save) -> None:
     template = open_checkpoint(folder).chat_template
     assert template.render(user) == "without"
     assert template.render(user, tools=[{"name": "f"}]) == "with tools"
+
+
+def test_templates_by_name_may_be_one_object(save_tiny: Save) -> None:
+    _, folder = save_tiny("llama")
+    write_tokenizer(folder)
+    templates = {"default": "without", "tool_use": "with tools"}
+    change_json(folder / "tokenizer_config.json", chat_template=templates)
+    assert open_checkpoint(folder).chat_template.render([{"role": "u", "content": ""}]) == "without"
 
 
 def test_a_template_of_ones_own_is_read_or_named(tmp_path: Path) -> None:

@@ -29,8 +29,10 @@ def add_token(tiny: TinyGguf, text: str, kind: int) -> int:
 
 @pytest.mark.parametrize("kind", [1, 3, 4])
 @pytest.mark.parametrize(
-    "text", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "<|file_sep|>"]
-)
+    "text",
+    ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "<|file_sep|>", "[PAD]",
+     "[e~[", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+)  # fmt: skip
 def test_tokens_with_the_name_of_an_end_end_a_text(
     tiny_gguf: MakeGguf, tmp_path: Path, text: str, kind: int
 ) -> None:
@@ -59,6 +61,42 @@ def test_user_defined_tokens_are_plain_text(tiny_gguf: MakeGguf, tmp_path: Path,
     ids = tokenizer.encode(f"c{text}d", add_special_tokens=False)
     assert ids == [4, token_id, 5]
     assert tokenizer.decode(ids) == f"c{text}d"
+
+
+@pytest.mark.parametrize("key", ["eot", "eom", "fim_pad", "fim_rep", "fim_sep"])
+def test_keys_name_further_ends(tiny_gguf: MakeGguf, tmp_path: Path, key: str) -> None:
+    tiny = tiny_gguf()
+    tiny.tokenizer[f"tokenizer.ggml.{key}_token_id"] = 7
+    assert open_checkpoint(tiny.write(tmp_path / "m.gguf")).tokenizer.eos_ids == (0, 7)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_prompts_end_with_the_end_where_the_file_says_so(
+    tiny_gguf: MakeGguf, tmp_path: Path, adds_bos: bool
+) -> None:
+    tiny = tiny_gguf()
+    tiny.tokenizer |= {"tokenizer.ggml.add_eos_token": True,
+                       "tokenizer.ggml.add_bos_token": adds_bos}  # fmt: skip
+    tokenizer = open_checkpoint(tiny.write(tmp_path / "m.gguf")).tokenizer
+    assert tokenizer.encode("abc") == [1] * adds_bos + [47, 0]
+    assert tokenizer.encode("abc", add_special_tokens=False) == [47]
+
+
+def test_sentencepiece_has_its_usual_ids_where_the_file_names_none(
+    tiny_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    tiny = tiny_gguf()
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a", *(f"x{i}" for i in range(42))]
+    tiny.tokenizer = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * 45,
+        "tokenizer.ggml.scores": [-float(i) for i in range(48)],
+    }  # fmt: skip
+    tokenizer = open_checkpoint(tiny.write(tmp_path / "m.gguf")).tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.encode("a")) == (1, (2,), [1, 5])
+    tiny.tokenizer["tokenizer.ggml.scores"] = ["high"] * 48
+    with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.scores: got .*numbers"):
+        assert open_checkpoint(tiny.write(tmp_path / "m.gguf")).tokenizer
 
 
 @pytest.mark.parametrize("wrong", [48, 4_294_967_295])

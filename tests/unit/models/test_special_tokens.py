@@ -86,6 +86,11 @@ def folders(draw: st.DrawFn) -> Files:
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if draw(st.booleans()):
         config["add_bos_token"] = draw(st.booleans())
+    if draw(st.booleans()):
+        config["model_specific_special_tokens"] = {"video_token": draw(texts)}
+    config["split_special_tokens"] = draw(st.sampled_from([False, False, True]))
+    if draw(st.booleans()):  # no token: it does not say that it is one
+        config["audio_token"] = {"content": "<|call|>", "special": True}
     for name in draw(st.sets(st.sampled_from(["additional_special_tokens"]))):
         config[name] = draw(lists)
     if draw(st.booleans()):
@@ -131,6 +136,22 @@ def test_the_declared_end_ends_a_text(tmp_path: Path, files: Files, ends: int) -
     tokenizer = HfTokenizer(tmp_path).build(CONFIG)
     assert ends in tokenizer.eos_ids
     assert set(tokenizer.eos_ids) == {1, ends}
+
+
+def test_an_end_is_special_whatever_tokenizer_json_says(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path, {"tokenizer_config.json": {"eos_token": "<|turn|>"}}, ["<|turn|>"], False
+    )
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"][0]["special"] = False
+    padding = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
+               "pad_id": 4, "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+    path.write_text(json.dumps({**values, "padding": padding}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = HfTokenizer(tmp_path).build(CONFIG)
+    assert ours.encode(TEXT) == theirs.encode(TEXT)
+    assert ours.decode(range(7)) == theirs.decode(range(7), skip_special_tokens=True)
 
 
 def test_a_null_bos_token_is_not_put_before_a_prompt(tmp_path: Path) -> None:

@@ -56,6 +56,18 @@ WITH_PARTS = [
     "{% macro show(c) %}{% for p in c %}<{{ p.text }}>{% endfor %}{% endmacro %}"
     + LOOP + "{{ show(m.content) }}{% endfor %}",
     "{{ messages[0] | tojson }}",
+    LOOP + "{% for c in m.get('content') %}({{ c.get('text') }}){% endfor %}{% endfor %}",
+    LOOP + "{% for c in m.content or [] %}({{ c.text }}){% endfor %}{% endfor %}",
+    LOOP + "{% set it = m.content | default([]) %}{% for c in it %}{{ c.text }}.{% endfor %}"
+    "{% endfor %}",
+    LOOP + "{% with it = m.content %}{% for c in it %}{{ c.text }}.{% endfor %}{% endwith %}"
+    "{% endfor %}",
+    "{% set ns = namespace(it=none) %}" + LOOP + "{% set ns.it = m.content %}"
+    "{% for c in ns.it %}{{ c.text }}.{% endfor %}{% endfor %}",
+    LOOP + "{% for c in m.content[1:] %}({{ c['text'] }}){% endfor %}{% endfor %}",
+    LOOP + "{{ (m.content | first).text }}{{ (m.content | last)['text'] }}{% endfor %}",
+    LOOP + "{{ m.content | join('+', attribute='text') }}{% endfor %}",
+    LOOP + "{{ m.content | join('+', 'text') }}{% endfor %}",
 ]  # fmt: skip
 
 
