@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -43,7 +44,7 @@ class RandomReader:
 
     special_tokens: Mapping[str, str] = {}
     chat_templates: Mapping[str, str] = {}
-    sampling_defaults: Mapping[str, float] = {}
+    sampling_defaults: Mapping[str, Any] = {}
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

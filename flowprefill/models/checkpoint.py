@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import gguf
 import torch
@@ -38,7 +38,7 @@ class CheckpointReader(Protocol):
         """Templates by name: ``default``, and perhaps ``tool_use`` for chats with tools."""
 
     @property
-    def sampling_defaults(self) -> Mapping[str, float]:
+    def sampling_defaults(self) -> Mapping[str, Any]:
         """How the model is to be sampled where a request does not say; see sampling_defaults.py."""
 
     def read_tokenizer(self) -> Tokenizer:
@@ -111,7 +111,7 @@ class Checkpoint:
         return ChatTemplate(texts.get("default"), names, texts.get("tool_use"))
 
     @property
-    def sampling_defaults(self) -> Mapping[str, float]:
+    def sampling_defaults(self) -> Mapping[str, Any]:
         """How the model's authors want it sampled, by the names of generation_config.json."""
         return self._reader.sampling_defaults
 

@@ -61,7 +61,7 @@ class GgufFile:
             if (text := self._token_text(key)) is not None
         }
         self.chat_templates = _chat_templates(self._metadata)
-        self.sampling_defaults: Mapping[str, float] = {}
+        self.sampling_defaults: Mapping[str, Any] = {}
 
     def stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, in torch's order."""

@@ -97,7 +97,7 @@ class ServedEngine(Protocol):
         ...
 
     @property
-    def sampling_defaults(self) -> Mapping[str, float]:
+    def sampling_defaults(self) -> Mapping[str, Any]:
         """How the model's authors want it sampled; see models/sampling_defaults.py."""
         ...
 

@@ -337,7 +337,7 @@ class FakeEngine:
         self.model_id = model_id
         self.max_model_len = 4_000_000
         self.vocab_size = VOCAB
-        self.sampling_defaults: dict[str, float] = {}
+        self.sampling_defaults: dict[str, Any] = {}
         self.created = 1_700_000_000
         self.tokenizer = ByteTokenizer()
         self.chat_template = ""

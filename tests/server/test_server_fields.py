@@ -88,9 +88,9 @@ def test_top_p_0_is_the_narrowest_nucleus(server: RunningServer, engine: FakeEng
     assert sampled(server, engine, CHAT, top_p=0.0).top_p == 0
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1,
-    "max_new_tokens": 9,
+    "max_new_tokens": 9, "stop_strings": ("</a>",),
 }  # fmt: skip
 
 
@@ -107,6 +107,9 @@ def test_the_models_sampling_defaults_hold_where_a_request_names_none(
     assert (own.temperature, own.top_k, own.top_p, own.min_p) == (0, 0, 1, 0.05)
     assert own.max_tokens == 5
     assert sampled(server, engine, path, max_tokens=50).max_tokens == 9
+    assert (sampling.stop, own.stop) == (("</a>",), ("</a>",))
+    assert sampled(server, engine, path, stop="x").stop == ("x",)
+    assert sampled(server, engine, path, stop=[]).stop == ()
 
 
 def test_the_models_sampling_defaults_can_be_switched_off(

@@ -159,7 +159,7 @@ class SchemaContext:
     chat_template: str = ""
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
-    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_prompt_logprobs(body: Body) -> int | None:
@@ -254,7 +254,7 @@ def sampling_params(
         top_k=max(top_k, 0),
         min_p=body.raw("min_p", defaults.get("min_p", 0.0)),
         seed=whole_number(body.raw("seed")),
-        stop=_stop_strings(body),
+        stop=_stop_strings(body, defaults.get("stop_strings", ())),
         stop_token_ids=_stop_token_ids(body, context.vocab_size),
         ignore_eos=body.boolean("ignore_eos"),
         logprobs=logprobs,
@@ -282,8 +282,8 @@ def _logit_bias(body: Body, vocab_size: int) -> dict[int, float]:
     return bias
 
 
-def _stop_strings(body: Body) -> tuple[str, ...]:
-    value = body.raw("stop", [])
+def _stop_strings(body: Body, default: tuple[str, ...]) -> tuple[str, ...]:
+    value = body.raw("stop", list(default))
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > MAX_STOP_STRINGS:
         body.refuse("stop", value, f"a string or a list of at most {MAX_STOP_STRINGS} strings")

@@ -115,10 +115,15 @@ def test_sampling_defaults_come_from_generation_config(save_tiny: Save) -> None:
     _, folder = save_tiny("llama")
     change_json(
         folder / "generation_config.json", temperature=0.6, top_p=1, top_k=20.0, do_sample=True,
-        max_new_tokens=7, typical_p=0.5,
+        max_new_tokens=7, typical_p=0.5, stop_strings=["</a>", "\n\n"],
     )  # fmt: skip
     defaults = open_checkpoint(folder).sampling_defaults
-    assert defaults == {"temperature": 0.6, "top_p": 1.0, "top_k": 20, "max_new_tokens": 7}
+    assert defaults == {
+        "temperature": 0.6, "top_p": 1.0, "top_k": 20, "max_new_tokens": 7,
+        "stop_strings": ("</a>", "\n\n"),
+    }  # fmt: skip
+    change_json(folder / "generation_config.json", stop_strings="one")
+    assert open_checkpoint(folder).sampling_defaults["stop_strings"] == ("one",)
     (folder / "generation_config.json").unlink()
     assert open_checkpoint(folder).sampling_defaults == {}
 
@@ -126,7 +131,9 @@ def test_sampling_defaults_come_from_generation_config(save_tiny: Save) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", "hot"), ("temperature", 3), ("top_p", -0.1), ("top_k", 1.5), ("top_k", 1e300),
-     ("max_new_tokens", 0), ("repetition_penalty", 0), ("min_p", True), ("top_k", float("inf"))],
+     ("max_new_tokens", 0), ("repetition_penalty", 0), ("min_p", True), ("top_k", float("inf")),
+     ("stop_strings", [""]), ("stop_strings", {}), ("stop_strings", ["\ud800"]),
+     ("stop_strings", 0)],
 )  # fmt: skip
 def test_a_wrong_sampling_default_is_named(save_tiny: Save, field: str, value: Any) -> None:
     _, folder = save_tiny("llama")
