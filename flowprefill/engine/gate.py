@@ -101,10 +101,15 @@ class Gate:
         )
 
     def _stretch(self) -> float:
-        """Return how much longer than their prefills requests take; 1 where nothing decodes."""
+        """Return how much longer than their prefills requests take; 1 where nothing decodes.
+
+        As lately measured, but no less than by what the decode steps are due: what was measured
+        knows nothing of sequences that began to decode when no prefill waited.
+        """
         load = self._scheduler.load()
         is_shared = load.decoding or load.waiting_jobs or len(self._memory)
-        return self._share.stretch if is_shared else 1.0
+        measured = self._share.stretch if is_shared else 1.0
+        return max(measured, 1.0 / (1.0 - self._scheduler.decode_share()))
 
     def _lateness(self, request: LiveRequest, now: float) -> Refusal | None:
         """Return why a request whose class rejects it is refused; or note what it is promised."""
@@ -120,7 +125,7 @@ class Gate:
         )
         stretch, load = self._stretch(), self._scheduler.load()
         will_decode = load.backlog_s > 0 and request.request.sampling.max_tokens not in (0, 1)
-        if load.decoding or will_decode:  # the share that decode steps aim at, seen or not
+        if will_decode:  # as others that wait: then decode steps take the share they aim at
             stretch = max(stretch, 1.0 / (1.0 - self._scheduler.settings.idle_share))
         outlook = self._scheduler.outlook(job, now, stretch, self._memory.seconds)
         lateness = lateness_of(job, outlook, now)

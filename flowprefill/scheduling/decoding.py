@@ -36,6 +36,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
@@ -112,6 +113,7 @@ class Decoding:
         self._idle_count = 0
         self._idle_context = 0
         self._idle_best_effort = 0
+        self._tpots: Counter[float] = Counter()  # of all but held ones; inf: no objective
         self._versions = count()
         self.held = 0
         self._last_step_end_s = -math.inf
@@ -135,12 +137,15 @@ class Decoding:
         """Begin to decode a job whose prefill has ended now."""
         sequence = DecodingJob(job, context_tokens, now)
         self._sequences[job.id] = sequence
+        self._count(job, 1)
         self._wait(sequence)
 
     def discard(self, job: Job) -> None:
         """End a sequence; the caller takes it out of a running step."""
         sequence = self._sequences.pop(job.id)
         self.held -= sequence.is_held
+        if not sequence.is_held:
+            self._count(job, -1)
         if sequence.version >= 0:
             self._leave_idle(sequence)
 
@@ -154,6 +159,7 @@ class Decoding:
             return
         sequence.is_held = is_held
         self.held += 1 if is_held else -1
+        self._count(sequence.job, -1 if is_held else 1)
         if is_held:
             if sequence.version >= 0:
                 self._leave_idle(sequence)
@@ -195,6 +201,23 @@ class Decoding:
         """Forget the step: it has ended, or no sequence in it is live."""
         self.step = None
         self._last_step_end_s = now
+
+    def share(self) -> float:
+        """Return the share of the device's time that steps take while prefills wait, as predicted.
+
+        It is what `goes_first` gives them: a step for each TPOT of the strictest objective, and
+        `idle_share` if there are sequences without one; `decode_share` at most, as ever. Steps that
+        would make a prefill late wait, which is not counted.
+        """
+        rows = min(len(self) - self.held, self._settings.max_running)
+        strictest_s = min(self._tpots, default=None)
+        if strictest_s is None:
+            return 0.0  # background has no steps while prefills wait
+        at_rest = self.step.shape.pairs if self.step is not None and self.step.shape else 0
+        context = int((self._idle_context + at_rest) * rows / (len(self) - self.held))
+        step_s = self._step_time.seconds(self._model_s(rows, context), rows)
+        least = self._settings.idle_share if math.inf in self._tpots else 0.0
+        return min(max(step_s / strictest_s, least), self._settings.decode_share)
 
     def goes_first(self, prefill: Work | None, now: float) -> Verdict:
         """Return whether a step should run now rather than the prefill that runs or is next."""
@@ -283,6 +306,12 @@ class Decoding:
         self._idle_count += 1
         self._idle_context += sequence.context_tokens
         self._idle_best_effort += is_best_effort
+
+    def _count(self, job: Job, change: int) -> None:
+        if job.service_class != BACKGROUND:
+            self._tpots[job.tpot_s] += change
+            if not self._tpots[job.tpot_s]:
+                del self._tpots[job.tpot_s]
 
     def _leave_idle(self, sequence: DecodingJob) -> None:
         sequence.version = -1

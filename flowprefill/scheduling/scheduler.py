@@ -118,6 +118,10 @@ class Scheduler:
             held=self._decoding.held,
         )
 
+    def decode_share(self) -> float:
+        """Return the share of the time that decode steps take while prefills wait, as predicted."""
+        return self._decoding.share()
+
     def predicted_ttft_s(self, job: Job, now: float) -> float:
         """Return the time from now to the job's first token; changes nothing.
 

@@ -213,6 +213,50 @@ def test_backlog_counts_all_that_waits_and_empties_as_predicted() -> None:
     world.core.check_load("")
 
 
+@pytest.mark.parametrize("decoding", [0, 2, 16, 60])
+@pytest.mark.parametrize("tpot", [None, 0.1])
+def test_wait_behind_decode_steps_is_predicted_from_the_first_request_on(
+    tpot: float | None, decoding: int
+) -> None:
+    """Sequences have decoded for seconds without a prefill, of which nothing could be measured."""
+    service = ServiceClass(SLO())
+    world = GateWorld()
+    streams = [world.submit(10, SLO(tpot=tpot), service, max_tokens=10**5) for _ in range(decoding)]
+    world.play(world.worker.now + 3.0)
+    start_s = world.worker.now
+    prompts = [world.submit(500, SLO(), service) for _ in range(8)]
+    backlog_s = world.core._gate._queued().backlog_s
+    while not prompts[-1].token_times_s:
+        world.play(world.worker.now + 0.5)
+    for one in prompts:
+        assert world.ttft_s(one) == pytest.approx(one.handle.predicted_ttft, rel=0.1)
+    assert backlog_s == pytest.approx(prompts[-1].token_times_s[0] - start_s, rel=0.1)
+    if decoding and tpot:
+        assert backlog_s == pytest.approx(4.0 / (1 - decoding * 1e-3 / tpot), rel=0.1)
+    for live in streams:
+        live.handle.cancel()
+    world.play()
+    assert world.core._scheduler.decode_share() == 0.0
+
+
+def test_held_sequences_take_no_share_of_the_predicted_wait() -> None:
+    world = GateWorld()
+    streams = [
+        world.submit(10, SLO(tpot=0.1), ServiceClass(SLO()), max_tokens=10**5) for _ in range(40)
+    ]
+    world.play(world.worker.now + 1.0)
+    assert world.core._scheduler.decode_share() == pytest.approx(0.4, rel=0.1)
+    for live in streams:
+        world.core.hold(live, is_held=True)
+    assert world.core._scheduler.decode_share() == 0.0
+    for live in streams[:20]:
+        world.core.hold(live, is_held=False)
+    for live in streams[20:]:
+        live.handle.cancel()
+    world.play(world.worker.now + 1.0)
+    assert world.core._scheduler.decode_share() == pytest.approx(0.2, rel=0.1)
+
+
 def test_tenant_over_its_share_is_refused_and_others_are_not() -> None:
     world = GateWorld(AdmissionLimits(max_backlog_s=10.0, tenant_share=0.39))
     for _ in range(4):
