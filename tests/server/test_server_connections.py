@@ -296,8 +296,12 @@ def test_stalled_streams_and_half_bodies_do_not_hold_up_the_shutdown(
         b"GET /health HTTP/1.1\r\nbad header\r\n\r\n",
         b"GET /health HTTP/1.1\r\nContent-Length: many\r\n\r\n",
         b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: other\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
-    ids=["tls", "version", "header", "length", "line"],
+    ids=["tls", "version", "header", "length", "line", "url", "no host", "hosts", "http2"],
 )
 def test_what_is_no_http_gets_an_error_object(server: RunningServer, sent: bytes) -> None:
     with connect(server, sent) as connection:
@@ -305,6 +309,58 @@ def test_what_is_no_http_gets_an_error_object(server: RunningServer, sent: bytes
     assert reply.startswith(b"HTTP/1.0 400")
     error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
     assert (error["param"], error["code"]) == ("request", "invalid_value")
+
+
+@pytest.mark.parametrize("path", ["/health", "/no-such-path", "/v1/completions"])
+def test_expectation_that_is_not_met_gets_an_error_object(server: RunningServer, path: str) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    sent = f"{head}Expect: 200-ok\r\n\r\n"
+    with connect(server, sent.encode()) as connection:
+        head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 417 Expectation Failed\r\n")
+    assert b"Content-Type: application/json" in head
+    error = json.loads(body)["error"]
+    assert (error["code"], error["param"]) == ("expectation_failed", "expect")
+    assert error["message"] == "expect: got '200-ok', expected 100-continue"
+
+
+def test_client_that_waits_for_100_continue_is_served(server: RunningServer) -> None:
+    body = b'{"prompt": "x"}'
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    head += "Expect: 100-continue\r\nConnection: close\r\n\r\n"
+    with connect(server, head.encode()) as one:
+        assert one.recv(65_536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        one.sendall(body)
+        assert read_to_end(one).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [b"nonsense\r\n", b"3\r\n{}\r\n\r\n", b"ffffffffffffffffff\r\n", b"-1\r\n\r\n"],
+    ids=["word", "short", "huge", "negative"],
+)
+def test_body_in_broken_chunks_gets_an_error_object(server: RunningServer, chunks: bytes) -> None:
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n".encode()
+    with connect(server, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks) as connection:
+        reply = read_to_end(connection)
+    assert reply.split(b" ", 2)[1] == b"400"
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_value"
+
+
+def test_bug_outside_the_handlers_gets_an_error_object(
+    start_server: StartServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp would answer in text, or in HTML to who accepts it."""
+    server = start_server(engine)
+
+    async def fails(*_: Any) -> None:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(server.server.app.router, "resolve", fails)
+    reply = server.get("/health", {"Accept": "text/html"})
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
+    assert reply.headers["Content-Type"].startswith("application/json")
+    assert b"secret" not in reply.body
 
 
 def test_thousands_of_errors_are_one_line(caplog: pytest.LogCaptureFixture) -> None:

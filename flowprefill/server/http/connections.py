@@ -22,9 +22,9 @@ from typing import Any
 
 from aiohttp import web
 
-from flowprefill.errors import InvalidRequest, NotReady
+from flowprefill.errors import FlowPrefillError, InvalidRequest, NotReady
 from flowprefill.server.engine_protocol import ServedHandle
-from flowprefill.server.http.errors import error_body
+from flowprefill.server.http.errors import InternalError, error_body, error_response, of_http
 from flowprefill.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
@@ -258,16 +258,25 @@ class Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what is no HTTP; aiohttp would log each with its traceback and answer in text."""
-        if status >= 500:
-            return super().handle_error(request, status, exc, message)
-        self._table.log_seldom("bad", "a request that is no HTTP: %.200s", message or exc)
-        said = " ".join((message or "bad request").split())[:200]
-        body = error_body(InvalidRequest(f"request: {said}", param="request"))
-        response = web.Response(
-            status=status, text=json.dumps(body), content_type="application/json"
-        )
+        error: FlowPrefillError
+        if status >= 500:  # of no handler of ours, whose errors the middleware turns into replies
+            super().handle_error(request, status, exc, message)  # logs; raises if one has begun
+            error = InternalError("internal error; the server's log has it")
+        else:
+            self._table.log_seldom("bad", "a request that is no HTTP: %.200s", message or exc)
+            said = " ".join((message or "bad request").split())[:200]
+            error = InvalidRequest(f"request: {said}", param="request")
+        response = error_response(error)
         response.force_close()
         return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write a response; what aiohttp answers before any middleware has the shape of others."""
+        if isinstance(resp, web.HTTPException):
+            resp = error_response(of_http(resp, request))
+        return await super().finish_response(request, resp, start_time)
 
 
 def connection_factory(

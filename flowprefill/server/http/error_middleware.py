@@ -13,7 +13,6 @@ from aiohttp import web
 from flowprefill.errors import (
     DeadlinePassed,
     FlowPrefillError,
-    InvalidRequest,
     NotReady,
     Overloaded,
     RequestCancelled,
@@ -24,25 +23,14 @@ from flowprefill.server.http.errors import (
     ENGINE_FAILED,
     REQUEST_ID_HEADER,
     InternalError,
-    UnknownRoute,
-    WrongMethod,
     error_response,
+    of_http,
 )
 
 logger = logging.getLogger(__name__)
 
 _SAFE_REQUEST_ID = re.compile(r"[!-~]{1,200}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def _of_http(error: web.HTTPException, request: web.Request) -> FlowPrefillError:
-    if isinstance(error, web.HTTPNotFound):
-        return UnknownRoute(f"{request.method} {request.path}: no such path", param="url")
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(error.allowed_methods))
-        message = f"{request.path}: got {request.method}, expected {allowed}"
-        return WrongMethod(message, allowed=allowed, param="method")
-    return InvalidRequest(f"{request.method} {request.path}: {error.reason}")
 
 
 def as_flowprefill_error(error: BaseException, request_id: str) -> FlowPrefillError:
@@ -90,7 +78,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     try:
         response = await handler(request)
     except web.HTTPException as error:
-        response = error_response(_of_http(error, request))
+        response = error_response(of_http(error, request))
     except (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception

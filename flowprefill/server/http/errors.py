@@ -39,8 +39,28 @@ class WrongMethod(InvalidRequest):
         self.allowed = allowed
 
 
+class ExpectationFailed(InvalidRequest):
+    """The header ``Expect`` asks for something else than 100-continue."""
+
+    status = 417
+    code = "expectation_failed"
+
+
 class InternalError(FlowPrefillError):
     """A bug of ours; the message names the request id under which the log has the traceback."""
+
+
+def of_http(error: web.HTTPException, request: web.BaseRequest) -> FlowPrefillError:
+    """Return our error for one of aiohttp's own."""
+    if isinstance(error, web.HTTPNotFound):
+        return UnknownRoute(f"{request.method} {request.path}: no such path", param="url")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        message = f"{request.path}: got {request.method}, expected {allowed}"
+        return WrongMethod(message, allowed=allowed, param="method")
+    if isinstance(error, web.HTTPExpectationFailed):
+        return ExpectationFailed.field("expect", request.headers.get("Expect"), "100-continue")
+    return InvalidRequest(f"{request.method} {request.path}: {error.reason}")
 
 
 def error_body(error: FlowPrefillError) -> dict[str, Any]:
