@@ -60,7 +60,7 @@ class ServerContext:
         self.connections = connections
         self.guard = guard
         self.metrics = metrics
-        self.unknown_fields = UnknownFields()
+        self.unknown_fields = UnknownFields(refuses=options.unknown_fields == "refuse")
         self.body_memory = BodyMemory(int(options.max_bodies_mib * 2**20))
         self._tenants = Tenants(options.tenants)
         self.live = LiveFeed()

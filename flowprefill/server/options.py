@@ -110,6 +110,11 @@ class ServerOptions:
     ssl_ca_certs: str = _option(
         "", "PEM file of authorities, one of which must have signed a client's certificate"
     )
+    unknown_fields: str = _option(
+        "refuse",
+        "refuse: a request with a field that the API does not have is a 400, as it might have "
+        "changed the answer; ignore: such fields are logged once each and have no effect",
+    )
     generation_config: str = _option(
         "auto",
         "auto: sampling fields that a request does not name are those of the model's "
@@ -174,6 +179,7 @@ class ServerOptions:
         for name, known in (
             ("generation_config", ("auto", "none")),
             ("debug_routes", ("auto", "on", "off")),
+            ("unknown_fields", ("refuse", "ignore")),
         ):
             if getattr(self, name) not in known:
                 self._refuse(name, getattr(self, name), "one of " + ", ".join(known))

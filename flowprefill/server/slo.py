@@ -16,7 +16,7 @@ from flowprefill.server.tenants import ONLY_TENANT, Tenant
 
 MAX_OBJECTIVE_MS = 86_400_000.0
 SLO_FIELDS = ("ttft_ms", "tpot_ms", "on_miss", "class")
-OPENAI_TIERS = ("auto", "default", "flex", "priority", "scale")
+OPENAI_TIERS = ("auto", "default", "fast", "flex", "priority", "scale")
 # Ours first: where both families are sent, ours wins.
 HEADER_PREFIXES = ("x-slo-", "x-llm-d-slo-")
 CLASS_HEADER = "x-slo-class"

@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from openai.types import completion_create_params, embedding_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import ConfigError
 from flowprefill.request import StructuredOutput
 from flowprefill.server.openai.foreign_fields import (
     FOREIGN,
+    HARMLESS,
     NOT_OF_CHAT,
     NOT_OF_COMPLETIONS,
     NOT_OF_EMBEDDINGS,
@@ -46,6 +50,93 @@ def test_every_field_that_is_not_done_is_refused_by_name(server: RunningServer, 
         reply = server.post(path, {**dict.fromkeys(table), **neutral, **BASE[path]})
         assert reply.status == 200, reply.body
     assert len(FOREIGN) > 200
+
+
+TYPOS: list[tuple[str, dict[str, Any], str, str]] = [
+    (COMPLETIONS, {"temperatures": 0}, "temperatures", "temperature"),
+    (COMPLETIONS, {"max_token": 5}, "max_token", "max_tokens"),
+    (COMPLETIONS, {"topP": 0.5}, "topP", "top_p"),
+    (CHAT, {"maxCompletionTokens": 5}, "maxCompletionTokens", "max_completion_tokens"),
+    (CHAT, {"tool-choice": "none"}, "tool-choice", "tool_choice"),
+    (
+        CHAT, {"stream": True, "stream_options": {"include_usages": True}},
+        "stream_options.include_usages", "include_usage",
+    ),
+    (
+        CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "nme": 1}}},
+        "response_format.json_schema.nme", "name",
+    ),
+    (EMBEDDINGS, {"poolin": "mean"}, "poolin", "pooling"),
+    ("/tokenize", {"prompt": "Hi", "add_special_token": False}, "add_special_token",
+     "add_special_tokens"),
+    ("/detokenize", {"tokens": [72], "models_": "a"}, "models_", "model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "fields", "param", "meant"), TYPOS)
+def test_unknown_field_is_refused_and_the_one_that_was_meant_named(
+    server: RunningServer, engine: FakeEngine, path: str, fields: dict[str, Any],
+    param: str, meant: str,
+) -> None:  # fmt: skip
+    reply = server.post(path, {**BASE.get(path, {}), **fields})
+    assert (reply.status, reply.error["code"]) == (400, "unknown_parameter")
+    assert reply.error["param"] == param
+    assert reply.error["message"].startswith(f"{param}: no such field, did you mean {meant}?")
+    assert not engine.submitted
+
+
+def test_all_unknown_fields_are_named_up_to_five(server: RunningServer) -> None:
+    many = {f"{letter * 300}": 1 for letter in "qxzwj"} | {"colour": 1, "nothing": None}
+    message = server.post(COMPLETIONS, {"prompt": "Hi", **many}).error["message"]
+    assert message.count("no such field") == 5
+    assert len(message) < 700
+    assert "--unknown-fields ignore" in message
+    two = server.post(COMPLETIONS, {"prompt": "Hi", "colour": 1, "flavor": 2}).error["message"]
+    assert two.startswith("colour: no such field; flavor: no such field (")
+
+
+def test_unknown_fields_are_logged_once_where_the_server_is_told_to_ignore_them(
+    engine: FakeEngine, start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(engine, unknown_fields="ignore")
+    for path, body in BASE.items():
+        for _ in range(3):
+            assert server.post(path, {**body, path[-5:]: 1, "x" * 500: 1}).status == 200
+    told = [r.getMessage() for r in caplog.records if "unknown field" in r.getMessage()]
+    assert [line[:80] for line in told[:2]] == [
+        "/v1/completions: ignoring unknown field 'tions'",
+        f"/v1/completions: ignoring unknown field '{'x' * 500}"[:80],
+    ]
+    assert len(told) == 3  # of chats' path the end is the same
+    assert max(map(len, told)) < 200
+    with pytest.raises(ConfigError, match="unknown_fields: got 'warn', expected one of refuse, ig"):
+        ServerOptions(unknown_fields="warn")
+
+
+@pytest.mark.parametrize("path", [*BASE, "/v1/responses"])
+def test_fields_that_change_no_answer_are_let_through(server: RunningServer, path: str) -> None:
+    body = BASE.get(path, {"input": "Hi"})
+    reply = server.post(path, {**body, **{name: {"a": ["value"]} for name in HARMLESS}})
+    assert reply.status == 200, reply.body
+
+
+CLIENT_FIELDS = {
+    COMPLETIONS: completion_create_params.CompletionCreateParamsBase,
+    CHAT: chat_create_params.CompletionCreateParamsBase,
+    EMBEDDINGS: embedding_create_params.EmbeddingCreateParams,
+    "/v1/responses": response_create_params.ResponseCreateParamsBase,
+}
+
+
+@pytest.mark.parametrize("path", CLIENT_FIELDS)
+def test_every_field_of_the_openai_client_is_known(server: RunningServer, path: str) -> None:
+    """Done, refused by its value, or harmless; never told to be no field."""
+    names = CLIENT_FIELDS[path].__annotations__
+    assert len(names) >= 5
+    for name in names:
+        reply = server.post(path, {**BASE.get(path, {"input": "Hi"}), name: {"a": "value"}})
+        if reply.status != 200:
+            assert (reply.error["code"], reply.error["param"]) != ("unknown_parameter", name)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import pytest
 from fake_engine import EOS, FakeEngine, FakeHandle, Script
-from running_server import RunningServer
+from running_server import RunningServer, StartServer
+
+from flowprefill.request import SLO, Request
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SNOWMAN = "\N{SNOWMAN}"
@@ -360,11 +363,45 @@ def test_echo_of_token_lists_has_offsets_in_the_text(
     assert first["tokens"][:5] == ["a", "\ufffd", "\ufffd", "<bos>", "H"]
     assert second == first
     assert third["tokens"][:3] == ["h", "i", "H"]
-    # A prompt is scored once; in a stream, where any choice may be first, for each.
     scored = [handle.request.sampling.prompt_logprobs for handle in engine.submitted]
     assert scored == [1, None, 1, None]
-    stream(server, "/v1/completions", prompt="Hi", echo=True, logprobs=1, n=2)
-    assert [one.request.sampling.prompt_logprobs for one in engine.submitted[4:]] == [1, 1]
+
+
+class ScoringLast(FakeEngine):
+    """The first choice, which scores the prompt, is the last to have a token; until then none."""
+
+    def submit(self, request: Request, slo: SLO | None = None) -> FakeHandle:
+        gate = threading.Event() if request.sampling.prompt_logprobs is not None else None
+        self.script = Script(text="ab", gate=gate)
+        handle = super().submit(request, slo)
+        if gate is not None:
+            threading.Thread(target=self.score_last, args=(handle, gate), daemon=True).start()
+        return handle
+
+    def score_last(self, handle: FakeHandle, gate: threading.Event) -> None:
+        scores, handle.prompt_logprobs = handle.prompt_logprobs, None
+        self.wait_ended(2)
+        handle.prompt_logprobs = scores
+        gate.set()
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_prompt_of_a_stream_with_several_choices_is_scored_once(
+    start_server: StartServer, max_tokens: int
+) -> None:
+    engine = ScoringLast()
+    events = stream(
+        start_server(engine), "/v1/completions", prompt="Hi", echo=True, logprobs=1, n=3,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    assert [one.request.sampling.prompt_logprobs for one in engine.submitted] == [1, None, None]
+    assert len(events) == 3 * max(max_tokens, 1)
+    for index in range(3):
+        choices = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert "".join(one["text"] for one in choices) == "Hi" + "ab"[:max_tokens]
+        assert choices[0]["logprobs"]["tokens"] == ["<bos>", "H", "i", "a"][: 3 + max_tokens // 2]
+        assert choices[0]["logprobs"]["token_logprobs"][:3] == [None, -1.0, -1.0]
+        assert choices[-1]["finish_reason"] == "length"
 
 
 def test_offsets_are_where_tokens_begin_though_their_text_is_held(

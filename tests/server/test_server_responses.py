@@ -184,15 +184,26 @@ def test_bad_field_is_named(server: RunningServer, fields: dict[str, Any], param
     assert reply.error["message"].startswith(param.partition("[")[0])
 
 
-def test_own_fields_work_and_unknown_ones_are_logged(
-    server: RunningServer, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+def test_own_fields_work_and_unknown_ones_are_refused(
+    server: RunningServer, engine: FakeEngine
 ) -> None:
-    body = {"input": "Hi", "slo": {"ttft_ms": 250}, "top_k": 3, "unheard_of": 1, "user": "me"}
+    body: dict[str, Any] = {"input": "Hi", "slo": {"ttft_ms": 250}, "top_k": 3, "user": "me"}
     assert server.post("/v1/responses", body).status == 200
     assert engine.submitted[0].slo.ttft == 0.25
     assert engine.submitted[0].request.sampling.top_k == 3
-    ignored = [r.getMessage() for r in caplog.records if "unknown field" in r.getMessage()]
-    assert ignored == ["/v1/responses: ignoring unknown field 'unheard_of'"]
+    schema = {"type": "json_schema", "name": "a", "schema": {"type": "object"}}
+    for fields, unknown in (
+        ({"max_output_token": 5}, "max_output_token"),
+        ({"repetition_penality": 1.5}, "repetition_penality"),
+        ({"reasoning": {"efforts": "low"}}, "reasoning.efforts"),
+        ({"text": {"formats": schema}}, "text.formats"),
+        ({"text": {"format": {**schema, "stric": True}}}, "text.format.stric"),
+    ):
+        reply = server.post("/v1/responses", {**body, **fields})
+        assert (reply.status, reply.error["code"]) == (400, "unknown_parameter")
+        assert reply.error["param"] == unknown
+        assert "did you mean" in reply.error["message"]
+    assert len(engine.submitted) == 1
 
 
 def test_error_in_mid_stream_ends_it(client: openai.OpenAI, engine: FakeEngine) -> None:

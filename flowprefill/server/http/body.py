@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -16,7 +19,16 @@ logger = logging.getLogger(__name__)
 
 MAX_REMEMBERED_FIELDS = 1000
 MAX_LOGGED_FIELDS = 20
+MAX_NAMED_FIELDS = 5
+NAME_CHARS = 80  # of a name that came from the network, in errors and in the log
 _MISSING: Any = object()
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+class UnknownField(InvalidRequest):
+    """A field that the endpoint does not have; to ignore it might change the answer unseen."""
+
+    code = "unknown_parameter"  # OpenAI's
 
 
 def parse_json_object(raw: bytes, max_model_len: int = 0) -> dict[str, Any]:
@@ -92,6 +104,7 @@ class Body:
         self._fields = fields
         self._path = path
         self._read: set[str] = set()
+        self._inner: dict[str, Body] = {}
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -103,6 +116,22 @@ class Body:
         self._read.add(name)
         value = self._fields.get(name, _MISSING)
         return default if value is _MISSING or value is None else value
+
+    def accept(self, names: Iterable[str]) -> None:
+        """Mark fields as known that nothing reads: they change no answer."""
+        self._read.update(names)
+
+    def accept_in(self, name: str, members: Iterable[str]) -> None:
+        """Mark the members of an object as known whose reader takes it as a whole."""
+        value = self._fields.get(name)
+        if isinstance(value, dict):
+            self._inner[name] = Body(value, f"{self._path}{name}.")
+            self._inner[name].accept(members)
+
+    @property
+    def known(self) -> AbstractSet[str]:
+        """Names that were read or accepted, given or not."""
+        return self._read
 
     def refuse(self, name: str, value: Any, allowed: str) -> NoReturn:
         """Raise the error for one field."""
@@ -182,15 +211,29 @@ class Body:
             return None
         if not isinstance(value, dict):
             self.refuse(name, value, "an object")
-        return Body(value, f"{self._path}{name}.")
+        if name not in self._inner:
+            self._inner[name] = Body(value, f"{self._path}{name}.")
+        return self._inner[name]
 
-    def unknown(self) -> list[str]:
-        """Return the names of fields that were given and never read."""
-        return [name for name in self._fields if name not in self._read]
+    def unread(self) -> Iterator[str]:
+        """Yield the fields of this object that were given, but neither read nor accepted."""
+        for name, value in self._fields.items():
+            if value is not None and name not in self._read:
+                yield name
+
+    def unknown(self) -> Iterator[tuple[str, AbstractSet[str]]]:
+        """Yield such fields of this object and of those in it, as NAME or OBJECT.NAME.
+
+        With each comes what the object has instead.
+        """
+        for name in self.unread():
+            yield self._path + name, self._read
+        for inner in self._inner.values():
+            yield from inner.unknown()
 
     def refuse_unknown(self, allowed: Collection[str]) -> None:
         """Refuse fields that were never read; for our own objects, where a typo must not pass."""
-        for name in self.unknown():
+        for name in self.unread():
             self.refuse(name, self._fields[name], "only " + ", ".join(sorted(allowed)))
 
 
@@ -203,18 +246,39 @@ def _is_same(value: Any, neutral: Any) -> bool:
     return type(value) is type(neutral) and bool(value == neutral)
 
 
-class UnknownFields:
-    """Warns once per unknown field name, so that clients with extra fields work and typos show."""
+def _complaint(path: str, known: Iterable[str]) -> str:
+    """Say that there is no such field, and which was probably meant, also by camel case."""
+    if len(path) > NAME_CHARS:
+        return f"{path[:NAME_CHARS]}...: no such field"
+    name = _HUMP.sub("_", path.rpartition(".")[2]).replace("-", "_").lower()
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"{path}: no such field" + (f", did you mean {near[0]}?" if near else "")
 
-    def __init__(self) -> None:
+
+class UnknownFields:
+    """What becomes of fields that no schema reads: refused, or logged once by name and ignored."""
+
+    def __init__(self, *, refuses: bool) -> None:
+        self._refuses = refuses
         self._seen: set[str] = set()
 
-    def warn(self, endpoint: str, body: Body) -> None:
-        """Log every field of ``body`` that no schema read and that was not logged before."""
-        fresh = (name for name in body.unknown() if name not in self._seen)
-        # Names come from the network: what is logged for one body and remembered is bounded.
-        for name in islice(fresh, MAX_LOGGED_FIELDS):
+    def check(self, endpoint: str, body: Body) -> None:
+        """Look at a body that its schema has read.
+
+        Raises:
+            UnknownField: one is given, and such are refused here.
+        """
+        # Names come from the network: what is told of one body, and remembered, is bounded.
+        if self._refuses:
+            found = list(islice(body.unknown(), MAX_NAMED_FIELDS))
+            if found:
+                told = "; ".join(_complaint(path, known) for path, known in found)
+                message = f"{told} (a server with --unknown-fields ignore lets such fields pass)"
+                raise UnknownField(message, param=found[0][0][:NAME_CHARS])
+            return
+        fresh = (path for path, _ in body.unknown() if path not in self._seen)
+        for path in islice(fresh, MAX_LOGGED_FIELDS):
             if len(self._seen) >= MAX_REMEMBERED_FIELDS:
                 return
-            self._seen.add(name)
-            logger.warning("%s: ignoring unknown field %.80r", endpoint, name)
+            self._seen.add(path)
+            logger.warning("%s: ignoring unknown field %.80r", endpoint, path)

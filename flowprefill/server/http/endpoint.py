@@ -147,10 +147,9 @@ class Generation:
         """Return what comes before the generated text of one choice."""
         return self.echo_texts[choice // self.order.spec.n] if self.echo_texts else ""
 
-    def scored(self, choice: int) -> ServedHandle:
-        """Return which of the handles has the log-probabilities of a choice's prompt."""
-        spec = self.order.spec
-        return self.handles[choice - choice % spec.n if spec.scores_once else choice]
+    def scored(self, choice: int) -> int:
+        """Return whose handle has the log-probabilities of a choice's prompt: the first one's."""
+        return choice - choice % self.order.spec.n
 
     def logprobs(
         self, tokens: Sequence[Token], text_offset: int, echoed: int | None = None
@@ -164,7 +163,7 @@ class Generation:
         if top is None:
             return None
         logprobs = self.endpoint.logprobs(tokens, tokenizer, text_offset)
-        prompt = None if echoed is None else self.scored(echoed).prompt_logprobs
+        prompt = None if echoed is None else self.handles[self.scored(echoed)].prompt_logprobs
         if echoed is None or prompt is None or not self.echo_texts:
             return logprobs
         return self.endpoint.with_echo(logprobs, prompt, top, self.echo_text(echoed), tokenizer)

@@ -13,7 +13,7 @@ from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.http.body import Body, check_text, whole_ids
 from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
-from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS
+from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS, OF_CHAT_ALONE
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.logprobs import (
     begun_chars,
@@ -72,6 +72,7 @@ def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -
     """Check the whole body and return what to submit; touches no engine."""
     body.only_neutral(CHAT_ONLY, "only chats have tools")
     body.only_neutral(NOT_OF_COMPLETIONS)
+    body.accept(OF_CHAT_ALONE)
     prompts = read_prompts(body, context.vocab_size, max_choices)
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     echo = body.boolean("echo")

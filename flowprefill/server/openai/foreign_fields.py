@@ -1,9 +1,9 @@
 """Fields of other servers and endpoints that would change the answer; each is refused by name.
 
 Ignoring one would answer something else than was asked for, so it is a 400 unless its value is
-neutral: what it is where the client leaves it out. Fields that only tune another one (such as
-``dry_base``, which does nothing without ``dry_multiplier``) need no entry. openai_schema's REFUSED
-has the fields of our own endpoints' specifications.
+neutral: what it is where the client leaves it out. HARMLESS are those that change no answer. What
+is in no table is refused too, unless the server is told to ignore it (``unknown_fields``).
+openai_schema's REFUSED and IGNORED have the fields of our own endpoints' specifications.
 """
 
 from __future__ import annotations
@@ -95,7 +95,40 @@ _OTHERS: Fields = {
     "token_ban_ranges": ([],), "token_healing": (False,), "top_a": (0,), "truncation_length": (),
     "typical": (1,),
 }  # fmt: skip
+_OTHERS |= {
+    # SillyTavern's word for stop, Azure, NVIDIA, xAI, Groq, OpenRouter
+    "custom_stopping_strings": ([], ""), "stopping_strings": ([],), "data_sources": ([],),
+    "deferred": (False,), "disable_tool_validation": (False,), "nvext": ({},),
+    "return_citations": (False,), "return_images": (False,), "return_related_questions": (False,),
+    "return_routed_experts": (False,), "usage": ({}, {"include": False}), "verbose": (False,),
+    # What llama.cpp, SGLang and Fireworks would add to the reply
+    "perf_metrics_in_response": (False,), "return_cached_tokens_details": (False,),
+    "return_progress": (False,), "t_max_prompt_ms": (0, -1), "timings_per_token": (False,),
+}  # fmt: skip
 FOREIGN: Fields = _VLLM | _SGLANG | _LLAMA_CPP | _TRANSFORMERS | _OTHERS
+
+# They say who asks, where the request goes, what is cached, logged or told of the time, or tune a
+# field that is refused itself: dry_base does nothing without dry_multiplier.
+HARMLESS = (
+    # vLLM, SGLang
+    "bootstrap_host", "bootstrap_port", "bootstrap_room", "cache_salt", "data_parallel_rank",
+    "extra_key", "log_metrics", "rid",
+    # llama.cpp, Ollama
+    "adaptive_decay", "cache_prompt", "dry_allowed_length", "dry_base", "dry_penalty_last_n",
+    "dry_sequence_breakers", "dynatemp_exponent", "id_slot", "keep_alive", "mirostat_eta",
+    "mirostat_tau", "n_cache_reuse", "n_threads", "repeat_last_n", "slot_id", "speculative.n_max",
+    "speculative.n_min", "speculative.p_min", "xtc_threshold",
+    # transformers, text-generation-webui, KoboldCpp, TabbyAPI
+    "dry_range", "genkey", "pad_token_id", "penalty_range", "quiet", "rep_pen_range",
+    "rep_pen_slope", "repetition_decay", "repetition_penalty_range", "return_dict",
+    "smoothing_curve", "temp_exponent", "use_cache", "use_default_badwordsids",
+    # services, gateways and the chats in front of them
+    "api_key", "api_version", "caching", "chat_id", "client_id", "conversation_id",
+    "custom_llm_provider", "extra_query", "litellm_call_id", "litellm_metadata",
+    "litellm_session_id", "litellm_trace_id", "max_retries", "message_id", "num_retries",
+    "provider", "request_timeout", "route", "session_id", "tags", "timeout", "trace", "trace_id",
+    "user_id", "user_security_context",
+)  # fmt: skip
 
 # Fields of one endpoint, sent to the other.
 NOT_OF_COMPLETIONS: Fields = {
@@ -103,6 +136,8 @@ NOT_OF_COMPLETIONS: Fields = {
     "continue_final_message": (False,), "documents": ([],), "enable_thinking": (),
     "max_completion_tokens": (), "messages": ([],), "reasoning_effort": (), "top_logprobs": (0,),
 }  # fmt: skip
+# Fields of chats that tune what completions refuse, or have nothing of.
+OF_CHAT_ALONE = ("include_reasoning", "parallel_tool_calls")
 NOT_OF_CHAT: Fields = {"echo": (False,), "prompt": ("",)}
 NOT_OF_EMBEDDINGS: Fields = {
     "chat_template_kwargs": ({},), "embd_normalize": (2,), "embed_dtype": ("float32",),

@@ -130,7 +130,7 @@ async def _read_order(
         engine.check_load(rules.tenant.name)
         is_short = len(raw) <= LONG_BODY_BYTES
         order, body = check(raw) if is_short else await context.in_thread(check, raw)
-    context.unknown_fields.warn(endpoint.path, body)
+    context.unknown_fields.check(endpoint.path, body)
     return order
 
 
@@ -209,7 +209,7 @@ def _whole_payload(generation: Generation, completions: list[Completion]) -> dic
         prompts = [
             prompt_entries(
                 generation.engine.tokenizer,
-                generation.scored(index).prompt_logprobs or (),
+                generation.handles[generation.scored(index)].prompt_logprobs or (),
                 spec.prompt_logprobs,
             )
             for index in range(len(completions))

@@ -21,7 +21,7 @@ from flowprefill.request import (
     SamplingParams,
 )
 from flowprefill.server.http.body import Body, check_text, whole_ids, whole_number
-from flowprefill.server.openai.foreign_fields import FOREIGN
+from flowprefill.server.openai.foreign_fields import FOREIGN, HARMLESS
 from flowprefill.server.openai.structured_fields import read_structured
 from flowprefill.server.slo import NO_RULES, ClientRules, slo_of
 
@@ -40,6 +40,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "moderation": (),
     "prediction": (),
     "prompt_embeds": (),
     "structural_tag": (),
@@ -57,8 +58,8 @@ CHAT_ONLY: Mapping[str, tuple[Any, ...]] = {
 
 # OpenAI and vLLM fields that say something about the caller or the transport, not about the text.
 IGNORED = (
-    "prompt_cache_key", "prompt_cache_retention",
-    "request_id", "safety_identifier", "spaces_between_special_tokens", "store", "user",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "request_id",
+    "safety_identifier", "spaces_between_special_tokens", "store", "user",
 )  # fmt: skip
 
 
@@ -119,18 +120,13 @@ class GenerationSpec:
             for index, (prompt, choice) in enumerate(choices)
         ]
 
-    @property
-    def scores_once(self) -> bool:
-        """Whether a prompt is scored for its first choice only.
-
-        A stream's choices each need the scores before their first token, and any may be first.
-        """
-        return self.stream is None
-
     def sampling_of(self, choice: int) -> SamplingParams:
-        """Return the sampling of one choice: with a seed, each choice gets its own stream."""
+        """Return the sampling of one choice: with a seed, each choice gets its own stream.
+
+        A prompt is scored for its first choice only, `Generation.scored`.
+        """
         sampling = self.sampling
-        if choice and self.scores_once and sampling.prompt_logprobs is not None:
+        if choice and sampling.prompt_logprobs is not None:
             sampling = dataclasses.replace(sampling, prompt_logprobs=None)
         if choice and sampling.seed is not None:
             sampling = dataclasses.replace(sampling, seed=_shifted_seed(sampling.seed, choice))
@@ -232,6 +228,7 @@ def refuse_unsupported(body: Body, own: Collection[str] = ()) -> None:
         body.refuse("metadata", metadata, f"an object of at most {MAX_METADATA} entries")
     for name in IGNORED:
         body.raw(name)
+    body.accept(HARMLESS)
 
 
 def sampling_params(

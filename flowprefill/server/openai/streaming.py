@@ -139,7 +139,10 @@ async def _send_tokens(
 
 
 class ChunkWriter:
-    """The events of completions and chats: one a token; see EventWriter."""
+    """The events of completions and chats: one a token; see EventWriter.
+
+    Where a prompt's scores are shown, its other choices wait for the first one to have them.
+    """
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -147,10 +150,34 @@ class ChunkWriter:
             _Choice(index, len(generation.echo_text(index)), generation.order.parser())
             for index in range(len(generation.handles))
         ]
+        shows_scores = generation.order.spec.sampling.prompt_logprobs is not None
+        # Of each choice that scores its prompt and has not done so: what others have meanwhile.
+        self._waiting: dict[int, list[tuple[int, Token | None]]] = {
+            generation.scored(index): [] for index in range(len(self._choices)) if shows_scores
+        }
 
     def events_of(self, index: int, token: Token) -> list[dict[str, Any]]:
-        """Return the event this token completes; none if what it is part of is not final yet."""
+        """Return the events this token completes; none while what it is part of is not final."""
+        return self._in_turn(index, token)
+
+    def ending_events(self, index: int) -> list[dict[str, Any]]:
+        """Return the only event of a choice for which nothing is generated: its prompt."""
+        return self._in_turn(index, None)
+
+    def _in_turn(self, index: int, item: Token | None) -> list[dict[str, Any]]:
+        scored = self._generation.scored(index)
+        if scored != index and scored in self._waiting:
+            self._waiting[scored].append((index, item))
+            return []
+        events = self._events(index, item)
+        for waiting in self._waiting.pop(index, ()):
+            events += self._events(*waiting)
+        return events
+
+    def _events(self, index: int, token: Token | None) -> list[dict[str, Any]]:
         choice = self._choices[index]
+        if token is None:
+            return [self._event(choice, "length")] if choice.output_tokens == 0 else []
         choice.output_tokens += 1
         choice.held.append(token)
         part, is_reasoning = push_token(choice.parser, token)
@@ -161,11 +188,6 @@ class ChunkWriter:
         elif choice.unsent.is_empty:
             return []
         return [self._event(choice, token.finish_reason)]
-
-    def ending_events(self, index: int) -> list[dict[str, Any]]:
-        """Return the only event of a choice for which nothing is generated: its prompt."""
-        choice = self._choices[index]
-        return [self._event(choice, "length")] if choice.output_tokens == 0 else []
 
     def _event(self, choice: _Choice, reason: FinishReason | None) -> dict[str, Any]:
         generation = self._generation

@@ -48,6 +48,7 @@ def _response_format(body: Body) -> StructuredOutput | None:
     if form is None:
         return None
     kind = form.text("type")
+    form.accept(("schema", "json_schema"))
     if kind == "text":
         return None
     if kind not in ("json_object", "json_schema"):

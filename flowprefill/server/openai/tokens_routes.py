@@ -81,7 +81,7 @@ async def _answer(request: web.Request, work: Any) -> web.Response:
     # parsing, and clients of these endpoints are in no hurry.
     async with json_body(request) as raw:
         reply, body = await context.in_thread(run, raw)
-    context.unknown_fields.warn(request.path, body)
+    context.unknown_fields.check(request.path, body)
     return web.json_response(text=reply)
 
 

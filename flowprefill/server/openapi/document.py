@@ -25,7 +25,8 @@ Route = tuple[str, str]  # method and path
 ABOUT = (
     "OpenAI's API with objectives: a request says when it wants its first token. Fields that a "
     "schema lists under `x-refused` are refused with a 400 unless they have one of the values "
-    "there; unknown fields are ignored, and null counts as not given."
+    "there; so are fields that no schema lists, but for some that change no answer, unless the "
+    "server runs with `--unknown-fields ignore`. Null counts as not given."
 )
 _OBJECTIVE: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_OBJECTIVE_MS}
 

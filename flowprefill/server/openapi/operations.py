@@ -17,6 +17,7 @@ from flowprefill.errors import (
     RequestFailed,
 )
 from flowprefill.server.context import DebugOff
+from flowprefill.server.http.body import UnknownField
 from flowprefill.server.http.body_memory import TooManyBodies
 from flowprefill.server.http.errors import InternalError
 from flowprefill.server.http.guard import HostNotAllowed, OriginNotAllowed
@@ -30,8 +31,8 @@ Errors = tuple[type[FlowPrefillError], ...]
 _ANY: Errors = (HostNotAllowed, InternalError)
 _ENGINE: Errors = (HostNotAllowed, NotReady, InternalError)
 _BODY: Errors = (
-    InvalidRequest, HostNotAllowed, OriginNotAllowed, ModelNotFound, BodyTooSlow, BodyTooLarge,
-    UnsupportedCoding, NotReady, TooManyBodies, InternalError,
+    InvalidRequest, UnknownField, HostNotAllowed, OriginNotAllowed, ModelNotFound, BodyTooSlow,
+    BodyTooLarge, UnsupportedCoding, NotReady, TooManyBodies, InternalError,
 )  # fmt: skip
 _GENERATION: Errors = (
     *_BODY, PromptTooLong, Unauthorized, Overloaded, RequestCancelled, RequestFailed,

@@ -18,7 +18,8 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "prompt": (), "truncation": ("disabled",), "top_logprobs": (0,), "n": (1,), "logprobs": (),
     "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
     "prompt_logprobs": (), "messages": (), "response_format": (), "max_tokens": (),
-    "max_completion_tokens": (),
+    "max_completion_tokens": (), "access_programs": (), "background_options": ({},),
+    "context_management": ([],), "image": (),
 }  # fmt: skip
 OWN = (
     "input", "instructions", "max_output_tokens", "previous_response_id", "reasoning", "store",
@@ -29,6 +30,13 @@ RENAMED = {
     "messages": "input", "response_format": "text.format", "max_completion_tokens":
     "max_output_tokens", "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
 }  # fmt: skip
+REASONING_OFF: Mapping[str, tuple[Any, ...]] = {
+    "context": ("auto",), "mode": ("standard",), "max_tokens": (), "exclude": (False,),
+    "enabled": (True,),
+}  # fmt: skip
+# How reasoning is told besides its text, which is always told.
+SUMMARIES = ("summary", "generate_summary")
+FORMAT_MEMBERS = ("type", "name", "description", "schema", "strict")
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
 
@@ -61,9 +69,13 @@ def chat_fields(body: Body, fields: Mapping[str, Any], messages: Any) -> dict[st
     if text is not None:
         chat["verbosity"] = text.raw("verbosity")
         chat["response_format"] = _nested_format(text.raw("format"))
+        text.accept_in("format", FORMAT_MEMBERS)
     inner = body.object("reasoning")
-    if inner is not None and inner.raw("effort") is not None:
-        chat["reasoning_effort"] = inner.raw("effort")
+    if inner is not None:
+        inner.only_neutral(REASONING_OFF)
+        inner.accept(SUMMARIES)
+        if inner.raw("effort") is not None:
+            chat["reasoning_effort"] = inner.raw("effort")
     return chat
 
 

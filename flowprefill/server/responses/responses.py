@@ -148,8 +148,7 @@ class ResponsesEndpoint(ChatEndpoint):
             order = order_of_chat(chat, context, max_choices)
         except InvalidRequest as error:
             raise renamed(error) from None
-        for name in set(body.fields).difference(chat.unknown()):
-            body.raw(name)  # known to one of the two
+        body.accept(chat.known - REFUSED.keys())
         return order.with_shape(reply.whole, reply.writer)
 
 
