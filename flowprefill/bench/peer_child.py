@@ -4,7 +4,8 @@ Imports nothing of flowprefill: it may run in another environment. Reads request
 stdin, ``{"prompts": [[id, ...], ...], "tokens": N}``, generates N tokens for each prompt greedily
 and answers ``{"seconds": S}``. The first answer tells the version.
 
-    python peer_child.py transformers|openvino-genai|openvino-int8|vllm|llama-cpp FOLDER THREADS
+    python peer_child.py transformers|openvino-genai|openvino-int8|vllm|llama-cpp|llama-cpp-int8 \
+        FOLDER THREADS
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Prompts = list[list[int]]
 class Transformers:
     """AutoModelForCausalLM with sdpa, in bf16."""
 
-    package = "transformers"
+    module = "transformers"
 
     def __init__(self, folder: Path, threads: int) -> None:
         """Load the checkpoint."""
@@ -50,7 +51,7 @@ class Transformers:
 class OpenVino:
     """LLMPipeline; the checkpoint is exported once into its folder."""
 
-    package = "openvino-genai"
+    module = "openvino_genai"
     weights = "fp16"
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -86,13 +87,14 @@ class OpenVinoInt8(OpenVino):
 class Vllm:
     """vllm.LLM as it compiles by default; its CPU build reads threads from the environment."""
 
-    package = "vllm"
+    module = "vllm"
 
     def __init__(self, folder: Path, threads: int) -> None:
         """Load the checkpoint; the first start compiles for minutes."""
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nobody is told of a measurement
         import vllm
 
         self._vllm = vllm
@@ -105,27 +107,80 @@ class Vllm:
 
 
 class LlamaCpp:
-    """llama-cpp-python on the .gguf file in the folder; one sequence at a time."""
+    """llama.cpp by the functions of its library: the binding's own class decodes one sequence."""
 
-    package = "llama-cpp-python"
+    module = "llama_cpp"
+    weights = "BF16"  # as the gguf package calls the type
+    context = 8192  # tokens of a single sequence
+    batch_context = 512  # of each of several, whose room is taken for all of them
 
     def __init__(self, folder: Path, threads: int) -> None:
-        """Load the file."""
-        import llama_cpp
+        """Load the file.
 
-        (file,) = sorted(folder.glob("*.gguf"))
-        self._llama = llama_cpp.Llama(
-            str(file), n_ctx=8192, n_batch=512, n_threads=threads, n_threads_batch=threads,
-            flash_attn=True, verbose=False,
-        )  # fmt: skip
+        Raises:
+            ValueError: llama.cpp cannot load it; its own words are on stderr.
+        """
+        import llama_cpp
+        import numpy as np
+
+        self._numpy, self._llama, self._threads = np, llama_cpp, threads
+        llama_cpp.llama_backend_init()
+        settings = llama_cpp.llama_model_default_params()
+        path = folder / f"{self.weights}.gguf"
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+        if not self._model:
+            raise ValueError(f"{path}: llama.cpp cannot load it")
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(
+            llama_cpp.llama_model_get_vocab(self._model)
+        )
+        self._contexts: dict[int, Any] = {}  # by the number of sequences
 
     def generate(self, prompts: Prompts, tokens: int) -> None:
-        """Generate greedily; refuses a batch, which this binding cannot decode together."""
-        (ids,) = prompts
-        self._llama.reset()
-        self._llama.eval(ids)
-        for _ in range(tokens - 1):
-            self._llama.eval([self._llama.sample(temp=0.0)])
+        """Generate greedily for prompts of one length."""
+        context = self._context(len(prompts))
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(context), False)
+        position, ids = 0, prompts
+        for _ in range(tokens):
+            chosen = self._step(context, ids, position)
+            position += len(ids[0])
+            ids = [[token] for token in chosen]
+
+    def _context(self, sequences: int) -> Any:
+        if sequences not in self._contexts:
+            settings = self._llama.llama_context_default_params()
+            settings.n_seq_max = sequences
+            settings.n_ctx = self.context if sequences == 1 else sequences * self.batch_context
+            settings.n_batch = settings.n_ctx  # what one call takes; it computes n_ubatch at a time
+            settings.n_threads = settings.n_threads_batch = self._threads
+            settings.flash_attn_type = self._llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            self._contexts[sequences] = self._llama.llama_init_from_model(self._model, settings)
+        return self._contexts[sequences]
+
+    def _step(self, context: Any, ids: Prompts, position: int) -> list[int]:
+        """Compute these tokens of each sequence from a position on; the most likely next ones."""
+        batch = self._llama.llama_batch_init(sum(map(len, ids)), 0, 1)
+        ends = []
+        for sequence, new in enumerate(ids):
+            for offset, token in enumerate(new):
+                at = batch.n_tokens
+                batch.token[at], batch.pos[at] = token, position + offset
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
+                batch.logits[at] = offset == len(new) - 1
+                batch.n_tokens += 1
+            ends.append(batch.n_tokens - 1)
+        status = self._llama.llama_decode(context, batch)
+        self._llama.llama_batch_free(batch)
+        if status != 0:
+            raise ValueError(f"llama_decode returned {status}")
+        rows = (self._llama.llama_get_logits_ith(context, end) for end in ends)
+        shape = (self._vocab_size,)
+        return [int(self._numpy.ctypeslib.as_array(row, shape).argmax()) for row in rows]
+
+
+class LlamaCppInt8(LlamaCpp):
+    """The same with weights of 8 bits."""
+
+    weights = "Q8_0"
 
 
 PEERS: dict[str, Any] = {
@@ -134,6 +189,7 @@ PEERS: dict[str, Any] = {
     "openvino-int8": OpenVinoInt8,
     "vllm": Vllm,
     "llama-cpp": LlamaCpp,
+    "llama-cpp-int8": LlamaCppInt8,
 }
 
 
@@ -148,14 +204,18 @@ def _export(folder: Path, exported: Path, weights: str) -> None:
     )  # fmt: skip
 
 
+def _version(module: str) -> str:
+    """Version of the installed package; vLLM's for CPUs has a name of its own."""
+    return importlib.metadata.version(importlib.metadata.packages_distributions()[module][0])
+
+
 def main() -> None:
     """Serve requests until stdin ends; what libraries print goes to stderr."""
     name, folder, threads = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     peer = PEERS[name](Path(folder), int(threads))
-    version = importlib.metadata.version(peer.package)
-    print(json.dumps({"version": version}), file=answers, flush=True)
+    print(json.dumps({"version": _version(peer.module)}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         start_s = time.perf_counter()

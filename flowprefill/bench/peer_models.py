@@ -1,8 +1,8 @@
 """Checkpoints for `bench prefill --peers`: folders that every engine can open, made once.
 
-A process of its own (`python -m flowprefill.bench.peer_models NAME FOLDER`), since torch's threads
-would slow the engine that is measured later. A shape with random weights, or the default model's
-own weights in transformers' form.
+A process of its own (`python -m flowprefill.bench.peer_models NAME FOLDER [BF16|Q8_0 ...]`), since
+torch's threads would slow the engine that is measured later. A shape with random weights, or the
+default model's own weights, in transformers' form; for llama.cpp also as GGUF files.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowprefill.models.registry import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    import gguf
+
+    from flowprefill.models.model_config import ModelConfig
 
 # Qwen2's, as published; the weights are random.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -65,5 +70,64 @@ def make(name: str, folder: Path) -> None:
     unfinished.rename(folder)
 
 
+def write_gguf(folder: Path, kind: str) -> None:
+    """Write ``KIND.gguf`` into a checkpoint's folder: without a tokenizer, for prompts are ids.
+
+    Args:
+        folder: of a Llama or Qwen2.
+        kind: name of the matrices' type: one that the gguf package can write; vectors are F32.
+    """
+    import gguf
+    import torch
+
+    from flowprefill.models.checkpoint import open_checkpoint
+    from flowprefill.models.families import family_of
+    from flowprefill.models.weight_names import gguf_name
+
+    checkpoint = open_checkpoint(folder)
+    form = family_of(checkpoint.config).gguf
+    assert form is not None  # of all NAMES
+    matrices = gguf.GGMLQuantizationType[kind]
+    unfinished = folder / f"{kind}.unfinished"
+    writer = gguf.GGUFWriter(unfinished, form.architecture)
+    _add_header(writer, checkpoint.config)
+    for name, tensor in checkpoint.weights():
+        # Where form.arrange takes each row from: the file has them the other way round.
+        rows = torch.arange(len(tensor)).unsqueeze(1)
+        order = form.arrange(checkpoint.config, name, rows).flatten().argsort()
+        values = tensor[order].float().numpy()
+        stored = matrices if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    unfinished.rename(folder / f"{kind}.gguf")
+
+
+def _add_header(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_tokenizer_model("no_vocab")
+
+
+def main() -> None:
+    """Make what is not there yet."""
+    name, folder, *kinds = sys.argv[1:]
+    if not Path(folder).exists():
+        make(name, Path(folder))
+    for kind in kinds:
+        write_gguf(Path(folder), kind)
+
+
 if __name__ == "__main__":
-    make(sys.argv[1], Path(sys.argv[2]))
+    main()

@@ -1,9 +1,9 @@
 """`flowprefill bench prefill --peers`: prefill and decode next to other engines.
 
 Each in a process of its own, because its threads would slow ours; in turn within every
-round, so that a change of the machine's speed meets all. All open the same checkpoint in bf16 (but
-llama-cpp, a .gguf file of your choice) and get the same random prompts of ids. A row of decode is
-the time of some tokens for each sequence, less the time of the first one.
+round, so that a change of the machine's speed meets all. All open the same checkpoint in bf16
+(those named int8 round its weights to 8 bits) and get the same random prompts of ids. A row of
+decode is the time of some tokens for each sequence, less the time of the first one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flowprefill.bench.common import check_lengths, load_engine, random_ids, say
-from flowprefill.bench.peer_child import PEERS
+from flowprefill.bench.peer_child import PEERS, LlamaCpp
 from flowprefill.bench.peer_models import NAMES
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, lengths: list[int], rounds: int) -> int:
     report = Report("peers", {"rounds": rounds, "seed": args.seed, "tokens": lengths})
     versions: dict[str, str] = {}
     for model in args.peer_models:
-        args.model = str(_checkpoint(model))
+        args.model = str(_checkpoint(model, names))
         with load_engine(args, granularity=args.granularity) as engine:
             check_lengths(engine, lengths)
             report.settings["engine"] = engine.describe()
@@ -110,19 +110,22 @@ def _pythons(given: Sequence[str]) -> dict[str, str]:
 
 
 def _is_installed(name: str, pythons: dict[str, str]) -> bool:
-    code = f"import importlib.metadata as m; m.version({PEERS[name].package!r})"
+    module = PEERS[name].module
+    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
     done = subprocess.run([pythons[name], "-c", code], capture_output=True, check=False)
     if done.returncode != 0:
         say(f"{name}: not installed for {pythons[name]}")
     return done.returncode == 0
 
 
-def _checkpoint(name: str) -> Path:
+def _checkpoint(name: str, peers: Sequence[str]) -> Path:
+    """Return the folder that the peers open; what is not there yet is made."""
     folder = default_cache_dir() / "peers" / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        say(f"making {folder}")
-        make = [sys.executable, "-m", "flowprefill.bench.peer_models", name, str(folder)]
+    wanted = [PEERS[peer].weights for peer in peers if issubclass(PEERS[peer], LlamaCpp)]
+    gguf = [kind for kind in wanted if not (folder / f"{kind}.gguf").exists()]
+    if gguf or not folder.exists():
+        say(f"making {folder} {' '.join(gguf)}".rstrip())
+        make = [sys.executable, "-m", "flowprefill.bench.peer_models", name, str(folder), *gguf]
         subprocess.run(make, check=True)
     return folder
 

@@ -1,18 +1,22 @@
-"""`bench prefill --peers`: a real peer in its process, bad flags, the rows."""
+"""`bench prefill --peers`: a real peer in its process, bad flags, the files of peers, the rows."""
 
 from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
+import torch
 from tiny_models import save_with_tokenizer, tiny_model
 
 from flowprefill.bench import peers
+from flowprefill.bench.peer_models import write_gguf
 from flowprefill.bench.peers import DECODE_BATCHES, _Child, _measure, _pythons, rows_of
 from flowprefill.errors import ConfigError
+from flowprefill.models.checkpoint import open_checkpoint
 
 TINY = {
     "vocab_size": 49_152, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -48,6 +52,34 @@ def test_interpreter_of_a_peer_is_checked(text: str) -> None:
     with pytest.raises(ConfigError, match="peer-python: got") as error:
         _pythons([text])
     assert repr(text) in error.value.message
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gguf_file_for_llama_cpp_holds_the_checkpoint(family: str, tmp_path: Path) -> None:
+    exact = TINY | {"rms_norm_eps": 2.0**-20}  # the file has it in 32 bits
+    tiny_model(family, **exact).save_pretrained(tmp_path)
+    write_gguf(tmp_path, "F32")
+    saved, written = open_checkpoint(tmp_path), open_checkpoint(tmp_path / "F32.gguf")
+    known = {"bos_token_id": None, "eos_token_ids": ()}  # these belong to its tokenizer
+    assert replace(written.config, **known) == replace(saved.config, **known)
+    for (name, values), (_, expected) in zip(written.weights(), saved.weights(), strict=True):
+        torch.testing.assert_close(values, expected, rtol=0, atol=0, msg=name)
+
+
+def test_only_files_that_are_missing_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[str]] = []
+    monkeypatch.setattr(peers, "default_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, check: made.append(command[3:]))
+    folder = peers._checkpoint("random-0.5b", ["vllm", "llama-cpp", "llama-cpp-int8"])
+    folder.mkdir(parents=True)
+    (folder / "BF16.gguf").touch()
+    peers._checkpoint("random-0.5b", ["llama-cpp", "llama-cpp-int8"])
+    peers._checkpoint("random-0.5b", ["llama-cpp", "transformers"])
+    first, second = made
+    assert first == ["random-0.5b", str(folder), "BF16", "Q8_0"]
+    assert second == ["random-0.5b", str(folder), "Q8_0"]
 
 
 def test_no_prompt_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
