@@ -94,7 +94,7 @@ class Vllm:
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nobody is told of a measurement
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it sends nothing home
         import vllm
 
         self._vllm = vllm
