@@ -124,6 +124,9 @@ class LlamaCpp:
         import numpy as np
 
         self._numpy, self._llama, self._threads = np, llama_cpp, threads
+        # It would print every tensor of its graph. The library calls it as long as it runs.
+        self._log = llama_cpp.llama_log_callback(_print_warning)
+        llama_cpp.llama_log_set(self._log, None)
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
         path = folder / f"{self.weights}.gguf"
@@ -181,6 +184,11 @@ class LlamaCppInt8(LlamaCpp):
     """The same with weights of 8 bits."""
 
     weights = "Q8_0"
+
+
+def _print_warning(level: int, text: bytes, _: Any) -> None:
+    if level in (3, 4):  # ggml's warning and error
+        sys.stderr.write(text.decode(errors="replace"))
 
 
 PEERS: dict[str, Any] = {
