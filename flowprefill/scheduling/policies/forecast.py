@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flowprefill.scheduling.work import Work
 
 MEMORY_S = 5.0  # how long an arrival counts; longer reacts late, shorter takes chance for a trend
+LULL = 2.0  # mean gaps without an arrival after which less is expected: a burst may be over
 NEVER = (math.inf, 0.0)
 NEGLIGIBLE = 1e-3  # share of the device's time that is not worth counting
 
@@ -24,11 +25,14 @@ class Forecast:
 
         r * (d - D - now), where that is positive
 
-    Shares decay with MEMORY_S; D is rounded to half powers of two.
+    Shares decay with MEMORY_S; D is rounded to half powers of two. Where arrivals come in bursts, a
+    burst that is over would be expected to go on for seconds. So once nothing arrived for longer
+    than LULL times the mean gap of late, all shares are divided by how many times longer it is.
     """
 
     def __init__(self) -> None:
         self._shares: dict[int, float] = {}  # by rounded D, ascending, as of _at
+        self._count = 0.0  # arrivals of the last MEMORY_S or so, as of _at
         self._at = -math.inf
 
     def note(self, work: Work, now: float) -> None:
@@ -41,6 +45,7 @@ class Forecast:
         step = round(2 * math.log2(objective_s))
         seconds = min(work.predicted_s, objective_s)
         shares[step] = shares.get(step, 0.0) + seconds / MEMORY_S
+        self._count = self._count * fade + 1.0
         self._shares, self._at = dict(sorted(shares.items())), now
 
     def limits(self, works: Sequence[Work], now: float) -> list[float]:
@@ -51,7 +56,7 @@ class Forecast:
 
         Cost: O(works + rounded Ds).
         """
-        fade = self._fade(now)
+        fade = self._fade(now) * self._going_on(now)
         shares = iter([(2 ** (step / 2), share * fade) for step, share in self._shares.items()])
         due_s, share = next(shares, NEVER)
         total = moment = 0.0
@@ -68,3 +73,8 @@ class Forecast:
 
     def _fade(self, now: float) -> float:
         return math.exp((self._at - now) / MEMORY_S) if self._shares else 0.0
+
+    def _going_on(self, now: float) -> float:
+        """Return by how much to believe that arrivals go on as of late, 0 to 1."""
+        longest_s = LULL * MEMORY_S / self._count if self._count else math.inf
+        return min(1.0, longest_s / max(now - self._at, 1e-9))

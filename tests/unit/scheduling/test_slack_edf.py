@@ -19,7 +19,7 @@ from flowprefill.scheduling import (
     TimerFired,
     Work,
 )
-from flowprefill.scheduling.policies.forecast import MEMORY_S, Forecast
+from flowprefill.scheduling.policies.forecast import LULL, MEMORY_S, Forecast
 from flowprefill.scheduling.policies.planning import keepable, plan
 from flowprefill.scheduling.policies.tenant_clock import COMPACT_AT, TenantClock
 
@@ -90,6 +90,25 @@ def test_plan_sets_time_aside_for_arrivals_due_before() -> None:
     later = work("later", 1.0, 8 * MEMORY_S, 40)  # by then they count no more
     assert forecast.limits([later], 7 * MEMORY_S) == pytest.approx([8 * MEMORY_S], abs=0.01)
     assert plan([long], 0.0, 0.0, forecast) == [long]  # better than none
+
+
+def test_plan_sets_less_time_aside_once_a_burst_is_over() -> None:
+    forecast = Forecast()
+    for number in range(20):
+        tight = work("tight", 0.5 * MEMORY_S / 20, 1.0, number)
+        forecast.note(tight, 0.0)
+
+    def share(at: float) -> float:
+        """Return what is set aside of each second, the decay taken out."""
+        long = work("long", 1.0, at + 5.0, 30)
+        taken_s = long.deadline_s - forecast.limits([long], at)[0]
+        return taken_s / (5.0 - 1.0) / math.exp(-at / MEMORY_S)
+
+    lull_s = LULL * MEMORY_S / 20
+    assert share(0.9 * lull_s) == pytest.approx(0.5)
+    assert share(4.0 * lull_s) == pytest.approx(0.5 / 4.0)
+    forecast.note(work("tight", 1e-3, 1.0, 20), 4.0 * lull_s)  # it goes on
+    assert share(4.0 * lull_s) == pytest.approx(0.5, rel=0.01)
 
 
 def test_running_work_that_the_plan_gives_up_makes_way() -> None:
