@@ -278,6 +278,7 @@ def spin_run(id: int, segments: int, segment_s: float, fail_at: int = -1) -> Run
 def cpu_cuts(
     dtype: str, threads: int, quantization: str = ...
 ) -> CutRules: ...  # of a model on the CPU
+def cuda_cuts() -> CutRules: ...  # of a model on a GPU
 def has_logits(run: Run) -> bool: ...  # False: made with fetch_logits=False
 def logits(run: Run) -> FloatArray: ...
 def sampled(run: Run) -> Int32Array: ...  # [sequences], -1: none to choose; empty: made without

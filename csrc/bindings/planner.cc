@@ -8,6 +8,7 @@
 #include "bindings/arguments.h"
 #include "bindings/graph_arguments.h"
 #include "bindings/module.h"
+#include "devices/cuda/backend/cuda_cuts.h"
 #include "graph/planner.h"
 
 namespace py = pybind11;
@@ -87,6 +88,7 @@ void bind_planner(py::module_& m) {
            py::arg("embed_rows") = usual.embed_rows,
            py::arg("weight_element_bytes") = usual.costs.weight_element_bytes,
            py::arg("embed_row_s") = usual.costs.embed_row_s);
+  m.def("cuda_cuts", [] { return kCudaCuts; });
   py::class_<PlanPredictor>(m, "PlanPredictor", py::module_local())
       .def(py::init<const py::object&, CutRules>(), py::arg("graph"), py::arg("cuts"))
       .def("segments", &PlanPredictor::segments, py::arg("rows"), py::arg("context"),

@@ -135,10 +135,15 @@ def _number(name: str, values: Mapping[str, Any], key: str, default: float | Non
 
 
 def _cuts(name: str, machine: Mapping[str, Any]) -> _core.CutRules:
-    """Return the cutting rules: those of a CPU with so many threads, or field by field."""
+    """Return the cutting rules: those of a CPU with so many threads, of a GPU, or by field."""
     if "threads" in machine:
         return _core.cpu_cuts("bf16", int(_number(name, machine, "threads")))
-    fields = _object(name, machine, "cuts") if "cuts" in machine else {}
+    if machine.get("cuts") == "cuda":
+        return _core.cuda_cuts()
+    fields = machine.get("cuts", {})
+    if not isinstance(fields, dict):
+        message = f"profile {name}: cuts: got {fields!r}, expected 'cuda' or an object"
+        raise ConfigError(message, param="profile")
     try:
         return _core.CutRules(**fields)
     except (TypeError, ValueError) as error:

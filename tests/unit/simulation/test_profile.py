@@ -77,7 +77,7 @@ def test_profile_of_a_file_is_read(tmp_path: Path) -> None:
     [
         ({"gemm_flops_per_s": 0}, "gemm_flops_per_s: got 0, expected a number > 0"),
         ({"memory_bytes_per_s": "fast"}, "memory_bytes_per_s: got 'fast'"),
-        ({"cuts": 3}, "cuts: expected an object"),
+        ({"cuts": 3}, "cuts: got 3, expected 'cuda' or an object"),
         ({"cuts": {"row_step": 0}}, "cuts: row_step: got 0"),
         ({"cuts": {"rows": 1}}, "cuts: __init__"),
         ({"threads": 0}, "threads: got 0"),
