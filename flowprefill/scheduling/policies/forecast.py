@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from flowprefill.scheduling.work import Work
 
 MEMORY_S = 5.0  # how long an arrival counts; longer reacts late, shorter takes chance for a trend
-LULL = 2.0  # mean gaps without an arrival after which less is expected: a burst may be over
+LULL = 3.0  # mean gaps without an arrival after which less is expected: a burst may be over
 NEVER = (math.inf, 0.0)
 NEGLIGIBLE = 1e-3  # share of the device's time that is not worth counting
 
