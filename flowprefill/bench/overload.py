@@ -63,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
     parser.add_argument("--times", type=float, default=10.0, help="of the capacity, default 10")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each phase, default 30")
+    parser.add_argument("--overload-seconds", type=float, metavar="SECONDS",
+                        help="of the phase of overload, default --seconds")  # fmt: skip
     parser.add_argument("--prompt-tokens", type=int, default=256, help="default 256")
     parser.add_argument("--output-tokens", type=int, default=4, help="default 4")
     parser.add_argument("--ttft-ms", type=float, default=2000.0, help="objective, default 2000")
@@ -75,12 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the JSON."""
-    for name in ("prompt_tokens", "output_tokens"):
-        check_least(name, getattr(args, name), 1)
     if args.quick:
         args.seconds, args.idle, args.never_reading = 1.0, 100, 5
-    names = ("model", "times", "seconds", "prompt_tokens", "output_tokens", "ttft_ms", "idle",
-             "never_reading", "seed")  # fmt: skip
+    if args.overload_seconds is None:
+        args.overload_seconds = args.seconds
+    for name in ("prompt_tokens", "output_tokens", "seconds", "overload_seconds"):
+        check_least(name, getattr(args, name), 1)
+    names = ("model", "times", "seconds", "overload_seconds", "prompt_tokens", "output_tokens",
+             "ttft_ms", "idle", "never_reading", "seed")  # fmt: skip
     report = Report("overload", {name: getattr(args, name) for name in names})
     settings = {
         "dtype": args.dtype,
@@ -114,7 +118,7 @@ async def measure(server: ServerProcess, args: argparse.Namespace, report: Repor
         report.extra["capacity_per_s"] = rate
         say(f"{args.times:g} times {rate:.1f} requests/s")
         answers, rss_mib = await client.watched(
-            server, client.at_rate(max(rate, 0.5) * args.times, args.seconds)
+            server, client.at_rate(max(rate, 0.5) * args.times, args.overload_seconds)
         )
         report.rows.append(row_of("overload", answers, rss_mib))
         few, rss_mib = await client.watched(server, client.in_turn(1, args.seconds))
