@@ -29,8 +29,8 @@ from flowprefill.models.weight_names import gguf_name
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _TEMPLATE = "tokenizer.chat_template"
-# Markers of code models: what comes after them is another file.
-_FILE_MARKS = ("fim_pad", "fim_rep", "fim_sep")
+# Keys of the markers of code models, whose names are in gguf_tokenizer.py.
+_FILE_MARK_KEYS = ("fim_pad", "fim_rep", "fim_sep")
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # where the file names none, as in llama.cpp
 # Names that templates know tokens by, and those in GGUF's keys.
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
@@ -167,7 +167,7 @@ def _model_config(metadata: GgufMetadata, family: Family, form: GgufForm) -> Mod
         "o_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "bos_token_id": next(iter(_token_ids(metadata, "bos")), None),
-        "eos_token_ids": _token_ids(metadata, "eos", "eot", "eom", *_FILE_MARKS),
+        "eos_token_ids": _token_ids(metadata, "eos", "eot", "eom", *_FILE_MARK_KEYS),
     }
     return ModelConfig(**(common | form.read(metadata, common)))
 

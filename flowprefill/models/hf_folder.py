@@ -89,7 +89,11 @@ class HfFolder:
     def is_ignored(self, stored: str) -> bool:
         """Tied output projections are sometimes stored again; old files keep rotary tables."""
         tied_head = stored == _HEAD and self.config.tie_embeddings
-        return tied_head or stored.endswith(_TABLE) or self._quantisation.is_read_past(stored)
+        return tied_head or self._is_read_past(stored)
+
+    def _is_read_past(self, stored: str) -> bool:
+        """Whether a tensor is no weight, whatever its type."""
+        return stored.endswith(_TABLE) or self._quantisation.is_read_past(stored)
 
     def stored_bytes(self, stored: str) -> int:
         """Bytes of a tensor in its file; of a quantised weight with all that belongs to it."""
@@ -203,8 +207,7 @@ class HfFolder:
             if name in shapes:
                 message = f"tensor {name}: stored packed too, expected once"
                 raise CheckpointError(message, param=name)
-            is_read = not (name.endswith(_TABLE) or self._quantisation.is_read_past(name))
-            if tensor.dtype not in FLOATS and is_read:
+            if tensor.dtype not in FLOATS and not self._is_read_past(name):
                 message = f"got dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
                 raise CheckpointError(f"tensor {name}: {message}", param=name)
             shapes[name] = tensor.shape

@@ -117,15 +117,16 @@ def _merged(
         own = dict(merged[_OWN])
     if merged.get(_OLD_EXTRA) is not None and not merged.get(_EXTRA):
         merged[_EXTRA] = merged.pop(_OLD_EXTRA)
-    typed = {name: {**value, _TYPE: _ADDED_TOKEN} if isinstance(value, Mapping) else value
-             for name, value in special_map.items() if name != _EXTRA}  # fmt: skip
-    for values in ({}, dict(special_map) | typed):
-        before = merged.get(_EXTRA)
-        merged |= values
-        if isinstance(merged.get(_EXTRA), Mapping):
-            own = (own if values else {}) | merged.pop(_EXTRA)
-        elif isinstance(before, list) and isinstance(values.get(_EXTRA), list):
-            merged[_EXTRA] = [*before, *values[_EXTRA]]
+    if isinstance(merged.get(_EXTRA), Mapping):
+        own = dict(merged.pop(_EXTRA))
+    before = merged.get(_EXTRA)
+    for name, value in special_map.items():
+        is_token = isinstance(value, Mapping) and name != _EXTRA
+        merged[name] = {**value, _TYPE: _ADDED_TOKEN} if is_token else value
+    if isinstance(merged.get(_EXTRA), Mapping):
+        own |= merged.pop(_EXTRA)
+    elif isinstance(before, list) and isinstance(special_map.get(_EXTRA), list):
+        merged[_EXTRA] = [*before, *special_map[_EXTRA]]
     if _EXTRA not in merged and _OLD_EXTRA in merged:
         merged[_EXTRA] = merged[_OLD_EXTRA]
     return merged, own
