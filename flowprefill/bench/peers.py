@@ -1,9 +1,11 @@
 """`flowprefill bench prefill --peers`: prefill and decode next to other engines.
 
 Each in a process of its own, because its threads would slow ours; in turn within every
-round, so that a change of the machine's speed meets all. All open the same checkpoint in bf16
-(those named int8 round its weights to 8 bits) and get the same random prompts of ids. A row of
-decode is the time of some tokens for each sequence, less the time of the first one.
+round, so that a change of the machine's speed meets all; and stopped between its turns, because
+some wait for their next request in a loop, on a core that the others are measured on. All open
+the same checkpoint in bf16 (those named int8 round its weights to 8 bits) and get the same random
+prompts of ids. A row of decode is the time of some tokens for each sequence, less the time of the
+first one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +141,7 @@ class _Child:
         self.name = name
         self._process = process
         self.version = str(self._answer()["version"])
+        self._signal(signal.SIGSTOP)
 
     @classmethod
     def start(cls, name: str, pythons: dict[str, str], folder: str, threads: int) -> Self:
@@ -148,7 +153,16 @@ class _Child:
         say(f"loading {name}")
         command = [pythons[name], str(CHILD), name, folder, str(threads)]
         pipe = subprocess.PIPE
-        return cls(name, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+        # A group, for the processes that it may start. Of this session: then Linux ends a stopped
+        # group whose parent was killed.
+        return cls(
+            name,
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0),
+        )
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -162,15 +176,18 @@ class _Child:
     def generate_s(self, prompts: list[list[int]], tokens: int) -> float:
         """Generate; returns seconds, NaN if the peer cannot, which is said."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
+        self._signal(signal.SIGSTOP)
         if "error" in answer:
             say(f"{self.name}: {answer['error']}")
         return float(answer.get("seconds", "nan"))
 
     def close(self) -> int:
         """End it; returns its exit status."""
+        self._signal(signal.SIGCONT)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +35,19 @@ def test_peer_generates_in_its_process_and_says_what_it_cannot(
     child = _Child.start("transformers", pythons, str(tmp_path / "tiny"), 1)
     try:
         assert child.version == transformers.__version__
+        assert _is_stopped(child)
         assert child.generate_s([[5, 6, 7], [8, 9, 10]], 3) > 0.0
+        assert _is_stopped(child)  # it takes no time of what is measured next
         assert math.isnan(child.generate_s([[5], [6, 7]], 1))
         assert "transformers: ValueError" in capsys.readouterr().err
         assert child.generate_s([[5]], 1) > 0.0
     finally:
         child.close()
+
+
+def _is_stopped(child: _Child) -> bool:
+    status = os.waitpid(child._process.pid, os.WUNTRACED)[1]  # waits until it is
+    return os.WIFSTOPPED(status)
 
 
 def test_peer_that_does_not_start_is_an_error(tmp_path: Path) -> None:
