@@ -507,7 +507,7 @@ class EngineCore:
             elif is_finished:
                 request.computed = computed
                 self._gate.leave(request)
-                self._pool.commit(request.reservation, request.ids[:computed])
+                self._pool.commit(request.reservation, request.ids, computed)
                 request.end_with_last_token()
             if request.finish_reason is not None:
                 if request.is_scheduled:

@@ -41,6 +41,14 @@ class Reservation:
     hashes: list[bytes] = field(default_factory=list, repr=False)
     committed_blocks: int = 0
     is_released: bool = False
+    _table: NDArray[np.int32] | None = field(default=None, repr=False)
+
+    @property
+    def table(self) -> NDArray[np.int32]:
+        """`block_ids` as an array, which no one changes; made when there are more of them."""
+        if self._table is None or len(self._table) != len(self.block_ids):
+            self._table = np.array(self.block_ids, np.int32)
+        return self._table
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +165,9 @@ class BlockPool:
         reservation.block_ids.extend(self._take_block() for _ in range(fresh))
         return True
 
-    def commit(self, reservation: Reservation, token_ids: TokenIds) -> None:
+    def commit(
+        self, reservation: Reservation, token_ids: TokenIds, computed: int | None = None
+    ) -> None:
         """Make the full blocks whose KV has been computed findable for later prompts.
 
         Call it only once the device has written the KV: a reader may use a block right after.
@@ -165,13 +175,15 @@ class BlockPool:
 
         Args:
             reservation: whose blocks were filled.
-            token_ids: the sequence computed so far from its first token on, prompt included. Only
-                blocks that became full since the last call are looked at.
+            token_ids: the sequence from its first token on, prompt included. Only blocks that
+                became full since the last call are looked at.
+            computed: how many of these tokens are computed; None: all.
         """
         self._check_live(reservation)
-        full = len(token_ids) // self.block_tokens
+        computed = len(token_ids) if computed is None else computed
+        full = computed // self.block_tokens
         if full > len(reservation.block_ids):
-            message = f"{len(token_ids)} tokens computed in {len(reservation.block_ids)} KV blocks"
+            message = f"{computed} tokens computed in {len(reservation.block_ids)} KV blocks"
             raise ValueError(message)
         if not self._is_caching:
             return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from flowprefill.engine.handle import Handle
     from flowprefill.engine.kv_blocks import Reservation
-    from flowprefill.engine.sampler import Sampler
+    from flowprefill.engine.sampler import SampledToken, Sampler
     from flowprefill.engine.stop import StopChecker
     from flowprefill.errors import FlowPrefillError
     from flowprefill.models.tokenizer import IncrementalDecoder
@@ -65,6 +65,7 @@ class LiveRequest:
         is_queued: waits for its first token and counts as such in its tenant's share.
         considered_s: when the scheduler, or the queue for KV blocks, first knew of it.
         suspensions: see Timings; known at its end.
+        tokens: those it has made, but for one whose text is not worked out yet: `sampled`.
         token_times_s: when its tokens were made, on a clock that stands while it is held.
         is_held: no client takes its tokens, so none are made.
         held_s: how long that was so, up to the last resume; since when, while it is held.
@@ -93,6 +94,7 @@ class LiveRequest:
     embedding: NDArray[np.float32] | None = None
     error: FlowPrefillError | None = None
     tokens: list[Token] = field(default_factory=list)
+    sampled: SampledToken | None = None
     token_times_s: list[float] = field(default_factory=list)
     considered_s: float | None = None
     queue_s: float | None = None
@@ -120,6 +122,11 @@ class LiveRequest:
         output = self.request.output
         # Of one token alone there is nothing to score.
         return "logits" if has_answer or (output == "scores" and self.num_prompt == 1) else output
+
+    @property
+    def output_tokens(self) -> int:
+        """How many tokens it has made."""
+        return len(self.ids) - self.num_prompt
 
     @property
     def extra_tokens(self) -> int:
@@ -185,14 +192,14 @@ class LiveRequest:
         """
         assert self.reservation is not None
         return BatchSequence(
-            tokens=np.array(self.ids[self.computed :], dtype=np.int32),
+            tokens=self.ids[self.computed :],
             context=self.computed,
-            blocks=self.reservation.block_ids,
+            blocks=self.reservation.table,
             sampling=self._side().sampler.on_device() if chooses_token else None,
         )
 
-    def take(self, outcome: Outcome, scores: NDArray[Any] | None, now: float) -> Token | None:
-        """Take what a run gives it; returns its next token, None if it generates none.
+    def take(self, outcome: Outcome, scores: NDArray[Any] | None, now: float) -> bool:
+        """Take what a run gives it; returns whether that is a token, for `newest_token`.
 
         Args:
             outcome: its embedding, float32 [hidden], or see `advance`.
@@ -210,16 +217,19 @@ class LiveRequest:
                 self.ids, none, 0
             )
         if self.request.generates:
-            return self.advance(outcome, now)
+            self.advance(outcome, now)
+            return True
         if self.request.pooling is not None:
             assert isinstance(outcome, np.ndarray)
             self.embedding = _of_length_1(outcome)
         self.ended_with = "length" if self.request.pooling is None else "stop"
         self._note_time(now)
-        return None
+        return False
 
-    def advance(self, outcome: Outcome, now: float) -> Token:
+    def advance(self, outcome: Outcome, now: float) -> None:
         """Sample the next token and decide whether generation ends with it.
+
+        Its text is worked out here only if that decides, else in `newest_token`.
 
         Args:
             outcome: [vocab] float32, the logits of its last computed token; or the token that the
@@ -233,6 +243,18 @@ class LiveRequest:
             sampled = side.sampler.accept(outcome)
         else:
             sampled = side.sampler.sample(outcome)
+        self.ids.append(sampled.token_id)
+        self._note_time(now)
+        self.sampled = sampled
+        if sampled.is_last or side.stop.may_end_with(sampled.token_id):
+            self.newest_token()
+
+    def newest_token(self) -> Token:
+        """Return the token made last, with its text; the event thread, before the next is made."""
+        sampled, self.sampled = self.sampled, None
+        if sampled is None:
+            return self.tokens[-1]
+        side = self._side()
         reason = side.stop.reason_of(sampled.token_id)
         if reason == "stop":
             piece = side.decoder.flush()
@@ -248,9 +270,7 @@ class LiveRequest:
             top_logprobs=sampled.top_logprobs,
             finish_reason=released.finish_reason,
         )
-        self.ids.append(sampled.token_id)
         self.tokens.append(token)
-        self._note_time(now)
         return token
 
     def prepare_sampling(self) -> None:

@@ -10,10 +10,9 @@ from flowprefill.request import POOLINGS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flowprefill.engine.handle import Handle, Waker
+    from flowprefill.engine.handle import Waker
     from flowprefill.engine.live_request import LiveRequest, Outcome
     from flowprefill.engine.worker import Batch, RunHandle, Worker
-    from flowprefill.request import Token
     from flowprefill.scheduling import Work
 
 
@@ -24,7 +23,7 @@ class LiveRun:
         requests: in the order of the run's rows of logits.
         output: what the run gives.
         chooses: of each request, whether its next token is chosen by the run.
-        made: tokens that `answer` has made and `hand_over` has not handed over.
+        made: requests with a token that `answer` has made and `hand_over` has not handed over.
         computed: tokens of each request that are in the cache once the run has finished.
         is_preempting: it was dispatched over another run; `reason` says why.
     """
@@ -49,7 +48,7 @@ class LiveRun:
         self.computed = [len(request.ids) for request in requests]
         self.is_preempting = False
         self.reason = ""
-        self.made: list[tuple[Handle, Token]] = []
+        self.made: list[LiveRequest] = []
 
     @property
     def name(self) -> str:
@@ -85,12 +84,10 @@ class LiveRun:
             if request.error is not None:
                 continue
             try:
-                token = request.take(outcomes[row], own, now)
+                if request.take(outcomes[row], own, now):
+                    self.made.append(request)
             except Exception as error:
                 failures[request.id] = RequestFailed(f"request {request.id}: {error}")
-                continue
-            if token is not None:
-                self.made.append((request.handle, token))
         return failures
 
     def _outcomes(self, worker: Worker) -> Sequence[Outcome]:
@@ -107,7 +104,7 @@ class LiveRun:
     def hand_over(self) -> list[Waker]:
         """Hand over the tokens that were made; returns whom to wake, which needs no lock."""
         made, self.made = self.made, []
-        return [waker for handle, token in made for waker in handle.append(token)]
+        return [waker for one in made for waker in one.handle.append(one.newest_token())]
 
     def account(self) -> None:
         """Note in the requests where the time of their first prefill went."""

@@ -82,6 +82,7 @@ class LocalWorker:
             config.max_running or self._device.max_running,
         )
         self._planned: tuple[Corrections, Any] = NONE, None  # the last plan, and what it is for
+        self._greedy = self._device.native.DeviceSampling(**DeviceSampling()._asdict())
         self._kept: calibration.RatesFile | None = None
 
     def start(self) -> None:
@@ -121,13 +122,11 @@ class LocalWorker:
     def make_run(self, batch: Batch) -> RunHandle:
         """Build the run over the new tokens of the sequences; they choose tokens if all can."""
         native = self._device.native
-        tokens = [sequence.tokens for sequence in batch.sequences]
+        tokens = [token for sequence in batch.sequences for token in sequence.tokens]
         packed = native.Batch(
-            tokens[0] if len(tokens) == 1 else np.concatenate(tokens),
+            np.array(tokens, np.int32),
             [
-                native.BatchSequence(
-                    rows=len(s.tokens), context=s.context, block_table=np.array(s.blocks, np.int32)
-                )
+                native.BatchSequence(rows=len(s.tokens), context=s.context, block_table=s.blocks)
                 for s in batch.sequences
             ],
         )
@@ -138,17 +137,21 @@ class LocalWorker:
             run = model.make_run(batch.run_id, packed, plan, output=batch.output)
             return run
         wanted = [s.sampling for s in batch.sequences]
-        if all(each is None for each in wanted):
+        if not any(wanted):
             run = model.make_run(batch.run_id, packed, plan)
             return run
-        greedy = DeviceSampling()
         # A device chooses for all or none: what it chooses for those that want logits is not read.
         run = model.make_run(
             batch.run_id, packed, plan,
-            sampling=[native.DeviceSampling(**(each or greedy)._asdict()) for each in wanted],
+            sampling=[self._native_sampling(each) for each in wanted],
             fetch_logits=None in wanted,
         )  # fmt: skip
         return run
+
+    def _native_sampling(self, sampling: DeviceSampling | None) -> Any:
+        if sampling is None or sampling.temperature == 0.0:
+            return self._greedy  # made once: a step may have hundreds
+        return self._device.native.DeviceSampling(**sampling._asdict())
 
     def dispatch(self, run: Any) -> bool:
         """Exchange the executor's mailbox; False: the run has ended."""

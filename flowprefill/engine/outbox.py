@@ -57,7 +57,7 @@ def _record_of(request: LiveRequest, now: float) -> RequestRecord:
         timings=request.timings(now),
         finish_reason=request.finish_reason,
         prompt_tokens=request.num_prompt,
-        output_tokens=len(request.tokens),
+        output_tokens=request.output_tokens,
         token_gaps_s=tuple(b - a for a, b in itertools.pairwise(times)),
         cancel_to_free_s=request.cancel_to_free_s,
         blocking_s=request.blocking_s,

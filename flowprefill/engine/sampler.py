@@ -8,9 +8,7 @@ one before it left.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -47,8 +45,7 @@ class DeviceSampling(NamedTuple):
     uniform: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """One sampled token.
 
     Attributes:
@@ -111,6 +108,7 @@ class Sampler:
         self._biased = np.array(list(bias), dtype=np.intp)
         self._bias = np.array(list(bias.values()), dtype=np.float32)
         self._constraint = constraint
+        self._changes_logits = self._seen is not None or constraint is not None or bool(bias)
         self._count = 0
         self._drawn: float | None = None  # the next token's random number, if it was asked for
 
@@ -177,12 +175,11 @@ class Sampler:
         if self._params.logprobs is None:
             return SampledToken(token_id, is_last=is_last)
         sampled = _with_logprobs(logits, token_id, self._params.logprobs)
-        return dataclasses.replace(sampled, is_last=True) if is_last else sampled
+        return sampled._replace(is_last=True) if is_last else sampled
 
     def _adjusts(self) -> bool:
         """Whether it is not the model's own logits that decide."""
-        is_changed = self._seen is not None or self._constraint is not None
-        return is_changed or self._biased.size > 0 or self._masks()
+        return self._changes_logits or self._masks()
 
     def _adjust(self, logits: Logits) -> Logits:
         """Return logits after penalties, bias and masks; the same array when there are none."""

@@ -127,6 +127,10 @@ class StopChecker:
             return "length"
         return None
 
+    def may_end_with(self, token_id: int) -> bool:
+        """Whether the next token may end generation: False only if no text of it would."""
+        return bool(self._strings) or self.reason_of(token_id) is not None
+
     def push(self, token_id: int, piece: str, *, is_last: bool = False) -> ReleasedText:
         """Take the next token and the text that became final with it.
 

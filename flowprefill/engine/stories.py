@@ -176,7 +176,7 @@ class Stories:
             request.timings(now),
             request.finish_reason or "failed",
             "" if request.error is None else request.error.message,
-            len(request.tokens),
+            request.output_tokens,
             request.blocking_s,
         )
 
@@ -220,7 +220,7 @@ class Stories:
             return None
         timings = _timings(story, now)
         live, end = story.live, story.end
-        outputs = len(live.tokens) if live is not None else end.output_tokens if end else 0
+        outputs = live.output_tokens if live is not None else end.output_tokens if end else 0
         blocking_s = live.blocking_s if live is not None else end.blocking_s if end else None
         return {
             "id": request_id,

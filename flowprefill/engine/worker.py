@@ -54,15 +54,15 @@ class BatchSequence:
     """What one run computes of one request.
 
     Attributes:
-        tokens: int32 [new tokens], at least one.
+        tokens: the new ones, at least one.
         context: tokens whose keys and values are in the cache already.
-        blocks: its KV blocks in order, room for context and new tokens.
+        blocks: its KV blocks in order, int32, room for context and new tokens.
         sampling: how the device may choose the next token; None: it gives the logits.
     """
 
-    tokens: npt.NDArray[np.int32]
+    tokens: list[int]
     context: int
-    blocks: list[int]
+    blocks: npt.NDArray[np.int32]
     sampling: DeviceSampling | None = None
 
 

@@ -296,8 +296,7 @@ class Decoding:
         job = sequence.job
         is_best_effort = _is_best_effort(job)
         wanted = self._settings.max_stall_s if is_best_effort else job.tpot_s
-        alone_s = self._step_time.seconds(self._model_s(1, sequence.context_tokens), 1)
-        sequence.band = PACED if alone_s <= PACE * job.tpot_s < math.inf else PLAIN
+        sequence.band = PACED if self._can_be_paced(sequence) else PLAIN
         if job.service_class == BACKGROUND:
             wanted, sequence.band = math.inf, BEHIND
         sequence.due_s = sequence.last_token_s + wanted
@@ -306,6 +305,13 @@ class Decoding:
         self._idle_count += 1
         self._idle_context += sequence.context_tokens
         self._idle_best_effort += is_best_effort
+
+    def _can_be_paced(self, sequence: DecodingJob) -> bool:
+        """Whether it has an objective that a step for it alone would meet."""
+        pace_s = PACE * sequence.job.tpot_s
+        if math.isinf(pace_s):
+            return False
+        return self._step_time.seconds(self._model_s(1, sequence.context_tokens), 1) <= pace_s
 
     def _count(self, job: Job, change: int) -> None:
         if job.service_class != BACKGROUND:

@@ -125,12 +125,21 @@ def test_commit_more_than_reserved_raises() -> None:
         pool.commit(reserve(pool, [1], 1), [1, 2, 3, 4])
 
 
+def test_commit_of_some_tokens_shares_none_beyond_them() -> None:
+    pool = BlockPool(8, 2)
+    first = reserve(pool, [1, 2, 3, 4], 1)
+    pool.commit(first, [1, 2, 3, 4], computed=3)
+    assert reserve(pool, [1, 2, 3, 4, 5]).cached_tokens == 2
+
+
 def test_grow_takes_a_block_only_when_needed() -> None:
     pool = BlockPool(3, 4)
     first = reserve(pool, [1, 2, 3], 1)
     assert pool.grow(first, 4)
+    assert first.table.tolist() == first.block_ids
     assert len(first.block_ids) == 1
     assert pool.grow(first, 5)
+    assert first.table.tolist() == first.block_ids
     assert len(first.block_ids) == 2
     reserve(pool, [5], 0)
     assert not pool.grow(first, 9)

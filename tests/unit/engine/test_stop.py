@@ -17,7 +17,9 @@ def run(params: SamplingParams, pieces: list[str]) -> tuple[str, str | None, int
     checker = StopChecker(params, [EOS])
     released = ""
     for count, piece in enumerate(pieces, start=1):
+        may_end = checker.may_end_with(100)
         verdict = checker.push(100, piece)
+        assert may_end or verdict.finish_reason is None
         released += verdict.text
         if verdict.finish_reason is not None:
             return released, verdict.finish_reason, count
@@ -67,6 +69,7 @@ def test_push_stop_token_ends_and_releases_held_text(token_id: int) -> None:
 
 def test_push_ignore_eos_goes_on_but_stop_token_ids_count() -> None:
     checker = StopChecker(SamplingParams(ignore_eos=True, stop_token_ids=(7,)), [EOS])
+    assert [checker.may_end_with(token_id) for token_id in (EOS, 7)] == [False, True]
     assert checker.push(EOS, "") == ReleasedText("", None)
     assert checker.push(7, "") == ReleasedText("", "stop")
 
@@ -77,6 +80,7 @@ def test_push_limit_ends_with_length_and_releases_held_text(
 ) -> None:
     checker = StopChecker(SamplingParams(max_tokens=asked, stop=("END",)), [EOS], room)
     assert checker.reason_of(5) is None
+    assert checker.may_end_with(5)  # by its text
     assert checker.push(5, "a") == ReleasedText("a", None)
     assert checker.reason_of(5) == "length"
     assert checker.push(5, "EN") == ReleasedText("EN", "length")
