@@ -61,7 +61,7 @@ def shell_commands(block: Block) -> Iterator[list[str]]:
 def named_commands(page: Path) -> Iterator[list[str]]:
     """Yield the words of each command named inside a sentence; `...` stands for any of several."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for command in re.findall(r"`((?:flowprefill|make) [^`\n]*)`", prose):
+    for command in re.findall(r"`((?:flowprefill|make)\s[^`]*)`", prose):
         if "..." not in command:
             yield re.sub(r"[][]", "", command).split()
 
