@@ -6,6 +6,7 @@ are parsed, make's targets exist, and a real server answers curl's requests.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -106,6 +107,15 @@ def test_command_of_flowprefill_parses(words: list[str]) -> None:
             cli.build_parser(words[1:]).parse_args(words[1:])
     else:
         assert callable(cli.build_parser(words[1:]).parse_args(words[1:]).run)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lists_begin_after_an_empty_line(page: Path) -> None:
+    """Or after a heading: else the site shows them as a part of the paragraph before."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for before, line in itertools.pairwise(prose.splitlines()):
+        if line.startswith(("- ", "1. ")):
+            assert before == "" or before.startswith(("#", "- ", "  ")), line
 
 
 def test_targets_of_make_exist() -> None:
