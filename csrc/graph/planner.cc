@@ -62,11 +62,11 @@ class Planner {
 
   // ---- rows of the prompt
 
-  // With a budget no single product of a tile may exceed it, as long as slices stay efficient.
+  // With a budget no product of a tile, or the smallest slice of one, may exceed it, as long as
+  // tiles stay efficient.
   int32_t tile_rows() const {
     int32_t tile = cuts_.max_tile_rows;
-    while (is_budget() && !cuts_.slices_products && tile > cuts_.min_tile_rows &&
-           dearest_s(tile) > o_.budget_s)
+    while (is_budget() && tile > cuts_.min_tile_rows && dearest_s(tile) > o_.budget_s)
       tile = std::max(cuts_.min_tile_rows, tile / 2);
     return tile;
   }
@@ -75,10 +75,18 @@ class Planner {
     double dearest = 0;
     const auto [begin, end] = g_.layer(0);
     for (int32_t i = begin; i < end; ++i) {
-      if (is_row_wise(g_.op(i)))
-        dearest = std::max(dearest, cost_.operator_s(g_.op(i), 0, rows));
+      const Operator& op = g_.op(i);
+      if (is_row_wise(op))
+        dearest = std::max(dearest, cost_.operator_s(op, 0, rows) * smallest_slice(op));
     }
     return dearest;
+  }
+
+  // As a share of the operator.
+  double smallest_slice(const Operator& op) const {
+    if (!cuts_.slices_products || op.kind != OperatorKind::kLinear)
+      return 1.0;
+    return std::min(1.0, static_cast<double>(cuts_.min_product_parts) / g_.parts(op));
   }
 
   void add_prompt_rows(int32_t begin, int32_t end) {

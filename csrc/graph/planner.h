@@ -33,7 +33,7 @@ struct CutRules {
   int32_t min_tile_rows = 32;      // fewer are inefficient (below 97 % of the rate)
   int32_t min_product_parts = 16;  // parts in a slice of a product
   bool slices_heads = true;        // attention by KV heads before rows: few rows at once are slow
-  bool slices_products = false;    // products of a tile by parts; else tiles have fewer rows
+  bool slices_products = false;    // products of a tile by parts before it gets fewer rows
   // (row, query head) pairs of a slice of attention: fewer would leave a part of the device idle.
   // Each sequence's count as whole tiles of those that share a KV head.
   int32_t min_attention_queries = 1;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -162,6 +163,24 @@ def test_many_runs_preempt_each_other_at_every_boundary(
     if device.is_cuda:
         report = native.model.lane_report()
         assert report["num_spills"] == report["num_restores"] > 2 * len(boundaries)
+
+
+@on(("cpu-int8",))
+def test_slices_of_equal_rows_multiply_the_bytes_of_their_own_run(runner: GetRunner) -> None:
+    """Slices of a product find its rows in bytes, unless another run's have replaced them."""
+    native = runner("llama-grouped")
+    lengths = (190, 190)
+    pieces = [[(native.ids[n:][:190], 0, t)] for n, t in enumerate(native.tables(lengths))]
+    expected = [native.logits(piece, "none") for piece in pieces]
+    boundaries = range(1, native.make(pieces[0], "budget:0.1").num_segments)
+    runs = [native.make(piece, "budget:0.1", pause_at=set(boundaries)) for piece in pieces]
+    slices = Counter((label.op, label.layer, label.row_begin) for label in runs[0].labels())
+    assert any(count > 1 for (op, *_), count in slices.items() if op.endswith("proj"))
+    for boundary in boundaries:
+        for run in runs:
+            native.advance(run, boundary)
+    for run, wanted in zip(runs, expected, strict=True):
+        assert np.array_equal(native.execute(run), wanted)
 
 
 @on(GPUS)

@@ -1,5 +1,6 @@
 #include "devices/cpu/cpu_backend.h"
 
+#include <algorithm>
 #include <compare>
 #include <map>
 #include <stdexcept>
@@ -18,6 +19,9 @@ namespace {
 
 // Activations kept for later runs: a long prompt's and some short ones'.
 constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
+// A tile gets no fewer rows where the smallest slice of a product exceeds the budget: so many make
+// 256 operations of each byte of weights.
+constexpr int32_t kLeastTileRows = 256;
 
 // Why the CPU does not take the operator; empty: it does.
 std::string refusal_of(const ModelGraph& graph, const Operator& op) {
@@ -146,8 +150,8 @@ CutRules cpu_cuts(int threads, CpuNumbers numbers) {
     weight_element_bytes = 1;
   return {.row_step = kRowStep,
           .max_tile_rows = kRowsPerMember * threads,
-          .min_tile_rows = kRowStep * threads,
-          .min_product_parts = 8 * threads,
+          .min_tile_rows = std::min(kRowStep * threads, kLeastTileRows),
+          .min_product_parts = threads,
           .slices_heads = true,
           .slices_products = true,
           .embed_rows = 512,

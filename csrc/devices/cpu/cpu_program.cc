@@ -19,6 +19,17 @@ constexpr int32_t kRowOpChunk = 4;  // the same for light operators alone
 constexpr size_t kCachedWeightBytes = size_t{8} << 20;
 
 std::atomic<size_t> live_workspace{0};
+std::atomic<int64_t> num_programs{0};  // made so far
+
+// Whose rows a prepared input holds. Programs have numbers: a new one may lie where another lay.
+struct PreparedInput {
+  int64_t program = -1;
+  const Operator* op = nullptr;
+  int32_t row_begin = 0;
+  int32_t row_end = 0;
+
+  bool operator==(const PreparedInput&) const = default;
+};
 
 }  // namespace
 
@@ -37,6 +48,7 @@ CpuProgram<T>::CpuProgram(CompiledProgram compiled, std::shared_ptr<const CpuWei
       batch_(std::move(batch)),
       sampling_(options.sampling.begin(), options.sampling.end()),
       threads_(threads),
+      number_(num_programs.fetch_add(1, std::memory_order_relaxed)),
       has_logits_(options.fetch_logits && compiled_.graph().logits() >= 0),
       fail_at_(options.fail_at),
       activations_{.graph = compiled_.graph(),
@@ -276,15 +288,20 @@ void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
   });
 }
 
-// The input of a product whose columns are shared out, prepared once for all of them. A product in
-// several steps prepares it in each, with the same bits: a preempted run keeps nothing of it. The
-// bytes belong to the executor's thread and last until its next product.
+// The input of a product whose columns are shared out, prepared once for all of them. The bytes
+// belong to the executor's thread and last until its next product: slices of one find them, unless
+// another run came between, whose product replaced them. Then they are made again, the same bits.
 template <typename T>
 const std::byte* CpuProgram<T>::prepare_input(const Step& step, const Operator& op) {
   const size_t row_bytes = weights_->matrix(op.weight).prepared_row_bytes(step.rows());
   if (row_bytes == 0)
     return nullptr;
   thread_local std::vector<std::byte> input;
+  thread_local PreparedInput held;
+  const PreparedInput wanted{number_, &op, step.row_begin, step.row_end};
+  if (held == wanted && step.part_begin > 0)
+    return input.data();
+  held = wanted;
   input.resize(std::max(input.size(), row_bytes * static_cast<size_t>(step.rows())));
   std::byte* prepared = input.data();
   const int32_t items = (step.rows() + kRowOpChunk - 1) / kRowOpChunk;

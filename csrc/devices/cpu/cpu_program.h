@@ -70,6 +70,7 @@ class CpuProgram final : public ModelProgram {
   const Batch batch_;
   const std::vector<SamplingParams> sampling_;
   const int threads_;
+  const int64_t number_;  // of all programs of this process
   const bool has_logits_;
   const int64_t fail_at_;
   Team* team_ = nullptr;  // while a segment executes

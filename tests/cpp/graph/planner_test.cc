@@ -158,20 +158,30 @@ TEST_F(PlannerTest, attention_is_cut_by_heads_where_the_device_wants_it_else_by_
 
 TEST_F(PlannerTest, products_of_a_tile_are_cut_by_parts_where_the_device_wants_it) {
   cuts_.slices_products = true;
-  const double budget_s = 5e-7;
-  const Plan p = plan(Granularity::kBudget, budget_s);
-  EXPECT_EQ(p.tile_rows, cuts_.max_tile_rows) << "rows are not what is cut";
-  expect_complete(p);
-  bool is_any_sliced = false;
-  for (const Step& step : p.steps) {
-    const Operator& op = graph_.op(step.first);
-    if (op.kind != OperatorKind::kLinear || step.first != step.last)
-      continue;
-    is_any_sliced = is_any_sliced || !step.is_whole();
-    const int32_t parts = step.is_whole() ? graph_.parts(op) : step.part_end - step.part_begin;
-    EXPECT_TRUE(step.predicted_s <= budget_s || parts == 1) << op.name;
+  double dearest_s = 0;  // of a part of a product for the most rows that a tile may have
+  for (const Step& step : plan(Granularity::kOperator).steps) {
+    for (int32_t i = step.first; i <= step.last; ++i) {
+      const Operator& op = graph_.op(i);
+      if (op.kind == OperatorKind::kLinear && i < graph_.after_layers().begin)
+        dearest_s = std::max(dearest_s, step.predicted_s / step.rows() / graph_.parts(op));
+    }
   }
-  EXPECT_TRUE(is_any_sliced);
+  dearest_s *= cuts_.max_tile_rows;
+  for (const auto& [share, tile_rows] : {std::pair{1.01, 32}, {0.6, 16}, {0.3, 8}, {0.01, 8}}) {
+    const double budget_s = dearest_s * share;
+    const Plan p = plan(Granularity::kBudget, budget_s);
+    EXPECT_EQ(p.tile_rows, tile_rows) << "rows only where a part does not fit";
+    expect_complete(p);
+    bool is_any_sliced = false;
+    for (const Step& step : p.steps) {
+      const Operator& op = graph_.op(step.first);
+      if (op.kind != OperatorKind::kLinear || step.first != step.last)
+        continue;
+      is_any_sliced = is_any_sliced || !step.is_whole();
+      EXPECT_TRUE(step.predicted_s <= budget_s || share == 0.01) << op.name;
+    }
+    EXPECT_TRUE(is_any_sliced);
+  }
 }
 
 TEST_F(PlannerTest, slices_of_attention_are_whole_row_steps) {

@@ -41,6 +41,21 @@ def test_costs_of_a_wider_element_read_its_bytes_once() -> None:
     assert seconds == pytest.approx((wide.shape.weight_bytes + 4 * 128_256 * 4096) / 1e9, rel=0.01)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4, 16])
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.1-8b", "llama-3-70b"])
+def test_budget_holds_on_a_cpu_whatever_the_size_of_the_model(model: str, threads: int) -> None:
+    """Slices of a product are one block of columns for each thread before tiles get fewer rows."""
+    rates = _core.MachineRates(
+        gemm_flops_per_s=0.5e12 * threads,
+        attention_flops_per_s=0.4e12 * threads,
+        weight_bytes_per_s=25e9 * threads,
+    )
+    options = _core.PlanOptions(granularity="budget", rates=rates, budget_s=0.002)
+    graph = Profile.load(f"{model}@zen5x2").graph
+    planner = _core.PlanPredictor(graph, _core.cpu_cuts("bf16", threads))
+    assert max(planner.segments(8_192, 0, options)) < 1.02 * 0.002
+
+
 @pytest.mark.parametrize("text", GRANULARITIES)
 def test_costs_boundaries_rise_to_one(text: str) -> None:
     bounds = costs_of(text).bounds(9_001, attention_pairs(9_001, 0))

@@ -12,7 +12,7 @@ namespace flowprefill {
 inline constexpr CutRules kCudaCuts{
     .row_step = 256,
     .max_tile_rows = 2048,
-    .min_tile_rows = 512,
+    .min_tile_rows = 2048,  // smaller ones have not been measured
     .min_product_parts = 128,
     .slices_heads = true,
     .slices_products = true,
