@@ -157,9 +157,10 @@ class Work:
         """Tokens to compute, in all."""
         return sum(job.prompt_tokens for job in self.jobs)
 
-    def latest_start_s(self, margin_s: float) -> float:
-        """Return when it must run at the latest to meet its deadline; inf without a deadline."""
-        return self.deadline_s - self.remaining_s - margin_s
+    @property
+    def latest_start_s(self) -> float:
+        """When it must run at the latest to meet its deadline; inf without a deadline."""
+        return self.deadline_s - self.remaining_s
 
     def account_run(self, now: float) -> None:
         """Book the time since `since_s` as executed."""

@@ -31,10 +31,11 @@ MIN_LOOK_S = 1e-3  # how soon a verdict that rests on a prediction is looked at 
 class SlackEdf(BasePolicy):
     """On time first, by deadline, as many as can be kept; then the rest; then background.
 
-    *On time* is a prefill that can still meet its deadline by prediction. The plan: the running
-    one, if it is on time, and those of the first 16 waiting that are, one after another by
-    deadline; where one would end late, the one with the most time per weight is given up
-    (`planning.plan`). Time is set aside for arrivals that are likely to be due sooner (`Forecast`).
+    *On time* is a prefill that can still meet its deadline by prediction if it runs now; to suspend
+    one that is on time, if it runs one segment later. The plan: the running one, if it is on time,
+    and those of the first 16 waiting that are, one after another by deadline; where one would end
+    late, the one with the most time per weight is given up (`planning.plan`). Time is set aside for
+    arrivals that are likely to be due sooner (`Forecast`).
 
     The rest, late or without a deadline, go by arrival + 16 times their own predicted time, the
     online correction left out: equal ones in order of arrival, shorter ones earlier, and none is
@@ -79,7 +80,7 @@ class SlackEdf(BasePolicy):
         if work.is_background:
             return Rank((BEHIND, work.fair_arrival_s + OVERTAKING * work.nominal_s))
         self._renew(work, now)
-        latest = work.latest_start_s(self.settings.max_blocking_s)
+        latest = work.latest_start_s
         if now < latest < math.inf:
             return Rank((ON_TIME, work.deadline_s), latest)
         if not work.is_in_line and work.serial >= 0:
@@ -169,10 +170,10 @@ class SlackEdf(BasePolicy):
     def _weigh(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         if current.is_promised and now + current.remaining_s > current.deadline_s:
             self._renew(current, now)
-        on_time = self._on_time(waiting, now)
         can_meet = now + current.remaining_s <= current.deadline_s < math.inf
         if current.is_background or not can_meet:
-            return self._weigh_rest(current, waiting, on_time, now)
+            return self._weigh_rest(current, waiting, now)
+        on_time = self._on_time(waiting, now + self.settings.max_blocking_s)
         if not on_time:
             return Verdict(False, "nothing waiting can be on time")
         place = sum(work.deadline_s < current.deadline_s for work in on_time)
@@ -200,10 +201,9 @@ class SlackEdf(BasePolicy):
         again_at = now + max(slack - 3 * blocking, blocking)
         return Verdict(False, "the running work ends before anyone's slack runs out", again_at)
 
-    def _weigh_rest(
-        self, current: Work, waiting: Sequence[Work], on_time: Sequence[Work], now: float
-    ) -> Verdict:
+    def _weigh_rest(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Weigh a running work that meets no deadline."""
+        on_time = self._on_time(waiting, now)
         if on_time:
             kept = plan(on_time, now + self.settings.max_blocking_s, now, self._forecast)
             return Verdict(True, "can be on time, the running work cannot", by=kept[0])
@@ -217,8 +217,8 @@ class SlackEdf(BasePolicy):
 
     def _weigh_step(self, step: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Suspend a decode step if that saves more deadlines than it costs sequences their pace."""
-        on_time = self._on_time(waiting, now)
-        kept = plan(on_time, now + self.settings.max_blocking_s, now, self._forecast)
+        start_s = now + self.settings.max_blocking_s
+        kept = plan(self._on_time(waiting, start_s), start_s, now, self._forecast)
         at = now
         saved = 0
         for work in kept:
@@ -256,9 +256,6 @@ class SlackEdf(BasePolicy):
             end = max(end, now + self.settings.late_slice_s - current.stretch_s)
         return end
 
-    def _on_time(self, waiting: Sequence[Work], now: float) -> Sequence[Work]:
-        """Return the leading works that can still meet their deadlines; they are in order."""
-        for place, work in enumerate(waiting):
-            if work.rank.key[0] != ON_TIME or now >= work.rank.until:
-                return waiting[:place]
-        return waiting
+    def _on_time(self, waiting: Sequence[Work], start_s: float) -> Sequence[Work]:
+        """Return those that meet their deadlines if they begin at `start_s`; they are in order."""
+        return [w for w in waiting if w.rank.key[0] == ON_TIME and start_s < w.rank.until]

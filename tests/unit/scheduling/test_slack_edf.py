@@ -122,6 +122,29 @@ def test_running_work_that_the_plan_gives_up_makes_way() -> None:
     assert "given up" in decision.reason
 
 
+def test_on_time_on_a_free_device_needs_no_slack_for_a_segment() -> None:
+    scheduler = make(max_blocking_s=0.01)
+    arrive(scheduler, "running", 1_000, 0.15)
+    arrive(scheduler, "tight", 1_000, 0.205, at=0.002)
+    arrive(scheduler, "unhurried", 5_000, 60.0, at=0.003)
+    assert end_current(scheduler, 0.101).job_ids == ("tight",)
+
+
+def test_on_time_running_work_is_not_suspended_for_one_that_a_segment_makes_late() -> None:
+    scheduler = make(max_blocking_s=0.01)
+    arrive(scheduler, "running", 2_000, 0.205)
+    decision = arrive(scheduler, "tight", 1_000, 0.105, at=0.002)
+    assert decision.dispatch is None
+
+
+def test_late_running_work_yields_even_to_one_that_a_segment_makes_late() -> None:
+    scheduler = make(max_blocking_s=0.01)
+    arrive(scheduler, "late", 1_000, 0.05)
+    decision = arrive(scheduler, "tight", 1_000, 0.105, at=0.01)
+    assert decision.dispatch is not None
+    assert "can be on time" in decision.reason
+
+
 def test_late_running_work_yields_at_once_though_the_newcomer_has_time() -> None:
     scheduler = make()
     arrive(scheduler, "late", 5_000, 0.1)
