@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 GREEDY_BELOW = 1e-5
 # Penalised logits stay within this, so that differences of two cannot overflow float32.
 _MAX_LOGIT = float(np.finfo(np.float32).max) / 4
+# A device takes float32: numbers that would be rounded to 1, or to 0, are outside of its ranges.
+_LARGEST_BELOW_1 = float(np.nextafter(np.float32(1), np.float32(0)))
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class DeviceSampling(NamedTuple):
@@ -122,9 +125,9 @@ class Sampler:
             return None
         if self._uniform is None:
             return DeviceSampling()
-        return DeviceSampling(
-            params.temperature, params.top_k, params.top_p, params.min_p, self._next_uniform()
-        )  # fmt: skip
+        uniform = min(self._next_uniform(), _LARGEST_BELOW_1)
+        top_p = max(params.top_p, _SMALLEST)
+        return DeviceSampling(params.temperature, params.top_k, top_p, params.min_p, uniform)
 
     def accept(self, token_id: int) -> SampledToken:
         """Take the token that a device has chosen as `on_device` told it; below 0: it found none.

@@ -69,6 +69,24 @@ def test_one_that_needs_logits_leaves_the_others_to_the_device(
     assert len(sampled) == 5, "those of the penalised one"
 
 
+@on(ONE)
+def test_numbers_that_float32_rounds_to_a_border_fail_no_request(
+    device: Device, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One random number in 30 million is rounded to 1; it ended all sequences of its step."""
+    engine = open_engine()
+    monkeypatch.setattr(Sampler, "_next_uniform", lambda sampler: 1.0 - 2.0**-53)
+    drawn = SamplingParams(max_tokens=3, ignore_eos=True)
+    narrow = replace(drawn, top_p=1e-50)
+    handles = [
+        engine.submit(Request(prompt_of(20, n), params))
+        for n in (1, 2)
+        for params in (drawn, narrow)
+    ]
+    for handle in handles:
+        assert len(handle.result(WAIT_S).token_ids) == 3
+
+
 def note_logits(device: Device, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Return a list that gets, for every run that has ended, whether it has logits."""
     found: list[bool] = []
