@@ -47,6 +47,11 @@ def _check_int(name: str, value: Any, low: int, high: int, *, allowed: str) -> N
         raise InvalidRequest.field(name, value, allowed)
 
 
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest.field(name, value, "text")
+
+
 class Range(NamedTuple):
     """What one number of SamplingParams may be; ``allowed`` says so in errors."""
 
@@ -108,6 +113,7 @@ class SLO:
                 _check_number(
                     name, value, 0.0, 86_400.0, allowed="seconds in (0, 86400]", open_low=True
                 )
+        _check_text("slo.service_class", self.service_class)
         if self.on_miss not in ("demote", "drop"):
             raise InvalidRequest.field("slo.on_miss", self.on_miss, "'demote' or 'drop'")
 
@@ -230,6 +236,8 @@ class SamplingParams:
             )
 
     def _check_stops(self) -> None:
+        if not isinstance(self.stop, (tuple, list)):  # a string would count letter by letter
+            raise InvalidRequest.field("stop", self.stop, "a tuple of strings")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest.field("stop", self.stop, f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
@@ -267,6 +275,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.pooling is not None and self.pooling not in POOLINGS:
             raise InvalidRequest.field("pooling", self.pooling, "'last' or 'mean'")
+        for name in ("id", "tenant", "client"):
+            _check_text(name, getattr(self, name))
+        if not isinstance(self.sampling, SamplingParams):
+            raise InvalidRequest.field("sampling", self.sampling, "SamplingParams")
         _check_int("priority", self.priority, -(2**31), 2**31 - 1, allowed="a 32-bit integer")
         is_bytes = isinstance(self.prompt, (bytes, bytearray))
         if is_bytes or not isinstance(self.prompt, (str, Sequence)):
