@@ -71,10 +71,19 @@ class ReadyQueue:
 
     def _unlink(self, work: Work) -> None:
         place = (work.rank.key, work.priority, work.serial, work.version)
-        del self._order[bisect_left(self._order, place)]
+        index = bisect_left(self._order, place)
+        if index == len(self._order) or self._order[index][4] is not work:  # another would be lost
+            name = self._policy.name
+            raise ValueError(
+                f"policy {name!r}: it names a work that does not wait, or ranks one by NaN"
+            )
+        del self._order[index]
 
     def _record(self, work: Work, now: float) -> None:
         work.rank = self._policy.rank(work, now)
+        if not work.rank.until > now:  # it would be ranked anew for ever
+            name, until = self._policy.name, work.rank.until
+            raise ValueError(f"policy {name!r}: rank until {until}, expected later than now, {now}")
         work.version = next(self._versions)
         insort(self._order, (work.rank.key, work.priority, work.serial, work.version, work))
         if work.rank.until < float("inf"):

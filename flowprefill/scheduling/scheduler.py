@@ -329,6 +329,10 @@ class Scheduler:
         waiting = islice(self._queue.in_order(), BATCH_SCAN)
         alike = (work for work in waiting if work.jobs[0].output == output)
         members = self.policy.batch(prefill, alike, now)
+        if prefill not in members or any(member.is_started for member in members):
+            raise ValueError(
+                f"policy {self.policy.name!r}: batch: expected its head and others not started"
+            )
         for member in members:
             self._queue.remove(member)
             self._count_waiting(member, -1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hand_made import arrive, job, make
 
@@ -12,9 +16,12 @@ from flowprefill.scheduling import (
     Failed,
     Finished,
     Held,
+    Scheduler,
     TimerFired,
     Work,
 )
+from flowprefill.scheduling.policies.base import BasePolicy
+from flowprefill.scheduling.work import Rank, Verdict
 
 
 def dispatched(decision: Decision) -> Work:
@@ -322,3 +329,62 @@ def test_predicted_ttft_counts_what_is_ahead_and_changes_nothing() -> None:
 def test_unknown_policy_names_the_known() -> None:
     with pytest.raises(ConfigError, match="slack_edf"):
         make("fastest")
+
+
+NEVER_WAITED = Work([job("x", 10)], 99, 1.0)
+
+
+class Nonsense(BasePolicy):
+    """In order of arrival, but for one answer."""
+
+    name = "nonsense"
+
+    def __init__(self, scheduler: Scheduler, **answers: Callable[..., Any]) -> None:
+        super().__init__(scheduler.cost_model, scheduler.settings)
+        for name, answer in answers.items():
+            setattr(self, name, answer)
+
+    def rank(self, work: Work, now: float) -> Rank:
+        return Rank((work.arrival_s,))
+
+
+@pytest.mark.parametrize(
+    ("answers", "named"),
+    [
+        ({"rank": lambda work, now: Rank((1.0,), now)}, "rank until"),
+        ({"rank": lambda work, now: Rank((1.0,), math.nan)}, "rank until nan"),
+        (
+            {
+                "rank": lambda work, now: Rank((float("nan"),)),
+                "pick": lambda waiting, now: waiting[-1],
+            },
+            "by NaN",
+        ),
+        ({"batch": lambda head, waiting, now: []}, "batch"),
+        (
+            {"batch": lambda head, waiting, now: [one for one in waiting if one is not head]},
+            "batch",
+        ),
+        ({"batch": lambda head, waiting, now: [head, head]}, "does not wait"),
+        (
+            {"should_preempt": lambda current, waiting, now: Verdict(True, "", by=current)},
+            "does not wait",
+        ),
+        ({"pick": lambda waiting, now: NEVER_WAITED}, "does not wait"),
+    ],
+)
+def test_policy_that_answers_nonsense_is_told_and_loses_no_job(
+    answers: dict[str, Callable[..., Any]], named: str
+) -> None:
+    """The engine ends its requests with that error; before, some waited for ever, or all did."""
+    plain = make()
+    scheduler = Scheduler(Nonsense(plain, **answers), plain.cost_model, plain.settings)
+
+    def play() -> None:
+        first = dispatched(arrive(scheduler, "a", 100, at=1.0))
+        for number in range(5):
+            arrive(scheduler, f"b{number}", 100, at=2.0 + number)
+        dispatched(scheduler.on_event(Finished(first.id, frozenset("a")), 9.0))
+
+    with pytest.raises(ValueError, match=f"policy 'nonsense': .*{named}"):
+        play()
