@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "runtime/clock.h"
+#include "runtime/own_thread.h"
 
 namespace flowprefill {
 
@@ -96,7 +97,7 @@ void Executor::shut_down() {
     if (const RunRef waiting = mailbox_.close())
       cancel(*waiting);
     if (thread_.joinable())
-      thread_.join();
+      join_own(thread_, process_);
   });
 }
 

@@ -2,6 +2,9 @@
 // engine through csrc/bindings.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -52,7 +55,8 @@ class Executor {
  public:
   // Throws std::invalid_argument without a device or for a bad option.
   explicit Executor(std::unique_ptr<Device> device, ExecutorOptions options = {});
-  // As stop(); not on the executor's own thread.
+  // As stop(); not on the executor's own thread. In a forked child, where that is not, it waits for
+  // nothing.
   ~Executor();  // NOLINT(bugprone-exception-escape)
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
@@ -109,6 +113,7 @@ class Executor {
   EventQueue events_;
   Timeline timeline_;
   Mailbox mailbox_;
+  const pid_t process_ = getpid();
   std::thread thread_;
   std::atomic<bool> is_started_{false};
   std::once_flag stop_once_;

@@ -13,6 +13,8 @@
 #include <string>
 #include <utility>
 
+#include "runtime/own_thread.h"
+
 namespace flowprefill {
 namespace {
 
@@ -104,7 +106,7 @@ void Team::stop() {
   is_stopped_.store(true, std::memory_order_relaxed);  // seen with the call
   call_workers();
   for (std::thread& worker : workers_)
-    worker.join();
+    join_own(worker, process_);
 }
 
 void Team::run(int64_t items, Body body) {

@@ -2,6 +2,9 @@
 // and lends it to every segment; weights have one while they load.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -59,6 +62,7 @@ class Team {
   uint32_t wait_for_call(uint32_t seen);
   void wait_for_end();
 
+  const pid_t process_ = getpid();
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> num_regions_{0};
   std::atomic<bool> is_used_{false};
