@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections import OrderedDict, deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.engine.event_thread import EventThread
 from flowprefill.engine.gate import Gate
-from flowprefill.engine.handle import wake
+from flowprefill.engine.handle import waited_at_most, wake
+from flowprefill.engine.interruptible_lock import InterruptibleLock, do_elsewhere
 from flowprefill.engine.live_run import LiveRun
 from flowprefill.engine.memory_queue import MemoryQueue
 from flowprefill.engine.outbox import Outbox
@@ -47,6 +50,8 @@ from flowprefill.scheduling import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flowprefill.engine.kv_blocks import BlockPool
     from flowprefill.engine.live_request import LiveRequest
     from flowprefill.engine.worker import RunEvent, Worker
@@ -74,7 +79,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._worker = worker
         self._pool = pool
-        self._lock = threading.Lock()
+        self._lock = InterruptibleLock()
         self._live: dict[str, LiveRequest] = {}
         self._memory = MemoryQueue(pool)
         self._gate = Gate(scheduler, self._memory, pool, limits)
@@ -83,12 +88,13 @@ class EngineCore:
         self._outbox = Outbox()
         self.has_failed = False  # for good: see _fail_all
         self._refusal = ""  # why new requests are refused; empty: they are not
-        self._idle = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock.inner)
         self._events = EventThread(
             worker, self._handle_event, self._handle_timer, self._handle_failure
         )
         self._is_stopped = False
-        self._closing = threading.Lock()
+        self._process = os.getpid()
+        self._closing = InterruptibleLock()
         self.observers: list[EngineObserver] = []
         self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
         self._stories = Stories()
@@ -111,6 +117,7 @@ class EngineCore:
             NotReady: the engine is closing. Overloaded: too much waits. InvalidRequest: its id is
             that of a live request. In each case nothing has changed.
         """
+        self._check_outside()
         with self._lock:
             if self._refusal:
                 raise NotReady(self._refusal)
@@ -124,17 +131,19 @@ class EngineCore:
             self._memory.push(request)
             self._settle()
             if not request.is_ended:  # after the dispatch, which must not wait for a prediction
-                predicted_s = self._gate.predicted_ttft_s(request, self._worker.now_s())
-                request.handle.predicted_ttft = predicted_s
+                self._predict(request)
         self._deliver()
 
     def check_load(self, tenant: str) -> None:
         """Refuse before a prompt is tokenised what would be refused after; raises Overloaded."""
+        self._check_outside()
         with self._lock:
             self._gate.check(self._worker.now_s(), tenant)
 
     def cancel(self, request: LiveRequest) -> None:
         """End a request early: at the next boundary if its run is executing."""
+        if self._cannot(self.cancel, request):
+            return
         with self._lock:
             if not request.is_ended and request.error is None and request.id in self._live:
                 request.cancelled_at_s = self._worker.now_s()
@@ -148,6 +157,8 @@ class EngineCore:
 
         No effect once it is about to end, nor, to hold, once the engine is closing.
         """
+        if self._cannot(partial(self.hold, request, is_held=is_held)):
+            return
         with self._lock:
             is_live = request.id in self._live and request.error is None and not request.is_ended
             if is_live and request.is_held != is_held and not (is_held and self._refusal):
@@ -156,7 +167,14 @@ class EngineCore:
         self._deliver()
 
     def close(self, timeout: float | None) -> None:
-        """Refuse new requests, wait for the live ones, cancel the rest, stop all threads."""
+        """Refuse new requests, wait for the live ones, cancel the rest, stop all threads.
+
+        On the event thread, which is to be stopped, and inside a decision it does not wait.
+        """
+        if self._lock.is_inside or self._events.is_current:
+            do_elsewhere(self.close, timeout)
+            return
+        timeout = waited_at_most(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             self._refusal = self._refusal or "the engine is shutting down"
@@ -165,7 +183,7 @@ class EngineCore:
                     self._hold(request, is_held=False)
             self._settle()
         self._deliver()
-        with self._lock:
+        with self._idle:
             while self._live:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -175,6 +193,8 @@ class EngineCore:
         for request in rest:
             self.cancel(request)
         self._wait_until_idle()
+        if self._closing.is_inside:
+            return
         with self._closing:  # one thread closes, others wait for it
             if self._is_stopped:
                 return
@@ -228,6 +248,19 @@ class EngineCore:
             self._scheduler = scheduler
             self._gate.set_scheduler(scheduler)
 
+    def _cannot(self, call: Callable[..., None], *arguments: Any) -> bool:
+        """Whether a call can do nothing here; inside a decision, another thread makes it then."""
+        if os.getpid() != self._process:  # a fork: the request is not there, the lock may be held
+            return True
+        if self._lock.is_inside:
+            do_elsewhere(call, *arguments)
+            return True
+        return False
+
+    def _check_outside(self) -> None:
+        if self._lock.is_inside:
+            raise NotReady("a signal handler or finalizer has interrupted the engine itself")
+
     def _check_idle(self) -> None:
         if self._live or self._runs:
             raise RuntimeError(f"{len(self._live)} requests are live, expected an idle engine")
@@ -268,6 +301,14 @@ class EngineCore:
             self.decisions.append(decision_entry(event, decision, start))
             if not self._scheduler_events:
                 self._admit()
+
+    def _predict(self, request: LiveRequest) -> None:
+        try:
+            predicted_s = self._gate.predicted_ttft_s(request, self._worker.now_s())
+            request.handle.predicted_ttft = predicted_s
+        except Exception as error:  # of a policy: the request is live, its client needs the handle
+            log.exception("the engine has failed")
+            self._fail_all(error)
 
     def _carry_out(self, decision: Decision) -> None:
         for work in decision.cancel:
@@ -392,7 +433,7 @@ class EngineCore:
         outbox.deliver(self.observers, self._worker.now_s())
 
     def _wait_until_idle(self) -> None:
-        with self._lock:
+        with self._idle:
             while self._live or self._runs:
                 self._idle.wait()  # whatever empties one of them settles afterwards
 

@@ -48,6 +48,11 @@ class EventThread:
         self._worker.wake()
         self._thread.join()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the calling thread is this one."""
+        return threading.current_thread() is self._thread
+
     def set_timer(self, at: float) -> None:
         """Have `on_timer` called at this time instead of the one set before; inf: not at all.
 
@@ -70,8 +75,9 @@ class EventThread:
             self._sleeps_until = -math.inf  # awake: no need to wake it
         for event in events:
             self._on_event(event)
+        now = self._worker.now_s()  # before the lock: in no call may the garbage collector run
         with self._lock:
-            is_due = self._worker.now_s() >= self._timer_at
+            is_due = now >= self._timer_at
             if is_due:
                 self._timer_at = math.inf
         if is_due:

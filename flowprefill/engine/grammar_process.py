@@ -7,9 +7,9 @@ started with the first grammar, kept, and replaced when it had to be ended.
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
+from flowprefill.engine.interruptible_lock import InterruptibleLock, do_elsewhere
 from flowprefill.models.bounded_process import BoundedProcess, ProcessEnded
 
 WORKER = Path(__file__).with_name("grammar_worker.py")
@@ -21,7 +21,7 @@ class GrammarProcess:
     """One process, one grammar at a time; any thread may ask, and waits for those before it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = InterruptibleLock()
         self._process: BoundedProcess | None = None
         self._owner = 0
 
@@ -40,6 +40,9 @@ class GrammarProcess:
 
     def close(self) -> None:
         """End the process, if there is one."""
+        if self._lock.is_inside:
+            do_elsewhere(self.close)
+            return
         with self._lock:
             self._end()
 

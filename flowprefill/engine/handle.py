@@ -5,6 +5,9 @@ consumers. Tokens are kept in a list and every iterator has its own position, so
 all of them. A consumer that has to wait leaves a *waker* (a thread's event or an asyncio future's
 resolver); the producer takes the wakers under the lock and calls them outside of it. If no one is
 waiting, push only appends.
+
+The lock may be taken again by the thread that has it: where a signal handler or a finalizer, run in
+the middle of the little that it guards, cancels the request or ends it.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ class Handle:
         self.predicted_ttft: float | None = None
         self.prompt_logprobs: PromptLogprobs | None = None
         self._cancel, self._hold = on_cancel, on_hold
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._tokens: list[Token] = []
         self._is_done = False
         self._completion: Completion | None = None
@@ -153,7 +156,7 @@ class Handle:
         """Wait for the end and return the completion. Not for use inside an asyncio loop.
 
         Args:
-            timeout: longest wait, seconds; None waits for ever. The request goes on after it.
+            timeout: longest wait, seconds; None or inf: for ever. The request goes on after it.
 
         Raises:
             TimeoutError: the request has not ended in time.
@@ -205,7 +208,7 @@ class Handle:
         if not self._register(position, event.set):
             return True
         try:
-            return event.wait(timeout)
+            return event.wait(waited_at_most(timeout))
         finally:
             if not event.is_set():
                 self._unregister(event.set)
@@ -236,7 +239,10 @@ class Handle:
         return self._is_done or (position is not None and position < len(self._tokens))
 
     def _register(self, position: int | None, waker: Waker) -> bool:
-        """Leave a waker; False if there is nothing to wait for. Under the lock: none is lost."""
+        """Leave a waker; False if there is nothing to wait for. Under the lock: none is lost.
+
+        It looks once more behind that: what interrupts it may have taken the wakers before.
+        """
         with self._lock:
             if self._is_ready(position):
                 return False
@@ -244,7 +250,7 @@ class Handle:
                 self._end_wakers = [*(self._end_wakers or ()), waker]
             else:
                 self._token_wakers = [*(self._token_wakers or ()), waker]
-            return True
+            return not self._is_ready(position)
 
     def _unregister(self, waker: Waker) -> None:
         with self._lock:
@@ -299,16 +305,24 @@ class _TokenStream:
         return self
 
     async def __anext__(self) -> Token:
-        token = await self._handle._next_token(self._position)
-        if token is None:
-            raise StopAsyncIteration
-        self._position += 1
-        return token
+        while True:
+            position = self._position
+            token = await self._handle._next_token(position)
+            if token is None:
+                raise StopAsyncIteration
+            if position == self._position:  # else a task that shares this iterator has taken it
+                self._position += 1
+                return token
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def waited_at_most(timeout: float | None) -> float | None:
+    """Return a timeout that locks can wait for; None: for ever, which inf and centuries come to."""
+    return None if timeout is None or timeout > threading.TIMEOUT_MAX else timeout
 
 
 def wake(wakers: Iterable[Waker]) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from flowprefill.engine.worker import Batch, RunHandle
     from flowprefill.models.checkpoint import Checkpoint, Progress
 
+LONGEST_SLEEP_S = 86_400.0  # of one poll, which takes no more than 2**31 milliseconds
+
 
 class LocalWorker:
     """See Worker.
@@ -172,7 +174,8 @@ class LocalWorker:
     def poll(self, until_s: float) -> list[Any]:
         """Sleep until the executor has posted an event, `wake` was called or the time has come."""
         wait_s = max(until_s - time.monotonic(), 0.0)
-        ready = self._sleep.poll(None if wait_s == math.inf else math.ceil(wait_s * 1e3))
+        wait_ms = None if wait_s == math.inf else math.ceil(min(wait_s, LONGEST_SLEEP_S) * 1e3)
+        ready = self._sleep.poll(wait_ms)
         if any(fd == self._wake_fd for fd, _ in ready):
             os.eventfd_read(self._wake_fd)
         return self._executor.pop_events() if ready else []

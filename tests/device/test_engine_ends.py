@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -31,6 +32,7 @@ from flowprefill.engine.handle import Handle
 from flowprefill.engine.live_request import LiveRequest
 from flowprefill.engine.worker import Batch
 from flowprefill.errors import DeadlinePassed, NotReady, RequestCancelled, RequestFailed
+from flowprefill.scheduling.work import Rank, Verdict, Work
 
 OpenEngine = Callable[..., Engine]
 
@@ -298,6 +300,36 @@ def test_a_policy_that_raises_leaves_no_client_waiting(
     assert_all_free(engine)
 
 
+def test_a_policy_that_raises_at_a_prediction_costs_no_client_its_handle(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine()
+    silenced(monkeypatch, core)
+    rank = engine._core._scheduler.policy.rank
+
+    def rank_queued(work: Work, now: float) -> Rank:
+        if work.serial < 0:
+            raise LookupError("a bug in the policy")
+        return rank(work, now)
+
+    start_long(engine, Request(prompt_of(3000), greedy(1000)))
+    monkeypatch.setattr(engine._core._scheduler.policy, "rank", rank_queued)
+    handle = engine.submit(Request(prompt_of(3000, 1), greedy(1)))
+    with pytest.raises(RequestFailed, match="a bug in the policy"):
+        handle.result(WAIT_S)
+    assert_all_free(engine)
+
+
+def test_a_policy_that_wants_to_be_asked_in_a_year(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    policy: Any = engine._core._scheduler.policy
+    policy.should_preempt = lambda *_: Verdict(False, "not now", 3e7)
+    handles = [engine.submit(Request(prompt_of(3000, n), greedy(20))) for n in range(3)]
+    for handle in handles:
+        assert len(handle.result(WAIT_S).token_ids) == 20
+    assert_all_free(engine)
+
+
 def test_an_observer_that_raises_costs_no_client_its_result(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +385,13 @@ def test_graceful_close_waits_for_the_live_ones(open_engine: OpenEngine) -> None
         engine.submit(Request([5], greedy(1)))
     engine.close()
     handles[0].cancel()
+
+
+def test_close_waits_for_ever_where_that_is_asked(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    handle = engine.submit(Request(prompt_of(900), greedy(20)))
+    engine.close(math.inf)
+    assert len(handle.result(WAIT_S).token_ids) == 20
 
 
 def test_close_lets_held_ones_go_on_to_their_end(open_engine: OpenEngine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +180,53 @@ async def test_async_cancelled_wait_keeps_position_and_leaves_no_waiter() -> Non
     assert (await anext(stream)).token_id == 1
     handle.finish(completion(2))
     assert (await handle).token_ids == [0, 1]
+
+
+async def test_async_tasks_that_share_an_iterator_get_each_token_once() -> None:
+    handle = Handle("r", 3)
+    stream = aiter(handle)
+    taken: list[int] = []
+
+    async def consume() -> None:
+        async for one in stream:
+            taken.append(one.token_id)
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(consume()) for _ in range(3)]
+    for index in range(20):
+        await asyncio.sleep(0)
+        handle.push(token(index))
+    handle.finish(completion(20))
+    await asyncio.gather(*tasks)
+    assert sorted(taken) == list(range(20))
+
+
+def test_result_waits_for_ever_where_that_is_asked() -> None:
+    for timeout in (math.inf, 1e12):
+        handle = Handle("r", 3)
+        thread = later(handle, 1)
+        assert handle.result(timeout).token_ids == [0]
+        thread.join()
+
+
+@pytest.mark.parametrize("position", [None, 0])
+def test_waiter_that_is_interrupted_by_what_it_waits_for(position: int | None) -> None:
+    """As where a signal handler cancels the request while the lock is held."""
+
+    class Interrupted(Handle):
+        looks = 0
+
+        def _is_ready(self, position: int | None) -> bool:
+            is_ready = super()._is_ready(position)
+            self.looks += 1
+            if self.looks == 2:  # the one under the lock
+                self.push(token(0))
+                self.finish(completion(1))
+            return is_ready
+
+    handle = Interrupted("r", 3)
+    assert handle._block(position, 20.0)
+    assert handle.looks > 2
 
 
 def test_loop_closed_while_waiting_does_not_disturb_the_producer() -> None:
