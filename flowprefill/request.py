@@ -1,6 +1,7 @@
 """What a user submits and gets back: Request, its sampling, its SLO, tokens, completions, timings.
 
 Plain data, validated on construction; every layer may import this module, it imports only errors.
+Long because all that crosses the border to users is here, each field with its check.
 """
 
 from __future__ import annotations
