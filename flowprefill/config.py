@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-from flowprefill.errors import ConfigError, InvalidRequest
+from flowprefill.errors import ConfigError, InvalidRequest, shortened
 from flowprefill.request import SLO
 
 AdmissionMode = Literal["off", "demote", "reject"]
@@ -25,13 +25,14 @@ QUANTIZATIONS = ("auto", "none", "int8", "gguf", "fp8")
 DEVICES = "auto, cpu, cuda or cuda:N"
 ADMISSION_MODES = ("off", "demote", "reject")
 CLASS_KEYS = ("ttft_ms", "tpot_ms", "on_miss", "weight", "share", "background", "admission")
+MAX_OBJECTIVE_MS = 86_400_000
 MAX_SHARES = 0.9  # of all classes together; the rest belongs to deadlines
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _GRANULARITY = re.compile(r"(budget):(\d+(?:\.\d+)?)|(chunk):(\d+)|(operator|layer|none)")
 
 
 def _bad(name: str, value: Any, allowed: str) -> ConfigError:
-    return ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
+    return ConfigError(f"{name}: got {shortened(value)}, expected {allowed}", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +193,20 @@ class EngineConfig:
             raise _bad("block_tokens", self.block_tokens, "16, 32, 64 or 128")
         if self.admission not in ADMISSION_MODES:
             raise _bad("admission", self.admission, "one of " + ", ".join(ADMISSION_MODES))
+        self._check_kinds()
         self._check_ranges()
         self._check_classes()
+
+    def _check_kinds(self) -> None:
+        """Refuse what no flag can be but a file may hold: ``"no"`` would count as true."""
+        kinds = {bool: "true or false", str: "a text"}
+        for one in fields(self):
+            value, kind = getattr(self, one.name), type(one.default)
+            if kind in kinds and not isinstance(value, kind):
+                raise _bad(one.name, value, kinds[kind])
+        for name in ("cache_dir", "chat_template"):
+            if "\0" in getattr(self, name):
+                raise _bad(name, getattr(self, name), "a path")
 
     def _check_classes(self) -> None:
         if not isinstance(self.classes, Mapping):
@@ -287,13 +300,23 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 def _class_slo(name: str, spec: Mapping[str, Any]) -> SLO:
     try:
         return SLO(
-            ttft=spec["ttft_ms"] / 1e3 if spec.get("ttft_ms") is not None else None,
-            tpot=spec["tpot_ms"] / 1e3 if spec.get("tpot_ms") is not None else None,
+            ttft=_objective_s(name, spec, "ttft_ms"),
+            tpot=_objective_s(name, spec, "tpot_ms"),
             service_class=name,
             on_miss=spec.get("on_miss", "demote"),
         )
-    except (InvalidRequest, TypeError) as error:
+    except InvalidRequest as error:
         raise ConfigError(f"classes.{name}: {error}", param=f"classes.{name}") from None
+
+
+def _objective_s(name: str, spec: Mapping[str, Any], key: str) -> float | None:
+    value = spec.get(key)
+    if value is None:
+        return None
+    number = _number(f"classes.{name}.{key}", value, 0.0, MAX_OBJECTIVE_MS)
+    if number == 0.0:
+        raise _bad(f"classes.{name}.{key}", value, f"milliseconds in (0, {MAX_OBJECTIVE_MS:.0f}]")
+    return number / 1e3
 
 
 def settings_table() -> str:

@@ -124,7 +124,10 @@ def _is_installed(name: str, pythons: dict[str, str]) -> bool:
 
 def _checkpoint(name: str, peers: Sequence[str]) -> Path:
     """Return the folder that the peers open; what is not there yet is made."""
-    folder = default_cache_dir() / "peers" / name
+    cache = default_cache_dir()
+    if cache is None:
+        raise ConfigError("peers: no home folder for their models, expected XDG_CACHE_HOME")
+    folder = cache / "peers" / name
     wanted = [PEERS[peer].weights for peer in peers if issubclass(PEERS[peer], LlamaCpp)]
     gguf = [kind for kind in wanted if not (folder / f"{kind}.gguf").exists()]
     if gguf or not folder.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -9,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import secrets
 import select
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowprefill.config import Granularity
+from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine.loading import plan_options
 from flowprefill.scheduling.cost_model import (
     MachineRates,
@@ -155,48 +157,69 @@ def mended(
     return corrected(rates, kept)
 
 
-def default_cache_dir() -> Path:
-    """Return the user's cache folder for this program."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def default_cache_dir() -> Path | None:
+    """Return the user's cache folder for this program; None: this user has no home folder."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(base) / "flowprefill"
+
+
+def cache_folder(config: EngineConfig) -> Path | None:
+    """Return where measurements are kept; None: nowhere."""
+    return Path(config.cache_dir) if config.cache_dir else default_cache_dir()
 
 
 class RatesFile:
     """Where the rates of this machine, model and settings are kept."""
 
-    def __init__(self, folder: Path, key: dict[str, object]) -> None:
+    def __init__(self, folder: Path | None, key: dict[str, object]) -> None:
         """Name the file; it need not exist.
 
         Args:
+            folder: None: nothing is kept.
             key: what the rates depend on apart from processor and version.
         """
         measured = {"cpu": _processor(), "version": __version__, "measurement": MEASUREMENT}
         whole = {**key, **measured}
         self._identity = json.dumps(whole, sort_keys=True)
         digest = hashlib.blake2b(self._identity.encode(), digest_size=12).hexdigest()
-        self._path = folder / f"rates-{digest}.json"
+        self._path = None if folder is None else folder / f"rates-{digest}.json"
 
     def read(self) -> MachineRates | None:
         """Return the rates kept; None if there are none, or the file is damaged."""
+        if self._path is None:
+            return None
         try:
             kept = json.loads(self._path.read_text())["rates"]
             return MachineRates(**{field.name: kept[field.name] for field in fields(MachineRates)})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except OSError as error:
+            log.warning("kept calibration cannot be read, measuring again: %s", error)
+            return None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             log.warning("%s is damaged, measuring again: %s", self._path, error)
             return None
 
     def write(self, rates: MachineRates) -> None:
         """Keep the rates; where that is impossible the log says so."""
+        if self._path is None:
+            why = "this user has no home folder; set cache_dir or XDG_CACHE_HOME"
+            log.warning("calibration is not kept: %s", why)
+            return
         text = json.dumps({"key": json.loads(self._identity), "rates": asdict(rates)}, indent=1)
+        # Two containers that share the folder may be process 1 both.
+        fresh = self._path.with_suffix(f".{secrets.token_hex(8)}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._path.with_suffix(f".{os.getpid()}")
             fresh.write_text(text)
             fresh.replace(self._path)
         except OSError as error:
             log.warning("calibration is not kept: %s", error)
+            with contextlib.suppress(OSError):
+                fresh.unlink()
 
 
 def _processor() -> str:

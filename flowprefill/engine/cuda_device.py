@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.config import GIB, EngineConfig, Granularity
-from flowprefill.engine.calibration import default_cache_dir
+from flowprefill.engine.calibration import cache_folder
 from flowprefill.engine.device import ProbeSizes, longest_of
 from flowprefill.errors import ConfigError
 from flowprefill.models.quantised_weights import E4M3
@@ -132,7 +132,7 @@ class CudaDevice:
         settings = self._config
         config = checkpoint.config
         longest = longest_of(self.max_model_len, settings, config)
-        folder = Path(settings.cache_dir or default_cache_dir())
+        folder = cache_folder(settings) if settings.calibrate else None
         most_running = settings.max_running or self.max_running
         most_tokens = max(longest, settings.max_batch_tokens, most_running)
         if settings.calibrate:
@@ -145,7 +145,7 @@ class CudaDevice:
             "graph_bytes": GRAPH_BYTES,
             "run_ahead": settings.run_ahead,
             "measures_gemms": settings.calibrate,
-            "gemm_cache_path": str(folder / "gemm-choices") if settings.calibrate else "",
+            "gemm_cache_path": str(folder / "gemm-choices") if folder else "",
             "cublas_lt_libraries": cublas_lt_libraries(self.native, self._index),
             "attention": os.environ.get("FLOWPREFILL_CUDA_ATTENTION") or "auto",
             "quantizes_fp8": self.quantization == "fp8",

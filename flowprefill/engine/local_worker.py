@@ -10,7 +10,6 @@ import math
 import os
 import select
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -263,7 +262,7 @@ class LocalWorker:
         return blocks
 
     def _kept_rates(self) -> calibration.RatesFile:
-        folder = Path(self._config.cache_dir or calibration.default_cache_dir())
+        folder = calibration.cache_folder(self._config)
         key = {
             "model": self._model_name,
             "dtype": self.dtype,

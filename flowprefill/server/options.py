@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flowprefill.config import EngineConfig
-from flowprefill.errors import ConfigError
+from flowprefill.errors import ConfigError, shortened
 from flowprefill.server.openai.reasoning import REASONING_PARSERS
 from flowprefill.server.openai.tool_parsers import TOOL_PARSERS
 from flowprefill.server.tenants import Tenants
@@ -186,7 +186,7 @@ class ServerOptions:
 
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:
-        raise ConfigError(f"{name}: got {value!r}, expected {allowed}", param=name)
+        raise ConfigError(f"{name}: got {shortened(value)}, expected {allowed}", param=name)
 
     def shown(self) -> dict[str, Any]:
         """Return the settings that every client may see, without those that hold keys."""

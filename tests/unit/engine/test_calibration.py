@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from flowprefill import Engine, Request, SamplingParams, _core
-from flowprefill.config import Granularity
+from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine import calibration
 from flowprefill.engine.calibration import RatesFile
 from flowprefill.engine.cpu_device import CpuDevice
@@ -71,6 +72,63 @@ def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
     blocked.write_text("")
     RatesFile(blocked / "under", {}).write(RATES)
     assert "calibration is not kept" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert RatesFile(blocked, {}).read() is None
+    assert "kept calibration cannot be read, measuring again" in caplog.text
+
+
+def test_two_writers_of_one_process_number_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As two containers that share a folder: each is process 1 of its own.
+    monkeypatch.setattr(calibration.os, "getpid", lambda: 1)
+    written: list[Path] = []
+    original = Path.write_text
+
+    def write_text(path: Path, text: str) -> int:
+        written.append(path)
+        return original(path, text)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    for rates in (RATES, OTHER):
+        RatesFile(tmp_path, {}).write(rates)
+    assert len(set(written)) == 2
+    assert RatesFile(tmp_path, {}).read() == OTHER
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, text: str) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    RatesFile(tmp_path, {}).write(RATES)
+    assert "calibration is not kept: [Errno 28]" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_folder_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert calibration.cache_folder(EngineConfig()) is None
+    file = RatesFile(calibration.cache_folder(EngineConfig()), {})
+    file.write(RATES)
+    assert file.read() is None
+    assert "set cache_dir or XDG_CACHE_HOME" in caplog.text
 
 
 def test_cache_folder_follows_the_environment(
