@@ -68,6 +68,17 @@ def ratios(old: list[Row], new: list[Row]) -> Iterator[Row]:
             yield {"row": _name(row), "field": key, "old": known, "new": value, "ratio": ratio}
 
 
+def _is_report(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("bench"), str):
+        return False
+    rows, parts = found.get("rows"), [found.get(part, {}) for part in ("machine", "settings")]
+    return (
+        isinstance(rows, list)
+        and all(isinstance(row, dict) for row in rows)
+        and all(isinstance(part, dict) for part in parts)
+    )
+
+
 def _name(row: Row) -> str:
     return " ".join(str(v) for k, v in row.items() if isinstance(v, str) or k in NAMING)
 
@@ -80,10 +91,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """Read what a bench wrote with ``--json``; raises ConfigError for anything else."""
     try:
         found: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"report {path}: {error}", param="report") from None
-    is_report = isinstance(found, dict) and isinstance(found.get("rows"), list)
-    if not is_report or "bench" not in found:
+    if not _is_report(found):
         raise ConfigError(
             f"report {path}: expected what a bench writes with --json", param="report"
         )

@@ -70,6 +70,8 @@ def json_path(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in an existing folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file that may be written")
     return path
 
 

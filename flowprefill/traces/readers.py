@@ -7,6 +7,7 @@ ConfigError with file, line, field, value and what is allowed.
 
 from __future__ import annotations
 
+import csv
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -32,11 +33,17 @@ def read_trace(path: str | Path, format: str = "auto", *, seed: int = 0) -> Trac
         seed: of times that a format leaves open (mooncake).
 
     Raises:
-        ConfigError: the format is unknown, the file is empty or a row is bad.
-        OSError: the file cannot be read.
+        ConfigError: the file cannot be read, is empty, its format is unknown, or a row is bad.
     """
     path = Path(path)
-    rows = list(csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path))
+    try:
+        rows = list(csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path))
+    except OSError as error:
+        message = f"trace: got {str(path)!r}, expected a file that can be read ({error.strerror})"
+        raise ConfigError(message, param="trace") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        message = f"trace: {path}: {error}, expected lines of text in UTF-8"
+        raise ConfigError(message, param="trace") from None
     if not rows:
         raise ConfigError(f"trace: {path} is empty", param="trace")
     name = _detected(rows[0]) if format == "auto" else format

@@ -11,6 +11,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from flowprefill.errors import ConfigError
 from flowprefill.traces.trace import Trace, TraceRequest
 
 RATE_RPS = 2.746
@@ -43,7 +44,7 @@ def synthetic_trace(seed: int, requests: int = REQUESTS, rate_rps: float = RATE_
         rate_rps: mean arrivals per second, > 0.
     """
     if requests < 1 or not rate_rps > 0:
-        raise ValueError(f"requests {requests}, rate_rps {rate_rps}: expected >= 1 and > 0")
+        raise ConfigError(f"requests {requests}, rate_rps {rate_rps}: expected >= 1 and > 0")
     rng = random.Random(seed)
     names, weights = list(CLASSES), list(CLASSES.values())
     made, at_s = [], 0.0

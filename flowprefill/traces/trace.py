@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flowprefill.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
@@ -28,13 +30,13 @@ class TraceRequest:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.at_s) and self.at_s >= 0):
-            raise ValueError(f"at_s: got {self.at_s}, expected seconds >= 0")
+            raise ConfigError(f"at_s: got {self.at_s}, expected seconds >= 0")
         for name in ("prompt_tokens", "output_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected an integer >= 1")
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected an integer >= 1")
         for name in ("ttft_s", "tpot_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,10 @@ class Trace:
 
     def __post_init__(self) -> None:
         if not self.requests:
-            raise ValueError(f"trace {self.name}: no requests, expected at least one")
+            raise ConfigError(f"trace {self.name}: no requests, expected at least one")
         for before, after in zip(self.requests, self.requests[1:], strict=False):
             if after.at_s < before.at_s:
-                raise ValueError(f"trace {self.name}: {after.at_s} s comes after {before.at_s} s")
+                raise ConfigError(f"trace {self.name}: {after.at_s} s comes after {before.at_s} s")
 
     @property
     def span_s(self) -> float:

@@ -6,6 +6,7 @@ import random
 from bisect import bisect_left
 from dataclasses import replace
 
+from flowprefill.errors import ConfigError
 from flowprefill.traces.trace import Trace, TraceRequest
 
 BLOCK_S = 10.0  # of time, kept together by a resample
@@ -21,17 +22,17 @@ def at_rate(trace: Trace, rate_rps: float) -> Trace:
     """Scale the gaps so that requests arrive at a mean rate, requests per second.
 
     Raises:
-        ValueError: all requests arrive at once, so that no scaling changes that.
+        ConfigError: all requests arrive at once, so that no scaling changes that.
     """
-    _check_positive("rate_rps", rate_rps)
     if trace.span_s <= 0:
-        raise ValueError(f"trace {trace.name}: all requests arrive at once, expected a span > 0")
+        raise ConfigError(f"trace {trace.name}: all requests arrive at once, expected a span > 0")
+    _check_positive("rate_rps", rate_rps)
     return scaled_rate(trace, rate_rps / trace.rate_rps)
 
 
 def scaled_lengths(trace: Trace, factor: float) -> Trace:
     """Multiply prompt and output lengths by a factor > 0; none falls below one token."""
-    _check_positive("factor", factor)
+    _check_positive("length_scale", factor)
 
     def scaled(tokens: int) -> int:
         return max(1, round(tokens * factor))
@@ -51,7 +52,7 @@ def scaled_lengths(trace: Trace, factor: float) -> Trace:
 
 def scaled_objectives(trace: Trace, factor: float) -> Trace:
     """Multiply both objectives of every request by a factor > 0."""
-    _check_positive("factor", factor)
+    _check_positive("slo_scale", factor)
     return _with(
         trace,
         [
@@ -64,7 +65,7 @@ def scaled_objectives(trace: Trace, factor: float) -> Trace:
 def clipped(trace: Trace, max_tokens: int) -> Trace:
     """Cut prompts so that prompt and output together have at most max_tokens (>= 2)."""
     if max_tokens < 2:
-        raise ValueError(f"max_tokens: got {max_tokens}, expected an integer >= 2")
+        raise ConfigError(f"max_tokens: got {max_tokens}, expected an integer >= 2")
     requests = []
     for one in trace.requests:
         output = min(one.output_tokens, max_tokens - 1)
@@ -84,7 +85,7 @@ def window(trace: Trace, start_s: float, length_s: float) -> Trace:
     """Keep what arrives in [start_s, start_s + length_s), shifted so that start_s is 0.
 
     Raises:
-        ValueError: nothing arrives in it.
+        ConfigError: nothing arrives in it.
     """
     kept = [
         replace(one, at_s=one.at_s - start_s)
@@ -132,7 +133,7 @@ def resampled_requests(trace: Trace, seed: int, block_requests: int) -> Trace:
     As `resampled`, but the number of requests is kept instead of the span.
     """
     if block_requests < 1:
-        raise ValueError(f"block_requests: got {block_requests}, expected an integer >= 1")
+        raise ConfigError(f"block_requests: got {block_requests}, expected an integer >= 1")
     rng = random.Random(seed)
     given, count = trace.requests, len(trace.requests)
     mean_gap_s = trace.span_s / max(1, count - 1)
@@ -169,4 +170,4 @@ def _with(trace: Trace, requests: list[TraceRequest]) -> Trace:
 
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: got {value}, expected a number > 0")
+        raise ConfigError(f"{name}: got {value}, expected a number > 0")

@@ -68,7 +68,7 @@ class Records:
             self._found = {
                 key: Measurement.from_dict(one) for key, one in values["measurements"].items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             message = f"resume: {path}: {error}, expected a file of an earlier run"
             raise ConfigError(message, param="resume") from None
         for name in sorted({*given, *self._settings}):

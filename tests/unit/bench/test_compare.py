@@ -54,11 +54,18 @@ def test_compare_prints_ratios_and_writes_them(
     assert json.loads(out.read_text())["rows"][0]["ratio"] == 0.9
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"rows": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json", "[]", "{}", '{"rows": []}', '{"bench": "hol", "rows": [1]}',
+        '{"bench": "hol", "rows": [], "machine": 5}', '{"bench": 1, "rows": []}', "[" * 100_000,
+    ],
+    ids=range(8),
+)  # fmt: skip
 def test_what_is_no_report_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
-    assert main(["bench", "compare", str(path), str(path)]) != 0
+    assert main(["bench", "compare", str(path), str(path)]) == 2
     assert "other.json" in capsys.readouterr().err

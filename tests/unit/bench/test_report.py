@@ -72,6 +72,16 @@ def test_json_path_in_a_missing_folder_is_refused_before_measuring(tmp_path: Pat
             json_path(text)
 
 
+def test_report_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report.os, "access", lambda path, _: path != tmp_path)  # root may all
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a file that may be written"):
+        json_path(str(tmp_path / "x.json"))
+    (tmp_path / "y.json").touch()
+    assert json_path(str(tmp_path / "y.json")) == tmp_path / "y.json"
+
+
 def test_table_shows_seconds_as_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"name": "a", "time_s": 0.0123, "share": 0.5, "rate": 1234.5, "none": None}]
     columns = {"name": "name", "time_s": "t ms", "share": "%", "rate": "r", "none": "n"}

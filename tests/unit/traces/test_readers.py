@@ -161,6 +161,25 @@ def test_bad_file_is_refused(name: str, text: str, message: str, tmp_path: Path)
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b"\xff\xfe"),
+        ("a.csv", b"at_s,prompt_tokens\n\xff,1"),
+        ("a.csv", b"at_s,prompt_tokens\n0," + b"1" * 200_000),
+    ],
+)
+def test_file_that_is_no_text_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="expected lines of text in UTF-8"):
+        read_trace(tmp_path / name)
+
+
+def test_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a file that can be read"):
+        read_trace(tmp_path)
+
+
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected one of auto, qwen, mooncake"):
         read_trace(write_rows(tmp_path, QWEN), "xml")
