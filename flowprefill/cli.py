@@ -2,7 +2,7 @@
 
 Flags of engine and server are made from their settings' dataclasses. Torch, aiohttp and rich are
 imported by the command that needs them, so that ``--help`` is quick. Every expected error is one
-line on stderr and exit status 2.
+line on stderr; the exit status is 2 where what was typed is wrong, 1 where something has failed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from flowprefill.argument_parser import Parser, UsageError, add_settings
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, FlowPrefillError, InvalidRequest, NotReady
 from flowprefill.request import SLO, Request, SamplingParams, Token
+from flowprefill.terminal import drop_output, finish_output, prepare_streams
 from flowprefill.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from flowprefill.server.engine_protocol import ServedEngine
     from flowprefill.server.options import ServerOptions
 
-USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell shows signals
+FAILURE, USAGE_ERROR = 1, 2
+INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell shows signals
 LOADING_END_S = 0.5
 SHOW_CURSOR = "\x1b[?25h\n"
 DEFAULT_MODEL = "smollm2-135m"
@@ -72,7 +74,7 @@ def read_settings(args: argparse.Namespace) -> tuple[EngineConfig, ServerOptions
     """
     from flowprefill.server.options import ServerOptions
 
-    values = _read_config(args.config) if args.config else {}
+    values = {} if args.config is None else _read_config(args.config)
     server = values.pop("server", {})
     if not isinstance(server, dict):
         raise ConfigError(f"server: got {server!r}, expected an object", param="server")
@@ -84,11 +86,11 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}", param="config") from None
+        raise ConfigError(f"config file {path!r}: {error.strerror}", param="config") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"config file {path}: not JSON ({error})", param="config") from None
+        raise ConfigError(f"config file {path!r}: not JSON ({error})", param="config") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"config file {path}: expected a JSON object", param="config")
+        raise ConfigError(f"config file {path!r}: expected a JSON object", param="config")
     return values
 
 
@@ -343,16 +345,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in ([], ["bench"]):
         arguments.append("--help")
+    prepare_streams()
     try:
         status = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        return _end_output()
+        drop_output()
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (UsageError, FlowPrefillError, OSError) as error:
-        sys.stderr.write(f"flowprefill: {' '.join(str(error).split())}\n")
-        return USAGE_ERROR
+    except (UsageError, ConfigError, InvalidRequest) as error:
+        return _tell(error, USAGE_ERROR)
+    except OSError as error:
+        finish_output()
+        return _tell(error, FAILURE)
+    except FlowPrefillError as error:
+        return _tell(error, FAILURE)
+    return status
+
+
+def _tell(error: Exception, status: int) -> int:
+    sys.stderr.write(f"flowprefill: {' '.join(str(error).split())}\n")
     return status
 
 
@@ -362,13 +375,6 @@ def _run(arguments: Sequence[str]) -> int:
         return int(args.run(args))
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
-
-
-def _end_output() -> int:
-    """Say nothing of a reader that has gone, e.g. ``head``; the interpreter flushes once more."""
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    return PIPE_CLOSED
 
 
 if __name__ == "__main__":

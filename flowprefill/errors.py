@@ -1,6 +1,6 @@
 """Every error a user can meet, one tree; each class owns its HTTP status and OpenAI error type.
 
-Raised by every layer; the server turns them into responses, the CLI into one line and status 2.
+Raised by every layer; the server turns them into responses, the CLI into one line and a status.
 """
 
 from __future__ import annotations

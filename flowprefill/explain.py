@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
-import os
 import sys
 import urllib.error
 import urllib.parse
@@ -12,11 +12,11 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flowprefill.errors import InvalidRequest
+from flowprefill.client import KEY_VARIABLE, bearer, server_url
+from flowprefill.errors import FlowPrefillError, InvalidRequest
 
 TIMEOUT_S = 10.0
 DEFAULT_URL = "http://127.0.0.1:8000"
-KEY_VARIABLE = "FLOWPREFILL_API_KEY"
 MAX_SHOWN = 8  # of the prefills that a request waited for
 Story = Mapping[str, Any]
 
@@ -36,21 +36,22 @@ def run(args: argparse.Namespace) -> int:
     path = "/debug/requests"
     if args.id:
         path += "/" + urllib.parse.quote(args.id, safe="")
-    answer = _fetch(args.url.rstrip("/") + path, args.api_key or os.environ.get(KEY_VARIABLE, ""))
+    url = server_url(args.url) + path
+    answer = _fetch(url, bearer(args.api_key))
     if args.json:
         lines = [json.dumps(answer, indent=2)]
     else:
-        lines = list(sentences(answer) if args.id else _short_lines(answer["requests"]))
+        try:
+            lines = list(sentences(answer) if args.id else _short_lines(answer["requests"]))
+        except (LookupError, TypeError, AttributeError, ValueError):
+            raise FlowPrefillError(f"{url}: not what a server of FlowPrefill answers") from None
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 
-def _fetch(url: str, key: str) -> Any:
+def _fetch(url: str, headers: dict[str, str]) -> Any:
     """Get JSON; raises InvalidRequest with what the server says."""
-    if not url.startswith(("http://", "https://")):
-        raise InvalidRequest.field("--url", url, "http://HOST:PORT")
     try:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
             return json.load(reply)
@@ -60,8 +61,8 @@ def _fetch(url: str, key: str) -> Any:
         except (ValueError, KeyError, TypeError):
             message = f"{url}: status {error.code}"
         raise InvalidRequest(message) from None
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{url}: {error}") from None
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+        raise FlowPrefillError(f"{url}: {error}") from None
 
 
 def _short_lines(requests: list[Story]) -> Iterator[str]:

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut is of no use
     for name, value in found.items():
         table.add_row(name.replace("_", " "), _shown(value))
     Console().print(table)

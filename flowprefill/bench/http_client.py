@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ import aiohttp
 
 from flowprefill.bench.arrivals import Planned
 from flowprefill.bench.common import random_ids
-from flowprefill.errors import ConfigError, FlowPrefillError
+from flowprefill.client import bearer, server_url
+from flowprefill.errors import FlowPrefillError
+from flowprefill.terminal import unwinding_signals
 
 READY = re.compile(r"^serving .* at (http://\S+)$")
 STOP_TIMEOUT_S = 30
@@ -83,14 +86,14 @@ def server_process(
     Raises:
         FlowPrefillError: it ended before it was ready; with its last words.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with unwinding_signals(), tempfile.TemporaryDirectory() as folder:
         config, file = Path(folder) / "config.json", Path(folder) / "log"
         config.write_text(json.dumps(dict(settings)))
         command = [
             sys.executable, "-m", "flowprefill", "serve", model,
             "--port", "0", "--config", str(config), "--log-level", log_level,
         ]  # fmt: skip
-        with file.open("w+") as log:
+        with file.open("w+", encoding="utf-8", errors="replace") as log:
             process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
             try:
                 yield ServerProcess(_wait_until_ready(process, log), process.pid, file)
@@ -139,15 +142,25 @@ class ServerFacts:
     granularity: str
 
 
+def check_answers(url: str) -> None:
+    """Raise FlowPrefillError if no server answers at a URL, whatever it says."""
+    try:
+        with urllib.request.urlopen(url, timeout=FACTS_TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, http.client.HTTPException) as error:
+        raise FlowPrefillError(f"{url}: {error}") from None
+
+
 def server_facts(url: str, api_key: str = "") -> ServerFacts:
     """Ask a running server what it serves.
 
     Raises:
-        ConfigError: there is no server of FlowPrefill at ``url``.
+        InvalidRequest: that is no URL or no key.
+        FlowPrefillError: there is no server of FlowPrefill at ``url``.
     """
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"url: got {url!r}, expected http://HOST:PORT", param="url")
-    request = urllib.request.Request(url.rstrip("/") + "/server_info", headers=_bearer(api_key))
+    request = urllib.request.Request(server_url(url) + "/server_info", headers=bearer(api_key))
     try:
         with urllib.request.urlopen(request, timeout=FACTS_TIMEOUT_S) as reply:
             told = json.load(reply)
@@ -158,11 +171,7 @@ def server_facts(url: str, api_key: str = "") -> ServerFacts:
         )  # fmt: skip
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         message = f"url: {url}/server_info: {type(error).__name__}: {error}"
-        raise ConfigError(message, param="url") from None
-
-
-def _bearer(api_key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        raise FlowPrefillError(message, param="url") from None
 
 
 async def send_all(
@@ -182,7 +191,7 @@ async def send_all(
     timeout = aiohttp.ClientTimeout(total=None)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
-        url, connector=connector, timeout=timeout, headers=_bearer(api_key)
+        url, connector=connector, timeout=timeout, headers=bearer(api_key)
     ) as session:
         start_s = time.monotonic()
         tasks = [

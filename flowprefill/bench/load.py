@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the JSON."""
     _check(args)
-    facts = server_facts(args.url, args.api_key) if args.url else None
+    facts = None if args.url is None else server_facts(args.url, args.api_key)
     if facts is not None:
         args.model, max_tokens, vocab_size = facts.model, facts.max_model_len, facts.vocab_size
     else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +18,11 @@ from rich.console import Console
 from flowprefill import cli
 from flowprefill.argument_parser import add_settings, did_you_mean
 from flowprefill.chat.talks import EngineTalk, Message, ServerTalk, Talk, TalkSettings
+from flowprefill.client import KEY_VARIABLE
 from flowprefill.config import EngineConfig
-from flowprefill.errors import ConfigError, FlowPrefillError
+from flowprefill.errors import ConfigError, FlowPrefillError, InvalidRequest
+from flowprefill.request import SamplingParams
 
-KEY_VARIABLE = "FLOWPREFILL_API_KEY"
 MAX_OBJECTIVE_MS = 86_400_000.0
 COMMANDS = {
     "/slo": "/slo 250: objective for the first token in milliseconds; /slo off: none",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--url", help="talk with this server, http://HOST:PORT; no model is loaded")
     parser.add_argument(
-        "--api-key", default=os.environ.get(KEY_VARIABLE, ""),
+        "--api-key",
         help=f"for the server; the variable {KEY_VARIABLE} if left out",
     )  # fmt: skip
     parser.add_argument("--system", default="", help="what the model is told first")
@@ -56,8 +56,11 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the user ends it."""
     if args.slo is not None:
         _check_objective(args.slo)
+    if args.max_tokens < 1:
+        raise InvalidRequest.field("max_tokens", args.max_tokens, "an integer >= 1")
+    SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature)  # checks both
     settings = TalkSettings(args.max_tokens, args.temperature, args.slo)
-    if args.url:
+    if args.url is not None:
         chat = Conversation(ServerTalk(args.url, args.api_key, args.model), settings, args.system)
         return chat.run(sys.stdin)
     config, _ = cli.read_settings(args)

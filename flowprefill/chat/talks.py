@@ -11,7 +11,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flowprefill.errors import FlowPrefillError, InvalidRequest
+from flowprefill.client import bearer, server_url
+from flowprefill.errors import FlowPrefillError, InvalidRequest, shortened
 from flowprefill.request import SLO, Request, SamplingParams
 
 CONNECT_S = 600.0  # also the longest silence; servers send comments while they compute
@@ -78,20 +79,17 @@ class ServerTalk:
 
     Args:
         url: http://HOST:PORT.
-        key: sent as ``Authorization: Bearer``; empty for none.
+        key: sent as ``Authorization: Bearer``; empty for none, None for the environment's.
         model: name to ask for; empty: the first that the server lists.
 
     Raises:
-        InvalidRequest: there is no such server, or it refuses to list its models.
+        InvalidRequest: that is no URL or no key, or the server refuses to list its models.
+        FlowPrefillError: there is no such server.
     """
 
-    def __init__(self, url: str, key: str = "", model: str = "") -> None:
-        if not url.startswith(("http://", "https://")):
-            raise InvalidRequest.field("--url", url, "http://HOST:PORT")
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+    def __init__(self, url: str, key: str | None = "", model: str = "") -> None:
+        self._url = server_url(url).removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json", **bearer(key)}
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -99,7 +97,7 @@ class ServerTalk:
             try:
                 return str(json.load(reply)["data"][0]["id"])
             except (ValueError, LookupError, TypeError):
-                message = f"{self._url}/v1/models: not a list of models; name one with --model"
+                message = f"{self._url}/v1/models: not a list of models; name one after chat"
                 raise InvalidRequest(message) from None
 
     @contextlib.contextmanager
@@ -112,7 +110,7 @@ class ServerTalk:
                 yield reply
         except urllib.error.HTTPError as error:
             raise InvalidRequest(_refusal(error)) from None
-        except (OSError, http.client.HTTPException, UnicodeEncodeError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise FlowPrefillError(f"{self._url}: {error}") from None
 
     def answer(
@@ -136,14 +134,21 @@ class ServerTalk:
 
 def _texts(raw: bytes) -> Iterator[str]:
     """Yield what one event adds to the answer, its reasoning included."""
-    event = json.loads(raw)
-    if "error" in event:
-        raise FlowPrefillError(str(event["error"].get("message", "the stream has failed")))
-    for choice in event.get("choices", ()):
-        delta = choice.get("delta", {})
-        for name in ("reasoning_content", "content"):
-            if delta.get(name):
-                yield str(delta[name])
+    try:
+        event = json.loads(raw)
+        failed = event.get("error")
+        texts = [
+            str(choice["delta"][name])
+            for choice in event.get("choices") or ()
+            for name in ("reasoning_content", "content")
+            if choice.get("delta", {}).get(name)
+        ]
+        message = None if failed is None else str(failed.get("message", "the stream has failed"))
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise FlowPrefillError(f"the stream holds what is no event: {shortened(raw)}") from None
+    if message is not None:
+        raise FlowPrefillError(message)
+    yield from texts
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:

@@ -55,7 +55,8 @@ def resolve_model(source: str | Path) -> ModelSource:
     if isinstance(source, str) and source in PACKAGED_MODELS:
         return ModelSource(source, _packaged_path(source))
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - an unknown home stays as it is
-    is_folder, is_file = _kind_of(path)
+    # An empty text, e.g. of a variable that is not set, is no name of the current folder.
+    is_folder, is_file = _kind_of(path) if source != "" else (False, False)
     if is_folder:
         found = _model_of(path)
         return ModelSource(path.resolve().name if found == path else model_name(found), found)

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Callable, Iterator
 
 from aiohttp import web
 
+from flowprefill.errors import ConfigError
 from flowprefill.server.context import SERVER, ServerContext
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.http.access_log import access_log_middleware
@@ -122,8 +124,12 @@ class Server:
         """Listen; returns the port, which the system chooses for port 0.
 
         Raises:
+            ConfigError: there is no such host.
             OSError: the address is taken or not ours.
         """
+        if not host:  # to the system it means all addresses, and a variable may be unset
+            allowed = "an address, '0.0.0.0' or '::' for all"
+            raise ConfigError(f"host: got '', expected {allowed}", param="host")
         await self._runner.setup()
         assert self._runner.server is not None
         context, loop = self.context, asyncio.get_running_loop()
@@ -138,8 +144,14 @@ class Server:
                 ssl_handshake_timeout=context.options.header_timeout_s if self.tls else None,
                 ssl_shutdown_timeout=CLOSING_WRITE_S if self.tls else None,
             )
-        except OSError:
+        except OSError as error:
             await self._runner.cleanup()
+            if isinstance(error, socket.gaierror):
+                raise ConfigError(
+                    f"host: got {host!r}, expected an address of this machine or its name "
+                    f"({error.strerror})",
+                    param="host",
+                ) from None
             raise
         loop.set_exception_handler(context.connections.on_loop_error)
         addresses = [one.getsockname() for one in self._listening.sockets]
@@ -222,6 +234,7 @@ async def serve(
             longer waits for its engine.
 
     Raises:
+        ConfigError: there is no such host.
         OSError: cannot listen.
         FlowPrefillError: the engine did not start.
     """
@@ -243,7 +256,8 @@ async def serve(
             if not stop.is_set():
                 server.context.attach(loading.result())
                 if on_ready is not None:
-                    on_ready(f"{'https' if server.tls else 'http'}://{host}:{port}")
+                    shown = f"[{host}]" if ":" in host else host  # an IPv6 address
+                    on_ready(f"{'https' if server.tls else 'http'}://{shown}:{port}")
                 await stop.wait()
         finally:
             stopping.cancel()

@@ -38,15 +38,16 @@ def test_running_server_with_tenants_gets_the_key(start_server: StartServer) -> 
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "status", "words"),
     [
-        (("--url", "http://127.0.0.1:9"), "url: http://127.0.0.1:9/server_info: URLError"),
-        (("--url", "nowhere"), "url: got 'nowhere', expected http://HOST:PORT"),
-        (("--url", "http://127.0.0.1:9", "--policy", "edf"), "with --policy or --granularity"),
+        (("--url", "http://127.0.0.1:9"), 1, "url: http://127.0.0.1:9/server_info: URLError"),
+        (("--url", "nowhere"), 2, "url: got 'nowhere', expected http://HOST:PORT"),
+        (("--url", ""), 2, "url: got '', expected http://HOST:PORT"),
+        (("--url", "http://127.0.0.1:9", "--policy", "edf"), 2, "with --policy or --granularity"),
     ],
 )
 def test_bad_url_is_one_line(
-    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], status: int, words: str
 ) -> None:
-    assert cli.main(["bench", "load", *flags]) == 2
+    assert cli.main(["bench", "load", *flags]) == status
     assert words in capsys.readouterr().err

@@ -167,15 +167,20 @@ def test_command_loads_a_model_here(
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "status", "words"),
     [
-        (("--slo", "-1"), "slo: got -1"),
-        (("--url", "nowhere"), "--url: got 'nowhere'"),
-        (("--url", "http://127.0.0.1:9"), "refused"),
+        (("--slo", "-1"), 2, "slo: got -1"),
+        (("--max-tokens", "0"), 2, "max_tokens: got 0, expected an integer >= 1"),
+        (("--temperature", "nan"), 2, "temperature: got nan"),
+        (("--url", "nowhere"), 2, "--url: got 'nowhere'"),
+        (("--url", ""), 2, "--url: got ''"),
+        (("--url", "http://[::1"), 2, "--url: got 'http://[::1'"),
+        (("--url", "http://127.0.0.1:9", "--api-key", "a\nb"), 2, "--api-key"),
+        (("--url", "http://127.0.0.1:9"), 1, "refused"),
     ],
 )
 def test_bad_chat_flags_are_one_line(
-    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: str
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], status: int, words: str
 ) -> None:
-    assert cli.main(["chat", *argv]) == 2
+    assert cli.main(["chat", *argv]) == status
     assert words in capsys.readouterr().err

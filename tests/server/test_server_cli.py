@@ -41,9 +41,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
     engine.close(0.0)
 
 
-def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 2) -> str:
     """Run a command that must fail; returns its one line."""
-    assert cli.main(argv) == 2
+    assert cli.main(argv) == status
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("flowprefill: ")
@@ -156,7 +156,8 @@ def test_settings_default_is_the_dataclass() -> None:
         (("serve", "--classes", "[1]"), "expected a JSON object"),
         (("serve", "--max-body-mib", "-3"), "max_body_mib: got -3"),
         (("serve", "--service-tiers", '{"flex": "x"}'), "service_tiers.flex: got 'x'"),
-        (("serve", "--config", "/nowhere.json"), "config file /nowhere.json: No such file"),
+        (("serve", "--config", "/nowhere.json"), "config file '/nowhere.json': No such file"),
+        (("serve", "--config", ""), "config file '': Is a directory"),
         (("serve", "--unheard-of"), "--unheard-of"),
         (("bench", "speed"), "invalid choice: 'speed'"),
         (("generate", "Hi", "--temperature", "9"), "temperature: got 9.0"),
@@ -179,6 +180,14 @@ def test_bad_command_line_is_one_line_and_status_2(
         ("[]", "expected a JSON object"),
         ('{"treads": 2}', "'treads', expected one of"),
         ('{"threads": "2"}', "threads: got '2'"),
+        ('{"calibrate": "no"}', "calibrate: got 'no', expected true or false"),
+        ('{"background": 1}', "background: got 1, expected true or false"),
+        ('{"prefix_cache": null}', "prefix_cache: got None, expected true or false"),
+        ('{"cache_dir": 5}', "cache_dir: got 5, expected a text"),
+        ('{"cache_dir": "a\\u0000b"}', "cache_dir: got 'a\\x00b', expected a path"),
+        ('{"chat_template": []}', "chat_template: got [], expected a text"),
+        ('{"classes": {"a": {"ttft_ms": "9"}}}', "classes.a.ttft_ms: got '9', expected a number"),
+        ('{"classes": {"a": {"tpot_ms": 0}}}', "classes.a.tpot_ms: got 0, expected milliseconds"),
         ('{"server": 5}', "server: got 5"),
         ('{"server": {"port": 5}}', "'port', expected one of"),
     ],
@@ -196,7 +205,16 @@ def test_taken_port_is_one_line(capsys: pytest.CaptureFixture[str], engine: Fake
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert "address already in use" in error_of(capsys, "serve", "--port", port)
+        error = error_of(capsys, "serve", "--port", port, status=1)
+        assert "address already in use" in error
+
+
+@pytest.mark.parametrize("host", ["", "no-such-host.invalid"])
+def test_host_that_is_none_is_one_line(
+    capsys: pytest.CaptureFixture[str], engine: FakeEngine, host: str
+) -> None:
+    error = error_of(capsys, "serve", "--host", host, "--port", "0")
+    assert f"host: got {host!r}, expected an address" in error
 
 
 def test_model_that_does_not_load_is_one_line(
@@ -206,12 +224,18 @@ def test_model_that_does_not_load_is_one_line(
         raise CheckpointError(f"{model}: truncated\nat byte 5")
 
     monkeypatch.setattr(cli, "load_engine", load)
-    assert "m.gguf: truncated at byte 5" in error_of(capsys, "serve", "m.gguf", "--port", "0")
-    assert "truncated" in error_of(capsys, "generate", "Hi", "--model", "m.gguf")
+    served = error_of(capsys, "serve", "m.gguf", "--port", "0", status=1)
+    assert "m.gguf: truncated at byte 5" in served
+    assert "truncated" in error_of(capsys, "generate", "Hi", "--model", "m.gguf", status=1)
 
 
+@pytest.mark.parametrize(("host", "shown"), [(None, "127.0.0.1"), ("::1", "[::1]")])
 def test_serve_runs_until_a_signal(
-    capsys: pytest.CaptureFixture[str], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str | None,
+    shown: str,
 ) -> None:
     original = engine.subscribe
 
@@ -220,8 +244,9 @@ def test_serve_runs_until_a_signal(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(engine, "subscribe", subscribe)
-    assert cli.main(["serve", "some-model", "--port", "0", "--threads", "2"]) == 0
-    assert "serving some-model at http://127.0.0.1:" in capsys.readouterr().err
+    flags = [] if host is None else ["--host", host]
+    assert cli.main(["serve", "some-model", "--port", "0", "--threads", "2", *flags]) == 0
+    assert f"serving some-model at http://{shown}:" in capsys.readouterr().err
     assert engine.config.threads == 2
     assert not engine.is_ready
 
@@ -317,7 +342,7 @@ def test_generate_failed_run_is_one_line(
     capsys: pytest.CaptureFixture[str], engine: FakeEngine
 ) -> None:
     engine.script = Script(error=RequestFailed("qkv, layer 3"))
-    assert "qkv, layer 3" in error_of(capsys, "generate", "Hi")
+    assert "qkv, layer 3" in error_of(capsys, "generate", "Hi", status=1)
 
 
 def test_generate_interrupt_cancels_and_ends(
@@ -380,12 +405,16 @@ def test_doctor_says_how_to_build_the_module_for_gpus(monkeypatch: pytest.Monkey
     assert found["gpus"] == []
 
 
-def test_doctor_table_is_printed(
+def test_doctor_table_is_printed_and_paths_are_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "GEMM_SIZE", 64)
+    path = "/a/folder" * 20
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(doctor, "examine", lambda: {"gemm_bf16_gflops": 1.0, "model": path})
     assert cli.main(["doctor"]) == 0
-    assert "gemm bf16 gflops" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "gemm bf16 gflops" in shown
+    assert path in "".join(shown.split())
 
 
 @pytest.mark.parametrize(

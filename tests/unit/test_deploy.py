@@ -181,6 +181,7 @@ def test_unit_restarts_and_stops_as_the_server_expects() -> None:
     assert service["Type"] == "exec"
     assert service["KillSignal"] == "SIGTERM"
     assert service["Restart"] == "on-failure"
+    assert service["RestartPreventExitStatus"] == str(cli.USAGE_ERROR)
     assert int(service["LimitNOFILE"]) >= 2 * 16_384  # twice the default cap
     assert "XDG_CACHE_HOME=%C/" + service["CacheDirectory"] in service["Environment"].split()
 

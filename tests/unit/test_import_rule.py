@@ -42,8 +42,10 @@ PYTHON_LAYERS = {
     "engine": _layer("engine scheduling models _core _cuda", "torch numpy llguidance"),
     "server": _layer("server engine models", "aiohttp prometheus_client opentelemetry"),
     "traces": _layer("traces"),
-    "explain": _layer(),
+    "explain": _layer("client"),
+    "client": _layer(),
     "argument_parser": _layer(),
+    "terminal": _layer(),
     "simulation": _layer("simulation traces scheduling engine models _core", "numpy"),
 }
 # They join layers, so they may import any; `__init__` is the lazy front door (test_packaging.py).

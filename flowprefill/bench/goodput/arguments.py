@@ -12,6 +12,7 @@ from flowprefill.bench.goodput.workload import add_workload_arguments, check_wor
 from flowprefill.bench.random_model import SHAPES
 from flowprefill.bench.report import json_path
 from flowprefill.errors import ConfigError
+from flowprefill.simulation import Profile
 
 LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.1)
 SLO_SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -67,9 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse values out of range, and fill in defaults that depend on the backend."""
-    if args.backend not in ("sim", "engine") and not args.backend.startswith("http"):
-        message = f"backend: got {args.backend!r}, expected sim, engine or a http:// URL"
-        raise ConfigError(message, param="backend")
+    if args.backend not in ("sim", "engine"):
+        if not args.backend.startswith(("http://", "https://")):
+            message = f"backend: got {args.backend!r}, expected sim, engine or a http:// URL"
+            raise ConfigError(message, param="backend")
+        if args.setting:
+            raise ConfigError("setting: a server at a URL has its own, expected none")
+        check_least("vocab_size", args.vocab_size, 2)
     check_workload(args)
     check_least("budget", args.budget, 0)
     check_least("threads", args.threads, 0)
@@ -78,6 +83,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         message = f"rate_step: got {args.rate_step}, expected a ratio in [1.001, 2]"
         raise ConfigError(message, param="rate_step")
     Setting.parse(args.ours)
+    if args.guess_profile:
+        Profile.load(args.guess_profile)
     is_sim = args.backend == "sim"
     args.target = args.target or ([0.9, 0.99] if is_sim else [0.9])
     for target in args.target:
@@ -101,4 +108,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.setting = args.setting or list(QUICK_SETTINGS)
         args.loads, args.slo_scales = args.loads[::4], args.slo_scales[::4]
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"out: got {str(args.out)!r}, expected a folder ({error.strerror})"
+            raise ConfigError(message, param="out") from None

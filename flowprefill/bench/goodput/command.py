@@ -36,7 +36,6 @@ from flowprefill.bench.goodput.workload import (
 )
 from flowprefill.bench.random_model import SHAPES, RandomCheckpoint
 from flowprefill.bench.report import Report, Row, print_table
-from flowprefill.errors import ConfigError
 from flowprefill.traces import scaled_rate
 
 FINE_STEP, FINE_STRIDE = 1.005, 64  # of the rates' grid, where a measurement costs nothing
@@ -93,8 +92,6 @@ def _backend_of(args: argparse.Namespace) -> Backend:
 
 def _settings_of(args: argparse.Namespace, backend: Backend) -> list[Setting]:
     if args.backend.startswith("http"):
-        if args.setting:
-            raise ConfigError("setting: a server at a URL has its own, expected none")
         return [Setting.parse(args.ours)]  # a name only
     if args.setting:
         return parse_all(args.setting)

@@ -17,8 +17,9 @@ from flowprefill.bench.arrivals import Planned
 from flowprefill.bench.common import FIRST_TOKEN_ONLY, first_token_s, random_ids
 from flowprefill.bench.goodput.measurement import Measurement, Served, Stretch, summarised
 from flowprefill.bench.goodput.setting import Setting
-from flowprefill.bench.http_client import send_all
+from flowprefill.bench.http_client import check_answers, send_all
 from flowprefill.bench.statistics import median
+from flowprefill.client import server_url
 from flowprefill.config import EngineConfig
 from flowprefill.engine import Engine
 from flowprefill.engine.handle import Handle
@@ -283,8 +284,14 @@ class UrlBackend:
     is_fast = False
 
     def __init__(self, url: str, vocab_size: int) -> None:
-        """Remember the address and how many token ids random prompts may use."""
-        self.name = url
+        """Remember the address and how many token ids random prompts may use.
+
+        Raises:
+            InvalidRequest: that is no URL.
+            FlowPrefillError: no server answers there.
+        """
+        self.name = server_url(url, "--backend")
+        check_answers(self.name)
         self._vocab_size = vocab_size
 
     def solo_s(self, prompt_tokens: int) -> float:  # noqa: ARG002

@@ -10,6 +10,7 @@ from pathlib import Path
 from flowprefill.bench.common import check_least
 from flowprefill.errors import ConfigError
 from flowprefill.traces import (
+    FORMATS,
     Trace,
     clipped,
     for_machine,
@@ -79,6 +80,9 @@ def check_workload(args: argparse.Namespace) -> None:
             raise ConfigError(f"{name}: got {value}, expected a number > 0", param=name)
     for name in ("start_s", "length_s", "max_tokens"):
         check_least(name, getattr(args, name), 0)
+    if args.format not in ("auto", *FORMATS):
+        known = ", ".join(["auto", *FORMATS])
+        raise ConfigError(f"format: got {args.format!r}, expected one of {known}", param="format")
     check_least("samples", args.samples, -1)
     check_least("requests", args.requests, 2)
 

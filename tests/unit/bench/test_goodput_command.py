@@ -202,6 +202,13 @@ def test_quick_simulation_reports_rates_and_draws_a_page(
         (["--ours", "mine"], "expected POLICY+GRANULARITY"),
         (["--backend", "http://localhost:1", "--setting", "fcfs+none"], "has its own"),
         (["--objectives", "mine"], "expected one of qwen-8b"),
+        (["--guess-profile", "x"], "profile: got 'x', expected MODEL@MACHINE"),
+        (["--backend", "httpx"], "backend: got 'httpx'"),
+        (["--backend", "http://localhost:x"], "--backend: got 'http://localhost:x'"),
+        (["--backend", "http://localhost:1", "--vocab-size", "0"], "vocab_size: got 0"),
+        (["--format", "xml"], "format: got 'xml', expected one of auto, qwen"),
+        (["--start-s", "1e9"], "no requests, expected at least one"),
+        (["--out", "/dev/null"], "out: got '/dev/null', expected a folder (File exists)"),
     ],
 )
 def test_bad_flags_are_refused(
@@ -209,6 +216,15 @@ def test_bad_flags_are_refused(
 ) -> None:
     assert cli.main(["bench", "goodput", "--quick", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_server_that_is_not_there_is_told_before_anything_is_sent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["bench", "goodput", "--quick", "--backend", "http://127.0.0.1:9"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "http://127.0.0.1:9: " in line
+    assert "refused" in line
 
 
 def test_ticks_are_round_and_inside() -> None:

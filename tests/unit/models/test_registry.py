@@ -42,6 +42,16 @@ def test_unknown_model_says_what_is_allowed(source: str, tmp_path: Path) -> None
     assert caught.value.param == "model"
 
 
+def test_empty_name_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(".").path == Path("only.gguf")
+    with pytest.raises(CheckpointError, match="model: got '', expected"):
+        resolve_model("")
+
+
 def test_packaged_model_is_found_without_importing_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,44 @@
+"""What every command that asks a server checks first: its URL and the key; explain, chat, bench."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+
+from flowprefill.errors import InvalidRequest
+
+KEY_VARIABLE = "FLOWPREFILL_API_KEY"
+
+
+def server_url(text: str, flag: str = "--url") -> str:
+    """Return a server's URL without a slash at its end.
+
+    Args:
+        flag: where it was given.
+
+    Raises:
+        InvalidRequest: it is not http://HOST:PORT.
+    """
+    try:
+        parts = urllib.parse.urlsplit(text)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        is_url = False
+    if not is_url or not text.isascii() or not text.isprintable() or " " in text:
+        raise InvalidRequest.field(flag, text, "http://HOST:PORT")
+    return text.rstrip("/")
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """Return the headers that carry a key; None: that of the environment, if there is one.
+
+    Raises:
+        InvalidRequest: no header can carry it. It is not shown.
+    """
+    if key is None:
+        key = os.environ.get(KEY_VARIABLE, "")
+    if not key.isascii() or not key.isprintable():
+        raise InvalidRequest(
+            f"--api-key, or {KEY_VARIABLE}: got {len(key)} characters, expected printable ASCII"
+        )
+    return {"Authorization": f"Bearer {key}"} if key else {}
