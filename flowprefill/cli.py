@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,16 +200,16 @@ def _end_process(status: int) -> None:
 
 
 @contextmanager
-def _ends_at_interrupt() -> Iterator[None]:
-    """While a model loads on the main thread: Ctrl-C ends the process, and no traceback waits."""
+def _ends_at(number: signal.Signals, status: int) -> Iterator[None]:
+    """In the block, on the main thread, a signal ends the process at once, without a traceback."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, lambda *_: _end_process(INTERRUPTED))
+    previous = signal.signal(number, lambda *_: _end_process(status))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)
 
 
 def _add_generate(commands: Any) -> None:
@@ -247,7 +247,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if not prompt:
         raise InvalidRequest("prompt: empty, expected text as an argument or on stdin")
     config, _ = read_settings(args)
-    with _ends_at_interrupt():
+    with _ends_at(signal.SIGINT, INTERRUPTED):
         engine = load_engine(args.model, config)
     try:
         if args.chat:
@@ -346,8 +346,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments in ([], ["bench"]):
         arguments.append("--help")
     prepare_streams()
+    # Until serve() takes it over. Process 1 of a container that has no handler never gets it.
+    is_server = arguments[:1] == ["serve"]
     try:
-        status = _run(arguments)
+        with _ends_at(signal.SIGTERM, 0) if is_server else nullcontext():
+            status = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         drop_output()

@@ -307,6 +307,46 @@ def test_interrupt_ends_generate_while_the_model_loads(monkeypatch: pytest.Monke
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_sigterm_ends_serve_before_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(Exception):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    def build(_arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(WAIT_S)
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr(cli, "build_parser", build)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(Ended, match="0"):
+            cli.main(["serve"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_interrupt_while_the_command_is_imported_leaves_no_traceback() -> None:
+    code = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "flowprefill.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("flowprefill", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_generate_streams_the_text(capsys: pytest.CaptureFixture[str], engine: FakeEngine) -> None:
     argv = ["generate", "Hi", "--max-tokens", "5", "--stop", "x", "--ttft-ms", "250", "--timings"]
     assert cli.main(argv) == 0
