@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         args.overload_seconds = args.seconds
     for name in ("prompt_tokens", "output_tokens", "seconds", "overload_seconds"):
         check_least(name, getattr(args, name), 1)
+    for name, least in (("times", 0.01), ("ttft_ms", 1), ("idle", 0), ("never_reading", 0)):
+        check_least(name, getattr(args, name), least)
+    check_least("threads", args.threads, 0)
     names = ("model", "times", "seconds", "overload_seconds", "prompt_tokens", "output_tokens",
              "ttft_ms", "idle", "never_reading", "seed")  # fmt: skip
     report = Report("overload", {name: getattr(args, name) for name in names})
