@@ -138,6 +138,13 @@ def test_outlook_counts_whom_a_newcomer_would_make_late() -> None:
     assert urgent.made_late == 2, "the running and the tight one"
 
 
+def test_outlook_keeps_two_segments_free_but_no_more_than_a_tenth_of_the_objective() -> None:
+    one = scheduler("slack_edf")
+    for objective_s, margin_s in ((1.0, 0.004), (0.01, 0.001)):
+        outlook = one.outlook(Job("new", 50.0, 1, 0, 50.0 + objective_s), 50.0, 1.0)
+        assert outlook.margin_s == pytest.approx(margin_s)
+
+
 def test_outlook_decides_nothing() -> None:
     one, other = scheduler("slack_edf"), scheduler("slack_edf")
     for each in (one, other):

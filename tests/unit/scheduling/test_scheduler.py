@@ -11,11 +11,13 @@ from hand_made import arrive, job, make
 
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import (
+    Arrival,
     Cancelled,
     Decision,
     Failed,
     Finished,
     Held,
+    Job,
     Scheduler,
     TimerFired,
     Work,
@@ -205,6 +207,7 @@ def test_on_miss_drop_waiting_dropped_when_out_of_reach_and_timer_asked_for() ->
     assert decision.wake_at <= 0.2
     later = scheduler.on_event(TimerFired(), decision.wake_at)
     assert [name for name, _ in later.dropped] == ["drop"]
+    assert scheduler.load().waiting_jobs == 0
     assert scheduler.on_event(Cancelled("drop"), 0.3).dropped == ()
 
 
@@ -235,6 +238,49 @@ def test_decode_due_preempts_long_prefill_and_gives_way_again() -> None:
     assert again.dispatch is long
 
 
+@pytest.mark.parametrize(
+    ("shares", "tpot_s", "steps"),
+    [
+        ({"idle_share": 0.25}, math.inf, 3.0),
+        ({"idle_share": 0.1}, math.inf, 9.0),
+        ({"decode_share": 0.5}, 1e-4, 1.0),
+        ({"decode_share": 0.25}, 1e-4, 3.0),
+    ],
+)
+def test_decode_leaves_prefills_their_share(
+    shares: dict[str, float], tpot_s: float, steps: float
+) -> None:
+    scheduler = make(**shares)
+    step = dispatched(arrive(scheduler, "talker", 0, tpot_s=tpot_s))
+    arrive(scheduler, "long", 50_000)
+    decision = scheduler.on_event(Finished(step.id), step.predicted_s)
+    assert decision.wake_at == pytest.approx((1.0 + steps) * step.predicted_s, rel=1e-3)
+
+
+def test_decode_due_waits_for_a_prefill_with_an_earlier_deadline_that_would_miss_it() -> None:
+    scheduler = make()
+    step = dispatched(arrive(scheduler, "talker", 0, tpot_s=0.05))  # of 2 ms
+    arrive(scheduler, "prefill", 460, 0.0515)  # of 47 ms
+    decision = scheduler.on_event(Finished(step.id), 0.002)
+    assert dispatched(decision).job_ids == ("prefill",)
+    assert decision.wake_at == pytest.approx(0.048, abs=1e-6)
+    later = scheduler.on_event(TimerFired(), 0.048)
+    assert (later.dispatch, later.wake_at) == (None, pytest.approx(0.052))
+
+
+def test_decode_starts_as_early_as_all_that_is_in_the_cache_needs() -> None:
+    scheduler = make()
+    for name in ("a", "b"):
+        scheduler.on_event(Arrival(Job(name, 0.0, 0, 10**7, tpot_s=0.5)), 0.0)  # a is stepped
+    arrive(scheduler, "long", 50_000)
+    step = scheduler.current
+    assert step is not None
+    decision = scheduler.on_event(Finished(step.id), step.predicted_s)
+    assert dispatched(decision).job_ids == ("long",)
+    both_s = scheduler.cost_model.decode_s(2, 2 * 10**7)
+    assert decision.wake_at == pytest.approx(0.5 - both_s - 0.002, abs=1e-5)
+
+
 def test_held_sequence_is_in_no_further_step_until_it_goes_on() -> None:
     scheduler = make()
     first = dispatched(arrive(scheduler, "a", 0, at=1.0, tpot_s=0.1))
@@ -257,7 +303,12 @@ def test_held_and_let_go_on_within_one_step_is_in_the_next_once() -> None:
     step = dispatched(arrive(scheduler, "a", 0, at=1.0))
     scheduler.on_event(Held("a", True), 1.001)
     scheduler.on_event(Held("a", False), 1.002)
-    assert dispatched(scheduler.on_event(Finished(step.id), 1.01)).job_ids == ("a",)
+    step = dispatched(scheduler.on_event(Finished(step.id), 1.01))
+    assert step.job_ids == ("a",)
+    assert step.shape is not None
+    assert step.shape.pairs == 1, "the step before made a token"
+    scheduler.on_event(Finished(step.id, frozenset({"a"})), 1.02)
+    assert scheduler.decode_share() == 0.0, "nothing decodes any more"
 
 
 def test_held_sequence_hurries_no_prefill_and_ends_when_cancelled() -> None:
@@ -322,8 +373,25 @@ def test_predicted_ttft_counts_what_is_ahead_and_changes_nothing() -> None:
     arrive(scheduler, "a", 10_000)
     arrive(scheduler, "b", 10_000)
     before = scheduler.load()
+    assert (before.waiting_jobs, before.waiting_tokens) == (1, 10_000)
     assert scheduler.predicted_ttft_s(job("c", 10_000), 0.0) == pytest.approx(3.0, rel=0.02)
+    assert scheduler.predicted_ttft_s(job("a", 10_000), 0.5) == pytest.approx(0.5, rel=0.02)
     assert scheduler.load() == before
+
+
+def test_predicted_ttft_counts_no_one_who_goes_later() -> None:
+    scheduler = make("edf")
+    arrive(scheduler, "running", 10_000, 5.0)
+    arrive(scheduler, "later", 10_000, 9.0)
+    assert scheduler.predicted_ttft_s(job("new", 1_000, 7.0), 0.0) == pytest.approx(1.1, rel=0.02)
+
+
+def test_finished_work_that_took_longer_corrects_the_next_prediction() -> None:
+    scheduler = make()
+    work = dispatched(arrive(scheduler, "a", 1_000))
+    before_s = scheduler.predicted_ttft_s(job("b", 1_000), 1.0)
+    scheduler.on_event(Finished(work.id, frozenset({"a"}), 2 * work.predicted_s), 1.0)
+    assert scheduler.predicted_ttft_s(job("b", 1_000), 1.0) > 1.01 * before_s
 
 
 def test_unknown_policy_names_the_known() -> None:

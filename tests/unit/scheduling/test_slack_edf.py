@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowprefill.scheduling import (
+    Cancelled,
     Finished,
     Job,
     Scheduler,
@@ -236,6 +237,26 @@ def test_deadline_passed_is_never_before_one_that_can_be_met() -> None:
     arrive(scheduler, "passed", 100, 0.001, at=0.1)
     arrive(scheduler, "can be met", 10_000, 50.0, at=0.2)
     assert end_current(scheduler, 1.2).job_ids == ("can be met",)
+
+
+def test_one_that_turns_late_while_it_waits_is_behind_one_that_can_be_met() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 1_000, 0.11)
+    arrive(scheduler, "turns late", 2_000, 0.25, at=0.01)
+    arrive(scheduler, "can be met", 1_000, 50.0, at=0.02)
+    assert end_current(scheduler, 0.1).job_ids == ("can be met",)
+
+
+def test_rest_one_that_was_cancelled_holds_up_no_slice_of_the_next() -> None:
+    scheduler = make(late_patience_s=0.5)
+    arrive(scheduler, "running", 100_000, 60.0)
+    arrive(scheduler, "gone", 1_000, at=0.1)
+    arrive(scheduler, "next", 1_000, at=0.2)
+    decision = scheduler.on_event(Cancelled("gone"), 0.3)
+    assert decision.wake_at == pytest.approx(0.7)
+    granted = scheduler.on_event(TimerFired(), 0.7).dispatch
+    assert granted is not None
+    assert granted.job_ids == ("next",)
 
 
 def test_background_runs_last_is_preempted_at_once_and_packed_apart() -> None:
