@@ -120,17 +120,29 @@ def test_sample_inverts_the_reference_distribution(
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=1500), st.data())
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_top_k_and_top_p_with_many_ties_keep_the_fewest_and_lowest_ids(
-    values: list[int], draw: st.DataObject
-) -> None:
+def test_top_k_with_many_ties_keeps_the_lowest_ids(values: list[int], draw: st.DataObject) -> None:
     k = draw.draw(st.integers(1, len(values)))
     logits = np.array(values, dtype=np.float32)
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))
     assert top_k_ids(logits, k).tolist() == sorted(order[:k])
-    weights = np.exp2(logits - logits.max())  # powers of two: sums are exact
-    p = draw.draw(st.sampled_from([0.25, 0.5, 0.75, 0.875]))
+
+
+@given(
+    st.lists(st.tuples(st.integers(-20, 0), st.integers(1, 400)), min_size=1, max_size=8),
+    st.sampled_from([0.25, 0.5, 0.75, 0.875, 0.999]),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_top_p_keeps_the_fewest_and_lowest_ids_however_small_they_are(
+    runs: list[tuple[int, int]], p: float, seed: int
+) -> None:
+    """A few large weights, or none but thousands of small ones; all are powers of two."""
+    exponents = np.repeat(*np.array(runs).T).astype(np.float64)
+    np.random.default_rng(seed).shuffle(exponents)
+    weights = np.exp2(exponents - exponents.max())  # sums are exact
+    order = np.argsort(-weights, kind="stable")
     needed = int(np.searchsorted(np.cumsum(weights[order]), p * weights.sum())) + 1
-    assert top_p_ids(weights, p).tolist() == sorted(order[:needed])
+    assert top_p_ids(weights.astype(np.float32), p).tolist() == sorted(order[:needed].tolist())
 
 
 @pytest.mark.parametrize(
