@@ -126,7 +126,6 @@ class ToolCalls:
             if not start:
                 return MessagePart()
             if start[0] in "{[":
-                self._is_start = False
                 self._state = "between"
                 return MessagePart()
         if not form.opening:
