@@ -12,7 +12,7 @@ from flowprefill.bench.statistics import median
 
 # Okabe and Ito's colours: told apart also by those who see fewer of them.
 LONG, WAITING, RUNNING = "#0072B2", "#E69F00", "#009E73"
-TEXT, FAINT = "#222222", "#888888"
+TEXT = "#222222"
 WIDTH_INCHES, DPI = 9.0, 200
 TOUCHING_S = 2e-4  # segments closer than this are drawn as one
 ZOOM_BEFORE_S, ZOOM_AFTER = 0.012, 1.35  # the enlarged view, around one short prompt

@@ -136,30 +136,12 @@ class CostModel:
         """Return the predicted time to prefill one prompt on its cached context, seconds."""
         return self.packed_prefill_s(tokens, attention_pairs(tokens, context), head_rows)
 
-    def nominal_prefill_s(self, tokens: int, context: int = 0, head_rows: int = 1) -> float:
-        """Return `prefill_s` without the correction: the same for equal prompts at all times.
-
-        Args:
-            head_rows: rows that the output head computes: one, more where a prompt is scored.
-        """
-        rates, pairs = self.rates, attention_pairs(tokens, context)
-        return self._rest_s(tokens, head_rows, rates) + self._attention_s(pairs, rates)
-
     def nominal_s(self, shape: RunShape) -> float:
-        """Return the same for a packed prefill."""
+        """Return a prefill's time without the correction: of equal ones the same at all times."""
         rates = self.rates
         return self._rest_s(shape.tokens, shape.head_rows, rates) + self._attention_s(
             shape.pairs, rates
         )
-
-    def batch_prefill_s(self, prompts: Iterable[tuple[int, int]]) -> float:
-        """Return the predicted time of one prefill over (tokens, context) pairs, seconds."""
-        tokens, pairs, count = 0, 0.0, 0
-        for new, context in prompts:
-            tokens += new
-            pairs += attention_pairs(new, context)
-            count += 1
-        return self.packed_prefill_s(tokens, pairs, count)
 
     def packed_prefill_s(self, tokens: int, pairs: float, head_rows: int) -> float:
         """Return the predicted time of a packed prefill from its sums; O(1), for batching."""

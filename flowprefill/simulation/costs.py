@@ -92,12 +92,6 @@ class WorkCosts:
             found = self._bounds[key] = self._plan_bounds(*key)
         return found
 
-    def longest_segment_s(self, rows: int, pairs: float) -> float:
-        """Return the longest segment of a prefill, its overhead included, seconds."""
-        bounds = self.bounds(rows, pairs)
-        longest = max(b - a for a, b in zip([0.0, *bounds], bounds, strict=False))
-        return longest * self.prefill_s(rows, pairs)
-
     def _plan_bounds(self, rows: int, context: int) -> list[float]:
         seconds = self.profile.predictor.segments(rows, context, self._planned).tolist()
         if self._chunk:

@@ -70,15 +70,9 @@ class VirtualWorker:
         halt_s: `poll` lets no more time pass than to here.
     """
 
-    def __init__(
-        self, profile: Profile, granularity: Granularity, limits: WorkerLimits | None = None
-    ) -> None:
-        """Make a worker of this profile.
-
-        Args:
-            limits: None: memory for ten million tokens.
-        """
-        self.limits = limits or WorkerLimits(1_000_000, 64, 160_000, chooses_tokens=True)
+    def __init__(self, profile: Profile, granularity: Granularity) -> None:
+        """Make a worker of this profile, with memory for ten million tokens."""
+        self.limits = WorkerLimits(1_000_000, 64, 160_000, chooses_tokens=True)
         self.shape: ModelShape = profile.shape
         self.rates: MachineRates | None = profile.rates
         self.now = 1.0

@@ -124,24 +124,16 @@ def _qwen_tokens(row: Row, blocks: dict[object, int]) -> int:
 def _mooncake(rows: Sequence[Row]) -> list[TraceRequest]:
     """Mooncake: milliseconds and tokens, no class."""
     return [
-        TraceRequest(
-            _seconds(row, "timestamp", 1e-3),
-            row.count("input_length", 1),
-            max(1, row.count("output_length", 0)),
-        )
+        _counted(row, _seconds(row, "timestamp", 1e-3), "input_length", "output_length")
         for row in rows
     ]
 
 
 def _azure(rows: Sequence[Row]) -> list[TraceRequest]:
     """Azure 2023 and 2024: dates (UTC) and tokens; the file is the class."""
+    first_s = _date_s(rows[0])
     return [
-        TraceRequest(
-            _date_s(row, "TIMESTAMP") - _date_s(rows[0], "TIMESTAMP"),
-            row.count("ContextTokens", 1),
-            max(1, row.count("GeneratedTokens", 0)),
-        )
-        for row in rows
+        _counted(row, _date_s(row) - first_s, "ContextTokens", "GeneratedTokens") for row in rows
     ]
 
 
@@ -162,12 +154,7 @@ def _burstgpt(rows: Sequence[Row]) -> list[TraceRequest]:
 def _servegen(rows: Sequence[Row]) -> list[TraceRequest]:
     """ServeGen: what its generator writes to CSV: seconds and tokens."""
     return [
-        TraceRequest(
-            _seconds(row, "timestamp"),
-            row.count("input_tokens", 1),
-            max(1, row.count("output_tokens", 0)),
-        )
-        for row in rows
+        _counted(row, _seconds(row, "timestamp"), "input_tokens", "output_tokens") for row in rows
     ]
 
 
@@ -192,6 +179,11 @@ def _plain(rows: Sequence[Row]) -> list[TraceRequest]:
     return found
 
 
+def _counted(row: Row, at_s: float, prompt: str, output: str) -> TraceRequest:
+    """Return a request of which the file has two counts of tokens, and no class."""
+    return TraceRequest(at_s, row.count(prompt, 1), max(1, row.count(output, 0)))
+
+
 def _seconds(row: Row, name: str, unit_s: float = 1.0) -> float:
     value = row.number(name)
     if value < 0:
@@ -199,7 +191,8 @@ def _seconds(row: Row, name: str, unit_s: float = 1.0) -> float:
     return value * unit_s
 
 
-def _date_s(row: Row, name: str) -> float:
+def _date_s(row: Row) -> float:
+    name = "TIMESTAMP"
     text = row.text(name)
     try:
         date = datetime.fromisoformat(text)

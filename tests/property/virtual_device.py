@@ -23,7 +23,6 @@ from flowprefill.scheduling import (
     MachineRates,
     ModelShape,
     Scheduler,
-    SchedulerSettings,
     TimerFired,
 )
 from flowprefill.simulation.device import VirtualDevice as Device
@@ -232,8 +231,3 @@ class VirtualDevice:
     @staticmethod
     def _bind(method: Callable[..., None], *args: Any) -> Callable[[], None]:
         return lambda: method(*args)
-
-
-def make_scheduler(policy: str, **settings: Any) -> Scheduler:
-    """Return a scheduler of the test machine with some settings changed."""
-    return Scheduler(policy, cost_model(), SchedulerSettings(**settings))

@@ -12,6 +12,7 @@ COLOURS = (
     "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A8A8A", "#7A5AC8",
     "#882255", "#B0B000", "#444444", "#BBBBBB",
 )  # fmt: skip
+MOST_POINTS = 200  # of a distribution
 FIRST_DASHED = 6
 Point = tuple[float, float]
 
@@ -101,11 +102,11 @@ def _widened(ends: tuple[float, float]) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + (abs(low) or 1.0))
 
 
-def cumulative(values: Sequence[float], most_points: int = 200) -> list[Point]:
+def cumulative(values: Sequence[float]) -> list[Point]:
     """Return the cumulative distribution of values as points of rising value and share."""
     ordered = sorted(values)
     count = len(ordered)
-    step = max(1, count // most_points)
+    step = max(1, count // MOST_POINTS)
     indices = sorted({*range(0, count, step), count - 1}) if count else []
     return [(ordered[n], (n + 1) / count) for n in indices]
 

@@ -33,10 +33,10 @@ def test_prefill_cached_context_costs_attention_only() -> None:
     assert model.prefill_s(100, 1000) < model.prefill_s(1100, 0)
 
 
-def test_batch_prefill_one_overhead_and_own_attention_each() -> None:
+def test_packed_prefill_one_overhead_and_own_attention_each() -> None:
     model = CostModel(SHAPE, RATES)
     alone = model.prefill_s(200) + model.prefill_s(300)
-    packed = model.batch_prefill_s([(200, 0), (300, 0)])
+    packed = model.packed_prefill_s(500, attention_pairs(200, 0) + attention_pairs(300, 0), 2)
     assert alone - packed == pytest.approx(1e-3 + 1e-5)
     assert attention_pairs(3, 2) == 2 + 1 + 2 + 2 + 2 + 3  # rows see 3, 4 and 5 tokens
 
@@ -155,4 +155,4 @@ def test_told_segments_whole_runs_move_the_rates_no_more() -> None:
     assert tuple(model.corrections) == pytest.approx(tuple(learnt_of), rel=0.16)
     model.observe("prefill", 1.0, 9.0, shape_of(100))
     assert model.operators.corrections == learnt_of
-    assert model.nominal_prefill_s(100) == CostModel(SHAPE, RATES).prefill_s(100)
+    assert model.nominal_s(shape_of(100)) == CostModel(SHAPE, RATES).prefill_s(100)

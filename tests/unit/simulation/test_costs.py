@@ -20,6 +20,13 @@ def costs_of(text: str) -> WorkCosts:
     return WorkCosts(PROFILE, Granularity.parse(text))
 
 
+def longest_segment_s(costs: WorkCosts, tokens: int) -> float:
+    pairs = attention_pairs(tokens, 0)
+    bounds = costs.bounds(tokens, pairs)
+    longest = max(b - a for a, b in zip([0.0, *bounds], bounds, strict=False))
+    return longest * costs.prefill_s(tokens, pairs)
+
+
 @pytest.mark.parametrize("text", ["none", "layer", "operator", "budget:2"])
 @pytest.mark.parametrize("tokens", [300, 2_000, 9_001])
 def test_costs_are_what_the_cost_model_predicts(text: str, tokens: int) -> None:
@@ -72,10 +79,8 @@ def test_costs_budget_bounds_the_segments_of_any_prompt() -> None:
     costs = costs_of("budget:2")
     overhead_s = PROFILE.rates.run_overhead_s
     for tokens in (500, 8_000, 100_000):
-        longest_s = costs.longest_segment_s(tokens, attention_pairs(tokens, 0))
-        assert longest_s < 2e-3 * 1.05 + overhead_s
-    pairs = attention_pairs(100_000, 0)
-    assert costs_of("operator").longest_segment_s(100_000, pairs) > 0.05
+        assert longest_segment_s(costs, tokens) < 2e-3 * 1.05 + overhead_s
+    assert longest_segment_s(costs_of("operator"), 100_000) > 0.05
 
 
 def test_costs_cached_context_costs_attention_only() -> None:
