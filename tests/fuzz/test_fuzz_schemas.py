@@ -14,9 +14,9 @@ from flowprefill.config import EngineConfig
 from flowprefill.errors import InvalidRequest
 from flowprefill.request import Request
 from flowprefill.server.http.body import Body, parse_json_object
-from flowprefill.server.http.endpoint import GenerationOrder
 from flowprefill.server.openai.chat import order_of_chat
 from flowprefill.server.openai.completions import order_of_completions
+from flowprefill.server.openai.endpoint import GenerationOrder
 from flowprefill.server.openai.openai_schema import CHAT_ONLY, IGNORED, REFUSED, SchemaContext
 from flowprefill.server.openai.structured_fields import TOP_LEVEL
 from flowprefill.server.responses.response_store import ResponseStore

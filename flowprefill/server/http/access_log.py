@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -30,21 +30,28 @@ async def access_log_middleware(request: web.Request, handler: Handler) -> web.S
     if request.path in QUIET_PATHS:
         return await handler(request)
     start_s = time.monotonic()
+
+    def tell(status: int) -> None:
+        logger.info("%s", access_line(request, status, time.monotonic() - start_s))
+
+    return await answered(request, handler, tell)
+
+
+async def answered(
+    request: web.Request, handler: Handler, tell: Callable[[int], None]
+) -> web.StreamResponse:
+    """Have a request handled and tell its status, however it ends; 500: with an exception."""
     status = 500
     try:
         response = await handler(request)
-        status = ended_status(request, response)
+        # A stream that was not read whole has begun with 200.
+        status = CLIENT_GONE if request.get(IS_CLIENT_GONE) else response.status
         return response
     except asyncio.CancelledError:
         status = CLIENT_GONE
         raise
     finally:
-        logger.info("%s", access_line(request, status, time.monotonic() - start_s))
-
-
-def ended_status(request: web.Request, response: web.StreamResponse) -> int:
-    """Return the status to tell of a request: CLIENT_GONE for a stream that was not read whole."""
-    return CLIENT_GONE if request.get(IS_CLIENT_GONE) else response.status
+        tell(status)
 
 
 def access_line(request: web.Request, status: int, seconds: float) -> str:

@@ -6,7 +6,6 @@ threads do more than append to a queue. otel.py makes the spans and metrics.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
 import threading
@@ -20,8 +19,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from flowprefill.engine.records import RequestRecord
-from flowprefill.server.http.access_log import CLIENT_GONE, ended_status
-from flowprefill.server.http.endpoint import GENERATION, Generation
+from flowprefill.server.http.access_log import answered
+from flowprefill.server.openai.endpoint import GENERATION, Generation
 
 logger = logging.getLogger(__name__)
 
@@ -167,20 +166,16 @@ async def telemetry_middleware(request: web.Request, handler: Handler) -> web.St
     telemetry: Telemetry | None = request.app.get(TELEMETRY)
     if telemetry is None or request.path not in OPERATIONS or request.method != "POST":
         return await handler(request)
-    start_ns, start_s, status = time.time_ns(), time.monotonic(), 500
-    try:
-        response = await handler(request)
-        status = ended_status(request, response)
-        return response
-    except asyncio.CancelledError:
-        status = CLIENT_GONE
-        raise
-    finally:
+    start_ns, start_s = time.time_ns(), time.monotonic()
+
+    def tell(status: int) -> None:
         names = ("traceparent", "tracestate")
         headers = {name: request.headers[name] for name in names if name in request.headers}
         generation = request.get(GENERATION)
         end_s = time.monotonic()
         telemetry.add(Call(request.path, headers, start_ns, start_s, end_s, status, generation))
+
+    return await answered(request, handler, tell)
 
 
 TELEMETRY = web.AppKey("telemetry", Telemetry)

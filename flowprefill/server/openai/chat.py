@@ -17,8 +17,8 @@ from flowprefill.models.chat_template import (
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.http.body import Body, check_text
-from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.openai.chat_turn import ChatTurn
+from flowprefill.server.openai.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.openai.foreign_fields import NOT_OF_CHAT
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.logprobs import chat_entry
@@ -188,7 +188,8 @@ def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> Gener
     )
 
 
-def _whole_call(call: CallPart) -> dict[str, Any]:
+def whole_call(call: CallPart) -> dict[str, Any]:
+    """Return a tool call as a message holds it."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
 
@@ -196,7 +197,7 @@ def _whole_call(call: CallPart) -> dict[str, Any]:
 def _call_delta(call: CallPart) -> dict[str, Any]:
     if call.id is None:
         return {"index": call.index, "function": {"arguments": call.arguments}}
-    return {"index": call.index, **_whole_call(call)}
+    return {"index": call.index, **whole_call(call)}
 
 
 class ChatEndpoint(Endpoint):
@@ -218,7 +219,7 @@ class ChatEndpoint(Endpoint):
         if part.reasoning:
             message["reasoning_content"] = part.reasoning
         if part.calls:
-            message["tool_calls"] = [_whole_call(call) for call in part.calls]
+            message["tool_calls"] = [whole_call(call) for call in part.calls]
         return {"message": message, "logprobs": logprobs}
 
     def chunk_choice(self, part: MessagePart, logprobs: Any, *, is_first: bool) -> dict[str, Any]:

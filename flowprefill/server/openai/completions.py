@@ -12,7 +12,7 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.request import MAX_LOGPROBS, Request, Token
 from flowprefill.server.engine_protocol import ServedEngine, ServedTokenizer
 from flowprefill.server.http.body import Body, check_text, whole_ids
-from flowprefill.server.http.endpoint import Endpoint, GenerationOrder, shared_prompt
+from flowprefill.server.openai.endpoint import Endpoint, GenerationOrder, shared_prompt
 from flowprefill.server.openai.foreign_fields import NOT_OF_COMPLETIONS, OF_CHAT_ALONE
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.logprobs import (

@@ -10,8 +10,8 @@ from aiohttp import web
 from flowprefill.request import POOLINGS, Completion, Request, SamplingParams
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.http.body import Body
-from flowprefill.server.http.endpoint import Generation, GenerationOrder
 from flowprefill.server.openai.completions import CompletionsEndpoint, read_prompts
+from flowprefill.server.openai.endpoint import Generation, GenerationOrder
 from flowprefill.server.openai.foreign_fields import NOT_OF_EMBEDDINGS
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.openai_schema import (

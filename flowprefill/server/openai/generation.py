@@ -18,8 +18,8 @@ from flowprefill.request import Completion, Request
 from flowprefill.server.context import HANDLES, REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.http.body import Body, parse_json_object
-from flowprefill.server.http.endpoint import GENERATION, Endpoint, Generation, GenerationOrder
 from flowprefill.server.http.incoming import json_body
+from flowprefill.server.openai.endpoint import GENERATION, Endpoint, Generation, GenerationOrder
 from flowprefill.server.openai.logprobs import prompt_entries
 from flowprefill.server.openai.message import read_whole
 from flowprefill.server.openai.openai_schema import SchemaContext

@@ -19,9 +19,9 @@ from aiohttp import web
 from flowprefill.request import FinishReason, Token
 from flowprefill.server.context import IS_CLIENT_GONE, REQUEST_ID, SERVER
 from flowprefill.server.engine_protocol import ServedHandle
-from flowprefill.server.http.endpoint import Generation
 from flowprefill.server.http.error_middleware import shown_error
 from flowprefill.server.http.sse import EventStream
+from flowprefill.server.openai.endpoint import Generation
 from flowprefill.server.openai.logprobs import begun_chars
 from flowprefill.server.openai.message import MessageParser, MessagePart, push_token
 from flowprefill.server.openai.replies import total_reasoning, usage_object

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowprefill.request import Token
-from flowprefill.server.http.endpoint import Generation
+from flowprefill.server.openai.endpoint import Generation
 from flowprefill.server.openai.message import CallPart, MessagePart, push_token
 
 Event = dict[str, Any]

@@ -5,6 +5,7 @@ Replies are kept in memory for ``previous_response_id``, so many of them as the 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from aiohttp import web
@@ -13,8 +14,8 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.request import Completion
 from flowprefill.server.context import SERVER
 from flowprefill.server.http.body import Body
-from flowprefill.server.http.endpoint import EventWriter, Generation, GenerationOrder
-from flowprefill.server.openai.chat import ChatEndpoint, order_of_chat
+from flowprefill.server.openai.chat import ChatEndpoint, order_of_chat, whole_call
+from flowprefill.server.openai.endpoint import EventWriter, Generation, GenerationOrder
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.message import MessagePart, read_whole
 from flowprefill.server.openai.openai_schema import SchemaContext
@@ -110,11 +111,7 @@ class ResponseReply:
 
 def _as_message(whole: MessagePart) -> dict[str, Any]:
     """Return the reply as the assistant's message of the chat."""
-    calls = [
-        {"id": call.id, "type": "function",
-         "function": {"name": call.name, "arguments": call.arguments}}
-        for call in whole.calls
-    ]  # fmt: skip
+    calls = [whole_call(call) for call in whole.calls]
     message: dict[str, Any] = {"role": "assistant", "content": whole.content}
     if calls:
         message |= {"content": whole.content or None, "tool_calls": calls}
@@ -149,7 +146,7 @@ class ResponsesEndpoint(ChatEndpoint):
         except InvalidRequest as error:
             raise renamed(error) from None
         body.accept(chat.known - REFUSED.keys())
-        return order.with_shape(reply.whole, reply.writer)
+        return dataclasses.replace(order, whole=reply.whole, writer=reply.writer)
 
 
 async def responses(request: web.Request) -> web.StreamResponse:

@@ -5,7 +5,6 @@ Completions and chat implement Endpoint; generation.py and streaming.py work on 
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,14 +47,6 @@ class GenerationOrder:
     parser: Callable[[], MessageParser] = PlainText
     whole: Callable[[Generation, list[Completion]], dict[str, Any]] | None = None
     writer: Callable[[Generation], EventWriter] | None = None
-
-    def with_shape(
-        self,
-        whole: Callable[[Generation, list[Completion]], dict[str, Any]],
-        writer: Callable[[Generation], EventWriter],
-    ) -> GenerationOrder:
-        """Return the same for an endpoint whose replies have another shape."""
-        return dataclasses.replace(self, whole=whole, writer=writer)
 
 
 def shared_prompt(
