@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import signal
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.argument_parser import Parser, UsageError, add_settings
-from flowprefill.config import EngineConfig
+from flowprefill.config import EngineConfig, read_object
 from flowprefill.errors import ConfigError, FlowPrefillError, InvalidRequest, NotReady
 from flowprefill.request import SLO, Request, SamplingParams, Token
 from flowprefill.terminal import drop_output, finish_output, prepare_streams
@@ -74,24 +73,12 @@ def read_settings(args: argparse.Namespace) -> tuple[EngineConfig, ServerOptions
     """
     from flowprefill.server.options import ServerOptions
 
-    values = {} if args.config is None else _read_config(args.config)
+    values = {} if args.config is None else read_object("config file", args.config)
     server = values.pop("server", {})
     if not isinstance(server, dict):
         raise ConfigError(f"server: got {server!r}, expected an object", param="server")
     engine_config = EngineConfig.from_mapping({**values, **_given(args, ENGINE)})
     return engine_config, ServerOptions.from_mapping({**server, **_given(args, SERVER)})
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path!r}: {error.strerror}", param="config") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"config file {path!r}: not JSON ({error})", param="config") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config file {path!r}: expected a JSON object", param="config")
-    return values
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from flowprefill.errors import ConfigError, InvalidRequest, shortened
@@ -317,6 +318,24 @@ def _objective_s(name: str, spec: Mapping[str, Any], key: str) -> float | None:
     if number == 0.0:
         raise _bad(f"classes.{name}.{key}", value, f"milliseconds in (0, {MAX_OBJECTIVE_MS:.0f}]")
     return number / 1e3
+
+
+def read_object(what: str, path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        ConfigError: begins with what the file is and its path; the first word is the param.
+    """
+    param = what.split()[0]
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{what} {path}: {error.strerror}", param=param) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{what} {path}: not JSON ({error})", param=param) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{what} {path}: expected a JSON object", param=param)
+    return values
 
 
 def settings_table() -> str:

@@ -16,17 +16,28 @@ from flowprefill.request import SLO, Request, SamplingParams
 
 FIRST_TOKEN_ONLY = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
 LOWEST_RANDOM_ID = 100  # below are special tokens in most vocabularies
+MODEL_HELP = "name, folder or .gguf file"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, model_help: str = MODEL_HELP) -> None:
+    """Add the flags that name a model and how it is computed."""
+    parser.add_argument("--model", default="smollm2-135m", help=model_help)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
+    parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, model_help: str = MODEL_HELP) -> None:
+    """Add the flags that `load_engine` reads."""
+    add_model_arguments(parser, model_help)
+    parser.add_argument("--quantization", default="auto", choices=QUANTIZATIONS)
+    parser.add_argument(
+        "--background", action="store_true", help="compute threads under SCHED_IDLE"
+    )
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add the flags that every bench has."""
-    parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
-    parser.add_argument("--quantization", default="auto", choices=QUANTIZATIONS)
-    parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
-    parser.add_argument(
-        "--background", action="store_true", help="compute threads under SCHED_IDLE"
-    )
+    add_engine_arguments(parser)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and arrival times")
     parser.add_argument(

@@ -25,7 +25,7 @@ from flowprefill.bench.arrivals import (
     random_mix,
     trace_plan,
 )
-from flowprefill.bench.common import check_least, say
+from flowprefill.bench.common import add_model_arguments, check_least, say
 from flowprefill.bench.http_client import (
     Outcome,
     ServerFacts,
@@ -56,11 +56,9 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``flowprefill bench load``."""
-    parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
+    add_model_arguments(parser)
     parser.add_argument("--url", help="measure this running server: http://HOST:PORT")
     parser.add_argument("--api-key", default="", help="for that server")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
-    parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
     parser.add_argument("--policy", action="append", choices=POLICIES, help="several times")
     parser.add_argument("--granularity", action="append", metavar="G", help="several times")
     parser.add_argument("--requests", type=int, default=200, help="of the random mix, default 200")

@@ -26,7 +26,7 @@ from typing import Any
 
 import aiohttp
 
-from flowprefill.bench.common import check_least, random_ids, say
+from flowprefill.bench.common import add_model_arguments, check_least, random_ids, say
 from flowprefill.bench.http_client import ServerProcess, server_facts, server_process
 from flowprefill.bench.report import Report, Row, json_path, print_table
 from flowprefill.bench.statistics import median, quantiles
@@ -58,9 +58,7 @@ class Answer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``flowprefill bench overload``."""
-    parser.add_argument("--model", default="smollm2-135m", help="name, folder or .gguf file")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
-    parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
+    add_model_arguments(parser)
     parser.add_argument("--times", type=float, default=10.0, help="of the capacity, default 10")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each phase, default 30")
     parser.add_argument("--overload-seconds", type=float, metavar="SECONDS",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowprefill.bench.common import (
     FIRST_TOKEN_ONLY,
+    add_engine_arguments,
     check_lengths,
     first_token_s,
     load_engine,
@@ -23,7 +24,6 @@ from flowprefill.bench.common import (
     say,
 )
 from flowprefill.bench.report import Report, Row, print_table
-from flowprefill.config import QUANTIZATIONS
 from flowprefill.errors import FlowPrefillError
 from flowprefill.request import SLO, Request
 from flowprefill.simulation import Configuration, Profile, simulate
@@ -58,13 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against-engine", action="store_true", help="play the trace on an engine here, too"
     )
-    parser.add_argument("--model", default="smollm2-135m", help="of that engine, and of cpu")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "f32"))
-    parser.add_argument("--quantization", default="auto", choices=QUANTIZATIONS)
-    parser.add_argument("--threads", type=int, default=0, help="0 is one per available core")
-    parser.add_argument(
-        "--background", action="store_true", help="compute threads under SCHED_IDLE"
-    )
+    add_engine_arguments(parser, "of that engine, and of cpu")
 
 
 def cpu_profile(args: argparse.Namespace) -> Profile:

@@ -6,7 +6,6 @@ assumed efficiency; model files hold the model's configuration and on how many d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowprefill import _core
+from flowprefill.config import read_object
 from flowprefill.engine.loading import model_shape
 from flowprefill.errors import ConfigError
 from flowprefill.models.families import build_graph, read_config
@@ -67,7 +67,7 @@ class Profile:
             ConfigError: no such profile, or the file is not one; says which there are.
         """
         if name.endswith(".json"):
-            parts = _read(Path(name))
+            parts = read_object("profile", name)
             return _join(name, _object(name, parts, "model"), _object(name, parts, "machine"))
         model, _, machine = name.partition("@")
         if model not in _stems("model") or machine not in _stems("machine"):
@@ -77,7 +77,7 @@ class Profile:
                 param="profile",
             )
         files = (FOLDER / f"model-{model}.json", FOLDER / f"machine-{machine}.json")
-        return _join(name, *map(_read, files))
+        return _join(name, *(read_object("profile", path) for path in files))
 
     @staticmethod
     def names() -> list[str]:
@@ -103,18 +103,6 @@ class Profile:
 
 def _stems(kind: str) -> list[str]:
     return sorted(path.stem.removeprefix(f"{kind}-") for path in FOLDER.glob(f"{kind}-*.json"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"profile {path}: {error.strerror}", param="profile") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"profile {path}: not JSON ({error})", param="profile") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"profile {path}: expected a JSON object", param="profile")
-    return values
 
 
 def _object(name: str, parts: Mapping[str, Any], key: str) -> dict[str, Any]:
