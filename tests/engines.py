@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from flowprefill import SLO, Engine, Request, SamplingParams, _core
+from flowprefill.engine.core import EngineCore
 from flowprefill.engine.handle import Handle
+from flowprefill.engine.live_request import LiveRequest, TokenSide
+from flowprefill.engine.sampler import Sampler
+from flowprefill.engine.stop import StopChecker
 from flowprefill.engine.worker import Batch
 
 VOCAB = 49_152  # of the default model's tokenizer
@@ -78,6 +82,37 @@ class KeptLogits:
         logits: npt.NDArray[np.float32] = self._logits(run)
         self.rows.append(logits.copy())
         return logits
+
+
+class Letters:
+    """A decoder to which every token is one letter."""
+
+    def push(self, token_id: int) -> str:
+        return chr(ord("a") + token_id)
+
+    def flush(self) -> str:
+        return ""
+
+
+def live_request(
+    core: EngineCore, now_s: float, request: Request, slo: SLO, **more: Any
+) -> LiveRequest:
+    """What an engine makes of a request of token ids, for a core without an engine around it."""
+    assert not isinstance(request.prompt, str)
+    ids, params, decoder = request.prompt, request.sampling, cast("Any", Letters())
+    live = LiveRequest(
+        request=request,
+        slo=slo,
+        handle=Handle(request.id, len(ids), lambda: core.cancel(live)),
+        make_token_side=lambda: TokenSide(
+            Sampler(params, 10, [1], 0), StopChecker(params), decoder
+        ),
+        arrival_s=now_s,
+        ids=ids,
+        num_prompt=len(ids),
+        **more,
+    )
+    return live
 
 
 def assert_all_free(engine: Engine) -> None:

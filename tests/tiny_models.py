@@ -25,6 +25,13 @@ CONFIGS: dict[str, type[transformers.PretrainedConfig]] = {
 }
 
 
+# Of a checkpoint that engines serve: with a tokenizer, so with its vocabulary.
+SERVED = {
+    "vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 16_384, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")  # whose layers are those of a Llama
 
 

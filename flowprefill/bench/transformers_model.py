@@ -63,13 +63,6 @@ class TransformersModel:
             int(output.logits[0, -1].argmax())
             return time.perf_counter() - start_s
 
-    def greedy_token(self, ids: list[int]) -> int:
-        """Return the most likely next token: whether both sides run the same model."""
-        self._model.set_attn_implementation("sdpa")
-        with torch.inference_mode(), _threads(self._threads):
-            logits = self._model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits
-            return int(logits[0, -1].argmax())
-
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_models import SERVED, save_with_tokenizer, tiny_model
 
 from flowprefill import Engine, EngineConfig, Request, SamplingParams
 from flowprefill.bench.goodput import engine_backend
@@ -21,7 +22,6 @@ from flowprefill.bench.random_model import SHAPES, RandomCheckpoint
 from flowprefill.bench.transformers_model import TransformersModel
 from flowprefill.cli import main
 from flowprefill.errors import ConfigError
-from flowprefill.models.checkpoint import open_checkpoint
 from flowprefill.traces import TraceRequest
 
 pytestmark = pytest.mark.slow
@@ -34,15 +34,9 @@ ROW_NAMES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with the default model's tokenizer."""
-    config = transformers.LlamaConfig(
-        vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=8192,
-        bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(3)
+    shape = SERVED | {"max_position_embeddings": 8192, "tie_word_embeddings": True}
     path = tmp_path_factory.mktemp("bench") / "tiny"
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    open_checkpoint("smollm2-135m").tokenizer._inner.save(str(path / "tokenizer.json"))
+    save_with_tokenizer(tiny_model("llama", **shape), path)
     return path
 
 
@@ -202,7 +196,9 @@ def test_transformers_comparison_runs_the_same_model(folder: Path) -> None:
     with Engine(folder, config) as engine:
         sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         ours = engine.submit(Request(ids, sampling)).result(60).token_ids
-    assert [other.greedy_token(ids)] == ours
+    with torch.no_grad():
+        theirs = other.inner(input_ids=torch.tensor([ids])).logits
+    assert [int(theirs[0, -1].argmax())] == ours
     assert other.prefill_s(ids, "eager") > 0
 
 

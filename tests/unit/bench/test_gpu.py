@@ -6,45 +6,31 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
+import fake_cuda
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import transformers
+from tiny_models import SERVED, save_with_tokenizer, tiny_model
 
-from flowprefill import _core
 from flowprefill.bench import gpu_torch
 from flowprefill.bench.gpu_model import Segment, gaps_of
 from flowprefill.bench.random_model import tiny
 from flowprefill.cli import main
-from flowprefill.models.checkpoint import open_checkpoint
-
-GIB = 1 << 30
 
 
-class Model:
-    """The CPU's model with the reports of a GPU's."""
+class Model(fake_cuda.Model):
+    """One with the reports of a GPU's, whose weights others share."""
 
-    made: ClassVar[list[dict[str, Any]]] = []  # options of those that were loaded
-    sharing: ClassVar[list[dict[str, Any]]] = []  # of those with another's weights
-    library_failure = ""
-    capability = (9, 0)
-
-    def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:
-        Model.made.append(options)
-        self.inner = _core.Model(config, "f32", 1)
+    sharing: ClassVar[list[dict[str, Any]]] = []  # options of those with another's weights
 
     def sharing_weights(self, options: dict[str, Any]) -> Model:
         other = object.__new__(Model)
         other.inner = self.inner
         Model.sharing.append(options)
         return other
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def make_run(self, *args: Any, fetch_logits: bool = True, **options: Any) -> Any:
         return self.inner.make_run(*args, **options)
@@ -59,9 +45,6 @@ class Model:
     def graph_report(self) -> dict[str, Any]:
         return {"num_executables": 3, "bytes": 4096, "capture_s": 0.5}
 
-    def lane_report(self) -> dict[str, int]:
-        return {"device_spill_bytes": 0, "pinned_spill_bytes": 0}
-
     def gemm_report(self) -> list[tuple[int, int, int, str, str, dict[str, float | str]]]:
         timings: dict[str, float | str] = {"a": 10.0, "b": 8.0, "cublaslt": "too old"}
         return [
@@ -73,33 +56,9 @@ class Model:
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, str]]:
     """What the stand-in says of its GPUs; changed by a test."""
-    found = [(True, "Stand-in, compute capability 9.0")]
-
-    def availability(index: int = 0) -> tuple[bool, str]:
-        return found[index] if found else (False, "no NVIDIA driver: libcuda.so.1 is missing")
-
-    def device_info(index: int = 0) -> dict[str, Any]:
-        return {
-            "name": "Stand-in", "compute_capability": Model.capability, "multiprocessors": 4,
-            "memory_bytes": 8 * GIB, "free_bytes": 4 * GIB,
-            "driver_version": "13.0", "runtime_version": "13.0",
-        }  # fmt: skip
-
-    module: Any = ModuleType("flowprefill._cuda")
-    module.architectures = "none"
-    module.device_count = lambda: len(found)
-    module.availability = availability
-    module.device_info = device_info
-    module.Model = Model
-    module.Executor = lambda model, plan=None: _core.Executor(1)
-    for name in (
-        "Batch", "BatchSequence", "DeviceSampling", "MachineRates", "PlanOptions", "has_logits",
-        "logits", "sampled",
-    ):  # fmt: skip
-        setattr(module, name, getattr(_core, name))
-    monkeypatch.setattr(Model, "made", [])
+    found = [fake_cuda.USABLE]
+    fake_cuda.install(monkeypatch, found, model=Model)
     monkeypatch.setattr(Model, "sharing", [])
-    monkeypatch.setitem(sys.modules, "flowprefill._cuda", module)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return found
 
@@ -107,16 +66,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[bool, st
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with the default model's tokenizer."""
-    config = transformers.LlamaConfig(
-        vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
-        bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(3)
+    shape = SERVED | {"max_position_embeddings": 4096, "tie_word_embeddings": True}
     path = tmp_path_factory.mktemp("gpu-bench") / "tiny"
-    make: Any = transformers.AutoModelForCausalLM.from_config
-    make(config).save_pretrained(path)
-    open_checkpoint("smollm2-135m").tokenizer._inner.save(str(path / "tokenizer.json"))
+    save_with_tokenizer(tiny_model("llama", **shape), path)
     return path
 
 
@@ -134,7 +86,7 @@ def test_every_table_is_in_the_report(
     assert main(command) == 0
     report = json.loads(path.read_text())
     assert {"machine", "commit", "command", "rows", "settings"} <= report.keys()
-    assert report["gpu"]["name"] == "Stand-in"
+    assert report["gpu"]["name"] == "Test GPU"
     assert report["gpu"]["compute_capability"] == "9.0"
     assert report["graphs"]["bytes"] == 4096
     assert report["memory"]["weight_bytes"] > 0
@@ -216,10 +168,7 @@ def test_a_model_that_no_kernel_takes_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def refuse(config: dict[str, Any], options: dict[str, Any]) -> None:
-        raise ValueError("head_dim: got 16, expected 64, 96 or 128")
-
-    monkeypatch.setattr(sys.modules["flowprefill._cuda"], "Model", refuse)
+    monkeypatch.setattr(sys.modules["flowprefill._cuda"], "Model", fake_cuda.RefusingModel)
     assert main(["bench", "gpu", "--model", str(folder), "--quick"]) == 2
     assert "cuda:0: head_dim: got 16, expected 64, 96 or 128" in capsys.readouterr().err
 

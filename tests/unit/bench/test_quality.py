@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_with_tokenizer, tiny_model
+from tiny_models import SERVED, save_with_tokenizer, tiny_model
 
 from flowprefill import _core
 from flowprefill.bench.quality import NUMBERS, TEXT, Score, passages_of, rows_of, score
@@ -21,16 +21,11 @@ needs_int8 = pytest.mark.skipif(
     not (_core.has_int8_gemm() and _core.has_bf16_gemm()),
     reason="this processor does not multiply bytes and bf16 natively",
 )
-SHAPE = {
-    "vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": None, "max_position_embeddings": 512,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    model: Any = tiny_model("llama", spread=0.2, **SHAPE)
+    model: Any = tiny_model("llama", spread=0.2, **SERVED | {"max_position_embeddings": 512})
     folder = tmp_path_factory.mktemp("quality") / "tiny"
     save_with_tokenizer(model, folder)
     return folder, model

@@ -7,22 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_with_tokenizer, tiny_model
+from schema_generator import VOCAB, PieceTokenizer
+from tiny_models import SERVED, save_with_tokenizer, tiny_model
 
 from flowprefill import Engine, EngineConfig
+from flowprefill.engine.grammars import Grammars
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a tiny Llama with the default model's tokenizer."""
     folder = tmp_path_factory.mktemp("engine") / "tiny-llama"
-    model = tiny_model(
-        "llama", vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=16_384,
-        pad_token_id=None,
-    )  # fmt: skip
-    save_with_tokenizer(model, folder)
+    save_with_tokenizer(tiny_model("llama", **SERVED), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Iterator[Grammars]:
+    """The compiler of structured output, over a small vocabulary."""
+    made = Grammars(PieceTokenizer(), VOCAB)  # type: ignore[arg-type]
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
-from schema_generator import VOCAB, PieceTokenizer
 from test_structured_suite import generate
 
 from flowprefill.engine.closed_schema import close_objects
@@ -126,13 +124,6 @@ def test_what_is_no_schema_is_left_to_the_compiler(schema: Any) -> None:
     given = copy.deepcopy(schema)
     close_objects(given)
     assert given == schema
-
-
-@pytest.fixture(scope="module")
-def grammars() -> Iterator[Grammars]:
-    made = Grammars(PieceTokenizer(), VOCAB)  # type: ignore[arg-type]
-    yield made
-    made.close()
 
 
 def test_closed_objects_end_soon_and_fulfil_what_was_given(grammars: Grammars) -> None:

@@ -9,14 +9,12 @@ import random
 from typing import Any
 
 import pytest
+from engines import live_request
 
 from flowprefill.config import Granularity, ServiceClass
 from flowprefill.engine.core import EngineCore
-from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
-from flowprefill.engine.live_request import LiveRequest, TokenSide
-from flowprefill.engine.sampler import Sampler
-from flowprefill.engine.stop import StopChecker
+from flowprefill.engine.live_request import LiveRequest
 from flowprefill.engine.worker import Batch
 from flowprefill.errors import Overloaded
 from flowprefill.request import SLO, Request, SamplingParams
@@ -32,16 +30,6 @@ from flowprefill.simulation import Profile
 from flowprefill.simulation.worker import VirtualWorker, WorkerRun
 
 REJECT, DEMOTE = ServiceClass(SLO(), admission="reject"), ServiceClass(SLO(), admission="demote")
-
-
-class Letters:
-    """A decoder to which every token is one letter."""
-
-    def push(self, token_id: int) -> str:
-        return chr(ord("a") + token_id)
-
-    def flush(self) -> str:
-        return ""
 
 
 class SteadyWorker(VirtualWorker):
@@ -79,17 +67,8 @@ class GateWorld:
         self.live: list[LiveRequest] = []
         self._numbers = itertools.count()
 
-    def submit(
-        self,
-        tokens: int,
-        slo: SLO | None = None,
-        service: ServiceClass = REJECT,
-        *,
-        max_tokens: int = 1,
-        tenant: str = "",
-        first: int | None = None,
-    ) -> LiveRequest:
-        live = self.request(tokens, slo, service, max_tokens=max_tokens, tenant=tenant, first=first)
+    def submit(self, *asked: Any, **more: Any) -> LiveRequest:
+        live = self.request(*asked, **more)
         self.core.submit(live)
         self.live.append(live)
         return live
@@ -107,20 +86,7 @@ class GateWorld:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         ids = [next(self._numbers) if first is None else first, *[1] * (tokens - 1)]
         request = Request(ids, params, tenant=tenant)
-        decoder: Any = Letters()
-        live = LiveRequest(
-            request=request,
-            slo=slo or SLO(),
-            handle=Handle(request.id, tokens, lambda: self.core.cancel(live)),
-            make_token_side=lambda: TokenSide(
-                Sampler(params, 10, [1], 0), StopChecker(params), decoder
-            ),
-            arrival_s=self.worker.now,
-            ids=ids,
-            num_prompt=tokens,
-            service=service,
-        )
-        return live
+        return live_request(self.core, self.worker.now, request, slo or SLO(), service=service)
 
     def would_admit(self, live: LiveRequest) -> float:
         """Return 0 if it would be admitted now, else how long to wait by the refusal."""

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from schema_generator import EOS, HAND_MADE, TOKENS, VOCAB, PieceTokenizer
+from schema_generator import EOS, HAND_MADE, TOKENS, VOCAB
 from test_structured_suite import generate
 
 from flowprefill import InvalidRequest, SamplingParams, StructuredOutput
 from flowprefill.engine.grammars import Grammars
 from flowprefill.engine.sampler import Sampler
 from flowprefill.request import StructuredKind
-
-
-@pytest.fixture(scope="module")
-def grammars() -> Iterator[Grammars]:
-    made = Grammars(PieceTokenizer(), VOCAB)  # type: ignore[arg-type]
-    yield made
-    made.close()
 
 
 def test_choice_gives_one_of_the_texts(grammars: Grammars) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-from schema_generator import EOS, HAND_MADE, TOKENS, VOCAB, PieceTokenizer, random_schema
+from schema_generator import EOS, HAND_MADE, TOKENS, VOCAB, random_schema
 
 from flowprefill.engine.grammars import Grammars
 from flowprefill.engine.sampler import Sampler
@@ -18,13 +17,6 @@ from flowprefill.request import SamplingParams, StructuredOutput
 
 MAX_TOKENS = 600
 RANDOM_SCHEMAS = 200
-
-
-@pytest.fixture(scope="module")
-def grammars() -> Iterator[Grammars]:
-    made = Grammars(PieceTokenizer(), VOCAB)  # type: ignore[arg-type]
-    yield made
-    made.close()
 
 
 def generate(grammars: Grammars, wanted: StructuredOutput, seed: int) -> tuple[str, bool]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
-from schema_generator import VOCAB, PieceTokenizer
+from schema_generator import PieceTokenizer
 from test_structured_suite import generate
 
 from flowprefill.engine.grammars import Grammars
@@ -32,13 +31,6 @@ LISTED: tuple[dict[str, Any], ...] = (
 class Marks(PieceTokenizer):
     def token_id(self, text: str) -> int | None:
         return None
-
-
-@pytest.fixture(scope="module")
-def grammars() -> Iterator[Grammars]:
-    made = Grammars(PieceTokenizer(), VOCAB)  # type: ignore[arg-type]
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("form", FORMATS)

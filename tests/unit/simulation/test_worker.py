@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
 
 import pytest
+from engines import live_request
 
 from flowprefill.config import Granularity
 from flowprefill.engine.core import EngineCore
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.kv_blocks import BlockPool
-from flowprefill.engine.live_request import LiveRequest, TokenSide
-from flowprefill.engine.sampler import Sampler
-from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import DeadlinePassed, RequestCancelled
 from flowprefill.request import SLO, Request, SamplingParams
 from flowprefill.scheduling.admission import AdmissionLimits
@@ -31,16 +28,6 @@ def prefill_s(tokens: int) -> float:
     return COSTS.prefill_s(tokens, tokens * (tokens + 1) / 2)
 
 
-class Letters:
-    """A decoder to which every token is one letter."""
-
-    def push(self, token_id: int) -> str:
-        return chr(ord("a") + token_id)
-
-    def flush(self) -> str:
-        return ""
-
-
 class World:
     """A core on a virtual worker, stepped by the test."""
 
@@ -54,21 +41,9 @@ class World:
     def submit(self, tokens: int, slo: SLO, max_tokens: int = 1) -> Handle:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         request = Request([1] * tokens, params)
-        decoder: Any = Letters()
-        handle = Handle(request.id, tokens, lambda: self.core.cancel(live))
-        live = LiveRequest(
-            request=request,
-            slo=slo,
-            handle=handle,
-            make_token_side=lambda: TokenSide(
-                Sampler(params, 10, [1], 0), StopChecker(params), decoder
-            ),
-            arrival_s=self.worker.now,
-            ids=[1] * tokens,
-            num_prompt=tokens,
-        )
+        live = live_request(self.core, self.worker.now, request, slo)
         self.core.submit(live)
-        return handle
+        return live.handle
 
     def play(self, halt_s: float = math.inf, *handles: Handle) -> None:
         """Step until the time has come or the requests have ended."""

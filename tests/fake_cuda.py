@@ -1,7 +1,7 @@
 """A stand-in of flowprefill._cuda whose GPUs are described by a test and whose models are _core's.
 
-For tests of the choice of a device and of the engine's wiring; tests/device has the real
-module on a double of the CUDA runtime.
+For tests of the choice of a device, of the engine's wiring and of the bench; tests/device has the
+real module on a double of the CUDA runtime.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class Model:
 
     made: ClassVar[list[dict[str, Any]]] = []
     library_failure = ""
+    capability = (9, 0)
 
     def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:
-        Model.made.append(options)
+        self.made.append(options)
         self.inner = _core.Model(config, "f32", 1)
 
     def __getattr__(self, name: str) -> Any:
@@ -51,7 +52,6 @@ class RefusingModel(Model):
 def install(
     monkeypatch: pytest.MonkeyPatch,
     gpus: list[tuple[bool, str]],
-    missing: str = "no NVIDIA driver: libcuda.so.1 cannot be loaded",
     free_bytes: int = 4 * GIB,
     model: type[Model] = Model,
 ) -> None:
@@ -59,14 +59,14 @@ def install(
 
     def availability(device: int = 0) -> tuple[bool, str]:
         if not gpus:
-            return False, missing
+            return False, "no NVIDIA driver: libcuda.so.1 cannot be loaded"
         if not 0 <= device < len(gpus):
             return False, f"no GPU with this number: there are {len(gpus)}"
         return gpus[device]
 
     def device_info(device: int = 0) -> dict[str, Any]:
         return {
-            "name": "Test GPU", "compute_capability": (9, 0), "multiprocessors": 132,
+            "name": "Test GPU", "compute_capability": model.capability, "multiprocessors": 132,
             "memory_bytes": 80 * GIB, "free_bytes": free_bytes,
             "driver_version": "13.0", "runtime_version": "13.0",
         }  # fmt: skip
@@ -77,7 +77,7 @@ def install(
     module.availability = availability
     module.device_info = device_info
     module.Model = model
-    module.Executor = lambda model, plan: _core.Executor(1)
+    module.Executor = lambda model, plan=None: _core.Executor(1)
     for name in (
         "Batch", "BatchSequence", "DeviceSampling", "MachineRates", "PlanOptions", "has_logits",
         "logits", "sampled",
