@@ -271,13 +271,13 @@ def test_decode_due_waits_for_a_prefill_with_an_earlier_deadline_that_would_miss
 def test_decode_starts_as_early_as_all_that_is_in_the_cache_needs() -> None:
     scheduler = make()
     for name in ("a", "b"):
-        scheduler.on_event(Arrival(Job(name, 0.0, 0, 10**7, tpot_s=0.5)), 0.0)  # a is stepped
+        scheduler.on_event(Arrival(Job(name, 0.0, 0, 10**10, tpot_s=0.5)), 0.0)  # a is stepped
     arrive(scheduler, "long", 50_000)
     step = scheduler.current
     assert step is not None
     decision = scheduler.on_event(Finished(step.id), step.predicted_s)
     assert dispatched(decision).job_ids == ("long",)
-    both_s = scheduler.cost_model.decode_s(2, 2 * 10**7)
+    both_s = scheduler.cost_model.decode_s(2, 2 * 10**10)
     assert decision.wake_at == pytest.approx(0.5 - both_s - 0.002, abs=1e-5)
 
 
