@@ -327,14 +327,15 @@ def read_object(what: str, path: str | Path) -> dict[str, Any]:
         ConfigError: begins with what the file is and its path; the first word is the param.
     """
     param = what.split()[0]
+    name = f"{what} {str(path)!r}"
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{what} {path}: {error.strerror}", param=param) from None
+        raise ConfigError(f"{name}: {error.strerror}", param=param) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{what} {path}: not JSON ({error})", param=param) from None
+        raise ConfigError(f"{name}: not JSON ({error})", param=param) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{what} {path}: expected a JSON object", param=param)
+        raise ConfigError(f"{name}: expected a JSON object", param=param)
     return values
 
 

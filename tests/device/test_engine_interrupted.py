@@ -45,8 +45,8 @@ def interrupted(
     submitting = threading.Thread(target=lambda: handles.append(engine.submit(request)))
     submitting.daemon = True  # one that waits for itself never ends
     submitting.start()
+    assert made.wait(WAIT_S)  # here or, while a decode step runs, on the event thread
     submitting.join(WAIT_S)
-    assert made.is_set()
     assert handles, "the thread waits for itself"
     return handles[0]
 

@@ -99,8 +99,9 @@ def test_explain_of_another_server_is_one_line(
 def test_signal_to_a_bench_ends_its_server_too(tmp_path: Path, number: signal.Signals) -> None:
     told = tmp_path / "told.json"
     code = f"""
-import json, subprocess, sys, time
+import json, signal, subprocess, sys, time
 from pathlib import Path
+signal.signal({int(number)}, signal.SIG_DFL)  # nohup has it ignored in all that it starts
 from flowprefill import cli
 from flowprefill.bench import http_client
 
