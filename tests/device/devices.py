@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import SERVED
 
 from flowprefill import Engine, EngineConfig, _core
 from flowprefill.engine.cuda_device import CudaDevice
@@ -32,13 +33,6 @@ SMALL = {
     "vocab_size": 200, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
     "max_position_embeddings": 1024, "pad_token_id": None, "rope_theta": 10000.0,
-}  # fmt: skip
-# Of the checkpoint that engines serve: with a tokenizer, so with its vocabulary.
-SERVED = {
-    "vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "max_position_embeddings": 16_384, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-    "tie_word_embeddings": False,
 }  # fmt: skip
 ON_CPU = {"dtype": "f32", "threads": 1, "kv_cache_gib": 0.02}
 BF16 = 0.06  # of 8 bits, after a few layers of rounding

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Tiny
-from devices import DEVICES, ONE, SERVED, Device, on
+from devices import DEVICES, ONE, Device, on
 from engines import (
     VOCAB,
     WAIT_S,
@@ -27,7 +27,7 @@ from engines import (
     prompt_of,
     wait_for,
 )
-from tiny_models import save_with_tokenizer, tiny_model
+from tiny_models import SERVED, save_with_tokenizer, tiny_model
 
 from flowprefill import SLO, Engine, Request, SamplingParams
 from flowprefill.engine import calibration
