@@ -1,5 +1,5 @@
-// Joins threads, but in a forked child, which has only the one that forked. Used by Executor and,
-// on the CPU, Team: a child that ends destroys what it has a copy of.
+// join_own(): waits for a thread to end, but not in a forked child, which has no thread but the one
+// that forked. Used by Executor and, on the CPU, Team, whose copies a child destroys as it ends.
 #pragma once
 
 #include <sys/types.h>
