@@ -102,7 +102,11 @@ class Engine:
         limits = self._worker.limits
         self.max_model_len = limits.max_model_len
         self._pool = BlockPool(limits.num_blocks, limits.block_tokens, self.config.prefix_cache)
-        self._core = self._make_core(policy)
+        try:
+            self._core = self._make_core(policy)
+        except BaseException:  # of a policy of the user's own
+            self._worker.stop()
+            raise
         self._intake = Intake(
             self._core,
             self.config,

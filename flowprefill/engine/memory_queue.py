@@ -98,8 +98,8 @@ class MemoryQueue:
         misses = 0
         for request in tuple(self._waiting):
             reservation = self._reserve(request)
-            if reservation is None and self._evict_held(request):
-                reservation = self._reserve(request)
+            if reservation is None:
+                reservation = self._reserve_of_held(request)
             if reservation is None:
                 misses += 1
                 if now - request.arrival_s > PATIENCE_S or misses >= MAX_MISSES:
@@ -143,15 +143,21 @@ class MemoryQueue:
             finds_prefix=request.finds_prefix,
         )
 
-    def _evict_held(self, request: LiveRequest) -> bool:
-        """Take held requests' blocks until there are enough for one; False if none had any."""
-        needed = self._pool.blocks_for(len(request.ids) + request.extra_tokens)
+    def _reserve_of_held(self, request: LiveRequest) -> Reservation | None:
+        """Take held requests' blocks until one fits; none are taken where all would not do."""
         victims = [one for one in self._held.values() if _is_at_rest(one)]
+        if not victims:
+            return None
+        held = sum(len(one.reservation.block_ids) for one in victims if one.reservation)
+        cached = self._pool.cached_tokens(request.ids) if request.finds_prefix else 0
+        needed = self._pool.blocks_for(len(request.ids) + request.extra_tokens - cached)
+        if needed > self._pool.available + held:
+            return None
         for victim in victims:
-            if self._pool.available >= needed:
-                break
             self._evict(victim)
-        return bool(victims)
+            if (reservation := self._reserve(request)) is not None:
+                return reservation
+        return None
 
     def _evict(self, victim: LiveRequest) -> None:
         assert victim.reservation is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import POISON
+from conftest import POISON, Tiny
 from devices import ONE, Device, on
 from engines import (
     WAIT_S,
@@ -26,12 +27,13 @@ from engines import (
     wait_for,
 )
 
-from flowprefill import SLO, Engine, Request, SamplingParams, _core
+from flowprefill import SLO, Engine, EngineConfig, Request, SamplingParams, _core
 from flowprefill.engine import core, outbox
 from flowprefill.engine.handle import Handle
 from flowprefill.engine.live_request import LiveRequest
 from flowprefill.engine.worker import Batch
 from flowprefill.errors import DeadlinePassed, NotReady, RequestCancelled, RequestFailed
+from flowprefill.scheduling.policies.base import Policy
 from flowprefill.scheduling.work import Rank, Verdict, Work
 
 OpenEngine = Callable[..., Engine]
@@ -318,6 +320,26 @@ def test_a_policy_that_raises_at_a_prediction_costs_no_client_its_handle(
     with pytest.raises(RequestFailed, match="a bug in the policy"):
         handle.result(WAIT_S)
     assert_all_free(engine)
+
+
+def test_a_policy_that_cannot_be_made_leaves_no_thread_and_no_file(
+    device: Device, tiny: Tiny, tmp_path: Path
+) -> None:
+    def no_policy(*_: object) -> Policy:
+        raise LookupError("a bug in the policy")
+
+    def held() -> list[int]:
+        return [len(list(Path("/proc/self", of).iterdir())) for of in ("task", "fd")]
+
+    settings = {"calibrate": False, "cache_dir": str(tmp_path)} | device.settings
+    config = EngineConfig(**settings)
+    with pytest.raises(LookupError, match="a bug in the policy"):
+        Engine(tiny[0], config, policy=no_policy)
+    before = held()
+    with pytest.raises(LookupError, match="a bug in the policy"):
+        Engine(tiny[0], config, policy=no_policy)
+    gc.collect()
+    assert held() == before
 
 
 def test_a_policy_that_wants_to_be_asked_in_a_year(open_engine: OpenEngine) -> None:

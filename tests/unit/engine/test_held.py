@@ -122,6 +122,21 @@ def test_blocks_of_held_ones_go_to_who_waits_and_are_filled_again() -> None:
     assert world.pool.stats.used == 0
 
 
+def test_blocks_of_held_ones_stay_where_all_of_them_would_not_do() -> None:
+    world = GateWorld(num_blocks=10)
+    size = world.pool.block_tokens
+    stalled = talker(world, 2 * size, 40)
+    play_for(world, 2 * size * 1e-3 + 0.02)
+    hold(world, stalled)
+    talker(world, 4 * size, 40)  # lives on
+    play_for(world, 0.02)
+    large = talker(world, 7 * size, 3)
+    play_for(world, 0.2)
+    assert not large.tokens
+    assert stalled.reservation is not None
+    assert world.core.counts()[3] == 1
+
+
 def test_one_that_lost_its_blocks_ends_when_cancelled() -> None:
     world = GateWorld(num_blocks=8)
     size = world.pool.block_tokens
