@@ -33,7 +33,7 @@ SKIPPED = 77
 
 # Kernels by architecture, and the matrix instruction that those in the last column must use.
 PORTABLE = (
-    "argmax_kernel", "attention_merge_kernel<64>", "attention_merge_kernel<96>",
+    "attention_merge_kernel<64>", "attention_merge_kernel<96>",
     "attention_merge_kernel<128>", "attention_merge_kernel<256>", "embed_kernel",
     "gate_kernel<bf16>", "gate_kernel<float>", "pool_kernel", "quantise_kernel",
     "rescale_kernel", "residual_kernel", "rms_norm_kernel<bf16>", "rms_norm_kernel<float>",

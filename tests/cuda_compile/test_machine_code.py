@@ -114,7 +114,7 @@ def test_missing_and_unknown_kernels_and_missing_ptx_are_failures() -> None:
          "attention_kernel<64>"),
         ("void flowprefill::(anonymous namespace)::rope_kernel<unsigned short>(flowprefill::X)",
          "rope_kernel<bf16>"),
-        ("flowprefill::(anonymous namespace)::argmax_kernel(flowprefill::X)", "argmax_kernel"),
+        ("flowprefill::(anonymous namespace)::embed_kernel(flowprefill::X)", "embed_kernel"),
         ("void K<a::GemmShape<64, 32, 16>, BiasElementwise<cutlass::bfloat16_t, float>>(b)",
          "gemm_ampere_64x32<bf16>"),
         ("void K<a::GemmShape<64, 32, 16>, GatedStore<Map<a::GemmShape<64, 32, 16>>>>(c)",

@@ -190,13 +190,6 @@ cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
                           rescale_body(t, args)));
 }
 
-cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
-  check(args);
-  return launch(
-      "argmax", stream,
-      FP_KERNEL(blocks_of(args.rows, 1024, 256), fake_kernels::argmax(args), argmax_body(t, args)));
-}
-
 cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream) {
   check(args);
   return launch(

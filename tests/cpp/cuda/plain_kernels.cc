@@ -248,13 +248,6 @@ void gate(const GateArgs<In>& args) {
   }
 }
 
-void argmax(const ArgmaxArgs& args) {
-  for (int32_t row = 0; row < args.rows; ++row) {
-    const float* values = args.values + row * args.ld_values;
-    args.out[row] = static_cast<int32_t>(std::max_element(values, values + args.width) - values);
-  }
-}
-
 void sample(const SampleArgs& args) {
   for (int32_t row = 0; row < args.rows; ++row) {
     args.out[row] = kNoToken;

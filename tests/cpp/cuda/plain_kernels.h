@@ -22,7 +22,6 @@ template <typename In>
 void rope(const flowprefill::RopeArgs<In>& args);
 template <typename In>
 void gate(const flowprefill::GateArgs<In>& args);
-void argmax(const flowprefill::ArgmaxArgs& args);
 void sample(const flowprefill::SampleArgs& args);
 void score(const flowprefill::ScoreArgs& args);
 void pool(const flowprefill::PoolArgs& args);

@@ -169,8 +169,6 @@ TEST(RowArgs, SayWhichFieldIsWrong) {
             "cap: got 0, expected above 0");
   EXPECT_EQ(refusal(GateArgs<float>{.ld_in = 8, .ld_out = 8, .rows = 1, .width = 8}),
             "ld_in: got 8, expected at least 2 width");
-  EXPECT_EQ(refusal(ArgmaxArgs{.ld_values = 4, .rows = 1, .width = 5}),
-            "ld_values: got 4, expected at least width");
 }
 
 TEST(SampleArgs, SayWhichFieldIsWrong) {

@@ -255,18 +255,25 @@ TEST(AttentionEdges, LengthsAroundTheTileSizes) {
 }
 
 // All scores equal, each value its position: one key too many or too few moves the average by a
-// half, far more than rounding.
+// half, far more than rounding. Of a batch of one sequence.
+void expect_seen_keys_count_once(Case& c) {
+  const Shape& s = c.shape;
+  const auto [context, rows] = s.sequences[0];
+  c.q.zero_();
+  const at::Tensor positions = at::arange(context + rows).view({1, -1, 1});
+  c.place(c.values, 0, positions.expand({s.kv_heads, -1, s.head_dim}));
+  const at::Tensor last = at::arange(context, context + rows).to(at::kDouble);
+  const at::Tensor first = s.window > 0 ? (last - s.window + 1).clamp_min(0) : at::zeros_like(last);
+  const at::Tensor want = ((first + last) / 2).view({rows, 1, 1});
+  expect_close(c.run(1), want.expand({rows, s.heads, s.head_dim}), kBf16Rounding, 1e-5);
+}
+
 TEST(AttentionEdges, EverySeenKeyCountsOnceAndNoOther) {
   Random random(14);
   for (const int32_t window : {0, 5, 64}) {
     for (const int32_t context : {0, 1, 61, 62, 63, 64, 65, 125, 126, 127, 128}) {
       Case c({.heads = 1, .window = window, .sequences = {{context, 3}}}, random);
-      c.q.zero_();
-      c.place(c.values, 0, at::arange(context + 3).view({1, -1, 1}).expand({1, -1, 64}));
-      const at::Tensor last = at::arange(context, context + 3).to(at::kDouble);
-      const at::Tensor first = window > 0 ? (last - window + 1).clamp_min(0) : at::zeros_like(last);
-      const at::Tensor want = ((first + last) / 2).view({3, 1, 1}).expand({3, 1, 64});
-      expect_close(c.run(1), want, kBf16Rounding, 1e-5);
+      expect_seen_keys_count_once(c);
     }
   }
 }
@@ -290,13 +297,7 @@ TEST(AttentionEdges, OfDecodingSequencesEverySeenKeyCountsOnceAndNoOther) {
           c.split(0, context % 3 == 0 ? 64 : 128);
         c.tables.resize(static_cast<size_t>(((context + 1) >> block_shift) + 1));
         c.tables.shrink_to_fit();
-        c.q.zero_();
-        c.place(c.values, 0, at::arange(context + 2).view({1, -1, 1}).expand({2, -1, dim}));
-        const at::Tensor last = at::arange(context, context + 2).to(at::kDouble);
-        const at::Tensor first =
-            window > 0 ? (last - window + 1).clamp_min(0) : at::zeros_like(last);
-        const at::Tensor want = ((first + last) / 2).view({2, 1, 1}).expand({2, 2, dim});
-        expect_close(c.run(1), want, kBf16Rounding, 1e-5);
+        expect_seen_keys_count_once(c);
       }
     }
   }
@@ -332,12 +333,7 @@ TEST(AttentionEdges, EverySeenKeyCountsOnceAcrossChunks) {
     for (const int32_t context : {0, 1, 62, 63, 64, 126, 127, 128, 190, 191, 192}) {
       Case c({.heads = 1, .window = window, .sequences = {{context, 3}}}, random);
       c.split(0, 64);
-      c.q.zero_();
-      c.place(c.values, 0, at::arange(context + 3).view({1, -1, 1}).expand({1, -1, 64}));
-      const at::Tensor last = at::arange(context, context + 3).to(at::kDouble);
-      const at::Tensor first = window > 0 ? (last - window + 1).clamp_min(0) : at::zeros_like(last);
-      const at::Tensor want = ((first + last) / 2).view({3, 1, 1}).expand({3, 1, 64});
-      expect_close(c.run(1), want, kBf16Rounding, 1e-5);
+      expect_seen_keys_count_once(c);
     }
   }
 }

@@ -1,8 +1,7 @@
 // The row kernels' bodies against ATen on random shapes: embedding, rotary table, RMS norm,
-// residual, rounding, cap, gate, argmax.
+// residual, rounding, cap, gate.
 #include "devices/cuda/kernels/row_bodies.h"
 
-#include <ATen/ops/argmax.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cos.h>
 #include <ATen/ops/embedding.h>
@@ -244,37 +243,7 @@ TEST_P(RowBodies, GateOfBf16IsAtensWithinRounding) {
   test_gate<Bf16>(random, GetParam(), at::kBFloat16);
 }
 
-TEST_P(RowBodies, ArgmaxEqualsAtenAndTakesTheFirstOfEquals) {
-  const int32_t rows = random.integer(1, 4);
-  const int32_t width = random.integer(1, 700);
-  // Few distinct values: many ties.
-  const at::Tensor values = random.floats({rows, width}).round();
-  std::vector<int32_t> out(static_cast<size_t>(rows), -1);
-  const ArgmaxArgs args{floats(values), width, out.data(), rows, width};
-  check(args);
-  simt::launch({.x = rows, .threads = 128, .shared_bytes = 32, .seed = GetParam()},
-               [&](const Thread& t) { argmax_body(t, args); });
-  const at::Tensor want = at::argmax(values, 1);
-  for (int32_t i = 0; i < rows; ++i) {
-    const int32_t got = out[static_cast<size_t>(i)];
-    const float* row = floats(values) + int64_t{i} * width;
-    EXPECT_EQ(row[got], row[want.data_ptr<int64_t>()[i]]);
-    EXPECT_EQ(got, std::max_element(row, row + width) - row);
-  }
-}
-
 INSTANTIATE_TEST_SUITE_P(Seeds, RowBodies, testing::Range(1u, 13u));
-
-TEST(Argmax, NanNeverWinsAndARowOfNanGivesZero) {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float inf = std::numeric_limits<float>::infinity();
-  std::vector<float> values = {nan, 1.0f, 3.0f, nan, nan, nan, nan, nan, -inf, -inf, -inf, -inf};
-  std::vector<int32_t> out(3, -1);
-  const ArgmaxArgs args{values.data(), 4, out.data(), 3, 4};
-  simt::launch({.x = 3, .threads = 64, .shared_bytes = 16},
-               [&](const Thread& t) { argmax_body(t, args); });
-  EXPECT_EQ(out, (std::vector<int32_t>{2, 0, 0}));
-}
 
 TEST(Portable, PackRoundsAsTorchDoes) {
   Random random(5);

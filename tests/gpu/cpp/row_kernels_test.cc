@@ -1,9 +1,7 @@
-// The row kernels on the device: embedding, rotary table, RMS norm, residual, rounding, cap, gate,
-// argmax. Rows lie apart by more than their width and there is a row too many: what lies between is
-// not to be touched.
-#include <algorithm>
+// The row kernels on the device: embedding, rotary table, RMS norm, residual, rounding, cap, gate.
+// Rows lie apart by more than their width and there is a row too many: what lies between is not to
+// be touched.
 #include <cmath>
-#include <limits>
 
 #include "device_test.h"
 
@@ -12,7 +10,6 @@ namespace {
 
 constexpr int32_t kRows = 37;
 constexpr int32_t kGap = 8;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 size_t area(int32_t rows, int32_t ld) {
   return static_cast<size_t>(rows) * static_cast<size_t>(ld);
@@ -233,28 +230,6 @@ TEST_F(Gate, OfFloats) {
 TEST_F(Gate, OfHalves) {
   test<Bf16>(false);
   test<Bf16>(true);
-}
-
-TEST_F(RowKernels, ArgmaxTakesTheFirstAmongEquals) {
-  const int32_t rows = kIsDouble ? 5 : kRows;
-  for (const int32_t width : {1, 203, kIsDouble ? 2100 : 49152}) {
-    forget();
-    const int32_t ld = width + 3;
-    std::vector<float> values = normals(area(rows, ld));
-    for (int32_t row = 0; row < rows; row += 2) {  // ties: the same largest value several times
-      for (int32_t i = 0; i < 4; ++i)
-        values[area(row, ld) + static_cast<size_t>(integer(0, width - 1))] = 9.0f;
-    }
-    std::fill_n(values.begin() + ld, width, -kInfinity);
-    auto& in = add("values", values);
-    auto& out = add("out", std::vector<int32_t>(static_cast<size_t>(rows) + 1, -7));
-    const auto args = [&](Place p) {
-      return ArgmaxArgs{
-          .values = in.at(p), .ld_values = ld, .out = out.at(p), .rows = rows, .width = width};
-    };
-    expect_kernel([&](cudaStream_t s) { return launch_argmax(args(Place::kDevice), s); },
-                  [&] { fake_kernels::argmax(args(Place::kHost)); });
-  }
 }
 
 }  // namespace

@@ -40,7 +40,6 @@ template <typename In>  // float or Bf16
 cudaError_t launch_rope(const RopeArgs<In>& args, cudaStream_t stream);
 template <typename In>  // float or Bf16
 cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream);
-cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
 cudaError_t launch_quantise(const QuantiseArgs& args, cudaStream_t stream);
 cudaError_t launch_widen(const WidenArgs& args, cudaStream_t stream);
 cudaError_t launch_rescale(const RescaleArgs& args, cudaStream_t stream);

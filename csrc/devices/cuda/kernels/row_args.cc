@@ -105,12 +105,6 @@ void check(const GateArgs<In>& args) {
   expect_aligned("out", args.out);
 }
 
-void check(const ArgmaxArgs& args) {
-  expect_rows(args.rows);
-  expect(args.width >= 1, "width", args.width, "at least 1");
-  expect(args.ld_values >= args.width, "ld_values", args.ld_values, "at least width");
-}
-
 template void check<float>(const RmsNormArgs<float>&);
 template void check<Bf16>(const RmsNormArgs<Bf16>&);
 template void check<float>(const RopeArgs<float>&);

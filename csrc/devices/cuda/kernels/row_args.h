@@ -102,14 +102,6 @@ struct GateArgs {
   bool is_gelu = false;  // GELU by tanh instead of SiLU
 };
 
-struct ArgmaxArgs {
-  const float* values = nullptr;  // [rows, width]
-  int64_t ld_values = 0;
-  int32_t* out = nullptr;  // [rows]
-  int32_t rows = 0;
-  int32_t width = 0;
-};
-
 // Each throws std::invalid_argument naming the field, its value and what is allowed.
 void check(const EmbedArgs& args);
 void check(const RotaryArgs& args);
@@ -122,6 +114,5 @@ template <typename In>
 void check(const RopeArgs<In>& args);
 template <typename In>
 void check(const GateArgs<In>& args);
-void check(const ArgmaxArgs& args);
 
 }  // namespace flowprefill

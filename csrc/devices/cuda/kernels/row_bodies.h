@@ -1,7 +1,7 @@
 // Bodies of the row kernels: embedding, rotary table, RMS norm, residual, rounding, cap of logits,
-// gate, argmax. Called by row_kernels.cu on the device and by tests/cpp/kernels on the host. The
-// arithmetic is that of the CPU's row kernels (csrc/devices/cpu/row_kernels.h): float inside,
-// rounded once when stored.
+// gate. Called by row_kernels.cu on the device and by tests/cpp/kernels on the host. The arithmetic
+// is that of the CPU's row kernels (csrc/devices/cpu/row_kernels.h): float inside, rounded once
+// when stored.
 //
 // Every body handles block_x() = one row; block_y() = a part of its columns where it says so.
 #pragma once
@@ -184,40 +184,6 @@ FP_HD void gate_body(const Thread& t, const GateArgs<In>& args) {
   }
   auto* to = args.out + t.block_x() * args.ld_out + column;
   *reinterpret_cast<Vec<Bf16, kColumnsPerThread>*>(to) = out;
-}
-
-// Index of the largest value of each row, the first one among equals; NaN never wins, and a row of
-// NaN gives 0. Rows are independent; scratch: shared, a float and an index per warp.
-template <class Thread>
-FP_HD void argmax_body(const Thread& t, const ArgmaxArgs& args) {
-  const float* row = args.values + t.block_x() * args.ld_values;
-  float best = minus_infinity();
-  int32_t index = args.width;  // none yet
-  const auto take = [&best, &index](float value, int32_t at) {
-    if (value > best || (value == best && at < index)) {
-      best = value;
-      index = at;
-    }
-  };
-  for (int32_t i = t.index(); i < args.width; i += t.count())
-    take(row[i], i);
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const float value = t.shuffle_xor(best, mask);
-    take(value, t.shuffle_xor(index, mask));
-  }
-  const int32_t warps = t.count() / 32;
-  auto* values = t.template shared<float>();
-  auto* indices = reinterpret_cast<int32_t*>(values + warps);
-  if (t.lane() == 0) {
-    values[t.warp()] = best;
-    indices[t.warp()] = index;
-  }
-  t.sync();
-  if (t.index() != 0)
-    return;
-  for (int32_t warp = 1; warp < warps; ++warp)
-    take(values[warp], indices[warp]);
-  args.out[t.block_x()] = index < args.width ? index : 0;
 }
 
 }  // namespace flowprefill

@@ -1,4 +1,4 @@
-// Launches of the row kernels: one block per row, 128 to 1024 threads. Declared in kernels.h.
+// Launches of the row kernels: one block per row, 128 or 256 threads. Declared in kernels.h.
 #include "devices/cuda/kernels/kernels.h"
 #include "devices/cuda/kernels/launch.cuh"
 #include "devices/cuda/kernels/rope_body.h"
@@ -9,7 +9,6 @@ namespace flowprefill {
 namespace {
 
 constexpr int kNormThreads = 256;
-constexpr int kArgmaxThreads = 1024;
 constexpr int kRopeWarps = 4;
 
 extern __shared__ unsigned char shared_memory[];
@@ -44,9 +43,6 @@ __global__ void __launch_bounds__(kRopeWarps * 32) rope_rows_kernel(RopeArgs<In>
 template <typename In>
 __global__ void __launch_bounds__(kColumnThreads) gate_kernel(GateArgs<In> args) {
   gate_body(after_predecessor(nullptr), args);
-}
-__global__ void __launch_bounds__(kArgmaxThreads) argmax_kernel(ArgmaxArgs args) {
-  argmax_body(after_predecessor(shared_memory), args);
 }
 
 }  // namespace
@@ -107,12 +103,6 @@ cudaError_t launch_gate(const GateArgs<In>& args, cudaStream_t stream) {
   check(args);
   const dim3 blocks = row_grid(args.rows, column_parts(args.width));
   return launch_kernel(gate_kernel<In>, blocks, kColumnThreads, 0, stream, args);
-}
-
-cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
-  check(args);
-  constexpr size_t kShared = (sizeof(float) + sizeof(int32_t)) * kArgmaxThreads / 32;
-  return launch_kernel(argmax_kernel, row_grid(args.rows), kArgmaxThreads, kShared, stream, args);
 }
 
 template cudaError_t launch_rms_norm<float>(const RmsNormArgs<float>&, cudaStream_t);
