@@ -176,7 +176,7 @@ def ceilings() -> dict[str, Any]:
     Rates are GFLOP/s (GOP/s for int8, 0 without an instruction for it) and GB/s of reading memory
     of each size over and over; other work on the machine lowers them.
     """
-    from flowprefill import _core
+    from flowprefill.native import _core
 
     try:
         found: dict[str, Any] = {"isa": _core.isa(), "isas_available": _core.available_isas()}

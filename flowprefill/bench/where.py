@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flowprefill import _core
 from flowprefill.bench.common import (
     add_common_arguments,
     add_lengths,
@@ -32,6 +31,7 @@ from flowprefill.engine import Engine
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.models.families import build_graph
 from flowprefill.models.graph import ModelGraph, Operator
+from flowprefill.native import _core
 from flowprefill.request import Request, SamplingParams
 from flowprefill.scheduling.cost_model import attention_pairs
 

@@ -6,11 +6,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from flowprefill import _core
 from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine.control_groups import memory_left, usable_cores
 from flowprefill.engine.device import ProbeSizes
 from flowprefill.errors import CheckpointError, ConfigError
+from flowprefill.native import _core
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

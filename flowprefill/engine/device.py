@@ -17,11 +17,11 @@ from flowprefill.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flowprefill import _core
     from flowprefill.config import EngineConfig, Granularity
     from flowprefill.engine.worker import RunHandle
     from flowprefill.models.checkpoint import Checkpoint
     from flowprefill.models.model_config import ModelConfig
+    from flowprefill.native import _core
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from flowprefill import _core
+from flowprefill.native import _core
 from flowprefill.scheduling.cost_model import attention_pairs
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowprefill import _core
 from flowprefill.config import Granularity
 from flowprefill.models.families import build_graph
+from flowprefill.native import _core
 from flowprefill.scheduling.cost_model import attention_pairs
 from flowprefill.simulation.costs import WorkCosts
 from flowprefill.simulation.profile import Profile

@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flowprefill import _core
 from flowprefill.config import read_object
 from flowprefill.engine.loading import model_shape
 from flowprefill.errors import ConfigError
 from flowprefill.models.families import build_graph, read_config
 from flowprefill.models.graph import ModelGraph
+from flowprefill.native import _core
 from flowprefill.scheduling import MachineRates, ModelShape
 
 FOLDER = Path(__file__).parent / "profiles"

@@ -39,14 +39,15 @@ PYTHON_LAYERS = {
     "scheduling": _layer("scheduling"),
     "policies": _layer("scheduling"),
     "models": _layer("models", "torch numpy safetensors tokenizers jinja2 gguf"),
-    "engine": _layer("engine scheduling models _core _cuda", "torch numpy llguidance"),
+    "native": _layer("_core", "torch"),
+    "engine": _layer("engine scheduling models native _cuda", "torch numpy llguidance"),
     "server": _layer("server engine models", "aiohttp prometheus_client opentelemetry"),
     "traces": _layer("traces"),
     "explain": _layer("client"),
     "client": _layer(),
     "argument_parser": _layer(),
     "terminal": _layer(),
-    "simulation": _layer("simulation traces scheduling engine models _core", "numpy"),
+    "simulation": _layer("simulation traces scheduling engine models native", "numpy"),
 }
 # They join layers, so they may import any; `__init__` is the lazy front door (test_packaging.py).
 UNRESTRICTED = {"bench", "chat", "cli", "__init__", "__main__"}
@@ -177,6 +178,16 @@ def test_python_layer_imports_only_what_it_may(path: Path) -> None:
     assert python_violations(layer_of(path), path.read_text()) == []
 
 
+def test_nothing_but_native_imports_the_native_module() -> None:
+    """So that torch comes first."""
+    users = [
+        str(path.relative_to(PACKAGE))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if any(name.startswith("flowprefill._core") for name in imports(path.read_text()))
+    ]
+    assert users == ["native.py"]
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "scheduling").rglob("*.py")), ids=_relative)
 def test_scheduling_is_pure(path: Path) -> None:
     assert impurities(path.read_text()) == []
@@ -204,6 +215,7 @@ def test_cpp_layer_includes_only_what_it_may(path: Path) -> None:
         ("models", "from flowprefill.engine import Engine"),
         ("request", "from flowprefill.scheduling import Scheduler"),
         ("server", "from . import app"),
+        ("engine", "from flowprefill import _core"),
     ],
 )
 def test_python_rule_forbidden_import_is_found(layer: str, source: str) -> None:
@@ -216,7 +228,7 @@ def test_python_rule_forbidden_import_is_found(layer: str, source: str) -> None:
         ("scheduling", "import heapq\nfrom flowprefill.request import SLO"),
         (
             "engine",
-            "from flowprefill import _core\nfrom flowprefill.models.tokenizer import Tokenizer",
+            "import flowprefill._cuda\nfrom flowprefill.models.tokenizer import Tokenizer",
         ),
     ],
 )

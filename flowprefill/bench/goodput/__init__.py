@@ -6,10 +6,6 @@ show.
 
 from __future__ import annotations
 
-# First: the native module, which the simulator loads, links torch's libraries. Where it came before
-# torch of a CUDA build, this command once ended in a crash, whose cause was not found.
-import torch  # noqa: F401
-
 from flowprefill.bench.goodput.arguments import add_arguments
 from flowprefill.bench.goodput.command import run
 

@@ -153,9 +153,9 @@ cpu_tests() {
 }
 # The same without AMX at the end: whether it is worth its rounding.
 cpu_figures() {
-  "$PY" "$KIT/src/cpu_figures.py" "$LOGS/cpu_figures.json" $((${CPU_S:-40} - 12))
+  "$PY" -X faulthandler "$KIT/src/cpu_figures.py" "$LOGS/cpu_figures.json" $((${CPU_S:-40} - 12))
   ! grep -q -w amx_bf16 /proc/cpuinfo \
-    || FLOWPREFILL_ISA=avx512_bf16 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 "$PY" "$KIT/src/cpu_figures.py" "$LOGS/cpu_figures_avx512.json" 6
+    || FLOWPREFILL_ISA=avx512_bf16 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 "$PY" -X faulthandler "$KIT/src/cpu_figures.py" "$LOGS/cpu_figures_avx512.json" 6
 }
 export -f probe build_modules one_test run_tests cpu_tests cpu_figures
 
