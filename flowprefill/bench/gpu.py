@@ -31,7 +31,7 @@ from flowprefill.bench.common import (
     load_engine,
     say,
 )
-from flowprefill.bench.gpu_model import GpuModel, blocking_s, gaps_of, load_weights
+from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights, shorts_beside
 from flowprefill.bench.prefill import flops_of
 from flowprefill.bench.random_model import SHAPES
 from flowprefill.bench.report import Report, Row, print_table
@@ -371,10 +371,9 @@ def run_ahead_row(depth: int, model: GpuModel, plan: Any, args: argparse.Namespa
     rng = random.Random(args.seed)
     blocking = []
     for _ in range(args.shorts):
-        delay_s = rng.uniform(0.0, SPAN * median(took_s))
-        blocked_s = blocking_s(model, plan, (long_tokens, args.short_tokens), delay_s)
-        if blocked_s is not None:
-            blocking.append(blocked_s)
+        delays_s = [rng.uniform(0.0, SPAN * median(took_s))]
+        tokens = (long_tokens, args.short_tokens)
+        blocking += [waited_s for waited_s, _ in shorts_beside(model, plan, tokens, delays_s)]
     lengths = [segment.end_s - segment.start_s for segment in segments]
     told = f"{median(blocking) * 1e3:.3f} ms" if blocking else "not met"
     say(f"run-ahead {depth}  blocking {told}")

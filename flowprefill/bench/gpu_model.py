@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import select
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowprefill.config import EngineConfig
 from flowprefill.engine import calibration
 from flowprefill.engine.cuda_device import CudaDevice
 from flowprefill.engine.device_choice import DeviceChoice
@@ -26,7 +27,7 @@ from flowprefill.scheduling.cost_model import MachineRates
 if TYPE_CHECKING:
     from flowprefill import _cuda
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = EngineConfig().block_tokens
 PATIENCE_S = 600.0  # for one run
 ENDED = ("finished", "cancelled", "failed")
 
@@ -74,7 +75,7 @@ def load_weights(
 
 
 class GpuModel:
-    """Shared weights, cache for one long and one short prompt, and the executor; see the module."""
+    """Shared weights, cache for two prompts, and the executor; see the module."""
 
     def __init__(
         self,
@@ -112,7 +113,8 @@ class GpuModel:
             "max_context": config.max_position,
         }
         self._model: Any = weights.sharing_weights(sizes | options)
-        self._model.allocate_cache(BLOCK_TOKENS, 2 * self._blocks_of_one)
+        self._blocks = max(2 * self._blocks_of_one, max_sequences)
+        self._model.allocate_cache(BLOCK_TOKENS, self._blocks)
         self._ids = itertools.count(1)
         self._ended_s: dict[int, float] = {}
         self._executor: Any = self.cuda.Executor(self._model)
@@ -143,7 +145,7 @@ class GpuModel:
 
     def decode_context(self, batch: int, context: int) -> int:
         """Return how many cached tokens each of `batch` sequences can have, up to `context`."""
-        return min(context, 2 * self._blocks_of_one // batch * BLOCK_TOKENS - 1)
+        return min(context, self._blocks // batch * BLOCK_TOKENS - 1)
 
     def decode_s(self, batch: int, context: int, plan: Any) -> float:
         """Decode one token of each sequence, chosen on the device; seconds as `prefill_s`.
@@ -244,50 +246,41 @@ class GpuModel:
         return {
             "weight_bytes": self._model.weight_bytes,
             "lane_bytes": self._model.lane_bytes(BLOCK_TOKENS),
-            "cache_bytes": 2 * self._blocks_of_one * block_bytes,
+            "cache_bytes": self._blocks * block_bytes,
             "cache_bytes_per_token": block_bytes // BLOCK_TOKENS,
         }
 
 
-def short_beside(
-    model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float
-) -> tuple[float, float] | None:
-    """Dispatch a long prompt and, some time later, a short one.
+def shorts_beside(
+    model: GpuModel, plan: Any, tokens: tuple[int, int], delays_s: Iterable[float]
+) -> Iterator[tuple[float, float]]:
+    """Dispatch short prompts during a long one, which goes on after each, until that has ended.
 
-    Returns:
-        Seconds from the dispatch of the short one to the start of its first segment and to its
-        result; None if the long one had ended by then, or had not begun.
+    Args:
+        tokens: of the long prompt and of a short one.
+        delays_s: from the dispatch of the long one, at first and after each short one, to that of
+            the next.
+
+    Yields:
+        Of each short one, seconds from its dispatch to the start of its first segment and to its
+        result.
     """
-    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
-    with model.recorded() as segments:
-        model.dispatch(long)
-        time.sleep(delay_s)
-        was_running = long.state == "running"
-        model.dispatch(short)
-        ended_s = model.finish(short)
+    long = model.make(tokens[0], plan, slot=0)
+    try:
+        for delay_s in delays_s:
+            short = model.make(tokens[1], plan, slot=1)
+            model.dispatch(long)
+            time.sleep(delay_s)
+            if long.state != "running":
+                return
+            with model.recorded() as segments:
+                model.dispatch(short)
+                ended_s = model.finish(short)
+            dispatched_s = short.accounting().dispatched_s
+            started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
+            if started_s:
+                yield max(started_s[0] - dispatched_s, 0.0), ended_s - dispatched_s
+            if long.state != "suspended":
+                return
+    finally:
         model.cancel(long)
-    dispatched_s = short.accounting().dispatched_s
-    started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
-    if not was_running or not started_s:
-        return None
-    return max(started_s[0] - dispatched_s, 0.0), ended_s - dispatched_s
-
-
-def blocking_s(model: GpuModel, plan: Any, tokens: tuple[int, int], delay_s: float) -> float | None:
-    """Dispatch a long prompt and, some time later, a short one.
-
-    Returns:
-        Seconds from the dispatch of the short one to the start of its first segment; None if the
-        long one had ended by then, or had not begun.
-    """
-    long, short = model.make(tokens[0], plan, slot=0), model.make(tokens[1], plan, slot=1)
-    with model.recorded() as segments:
-        model.dispatch(long)
-        time.sleep(delay_s)
-        model.dispatch(short)
-        model.finish(short)
-        was_blocked = long.state == "suspended"
-        model.cancel(long)
-    dispatched_s = short.accounting().dispatched_s
-    started_s = [segment.start_s for segment in segments if segment.run_id == short.id]
-    return started_s[0] - dispatched_s if was_blocked and started_s else None

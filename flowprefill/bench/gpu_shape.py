@@ -30,13 +30,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from flowprefill.bench import gpu_torch
 from flowprefill.bench.common import say
-from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights, short_beside
+from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights, shorts_beside
 from flowprefill.bench.prefill import flops_of
 from flowprefill.bench.random_model import SHAPES, RandomCheckpoint
 from flowprefill.bench.report import Report
@@ -56,7 +57,9 @@ GRANULARITIES = ("budget:0.3", USUAL, "budget:1", "budget:2", "none")
 LENGTHS = (128, 512, 2048, 8192, 32768)
 LONG = 8192  # tokens of the long prompt that short ones block on; longer ones get fewer rounds
 BATCHES, CONTEXT = (1, 16, 64), 1024
-SHORT_TOKENS, SHORTS, HOL_SHORTS = 64, 30, 6
+SHORT_TOKENS, SHORTS, HOL_SHORTS = 64, 120, 6
+SHORTS_OF_NONE = 12  # where nothing is cut, each waits for a whole prompt
+TOGETHER = 8  # that come during one long prompt, where it is cut
 EAGER_TOKENS = 2048  # at most
 SPAN = 0.85  # of the long prompt's time, within which a short one arrives
 SHARES = (0.5, 0.99, 1)
@@ -270,12 +273,15 @@ class ShapeBench:
     ) -> Iterator[tuple[float, float]]:
         """Yield, for each short prompt that met the long one: seconds to its start, to its end."""
         plan = self._plan(granularity)
-        for _ in range(count):
-            if not self._has(5):
+        met, count = 0, count if granularity != "none" else min(count, SHORTS_OF_NONE)
+        together = min(TOGETHER, count) if granularity != "none" else 1
+        for _ in range(count):  # some may find the long one ended
+            if met >= count or not self._has(5):
                 return
-            delay_s = rng.uniform(0.0, SPAN * long_s)
-            found = short_beside(model, plan, (long_tokens, SHORT_TOKENS), delay_s)
-            if found is not None:
+            at_s = sorted(rng.uniform(0.0, SPAN * long_s) for _ in range(together))
+            delays_s = [after - before for before, after in pairwise([0.0, *at_s])]
+            for found in shorts_beside(model, plan, (long_tokens, SHORT_TOKENS), delays_s):
+                met += 1
                 yield found
 
     def _hol(self, model: GpuModel) -> None:
@@ -306,14 +312,14 @@ class ShapeBench:
         context = min(CONTEXT, self._config.max_position) - 1
         took_s = [model.decode_s(batch, context, plan) for _ in range(23)][3:]
         median_s = median(took_s)
-        weight_bytes = model.memory()["weight_bytes"]
+        read_bytes = self._shape.weight_bytes + self._shape.head_bytes  # of the embedding, few rows
         self._keep(
             "decode",
             batch=batch,
             context=model.decode_context(batch, context),
             tokens_per_s=batch / median_s,
             **quantiles("step", took_s, (0.5, 1)),
-            weight_gbytes_per_s=weight_bytes / median_s / 1e9,
+            weight_gbytes_per_s=read_bytes / median_s / 1e9,
         )
 
     def _operators(self, model: GpuModel, tokens: int) -> None:

@@ -117,7 +117,7 @@ GemmArgs product_args(const DeviceBuffer& a, int depth, const DeviceBuffer& b, i
 CacheView cache_of(const DeviceBuffer& cache) {
   const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
   Bf16* const keys = halves(cache);
-  return {keys, keys + half, 2 * half, kDim, kBlockTokens * kDim, 4};
+  return {keys, keys + half, 2 * half, kDim, kBlockTokens * kDim, kBlockShift};
 }
 
 double device_us(const Launch& launch, cudaStream_t stream, int rounds) {

@@ -14,7 +14,8 @@ namespace flowprefill {
 
 constexpr int kHidden = 4096, kInner = 14336, kHeads = 32, kKv = 8, kDim = 128, kVocab = 128256;
 constexpr int kQkv = (kHeads + 2 * kKv) * kDim;
-constexpr int kBlockTokens = 16;
+constexpr int kBlockShift = 6;
+constexpr int kBlockTokens = 1 << kBlockShift;  // the product's own
 constexpr int kRows = 4096;  // of the kernels of rows
 
 using Launch = std::function<void(cudaStream_t)>;
