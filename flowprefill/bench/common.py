@@ -38,6 +38,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, model_help: str = MODE
 def add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add the flags that every bench has."""
     add_engine_arguments(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, default auto")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and arrival times")
     parser.add_argument(
@@ -74,6 +75,7 @@ def load_engine(args: argparse.Namespace, **settings: Any) -> Engine:
     """Load the model that the flags name; no prefix cache, so no prompt profits from another."""
     names = ("dtype", "quantization", "threads", "background")
     settings |= {name: getattr(args, name) for name in names}
+    settings.setdefault("device", getattr(args, "device", "auto"))
     config = EngineConfig(prefix_cache=False, **settings)
     say(f"loading {args.model}")
     engine = Engine(args.model, config)

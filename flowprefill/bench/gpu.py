@@ -83,7 +83,7 @@ OpenModel = Callable[..., Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``flowprefill bench gpu``."""
     add_common_arguments(parser, rounds=3)
-    parser.add_argument("--device", default="cuda", help="cuda or cuda:N, default cuda")
+    parser.set_defaults(device="cuda")
     parser.add_argument(
         "--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="TABLE",
         help=f"of {', '.join(TABLES)}; default all",
@@ -391,7 +391,7 @@ def run_ahead_row(depth: int, model: GpuModel, plan: Any, args: argparse.Namespa
 
 def _measure_hol(report: Report, args: argparse.Namespace) -> list[Row]:
     args.long_tokens, args.short_ttft_ms = args.tokens[-1], 0.0
-    with load_engine(args, device=args.device) as engine:
+    with load_engine(args) as engine:
         check_lengths(engine, [args.long_tokens, args.short_tokens])
         report.settings["engine"] = engine.describe()
         rounds = hol.measure(engine, args, HOL_GRANULARITIES)

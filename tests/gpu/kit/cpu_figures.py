@@ -32,7 +32,9 @@ def bench(log: Path, name: str, *flags: str) -> dict[str, Any]:
         stack.enter_context(contextlib.redirect_stderr(said))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "report.json"
-        code = flowprefill(["bench", name, "--rounds", "1", *flags, "--json", str(path)])
+        code = flowprefill(
+            ["bench", name, "--device", "cpu", "--rounds", "1", *flags, "--json", str(path)]
+        )
         if code:
             raise RuntimeError(f"bench {name} {' '.join(flags)}: status {code}")
         report: dict[str, Any] = json.loads(path.read_text())
@@ -87,7 +89,14 @@ def main() -> int:
                     print("the rest is left out: the time is over")
                     return 0
                 began_s = time.monotonic()
-                flags = ("--quantization", quantization, "--threads", str(threads))
+                flags = (
+                    "--device",
+                    "cpu",
+                    "--quantization",
+                    quantization,
+                    "--threads",
+                    str(threads),
+                )
                 of = f"{name} {kind} {threads} threads"
                 report = bench(log, name, *flags, "--tokens", *TOKENS, *more)
                 found[of] = compact(report, kind, threads)

@@ -146,7 +146,7 @@ cpu_tests() {
   for program in "$WORK"/cpu/*; do
     timeout 30 "$program" --gtest_brief=1 || code=1
   done
-  "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -k 'cpu-bf16 or cpu-int8' \
+  OMP_NUM_THREADS=$((($(nproc) + 7) / 8)) "$PY" -m pytest -c "$KIT/src/pytest.ini" --rootdir "$REPO" --confcutdir "$REPO" tests/device -k 'cpu-bf16 or cpu-int8' \
     -p no:cacheprovider -q --maxfail=30 --junitxml="$LOGS/cpu_pytest.xml" --session-timeout=35 \
     $("$PY" -c 'import os, xdist; print("-n", min(8, os.cpu_count()), "--max-worker-restart 20")' 2>/dev/null) || code=1
   return $code
