@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace, lengths: list[int], rounds: int) -> int:
     names = args.peers or [name for name in PEERS if _is_installed(name, pythons)]
     report = Report("peers", {"rounds": rounds, "seed": args.seed, "tokens": lengths})
     versions: dict[str, str] = {}
+    report.extra["versions"] = versions
     for model in args.peer_models:
         args.model = str(_checkpoint(model, names))
         with load_engine(args, granularity=args.granularity) as engine:
@@ -85,11 +86,13 @@ def run(args: argparse.Namespace, lengths: list[int], rounds: int) -> int:
                 for name in names:
                     peers.append(_Child.start(name, pythons, args.model, engine.threads))
                     versions[name] = peers[-1].version
-                report.rows += _measure(engine, peers, model, lengths, rounds, args.seed)
+                rows = report.rows
+                for known in _measure(engine, peers, model, lengths, rounds, args.seed):
+                    report.rows = rows + rows_of(model, known)
+                    report.write(args.json)  # of every round, for a run that is ended early
             finally:
                 for peer in peers:
                     peer.close()
-    report.extra["versions"] = versions
     print_table("Next to other engines", report.rows, COLUMNS)
     report.write(args.json)
     return 0
@@ -207,8 +210,12 @@ def _ours_s(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
 
 def _measure(
     engine: Engine, peers: Sequence[_Child], model: str, lengths: list[int], rounds: int, seed: int
-) -> list[Row]:
-    """Measure all at every length and batch, in turn."""
+) -> Iterator[dict[tuple[str, str], list[float]]]:
+    """Measure all at every length and batch, in turn.
+
+    Yields:
+        After every round, tokens per second by work and engine of all rounds until then.
+    """
     engines: dict[str, Generate] = {
         "flowprefill": lambda prompts, tokens: _ours_s(engine, prompts, tokens)
     }
@@ -222,13 +229,18 @@ def _measure(
         for sequences in DECODE_BATCHES:
             generate(prompts_of(sequences, DECODE_CONTEXT), 2)
     rates: dict[tuple[str, str], list[float]] = {}
+
+    def note(work: str, name: str, rate: float) -> None:
+        rates.setdefault((work, name), []).append(rate)
+        say(f"{work:12} {rate:8.0f} tokens/s  {name}")
+
     names = list(engines)
     for number in range(rounds):
         order = names[number % len(names) :] + names[: number % len(names)]
         for tokens in lengths:
             for name in order:
                 took_s = engines[name](prompts_of(1, tokens), 1)
-                rates.setdefault((f"prefill {tokens}", name), []).append(tokens / took_s)
+                note(f"prefill {tokens}", name, tokens / took_s)
         for sequences in DECODE_BATCHES:
             for name in order:
                 # Other prompts each time: some engines keep the prefixes they have seen.
@@ -237,9 +249,9 @@ def _measure(
                 took_s = engines[name](prompts, 1 + DECODE_TOKENS) - first_s
                 # Less than nothing where another process held the first token back.
                 rate = sequences * DECODE_TOKENS / took_s if took_s > 0.0 else math.nan
-                rates.setdefault((f"decode of {sequences}", name), []).append(rate)
+                note(f"decode of {sequences}", name, rate)
         say(f"{model}: round {number + 1}/{rounds}")
-    return rows_of(model, rates)
+        yield rates
 
 
 def rows_of(model: str, rates: dict[tuple[str, str], list[float]]) -> list[Row]:

@@ -3,6 +3,7 @@
 cpu_figures.py OUT.json LIMIT_S: the ceilings, then prefill and decode of smollm2-135m's shape in
 bf16 and int8, by all cores and by two, in order of value until LIMIT_S is over. OUT.json is written
 anew after each, so that a killed run leaves what was done. FLOWPREFILL_ISA chooses as everywhere.
+cpu_figures.py ceilings: the ceilings alone, as JSON, by a process whose end is not the rest's.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import torch  # noqa: F401  (before the native module)
+
+from flowprefill import _core
 from flowprefill.bench.doctor import ceilings, system_findings
 from flowprefill.cli import main as flowprefill
 
 TOKENS = ("128", "512", "2048", "7500")
 CORES = len(os.sched_getaffinity(0))
+THREADS = sorted({CORES, min(2, CORES)}, reverse=True)
 LEAST_S = 4.0  # with less left, no bench is begun
 
 
@@ -41,11 +47,19 @@ def bench(log: Path, name: str, *flags: str) -> dict[str, Any]:
         return report
 
 
-def compact(report: dict[str, Any], kind: str, threads: int) -> dict[str, Any]:
-    """Return a report's rows, those of prefill with their share of the processor's peak."""
-    from flowprefill import _core
+def measured_ceilings() -> dict[str, Any]:
+    """Return the ceilings, with peaks by number of threads; empty: their process has failed."""
+    command = [sys.executable, "-X", "faulthandler", __file__, "ceilings"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"ceilings: status {done.returncode}")
+        return {}
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
-    peak = dict(_core.measure_ceilings(threads))[kind]
+
+def compact(report: dict[str, Any], peak: float) -> dict[str, Any]:
+    """Return a report's rows, those of prefill with their share of the processor's peak."""
     extra = report.get("extra", report)
     rows = report["rows"]
     for row in rows:
@@ -77,14 +91,19 @@ def summary(where: dict[str, Any]) -> None:
 
 def main() -> int:
     """Measure, print, write."""
+    if sys.argv[1] == "ceilings":
+        peaks = {str(threads): dict(_core.measure_ceilings(threads)) for threads in THREADS}
+        print(json.dumps(ceilings() | {"peaks": peaks}))
+        return 0
     path, end_s = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
-    found: dict[str, Any] = {"system": system_findings(), "ceilings": ceilings()}
-    isa, log = found["ceilings"]["isa"], path.with_suffix(".log")
+    found: dict[str, Any] = {"system": system_findings(), "ceilings": measured_ceilings()}
+    peaks = found["ceilings"].pop("peaks", {})
+    isa, log = _core.isa(), path.with_suffix(".log")
     path.write_text(json.dumps(found))
     print(found["system"]["processor"], json.dumps(found["ceilings"]), flush=True)
     for name, more in (("where", ("--decode", "1", "16")), ("prefill", ("--only-flowprefill",))):
         for quantization, kind in (("none", "bf16"), ("int8", "int8")):
-            for threads in sorted({CORES, min(2, CORES)}, reverse=True):
+            for threads in THREADS:
                 if end_s - time.monotonic() < LEAST_S:
                     print("the rest is left out: the time is over")
                     return 0
@@ -99,7 +118,7 @@ def main() -> int:
                 )
                 of = f"{name} {kind} {threads} threads"
                 report = bench(log, name, *flags, "--tokens", *TOKENS, *more)
-                found[of] = compact(report, kind, threads)
+                found[of] = compact(report, peaks.get(str(threads), {}).get(kind, 0.0))
                 path.write_text(json.dumps(found, indent=1))
                 print(f"--- {of}, {isa}: took {time.monotonic() - began_s:.1f} s")
                 if name == "where":

@@ -23,6 +23,8 @@
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
 #   ncu        a profile of the attention kernel
+#   peers      prefill and decode of the CPU engine next to OpenVINO GenAI and transformers, with the .peer-kit/ of pack_peers.sh;
+#              PEERS_S=75 seconds; only if it is named
 #   hol        short prompts while a long one is prefilled, by the engine; only if it is named
 #
 # $OUT (out/gpu-kit) gets, anew after every stage, so that a killed command leaves what was done: summary.tsv (second,
@@ -190,6 +192,9 @@ print(cuda.__file__, cuda.device_count(), *cuda.availability())
 if not cuda.device_count():
     sys.exit(77)
 print(cuda.device_info())'
+wants import && stage import-order 20 25 "$PY" -X faulthandler -c '
+import flowprefill._core, torch
+print("the native module, then torch", torch.__version__, torch.cuda.is_available())'
 if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"
 fi
@@ -268,6 +273,9 @@ fi
 wants ncu && stage ncu 60 40 ncu --clock-control none --launch-skip 2 --launch-count 1 -k regex:attention_kernel \
   --section SpeedOfLight --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
   --section ComputeWorkloadAnalysis "$KIT/prebuilt/kernel_bench" attention
+if wants peers; then
+  stage peers $((${PEERS_S:-75} + 5)) 90 bash "$KIT/src/cpu_peers.sh" "${PEERS_S:-75}"
+fi
 wants hol && stage hol 150 40 "$PY" -X faulthandler -m flowprefill bench gpu --only hol --tokens 6000 --json "$OUT/hol.json"
 note end "budget left: $(left) s"
 keep

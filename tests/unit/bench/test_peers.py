@@ -103,7 +103,11 @@ def test_no_prompt_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         vocab_size = 49_152
 
     monkeypatch.setattr(peers, "_ours_s", lambda engine, prompts, tokens: float(tokens))
-    rows = _measure(cast(Any, Engine()), cast(Any, [Peer()]), "m", [100], 2, 0)
+    samples = []
+    for known in _measure(cast(Any, Engine()), cast(Any, [Peer()]), "m", [100], 2, 0):
+        samples.append(len(known["decode of 16", "peer"]))  # so a run that is ended leaves rounds
+        rows = rows_of("m", known)
+    assert samples == [1, 2]
     assert len(Peer.seen) == len(set(Peer.seen)) == 2 * 1 + (1 + 2 * 2) * sum(DECODE_BATCHES)
     decoded = {row["work"]: row["tokens_per_s"] for row in rows if row["engine"] == "peer"}
     assert decoded == {"prefill 100": 100.0, "decode of 1": 1.0, "decode of 16": 16.0}

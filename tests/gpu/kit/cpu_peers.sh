@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Prefill and decode of smollm2-135m's shape in bf16 next to OpenVINO GenAI and transformers: run.sh's stage "peers", which sets the
+# variables. All engines in turn, each with a thread for every core; then the same with two. The weights are random.
+#   cpu_peers.sh SECONDS         PEERS_TOKENS="128 512": prompts of these lengths
+# A report is written after every round: one that takes too long ends with what it has.
+set -eu
+end=$(($(date +%s) + $1))
+left() { echo $((end - $(date +%s))); }
+peers=$WORK/peers
+folder=$XDG_CACHE_HOME/flowprefill/peers/smollm2-135m
+mkdir -p "$peers"
+[ -e "$folder" ] || "$PY" -m flowprefill.bench.peer_models smollm2-135m "$folder" &
+[ -e "$peers/ir" ] || tar -C "$peers" -xJf "$REPO/.peer-kit/peers.tar.xz" 2>/dev/null \
+  || "$PY" -m tarfile -e "$REPO/.peer-kit/peers.tar.xz" "$peers"
+wait $!
+[ -e "$folder/openvino-fp16" ] || "$PY" "$KIT/src/peer_ir.py" make "$peers/ir" "$folder/openvino-fp16"
+printf '#!/bin/sh\nPYTHONPATH=%s exec %s "$@"\n' "$peers/site" "$PY" >"$peers/python"
+chmod +x "$peers/python"
+echo "made the model, $(left) s left"
+
+# compare THREADS ROUNDS: on so many cores, one thread of each.
+compare() {
+  local cores
+  cores=$(lscpu -p=CORE,CPU | grep -v '^#' | sort -t, -k 1,1n -u | cut -d, -f2 | head -n "$1" | paste -sd,)
+  echo "--- $1 threads, on processors $cores"
+  timeout "$(left)" taskset -c "$cores" "$PY" -X faulthandler -m flowprefill bench prefill --peers openvino-genai transformers \
+    --peer-python "openvino-genai=$peers/python" --threads "$1" --rounds "$2" --tokens ${PEERS_TOKENS:-128 512 2048 7500} \
+    --json "$OUT/cpu_peers_$1.json"
+}
+compare "$(lscpu -p=CORE | grep -v '^#' | sort -u | wc -l)" 4 || true
+[ "$(left)" -lt 15 ] || compare 2 1
