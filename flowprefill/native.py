@@ -1,6 +1,6 @@
 """The native module `_core`, loaded after torch, whose libraries it links.
 
-All else takes it from here. Where it came first, beside torch 2.11 with CUDA 13.0 and a GPU's
+The rest of the package takes it from here. Where it came first, beside torch 2.11 with CUDA 13.0 and a GPU's
 driver, the import of torch that followed ended the process (SIGSEGV).
 """
 

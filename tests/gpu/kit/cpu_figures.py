@@ -18,11 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  (before the native module)
-
-from flowprefill import _core
 from flowprefill.bench.doctor import ceilings, system_findings
 from flowprefill.cli import main as flowprefill
+from flowprefill.native import _core
 
 TOKENS = ("128", "512", "2048", "7500")
 CORES = len(os.sched_getaffinity(0))

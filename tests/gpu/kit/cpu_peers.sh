@@ -23,7 +23,7 @@ compare() {
   local cores
   cores=$(lscpu -p=CORE,CPU | grep -v '^#' | sort -t, -k 1,1n -u | cut -d, -f2 | head -n "$1" | paste -sd,)
   echo "--- $1 threads, on processors $cores"
-  timeout "$(left)" taskset -c "$cores" "$PY" -X faulthandler -m flowprefill bench prefill --peers openvino-genai transformers \
+  timeout "$(left)" taskset -c "$cores" "$PY" -X faulthandler -m flowprefill bench prefill --device cpu --peers openvino-genai transformers \
     --peer-python "openvino-genai=$peers/python" --threads "$1" --rounds "$2" --tokens ${PEERS_TOKENS:-128 512 2048 7500} \
     --json "$OUT/cpu_peers_$1.json"
 }

@@ -192,9 +192,6 @@ print(cuda.__file__, cuda.device_count(), *cuda.availability())
 if not cuda.device_count():
     sys.exit(77)
 print(cuda.device_info())'
-wants import && stage import-order 20 25 "$PY" -X faulthandler -c '
-import flowprefill._core, torch
-print("the native module, then torch", torch.__version__, torch.cuda.is_available())'
 if [ -n "$STUB_PID" ]; then
   wait "$STUB_PID" || note stub "FAILED, see stub.log"
 fi
