@@ -102,12 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument("--shape", choices=sorted(SHAPES), help="nothing is downloaded")
     shape.add_argument("--layers", type=int, default=0, help="of it, default all")
-    shape.add_argument("--limit-s", type=float, default=250.0, help="seconds, default 250")
+    shape.add_argument("--limit-s", type=float, default=250, help="seconds, default 250")
     shape.add_argument(
         "--parts", nargs="+", choices=gpu_shape.PARTS, default=list(gpu_shape.PARTS),
         metavar="PART", help=f"of {', '.join(gpu_shape.PARTS)}; default all",
     )  # fmt: skip
     shape.add_argument("--peer", choices=["transformers"], help="measure it on the same card too")
+    shape.add_argument("--peer-s", type=float, default=60, help="seconds of it, default 60")
     shape.add_argument(
         "--weights", nargs="+", choices=("bf16", "fp8"), default=["bf16"],
         help="one after the other, --limit-s for each; fp8: from compute capability 8.9 on; "
@@ -133,11 +134,8 @@ def run(args: argparse.Namespace) -> int:
     check_least("tokens", min(args.tokens), 1)
     if args.quick:
         args.rounds, args.shorts = 1, min(args.shorts, hol.QUICK_SHORTS)
-    names = (
-        "model", "quantization", "rounds", "seed", "tokens", "short_tokens", "shorts",
-        "granularity", "only",
-    )  # fmt: skip
-    report = Report("gpu", {name: getattr(args, name) for name in names})
+    names = "model quantization rounds seed tokens short_tokens shorts granularity only"
+    report = Report("gpu", {name: getattr(args, name) for name in names.split()})
     report.extra["gpu"] = {"device": choice.name, **_device_info(choice)}
     measure(report, choice, args)
     for table in args.only:
@@ -152,6 +150,7 @@ def _run_shape(choice: DeviceChoice, args: argparse.Namespace) -> int:
     check_least("tokens", min(args.tokens), 1)
     check_least("layers", args.layers, 0)
     check_least("limit-s", args.limit_s, 1)
+    check_least("peer-s", args.peer_s, 1)
     longest = SHAPES[args.shape]().max_position
     if max(args.tokens) > longest:
         raise ConfigError(
@@ -164,7 +163,7 @@ def _run_shape(choice: DeviceChoice, args: argparse.Namespace) -> int:
         )
     if "fp8" in args.weights:
         _device_of(choice, "fp8")
-    names = ("shape", "layers", "seed", "tokens", "limit_s", "parts", "peer", "weights")
+    names = ("shape", "layers", "seed", "tokens", "limit_s", "parts", "peer", "peer_s", "weights")
     report = Report("gpu", {name: getattr(args, name) for name in names})
     report.extra["gpu"] = {"device": choice.name, **_device_info(choice)}
     with _named_errors(choice):

@@ -13,7 +13,8 @@ the JSON is written anew after it. Rows are told apart by their key `table`:
   it ends;
 - `hol`: the same short prompt's time to its token, during the longest prompt and alone;
 - `torch`: cuBLAS and attention of it, of the same sizes;
-- `transformers` (`--peer transformers`): prefill by that library on the same card.
+- `transformers` (`--peer transformers`): prefill and decode by that library on the same card, in
+  turns with ours, see gpu_peer.py.
 
 With `--weights fp8` those of layers are e4m3. `operators` then has products with what is
 around them: rows are rounded before, some are scaled after. `torch` has its products of e4m3 with a
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 
-from flowprefill.bench import gpu_torch
+from flowprefill.bench import gpu_peer, gpu_torch
 from flowprefill.bench.common import say
 from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights, shorts_beside
 from flowprefill.bench.prefill import flops_of
@@ -76,8 +77,8 @@ class ShapeBench:
         """Load the weights.
 
         Args:
-            args: shape, layers (0: all), tokens, parts, limit_s, peer, seed, and json: where the
-                report is written after each row, or None.
+            args: shape, layers (0: all), tokens, parts, limit_s, peer, peer_s, seed, and json:
+                where the report is written after each row, or None.
             weights: of the layers: bf16 or fp8.
         """
         self._since_s = time.monotonic()
@@ -106,9 +107,11 @@ class ShapeBench:
         say(f"[{passed_s:6.1f} s] {table:<12} {json.dumps(shown, default=str)}")
         self._report.write(self._args.json)
 
+    def _left_s(self) -> float:
+        return float(self._args.limit_s - time.monotonic() + self._since_s)
+
     def _has(self, seconds: float) -> bool:
-        passed_s = time.monotonic() - self._since_s
-        return bool(self._args.limit_s - passed_s > seconds)
+        return self._left_s() > seconds
 
     def _wants(self, part: str, seconds: float) -> bool:
         return part in self._args.parts and self._has(seconds)
@@ -148,8 +151,7 @@ class ShapeBench:
                 for tokens in self._args.tokens:
                     if tokens <= EAGER_TOKENS and self._has(5):
                         self._prefill(model, tokens, USUAL, "eager")
-        is_first = self._form == self._args.weights[0]  # the peer is bf16 in both
-        if is_first and self._args.peer == "transformers" and self._wants("transformers", 30):
+        if self._form == "bf16" and self._args.peer and self._wants("transformers", 20):
             self._transformers()
 
     def _measure_usual(self, model: GpuModel) -> None:
@@ -383,12 +385,16 @@ class ShapeBench:
 
     def _transformers(self) -> None:
         device = self._torch_device()
-        if device is not None:
-            lengths = [tokens for tokens in self._args.tokens if tokens <= LONG]
-            for row in gpu_torch.transformers_rows(
-                device, self._config, lengths, lambda: self._has(15)
-            ):
-                self._keep(**row, weights="bf16")
+        if device is None:
+            return
+        of_all = (self._args.shape, self._config.num_layers, str(device))
+        setting = gpu_peer.Setting(*of_all, min(self._args.peer_s, self._left_s()))
+        context = min(CONTEXT, self._config.max_position) - 1
+        with self._model() as model:
+            decodes = [(n, model.decode_context(n, context)) for n in BATCHES]
+            ours = gpu_peer.Ours(model, self._plan(USUAL))
+            for row in gpu_peer.rows(setting, ours, self._args.tokens, decodes):
+                self._keep("transformers", **row)
 
     def _make_run(self, model: GpuModel, tokens: int) -> None:
         """Measure how long making a run costs the engine's thread."""

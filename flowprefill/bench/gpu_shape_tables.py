@@ -60,8 +60,13 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "transformers": (
-        "transformers",
-        {"how": "how", "tokens": "tokens", "tokens_per_s": "tokens/s"},
+        "transformers, in turns with flowprefill",
+        {
+            "how": "how", "kind": "kind", "tokens": "tokens", "sequences": "sequences",
+            "tokens_per_s": "tokens/s", "min": "min", "max": "max", "first_s": "first ms",
+            "flowprefill_tokens_per_s": "flowprefill tokens/s",
+            "flowprefill_faster": "flowprefill is x times as fast", "failure": "failure",
+        },
     ),
 }  # fmt: skip
 BLUE, RED, ORANGE, GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"
@@ -96,6 +101,12 @@ def _of(rows: list[Row], table: str, **fields: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
+def _of_peer(rows: list[Row], kind: str) -> list[Row]:
+    """Return what was measured of it without compilation."""
+    found = _of(rows, "transformers", how="sdpa", kind=kind)
+    return [row for row in found if "failure" not in row]
+
+
 def _draw_prefill(axes: Any, rows: list[Row]) -> None:
     """Tokens per second by length: cut, in one segment, and by transformers."""
     usual = {"granularity": "budget:0.5", "launch": "graph"}
@@ -103,7 +114,7 @@ def _draw_prefill(axes: Any, rows: list[Row]) -> None:
         "budget of 0.5 ms": _of(rows, "prefill", weights="bf16", **usual),
         "fp8, budget of 0.5 ms": _of(rows, "prefill", weights="fp8", **usual),
         "in one segment": _of(rows, "prefill", weights="bf16", granularity="none"),
-        "transformers": _of(rows, "transformers", how="sdpa", weights="bf16"),
+        "transformers": _of_peer(rows, "prefill"),
     }
     for (name, of_line), color in zip(lines.items(), (BLUE, RED, ORANGE, GREEN), strict=True):
         found = sorted(of_line, key=lambda row: row["tokens"])
@@ -134,14 +145,19 @@ def _draw_blocking(axes: Any, rows: list[Row]) -> None:
 
 def _draw_decode(axes: Any, rows: list[Row]) -> None:
     """Tokens per second by batch, side by side."""
-    found = {name: _of(rows, "decode", weights=name) for name in ("bf16", "fp8")}
+    found = {
+        name: {row["batch"]: row["tokens_per_s"] for row in _of(rows, "decode", weights=name)}
+        for name in ("bf16", "fp8")
+    }
+    peers = {row["sequences"]: row["tokens_per_s"] for row in _of_peer(rows, "decode")}
+    found["transformers"] = peers
+    colors = {"bf16": BLUE, "fp8": RED, "transformers": GREEN}
     found = {name: of_one for name, of_one in found.items() if of_one}
+    batches = sorted(set().union(*found.values()))
     width = 0.8 / max(len(found), 1)
     for i, (name, of_one) in enumerate(found.items()):
-        places = [at + i * width for at in range(len(of_one))]
-        rates = [row["tokens_per_s"] for row in of_one]
-        color = RED if name == "fp8" else BLUE
-        axes.bar(places, rates, width, color=color, label=name)
-        axes.set_xticks(range(len(of_one)), [str(row["batch"]) for row in of_one])
+        places = [batches.index(batch) + i * width for batch in of_one]
+        axes.bar(places, list(of_one.values()), width, color=colors[name], label=name)
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
         axes.legend(fontsize=8)
     axes.set(title="decode", xlabel="sequences", ylabel="tokens/s")

@@ -1,12 +1,10 @@
 """What torch's libraries reach on the same GPU: its products in bf16 and in FP8, cuDNN's and
-FlashAttention's attention, and a model of `transformers`; rows that `bench gpu --shape` puts next
-to its own.
+FlashAttention's attention; rows that `bench gpu --shape` puts next to its own.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
 from typing import Any
@@ -16,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from flowprefill.bench.report import Row
-from flowprefill.bench.transformers_model import empty_model
 from flowprefill.models.model_config import ModelConfig
 from flowprefill.scheduling.cost_model import attention_pairs
 
@@ -123,43 +120,3 @@ def attention_rows(
                 continue
             flops = 4 * heads * size * attention_pairs(tokens, 0)
             yield row | {"us": us, "tflops_per_s": flops / us / 1e6}
-
-
-def transformers_rows(
-    device: torch.device, config: ModelConfig, lengths: Iterable[int], has: Callable[[], bool]
-) -> Iterator[Row]:
-    """Measure prefill by the same shape in transformers: sdpa, then compiled by torch.
-
-    Args:
-        has: whether there is time for another row.
-    """
-    with torch.device(device):
-        model: Any = empty_model(config, torch.bfloat16).eval()
-    model.set_attn_implementation("sdpa")
-    for how in ("sdpa", "sdpa, torch.compile"):
-        call = None
-        for tokens in lengths:
-            if not has():
-                return
-            if call is None:
-                call = model if how == "sdpa" else torch.compile(model)
-            seconds = _prefill_s(call, device, tokens, config.vocab_size)
-            yield {
-                "table": "transformers",
-                "how": how,
-                "tokens": tokens,
-                "ms": seconds * 1e3,
-                "tokens_per_s": tokens / seconds,
-            }
-
-
-def _prefill_s(call: Callable[..., Any], device: torch.device, tokens: int, vocab: int) -> float:
-    """Return the median seconds of a prefill into a fresh cache, until its token is known."""
-    prompt = torch.randint(vocab, (1, tokens), device=device)
-    took_s = []
-    with torch.inference_mode():
-        for _ in range(4):  # the first compiles, or loads kernels
-            since_s = time.perf_counter()
-            int(call(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-            took_s.append(time.perf_counter() - since_s)
-    return statistics.median(took_s[1:])

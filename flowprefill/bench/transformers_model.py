@@ -16,11 +16,11 @@ from flowprefill.models.model_config import ModelConfig
 from flowprefill.models.weight_names import hf_name
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+CONFIGS = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
 }
 
 
@@ -75,16 +75,18 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """Build the model without initial values; its rotary tables are computed, not loaded."""
+    """Build the model with random weights in one element type from the start.
+
+    Its rotary tables are computed, in float, not loaded.
+    """
     import transformers
 
     if config.rope_scaling.kind != "default" or config.rope_freq_factors:
         kind = config.rope_scaling.kind
         raise ConfigError(f"rope_scaling: got {kind!r}, expected 'default' for this comparison")
-    if config.family not in CLASSES:
-        known = ", ".join(CLASSES)
+    if config.family not in CONFIGS:
+        known = ", ".join(CONFIGS)
         raise ConfigError(f"model: got family {config.family}, expected one of {known} here")
-    config_class, model_class = (getattr(transformers, name) for name in CLASSES[config.family])
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -105,8 +107,9 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> Any:
         values["mlp_bias"] = config.mlp_bias
     if config.family == "mistral":
         values["sliding_window"] = config.sliding_window or None
-    model = model_class(config_class(**values))
-    return model.to(dtype)
+    made = getattr(transformers, CONFIGS[config.family])(**values)
+    auto_class: Any = transformers.AutoModelForCausalLM
+    return auto_class.from_config(made, dtype=dtype)
 
 
 def _load(model: Any, checkpoint: Checkpoint) -> None:

@@ -43,10 +43,11 @@ def tests(paths: list[Path]) -> dict[str, Any]:
 def main() -> int:
     """Write the file if the benches named a card."""
     out, logs, commit = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    model, fp8, goodput, cpu, cpu_avx512 = (
+    names = ("model_bench", "fp8_bench", "peer_bench", "goodput")
+    model, fp8, peer, goodput, cpu, cpu_avx512 = (
         json.loads(path.read_text()) if path.exists() else {}
         for path in (
-            *(out / f"{name}.json" for name in ("model_bench", "fp8_bench", "goodput")),
+            *(out / f"{name}.json" for name in names),
             *(logs / "cpu_figures.json", logs / "cpu_figures_avx512.json"),
         )
     )
@@ -54,7 +55,8 @@ def main() -> int:
     named = [row[1] for row in kernels if row[0] == "device" and len(row) > 1]
     listed = table(logs.parent / "tests")
     engine = goodput.get("settings", {}).get("engine") or {}
-    card = named[0] if named else model.get("gpu", {}).get("name", engine.get("gpu", ""))
+    cards = [report["gpu"]["name"] for report in (model, fp8, peer) if report]
+    card = [*named, *cards, engine.get("gpu", "")][0]
     if not card:
         return 0
     report = {
@@ -71,6 +73,7 @@ def main() -> int:
         "cpu_without_amx": cpu_avx512,
         "model": model,
         "model_fp8": fp8,
+        "peer": peer,
         "goodput": goodput,
         "kernels": kernels,
         "ceilings": table(out / "ceilings.tsv"),

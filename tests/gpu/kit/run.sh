@@ -20,6 +20,8 @@
 #   fp8        "model" with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
 #   goodput    that shape served by the engine: the highest rate of a trace's requests (pack.sh) at which 90 % have their first
 #              token in time, by policy and granularity; GOODPUT_S=160 seconds (flowprefill bench goodput --shape)
+#   peer       that shape by transformers on the same card, eager and compiled, in turns with ours: PEER_S=60 seconds, and 20 to
+#              load ours (flowprefill bench gpu --shape --peer transformers)
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
 #   ncu        a profile of the attention kernel
@@ -28,12 +30,13 @@
 #   hol        short prompts while a long one is prefilled, by the engine; only if it is named
 #
 # $OUT (out/gpu-kit) gets, anew after every stage, so that a killed command leaves what was done: summary.tsv (second,
-# stage, status), logs.tar.gz, kernel_bench.tsv, ceilings.tsv, model_bench.json, goodput.json, fp8_bench.json, hol.json; from a machine
-# with a GPU <card>-<commit>.json, all of it in one. Status 77 of a stage: no GPU. PYTHON: an interpreter with torch.
+# stage, status), logs.tar.gz, kernel_bench.tsv, ceilings.tsv, model_bench.json, goodput.json, fp8_bench.json, peer_bench.json,
+# hol.json; from a machine with a GPU <card>-<commit>.json, all of it in one. Status 77 of a stage: no GPU. PYTHON: an
+# interpreter with torch.
 set -u
 BUDGET=${1:-540}
 shift || true
-STAGES=${*:-probe build tests import pytest alone cpu kernels ceilings model goodput fp8 sanitizer source ncu}
+STAGES=${*:-probe build tests import pytest alone cpu kernels ceilings model goodput fp8 peer sanitizer source ncu}
 START=$(date +%s)
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 KIT=$REPO/.gpu-kit
@@ -250,6 +253,8 @@ fi
 # In a process of its own: an error that stays on the device takes no figure of bf16 with it.
 wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
   --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$OUT/fp8_bench.json"
+wants peer && stage peer $((${PEER_S:-60} + 35)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --peer transformers \
+  --parts transformers --tokens 512 2048 8192 32768 --peer-s "${PEER_S:-60}" --limit-s $((${PEER_S:-60} + 25)) --json "$OUT/peer_bench.json"
 if wants sanitizer; then
   few='Attention.OfRagged*:Attention.WithinAWindow:Row*:Rope*:Sample*'
   stage sanitizer-memcheck 70 12 compute-sanitizer --tool memcheck --error-exitcode 9 \

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import SERVED, save_with_tokenizer, tiny_model
 
-from flowprefill.bench import gpu_torch
+from flowprefill.bench import gpu_peer, gpu_shape, gpu_torch
 from flowprefill.bench.gpu_model import Segment, gaps_of
 from flowprefill.bench.random_model import tiny
 from flowprefill.cli import main
@@ -135,6 +135,7 @@ def test_only_the_tables_asked_for_are_measured(
         (["--only", "speed"], "speed"),
         (["--shape", "tiny", "--tokens", "5000"], "tokens: got 5000, expected at most 2048"),
         (["--shape", "tiny", "--limit-s", "0"], "limit-s: got 0"),
+        (["--shape", "tiny", "--peer-s", "0"], "peer-s: got 0"),
         (
             ["--shape", "tiny", "--tokens", "64", "--quantization", "fp8"],
             "quantization: got 'fp8', expected --weights",
@@ -206,12 +207,40 @@ def test_fp8_is_refused_where_the_gpu_does_not_multiply_it(
     assert not Model.made, "said before anything is loaded"
 
 
-def test_the_peer_is_the_same_shape_in_transformers() -> None:
-    config = tiny(1)
-    is_time_left = iter([True, True, False]).__next__
-    rows = gpu_torch.transformers_rows(torch.device("cpu"), config, [16, 32], is_time_left)
-    found = [(row["how"], row["tokens"], row["tokens_per_s"] > 0) for row in rows]
-    assert found == [("sdpa", 16, True), ("sdpa", 32, True)], "time for no third"
+@pytest.mark.slow
+def test_the_peer_is_measured_in_turns_with_ours(
+    tmp_path: Path, gpus: list[tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = torch.device("cpu")
+    monkeypatch.setattr(gpu_shape.ShapeBench, "_torch_device", lambda bench: here)
+    monkeypatch.setattr(gpu_shape, "BATCHES", (1, 4))
+    monkeypatch.setattr(gpu_shape, "CONTEXT", 64)
+    monkeypatch.setattr(gpu_peer, "STEPS", 2)
+    monkeypatch.setattr(gpu_peer, "COMPILED_TOKENS", (520,))
+    works_of, unknown = gpu_peer.works_of, gpu_peer.Work("no such attention", "prefill", 16)
+    monkeypatch.setattr(gpu_peer, "works_of", lambda *found: [unknown, *works_of(*found)])
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it would take a minute
+    path, picture = tmp_path / "report.json", tmp_path / "report.svg"
+    flags = ["--shape", "tiny", "--layers", "1", "--tokens", "64", "520", "--limit-s", "1e9"]
+    flags += ["--peer", "transformers", "--peer-s", "1e9", "--parts", "transformers"]
+    assert main(["bench", "gpu", *flags, "--json", str(path), "--picture", str(picture)]) == 0
+    report = json.loads(path.read_text())
+    failed, *rows = rows_of(report, "transformers")
+    assert "ValueError: " in failed["failure"], "and the next is measured"
+    assert [(row["how"], row["kind"], row["tokens"], row["sequences"]) for row in rows] == [
+        ("sdpa", "prefill", 520, 1),
+        ("sdpa", "decode", 63, 1),
+        ("sdpa", "decode", 63, 4),
+        ("sdpa, torch.compile", "decode", 63, 1),
+        ("sdpa, torch.compile", "prefill", 520, 1),
+    ]
+    for row in rows:
+        assert row["peer"].startswith("transformers 5."), row
+        assert row["min"] <= row["tokens_per_s"] <= row["max"]
+        factor = row["flowprefill_tokens_per_s"] / row["tokens_per_s"]
+        assert row["flowprefill_faster"] == pytest.approx(factor)
+    assert report["settings"]["peer_s"] == 1e9
+    assert picture.read_text().count("transformers") == 2, "in prefill and in decode"
 
 
 def test_what_torch_lacks_is_told_beside_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
