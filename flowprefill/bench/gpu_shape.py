@@ -11,6 +11,7 @@ the JSON is written anew after it. Rows are told apart by their key `table`:
   its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
   `at_once`: the same where the next segment is launched as soon as one begins, not shortly before
   it ends;
+- `cost`: what cutting costs, prefills of all granularities in turns (gpu_cost.py);
 - `hol`: the same short prompt's time to its token, during the longest prompt and alone;
 - `torch`: cuBLAS and attention of it, of the same sizes;
 - `transformers` (`--peer transformers`): prefill and decode by that library on the same card, in
@@ -38,6 +39,7 @@ import torch
 
 from flowprefill.bench import gpu_peer, gpu_torch
 from flowprefill.bench.common import say
+from flowprefill.bench.gpu_cost import cost_rows
 from flowprefill.bench.gpu_model import GpuModel, gaps_of, load_weights, shorts_beside
 from flowprefill.bench.prefill import flops_of
 from flowprefill.bench.random_model import SHAPES, RandomCheckpoint
@@ -50,7 +52,7 @@ from flowprefill.engine.loading import model_shape, plan_options
 from flowprefill.scheduling.cost_model import CostModel, MachineRates, attention_pairs
 
 PARTS = (
-    "prefill", "decode", "operators", "blocking", "at_once", "hol", "torch", "preemptible",
+    "prefill", "decode", "operators", "blocking", "cost", "at_once", "hol", "torch", "preemptible",
     "run_ahead", "make_run", "eager", "transformers",
 )  # fmt: skip
 USUAL = "budget:0.5"
@@ -175,6 +177,9 @@ class ShapeBench:
                 self._operators(model, tokens)
         if self._wants("blocking", 20):
             self._blocking(model, 1)
+        for tokens in lengths if self._wants("cost", 10) else ():
+            for row in cost_rows(model, self._plan, tokens, self._has):
+                self._keep("cost", **row)
         if self._wants("hol", 20):
             self._hol(model)
         if self._wants("torch", 20):

@@ -28,6 +28,14 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "blocked": "samples",
         },
     ),
+    "cost": (
+        "What cutting a prefill costs",
+        {
+            "weights": "weights", "tokens": "tokens", "granularity": "granularity",
+            "segments": "segments", "seconds": "ms", "of_none": "speed of none %",
+            "of_none_p25": "p25 %", "of_none_p75": "p75 %", "rounds": "rounds",
+        },
+    ),
     "hol": (
         "A short prompt's time to its token during the longest one",
         {

@@ -16,7 +16,7 @@ from devices import GPUS, Device, on
 from engines import assert_all_free, greedy
 
 from flowprefill import Engine, Request
-from flowprefill.bench import gpu_shape
+from flowprefill.bench import gpu_cost, gpu_shape
 from flowprefill.bench.goodput.engine_backend import EngineBackend
 from flowprefill.bench.goodput.setting import Setting
 from flowprefill.bench.random_model import RandomCheckpoint, tiny
@@ -139,7 +139,7 @@ def test_the_bench_of_a_shape_fills_its_tables(
     rows = found["rows"]
     tables = {row["table"] for row in rows}
     assert tables == {
-        "load", "start", "rates", "prefill", "blocking", "hol", "decode", "operators",
+        "load", "start", "rates", "prefill", "blocking", "cost", "hol", "decode", "operators",
         "operator_times", "torch", "make_run",
     }  # fmt: skip
     prefills = {
@@ -157,6 +157,13 @@ def test_the_bench_of_a_shape_fills_its_tables(
         (2, False, usual),
     ]
     assert all(row["segments"] > 0 and row["of_none"] > 0 for row in blocking)
+    costs = [row for row in rows if row["table"] == "cost"]
+    assert [row["granularity"] for row in costs] == list(gpu_cost.GRANULARITIES)
+    assert all(row["tokens"] == 520 and row["of_none"] > 0 for row in costs)
+    assert all(
+        sum(kind["segments"] for kind in row["operators"].values()) == row["segments"]
+        for row in costs
+    )
     assert [row["batch"] for row in rows if row["table"] == "decode"] == list(gpu_shape.BATCHES)
     operators = {row["operator"] for row in rows if row["table"] == "operators"}
     assert {"qkv_proj", "attention", "o_proj", "gate_up_proj", "down_proj"} == operators

@@ -55,15 +55,6 @@ bool has_fp8() {
   return card().major * 10 + card().minor >= 89;
 }
 
-// A fresh one for each shape, so that no choice of before counts.
-std::unique_ptr<GemmSelector> make_selector(std::string* reason) {
-  const cudaDeviceProp properties = card();
-  return make_gemm_selector({.compute_capability = properties.major * 10 + properties.minor,
-                             .num_multiprocessors = properties.multiProcessorCount,
-                             .name = properties.name},
-                            {.cublas_lt_libraries = lt_libraries()}, reason);
-}
-
 std::string told(const GemmTiming& timing, double flops, double weight_bytes) {
   if (!timing.failure.empty())
     return timing.candidate + ": " + timing.failure;
@@ -105,7 +96,7 @@ struct Operands {
 void measure(const Product& product, const std::vector<GemmArgs>& args, const char* note,
              cudaStream_t stream) {
   std::string reason;
-  const auto selector = make_selector(&reason);
+  const auto selector = make_selector(&reason);  // a fresh one: no choice of before counts
   const DeviceBuffer scratch(selector->scratch_bytes(args[0]));
   const auto reports = selector->measure_all(args, {scratch.get(), scratch.bytes()}, stream);
   const int rows = args[0].row_end;
@@ -184,6 +175,14 @@ void bench_suggestions(const Operands& operands, const DeviceBuffer& a, cudaStre
 }
 
 }  // namespace
+
+std::unique_ptr<GemmSelector> make_selector(std::string* reason) {
+  const cudaDeviceProp properties = card();
+  return make_gemm_selector({.compute_capability = properties.major * 10 + properties.minor,
+                             .num_multiprocessors = properties.multiProcessorCount,
+                             .name = properties.name},
+                            {.cublas_lt_libraries = lt_libraries()}, reason);
+}
 
 void bench_gemm(cudaStream_t stream) {
   std::string reason;

@@ -4,9 +4,11 @@
 
 #include <chrono>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "devices/cuda/backend/gemm_selector.h"
 #include "devices/cuda/kernels/kernels.h"
 #include "devices/cuda/runtime/memory.h"
 
@@ -63,10 +65,14 @@ CacheView cache_of(const DeviceBuffer& cache);
 // or more.
 double device_us(const Launch& launch, cudaStream_t stream, int rounds = 7);
 
+// Without measured choices, as an engine with cuBLASLt has it; why that library is not there.
+std::unique_ptr<GemmSelector> make_selector(std::string* reason);
+
 void bench_host(cudaStream_t stream);
 void bench_decode(cudaStream_t stream);
 void bench_attention(cudaStream_t stream);
 void bench_rows(cudaStream_t stream);
 void bench_gemm(cudaStream_t stream);
+void bench_cuts(cudaStream_t stream);
 
 }  // namespace flowprefill
