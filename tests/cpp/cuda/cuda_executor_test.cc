@@ -193,6 +193,22 @@ TEST_F(CudaExecutorTest, timeline_has_the_times_of_the_device) {
   EXPECT_LE(snapshot.records.front().start_ns, now_ns());
 }
 
+// The stream is stopped in the first segment: the others come behind it.
+TEST_F(CudaExecutorTest, segments_that_come_behind_another_have_one_event) {
+  ToyModel model(3);
+  std::atomic<bool> is_open{false};
+  model.on_segment = [&](uint32_t, size_t) { is_open.wait(false); };
+  start(2);
+  make(1, model.plan(0));
+  dispatch(1);
+  wait_until([] { return fake_cudart::count("cudaEventSynchronize") == 2; });  // anchor, segment 0
+  EXPECT_EQ(fake_cudart::count("cudaEventRecord"), 1u + 2 + 1 + 1);
+  is_open = true;
+  is_open.notify_all();
+  wait_for(1);
+  expect_finished(model, 1);
+}
+
 TEST_F(CudaExecutorTest, waiting_by_polling_gives_the_same) {
   device_options_.spin_s = kNever;
   ToyModel model(3);

@@ -105,10 +105,22 @@ void CudaDevice::launch(Program& program, size_t i) {
   ++num_launched_;
 }
 
+// Whether nothing executes; without spin_s, whether nothing is in flight.
+bool CudaDevice::is_idle() {
+  if (num_launched_ == num_done_)
+    return true;
+  const Slot& latest = slot(num_launched_ - 1);
+  return options_.spin_s > 0 && latest.end.is_done(latest.context);
+}
+
+// An event between two kernels costs some microseconds in which neither runs. So a segment that
+// comes behind another has none for its start.
 void CudaDevice::launch_into(Slot& slot, Program& program, size_t i) {
   if (num_launched_ == num_done_ && clock_->is_stale())
     clock_->anchor(resources_->stream(), slot.context, spin_ns());
-  slot.start.record(resources_->stream(), slot.context);
+  slot.has_start = is_idle();
+  if (slot.has_start)
+    slot.start.record(resources_->stream(), slot.context);
   slot.launched_ns = now_ns();
   program.execute(i, {});
   slot.end.record(resources_->stream(), slot.context);
@@ -162,8 +174,7 @@ void CudaDevice::wait_oldest() {
   const Slot& oldest = slot(num_done_);
   try {
     wait_for(oldest);
-    const int64_t start_ns = clock_->time_of(oldest.start, oldest.context);
-    times_[num_times_] = {start_ns, clock_->advance_to(oldest.end, oldest.context)};
+    times_[num_times_] = time_of(oldest);
     learn(oldest, times_[num_times_]);
   } catch (...) {
     is_broken_ = true;
@@ -171,6 +182,12 @@ void CudaDevice::wait_oldest() {
   }
   num_times_ = std::min(num_times_ + 1, times_.size() - 1);
   ++num_done_;
+}
+
+SegmentTime CudaDevice::time_of(const Slot& done) {
+  const int64_t start_ns =
+      done.has_start ? clock_->time_of(done.start, done.context) : last_end_ns_;
+  return {start_ns, clock_->advance_to(done.end, done.context)};
 }
 
 void CudaDevice::wait_for(const Slot& oldest) const {
