@@ -278,6 +278,21 @@ TEST_F(ModelLaunchesTest, of_split_attention_are_counted_as_they_are_made) {
   EXPECT_EQ(num_ran("attention_merge"), 2 * 3) << "two layers, three times";
 }
 
+// Three rows are too few for Hopper's kernel. A graph is for longer prompts too.
+TEST_F(ModelLaunchesTest, of_attention_are_left_out_where_a_list_is_known_to_be_padding) {
+  fake_cudart::set_compute_capability(90);
+  for (const bool has_graphs : {true, false}) {
+    fake_kernels::reset();
+    options_.has_graphs = has_graphs;
+    make_model(TinyModel(Kind::kLlama, 2));
+    start();
+    execute(1, {{0, {}, {5, 6, 7}}});
+    EXPECT_EQ(num_ran("attention"), 2);
+    EXPECT_EQ(num_ran("attention_hopper"), has_graphs ? 2 : 0);
+    tear_down();
+  }
+}
+
 TEST_F(ModelPlanTest, buckets_share_graphs_between_budgets_that_cut_alike) {
   start();
   plan_options_.budget_s = 1;

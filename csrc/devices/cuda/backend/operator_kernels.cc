@@ -1,6 +1,7 @@
 #include "devices/cuda/backend/operator_kernels.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numbers>
 
 #include "devices/cuda/kernels/kernels.h"
@@ -17,6 +18,14 @@ template <typename T>
 T* row_at(const PlanShape& shape, const Step& step, std::byte* lane, int32_t tensor, int32_t row) {
   const int64_t index = is_of_tile(shape.graph.tensor(tensor).extent) ? row - step.base : row;
   return reinterpret_cast<T*>(lane + shape.lane.offset(tensor)) + index * shape.lane.stride(tensor);
+}
+
+// Whether a list of tiles is known to be padding, which comes last; a graph's is not.
+bool is_padding(const LaunchArgs& args, size_t tiles) {
+  AttentionTile first{.sequence = 1};
+  if (!args.host_inputs.empty())
+    std::memcpy(&first, args.host_inputs.data() + tiles, sizeof first);
+  return first.sequence == 0;
 }
 
 }  // namespace
@@ -322,7 +331,7 @@ void OperatorKernels::attention(const Call& call) const {
   const size_t index = call.shape.attention_index(call.step);
   const AttentionLaunches& launches = call.shape.inputs.attention[index];
   AttentionArgs args = attention_args(call);
-  if (launches.num_row_tiles > 0) {
+  if (launches.num_row_tiles > 0 && !is_padding(call.args, launches.row_tiles)) {
     args.tiles = call.input<AttentionTile>(launches.row_tiles);
     args.num_tiles = launches.num_row_tiles;
     FP_CUDA(launch_attention_hopper(args, call.args.stream), call.context);
@@ -331,6 +340,8 @@ void OperatorKernels::attention(const Call& call) const {
   const int32_t units = call.shape.rules.split.multiprocessors * AttentionSplit::kBlocksPerUnit;
   args.partial_rows = launches.partial_rows;
   for (const AttentionLists& lists : launches.lists) {
+    if (is_padding(call.args, lists.tiles))
+      continue;
     args.tiles = call.input<AttentionTile>(lists.tiles);
     args.num_tiles = lists.num_tiles;
     args.merges = call.input<AttentionTile>(lists.merges);
