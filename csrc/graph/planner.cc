@@ -217,16 +217,59 @@ class Planner {
     const double wanted = std::min(o_.budget_s / one_s, static_cast<double>(parts));
     const int32_t fitting = std::max({static_cast<int32_t>(wanted), std::min(min_parts, parts), 1});
     const int32_t slices = (parts + fitting - 1) / fitting;
-    for (int32_t i = 0; i < slices; ++i) {
+    const std::vector<int32_t> ends = slice_ends(g_.op(index), end - begin, slices, fitting);
+    for (size_t i = 0; i < ends.size(); ++i) {
       begin_segment();
       add({.first = index,
            .last = index,
            .row_begin = begin,
            .row_end = end,
            .base = base_,
-           .part_begin = slices == 1 ? 0 : parts * i / slices,
-           .part_end = slices == 1 ? 0 : parts * (i + 1) / slices});
+           .part_begin = i == 0 ? 0 : ends[i - 1],
+           .part_end = slices == 1 ? 0 : ends[i]});
     }
+  }
+
+  // Where each of so many slices ends: equal ones, but for products where others of at most
+  // `fitting` parts leave fewer multiprocessors without a tile. The first is the shortest: it may
+  // ride with what comes before.
+  std::vector<int32_t> slice_ends(const Operator& op, int32_t rows, int32_t slices,
+                                  int32_t fitting) const {
+    const int32_t parts = g_.parts(op);
+    std::vector<int32_t> ends;
+    for (int32_t i = 1; i <= slices; ++i)
+      ends.push_back(parts * i / slices);
+    if (cuts_.multiprocessors == 0 || op.kind != OperatorKind::kLinear || slices == 1)
+      return ends;
+    double least = waves_of(rows, ends);
+    std::vector<int32_t> others = ends;
+    const int32_t equal = (parts + slices - 1) / slices;
+    for (int32_t one = equal; one <= fitting && one * (slices - 1) < parts; ++one) {
+      for (int32_t i = 1; i < slices; ++i)
+        others[static_cast<size_t>(i) - 1] = parts - one * (slices - i);
+      if (const double waves = waves_of(rows, others); waves < least) {
+        least = waves;
+        ends = others;
+      }
+    }
+    return ends;
+  }
+
+  // Turns that all multiprocessors take at tiles of these slices, as a mean over the tiles that a
+  // kernel may have, each by the columns of its tile.
+  double waves_of(int32_t rows, const std::vector<int32_t>& ends) const {
+    const int64_t tiles_down = (rows + cuts_.product_tile_rows - 1) / cuts_.product_tile_rows;
+    double waves = 0;
+    for (const int32_t columns : cuts_.product_tile_columns) {
+      int64_t of_tile = 0;
+      for (size_t i = 0; i < ends.size(); ++i) {
+        const int64_t width = int64_t{ends[i] - (i == 0 ? 0 : ends[i - 1])} * kPartColumns;
+        const int64_t tiles = tiles_down * ((width + columns - 1) / columns);
+        of_tile += (tiles + cuts_.multiprocessors - 1) / cuts_.multiprocessors;
+      }
+      waves += static_cast<double>(of_tile * columns);
+    }
+    return waves;
   }
 
   // ---- rows of the prompt, behind the layers
@@ -296,7 +339,7 @@ class Planner {
 
   // ---- segments
 
-  // Joins neighbouring segments while they fit the budget together.
+  // Joins neighbouring segments while they fit the budget together, or nearly, as the rules say.
   void merge() {
     std::vector<uint32_t> merged;
     double filled = 0;
@@ -304,7 +347,7 @@ class Planner {
       double cost = 0;
       for (const Step& step : plan_.segment(i))
         cost += step.predicted_s;
-      if (merged.empty() || filled + cost > o_.budget_s) {
+      if (merged.empty() || filled + cost > o_.budget_s * cuts_.merged_budgets) {
         merged.push_back(plan_.segments[i]);
         filled = 0;
       }

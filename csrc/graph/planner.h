@@ -6,6 +6,7 @@
 // activations are in cache. All granularities are orders and groupings of the same operators.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -32,12 +33,19 @@ struct CutRules {
   int32_t max_tile_rows = 128;     // rows that go through a layer together
   int32_t min_tile_rows = 32;      // fewer are inefficient (below 97 % of the rate)
   int32_t min_product_parts = 16;  // parts in a slice of a product
-  bool slices_heads = true;        // attention by KV heads before rows: few rows at once are slow
-  bool slices_products = false;    // products of a tile by parts before it gets fewer rows
+  // A kernel of products gives each multiprocessor a tile of so many rows and of one of these
+  // numbers of columns at once: slices of a product end where few are left without one, whichever
+  // kernel it is. 0: not known; slices are equal.
+  int32_t multiprocessors = 0;
+  int32_t product_tile_rows = 128;
+  std::array<int32_t, 4> product_tile_columns = {128, 192, 256, 320};
+  bool slices_heads = true;      // attention by KV heads before rows: few rows at once are slow
+  bool slices_products = false;  // products of a tile by parts before it gets fewer rows
   // (row, query head) pairs of a slice of attention: fewer would leave a part of the device idle.
   // Each sequence's count as whole tiles of those that share a KV head.
   int32_t min_attention_queries = 1;
   int32_t attention_tile = 1;
+  double merged_budgets = 1;    // neighbours are merged up to so many budgets
   int32_t embed_rows = 512;     // rows of a step before the layers
   int32_t head_tile_rows = 64;  // rows that go through what follows the layers together
   CostRules costs;

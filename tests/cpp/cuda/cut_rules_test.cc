@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
+#include <utility>
 
 #include "../graph_fixture.h"
 #include "devices/cuda/backend/cuda_backend_options.h"
@@ -67,6 +69,33 @@ TEST_P(CutRulesTest, tiles_are_of_512_to_2048_rows_and_slices_of_whole_tiles_of_
   for (const Step& step : p.steps) {
     const bool is_cut = graph_.op(step.first).layer >= 0 && step.row_end < batch_.rows();
     EXPECT_TRUE(!is_cut || step.rows() % kCudaCuts.row_step == 0) << step.rows();
+  }
+}
+
+// Turns that 132 multiprocessors take at tiles of 128 rows and so many columns of a product.
+int64_t waves_of(int64_t rows, int64_t columns, int64_t tile_columns) {
+  const int64_t tiles = (rows + 127) / 128 * ((columns + tile_columns - 1) / tile_columns);
+  return (tiles + 131) / 132;
+}
+
+TEST_P(CutRulesTest, slices_of_products_take_no_more_turns_than_the_whole) {
+  for (const double budget_s : {0.3e-3, 0.5e-3}) {
+    options_.budget_s = budget_s;
+    for (const int64_t tile_columns : {128, 192, 256, 320}) {
+      std::map<std::pair<int32_t, int32_t>, std::pair<int64_t, int64_t>> waves;  // cut, whole
+      for (const Step& step : plan(Granularity::kBudget).steps) {
+        const Operator& op = graph_.op(step.first);
+        if (op.kind != OperatorKind::kLinear || step.is_whole() || op.layer < 0)
+          continue;
+        auto& [cut, whole] = waves[{step.first, step.row_begin}];
+        cut += waves_of(step.rows(), int64_t{step.part_end - step.part_begin} * kPartColumns,
+                        tile_columns);
+        whole = waves_of(step.rows(), int64_t{graph_.parts(op)} * kPartColumns, tile_columns);
+      }
+      EXPECT_FALSE(waves.empty());
+      for (const auto& [of, counts] : waves)
+        ASSERT_LE(counts.first, counts.second) << budget_s << " s, " << tile_columns;
+    }
   }
 }
 

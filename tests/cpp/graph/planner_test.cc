@@ -136,6 +136,11 @@ TEST_F(PlannerTest, neighbours_are_merged_while_they_fit_together) {
   for (size_t i = 0; i + 1 < p.size(); ++i)
     EXPECT_GT(seconds[i] + seconds[i + 1], budget_s) << "segments " << i << " and " << i + 1;
   EXPECT_EQ(plan(Granularity::kBudget, 1).size(), 1u);
+  cuts_.merged_budgets = 1.5;
+  const Plan fewer = plan(Granularity::kBudget, budget_s);
+  EXPECT_LT(fewer.size(), p.size());
+  for (const double longer : predict_segments(graph_, batch_, options_, cuts_, fewer))
+    EXPECT_LE(longer, 1.5 * budget_s);
 }
 
 TEST_F(PlannerTest, attention_is_cut_by_heads_where_the_device_wants_it_else_by_rows_alone) {
@@ -181,6 +186,32 @@ TEST_F(PlannerTest, products_of_a_tile_are_cut_by_parts_where_the_device_wants_i
       EXPECT_TRUE(step.predicted_s <= budget_s || share == 0.01) << op.name;
     }
     EXPECT_TRUE(is_any_sliced);
+  }
+}
+
+// Gate and up have 14 parts, five tiles of three parts: two multiprocessors take three turns at
+// them, and four at halves of three tiles each.
+TEST_F(PlannerTest, slices_of_products_leave_few_multiprocessors_without_a_tile) {
+  graph_ = llama_graph({.intermediate_size = 448, .num_layers = 3});
+  cuts_.slices_products = true;
+  cuts_.product_tile_rows = cuts_.max_tile_rows;
+  cuts_.product_tile_columns.fill(192);
+  const double part_s = 2.0 * 64 * 64 * cuts_.max_tile_rows / 1e12;
+  const auto ends = [&] {
+    std::vector<int32_t> found;
+    for (const Step& step : plan(Granularity::kBudget, 10.5 * part_s).steps) {
+      if (name(step.first) == "gate_up_proj" && step.base == 0 && graph_.op(step.first).layer == 0)
+        found.push_back(step.part_end);
+    }
+    return found;
+  };
+  EXPECT_EQ(ends(), (std::vector{7, 14}));
+  cuts_.multiprocessors = 2;
+  EXPECT_EQ(ends(), (std::vector{6, 14})) << "the shorter slice first";
+  for (const double share : {20.0, 10.5, 5.5, 2.5, 1.5, 0.1}) {
+    expect_complete(plan(Granularity::kBudget, share * part_s));
+    if (HasFatalFailure())
+      return;
   }
 }
 

@@ -189,6 +189,7 @@ struct CudaBackend::State {
                              .multiprocessors = card.num_multiprocessors,
                              .uses_hopper_attention = uses_hopper,
                              .cuts = options.cuts};
+    plans.cuts.multiprocessors = card.num_multiprocessors;
     if (options.has_graphs)
       plans.buckets = options.buckets;
     for (const auto& [output, of] : variants) {
