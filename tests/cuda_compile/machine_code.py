@@ -85,7 +85,7 @@ def short_name(name: str) -> str:
             return f"gemm_gated_ampere_{match[1]}x{match[2]}"
         return f"gemm_ampere_{match[1]}x{match[2]}<{output}>"
     if "PrefillWithKVCacheKernel" in name:
-        dim = re.search(r"AttentionKernelTraits<false, (\d+)", name)
+        dim = re.search(r"HopperTraits<(\d+)", name)
         window = ", window" if re.search(r", true, true, [^,]*TileScheduler", name) else ""
         cap = ", cap" if "BaseTwoScores<true>" in name else ""
         return f"attention_hopper<{dim[1]}{window}{cap}>" if dim else "attention_hopper"

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/attention_boxes.h"
 #include "devices/cuda/kernels/attention_split.h"
 #include "devices/cuda/kernels/mma_layout.h"
 
@@ -48,6 +49,34 @@ TEST(AttentionTiles, CoverEveryRowAndHeadOnceLongestFirst) {
     EXPECT_EQ(seen.size(), static_cast<size_t>(rows * group));
     for (const auto& [entry, times] : seen)
       ASSERT_EQ(times, 1) << "row " << entry.first << ", head " << entry.second;
+  }
+}
+
+// The boxes of a tile bring each of its keys once, in order, and look at no entry beyond the keys.
+TEST(AttentionBoxes, BringEveryKeyOfATile) {
+  constexpr int32_t kKeys = 300;
+  for (const int32_t tile_keys : {32, 64, 80, 96, 112, 128, 176}) {
+    for (int32_t block_shift = 3; block_shift <= 9; ++block_shift) {
+      const AttentionBoxes boxes(tile_keys, block_shift);
+      ASSERT_EQ(tile_keys % boxes.tokens(), 0);
+      ASSERT_GE(boxes.tokens(), kLeastBoxTokens);
+      ASSERT_EQ((1 << block_shift) % boxes.tokens(), 0);
+      std::vector<int32_t> table;  // ends with the keys
+      for (int32_t block = 0; block << block_shift < kKeys; ++block)
+        table.push_back(50 - block);
+      for (int32_t at = 0; at < kKeys + tile_keys; at += boxes.tokens()) {
+        if (at >= kKeys) {
+          EXPECT_EQ(boxes.block(table.data(), at, kKeys), -1);
+          continue;
+        }
+        const int32_t block = boxes.block(table.data(), at, kKeys);
+        ASSERT_LE(boxes.slot(at) + boxes.tokens(), 1 << block_shift);
+        for (int32_t row = 0; row < boxes.tokens(); ++row) {
+          EXPECT_EQ(boxes.within(at + row), row);
+          EXPECT_EQ(((50 - block) << block_shift) + boxes.slot(at) + row, at + row);
+        }
+      }
+    }
   }
 }
 

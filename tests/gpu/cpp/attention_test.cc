@@ -2,6 +2,7 @@
 // what must hold to the bit.
 #include <algorithm>
 #include <span>
+#include <tuple>
 
 #include "device_test.h"
 #include "devices/cuda/kernels/attention_split.h"
@@ -330,26 +331,124 @@ TEST_F(Attention, OfOneRowOnALongContext) {
 }
 
 // Hopper's kernel, where the device and the build have it: against the same plain loops.
-TEST_F(Attention, OnHopperOfManyRows) {
-  if (!kIsDouble && (gpu_.compute_capability != 90 || !has_hopper_attention()))
-    GTEST_SKIP() << "compute capability 9.0 and a build with FlashInfer's headers are needed";
-  const auto launch = [&](cudaStream_t s) {
-    return launch_attention_hopper(args(Place::kDevice), s);
-  };
+class HopperAttention : public Attention {
+ protected:
+  void SetUp() override {
+    Attention::SetUp();
+    if (!IsSkipped() && !kIsDouble && (gpu_.compute_capability != 90 || !has_hopper_attention()))
+      GTEST_SKIP() << "compute capability 9.0 and a build with FlashInfer's headers are needed";
+  }
+
+  void make_rows(const Shape& shape) {
+    make(shape);
+    // Entries beyond a sequence's blocks are no block's number: reading a block by one fails.
+    for (const AttentionSlice& slice : slices_) {
+      const int32_t used = ((slice.position + slice.rows - 1) >> shape.block_shift) + 1;
+      const auto table = tables_->initial().begin() + slice.sequence * table_stride_;
+      std::fill(table + used, table + table_stride_, INT32_MAX);
+    }
+  }
+
+  AttentionArgs args_of_heads(Place p) {
+    AttentionArgs out = args(p);
+    out.kv_begin = kv_begin_;
+    out.kv_end = kv_end_ > 0 ? kv_end_ : shape_.kv_heads;
+    return out;
+  }
+
+  void expect_rows_are_plain() {
+    set_tiles(attention_tiles(slices_, group()));
+    out_->allow(kAllowed, 1e-6, scale());
+    std::vector<AttentionTile> tiles = attention_row_tiles(slices_, shape_.head_dim);
+    tiles.resize(tiles.size() + 3);
+    set_tiles(std::move(tiles));
+    expect_kernel(
+        [&](cudaStream_t s) { return launch_attention_hopper(args_of_heads(Place::kDevice), s); },
+        [&] { fake_kernels::attention_of_rows(args_of_heads(Place::kHost)); });
+  }
+
+  std::vector<Bf16> bits_of_rows(std::span<const AttentionSlice> slices) {
+    set_tiles(attention_row_tiles(slices, shape_.head_dim));
+    const auto fetched = run(
+        [&](cudaStream_t s) { return launch_attention_hopper(args_of_heads(Place::kDevice), s); });
+    std::vector<Bf16> out(out_->initial().size());
+    std::memcpy(out.data(), fetched[4].data(), fetched[4].size());
+    return out;
+  }
+
+  int32_t kv_begin_ = 0;
+  int32_t kv_end_ = 0;
+};
+
+TEST_F(HopperAttention, OfManyRows) {
   for (const int32_t head_dim : {64, 128, 256}) {
-    for (const auto& [window, softcap] : {std::pair{0, 0.0f}, {150, 0.0f}, {0, 3.0f}, {90, 3.0f}}) {
-      make({.heads = 6,
-            .kv_heads = 2,
-            .head_dim = head_dim,
-            .window = window,
-            .softcap = softcap,
-            .parts = {{0, 300}, {70, 129}, {131, 140}}});
-      set_tiles(attention_tiles(slices_, group()));
-      out_->allow(kAllowed, 1e-6, scale());
-      std::vector<AttentionTile> tiles = attention_row_tiles(slices_, head_dim);
-      tiles.resize(tiles.size() + 3);
-      set_tiles(std::move(tiles));
-      expect_kernel(launch, [&] { fake_kernels::attention_of_rows(args(Place::kHost)); });
+    for (const auto& [block_shift, window, softcap] :
+         {std::tuple{4, 0, 0.0f}, {6, 150, 0.0f}, {5, 0, 3.0f}, {7, 90, 3.0f}, {6, 0, 0.0f}}) {
+      make_rows({.heads = 6,
+                 .kv_heads = 2,
+                 .head_dim = head_dim,
+                 .block_shift = block_shift,
+                 .window = window,
+                 .softcap = softcap,
+                 .parts = {{0, 300}, {70, 129}, {131, 140}}});
+      expect_rows_are_plain();
+    }
+  }
+}
+
+// Contexts that end with a block, with a tile, and with one key in either.
+TEST_F(HopperAttention, AroundBlocksAndTiles) {
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const int32_t block_shift : {3, 6, 7}) {
+      make_rows({.head_dim = head_dim,
+                 .block_shift = block_shift,
+                 .parts = {{0, 128}, {128, 128}, {1, 128}, {127, 128}, {63, 130}, {0, 1}}});
+      expect_rows_are_plain();
+    }
+  }
+}
+
+TEST_F(HopperAttention, OfSomeKvHeads) {
+  make_rows({.heads = 6, .kv_heads = 3, .head_dim = 128, .block_shift = 6, .parts = {{70, 200}}});
+  std::tie(kv_begin_, kv_end_) = std::pair{1, 2};
+  expect_rows_are_plain();
+}
+
+TEST_F(HopperAttention, OfALongContext) {
+  const int32_t context = kIsDouble ? 900 : 9000;
+  for (const int32_t window : {0, 700}) {
+    make_rows({.heads = 4,
+               .kv_heads = 2,
+               .head_dim = 128,
+               .block_shift = 6,
+               .window = window,
+               .parts = {{context, 133}, {context + 59, 70}}});
+    expect_rows_are_plain();
+  }
+}
+
+// Neither slices, nor neighbours, nor the KV heads computed with it change a row's bits.
+TEST_F(HopperAttention, RowsDoNotDependOnSlicesOrBatch) {
+  for (const int32_t window : {0, 150}) {
+    make_rows({.heads = 4,
+               .kv_heads = 2,
+               .head_dim = 128,
+               .block_shift = 6,
+               .window = window,
+               .parts = {{237, 390}, {0, 150}}});
+    std::tie(kv_begin_, kv_end_) = std::pair{0, 0};
+    const std::vector<Bf16> want = bits_of_rows(slices_);
+    for (const auto& [begin, end, head] :
+         {std::tuple{0, 13, 0}, {13, 14, 1}, {14, 147, 0}, {147, 390, 1}}) {
+      std::tie(kv_begin_, kv_end_) = std::pair{head, head + 1};
+      const std::vector<AttentionSlice> slice = {{begin, end - begin, 237 + begin, 0}};
+      const std::vector<Bf16> got = bits_of_rows(slice);
+      const int64_t width = ld() / 2;
+      for (int64_t row = begin; row < end; ++row) {
+        const auto at = static_cast<std::ptrdiff_t>(row * ld() + head * width);
+        ASSERT_TRUE(std::equal(got.begin() + at, got.begin() + at + width, want.begin() + at))
+            << "row " << row << ", KV head " << head << ", window " << window;
+      }
     }
   }
 }

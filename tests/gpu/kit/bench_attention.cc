@@ -1,10 +1,12 @@
 // Section "attention": causal attention over the paged cache, prefill and decode.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <numeric>
 #include <random>
 #include <span>
 
+#include "devices/cuda/kernels/attention_hopper.h"
 #include "devices/cuda/kernels/attention_split.h"
 #include "kernel_bench.h"
 
@@ -14,13 +16,22 @@ namespace {
 struct Case {
   const char* name;
   int sequences, context, rows;  // rows of each sequence, on so many tokens in the cache
+  int block_shift = kBlockShift;
 };
-constexpr Case kCases[] = {{"prefill 2k", 1, 0, 2048},           {"prefill 8k", 1, 0, 8192},
-                           {"prefill 32k", 1, 0, 32768},         {"1024 rows on 7k", 1, 7168, 1024},
-                           {"1024 rows on 31k", 1, 31744, 1024}, {"256 rows on 8k", 1, 8192, 256},
-                           {"64 rows on 32k", 1, 32704, 64},     {"8 x 1k prefill", 8, 0, 1024},
-                           {"decode 1 on 2k", 1, 2047, 1},       {"decode 1 on 32k", 1, 32767, 1},
-                           {"decode 32 on 2k", 32, 2047, 1},     {"decode 64 on 8k", 64, 8191, 1}};
+constexpr Case kCases[] = {{"prefill 2k", 1, 0, 2048},
+                           {"prefill 8k", 1, 0, 8192},
+                           {"prefill 32k", 1, 0, 32768},
+                           {"1024 rows on 7k", 1, 7168, 1024},
+                           {"1024 rows on 31k", 1, 31744, 1024},
+                           {"256 rows on 8k", 1, 8192, 256},
+                           {"prefill 8k, blocks of 16", 1, 0, 8192, 4},
+                           {"prefill 8k, blocks of 128", 1, 0, 8192, 7},
+                           {"64 rows on 32k", 1, 32704, 64},
+                           {"8 x 1k prefill", 8, 0, 1024},
+                           {"decode 1 on 2k", 1, 2047, 1},
+                           {"decode 1 on 32k", 1, 32767, 1},
+                           {"decode 32 on 2k", 32, 2047, 1},
+                           {"decode 64 on 8k", 64, 8191, 1}};
 
 int multiprocessors() {
   int count = 0;
@@ -104,6 +115,26 @@ void tell_difference(const Case& one, std::span<const Bf16> portable, std::span<
           worst / largest, largest, typical / largest));
 }
 
+// To be deleted: what the kernel of heads of 128 could be instead, in turn, twice.
+void bench_variants(const Case& one, const AttentionArgs& args, std::span<const Bf16> portable,
+                    cudaStream_t stream) {
+  for (int round = 0; round < 2; ++round) {
+    for (const char* name : kHopperVariants) {
+      setenv("FLOWPREFILL_HOPPER", name, 1);
+      const std::string how = std::string(", hopper ") + name;
+      if (round == 0) {
+        FP_CUDA(launch_attention_hopper(args, stream));
+        say("attention", std::string(one.name) + how, "correctness:");
+        tell_difference(one, portable, output_of(args, portable.size()));
+      }
+      tell(
+          one, how.c_str(),
+          device_us([&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(args, s)); }, stream, 5));
+    }
+  }
+  unsetenv("FLOWPREFILL_HOPPER");
+}
+
 // Hopper's kernel on the same operands, after the portable one: args.out has that one's output.
 void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
   const std::vector<AttentionTile> tiles = attention_row_tiles(slices_of(one, 0), kDim);
@@ -124,12 +155,15 @@ void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
   tell_difference(one, portable, output_of(args, elements));
   tell(one, ", hopper",
        device_us([&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(args, s)); }, stream, 5));
+  if (std::getenv("HOPPER_VARIANTS") != nullptr)
+    bench_variants(one, args, portable, stream);
 }
 
 void bench_case(const Case& one, cudaStream_t stream) {
-  const int blocks = (one.context + one.rows + kBlockTokens - 1) / kBlockTokens;
+  const int block_tokens = 1 << one.block_shift;
+  const int blocks = (one.context + one.rows + block_tokens - 1) / block_tokens;
   const size_t all_blocks = size_t(blocks) * size_t(one.sequences);
-  const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
+  const int64_t half = int64_t{kKv} * block_tokens * kDim;
   const DeviceBuffer cache = random_halves(all_blocks * 2 * static_cast<size_t>(half), 1, 7);
   const size_t q_elements = size_t(one.sequences) * size_t(one.rows) * kHeads * kDim;
   const DeviceBuffer q = random_halves(q_elements, 0.13f, 8), out(q.bytes());
@@ -138,7 +172,7 @@ void bench_case(const Case& one, cudaStream_t stream) {
                      .ld_q = kHeads * kDim,
                      .out = halves(out),
                      .ld_out = kHeads * kDim,
-                     .cache = cache_of(cache),
+                     .cache = cache_of(cache, one.block_shift),
                      .block_tables = as<const int32_t>(tables),
                      .block_table_stride = blocks,
                      .heads = kHeads,

@@ -114,10 +114,10 @@ GemmArgs product_args(const DeviceBuffer& a, int depth, const DeviceBuffer& b, i
           .depth = depth};
 }
 
-CacheView cache_of(const DeviceBuffer& cache) {
-  const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
+CacheView cache_of(const DeviceBuffer& cache, int block_shift) {
+  const int64_t head = int64_t{kDim} << block_shift;
   Bf16* const keys = halves(cache);
-  return {keys, keys + half, 2 * half, kDim, kBlockTokens * kDim, kBlockShift};
+  return {keys, keys + kKv * head, 2 * kKv * head, kDim, head, block_shift};
 }
 
 double device_us(const Launch& launch, cudaStream_t stream, int rounds) {

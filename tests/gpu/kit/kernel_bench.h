@@ -18,7 +18,7 @@ constexpr int kHidden = 4096, kInner = 14336, kHeads = 32, kKv = 8, kDim = 128, 
 constexpr int kQkv = (kHeads + 2 * kKv) * kDim;
 constexpr int kBlockShift = 6;
 constexpr int kBlockTokens = 1 << kBlockShift;  // the product's own
-constexpr int kRows = 4096;  // of the kernels of rows
+constexpr int kRows = 4096;                     // of the kernels of rows
 
 using Launch = std::function<void(cudaStream_t)>;
 
@@ -59,7 +59,7 @@ RopeArgs<Bf16> rope_args(const BatchView& batch, const DeviceBuffer& qkv,
 GemmArgs product_args(const DeviceBuffer& a, int depth, const DeviceBuffer& b, int columns,
                       const DeviceBuffer& d, int rows, bool adds);
 // One layer's keys and values.
-CacheView cache_of(const DeviceBuffer& cache);
+CacheView cache_of(const DeviceBuffer& cache, int block_shift = kBlockShift);
 
 // Median device time of one launch, us: rounds of so many launches that a round takes a millisecond
 // or more.

@@ -60,7 +60,7 @@ AttentionRules::AttentionRules(const ModelGraph& graph, int32_t multiprocessors,
             .kv_heads = graph.attention.kv_heads},
       head_dim(graph.attention.head_dim),
       block_tokens(tokens_per_block),
-      uses_hopper(has_hopper) {}
+      uses_hopper(has_hopper && has_hopper_block_size(tokens_per_block)) {}
 
 AttentionNeeds AttentionRules::needs(int32_t rows, int32_t sequences, int32_t table_stride) const {
   const int64_t keys = int64_t{table_stride} * block_tokens;

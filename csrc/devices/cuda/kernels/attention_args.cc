@@ -4,6 +4,7 @@
 #include <iterator>
 #include <tuple>
 
+#include "devices/cuda/kernels/attention_boxes.h"
 #include "devices/cuda/kernels/expect.h"
 
 namespace flowprefill {
@@ -101,6 +102,10 @@ bool has_hopper_head_size(int32_t head_dim) {
   return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
 
+bool has_hopper_block_size(int32_t block_tokens) {
+  return block_tokens >= kLeastBoxTokens;
+}
+
 std::vector<AttentionTile> attention_merges(std::span<const AttentionTile> tiles) {
   std::vector<AttentionTile> merges;
   std::ranges::copy_if(tiles, std::back_inserter(merges), [](const AttentionTile& tile) {
@@ -130,6 +135,8 @@ size_t attention_shared_bytes(int32_t head_dim) {
 void check_rows(const AttentionArgs& args) {
   check(args);
   expect(has_hopper_head_size(args.head_dim), "head_dim", args.head_dim, "64, 128 or 256");
+  expect(has_hopper_block_size(1 << args.cache.block_shift), "block_shift", args.cache.block_shift,
+         "at least 3 (blocks of 8 tokens)");
   expect(args.rows >= 1, "rows", args.rows, "at least 1");
   expect(args.num_merges == 0, "num_merges", args.num_merges, "0: these tiles have no chunks");
   expect(int64_t{args.num_tiles} * args.heads <= INT32_MAX, "num_tiles", args.num_tiles,

@@ -140,8 +140,10 @@ bool has_attention_kernel(int32_t head_dim);
 // Shared memory of one block.
 size_t attention_shared_bytes(int32_t head_dim);
 
-// Head sizes of launch_attention_hopper(): 64, 128 and 256.
+// Head sizes of launch_attention_hopper(): 64, 128 and 256; and sizes of the cache's blocks: powers
+// of two from 8 on.
 bool has_hopper_head_size(int32_t head_dim);
+bool has_hopper_block_size(int32_t block_tokens);
 
 // Throw std::invalid_argument naming the field, its value and what is allowed; check_rows() for
 // launch_attention_hopper().
