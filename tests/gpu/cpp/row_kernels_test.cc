@@ -1,6 +1,7 @@
 // The row kernels on the device: embedding, rotary table, RMS norm, residual, rounding, cap, gate.
 // Rows lie apart by more than their width and there is a row too many: what lies between is not to
 // be touched.
+#include <algorithm>
 #include <cmath>
 
 #include "device_test.h"
