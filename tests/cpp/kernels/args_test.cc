@@ -250,5 +250,34 @@ TEST(AttentionArgs, SayWhichFieldIsWrong) {
             std::string::npos);
 }
 
+TEST(AttentionArgs, ForHopperSayWhichFieldIsWrong) {
+  const AttentionArgs good{.ld_q = 128,
+                           .ld_out = 128,
+                           .cache = {nullptr, nullptr, 1024, 64, 512, 3},
+                           .num_tiles = 1,
+                           .rows = 1,
+                           .heads = 2,
+                           .kv_heads = 1,
+                           .kv_end = 1,
+                           .head_dim = 64};
+  const auto refusal_of_rows = [&](auto change) -> std::string {
+    AttentionArgs args = good;
+    change(args);
+    try {
+      check_rows(args);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  using Args = AttentionArgs;
+  EXPECT_EQ(refusal_of_rows([](Args&) {}), "accepted");
+  EXPECT_EQ(refusal_of_rows([](Args& a) { a.head_dim = 96; }),
+            "head_dim: got 96, expected 64, 128 or 256");
+  EXPECT_EQ(refusal_of_rows([](Args& a) { a.cache.block_shift = 2; }),
+            "block_shift: got 2, expected at least 3 (blocks of 8 tokens)");
+  EXPECT_EQ(refusal_of_rows([](Args& a) { a.rows = 0; }), "rows: got 0, expected at least 1");
+}
+
 }  // namespace
 }  // namespace flowprefill

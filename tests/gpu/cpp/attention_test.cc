@@ -427,6 +427,23 @@ TEST_F(HopperAttention, OfALongContext) {
   }
 }
 
+// A graph keeps what describes the cache: tables and tiles are read at each replay.
+TEST_F(HopperAttention, AGraphReadsTablesAndTilesAtEachReplay) {
+  make_rows({.heads = 4, .kv_heads = 2, .head_dim = 128, .parts = {{20, 130}, {0, 150}}});
+  const std::vector<AttentionTile> both = attention_row_tiles(slices_, 128);
+  std::vector<AttentionTile> first = attention_row_tiles(std::span(slices_).first(1), 128);
+  first.resize(both.size());
+  set_tiles(attention_tiles(slices_, group()));
+  out_->allow(kAllowed, 1e-6, scale());
+  set_tiles(both);
+  const auto launch = [&](cudaStream_t s) {
+    return launch_attention_hopper(args_of_heads(Place::kDevice), s);
+  };
+  const auto plain = [&] { fake_kernels::attention_of_rows(args_of_heads(Place::kHost)); };
+  expect_kernel(launch, plain);
+  expect_after_change(launch, plain, [&] { tiles_->initial() = first; });
+}
+
 // Neither slices, nor neighbours, nor the KV heads computed with it change a row's bits.
 TEST_F(HopperAttention, RowsDoNotDependOnSlicesOrBatch) {
   for (const int32_t window : {0, 150}) {
