@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "graph/slices.h"
+
 namespace flowprefill {
 namespace {
 
@@ -204,7 +206,8 @@ class Planner {
     const double queries = static_cast<double>(queries_of_kv_head(row, end)) * g_.parts(op);
     const double least = std::min(cuts_.min_attention_queries / queries, 1.0) * all;
     const auto slices = static_cast<int32_t>(std::min(total / budget_s, all)) + 1;
-    const int32_t rows = (end - row + slices - 1) / slices / cuts_.row_step * cuts_.row_step;
+    const int32_t steps = (end - row + slices - 1) / slices / cuts_.row_step;
+    const int32_t rows = whole_turns(cuts_, steps) * cuts_.row_step;
     const auto least_steps = static_cast<int32_t>(std::ceil(least / cuts_.row_step));
     return std::max({rows, least_steps * cuts_.row_step, cuts_.row_step});
   }
@@ -217,7 +220,11 @@ class Planner {
     const double wanted = std::min(o_.budget_s / one_s, static_cast<double>(parts));
     const int32_t fitting = std::max({static_cast<int32_t>(wanted), std::min(min_parts, parts), 1});
     const int32_t slices = (parts + fitting - 1) / fitting;
-    const std::vector<int32_t> ends = slice_ends(g_.op(index), end - begin, slices, fitting);
+    const bool is_attention = g_.op(index).kind == OperatorKind::kAttention;
+    const std::vector<int32_t> ends =
+        is_attention ? ends_of_heads(cuts_, queries_of_kv_head(begin, end), parts, slices,
+                                     parts / std::max(min_parts, 1))
+                     : ends_of_product(cuts_, end - begin, parts, slices, fitting);
     for (size_t i = 0; i < ends.size(); ++i) {
       begin_segment();
       add({.first = index,
@@ -226,50 +233,8 @@ class Planner {
            .row_end = end,
            .base = base_,
            .part_begin = i == 0 ? 0 : ends[i - 1],
-           .part_end = slices == 1 ? 0 : ends[i]});
+           .part_end = ends.size() == 1 ? 0 : ends[i]});
     }
-  }
-
-  // Where each of so many slices ends: equal ones, but for products where others of at most
-  // `fitting` parts leave fewer multiprocessors without a tile. The first is the shortest: it may
-  // ride with what comes before.
-  std::vector<int32_t> slice_ends(const Operator& op, int32_t rows, int32_t slices,
-                                  int32_t fitting) const {
-    const int32_t parts = g_.parts(op);
-    std::vector<int32_t> ends;
-    for (int32_t i = 1; i <= slices; ++i)
-      ends.push_back(parts * i / slices);
-    if (cuts_.multiprocessors == 0 || op.kind != OperatorKind::kLinear || slices == 1)
-      return ends;
-    double least = waves_of(rows, ends);
-    std::vector<int32_t> others = ends;
-    const int32_t equal = (parts + slices - 1) / slices;
-    for (int32_t one = equal; one <= fitting && one * (slices - 1) < parts; ++one) {
-      for (int32_t i = 1; i < slices; ++i)
-        others[static_cast<size_t>(i) - 1] = parts - one * (slices - i);
-      if (const double waves = waves_of(rows, others); waves < least) {
-        least = waves;
-        ends = others;
-      }
-    }
-    return ends;
-  }
-
-  // Turns that all multiprocessors take at tiles of these slices, as a mean over the tiles that a
-  // kernel may have, each by the columns of its tile.
-  double waves_of(int32_t rows, const std::vector<int32_t>& ends) const {
-    const int64_t tiles_down = (rows + cuts_.product_tile_rows - 1) / cuts_.product_tile_rows;
-    double waves = 0;
-    for (const int32_t columns : cuts_.product_tile_columns) {
-      int64_t of_tile = 0;
-      for (size_t i = 0; i < ends.size(); ++i) {
-        const int64_t width = int64_t{ends[i] - (i == 0 ? 0 : ends[i - 1])} * kPartColumns;
-        const int64_t tiles = tiles_down * ((width + columns - 1) / columns);
-        of_tile += (tiles + cuts_.multiprocessors - 1) / cuts_.multiprocessors;
-      }
-      waves += static_cast<double>(of_tile * columns);
-    }
-    return waves;
   }
 
   // ---- rows of the prompt, behind the layers

@@ -99,6 +99,22 @@ TEST_P(CutRulesTest, slices_of_products_take_no_more_turns_than_the_whole) {
   }
 }
 
+// Tiles of 128 rows of a head: 512 of 2,048 rows.
+TEST_P(CutRulesTest, slices_of_attention_take_no_more_turns_than_the_whole) {
+  for (const double budget_s : {0.3e-3, 0.5e-3, 1e-3}) {
+    options_.budget_s = budget_s;
+    std::map<std::pair<int32_t, int32_t>, int64_t> turns;
+    for (const Step& step : plan(Granularity::kBudget).steps) {
+      if (graph_.op(step.first).kind != OperatorKind::kAttention)
+        continue;
+      const int32_t heads = step.is_whole() ? 8 : step.part_end - step.part_begin;
+      turns[{step.first, step.base}] += waves_of(step.rows(), heads * 4, 1);
+    }
+    for (const auto& [of, count] : turns)
+      ASSERT_LE(count, waves_of(2048, 32, 1)) << budget_s << " s, from row " << of.second;
+  }
+}
+
 TEST_P(CutRulesTest, long_contexts_are_cut_by_kv_heads_into_slices_that_fill_the_device) {
   int64_t fewest = int64_t{1} << 40;
   bool is_cut = false;
