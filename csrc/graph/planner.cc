@@ -195,10 +195,11 @@ class Planner {
     return std::max<int64_t>(queries, 1);  // rows of padding alone have none
   }
 
-  // Most rows from `row` whose attention fits the budget, head by head if it may be, in equal
-  // slices of whole row blocks; not so few that all heads of them leave the device idle.
+  // Most rows from `row` whose attention fits the budget, head by head if that comes first, in
+  // equal slices of whole row blocks; not so few that all heads of them leave the device idle.
   int32_t attention_rows(const Operator& op, int32_t row, int32_t end) const {
-    const double budget_s = o_.budget_s * (cuts_.slices_heads ? g_.parts(op) : 1);
+    const bool heads_first = cuts_.slices_heads && !cuts_.slices_rows_first;
+    const double budget_s = o_.budget_s * (heads_first ? g_.parts(op) : 1);
     const double total = cost_.operator_s(op, row, end);
     if (total <= budget_s)
       return end - row;
@@ -220,11 +221,10 @@ class Planner {
     const double wanted = std::min(o_.budget_s / one_s, static_cast<double>(parts));
     const int32_t fitting = std::max({static_cast<int32_t>(wanted), std::min(min_parts, parts), 1});
     const int32_t slices = (parts + fitting - 1) / fitting;
-    const bool is_attention = g_.op(index).kind == OperatorKind::kAttention;
+    const bool is_product = g_.op(index).kind == OperatorKind::kLinear;
     const std::vector<int32_t> ends =
-        is_attention ? ends_of_heads(cuts_, queries_of_kv_head(begin, end), parts, slices,
-                                     parts / std::max(min_parts, 1))
-                     : ends_of_product(cuts_, end - begin, parts, slices, fitting);
+        is_product ? ends_of_product(cuts_, end - begin, parts, slices, fitting)
+                   : equal_ends(parts, slices);
     for (size_t i = 0; i < ends.size(); ++i) {
       begin_segment();
       add({.first = index,
@@ -304,7 +304,7 @@ class Planner {
 
   // ---- segments
 
-  // Joins neighbouring segments while they fit the budget together, or nearly, as the rules say.
+  // Joins neighbouring segments while they fit the budget together.
   void merge() {
     std::vector<uint32_t> merged;
     double filled = 0;
@@ -312,7 +312,7 @@ class Planner {
       double cost = 0;
       for (const Step& step : plan_.segment(i))
         cost += step.predicted_s;
-      if (merged.empty() || filled + cost > o_.budget_s * cuts_.merged_budgets) {
+      if (merged.empty() || filled + cost > o_.budget_s) {
         merged.push_back(plan_.segments[i]);
         filled = 0;
       }

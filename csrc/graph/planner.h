@@ -39,13 +39,13 @@ struct CutRules {
   int32_t multiprocessors = 0;
   int32_t product_tile_rows = 128;
   std::array<int32_t, 4> product_tile_columns = {128, 192, 256, 320};
-  bool slices_heads = true;      // attention by KV heads before rows: few rows at once are slow
-  bool slices_products = false;  // products of a tile by parts before it gets fewer rows
+  bool slices_heads = true;        // attention by KV heads before rows: few rows at once are slow
+  bool slices_rows_first = false;  // by rows before KV heads
+  bool slices_products = false;    // products of a tile by parts before it gets fewer rows
   // (row, query head) pairs of a slice of attention: fewer would leave a part of the device idle.
   // Each sequence's count as whole tiles of those that share a KV head.
   int32_t min_attention_queries = 1;
   int32_t attention_tile = 1;
-  double merged_budgets = 1;    // neighbours are merged up to so many budgets
   int32_t embed_rows = 512;     // rows of a step before the layers
   int32_t head_tile_rows = 64;  // rows that go through what follows the layers together
   CostRules costs;

@@ -9,20 +9,17 @@
 
 namespace flowprefill {
 
+std::vector<int32_t> equal_ends(int32_t parts, int32_t slices);
+
 // Ends of so many slices of a product's parts over `rows` rows: equal ones, unless others of at
 // most `fitting` parts take fewer turns of all multiprocessors. The first is the shortest then: it
 // may ride with what comes before.
 std::vector<int32_t> ends_of_product(const CutRules& cuts, int32_t rows, int32_t parts,
                                      int32_t slices, int32_t fitting);
 
-// Ends of `fewest` or up to `most` equal slices of KV heads that have so many (row, query head)
-// pairs each: the number that takes fewest turns. 132 multiprocessors take two turns at 192 tiles,
-// as at 256.
-std::vector<int32_t> ends_of_heads(const CutRules& cuts, int64_t queries, int32_t heads,
-                                   int32_t fewest, int32_t most);
-
-// Of so many steps of rows as many as slices of KV heads fill whole turns with: a power of two,
-// since heads and tiles are.
+// Of so many steps of rows as many as tiles of attention fill turns with, a power of two: 132
+// multiprocessors take two turns at the 192 tiles of three steps of 256 rows and 32 heads, as at
+// 256.
 int32_t whole_turns(const CutRules& cuts, int32_t steps);
 
 }  // namespace flowprefill

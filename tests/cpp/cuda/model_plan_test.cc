@@ -284,7 +284,10 @@ TEST_F(ModelLaunchesTest, of_attention_are_left_out_where_a_list_is_known_to_be_
   for (const bool has_graphs : {true, false}) {
     fake_kernels::reset();
     options_.has_graphs = has_graphs;
-    make_model(TinyModel(Kind::kLlama, 2));
+    const TinyModel tiny(Kind::kLlama, 2);
+    model_ = std::make_unique<CudaBackend>(tiny.graph(), options_);
+    tiny.load_into(*model_);
+    model_->allocate_cache(2 * kBlockTokens, kBlocks);  // of a size that Hopper's kernel takes
     start();
     execute(1, {{0, {}, {5, 6, 7}}});
     EXPECT_EQ(num_ran("attention"), 2);

@@ -79,6 +79,8 @@ struct Products {
     args.operator_columns = columns;
     return args;
   }
+  // Without it a library refuses, and the next candidate is taken.
+  void prepare(const GemmArgs& args) const { selector->prepare({&args, 1}); }
   void launch(const GemmArgs& args, cudaStream_t stream) const {
     selector->launch(args, {scratch.get(), scratch.bytes()}, stream);
   }
@@ -98,6 +100,7 @@ GemmArgs columns_of(GemmArgs args, int begin, int end) {
 Variant sliced(Products& products, const std::string& name, std::vector<int> widths, int rows,
                int depth, bool gated) {
   const int columns = std::accumulate(widths.begin(), widths.end(), 0);
+  products.prepare(products.whole(columns, depth, !gated && columns == kHidden, gated));
   return {name, [&products, widths, rows, columns, depth, gated](cudaStream_t stream) {
             GemmArgs args = products.whole(columns, depth, !gated && columns == kHidden, gated);
             for (int row = 0; row < kTile; row += rows) {
@@ -116,14 +119,13 @@ void bench_products(Products& products, cudaStream_t stream) {
   const auto gate_up = [&](const std::string& name, std::vector<int> widths, int rows = kTile) {
     return sliced(products, name, std::move(widths), rows, kHidden, true);
   };
-  compare("gate_up x 2048",
-          {gate_up("whole", {28672}), gate_up("2 halves", {14336, 14336}),
-           gate_up("2, whole waves of 256", {18944, 9728}),
-           gate_up("2, whole waves of 320", {15680, 12992}),
-           gate_up("2, other whole waves of 320", {18240, 10432}),
-           gate_up("3 equal", {9600, 9600, 9472}), gate_up("4 quarters", {7168, 7168, 7168, 7168}),
-           gate_up("2 halves of rows", {28672}, 1024)},
-          15, stream);
+  compare(
+      "gate_up x 2048",
+      {gate_up("whole", {28672}), gate_up("2 halves", {14336, 14336}),
+       gate_up("2 as planned", {10496, 18176}), gate_up("2, as 49 and 41 of 320", {15680, 12992}),
+       gate_up("3 equal", {9600, 9600, 9472}), gate_up("3 as planned", {7680, 10496, 10496}),
+       gate_up("4 quarters", {7168, 7168, 7168, 7168}), gate_up("2 halves of rows", {28672}, 1024)},
+      15, stream);
   const auto down = [&](const std::string& name, std::vector<int> widths, int rows = kTile) {
     return sliced(products, name, std::move(widths), rows, kInner, false);
   };
@@ -144,6 +146,7 @@ struct PlainEvent {
 
 void bench_events(Products& products, cudaStream_t stream) {
   constexpr int kProducts = 24;
+  products.prepare(products.whole(kHidden, kHidden, true, false));
   const auto between = [&](int count, unsigned flags) {
     auto first = std::make_shared<PlainEvent>(flags), second = std::make_shared<PlainEvent>(flags);
     return [&products, count, first, second](cudaStream_t s) {
