@@ -22,13 +22,15 @@ set(FP_ISA_FLAGS_avx512bf16 -march=x86-64-v4 -mavx512bf16)
 
 # What lets sums be vectorised. Not -ffast-math: infinities and NaN keep their meaning (masks are -inf).
 set(FP_ISA_FLAGS
-    -O3
     -ffp-contract=fast
     -fno-math-errno
     -fno-trapping-math
     -fassociative-math
     -fno-signed-zeros
     -freciprocal-math)
+if(NOT FP_SANITIZE) # Sanitizers.cmake says why
+  list(PREPEND FP_ISA_FLAGS -O3)
+endif()
 
 function(fp_add_isa_sources target)
   target_compile_definitions(${target} PUBLIC FP_ISA_LEVELS=${FP_ISA_COUNT})
