@@ -159,7 +159,7 @@ $(CUDA_HEADERS): Makefile | $(DEPENDENCIES)
 CUDA_DOUBLE_TESTS = cmake -S tests/cpp/cuda -B build/cuda-double$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
     -DFP_SANITIZE=$(2) -DFP_WERROR=$(if $(CI),ON,OFF) \
   && cmake --build build/cuda-double$(1) \
-  && ctest --test-dir build/cuda-double$(1) --output-on-failure --timeout 300
+  && ctest --test-dir build/cuda-double$(1) --output-on-failure --timeout 300 -j 2
 
 .PHONY: test-cuda-double
 test-cuda-double: $(CUDA_HEADERS) | test-packages  ## the CUDA device over a double of the CUDA runtime, plain and sanitized; no GPU
@@ -184,7 +184,7 @@ test-gpu-double: test-cuda-engine | test-packages  ## the GPU suite, C++ and Pyt
 	cmake -S tests/gpu/cpp -B build/gpu-double -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DFP_GPU_DOUBLE=ON -DFP_WERROR=$(if $(CI),ON,OFF)
 	cmake --build build/gpu-double -j 2
-	ctest --test-dir build/gpu-double --output-on-failure
+	ctest --test-dir build/gpu-double --output-on-failure -j 2
 
 # For a GPU that is at hand for minutes, on a machine without network: .gpu-kit/ travels there with the checkout.
 .PHONY: gpu-pack
