@@ -103,6 +103,8 @@ inline __m512 tanh_of(__m512 y) {
       _mm512_cmp_ps_mask(_mm512_abs_ps(y), _mm512_set1_ps(kTanhBorder), _CMP_LT_OQ);
   return _mm512_mask_blend_ps(is_small, big, small);
 }
+// Sums and maxima that do not wait for each other.
+constexpr int kChains = 4;
 inline __mmask16 lanes(int n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1);
 }

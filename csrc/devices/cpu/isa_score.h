@@ -13,11 +13,20 @@ namespace {
 inline float maximum(const float* s, int n, float peak) {
   int i = 0;
 #ifdef __AVX512F__
-  __m512 most = _mm512_set1_ps(peak);
-  for (; i < n; i += 16) {
-    most = _mm512_mask_max_ps(most, lanes(n - i), most, _mm512_maskz_loadu_ps(lanes(n - i), s + i));
+  __m512 most[kChains];
+  for (__m512& one : most)
+    one = _mm512_set1_ps(peak);
+  for (; i + 16 * kChains <= n; i += 16 * kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c)
+      most[c] = _mm512_max_ps(most[c], _mm512_loadu_ps(s + i + 16 * c));
   }
-  return _mm512_reduce_max_ps(most);
+  for (; i < n; i += 16) {
+    most[0] = _mm512_mask_max_ps(most[0], lanes(n - i), most[0],
+                                 _mm512_maskz_loadu_ps(lanes(n - i), s + i));
+  }
+  return _mm512_reduce_max_ps(
+      _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
 #else
   constexpr int kLanes = 16;  // by hand: a maximum is no reduction to a compiler that respects NaN
   float most[kLanes];

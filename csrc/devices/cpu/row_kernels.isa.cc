@@ -210,15 +210,26 @@ float exponentials(const float* s, int n, float peak, T* p) {
   float sum = 0.0f;
   int i = 0;
 #ifdef __AVX512F__
-  __m512 sums = _mm512_setzero_ps();
+  const __m512 most = _mm512_set1_ps(peak);
+  __m512 sums[kChains];
+  for (__m512& one : sums)
+    one = _mm512_setzero_ps();
+  for (; i + 16 * kChains <= n; i += 16 * kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const __m512 e = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(s + i + 16 * c), most));
+      sums[c] = _mm512_add_ps(sums[c], e);
+      store(e, 0xffff, p + i + 16 * c);
+    }
+  }
   for (; i < n; i += 16) {
     const __mmask16 mask = lanes(n - i);
-    const __m512 x = _mm512_maskz_loadu_ps(mask, s + i);
-    const __m512 e = exp2_of(_mm512_sub_ps(x, _mm512_set1_ps(peak)));
-    sums = _mm512_mask_add_ps(sums, mask, sums, e);
+    const __m512 e = exp2_of(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + i), most));
+    sums[0] = _mm512_mask_add_ps(sums[0], mask, sums[0], e);
     store(e, mask, p + i);
   }
-  sum = _mm512_reduce_add_ps(sums);
+  sum = _mm512_reduce_add_ps(
+      _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 #endif
   for (; i < n; ++i) {
     const float e = exp2_clamped(s[i] - peak);
