@@ -82,14 +82,16 @@ struct PlainTiles {
   }
 };
 
-using Multiply = void (*)(const Product<Bf16>&);
+using Multiply = void (*)(const Product<Bf16>&, AmxTerms);
 
 // Rows of a and of c lie apart, but behind the last ones is nothing: a sanitizer sees what is read
 // or written there.
-void expect_product(Multiply multiply, int64_t rows, int64_t n, int64_t k, bool add) {
-  SCOPED_TRACE(testing::Message() << rows << " rows, n " << n << ", k " << k << ", add " << add);
+void expect_product(Multiply multiply, int64_t rows, int64_t n, int64_t k, size_t num_terms) {
+  SCOPED_TRACE(testing::Message() << rows << " rows, n " << n << ", k " << k << ", terms "
+                                  << num_terms);
   const int64_t lda = k + 6;
   const int64_t ldc = n + 3;
+  const bool add = num_terms != 1;
   std::mt19937 random(5);
   const auto numbers = [&](int64_t count) {
     std::vector<Bf16> values(static_cast<size_t>(count));
@@ -97,30 +99,36 @@ void expect_product(Multiply multiply, int64_t rows, int64_t n, int64_t k, bool 
       value = narrowed(static_cast<float>(random() % 9) - 4.0f);
     return values;
   };
-  const std::vector<Bf16> a = numbers((rows - 1) * lda + k);
-  const std::vector<Bf16> b = numbers(k * n);
+  std::vector<std::vector<Bf16>> of_terms;
+  std::vector<AmxTerm> terms;
+  for (size_t i = 0; i < num_terms; ++i) {
+    of_terms.push_back(numbers((rows - 1) * lda + k));
+    of_terms.push_back(numbers(k * n));
+    terms.push_back({of_terms[2 * i].data(), of_terms[2 * i + 1].data()});
+  }
   std::vector<float> c(static_cast<size_t>((rows - 1) * ldc + n), 7.0f);
   std::vector<float> expected = c;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) {
       float sum = add ? 7.0f : 0.0f;
-      for (int64_t d = 0; d < k; ++d) {
-        sum += widened(a[static_cast<size_t>(r * lda + d)]) *
-               widened(b[static_cast<size_t>((d / 2 * n + i) * 2 + d % 2)]);
+      for (const AmxTerm& term : terms) {
+        for (int64_t d = 0; d < k; ++d)
+          sum += widened(term.a[r * lda + d]) * widened(term.b[(d / 2 * n + i) * 2 + d % 2]);
       }
       expected[static_cast<size_t>(r * ldc + i)] = sum;
     }
   }
-  multiply({.rows = rows,
-            .n = n,
-            .k = k,
-            .lda = lda,
-            .ldb = n,
-            .ldc = ldc,
-            .add = add,
-            .a = a.data(),
-            .b = b.data(),
-            .c = c.data()});
+  const Product<Bf16> form{.rows = rows,
+                           .n = n,
+                           .k = k,
+                           .lda = lda,
+                           .ldb = n,
+                           .ldc = ldc,
+                           .add = add,
+                           .a = nullptr,
+                           .b = nullptr,
+                           .c = c.data()};
+  multiply(form, terms);
   EXPECT_EQ(c, expected);
 }
 
@@ -128,8 +136,8 @@ void expect_products(Multiply multiply) {
   for (const int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 100}) {
     for (const int64_t n : {16, 32, 48, 64}) {
       for (const int64_t k : {32, 64, 576}) {
-        expect_product(multiply, rows, n, k, false);
-        expect_product(multiply, rows, n, k, true);
+        for (const size_t num_terms : {0, 1, 3})
+          expect_product(multiply, rows, n, k, num_terms);
       }
     }
   }

@@ -36,8 +36,8 @@ struct AmxTiles {
 
 }  // namespace
 
-void multiply_by_amx(const Product<Bf16>& product) {
-  multiply_amx<AmxTiles>(product);
+void multiply_by_amx(const Product<Bf16>& product, AmxTerms terms) {
+  multiply_amx<AmxTiles>(product, terms);
 }
 
 bool holds_amx() {
@@ -51,7 +51,7 @@ void release_amx() {
   shaped = nullptr;
 }
 #else
-void multiply_by_amx(const Product<Bf16>&) {}
+void multiply_by_amx(const Product<Bf16>&, AmxTerms) {}
 bool holds_amx() {
   return false;
 }

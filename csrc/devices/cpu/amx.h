@@ -9,7 +9,8 @@ namespace flowprefill {
 
 // Only where has_amx(), and for shapes that fits_amx() takes. The first call of a series shapes
 // this thread's tiles: no other code may use them until release_amx().
-void multiply_by_amx(const Product<Bf16>& product);
+// The sum of the terms, which take the place of a and b.
+void multiply_by_amx(const Product<Bf16>& product, AmxTerms terms);
 
 // Whether this thread is in such a series.
 bool holds_amx();

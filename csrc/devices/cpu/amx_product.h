@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "devices/cpu/row_kernels.h"
 
@@ -38,23 +39,34 @@ inline bool fits_amx(int64_t n, int64_t k) {
   return n % kAmxColumns == 0 && k % kAmxDepth == 0;
 }
 
+// One of several products whose sum is wanted: all have the form of one Product.
+struct AmxTerm {
+  const Bf16* a;
+  const Bf16* b;
+};
+using AmxTerms = std::span<const AmxTerm>;
+
 // kRows by kColumns tiles of sums.
 template <typename Tiles, int kRows, int kColumns>
 class AmxBlock {
  public:
   AmxBlock(const Product<Bf16>& p, int64_t row, int64_t column)
       : p_(p),
-        a_(p.a + row * p.lda),
-        b_(p.b + 2 * column),
+        in_a_(row * p.lda),
+        in_b_(2 * column),
         c_(p.c + row * p.ldc + column),
         row_bytes_of_a_(p.lda * 2),
         row_bytes_of_b_(p.ldb * 4),
         row_bytes_of_c_(p.ldc * 4) {}
 
-  void multiply() {
+  void multiply(AmxTerms terms) {
     begin();
-    for (int64_t k = 0; k < p_.k; k += kAmxDepth)
-      add_products(k);
+    for (const AmxTerm& term : terms) {
+      const Bf16* a = term.a + in_a_;
+      const Bf16* b = term.b + in_b_;
+      for (int64_t k = 0; k < p_.k; k += kAmxDepth, a += kAmxDepth, b += kAmxDepth * p_.ldb)
+        add_products(a, b);
+    }
     end();
   }
 
@@ -81,17 +93,16 @@ class AmxBlock {
       begin_tile<3>(lower() + kAmxColumns);
   }
 
-  void add_products(int64_t k) {
-    const Bf16* b = b_ + k * p_.ldb;
+  void add_products(const Bf16* a, const Bf16* b) {
     Tiles::template load<6>(b, row_bytes_of_b_);
-    Tiles::template load<4>(a_ + k, row_bytes_of_a_);
+    Tiles::template load<4>(a, row_bytes_of_a_);
     Tiles::template multiply<0, 4, 6>();
     if constexpr (kHasRight) {
       Tiles::template load<7>(b + 2 * kAmxColumns, row_bytes_of_b_);
       Tiles::template multiply<1, 4, 7>();
     }
     if constexpr (kHasLower) {
-      Tiles::template load<5>(a_ + kAmxRows * p_.lda + k, row_bytes_of_a_);
+      Tiles::template load<5>(a + kAmxRows * p_.lda, row_bytes_of_a_);
       Tiles::template multiply<2, 5, 6>();
     }
     if constexpr (kHasLower && kHasRight)
@@ -109,8 +120,8 @@ class AmxBlock {
   }
 
   const Product<Bf16>& p_;
-  const Bf16* const a_;
-  const Bf16* const b_;
+  const int64_t in_a_;
+  const int64_t in_b_;
   float* const c_;
   const int64_t row_bytes_of_a_;
   const int64_t row_bytes_of_b_;
@@ -118,29 +129,30 @@ class AmxBlock {
 };
 
 template <typename Tiles, int kRows>
-void multiply_amx_rows(const Product<Bf16>& p, int64_t row) {
+void multiply_amx_rows(const Product<Bf16>& p, AmxTerms terms, int64_t row) {
   int64_t column = 0;
   for (; column + 2 * kAmxColumns <= p.n; column += 2 * kAmxColumns)
-    AmxBlock<Tiles, kRows, 2>(p, row, column).multiply();
+    AmxBlock<Tiles, kRows, 2>(p, row, column).multiply(terms);
   if (column < p.n)
-    AmxBlock<Tiles, kRows, 1>(p, row, column).multiply();
+    AmxBlock<Tiles, kRows, 1>(p, row, column).multiply(terms);
 }
 
-// Any rows; n and k as fits_amx() wants them.
+// The sum of the terms, which take the place of a and b. Any rows; n and k as fits_amx() wants
+// them.
 template <typename Tiles>
-void multiply_amx(const Product<Bf16>& p) {
+void multiply_amx(const Product<Bf16>& p, AmxTerms terms) {
   const int64_t whole = p.rows / kAmxRows * kAmxRows;
   int64_t row = 0;
   if (whole > 0)
     Tiles::shape(kAmxShapes[0]);
   for (; row + 2 * kAmxRows <= whole; row += 2 * kAmxRows)
-    multiply_amx_rows<Tiles, 2>(p, row);
+    multiply_amx_rows<Tiles, 2>(p, terms, row);
   if (row < whole)
-    multiply_amx_rows<Tiles, 1>(p, row);
+    multiply_amx_rows<Tiles, 1>(p, terms, row);
   if (whole == p.rows)
     return;
   Tiles::shape(kAmxShapes[static_cast<size_t>(p.rows - whole)]);
-  multiply_amx_rows<Tiles, 1>(p, whole);
+  multiply_amx_rows<Tiles, 1>(p, terms, whole);
 }
 
 }  // namespace flowprefill

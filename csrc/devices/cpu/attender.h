@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -240,11 +241,25 @@ class Attender {
                               .dim = dim_,
                               .softcap = args_.softcap},
                              s_.probabilities.data());
+    add_values(key, keys, ld, to.output);
+  }
+
+  void add_values(int32_t key, int32_t keys, int64_t ld, float* output) {
     const Block<T> shape{
         .n = dim_, .k = block_tokens_, .lda = ld, .ldb = dim_, .ldc = dim_, .add = true};
-    for (int32_t k = 0; k < keys; k += block_tokens_) {
-      brgemm(shape, rows_, s_.probabilities.data() + k, values_at(key + k), to.output);
+    const T* probabilities = s_.probabilities.data();
+    if constexpr (sizeof(T) == sizeof(Bf16)) {
+      if (is_for_tiles(shape)) {  // sums stay in tiles from block to block
+        std::array<AmxTerm, kTileKeys / kAmxDepth> terms;
+        size_t count = 0;
+        for (int32_t k = 0; k < keys; k += block_tokens_)
+          terms[count++] = {probabilities + k, values_at(key + k)};
+        return multiply_by_tiles(product_of<T>(shape, rows_, nullptr, nullptr, output),
+                                 {terms.data(), count});
+      }
     }
+    for (int32_t k = 0; k < keys; k += block_tokens_)
+      brgemm(shape, rows_, probabilities + k, values_at(key + k), output);
   }
 
   // Whether all rows look back as far as this.

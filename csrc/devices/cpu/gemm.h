@@ -54,10 +54,14 @@ inline bool is_for_tiles(const Block<Bf16>& s) {
   return fits_amx(s.n, s.k) && has_amx();
 }
 
-inline void multiply_by_tiles(const Product<Bf16>& product) {
+inline void multiply_by_tiles(const Product<Bf16>& product, AmxTerms terms) {
   if (!holds_amx())
     at::native::cpublas::brgemm_release(true);  // ATen's shapes are lost, which it must know
-  multiply_by_amx(product);
+  multiply_by_amx(product, terms);
+}
+inline void multiply_by_tiles(const Product<Bf16>& product) {
+  const AmxTerm only{product.a, product.b};
+  multiply_by_tiles(product, {&only, 1});
 }
 
 inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b, float* c) {
