@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Prefill and decode of smollm2-135m's shape in bf16 next to OpenVINO GenAI and transformers: run.sh's stage "peers", which sets the
-# variables. All engines in turn, each with a thread for every core; then the same with two. The weights are random.
+# variables. All engines in turn, each with a thread for every core that this process may use (taskset); then the same with two. The
+# weights are random.
 #   cpu_peers.sh SECONDS         PEERS_TOKENS="128 512": prompts of these lengths
 # A report is written after every round: one that takes too long ends with what it has.
 set -eu
@@ -18,14 +19,18 @@ printf '#!/bin/sh\nPYTHONPATH=%s exec %s "$@"\n' "$peers/site" "$PY" >"$peers/py
 chmod +x "$peers/python"
 echo "made the model, $(left) s left"
 
-# compare THREADS ROUNDS: on so many cores, one thread of each.
+# One processor of each core that this process may use.
+processors=$(lscpu -p=CPU,CORE | awk -F, -v mine=" $("$PY" -c 'import os; print(*os.sched_getaffinity(0))') " \
+  '!/^#/ && index(mine, " " $1 " ") && !seen[$2]++ { print $1 }')
+
+# compare THREADS ROUNDS
 compare() {
   local cores
-  cores=$(lscpu -p=CORE,CPU | grep -v '^#' | sort -t, -k 1,1n -u | cut -d, -f2 | head -n "$1" | paste -sd,)
+  cores=$(head -n "$1" <<<"$processors" | paste -sd,)
   echo "--- $1 threads, on processors $cores"
   timeout "$(left)" taskset -c "$cores" "$PY" -X faulthandler -m flowprefill bench prefill --device cpu --peers openvino-genai transformers \
     --peer-python "openvino-genai=$peers/python" --threads "$1" --rounds "$2" --tokens ${PEERS_TOKENS:-128 512 2048 7500} \
     --json "$OUT/cpu_peers_$1.json"
 }
-compare "$(lscpu -p=CORE | grep -v '^#' | sort -u | wc -l)" 4 || true
+compare "$(wc -l <<<"$processors")" 4 || true
 [ "$(left)" -lt 15 ] || compare 2 1
