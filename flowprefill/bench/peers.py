@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, lengths: list[int], rounds: int) -> int:
                 rows = report.rows
                 for known in _measure(engine, peers, model, lengths, rounds, args.seed):
                     report.rows = rows + rows_of(model, known)
-                    report.write(args.json)  # of every round, for a run that is ended early
+                    report.write(args.json)  # anew each time, for a run that is ended early
             finally:
                 for peer in peers:
                     peer.close()
@@ -214,7 +214,7 @@ def _measure(
     """Measure all at every length and batch, in turn.
 
     Yields:
-        After every round, tokens per second by work and engine of all rounds until then.
+        When all have done a work, tokens per second by work and engine of all until then.
     """
     engines: dict[str, Generate] = {
         "flowprefill": lambda prompts, tokens: _ours_s(engine, prompts, tokens)
@@ -241,6 +241,7 @@ def _measure(
             for name in order:
                 took_s = engines[name](prompts_of(1, tokens), 1)
                 note(f"prefill {tokens}", name, tokens / took_s)
+            yield rates
         for sequences in DECODE_BATCHES:
             for name in order:
                 # Other prompts each time: some engines keep the prefixes they have seen.
@@ -250,8 +251,8 @@ def _measure(
                 # Less than nothing where another process held the first token back.
                 rate = sequences * DECODE_TOKENS / took_s if took_s > 0.0 else math.nan
                 note(f"decode of {sequences}", name, rate)
+            yield rates
         say(f"{model}: round {number + 1}/{rounds}")
-        yield rates
 
 
 def rows_of(model: str, rates: dict[tuple[str, str], list[float]]) -> list[Row]:

@@ -3,7 +3,7 @@
 # variables. All engines in turn, each with a thread for every core that this process may use (taskset); then the same with two. The
 # weights are random.
 #   cpu_peers.sh SECONDS         PEERS_TOKENS="128 512": prompts of these lengths
-# A report is written after every round: one that takes too long ends with what it has.
+# The report is written as it goes: a run that takes too long ends with what it has.
 set -eu
 end=$(($(date +%s) + $1))
 left() { echo $((end - $(date +%s))); }
