@@ -23,14 +23,14 @@ echo "made the model, $(left) s left"
 processors=$(lscpu -p=CPU,CORE | awk -F, -v mine=" $("$PY" -c 'import os; print(*os.sched_getaffinity(0))') " \
   '!/^#/ && index(mine, " " $1 " ") && !seen[$2]++ { print $1 }')
 
-# compare THREADS ROUNDS
+# compare NAME THREADS ROUNDS
 compare() {
   local cores
-  cores=$(head -n "$1" <<<"$processors" | paste -sd,)
-  echo "--- $1 threads, on processors $cores"
+  cores=$(head -n "$2" <<<"$processors" | paste -sd,)
+  echo "--- $2 threads, on processors $cores"
   timeout "$(left)" taskset -c "$cores" "$PY" -X faulthandler -m flowprefill bench prefill --device cpu --peers openvino-genai transformers \
-    --peer-python "openvino-genai=$peers/python" --threads "$1" --rounds "$2" --tokens ${PEERS_TOKENS:-128 512 2048 7500} \
-    --json "$OUT/cpu_peers_$1.json"
+    --peer-python "openvino-genai=$peers/python" --threads "$2" --rounds "$3" --tokens ${PEERS_TOKENS:-128 512 2048 7500} \
+    --json "$LOGS/$1.json"
 }
-compare "$(wc -l <<<"$processors")" 4 || true
-[ "$(left)" -lt 15 ] || compare 2 1
+compare cpu_peers "$(wc -l <<<"$processors")" 4 || true
+[ "$(left)" -lt 15 ] || compare cpu_peers_two 2 1

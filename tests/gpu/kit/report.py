@@ -44,11 +44,12 @@ def main() -> int:
     """Write the file if the benches named a card."""
     out, logs, commit = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     names = ("model_bench", "fp8_bench", "peer_bench", "goodput")
-    model, fp8, peer, goodput, cpu, cpu_avx512 = (
+    of_cpu = ("cpu_figures", "cpu_figures_avx512", "cpu_peers", "cpu_peers_two")
+    model, fp8, peer, goodput, cpu, cpu_avx512, cpu_peers, cpu_peers_two = (
         json.loads(path.read_text()) if path.exists() else {}
         for path in (
             *(out / f"{name}.json" for name in names),
-            *(logs / "cpu_figures.json", logs / "cpu_figures_avx512.json"),
+            *(logs / f"{name}.json" for name in of_cpu),
         )
     )
     kernels = table(out / "kernel_bench.tsv")
@@ -71,6 +72,8 @@ def main() -> int:
         },
         "cpu": cpu,
         "cpu_without_amx": cpu_avx512,
+        "cpu_peers": cpu_peers,
+        "cpu_peers_two": cpu_peers_two,
         "model": model,
         "model_fp8": fp8,
         "peer": peer,
