@@ -1,12 +1,10 @@
 // Section "attention": causal attention over the paged cache, prefill and decode.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <numeric>
 #include <random>
 #include <span>
 
-#include "devices/cuda/kernels/attention_hopper.h"
 #include "devices/cuda/kernels/attention_split.h"
 #include "kernel_bench.h"
 
@@ -115,26 +113,6 @@ void tell_difference(const Case& one, std::span<const Bf16> portable, std::span<
           worst / largest, largest, typical / largest));
 }
 
-// To be deleted: what the kernel of heads of 128 could be instead, in turn, twice.
-void bench_variants(const Case& one, const AttentionArgs& args, std::span<const Bf16> portable,
-                    cudaStream_t stream) {
-  for (int round = 0; round < 2; ++round) {
-    for (const char* name : kHopperVariants) {
-      setenv("FLOWPREFILL_HOPPER", name, 1);
-      const std::string how = std::string(", hopper ") + name;
-      if (round == 0) {
-        FP_CUDA(launch_attention_hopper(args, stream));
-        say("attention", std::string(one.name) + how, "correctness:");
-        tell_difference(one, portable, output_of(args, portable.size()));
-      }
-      tell(
-          one, how.c_str(),
-          device_us([&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(args, s)); }, stream, 5));
-    }
-  }
-  unsetenv("FLOWPREFILL_HOPPER");
-}
-
 // Hopper's kernel on the same operands, after the portable one: args.out has that one's output.
 void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
   const std::vector<AttentionTile> tiles = attention_row_tiles(slices_of(one, 0), kDim);
@@ -155,8 +133,6 @@ void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
   tell_difference(one, portable, output_of(args, elements));
   tell(one, ", hopper",
        device_us([&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(args, s)); }, stream, 5));
-  if (std::getenv("HOPPER_VARIANTS") != nullptr)
-    bench_variants(one, args, portable, stream);
 }
 
 void bench_case(const Case& one, cudaStream_t stream) {

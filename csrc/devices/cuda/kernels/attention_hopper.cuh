@@ -1,7 +1,7 @@
-// Attention of many rows on compute capability 9.0: FlashInfer's paged prefill kernel (queries by
-// TMA, keys and values by cp.async through the block tables, products by wgmma), with our list of
-// tiles and our scores in base 2. Included by attention_hopper_*.cu, one head size each; compiled
-// for sm_90a only.
+// Attention of many rows on compute capability 9.0: FlashInfer's prefill kernel (products by wgmma)
+// with our loads through the block tables (attention_hopper_loads.cuh), our list of tiles and our
+// scores in base 2. Included by attention_hopper_*.cu, one head size each; compiled for sm_90a
+// only.
 #pragma once
 
 // FlashInfer's header of this name includes parts of CUTLASS that want curand; its kernel needs
@@ -110,51 +110,13 @@ struct TileScheduler {
   CUTLASS_DEVICE void broadcast_next_work(WorkTileInfo&) const {}
 };
 
-// The loads as they were, until the new ones are measured.
 template <int kDim, bool kHasWindow, bool kCaps>
-struct GatherLoads {
-  using Element = cutlass::bfloat16_t;
-  static constexpr int kKeys = kDim == 256 ? 32 : kDim == 128 && kHasWindow ? 64 : 96;
-  using Traits = flashinfer::AttentionKernelTraits<
-      /*USE_TMA_LOAD_KV=*/false, kDim, kDim, attention_rows_of_tile(kDim), kKeys, /*NUM_STAGES_=*/2,
-      Element, Element, Element, int32_t, BaseTwoScores<kCaps>>;
-  using Mainloop = flashinfer::SparseCollectiveMainloop<ScoreParams, Traits, /*CAUSAL=*/true>;
-
-  static cudaError_t describe(const AttentionArgs& args, const ScoreParams& scores,
-                              typename Mainloop::Params* out) {
-    const int heads_per_kv = args.heads / args.kv_heads;
-    const int heads = (args.kv_end - args.kv_begin) * heads_per_kv;
-    const int64_t first_q = int64_t{args.kv_begin} * heads_per_kv * kDim;
-    const int64_t first_kv = args.kv_begin * args.cache.head_stride;
-    const auto kv = flashinfer::get_gmem_layout(0, args.kv_end - args.kv_begin, kDim,
-                                                args.cache.token_stride, args.cache.head_stride);
-    *out = Mainloop::to_underlying_arguments(
-        {reinterpret_cast<const Element*>(args.q + first_q),
-         flashinfer::get_gmem_layout(args.rows, heads, kDim, args.ld_q, kDim),
-         reinterpret_cast<const Element*>(args.cache.keys + first_kv), kv,
-         reinterpret_cast<const Element*>(args.cache.values + first_kv), kv, args.block_tables,
-         args.window > 0 ? args.window - 1 : INT32_MAX / 2, args.cache.block_stride,
-         args.cache.block_stride, 1u << args.cache.block_shift, scores});
-    return cudaSuccess;
-  }
-};
-
-template <int kDim, bool kHasWindow, bool kCaps, int kKeys, int kStages = 2>
-struct BoxLoads {
-  using Traits =
-      HopperTraits<kDim, attention_rows_of_tile(kDim), kKeys, BaseTwoScores<kCaps>, kStages>;
-  using Mainloop = PagedLoads<ScoreParams, Traits>;
-  static cudaError_t describe(const AttentionArgs& args, const ScoreParams& scores,
-                              typename Mainloop::Params* out) {
-    return Mainloop::describe(args, scores, out);
-  }
-};
-
-template <int kDim, bool kHasWindow, typename Loads>
 struct Hopper {
   using Element = cutlass::bfloat16_t;
-  using Traits = typename Loads::Traits;
-  using Mainloop = typename Loads::Mainloop;
+  // Keys at once: more would spill registers, or leave no room for a second stage.
+  static constexpr int kKeys = kDim == 256 ? 64 : 128;
+  using Traits = HopperTraits<kDim, attention_rows_of_tile(kDim), kKeys, BaseTwoScores<kCaps>>;
+  using Mainloop = PagedLoads<ScoreParams, Traits>;
   using Epilogue = flashinfer::CollectiveEpilogue<Traits>;
 
   static typename Epilogue::Params epilogue(const AttentionArgs& args) {
@@ -182,8 +144,8 @@ struct Hopper {
     }
     typename Mainloop::Params loads;
     if (code == cudaSuccess)
-      code = Loads::describe(args, {args.softcap, args.softcap > 0 ? 1.0f / args.softcap : 0.0f},
-                             &loads);
+      code = Mainloop::describe(args, {args.softcap, args.softcap > 0 ? 1.0f / args.softcap : 0.0f},
+                                &loads);
     if (code != cudaSuccess)
       return code;
     const int group = args.heads / args.kv_heads;
@@ -201,22 +163,13 @@ struct Hopper {
   }
 };
 
-template <int kDim>
-constexpr int tile_keys(bool has_window) {
-  return kDim == 256 ? 64 : 128;
-}
-
 // Each instance takes half a minute to compile; the one with a cap takes any window, or none.
 template <int kDim>
 cudaError_t launch_hopper(const AttentionArgs& args, cudaStream_t stream) {
   if (args.softcap > 0)
-    return Hopper<kDim, true, BoxLoads<kDim, true, true, tile_keys<kDim>(true)>>::launch(args,
-                                                                                         stream);
-  return args.window > 0
-             ? Hopper<kDim, true, BoxLoads<kDim, true, false, tile_keys<kDim>(true)>>::launch(
-                   args, stream)
-             : Hopper<kDim, false, BoxLoads<kDim, false, false, tile_keys<kDim>(false)>>::launch(
-                   args, stream);
+    return Hopper<kDim, true, true>::launch(args, stream);
+  return args.window > 0 ? Hopper<kDim, true, false>::launch(args, stream)
+                         : Hopper<kDim, false, false>::launch(args, stream);
 }
 
 }  // namespace

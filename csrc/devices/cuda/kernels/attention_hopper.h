@@ -13,10 +13,4 @@ cudaError_t attention_hopper_64(const AttentionArgs& args, cudaStream_t stream);
 cudaError_t attention_hopper_128(const AttentionArgs& args, cudaStream_t stream);
 cudaError_t attention_hopper_256(const AttentionArgs& args, cudaStream_t stream);
 
-// To be deleted once measured: other kernels of heads of 128 without windows, by their place here.
-inline constexpr const char* kHopperVariants[] = {"old",      "old_ftz",  "boxes128", "boxes96",
-                                                  "boxes112", "boxes160", "boxes176", "stages3"};
-cudaError_t attention_hopper_old(const AttentionArgs& args, cudaStream_t stream);
-cudaError_t attention_hopper_try(int variant, const AttentionArgs& args, cudaStream_t stream);
-
 }  // namespace flowprefill

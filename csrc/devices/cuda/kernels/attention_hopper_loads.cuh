@@ -14,14 +14,14 @@ namespace {
 constexpr int kBoxWidth = 64;
 
 // FlashInfer's, and a barrier for the values that TMA alone cannot bring.
-template <int kDim, int kRows, int kKeys, typename Scores, int kStages>
+template <int kDim, int kRows, int kKeys, typename Scores>
 struct HopperTraits
     : flashinfer::AttentionKernelTraits</*USE_TMA_LOAD_KV=*/true, kDim, kDim, kRows, kKeys,
-                                        /*NUM_STAGES_=*/kStages, cutlass::bfloat16_t,
-                                        cutlass::bfloat16_t, cutlass::bfloat16_t, int32_t, Scores> {
-  using Base = flashinfer::AttentionKernelTraits<true, kDim, kDim, kRows, kKeys, kStages,
-                                                 cutlass::bfloat16_t, cutlass::bfloat16_t,
-                                                 cutlass::bfloat16_t, int32_t, Scores>;
+                                        /*NUM_STAGES_=*/2, cutlass::bfloat16_t, cutlass::bfloat16_t,
+                                        cutlass::bfloat16_t, int32_t, Scores> {
+  using Base =
+      flashinfer::AttentionKernelTraits<true, kDim, kDim, kRows, kKeys, 2, cutlass::bfloat16_t,
+                                        cutlass::bfloat16_t, cutlass::bfloat16_t, int32_t, Scores>;
   struct SharedStorage : Base::SharedStorage {
     cutlass::arch::ClusterTransactionBarrier barrier_end;
   };
