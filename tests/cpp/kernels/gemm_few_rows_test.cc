@@ -29,26 +29,32 @@ struct Case {
   bool has_scales = true;  // where FP8
 };
 
-template <typename Element>
-void run_body(const simt::Thread& t, const GemmArgs& args) {
-  if (args.rows() <= 8)
-    few_rows_body<1, Element>(t, args);
-  else
-    few_rows_body<2, Element>(t, args);
+// Fewer blocks than units of columns, so that some take several.
+constexpr int32_t kBlocks = 2;
+
+template <int kTiles>
+void run_body(const GemmArgs& args, uint32_t seed) {
+  using Form = FewRowsForm<kTiles>;
+  const int32_t units = (args.columns + Form::kColumns - 1) / Form::kColumns;
+  const simt::Grid grid{.x = smaller(units, kBlocks),
+                        .threads = kFewRowsThreads,
+                        .shared_bytes = Form::kSharedBytes,
+                        .seed = seed,
+                        .overlaps = true};
+  simt::launch(grid, [&](const simt::Thread& t) {
+    if (args.is_fp8())
+      few_rows_body<kTiles, E4m3>(t, args);
+    else
+      few_rows_body<kTiles, Bf16>(t, args);
+  });
 }
 
 void run(const GemmArgs& args, uint32_t seed) {
   check_tile(args, GemmTile::kFewRows);
-  const simt::Grid grid{.x = (args.columns + kFewRowsColumns - 1) / kFewRowsColumns,
-                        .threads = kFewRowsThreads,
-                        .shared_bytes = kFewRowsSharedBytes,
-                        .seed = seed};
-  simt::launch(grid, [&](const simt::Thread& t) {
-    if (args.is_fp8())
-      run_body<E4m3>(t, args);
-    else
-      run_body<Bf16>(t, args);
-  });
+  if (args.rows() <= 8)
+    run_body<1>(args, seed);
+  else
+    run_body<2>(args, seed);
 }
 
 // A product with a row before it and one behind, which are neither read nor written.

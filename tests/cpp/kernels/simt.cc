@@ -120,6 +120,7 @@ class Block {
   Operands& operands(int32_t index) { return fibre(index).operands; }
   std::vector<Copy>& copies(int32_t index) { return fibre(index).copies; }
   int32_t& group(int32_t index) { return fibre(index).group; }
+  void wait_for_predecessor(int32_t index) { fibre(index).has_waited = true; }
   const Grid& grid() const { return grid_; }
   int32_t x() const { return x_; }
   int32_t y() const { return y_; }
@@ -138,6 +139,7 @@ class Block {
     int32_t group = 0;  // of the copies that are started now
     bool is_ready = true;
     bool is_finished = false;
+    bool has_waited = false;  // for the kernel before
   };
 
   Fibre& fibre(int32_t index) { return fibres_[static_cast<size_t>(index)]; }
@@ -159,6 +161,8 @@ class Block {
     auto* block = reinterpret_cast<Block*>(uintptr_t{high} << 32 | low);
     try {
       block->body_(Thread(block, index));
+      if (block->grid_.overlaps && !block->fibre(index).has_waited)
+        throw Violation("a thread ended without waiting for the kernel before");
     } catch (...) {
       block->error_ = std::current_exception();
     }
@@ -313,8 +317,15 @@ int32_t Thread::block_x() const {
 int32_t Thread::block_y() const {
   return block_->y();
 }
+int32_t Thread::grid_x() const {
+  return block_->grid().x;
+}
 unsigned char* Thread::shared_bytes() const {
   return block_->shared();
+}
+
+void Thread::wait_for_predecessor() const {
+  block_->wait_for_predecessor(index_);
 }
 
 void Thread::sync() const {

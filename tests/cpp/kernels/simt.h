@@ -35,13 +35,14 @@ class Thread {
   int32_t warp() const { return index_ / 32; }
   int32_t block_x() const;
   int32_t block_y() const;
+  int32_t grid_x() const;
 
   template <typename T>
   T* shared() const {
     return reinterpret_cast<T*>(shared_bytes());
   }
-  // Kernels do not overlap here.
-  void wait_for_predecessor() const {}
+  // Kernels do not overlap here; see Grid::overlaps.
+  void wait_for_predecessor() const;
   void let_successor_start() const {}
   void sync() const;
   void sync_warp() const;
@@ -76,7 +77,8 @@ struct Grid {
   int32_t y = 1;
   int32_t threads = 32;  // per block, a multiple of 32
   size_t shared_bytes = 0;
-  uint32_t seed = 1;  // of the order in which threads run
+  uint32_t seed = 1;      // of the order in which threads run
+  bool overlaps = false;  // the body waits for the kernel before it: every thread has to
 };
 
 // Runs `body` for every thread of every block, one block after the other. Throws Violation, or what

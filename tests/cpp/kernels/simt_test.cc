@@ -236,6 +236,17 @@ TEST(Simt, RefusesAddressesOutsideOfSharedMemory) {
                simt::Violation);
 }
 
+TEST(Simt, RefusesAThreadThatDoesNotWaitForTheKernelBefore) {
+  const auto run = [](int32_t waiting) {
+    simt::launch({.overlaps = true}, [&](const Thread& t) {
+      if (t.lane() < waiting)
+        t.wait_for_predecessor();
+    });
+  };
+  run(32);
+  EXPECT_THROW(run(31), simt::Violation);
+}
+
 TEST(Simt, PassesOnWhatTheBodyThrows) {
   EXPECT_THROW(simt::launch({}, [](const Thread&) { throw std::range_error("mine"); }),
                std::range_error);

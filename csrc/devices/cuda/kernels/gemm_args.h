@@ -66,7 +66,7 @@ struct GemmArgs {
 
 // Rows x columns that one block of threads computes.
 enum class GemmTile : uint8_t {
-  kFewRows,        // at most kMostFewRows rows: 32 columns, as fast as the weights can be read
+  kFewRows,        // at most kMostFewRows rows, as fast as the weights can be read
   kAmpere64x64,    // few rows or columns: more blocks than a wider tile gives
   kAmpere128x128,  // the default of compute capability 8.x and of everything without an own kernel
   kAmpere256x128,  // long prompts: half the reads of the weights

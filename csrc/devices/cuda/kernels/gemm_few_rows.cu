@@ -1,4 +1,6 @@
 // Launch of the product of at most 16 rows: decode steps. Called through gemm.cc.
+#include <algorithm>
+
 #include "devices/cuda/kernels/gemm_few_rows_body.h"
 #include "devices/cuda/kernels/gemm_kernels.h"
 #include "devices/cuda/kernels/launch.cuh"
@@ -8,22 +10,36 @@ namespace {
 
 extern __shared__ unsigned char shared_memory[];
 
-// Two blocks on a multiprocessor: one reads on while the other adds its sums.
 template <int kTiles, typename Element>
-__global__ void __launch_bounds__(kFewRowsThreads, 2) few_rows_kernel(GemmArgs args) {
-  few_rows_body<kTiles, Element>(DeviceThread(shared_memory), args);
+__global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocks) few_rows_kernel(GemmArgs args) {
+  few_rows_body<kTiles, Element>(beside_predecessor(shared_memory), args);
 }
 
-template <int kTiles, typename Element>
-cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((args.columns + kFewRowsColumns - 1) / kFewRowsColumns);
-  const cudaError_t code =
-      cudaFuncSetAttribute(few_rows_kernel<kTiles, Element>,
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, kFewRowsSharedBytes);
+cudaError_t count_multiprocessors(int* out) {
+  int device = 0;
+  const cudaError_t code = cudaGetDevice(&device);
   if (code != cudaSuccess)
     return code;
-  return launch_kernel(few_rows_kernel<kTiles, Element>, blocks, kFewRowsThreads,
-                       kFewRowsSharedBytes, stream, args, !args.b_is_made);
+  return cudaDeviceGetAttribute(out, cudaDevAttrMultiProcessorCount, device);
+}
+
+// As many blocks as the device holds at once; no bit depends on their number.
+template <int kTiles, typename Element>
+cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
+  using Form = FewRowsForm<kTiles>;
+  const auto kernel = few_rows_kernel<kTiles, Element>;
+  int multiprocessors = 0;
+  cudaError_t code = count_multiprocessors(&multiprocessors);
+  if (code == cudaSuccess) {
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(Form::kSharedBytes));
+  }
+  if (code != cudaSuccess)
+    return code;
+  const int32_t units = (args.columns + Form::kColumns - 1) / Form::kColumns;
+  const auto blocks = static_cast<unsigned>(std::min(units, kFewRowsBlocks * multiprocessors));
+  return launch_kernel(kernel, blocks, kFewRowsThreads, Form::kSharedBytes, stream, args,
+                       !args.b_is_made);
 }
 
 template <typename Element>

@@ -1,17 +1,18 @@
 // few_rows_body(): a matrix product of at most 16 rows, bound by reading the weights. Launched by
 // gemm_few_rows.cu, run on the host by tests/cpp/kernels.
 //
-// A block has 32 columns of d, so 32 rows of b. Its warps take turns along the depth, 64 elements
-// (128 of e4m3) at a time, and their sums are added in shared memory, always in the same order:
-// what an element's bits depend on are its row of a, its row of b and the depth. Products are by
-// tensor cores, the weights as the operand with 16 rows: 1 to 8 rows of a cost the same, 9 to 16
-// little more.
+// As many blocks as the device holds take units of FewRowsForm::kColumns columns of d, so rows of
+// b, in turns. A block's warps take turns along the depth, 128 bytes at a time, and their sums are
+// added in shared memory, always in the same order: what an element's bits depend on are its row of
+// a, its row of b and the depth. Products are by tensor cores, the weights as the operand with 16
+// rows: 1 to 8 rows of a cost the same, 9 to 16 little more.
 //
-// A warp has two further steps, 8 KiB of weights, under way while it multiplies one, and two blocks
-// fit a multiprocessor. They lie in shared memory, in a place of its own for each lane, so that no
-// lane waits for another. The instruction multiplies any order of the depth as long as both
-// operands have the same: so a lane copies 16 bytes in a row of each where its fragments would be
-// four separate words, and reads them back as they are, without ldmatrix.
+// Reading the weights is what takes time. Eight lanes copy 128 bytes in a row, a whole line of the
+// cache: in pieces of 64 an H200 brings a fifth less. A warp copies into a ring of its own in
+// shared memory and waits for other warps where sums are added only; the ring goes on to the next
+// unit meanwhile, so the memory is not idle there. The instruction multiplies any order of the
+// depth as long as both operands have the same: so a lane reads 16 bytes in a row of each where its
+// fragments would be four separate words, without ldmatrix.
 //
 // E4m3 becomes f16 in registers, which is exact. Compute capability 9.0 has no instruction that
 // multiplies e4m3 on a warp: the compiler would convert in the same way, and the rows once for each
@@ -25,20 +26,32 @@
 
 namespace flowprefill {
 
-constexpr int32_t kFewRowsColumns = 32;  // of d, by one block; gate and up alternate among them
 constexpr int32_t kFewRowsWarps = 8;
 constexpr int32_t kFewRowsThreads = kFewRowsWarps * 32;
-constexpr int32_t kFewRowsStages = 3;  // steps that have room in shared memory
-// Between the rows of sums in shared memory: a warp's stores meet no bank twice.
-constexpr int32_t kFewRowsStride = kFewRowsColumns + 4;
+constexpr int32_t kFewRowsBlocks = 2;       // of a multiprocessor
+constexpr int32_t kFewRowsStepBytes = 128;  // of each row of b, that a warp copies at once
 
-// What is copied at once, and how much of it a lane has in one step.
+// What a lane copies or reads at once.
 using FewRowsPiece = Vec<uint32_t, 4>;
-constexpr int32_t kFewRowsPieces = 8;
 
-// The copies; when all are multiplied, the sums.
-constexpr size_t kFewRowsSharedBytes =
-    sizeof(FewRowsPiece) * kFewRowsThreads * kFewRowsPieces * kFewRowsStages;
+// How a block takes its work; 8 * kTiles rows of a at most.
+template <int kTilesOf>
+struct FewRowsForm {
+  static constexpr int kTiles = kTilesOf;
+  // Of d, at a time; gate and up alternate among them. Narrow units spread evenly over the blocks;
+  // more rows of a, which each unit reads anew, want wider ones.
+  static constexpr int32_t kColumns = 16 * kTiles;
+  // Steps that have room in shared memory: two blocks have 128 KiB under way on a multiprocessor.
+  static constexpr int32_t kStages = kTiles == 1 ? 5 : 3;
+  static constexpr int32_t kStepPieces = kColumns * kFewRowsStepBytes / 16;  // of a warp
+  // Between the rows of sums in shared memory: a warp's stores meet no bank twice.
+  static constexpr int32_t kStride = kColumns + 4;
+  static constexpr size_t kSharedBytes =
+      sizeof(FewRowsPiece) * kFewRowsWarps * kStepPieces * kStages;
+  // A warp's sums lie where its last step's weights were.
+  static_assert(size_t{8} * kTiles * kStride * sizeof(float) <= kStepPieces * sizeof(FewRowsPiece));
+  static_assert(8 * kTiles * kColumns / 2 <= kFewRowsThreads);
+};
 
 // What is multiplied, by type.
 FP_HD void few_rows_operands(const GemmArgs& args, const Bf16** a, const Bf16** b) {
@@ -50,104 +63,136 @@ FP_HD void few_rows_operands(const GemmArgs& args, const E4m3** a, const E4m3** 
   *b = args.fp8.b;
 }
 
-// One warp's sums over its steps. Element: Bf16 or E4m3.
-template <int kTiles, typename Element, class Thread>
+// One warp's steps. Element: Bf16 or E4m3.
+template <class Form, typename Element, class Thread>
 class FewRowsWarp {
  public:
-  FP_HD FewRowsWarp(const Thread& t, const GemmArgs& args, int32_t first_column)
-      : t_(t), depth_(args.depth), k_(kDepth * t.warp() + kPiece * (t.lane() % 4)) {
+  FP_HD FewRowsWarp(const Thread& t, const GemmArgs& args)
+      : t_(t), depth_(args.depth), columns_(args.columns), ldb_(args.ldb), unit_(t.block_x()) {
     const Element* a;
-    const Element* b;
-    few_rows_operands(args, &a, &b);
-    // Rows beyond the last of a or b are read as that one: their products are never stored.
-    FP_UNROLL for (int j = 0; j < 4; ++j) {
-      const int32_t column = smaller(first_column + t.lane() / 4 + 8 * j, args.columns - 1);
-      b_[j] = b + column * args.ldb + k_;
-    }
+    few_rows_operands(args, &a, &b_);
+    const int32_t first = kDepth * t.warp();
+    turns_ = 2 * ((depth_ + 2 * kTurn - 1) / (2 * kTurn));
+    // Rows beyond the last are read as that one: their products are never stored.
     FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       const int32_t row = smaller(args.row_begin + t.lane() / 4 + 8 * tile, args.row_end - 1);
-      a_[tile] = a + row * args.lda + k_;
+      a_[tile] = a + row * args.lda + first + kPiece * (t.lane() % 4);
     }
+    from_unit();
   }
 
-  FP_HD void run() {
-    for (int32_t step = 0; step < kFewRowsStages - 1; ++step)
+  // The first steps' copies, as many as there is room for.
+  FP_HD void start_all() {
+    for (int32_t step = 0; step < kStages - 1; ++step)
       start(step);
-    t_.wait_for_predecessor();  // the weights are no kernel's; all else may be
-    Rows even;
-    Rows odd;
-    load<0>(&even);
-    load<1>(&odd);
-    // The same number of turns for all lanes. Beyond the depth all is zero.
-    for (int32_t begin = kDepth * t_.warp(); begin < depth_; begin += 2 * kTurn) {
-      run_step(&even);
-      run_step(&odd);
-    }
-    t_.wait_for_copies();
+  }
+  FP_HD void load_first() {
+    load(0, &even_);
+    load(1, &odd_);
   }
 
-  // To sums[8 * kTiles][kFewRowsStride].
-  FP_HD void store_sums(const Thread& t, float* sums) const {
-    FP_UNROLL for (int m = 0; m < 2; ++m) {
+  // All steps of one unit of columns. The same number for all warps; beyond the depth all is zero.
+  FP_HD void run() {
+    FP_UNROLL for (int m = 0; m < kHalves; ++m) {
+      FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+        FP_UNROLL for (int i = 0; i < 4; ++i) c_[m][tile][i] = 0;
+      }
+    }
+    for (int32_t turn = 0; turn < turns_; turn += 2) {
+      run_step(turn, &even_);
+      run_step(turn + 1, &odd_);
+    }
+    t_.sync_warp();  // the last step is read
+  }
+
+  // The sums' place: [8 * kTiles][kStride], of warp `warp` after run().
+  FP_HD float* sums(int32_t warp) const {
+    return reinterpret_cast<float*>(place(before(stage_), warp));
+  }
+  FP_HD void store_sums() const {
+    float* out = sums(t_.warp());
+    FP_UNROLL for (int m = 0; m < kHalves; ++m) {
       FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
         FP_UNROLL for (int i = 0; i < 4; ++i) {
-          const int32_t row = 8 * tile + c_column(t.lane(), i);
-          sums[row * kFewRowsStride + 16 * m + c_row(t.lane(), i)] = c_[m][tile][i];
+          const int32_t row = 8 * tile + c_column(t_.lane(), i);
+          out[row * Form::kStride + 16 * m + c_row(t_.lane(), i)] = c_[m][tile][i];
         }
       }
     }
   }
 
  private:
+  static constexpr int kTiles = Form::kTiles;
+  static constexpr int32_t kStages = Form::kStages;
+  static constexpr int kHalves = Form::kColumns / 16;  // operands of the weights in a step
   static constexpr bool kIsFp8 = sizeof(Element) == 1;
   static constexpr int32_t kPiece = sizeof(FewRowsPiece) / sizeof(Element);
   static constexpr int32_t kHalf = 4 * kPiece;  // of the depth, by the four lanes of a row
   static constexpr int32_t kDepth = 2 * kHalf;  // of one step of a warp
   static constexpr int32_t kTurn = kFewRowsWarps * kDepth;  // from step to step
+  static_assert(kDepth * sizeof(Element) == kFewRowsStepBytes);
 
   // A lane's piece of either half of a step.
   struct Rows {
     FewRowsPiece v[2][kTiles];
   };
 
-  FP_HD FewRowsPiece* place(int32_t stage) const {
-    return t_.template shared<FewRowsPiece>() + stage * kFewRowsPieces * kFewRowsThreads +
-           t_.index();
+  FP_HD static int32_t before(int32_t stage) { return stage == 0 ? kStages - 1 : stage - 1; }
+  FP_HD FewRowsPiece* place(int32_t stage, int32_t warp) const {
+    return t_.template shared<FewRowsPiece>() + (stage * kFewRowsWarps + warp) * Form::kStepPieces;
   }
 
-  // Starts the copy of the weights of the step that comes `ahead` of the one at k_.
-  FP_HD void start(int32_t ahead) const {
-    const int32_t stage = (stage_ + ahead) % kFewRowsStages;
-    FP_UNROLL for (int half = 0; half < 2; ++half) {
-      const int32_t offset = kTurn * ahead + kHalf * half;
-      FP_UNROLL for (int j = 0; j < 4; ++j) {
-        t_.copy_16(place(stage) + (4 * half + j) * kFewRowsThreads, b_[j] + offset,
-                   k_ + offset < depth_);
-      }
+  // Where the copies of unit_ begin: of four rows in turn, eight lanes for each.
+  FP_HD void from_unit() {
+    const int32_t column = Form::kColumns * unit_ + t_.lane() / 8;
+    rows_left_ = columns_ - column;
+    k_ = kDepth * t_.warp() + kPiece * (t_.lane() % 8);
+    from_ = b_ + column * ldb_ + k_;
+  }
+
+  // Starts the copy of the next step's weights to `stage`. Pieces of odd rows lie in the other half
+  // of their line: the eight lanes that read two half rows at once meet no bank twice.
+  FP_HD void start(int32_t stage) {
+    const int32_t row = t_.lane() / 8;
+    FewRowsPiece* to = place(stage, t_.warp()) + 8 * row + (t_.lane() % 8 ^ row % 2 * 4);
+    FP_UNROLL for (int i = 0; i < Form::kColumns / 4; ++i) {
+      t_.copy_16(to + 32 * i, from_ + 4 * i * ldb_, k_ < depth_ && 4 * i < rows_left_);
     }
     t_.end_copies();
+    k_ += kTurn;
+    from_ += kTurn;
+    if (++started_ == turns_) {
+      started_ = 0;
+      unit_ += t_.grid_x();
+      from_unit();
+    }
   }
-  template <int32_t kAhead>
-  FP_HD void load(Rows* out) const {
+  // The rows of the step `turn` of a unit.
+  FP_HD void load(int32_t turn, Rows* out) const {
+    const int32_t k = kTurn * (turn < turns_ ? turn : turn - turns_);
+    const int32_t left = depth_ - kDepth * t_.warp() - kPiece * (t_.lane() % 4) - k;
     FP_UNROLL for (int half = 0; half < 2; ++half) {
-      constexpr int32_t kOffset = kTurn * kAhead;
       FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
         FewRowsPiece& piece = out->v[half][tile];
         piece = {};
-        if (k_ + kOffset + kHalf * half < depth_)
-          piece = *reinterpret_cast<const FewRowsPiece*>(a_[tile] + kOffset + kHalf * half);
+        if (kHalf * half < left)
+          piece = *reinterpret_cast<const FewRowsPiece*>(a_[tile] + k + kHalf * half);
       }
     }
   }
 
-  // Multiplies the step at k_ by `rows`, and makes those the rows of the step after the next.
-  FP_HD void run_step(Rows* rows) {
-    start(kFewRowsStages - 1);
-    t_.template wait_for_copies_but<kFewRowsStages - 1>();
-    const FewRowsPiece* copied = place(stage_);
+  // Multiplies the step `turn` by `rows`, and makes those the rows of the step after the next.
+  FP_HD void run_step(int32_t turn, Rows* rows) {
+    t_.template wait_for_copies_but<kStages - 2>();
+    t_.sync_warp();  // all lanes' copies are there, and the step before is read
+    start(before(stage_));
+    const int32_t row = t_.lane() / 4;
+    const int32_t first = 8 * row + (t_.lane() % 4 ^ row % 2 * 4);
+    const FewRowsPiece* copied = place(stage_, t_.warp());
     FP_UNROLL for (int half = 0; half < 2; ++half) {
-      FewRowsPiece weights[4];
-      FP_UNROLL for (int j = 0; j < 4; ++j) weights[j] = copied[(4 * half + j) * kFewRowsThreads];
+      FewRowsPiece weights[2 * kHalves];
+      FP_UNROLL for (int j = 0; j < 2 * kHalves; ++j) weights[j] =
+          copied[64 * j + (first ^ 4 * half)];
       if constexpr (kIsFp8)
         multiply_codes(weights, rows->v[half]);
       else
@@ -155,17 +200,14 @@ class FewRowsWarp {
       if (kIsFp8 && kTiles > 1)
         t_.sync_warp();  // the compiler has no registers for both halves at once
     }
-    load<2>(rows);
-    k_ += kTurn;
-    FP_UNROLL for (int j = 0; j < 4; ++j) b_[j] += kTurn;
-    FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) a_[tile] += kTurn;
-    stage_ = (stage_ + 1) % kFewRowsStages;
+    load(turn + 2, rows);
+    stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1;
   }
 
   // Words 0 and 1 of all four lanes of a row are one 16 of the depth, 2 and 3 the other.
-  FP_HD void multiply(const FewRowsPiece (&b)[4], const FewRowsPiece (&a)[kTiles]) {
+  FP_HD void multiply(const FewRowsPiece (&b)[2 * kHalves], const FewRowsPiece (&a)[kTiles]) {
     FP_UNROLL for (int word = 0; word < 4; word += 2) {
-      FP_UNROLL for (int m = 0; m < 2; ++m) {
+      FP_UNROLL for (int m = 0; m < kHalves; ++m) {
         const auto& low = b[2 * m].v;
         const auto& high = b[2 * m + 1].v;
         const uint32_t weights[4] = {low[word], high[word], low[word + 1], high[word + 1]};
@@ -177,11 +219,11 @@ class FewRowsWarp {
   }
 
   // A word of all four lanes of a row, four codes each, is one 16 of the depth.
-  FP_HD void multiply_codes(const FewRowsPiece (&b)[4], const FewRowsPiece (&a)[kTiles]) {
+  FP_HD void multiply_codes(const FewRowsPiece (&b)[2 * kHalves], const FewRowsPiece (&a)[kTiles]) {
     FP_UNROLL for (int word = 0; word < 4; ++word) {
       uint32_t rows[kTiles][2];
       FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) widen_to_f16(a[tile].v[word], rows[tile]);
-      FP_UNROLL for (int m = 0; m < 2; ++m) {
+      FP_UNROLL for (int m = 0; m < kHalves; ++m) {
         uint32_t low[2];
         uint32_t high[2];
         widen_to_f16(b[2 * m].v[word], low);
@@ -194,77 +236,121 @@ class FewRowsWarp {
   }
 
   const Thread& t_;
-  int32_t depth_;
-  int32_t stage_ = 0;    // where the weights of the step at k_ lie
-  int32_t k_;            // this lane's, of the step that is multiplied next
-  const Element* b_[4];  // at k_
+  const int32_t depth_;
+  const int32_t columns_;
+  const int64_t ldb_;
+  const Element* b_;
   const Element* a_[kTiles];
-  float c_[2][kTiles][4] = {};
+  int32_t turns_;  // steps of a unit, even
+  // The step that is copied next: its unit, how many of that are started, where this lane's pieces
+  // lie, at which depth, and how many rows are left from the lane's first on.
+  int32_t unit_;
+  int32_t started_ = 0;
+  const Element* from_;
+  int32_t k_;
+  int32_t rows_left_;
+  int32_t stage_ = 0;  // of the step that is multiplied next; the next copy goes to the one before
+  Rows even_;
+  Rows odd_;
+  float c_[kHalves][kTiles][4];
 };
+
+// What an epilogue adds to a pair of sums or multiplies them by.
+struct FewRowsFactors {
+  float d[2] = {};
+  float scales[2] = {1, 1};
+};
+
+template <typename Output>
+FP_HD Vec<Output, 2>* few_rows_d(const GemmArgs& args, int32_t row, int32_t column) {
+  return reinterpret_cast<Vec<Output, 2>*>(args.first_d<Output>() + row * args.ldd + column);
+}
+
+// row: from the slice's first.
+template <typename Element>
+FP_HD FewRowsFactors load_factors(const GemmArgs& args, int32_t row, int32_t column) {
+  FewRowsFactors out;
+  if (args.adds_to_d) {
+    FP_UNROLL for (int i = 0; i < 2; ++i) {
+      out.d[i] = args.output == GemmOutput::kFloat
+                     ? few_rows_d<float>(args, row, column)->v[i]
+                     : widen(few_rows_d<Bf16>(args, row, column)->v[i]);
+    }
+  }
+  if (sizeof(Element) == 1 && args.fp8.a_scales != nullptr) {
+    const float row_scale = args.fp8.a_scales[args.row_begin + row];
+    FP_UNROLL for (int i = 0; i < 2; ++i) out.scales[i] = row_scale * args.fp8.b_scales[column + i];
+  }
+  return out;
+}
 
 // scale * sums (+ bias) (+ d), of two columns, to d.
 template <typename Output>
-FP_HD void store_few(const GemmArgs& args, int32_t row, int32_t column, const float (&sums)[2]) {
-  auto* at = reinterpret_cast<Vec<Output, 2>*>(args.first_d<Output>() + row * args.ldd + column);
-  Vec<Output, 2> d = {};
-  if (args.adds_to_d)
-    d = *at;
+FP_HD void store_few(const GemmArgs& args, int32_t row, int32_t column, const float (&sums)[2],
+                     const float (&before)[2]) {
+  Vec<Output, 2> d;
   FP_UNROLL for (int i = 0; i < 2; ++i) {
     float value = sums[i] * args.scale;
     if (args.bias != nullptr)
       value += args.bias[column + i];
     if (args.adds_to_d)
-      value += widen(d.v[i]);
+      value += before[i];
     store(value, &d.v[i]);
   }
-  *at = d;
+  *few_rows_d<Output>(args, row, column) = d;
 }
 
-// Grid: x, columns / 32 rounded up. kFewRowsThreads threads, kFewRowsSharedBytes of shared memory.
-// args: checked by check_tile(), at most 8 * kTiles rows; Element: what is multiplied. May be
-// launched while the kernel before it runs, unless args.b_is_made: the first steps' weights are
-// under way when that one ends.
-template <int kTiles, typename Element, class Thread>
-FP_HD void few_rows_body(Thread t, const GemmArgs& args) {
-  constexpr int32_t kSums = 8 * kTiles * kFewRowsStride;
-  static_assert(sizeof(float) * kFewRowsWarps * kSums <= kFewRowsSharedBytes);
-  float* sums = t.template shared<float>();
-  t.let_successor_start();
-  {
-    FewRowsWarp<kTiles, Element, Thread> warp(t, args, kFewRowsColumns * t.block_x());
-    warp.run();
-    t.recompute();
-    t.sync();  // all are multiplied
-    warp.store_sums(t, sums + t.warp() * kSums);
-  }
-  t.sync();
-  const int32_t first_column = kFewRowsColumns * t.block_x();
-  constexpr int32_t kPairs = kFewRowsColumns / 2;
-  const int32_t row = t.index() / kPairs;
-  const int32_t pair = 2 * (t.index() % kPairs);
-  const int32_t column = first_column + pair;
-  if (row >= args.rows() || column >= args.columns)
-    return;
-  float total[2] = {};
-  FP_UNROLL for (int warp = 0; warp < kFewRowsWarps; ++warp) {
-    const auto part =
-        *reinterpret_cast<const Vec<float, 2>*>(sums + warp * kSums + row * kFewRowsStride + pair);
-    total[0] += part.v[0];
-    total[1] += part.v[1];
-  }
-  if (sizeof(Element) == 1 && args.fp8.a_scales != nullptr) {
-    const float row_scale = args.fp8.a_scales[args.row_begin + row];
-    FP_UNROLL for (int i = 0; i < 2; ++i) total[i] *= row_scale * args.fp8.b_scales[column + i];
-  }
+FP_HD void finish_few(const GemmArgs& args, int32_t row, int32_t column, float (&sums)[2],
+                      const FewRowsFactors& factors) {
+  FP_UNROLL for (int i = 0; i < 2; ++i) sums[i] *= factors.scales[i];
   if (args.is_gated) {
     const GatedOutput out{args.first_d<Bf16>(), args.ldd,     args.bias,
                           args.rows(),          args.columns, args.is_gelu};
-    store_gated(out, row, column, total);
+    store_gated(out, row, column, sums);
   } else if (args.output == GemmOutput::kFloat) {
-    store_few<float>(args, row, column, total);
+    store_few<float>(args, row, column, sums, factors.d);
   } else {
-    store_few<Bf16>(args, row, column, total);
+    store_few<Bf16>(args, row, column, sums, factors.d);
   }
+}
+
+// Grid: x, at most as many as there are units of FewRowsForm<kTiles>::kColumns columns.
+// kFewRowsThreads threads, kSharedBytes of that form. args: checked by check_tile(), at most
+// 8 * kTiles rows; Element: what is multiplied. May be launched while the kernel before it runs,
+// unless args.b_is_made: the first steps' weights are under way when that one ends.
+template <int kTiles, typename Element, class Thread>
+FP_HD void few_rows_body(Thread t, const GemmArgs& args) {
+  using Form = FewRowsForm<kTiles>;
+  constexpr int32_t kPairs = Form::kColumns / 2;
+  FewRowsWarp<Form, Element, Thread> warp(t, args);
+  warp.start_all();
+  t.wait_for_predecessor();  // the weights are no kernel's; all else may be
+  warp.load_first();
+  const int32_t row = t.index() / kPairs;
+  const int32_t pair = 2 * (t.index() % kPairs);
+  for (int32_t first = Form::kColumns * t.block_x(); first < args.columns;
+       first += Form::kColumns * t.grid_x()) {
+    const bool is_mine = row < args.rows() && first + pair < args.columns;
+    FewRowsFactors factors;
+    if (is_mine)  // they arrive while the weights do
+      factors = load_factors<Element>(args, row, first + pair);
+    warp.run();
+    warp.store_sums();
+    t.sync();
+    float total[2] = {};
+    if (is_mine) {
+      FP_UNROLL for (int i = 0; i < kFewRowsWarps; ++i) {
+        const auto part =
+            *reinterpret_cast<const Vec<float, 2>*>(warp.sums(i) + row * Form::kStride + pair);
+        total[0] += part.v[0];
+        total[1] += part.v[1];
+      }
+    }
+    t.sync();  // the sums' place may be filled again
+    if (is_mine)
+      finish_few(args, row, first + pair, total, factors);
+  }
+  t.wait_for_copies();
 }
 
 }  // namespace flowprefill

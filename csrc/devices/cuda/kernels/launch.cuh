@@ -40,10 +40,16 @@ cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, unsigned threads, siz
 // What the device runs of softcap_kernel. Defined in row_kernels.cu, called by launch.cu.
 cudaError_t softcap_attributes(cudaFuncAttributes* out);
 
-// The thread, once all that earlier kernels wrote is there. `shared`: as DeviceThread has it.
-__device__ __forceinline__ DeviceThread after_predecessor(unsigned char* shared) {
+// The thread, for a body that waits itself: as late as it can, but everywhere.
+__device__ __forceinline__ DeviceThread beside_predecessor(unsigned char* shared) {
   const DeviceThread t(shared);
   t.let_successor_start();
+  return t;
+}
+
+// The thread, once all that earlier kernels wrote is there. `shared`: as DeviceThread has it.
+__device__ __forceinline__ DeviceThread after_predecessor(unsigned char* shared) {
+  const DeviceThread t = beside_predecessor(shared);
   t.wait_for_predecessor();
   return t;
 }

@@ -35,6 +35,7 @@ class DeviceThread {
   FP_HD int32_t warp() const { return index() / 32; }
   FP_HD int32_t block_x() const { return FP_DEVICE_ONLY(static_cast<int32_t>(blockIdx.x) +) 0; }
   FP_HD int32_t block_y() const { return FP_DEVICE_ONLY(static_cast<int32_t>(blockIdx.y) +) 0; }
+  FP_HD int32_t grid_x() const { return FP_DEVICE_ONLY(static_cast<int32_t>(gridDim.x) +) 0; }
 
   template <typename T>
   FP_HD T* shared() const {
