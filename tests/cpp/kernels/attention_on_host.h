@@ -23,7 +23,11 @@ void with_head_size(int32_t head_dim, const Run& run) {
 }
 
 inline Grid attention_grid(const AttentionArgs& args, int32_t blocks, uint32_t seed) {
-  return {.x = blocks, .y = args.kv_end - args.kv_begin, .threads = 128, .seed = seed};
+  return {.x = blocks,
+          .y = args.kv_end - args.kv_begin,
+          .threads = 128,
+          .seed = seed,
+          .overlaps = true};
 }
 
 // The first kernel of launch_attention(). args: checked. seed: of the order in which threads run.

@@ -128,7 +128,8 @@ void test_rope(const Shape& shape, uint32_t seed) {
                 .y = shape.norms_rows ? kRopeRowParts : (all_heads + warps - 1) / warps,
                 .threads = warps * 32,
                 .shared_bytes = warps * sizeof(float),
-                .seed = seed},
+                .seed = seed,
+                .overlaps = !shape.norms_rows},
                [&](const simt::Thread& t) {
                  if (shape.norms_rows)
                    rope_rows_body<In>(t, args);
@@ -192,7 +193,7 @@ TEST(RopePadding, ZeroedInputsTouchNoBlock) {
   c.positions.assign(4, 0);
   c.tables.assign(kBlocks, 0);
   const RopeArgs<float> args = c.args();
-  simt::launch({.x = 4, .y = 2, .threads = 64},
+  simt::launch({.x = 4, .y = 2, .threads = 64, .overlaps = true},
                [&](const simt::Thread& t) { rope_body<float>(t, args); });
   EXPECT_EQ(count_finite(c.keys) + count_finite(c.values), 0);
   expect_equal(c.q, at::zeros_like(c.q));

@@ -50,6 +50,7 @@ class Thread {
   int32_t shuffle_xor(int32_t value, int mask) const;
   uint32_t add(uint32_t* shared, uint32_t value) const;
   void copy_16(void* to, const void* from, bool is_valid) const;
+  void prefetch(const void*) const {}
   void wait_for_copies() const;
   void end_copies() const;
   template <int kCount>

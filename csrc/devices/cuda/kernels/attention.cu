@@ -12,12 +12,12 @@ extern __shared__ unsigned char shared_memory[];
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args) {
-  attention_body<kDim>(after_predecessor(shared_memory), args);
+  attention_body<kDim>(beside_predecessor(shared_memory), args);
 }
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionArgs args) {
-  attention_merge_body<kDim>(after_predecessor(shared_memory), args);
+  attention_merge_body<kDim>(beside_predecessor(shared_memory), args);
 }
 
 template <int kDim>

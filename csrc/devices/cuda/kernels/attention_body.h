@@ -37,6 +37,7 @@ class AttentionBody {
 
   // The tile is no padding.
   FP_HD void run() {
+    t_.wait_for_predecessor();
     const int32_t last = smaller(tile_.entry + kAttentionEntries, tile_.entries) - 1;
     int32_t end = position_of(last) + 1;
     int32_t begin = first_key();
@@ -313,12 +314,13 @@ class AttentionBody {
 
 // block_x(): of num_blocks_of() blocks, which take the tiles in turn: a graph's list has room for
 // far more chunks than most batches have, and blocks for all of them would cost more than the
-// attention. Padding comes last. block_y(): KV head, from kv_begin on; 128 threads.
+// attention. Padding comes last. block_y(): KV head, from kv_begin on; 128 threads. May be launched
+// while the kernel before it runs: tiles and block tables are no kernel's.
 template <int kDim, class Thread>
 FP_HD void attention_body(Thread t, const AttentionArgs& args) {
   for (int32_t i = t.block_x(); i < args.num_tiles; i += num_blocks_of(args)) {
     if (args.tiles[i].sequence <= 0)
-      return;
+      break;
     t.recompute();
     if (args.tiles[i].is_decode != 0)
       AttentionDecode<kDim, Thread>(t, args, i).run();
@@ -329,6 +331,7 @@ FP_HD void attention_body(Thread t, const AttentionArgs& args) {
     t.recompute();
     t.sync();  // the next tile may use shared memory otherwise
   }
+  t.wait_for_predecessor();  // blocks without a tile too
 }
 
 }  // namespace flowprefill

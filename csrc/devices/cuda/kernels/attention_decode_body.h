@@ -39,6 +39,7 @@ class AttentionDecode {
     int32_t key = begin / kBlockKeys * kBlockKeys + t_.warp() * kKeys;
     next_ = key;
     read_table();
+    t_.wait_for_predecessor();
     load_queries();
     fill_ring();
     if constexpr (kSharesQueries) {

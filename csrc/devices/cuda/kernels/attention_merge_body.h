@@ -69,9 +69,11 @@ FP_HD void merge_entry(const Thread& t, const AttentionArgs& args, const Attenti
 }
 
 // block_x(): one of args.merges; block_y(): KV head, from kv_begin on; a warp per entry in turn.
+// May be launched while the kernel before it runs: the list is no kernel's.
 template <int kDim, class Thread>
 FP_HD void attention_merge_body(const Thread& t, const AttentionArgs& args) {
-  const AttentionTile& tile = args.merges[t.block_x()];
+  const AttentionTile tile = args.merges[t.block_x()];
+  t.wait_for_predecessor();
   if (tile.sequence <= 0)
     return;
   const int32_t end = smaller(tile.entry + kAttentionEntries, tile.entries);

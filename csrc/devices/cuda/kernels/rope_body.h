@@ -30,10 +30,20 @@ class RopeHeadBody {
         half_(args.turning / 2),
         inverse_rms_of_row_(inverse_rms_of_row) {}
 
+  // What the run's inputs say of the row: no kernel writes them, so this may be before the wait.
+  FP_HD void find() {
+    sequence_ = args_.batch.sequences[row_];
+    if (sequence_ <= 0 || head_ < args_.heads)
+      return;
+    const int32_t* table =
+        args_.batch.block_tables + (sequence_ - 1) * args_.batch.block_table_stride;
+    offset_ = args_.cache.offset(table, args_.batch.positions[row_]);
+  }
+
+  // After find().
   FP_HD void run() {
-    const int32_t sequence = args_.batch.sequences[row_];
     const bool is_query = head_ < args_.heads;
-    if (sequence <= 0) {  // padding: attention reads no such row, but nothing stays undefined
+    if (sequence_ <= 0) {  // padding: attention reads no such row, but nothing stays undefined
       if (is_query)
         store_pairs(query());
       return;
@@ -51,11 +61,8 @@ class RopeHeadBody {
       norm(args_.k_norm, kv);
       rotate(1.0f);
     }
-    const int32_t* table =
-        args_.batch.block_tables + (sequence - 1) * args_.batch.block_table_stride;
-    const int64_t offset = args_.cache.offset(table, args_.batch.positions[row_]);
     Bf16* base = is_key ? args_.cache.keys : args_.cache.values;
-    store_pairs(base + offset + (is_key ? kv : kv - args_.kv_heads) * args_.cache.head_stride);
+    store_pairs(base + offset_ + (is_key ? kv : kv - args_.kv_heads) * args_.cache.head_stride);
   }
 
  private:
@@ -168,6 +175,8 @@ class RopeHeadBody {
   const int32_t pairs_;
   const int32_t half_;  // pairs that turn
   const float inverse_rms_of_row_;
+  int32_t sequence_ = 0;
+  int64_t offset_ = 0;  // of keys and values: where the token lies in the cache
   float low_[kRopeSteps][2] = {};
   float high_[kRopeSteps][2] = {};
 };
@@ -193,12 +202,15 @@ FP_HD float sum_of_squares(const Thread& t, const RopeArgs<In>& args, int32_t fi
 }
 
 // block_x(): row; block_y(): a group of heads, one per warp, queries first, then keys, then values.
-// Not for args.norms_rows.
+// Not for args.norms_rows. May be launched while the kernel before it runs.
 template <typename In, class Thread>
 FP_HD void rope_body(const Thread& t, const RopeArgs<In>& args) {
   const int32_t head = t.block_y() * (t.count() / 32) + t.warp();
+  RopeHeadBody<false, In, Thread> body(t, args, t.block_x(), head);
+  body.find();
+  t.wait_for_predecessor();
   if (head < args.heads + 2 * args.kv_heads)  // the same for the whole warp
-    RopeHeadBody<false, In, Thread>(t, args, t.block_x(), head).run();
+    body.run();
 }
 
 constexpr int32_t kRopeRowParts = 3;
@@ -216,8 +228,11 @@ FP_HD void rope_rows_body(const Thread& t, const RopeArgs<In>& args) {
     inverse =
         inverse_rms(sum_of_squares(t, args, begin * args.head_dim, columns), columns, args.eps);
   }
-  for (int32_t head = begin + t.warp(); head < begin + heads; head += t.count() / 32)
-    RopeHeadBody<true, In, Thread>(t, args, t.block_x(), head, inverse).run();
+  for (int32_t head = begin + t.warp(); head < begin + heads; head += t.count() / 32) {
+    RopeHeadBody<true, In, Thread> body(t, args, t.block_x(), head, inverse);
+    body.find();
+    body.run();
+  }
 }
 
 }  // namespace flowprefill

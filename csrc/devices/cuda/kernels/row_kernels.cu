@@ -21,7 +21,10 @@ __global__ void __launch_bounds__(kColumnThreads) rotary_kernel(RotaryArgs args)
 }
 template <typename Out>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs<Out> args) {
-  rms_norm_body(after_predecessor(shared_memory), args);
+  const DeviceThread t = beside_predecessor(shared_memory);
+  bring_norm_weights(t, args);
+  t.wait_for_predecessor();
+  rms_norm_body(t, args);
 }
 __global__ void __launch_bounds__(kNormThreads) residual_kernel(ResidualArgs args) {
   residual_body(after_predecessor(shared_memory), args);
@@ -34,7 +37,7 @@ __global__ void __launch_bounds__(kColumnThreads) softcap_kernel(SoftcapArgs arg
 }
 template <typename In>
 __global__ void __launch_bounds__(kRopeWarps * 32) rope_kernel(RopeArgs<In> args) {
-  rope_body(after_predecessor(nullptr), args);
+  rope_body(beside_predecessor(nullptr), args);
 }
 template <typename In>
 __global__ void __launch_bounds__(kRopeWarps * 32) rope_rows_kernel(RopeArgs<In> args) {
