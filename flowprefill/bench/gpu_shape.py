@@ -1,7 +1,8 @@
 """`bench gpu --shape`: random weights of a known model's shape on one GPU: no file, no download.
 
-Long because each part is a few lines on one loaded model. Parts in order of value, each while there is time; every row is printed as soon as it is known, and
-the JSON is written anew after it. Rows are told apart by their key `table`:
+Long because each part is a few lines on one loaded model. They come in order of value, each while
+there is time; every row is printed as soon as it is known, and the JSON is written anew after it.
+Rows are told apart by their key `table`:
 
 - `prefill`: tokens per second of one prompt, from dispatch to result, by length and granularity;
   `of_none`: against the same prompt in one segment, so 1 less it is the cost of being preemptible;

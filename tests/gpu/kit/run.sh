@@ -189,7 +189,7 @@ if wants build; then
 fi
 wants import && stage import 40 8 "$PY" -c '
 import sys
-import flowprefill._core
+import flowprefill.native
 import flowprefill._cuda as cuda
 print(cuda.__file__, cuda.device_count(), *cuda.availability())
 if not cuda.device_count():
