@@ -87,7 +87,7 @@ test-aarch64: $(DEPENDENCIES) | aarch64-packages  ## the C++ tests for 64-bit Ar
 	cmake -S tests/cpp -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/Aarch64Toolchain.cmake -DFP_WERROR=$(if $(CI),ON,OFF)
 	cmake --build build/aarch64 -j 2
-	ctest --test-dir build/aarch64 --output-on-failure --timeout 300 -E 'AccountingTest|Stress'
+	ctest --test-dir build/aarch64 --output-on-failure --timeout 300 -j 2 -E 'AccountingTest|Stress'
 
 .PHONY: test-fuzz
 test-fuzz: test-packages build $(TOOLS)  ## 500 mutations of each kind of model file and 2,000 of HTTP bodies, in bounded memory
