@@ -240,6 +240,10 @@ class GpuModel:
         report: list[_cuda.GemmReport] = self._model.gemm_report()
         return report
 
+    def cublas_lt(self) -> str:
+        """Return ``used``, or why that library is not."""
+        return self._model.library_failure or "used"
+
     def memory(self) -> dict[str, int]:
         """Return where the GPU's memory went, bytes."""
         block_bytes = self._model.bytes_per_block(BLOCK_TOKENS)

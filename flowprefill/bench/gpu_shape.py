@@ -159,6 +159,7 @@ class ShapeBench:
 
     def _measure_usual(self, model: GpuModel) -> None:
         self._report.extra[self._named("memory")] = model.memory()
+        self._report.extra["cublas_lt"] = model.cublas_lt()
         self._rates = rates = model.rates()
         self._keep(
             "rates",
