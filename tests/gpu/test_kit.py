@@ -35,15 +35,10 @@ def test_a_report_is_written_for_a_card_alone(
     (logs / "gpu_test" / "Gemm.Adds.xml").write_text(RESULTS)
     (tmp_path / "summary.tsv").write_text("3\ttests\tstatus 1 after 3 s\n")
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(logs), "abc123"])
-    (tmp_path / "kernel_bench.tsv").write_text("no GPU: no driver\n")
+    (logs / "kernels.log").write_text("no GPU: no driver\n")
     report.main()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "kernel_bench.tsv",
-        "logs",
-        "summary.tsv",
-        "tests",
-    ]
-    (tmp_path / "kernel_bench.tsv").write_text("device\tNVIDIA H100 80GB\t132\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "summary.tsv", "tests"]
+    (logs / "kernels.log").write_text("device\tNVIDIA H100 80GB\t132\n")
     report.main()
     found = json.loads((tmp_path / "nvidia-h100-80gb-abc123.json").read_text())
     of_cpp = found["tests"]["gpu_test"]
@@ -58,8 +53,10 @@ def test_a_report_of_goodput_alone_names_the_engines_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = {"settings": {"engine": {"device": "cuda:0", "gpu": "NVIDIA H200"}}, "rows": [1]}
-    (tmp_path / "goodput.json").write_text(json.dumps(bench))
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(tmp_path / "logs"), "abc"])
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "goodput.json").write_text(json.dumps(bench))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(logs), "abc"])
     report.main()
     assert json.loads((tmp_path / "nvidia-h200-abc.json").read_text())["goodput"] == bench
 

@@ -43,16 +43,15 @@ def tests(paths: list[Path]) -> dict[str, Any]:
 def main() -> int:
     """Write the file if the benches named a card."""
     out, logs, commit = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    names = ("model_bench", "fp8_bench", "peer_bench", "goodput")
-    of_cpu = ("cpu_figures", "cpu_figures_avx512", "cpu_peers", "cpu_peers_two")
+    names = (
+        "model_bench", "fp8_bench", "peer_bench", "goodput",
+        "cpu_figures", "cpu_figures_avx512", "cpu_peers", "cpu_peers_two",
+    )  # fmt: skip
     model, fp8, peer, goodput, cpu, cpu_avx512, cpu_peers, cpu_peers_two = (
         json.loads(path.read_text()) if path.exists() else {}
-        for path in (
-            *(out / f"{name}.json" for name in names),
-            *(logs / f"{name}.json" for name in of_cpu),
-        )
+        for path in (logs / f"{name}.json" for name in names)
     )
-    kernels = table(out / "kernel_bench.tsv")
+    kernels = table(logs / "kernels.log")
     named = [row[1] for row in kernels if row[0] == "device" and len(row) > 1]
     listed = table(logs.parent / "tests")
     engine = goodput.get("settings", {}).get("engine") or {}
@@ -79,7 +78,7 @@ def main() -> int:
         "peer": peer,
         "goodput": goodput,
         "kernels": kernels,
-        "ceilings": table(out / "ceilings.tsv"),
+        "ceilings": table(logs / "ceilings.log"),
     }
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
     (out / f"{name}-{commit}.json").write_text(json.dumps(report, indent=1))

@@ -227,16 +227,10 @@ fi
 wants alone && pytest_stage alone 90 'gpu and alone'
 # From here on nothing else computes: figures.
 wants cpu && stage cpu-figures "${CPU_S:-40}" 45 bash -c cpu_figures
-if wants kernels; then
-  stage kernels "${KERNELS_S:-100}" 80 "$KIT/prebuilt/kernel_bench" ${KERNELS_PARTS-}
-  cp "$LOGS/kernels.log" "$OUT/kernel_bench.tsv"
-fi
-if wants ceilings; then
-  stage ceilings 60 45 "$PY" "$KIT/src/ceilings.py" 45
-  cp "$LOGS/ceilings.log" "$OUT/ceilings.tsv"
-fi
+wants kernels && stage kernels "${KERNELS_S:-100}" 80 "$KIT/prebuilt/kernel_bench" ${KERNELS_PARTS-}
+wants ceilings && stage ceilings 60 45 "$PY" "$KIT/src/ceilings.py" 45
 wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
-  ${MODEL_PARTS:+--parts $MODEL_PARTS} --json "$OUT/model_bench.json"
+  ${MODEL_PARTS:+--parts $MODEL_PARTS} --json "$LOGS/model_bench.json"
 if wants goodput; then
   trace=$(find "$KIT/traces" -name '*.jsonl' 2>/dev/null | head -n 1) # without one: the bench's synthetic requests
   seconds=$(($(left) < ${GOODPUT_S:-160} ? $(left) : ${GOODPUT_S:-160}))
@@ -248,13 +242,13 @@ if wants goodput; then
     ${trace:+--trace "$trace"} --length-scale "${GOODPUT_LENGTHS:-1}" --carry-slo --point-s 8 --rate-step 1.1 \
     --guess-profile llama-3.1-8b@h200 --target 0.9 --ours slack_edf+budget:0.5 --setting fcfs+none --setting slack_edf+chunk:512 \
     --setting s_edf_paper+operator --setting slack_edf+budget:0.5 --budget "$(awk "BEGIN { print $seconds / 60 }")" \
-    --resume "$LOGS/goodput-points.json" --json "$OUT/goodput.json"
+    --resume "$LOGS/goodput-points.json" --json "$LOGS/goodput.json"
 fi
 # In a process of its own: an error that stays on the device takes no figure of bf16 with it.
 wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
-  --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$OUT/fp8_bench.json"
+  --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$LOGS/fp8_bench.json"
 wants peer && stage peer $((${PEER_S:-60} + 35)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --peer transformers \
-  --parts transformers --tokens 512 2048 8192 32768 --peer-s "${PEER_S:-60}" --limit-s $((${PEER_S:-60} + 25)) --json "$OUT/peer_bench.json"
+  --parts transformers --tokens 512 2048 8192 32768 --peer-s "${PEER_S:-60}" --limit-s $((${PEER_S:-60} + 25)) --json "$LOGS/peer_bench.json"
 if wants sanitizer; then
   few='Attention.OfRagged*:Attention.WithinAWindow:Row*:Rope*:Sample*'
   stage sanitizer-memcheck 70 12 compute-sanitizer --tool memcheck --error-exitcode 9 \
@@ -278,7 +272,7 @@ wants ncu && stage ncu 60 40 ncu --clock-control none --launch-skip 2 --launch-c
 if wants peers; then
   stage peers $((${PEERS_S:-75} + 5)) 90 bash "$KIT/src/cpu_peers.sh" "${PEERS_S:-75}"
 fi
-wants hol && stage hol 150 40 "$PY" -X faulthandler -m flowprefill bench gpu --only hol --tokens 6000 --json "$OUT/hol.json"
+wants hol && stage hol 150 40 "$PY" -X faulthandler -m flowprefill bench gpu --only hol --tokens 6000 --json "$LOGS/hol.json"
 note end "budget left: $(left) s"
 keep
 cat "$OUT/summary.tsv"
