@@ -57,6 +57,7 @@ BATCHES = (1, 16)
 DECODE_CONTEXT = 64  # tokens of each sequence when its decoding begins
 DECODE_STEPS = 24
 QUICK_DECODE_STEPS = 3
+MOST_DECODE_STEPS = 400  # the executor's timeline holds them
 
 
 class ElementBytes(NamedTuple):
@@ -132,7 +133,21 @@ def _measure_decode(
 def _decode_steps(
     engine: Engine, rng: random.Random, sequences: int, steps: int
 ) -> list[list[TimelineEntry]]:
-    """Decode some sequences together; returns the segments of each step of them all."""
+    """Decode some sequences together; returns the segments of each step of them all.
+
+    Those that are prefilled first take steps without the others meanwhile: where no token is left
+    when the last one joins, all get more of them.
+    """
+    found: list[list[TimelineEntry]] = []
+    while not found and steps <= MOST_DECODE_STEPS:
+        found = _steps_of_all(engine, rng, sequences, steps)
+        steps *= 4
+    return found
+
+
+def _steps_of_all(
+    engine: Engine, rng: random.Random, sequences: int, steps: int
+) -> list[list[TimelineEntry]]:
     before = engine.stats().segments
     params = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
     handles = [

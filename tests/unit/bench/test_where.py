@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 
+from flowprefill.bench import where
 from flowprefill.bench.where import (
     ElementBytes,
     bytes_of_groups,
@@ -84,3 +88,18 @@ def test_rows_are_sums_over_layers_and_medians_over_runs() -> None:
     assert [row["seconds"] for row in rows] == pytest.approx([8.0, 4.0])
     assert [row["share"] for row in rows] == pytest.approx([2 / 3, 1 / 3])
     assert rows[0]["of_peak"] == pytest.approx(2 * 2 * 6 * 32 * 16 / 8.0 / 1e3)
+
+
+def test_sequences_get_more_tokens_until_they_all_decode_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def steps_of_all(*given: Any) -> list[Any]:
+        asked.append(given[-1])
+        return [["a segment"]] if asked[-1] > 100 else []
+
+    monkeypatch.setattr(where, "_steps_of_all", steps_of_all)
+    engine: Any = None
+    assert where._decode_steps(engine, random.Random(1), 16, 24) == [["a segment"]]
+    assert asked == [24, 96, 384]
