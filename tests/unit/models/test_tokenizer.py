@@ -96,7 +96,8 @@ def test_unicode_text_survives_byte_level_tokens(text: str) -> None:
     assert "".join(stream(TOKENIZER, ids)) == text
 
 
-@given(text=st.text(max_size=80))
+# Its tokens write a space so: one of the text's own comes back as a space.
+@given(text=st.text(st.characters(exclude_characters="\u2581"), max_size=80))
 def test_unicode_text_survives_sentencepiece_tokens(text: str) -> None:
     ids = SPIECE.encode(text, add_special_tokens=False)
     assert SPIECE.decode(ids) == text
