@@ -22,7 +22,8 @@ T* row_at(const PlanShape& shape, const Step& step, std::byte* lane, int32_t ten
 
 // Whether a list of tiles is known to be padding, which comes last; a graph's is not.
 bool is_padding(const LaunchArgs& args, size_t tiles) {
-  AttentionTile first{.sequence = 1};
+  AttentionTile first{};
+  first.sequence = 1;
   if (!args.host_inputs.empty())
     std::memcpy(&first, args.host_inputs.data() + tiles, sizeof first);
   return first.sequence == 0;
