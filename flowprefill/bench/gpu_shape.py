@@ -282,8 +282,9 @@ class ShapeBench:
     ) -> Iterator[tuple[float, float]]:
         """Yield, for each short prompt that met the long one: seconds to its start, to its end."""
         plan = self._plan(granularity)
-        met, count = 0, count if granularity != "none" else min(count, SHORTS_OF_NONE)
-        together = min(TOGETHER, count) if granularity != "none" else 1
+        met, together = 0, min(TOGETHER, count)
+        if granularity == "none":
+            count, together = min(count, SHORTS_OF_NONE), 1
         for _ in range(count):  # some may find the long one ended
             if met >= count or not self._has(5):
                 return

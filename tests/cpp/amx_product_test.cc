@@ -10,23 +10,11 @@
 #include <thread>
 #include <vector>
 
+#include "bf16.h"
 #include "devices/cpu/isa.h"
 
 namespace flowprefill {
 namespace {
-
-float widened(Bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-Bf16 narrowed(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<Bf16>(bits >> 16);
-}
 
 // What the manual says of tileloadd, tilestored and tdpbf16ps, but for rounding.
 struct PlainTiles {

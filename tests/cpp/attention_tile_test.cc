@@ -5,21 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <random>
 #include <vector>
 
+#include "bf16.h"
 #include "devices/cpu/row_kernels.h"
 
 namespace flowprefill {
 namespace {
-
-float widened(Bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
 
 struct Sizes {
   int dim;
@@ -36,12 +29,8 @@ class Problem {
     std::mt19937 random(7);
     std::normal_distribution<float> normal(0.0f, 1.0f);
     const auto fill = [&](std::vector<Bf16>& values, int64_t n, float spread) {
-      for (int64_t i = 0; i < n; ++i) {
-        const float x = normal(random) * spread;
-        uint32_t bits;
-        std::memcpy(&bits, &x, sizeof bits);
-        values.push_back(static_cast<Bf16>(bits >> 16));
-      }
+      for (int64_t i = 0; i < n; ++i)
+        values.push_back(narrowed(normal(random) * spread));
     };
     fill(q_, int64_t{rows} * s_.dim, 1.0f);
     fill(keys_of_, int64_t{blocks} * s_.tokens * s_.dim, 0.7f);

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bf16.h"
 #include "devices/cpu/isa.h"
 #include "devices/cpu/row_kernel_tables.h"
 #include "reference.h"
@@ -172,13 +173,6 @@ TEST_P(RowKernelsTest, ProductsOfARowHaveTheSameBitsWhateverIsBesideIt) {
   }
 }
 
-Bf16 narrowed(float value) {
-  return static_cast<Bf16>(std::bit_cast<uint32_t>(value) >> 16);
-}
-double widened(Bf16 value) {
-  return double{std::bit_cast<float>(static_cast<uint32_t>(value) << 16)};
-}
-
 TEST(Bf16ProductTest, IsWithinFloatRoundingAndARowDependsOnNoOther) {
   const RowKernels<Bf16>& kernels = row_kernels<Bf16>();
   if (kernels.multiply == nullptr)
@@ -214,7 +208,7 @@ TEST(Bf16ProductTest, IsWithinFloatRoundingAndARowDependsOnNoOther) {
         double sum = add ? before[static_cast<size_t>(i)] : 0.0;
         for (int64_t k = 0; k < kDepth; ++k) {
           const int64_t at = (k / 2 * n + i % n) * 2 + k % 2;
-          sum += widened(a[static_cast<size_t>(i / n * kDepth + k)]) *
+          sum += double{widened(a[static_cast<size_t>(i / n * kDepth + k)])} *
                  widened(b[static_cast<size_t>(at)]);
         }
         ASSERT_NEAR(all[static_cast<size_t>(i)], sum, 5e-5) << i / n << ' ' << i % n;

@@ -22,16 +22,6 @@ struct Variant {
   Launch launch;
 };
 
-double once_us(const Launch& launch, int times, cudaStream_t stream) {
-  static const StreamEvent start = StreamEvent::make(), stop = StreamEvent::make();
-  start.record(stream);
-  for (int i = 0; i < times; ++i)
-    launch(stream);
-  stop.record(stream);
-  stop.wait();
-  return static_cast<double>(stop.ns_since(start)) / 1e3 / times;
-}
-
 void compare(const std::string& what, const std::vector<Variant>& variants, int rounds,
              cudaStream_t stream) {
   const double first_us = once_us(variants[0].launch, 1, stream);

@@ -120,16 +120,18 @@ CacheView cache_of(const DeviceBuffer& cache, int block_shift) {
   return {keys, keys + kKv * head, 2 * kKv * head, kDim, head, block_shift};
 }
 
+double once_us(const Launch& launch, int times, cudaStream_t stream) {
+  static const StreamEvent start = StreamEvent::make(), stop = StreamEvent::make();
+  start.record(stream);
+  for (int i = 0; i < times; ++i)
+    launch(stream);
+  stop.record(stream);
+  stop.wait();
+  return static_cast<double>(stop.ns_since(start)) / 1e3 / times;
+}
+
 double device_us(const Launch& launch, cudaStream_t stream, int rounds) {
-  const StreamEvent start = StreamEvent::make(), stop = StreamEvent::make();
-  const auto round = [&](int launches) {
-    start.record(stream);
-    for (int i = 0; i < launches; ++i)
-      launch(stream);
-    stop.record(stream);
-    stop.wait();
-    return static_cast<double>(stop.ns_since(start)) / 1e3 / launches;
-  };
+  const auto round = [&](int launches) { return once_us(launch, launches, stream); };
   round(1);
   const int launches = static_cast<int>(std::clamp(2000.0 / std::max(round(2), 1.0), 1.0, 200.0));
   std::vector<double> us;

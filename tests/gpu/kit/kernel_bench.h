@@ -61,6 +61,8 @@ GemmArgs product_args(const DeviceBuffer& a, int depth, const DeviceBuffer& b, i
 // One layer's keys and values.
 CacheView cache_of(const DeviceBuffer& cache, int block_shift = kBlockShift);
 
+// Device time of one of so many launches, us.
+double once_us(const Launch& launch, int times, cudaStream_t stream);
 // Median device time of one launch, us: rounds of so many launches that a round takes a millisecond
 // or more.
 double device_us(const Launch& launch, cudaStream_t stream, int rounds = 7);
