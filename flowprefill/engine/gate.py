@@ -124,8 +124,7 @@ class Gate:
             is_promised=True,
         )
         stretch, load = self._stretch(), self._scheduler.load()
-        will_decode = load.backlog_s > 0 and request.request.sampling.max_tokens not in (0, 1)
-        if will_decode:  # as others that wait: then decode steps take the share they aim at
+        if load.backlog_s > 0 and job.decodes:  # as others that wait: steps take so much at most
             stretch = max(stretch, 1.0 / (1.0 - self._scheduler.settings.idle_share))
         outlook = self._scheduler.outlook(job, now, stretch, self._memory.seconds)
         lateness = lateness_of(job, outlook, now)

@@ -162,6 +162,7 @@ class LiveRequest:
             tenant=self.request.tenant,
             client=self.request.client or self.request.tenant,
             output=self.output,
+            decodes=self.request.generates and self.request.sampling.max_tokens != 1,
             is_promised=self.is_promised and first_token,
         )
 

@@ -6,8 +6,13 @@ A decode step is one short work over the sequences that wait for a token. Agains
 - A sequence with a TPOT objective is due at its last token + tpot; one without at its last token +
   max_stall_s. The step starts when it must to be in time, prefill or not, with one exception: a
   prefill with an earlier deadline that it would make miss goes first.
-- While a sequence without an objective waits, steps also start earlier, after a pause of
-  (1 / idle_share - 1) steps, if that makes no prefill miss its deadline.
+- While a sequence without an objective waits, steps also start earlier, if that makes no prefill
+  miss its deadline: so that they take idle_share * worth of the time. Worth is the tokens per
+  second of the step over those of one with all that wait for their prefill and then decode, as far
+  as such a step has room; 1 at most and LEAST_WORTH at least. A step costs little more for many
+  sequences than for one where it is bound by reading weights: what a narrow one makes while others
+  are prefilled costs many times what it costs a little later. Where each row takes its own time
+  nothing is gained by waiting, and worth is 1.
 - While prefills wait, a step starts (1 / decode_share - 1) step times after the last one's end at
   the earliest: prefills keep at least 1 - decode_share of the time.
 
@@ -53,6 +58,9 @@ if TYPE_CHECKING:
 
 PACED, PLAIN, BEHIND = range(3)  # bands: with an objective that can be met, without, background
 PACE = 0.9  # share of a TPOT objective that a step for it may take, by prediction
+# Streams go on at a quarter of their pace however many wait: behind a backlog that never ends,
+# others' too, nothing makes up for it. It costs a burst hardly anything: few steps are so narrow.
+LEAST_WORTH = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +122,7 @@ class Decoding:
         self._idle_context = 0
         self._idle_best_effort = 0
         self._tpots: Counter[float] = Counter()  # of all but held ones; inf: no objective
+        self._joining = 0  # jobs that wait for their prefill, or are in it, and then decode
         self._versions = count()
         self.held = 0
         self._last_step_end_s = -math.inf
@@ -132,6 +141,11 @@ class Decoding:
     def is_ready(self) -> bool:
         """Whether a step can run: a suspended one, or sequences that wait for one."""
         return self.step is not None or self._idle_count > 0
+
+    def expect(self, job: Job, change: int) -> None:
+        """Count a job in (1) whose prefill waits, or out (-1) when it has ended or the job has."""
+        if job.decodes and job.service_class != BACKGROUND:
+            self._joining += change
 
     def add(self, job: Job, context_tokens: int, now: float) -> None:
         """Begin to decode a job whose prefill has ended now."""
@@ -205,9 +219,10 @@ class Decoding:
     def share(self) -> float:
         """Return the share of the device's time that steps take while prefills wait, as predicted.
 
-        It is what `goes_first` gives them: a step for each TPOT of the strictest objective, and
-        `idle_share` if there are sequences without one; `decode_share` at most, as ever. Steps that
-        would make a prefill late wait, which is not counted.
+        It is what `goes_first` gives them until all that wait have been prefilled: a step for each
+        TPOT of the strictest objective, and if there are sequences without one, their part of
+        `idle_share`; `decode_share` at most, as ever. Steps that would make a prefill late wait,
+        which is not counted.
         """
         rows = min(len(self) - self.held, self._settings.max_running)
         strictest_s = min(self._tpots, default=None)
@@ -215,8 +230,9 @@ class Decoding:
             return 0.0  # background has no steps while prefills wait
         at_rest = self.step.shape.pairs if self.step is not None and self.step.shape else 0
         context = int((self._idle_context + at_rest) * rows / (len(self) - self.held))
-        step_s = self._step_time.seconds(self._model_s(rows, context), rows)
-        least = self._settings.idle_share if math.inf in self._tpots else 0.0
+        step_s, least = self._step_s(rows, context), 0.0
+        if math.inf in self._tpots:
+            least = self._settings.idle_share * self._mean_worth(rows, context)
         return min(max(step_s / strictest_s, least), self._settings.decode_share)
 
     def goes_first(self, prefill: Work | None, now: float) -> Verdict:
@@ -225,13 +241,13 @@ class Decoding:
             return Verdict(False, "nothing decodes")
         if prefill is None:
             return Verdict(True, "nothing to prefill")
-        seconds, due = self._next_step()
+        seconds, due, rows, context = self._next_step()
         settings = self._settings
         earliest = self._last_step_end_s + seconds * (1.0 / settings.decode_share - 1.0)
         latest = max(due - seconds - settings.max_blocking_s, earliest)
         early = latest  # from when on it may go first where that does no harm
         if self._idle_best_effort:
-            pause = seconds * (1.0 / settings.idle_share - 1.0)
+            pause = seconds * (1.0 / (settings.idle_share * self._worth(rows, context)) - 1.0)
             early = min(latest, max(self._last_step_end_s + pause, earliest))
         if now < early:
             return Verdict(False, "decode can wait", early)
@@ -244,14 +260,38 @@ class Decoding:
             return Verdict(False, "the prefill's deadline is earlier", due)
         return Verdict(True, "a decode step is due")
 
-    def _next_step(self) -> tuple[float, float]:
-        """Return (predicted seconds left, due time) of the step that would run."""
+    def _next_step(self) -> tuple[float, float, int, int]:
+        """Return (predicted seconds left, due time, rows, context) of the step that would run."""
         if self.step is not None:
-            return self.step.remaining_s, self.step.deadline_s
+            shape = self.step.shape
+            assert shape is not None
+            return self.step.remaining_s, self.step.deadline_s, shape.tokens, int(shape.pairs)
         rows = min(self._idle_count, self._rows)
         context = self._idle_context * rows // self._idle_count
         due = min(line.first().due_s for lines in self._idle for line in lines.values())
-        return self._cost_model.decode_s(rows, context), due
+        return self._cost_model.decode_s(rows, context), due, rows, context
+
+    def _worth(self, rows: int, context: int, joined: int = 0) -> float:
+        """Return what a step is worth, see the file's head; `joined` of its rows wait as yet."""
+        most = min(rows - joined + self._joining, self._rows)
+        if most <= rows:
+            return 1.0
+        pace = rows / self._step_s(rows, context)
+        later = most / self._step_s(most, context * most // rows)
+        return min(max(pace / later, LEAST_WORTH), 1.0)
+
+    def _mean_worth(self, rows: int, context: int) -> float:
+        """Return it for the time until all that wait have been prefilled: each is a row more."""
+        more = max(min(self._joining, self._rows - rows), 0)
+        if not more:
+            return 1.0
+        half = more // 2
+        halfway = self._worth(rows + half, context * (rows + half) // rows, half)
+        return 1.0 - (1.0 - halfway) * more / self._joining
+
+    def _step_s(self, rows: int, context: int) -> float:
+        """Return what passes from a step to the next one, as learnt."""
+        return self._step_time.seconds(self._model_s(rows, context), rows)
 
     def _model_s(self, rows: int, context: int) -> float:
         """Return a step's time without the online correction, learnt from steps of other widths."""
@@ -263,7 +303,7 @@ class Decoding:
         context = self._idle_context / self._idle_count
 
         def pace_s(rows: int) -> float:
-            return self._step_time.seconds(self._model_s(rows, int(rows * context)), rows)
+            return self._step_s(rows, int(rows * context))
 
         plain = tuple(self._idle[PLAIN].values())
         is_one_due = any(line.first().due_s <= now for line in plain)
@@ -311,7 +351,7 @@ class Decoding:
         pace_s = PACE * sequence.job.tpot_s
         if math.isinf(pace_s):
             return False
-        return self._step_time.seconds(self._model_s(1, sequence.context_tokens), 1) <= pace_s
+        return self._step_s(1, sequence.context_tokens) <= pace_s
 
     def _count(self, job: Job, change: int) -> None:
         if job.service_class != BACKGROUND:

@@ -128,7 +128,8 @@ class SchedulerSettings:
         class_shares: service class -> share of the prefill time it is guaranteed (slack_edf); with
             late_share less than 1 in all.
         decode_share: most of the time that decode steps take while prefills wait.
-        idle_share: what decode steps without a TPOT objective aim at while prefills wait.
+        idle_share: what decode steps without a TPOT objective aim at while prefills wait; less
+            while many that wait would make steps cheaper, see decoding.py.
         max_stall_s: longest wait of a sequence without a TPOT objective for its next step.
     """
 

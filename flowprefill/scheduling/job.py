@@ -35,6 +35,7 @@ class Job:
         client: with whom its decode steps are shared fairly: its tenant, or an address; empty: all
             that name none are one.
         output: what its prefill gives; a prefill packs jobs of one output.
+        decodes: whether tokens may follow its first.
         is_promised: it was admitted because its deadline can be met: not given up for others.
     """
 
@@ -51,6 +52,7 @@ class Job:
     tenant: str = ""
     client: str = ""
     output: RunOutput = "logits"
+    decodes: bool = True
     is_promised: bool = False
 
     def __post_init__(self) -> None:

@@ -205,6 +205,7 @@ class Scheduler:
             return
         work = self._new_work(job, next(self._serials))
         self._prefills[job.id] = work
+        self._decoding.expect(job, 1)
         self._count_waiting(work, 1)
         self._queue.push(work, now)
         if job.on_miss == "drop" and job.ttft_deadline_s < math.inf:
@@ -227,6 +228,7 @@ class Scheduler:
             return
         for job in work.jobs:
             del self._prefills[job.id]
+            self._decoding.expect(job, -1)
             if job.id in ends:
                 del self._jobs[job.id]
             else:
@@ -238,7 +240,9 @@ class Scheduler:
         if job is None:
             return
         work = self._prefills.pop(job_id, None)
-        if work is None:
+        if work is not None:
+            self._decoding.expect(job, -1)
+        else:
             step = self._decoding.step
             self._decoding.discard(job)
             if step is None or job not in step.jobs:

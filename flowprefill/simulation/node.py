@@ -94,6 +94,7 @@ class Node:
             tpot_s=request.tpot_s,
             on_miss=self._on_miss,
             service_class=request.service_class,
+            decodes=request.output_tokens > 1,
         )
 
     def arrive(self, number: int, request: TraceRequest, job: Job, noise: float = 1.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from virtual_device import Client, VirtualDevice, cost_model
 
 from flowprefill.config import POLICIES
-from flowprefill.scheduling import Decision, Job, Scheduler, SchedulerSettings
+from flowprefill.scheduling import (
+    CostModel,
+    Decision,
+    Job,
+    MachineRates,
+    ModelShape,
+    Scheduler,
+    SchedulerSettings,
+)
 
 TTFT = st.sampled_from([0.0, 0.05, 0.2, 1.0, 5.0, math.inf])
 TPOT = st.sampled_from([0.001, 0.02, 0.1, math.inf])
@@ -38,6 +47,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[Client], dict[str, Any]]:
             draw(st.sampled_from(["demote", "drop"])),
             draw(st.sampled_from([0, 0, 0, 1])),
             client=draw(st.sampled_from(["", "", "one", "two"])),
+            decodes=draw(st.booleans()),
         )
         leaves = arrival + draw(st.sampled_from([math.inf, math.inf, 0.0, 0.01, 0.4]))
         stalls = [(arrival + a, arrival + a + b) for a, b in draw(STALLS)]
@@ -86,6 +96,7 @@ def test_scheduler_random_world_each_job_ends_once(
     load = device.scheduler.load()
     assert (load.waiting_jobs, load.waiting_tokens, load.suspended_works) == (0, 0, 0)
     assert (load.decoding, load.held) == (0, 0)
+    assert device.scheduler._decoding._joining == 0, "steps would wait for it for ever"
     for run in device.runs.values():
         assert run.state in ("finished", "cancelled"), run
 
@@ -215,3 +226,53 @@ def test_scheduler_each_of_n_clients_decodes_at_one_nth_of_its_pace_alone(sizes:
         alone = rows / model.decode_s(rows, 0) * seconds
         gained = sum(len(one.token_times) for one in clients if one.job.client == str(name))
         assert gained >= 0.9 * alone / len(sizes) - rows, (name, gained, alone)
+
+
+@settings(max_examples=40)
+@given(
+    talkers=st.integers(1, 6),
+    burst=st.integers(0, 30),
+    tokens=st.sampled_from([100, 2_000]),
+    output=st.sampled_from([1, 2, 20]),
+    step_s=st.sampled_from([0.002, 0.01, 0.1]),
+)
+def test_scheduler_burst_streams_keep_a_quarter_of_their_pace_and_no_step_is_late(
+    talkers: int, burst: int, tokens: int, output: int, step_s: float
+) -> None:
+    """Steps that wait for others to join them: what bounds that, whether or not others do."""
+    model = reads_weights(step_s)
+    scheduler = Scheduler("slack_edf", model)
+    limits = scheduler.settings
+    clients = [Client(Job(f"talker-{n}", 1.0, 0), 60) for n in range(talkers)]
+    clients += [Client(Job(f"job-{n}", 1.1 + n * 0.01, tokens), output) for n in range(burst)]
+    device = VirtualDevice(scheduler, clients)
+    device.play()
+    longest_s = model.decode_s(talkers + burst, 10**4)
+    for run in device.runs.values():
+        if run.work.is_decode:
+            assert run.start_s <= run.work.deadline_s + limits.max_blocking_s
+    bound_s = min(limits.max_stall_s, 4 * longest_s / limits.idle_share) + longest_s
+    for client in clients:
+        gaps = [b - a for a, b in pairwise(client.token_times)]
+        assert max(gaps, default=0.0) <= bound_s + 2 * limits.max_blocking_s
+
+
+def test_scheduler_burst_takes_few_narrow_steps() -> None:
+    """The figures in docs/scheduling.md; steps of a quarter of the time: 1.15, 2.50 and 0.042 s."""
+    clients = [Client(Job(f"job-{n}", 1.0, 1_000), 32) for n in range(16)]
+    VirtualDevice(Scheduler("slack_edf", reads_weights(0.01)), clients).play()
+    assert sum(client.first_token_s - 1.0 for client in clients) / 16 == pytest.approx(
+        0.99, abs=0.005
+    )
+    assert max(client.token_times[-1] for client in clients) - 1.0 == pytest.approx(2.26, abs=0.005)
+    gaps = [b - a for client in clients for a, b in pairwise(client.token_times)]
+    assert max(gaps) == pytest.approx(0.161, abs=0.001)
+
+
+def reads_weights(step_s: float) -> CostModel:
+    """Return a model of 10,000 tokens/s whose step takes so long, however wide it is."""
+    return CostModel(
+        ModelShape(1e6, 1e9 * step_s, 1e2, 1.0, 1.0),
+        MachineRates(1e10, 1e10, 1e9, 1e-6),
+        is_calibrated=True,
+    )

@@ -33,20 +33,24 @@ REJECT, DEMOTE = ServiceClass(SLO(), admission="reject"), ServiceClass(SLO(), ad
 
 
 class SteadyWorker(VirtualWorker):
-    """A millisecond for each new token of a batch, a boundary after each."""
+    """A millisecond for each new token of a batch, a boundary after each.
 
-    def __init__(self) -> None:
+    Attributes:
+        least_s: what a batch takes at least, to read the weights.
+    """
+
+    def __init__(self, least_s: float = 0.0) -> None:
         super().__init__(Profile.load("llama-3.1-8b@h100"), Granularity("budget", budget_s=2e-3))
-        self.shape = ModelShape(1e6, 1.0, 1e-9, 1e-9, 1e-9)
+        self.shape = ModelShape(1e6, max(1e12 * least_s, 1.0), 1e-9, 1e-9, 1e-9)
         self.rates: MachineRates = MachineRates(1e9, 1e12, 1e12, 1e-9)
+        self.least_s = least_s
         self.slowdown = 1.0
 
     def make_run(self, batch: Batch) -> WorkerRun:
         rows = sum(len(sequence.tokens) for sequence in batch.sequences)
         bounds = [(row + 1) / rows for row in range(rows)]
-        return WorkerRun(
-            batch.run_id, rows * 1e-3 * self.slowdown, lambda: bounds, len(batch.sequences)
-        )
+        seconds = max(rows * 1e-3, self.least_s) * self.slowdown
+        return WorkerRun(batch.run_id, seconds, lambda: bounds, len(batch.sequences))
 
 
 class GateWorld:
@@ -57,8 +61,9 @@ class GateWorld:
         limits: AdmissionLimits | None = None,
         policy: str = "slack_edf",
         num_blocks: int = 0,
+        least_s: float = 0.0,
     ) -> None:
-        self.worker = SteadyWorker()
+        self.worker = SteadyWorker(least_s)
         sizes = self.worker.limits
         self.pool = BlockPool(num_blocks or sizes.num_blocks, sizes.block_tokens, True)
         cost_model = CostModel(self.worker.shape, self.worker.rates, is_calibrated=True)
@@ -203,6 +208,35 @@ def test_wait_behind_decode_steps_is_predicted_from_the_first_request_on(
         live.handle.cancel()
     world.play()
     assert world.core._scheduler.decode_share() == 0.0
+
+
+@pytest.mark.parametrize("decoding", [1, 2, 8, 16, 60])
+@pytest.mark.parametrize("prompts", [1, 8, 40])
+def test_wait_beside_steps_that_wait_for_others_is_predicted(prompts: int, decoding: int) -> None:
+    """A step of one takes as long as one of 20: it is put off for prompts that will decode."""
+    service = ServiceClass(SLO())
+    world = GateWorld(least_s=0.02)
+    for _ in range(decoding):
+        world.submit(10, SLO(), service, max_tokens=10**5)
+    world.play(world.worker.now + 3.0)
+    start_s = world.worker.now
+    several = [world.submit(500, SLO(), service, max_tokens=200) for _ in range(prompts)]
+    backlog_s = world.core._gate._queued().backlog_s
+    while not several[-1].token_times_s:
+        world.play(world.worker.now + 0.5)
+    for one in several:  # sooner where others came after it, that its steps wait for
+        assert one.handle.predicted_ttft is not None
+        assert 0.8 < world.ttft_s(one) / one.handle.predicted_ttft < 1.05
+    took_s = several[-1].token_times_s[0] - start_s
+    assert backlog_s == pytest.approx(took_s, rel=0.1)
+    if (prompts, decoding) == (8, 1):
+        assert took_s < 4.0 * 1.2, "a quarter of the time for steps would make it 1.33"
+
+
+def test_request_of_one_token_or_none_is_not_waited_for_by_decode_steps() -> None:
+    world = GateWorld()
+    decodes = [world.request(10, max_tokens=most).job().decodes for most in (0, 1, 2)]
+    assert decodes == [False, False, True]
 
 
 def test_held_sequences_take_no_share_of_the_predicted_wait() -> None:

@@ -252,7 +252,7 @@ def test_decode_leaves_prefills_their_share(
 ) -> None:
     scheduler = make(**shares)
     step = dispatched(arrive(scheduler, "talker", 0, tpot_s=tpot_s))
-    arrive(scheduler, "long", 50_000)
+    arrive(scheduler, "long", 50_000, decodes=False)
     decision = scheduler.on_event(Finished(step.id), step.predicted_s)
     assert decision.wake_at == pytest.approx((1.0 + steps) * step.predicted_s, rel=1e-3)
 

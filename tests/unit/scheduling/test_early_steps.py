@@ -1,0 +1,115 @@
+"""How early decode steps go before prefills, by what they would gain from those that wait."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hand_made import arrive, make
+
+from flowprefill.scheduling import (
+    Cancelled,
+    CostModel,
+    Decision,
+    Finished,
+    MachineRates,
+    ModelShape,
+    Scheduler,
+    SchedulerSettings,
+)
+from flowprefill.scheduling.job import BACKGROUND
+
+
+def after_step(scheduler: Scheduler, *waiting: dict[str, Any]) -> Decision:
+    """Let a step of one end while these long prompts wait, by what is special about each."""
+    arrive(scheduler, "talker", 0)
+    step = scheduler.current
+    assert step is not None
+    for number, special in enumerate(waiting):
+        arrive(scheduler, f"waiting-{number}", 50_000, **special)
+    return scheduler.on_event(Finished(step.id), step.predicted_s)
+
+
+def pause(scheduler: Scheduler, decision: Decision, since_s: float | None = None) -> float:
+    """Return in how many steps' time the next one goes first; `since_s`: the last one's end."""
+    assert decision.wake_at is not None
+    step_s = scheduler.cost_model.decode_s(1, 1)
+    return (decision.wake_at - (step_s if since_s is None else since_s)) / step_s
+
+
+@pytest.mark.parametrize(("waiting", "steps"), [(1, 7), (2, 11), (3, 15), (9, 15), (200, 15)])
+def test_step_of_one_is_the_rarer_the_more_wait_but_no_rarer_than_a_quarter(
+    waiting: int, steps: int
+) -> None:
+    scheduler = make()
+    decision = after_step(scheduler, *[{}] * waiting)
+    assert pause(scheduler, decision) == pytest.approx(steps, rel=1e-3)
+
+
+@pytest.mark.parametrize("special", [{"decodes": False}, {"service_class": BACKGROUND}])
+def test_those_that_will_not_be_in_the_step_are_not_waited_for(special: dict[str, Any]) -> None:
+    scheduler = make()
+    decision = after_step(scheduler, *[special] * 9)
+    assert pause(scheduler, decision) == pytest.approx(3, rel=1e-3)
+
+
+def test_only_those_that_fit_into_a_step_are_waited_for() -> None:
+    scheduler = make(max_running=2)
+    decision = after_step(scheduler, *[{}] * 9)
+    assert pause(scheduler, decision) == pytest.approx(7, rel=1e-3)
+
+
+def test_nothing_is_waited_for_where_each_row_takes_its_time() -> None:
+    model = CostModel(ModelShape(1e6, 1, 1e-3, 1, 1), MachineRates(1e9, 1e9, 1e9, 1e-9))
+    scheduler = Scheduler("slack_edf", model, SchedulerSettings())
+    decision = after_step(scheduler, *[{}] * 9)
+    assert pause(scheduler, decision) == pytest.approx(3, rel=1e-3)
+
+
+def test_whoever_leaves_is_waited_for_no_longer() -> None:
+    scheduler = make()
+    after_step(scheduler, *[{}] * 3)
+    step_s, running = scheduler.cost_model.decode_s(1, 1), scheduler.current
+    assert running is not None
+    decision = scheduler.on_event(Cancelled("waiting-2"), 2 * step_s)
+    assert pause(scheduler, decision) == pytest.approx(11, rel=1e-3)
+    ends = Finished(running.id, frozenset(running.job_ids), running.predicted_s)
+    decision = scheduler.on_event(ends, 3 * step_s)
+    assert pause(scheduler, decision) == pytest.approx(7, rel=1e-3)
+    scheduler.on_event(Cancelled("waiting-1"), 3.5 * step_s)
+    step = scheduler.current
+    assert step is not None
+    assert step.is_decode, "nothing else is left"
+    arrive(scheduler, "later", 50_000, at=3.6 * step_s)
+    decision = scheduler.on_event(Finished(step.id), 4.5 * step_s)
+    assert pause(scheduler, decision, 4.5 * step_s) == pytest.approx(7, rel=0.1)
+
+
+def test_packed_prompts_count_one_by_one() -> None:
+    scheduler = make()
+    arrive(scheduler, "talker", 0)
+    step = scheduler.current
+    assert step is not None
+    for name in ("a", "b"):
+        arrive(scheduler, name, 4)
+    arrive(scheduler, "long", 50_000)
+    step_s = step.predicted_s
+    scheduler.on_event(Finished(step.id), step_s)
+    packed = scheduler.current
+    assert packed is not None
+    assert packed.job_ids == ("a", "b")
+    ends = Finished(packed.id, frozenset({"b"}), packed.predicted_s)
+    decision = scheduler.on_event(ends, 2 * step_s)
+    assert pause(scheduler, decision) == pytest.approx(4 * 3 / 2 - 1, rel=1e-2), "two of three"
+
+
+def test_share_of_the_time_is_that_of_the_steps_until_all_have_been_prefilled() -> None:
+    scheduler = make()
+    assert scheduler.decode_share() == 0.0
+    after_step(scheduler)
+    assert scheduler.decode_share() == pytest.approx(1 / 4), "of a prefill that does not decode"
+    arrive(scheduler, "waiting-0", 50_000, at=0.01)
+    assert scheduler.decode_share() == pytest.approx(1 / 8, rel=1e-2)
+    for number in range(1, 4):
+        arrive(scheduler, f"waiting-{number}", 50_000, at=0.01)
+    assert scheduler.decode_share() == pytest.approx(1 / 4 * 3 / 5, rel=1e-2), "halfway: 3 of 5"
