@@ -220,9 +220,9 @@ class Decoding:
         """Return the share of the device's time that steps take while prefills wait, as predicted.
 
         It is what `goes_first` gives them until all that wait have been prefilled: a step for each
-        TPOT of the strictest objective, and if there are sequences without one, their part of
-        `idle_share`; `decode_share` at most, as ever. Steps that would make a prefill late wait,
-        which is not counted.
+        TPOT of the strictest objective, and if there are sequences without one, a step for each
+        `max_stall_s` and their part of `idle_share`; `decode_share` at most, as ever. Steps that
+        would make a prefill late wait, which is not counted.
         """
         rows = min(len(self) - self.held, self._settings.max_running)
         strictest_s = min(self._tpots, default=None)
@@ -232,8 +232,10 @@ class Decoding:
         context = int((self._idle_context + at_rest) * rows / (len(self) - self.held))
         step_s, least = self._step_s(rows, context), 0.0
         if math.inf in self._tpots:
+            strictest_s = min(strictest_s, self._settings.max_stall_s)
             least = self._settings.idle_share * self._mean_worth(rows, context)
-        return min(max(step_s / strictest_s, least), self._settings.decode_share)
+        due = step_s / strictest_s if strictest_s else math.inf
+        return min(max(due, least), self._settings.decode_share)
 
     def goes_first(self, prefill: Work | None, now: float) -> Verdict:
         """Return whether a step should run now rather than the prefill that runs or is next."""

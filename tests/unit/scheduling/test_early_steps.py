@@ -8,10 +8,12 @@ import pytest
 from hand_made import arrive, make
 
 from flowprefill.scheduling import (
+    Arrival,
     Cancelled,
     CostModel,
     Decision,
     Finished,
+    Job,
     MachineRates,
     ModelShape,
     Scheduler,
@@ -113,3 +115,10 @@ def test_share_of_the_time_is_that_of_the_steps_until_all_have_been_prefilled() 
     for number in range(1, 4):
         arrive(scheduler, f"waiting-{number}", 50_000, at=0.01)
     assert scheduler.decode_share() == pytest.approx(1 / 4 * 3 / 5, rel=1e-2), "halfway: 3 of 5"
+
+
+def test_share_of_steps_that_the_longest_wait_asks_for() -> None:
+    model = CostModel(ModelShape(1e6, 2e8, 1e-3, 1, 1), MachineRates(1e9, 1e9, 1e9, 1e-9))
+    scheduler = Scheduler("slack_edf", model, SchedulerSettings())
+    scheduler.on_event(Arrival(Job("talker", 0.0, 0)), 0.0)
+    assert scheduler.decode_share() == pytest.approx(0.2 / 0.5, rel=1e-3)
