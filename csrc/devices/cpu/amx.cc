@@ -40,10 +40,6 @@ void multiply_by_amx(const Product<Bf16>& product, AmxTerms terms) {
   multiply_amx<AmxTiles>(product, terms);
 }
 
-bool holds_amx() {
-  return shaped != nullptr;
-}
-
 void release_amx() {
   if (shaped == nullptr)
     return;
@@ -52,9 +48,6 @@ void release_amx() {
 }
 #else
 void multiply_by_amx(const Product<Bf16>&, AmxTerms) {}
-bool holds_amx() {
-  return false;
-}
 void release_amx() {}
 #endif
 

@@ -1,5 +1,5 @@
-// Products on the processor's AMX tiles, without a compiler at run time: ATen's micro-kernel is
-// compiled for every shape, on every thread.
+// Attention's products on the processor's AMX tiles, whose sums stay there from block to block.
+// Others are ATen's (gemm.h).
 #pragma once
 
 #include "devices/cpu/amx_product.h"
@@ -7,14 +7,12 @@
 
 namespace flowprefill {
 
-// Only where has_amx(), and for shapes that fits_amx() takes. The first call of a series shapes
-// this thread's tiles: no other code may use them until release_amx().
-// The sum of the terms, which take the place of a and b.
+// The sum of the terms, which take the place of a and b. Only where has_amx(), and for shapes that
+// fits_amx() takes. The first call of a series shapes this thread's tiles: no other code may use
+// them until release_amx().
 void multiply_by_amx(const Product<Bf16>& product, AmxTerms terms);
 
-// Whether this thread is in such a series.
-bool holds_amx();
-// Ends it, if there is one.
+// Ends the series, if there is one.
 void release_amx();
 
 }  // namespace flowprefill

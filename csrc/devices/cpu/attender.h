@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "devices/cpu/amx.h"
 #include "devices/cpu/attention.h"
 #include "devices/cpu/gemm.h"
 #include "devices/cpu/row_kernels.h"
@@ -47,6 +48,13 @@ inline bool is_fused(const RowKernels<float>&, int32_t, int32_t) {
   return false;
 }
 
+// Whether a block's products are made by our own kernel on AMX tiles.
+template <typename T>
+bool is_for_tiles(int32_t dim, int32_t block_tokens) {
+  return sizeof(T) == sizeof(Bf16) && fits_amx(block_tokens, dim) && fits_amx(dim, block_tokens) &&
+         has_amx();
+}
+
 // The products of one item; rows are ordered [head][row].
 template <typename T>
 class Attender {
@@ -62,6 +70,7 @@ class Attender {
         live_(item.rows * group_),
         last_(item.position + item.rows - 1),
         is_fused_(is_fused(row_kernels<T>(), dim_, block_tokens_)),
+        is_for_tiles_(is_for_tiles<T>(dim_, block_tokens_)),
         // Tiles are padded to a multiple of 16 rows; padding stays masked.
         rows_(is_fused_ || live_ <= 4 ? live_ : (live_ + 15) / 16 * 16) {
     first_ = args.window > 0 ? std::max(0, item.position - args.window + 1) : 0;
@@ -174,6 +183,7 @@ class Attender {
     // Tiles lie where they lie for any rows, as spans do.
     for (int32_t key = first; key < end; key = (key / tile + 1) * tile)
       process_tile(key, std::min((key / tile + 1) * tile, end) - key, tile, to);
+    release_amx();
     brgemm_end<T>();
   }
 
@@ -225,9 +235,8 @@ class Attender {
   void process_tile(int32_t key, int32_t keys, int64_t ld, const PartialSoftmax& to) {
     const Block<T> scores{
         .n = block_tokens_, .k = dim_, .lda = dim_, .ldb = block_tokens_, .ldc = ld, .add = false};
-    for (int32_t k = 0; k < keys; k += block_tokens_) {
-      brgemm(scores, rows_, s_.q.data(), keys_at(key + k), s_.scores.data() + k);
-    }
+    for (int32_t k = 0; k < keys; k += block_tokens_)
+      multiply_keys(scores, keys_at(key + k), s_.scores.data() + k);
     mask(key);
     row_kernels<T>().softmax({.scores = s_.scores.data(),
                               .ld = ld,
@@ -244,18 +253,27 @@ class Attender {
     add_values(key, keys, ld, to.output);
   }
 
+  void multiply_keys(const Block<T>& shape, const T* keys, float* scores) const {
+    if constexpr (sizeof(T) == sizeof(Bf16)) {
+      const AmxTerm only{s_.q.data(), keys};
+      if (is_for_tiles_)
+        return multiply_by_amx(product_of<T>(shape, rows_, nullptr, nullptr, scores), {&only, 1});
+    }
+    brgemm(shape, rows_, s_.q.data(), keys, scores);
+  }
+
   void add_values(int32_t key, int32_t keys, int64_t ld, float* output) {
     const Block<T> shape{
         .n = dim_, .k = block_tokens_, .lda = ld, .ldb = dim_, .ldc = dim_, .add = true};
     const T* probabilities = s_.probabilities.data();
     if constexpr (sizeof(T) == sizeof(Bf16)) {
-      if (is_for_tiles(shape)) {  // sums stay in tiles from block to block
+      if (is_for_tiles_) {  // sums stay in tiles from block to block
         std::array<AmxTerm, kTileKeys / kAmxDepth> terms;
         size_t count = 0;
         for (int32_t k = 0; k < keys; k += block_tokens_)
           terms[count++] = {probabilities + k, values_at(key + k)};
-        return multiply_by_tiles(product_of<T>(shape, rows_, nullptr, nullptr, output),
-                                 {terms.data(), count});
+        return multiply_by_amx(product_of<T>(shape, rows_, nullptr, nullptr, output),
+                               {terms.data(), count});
       }
     }
     for (int32_t k = 0; k < keys; k += block_tokens_)
@@ -302,6 +320,7 @@ class Attender {
   const int32_t live_;
   const int32_t last_;  // the last key that a row sees
   const bool is_fused_;
+  const bool is_for_tiles_;
   const int32_t rows_;
   int32_t first_ = 0;  // the first key, at the start of a block
   int32_t end_ = 0;

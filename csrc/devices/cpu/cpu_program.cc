@@ -7,24 +7,16 @@
 #include <utility>
 #include <vector>
 
-#include "devices/cpu/gemm.h"
 #include "devices/cpu/team.h"
 
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kRowChunk = 64;   // rows a member takes, at least, where rows are shared out
+constexpr int32_t kRowChunk = 64;   // rows a member takes at once where rows are shared out
 constexpr int32_t kRowOpChunk = 4;  // the same for light operators alone
 // Weights up to this size stay in the cache that the cores share while each member reads them for
 // rows of its own. A constant: what a virtual machine says of its cache is often the whole host's.
 constexpr size_t kCachedWeightBytes = size_t{8} << 20;
-
-// Rows a member takes at once then. Tiles multiply 64 rows in less time than their weights take to
-// come from that cache.
-template <typename T>
-int32_t row_chunk() {
-  return sizeof(T) == sizeof(Bf16) && has_amx() ? 2 * kRowChunk : kRowChunk;
-}
 
 std::atomic<size_t> live_workspace{0};
 std::atomic<int64_t> num_programs{0};  // made so far
@@ -238,8 +230,8 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
       execute_shared(step, graph.op(i));
     return;
   }
-  // Equal chunks of at most so many rows, as many for each member, in whole row blocks.
-  const int32_t most = row_chunk<T>() * threads_;
+  // Equal chunks of at most kRowChunk rows, as many for each member, in whole row blocks.
+  const int32_t most = kRowChunk * threads_;
   const int32_t rounds = (step.rows() + most - 1) / most;
   const int32_t share = (step.rows() + rounds * threads_ - 1) / (rounds * threads_);
   const int32_t rows = (share + kRowStep - 1) / kRowStep * kRowStep;

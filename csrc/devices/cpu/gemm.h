@@ -1,6 +1,6 @@
-// The matrix kernel of all products and of attention on the CPU, on packed operands. For bf16: our
-// own on AMX tiles, else ATen's brgemm (oneDNN's batch-reduce micro-kernel), as for bytes. For
-// float our own, which every processor has.
+// The matrix kernel of all products and of attention on the CPU, on packed operands: for bf16
+// ATen's brgemm (oneDNN's batch-reduce micro-kernel; AMX is used where there is one), as for bytes;
+// for float our own, which every processor has.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "devices/cpu/amx.h"
 #include "devices/cpu/row_kernels.h"
 #include "graph/model_graph.h"
 
@@ -48,26 +47,7 @@ bool has_bf16_gemm();
 // Whether it multiplies it by AMX tiles, and may.
 bool has_amx();
 
-// Whether it is a product for our own kernel on tiles. The shape comes first: the probe of
-// has_amx() fits no tile.
-inline bool is_for_tiles(const Block<Bf16>& s) {
-  return fits_amx(s.n, s.k) && has_amx();
-}
-
-inline void multiply_by_tiles(const Product<Bf16>& product, AmxTerms terms) {
-  if (!holds_amx())
-    at::native::cpublas::brgemm_release(true);  // ATen's shapes are lost, which it must know
-  multiply_by_amx(product, terms);
-}
-inline void multiply_by_tiles(const Product<Bf16>& product) {
-  const AmxTerm only{product.a, product.b};
-  multiply_by_tiles(product, {&only, 1});
-}
-
 inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b, float* c) {
-  if (is_for_tiles(s))
-    return multiply_by_tiles(product_of(s, m, a, b, c));
-  release_amx();
   at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add,
                               reinterpret_cast<const at::BFloat16*>(a),
                               reinterpret_cast<const at::BFloat16*>(b), c, true);
@@ -76,7 +56,6 @@ inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b
 // Bytes: a without sign, b with, as [k / 4][n][4]; sums are exact.
 inline void brgemm(const Block<uint8_t>& s, int64_t m, const uint8_t* a, const int8_t* b,
                    int32_t* c) {
-  release_amx();
   at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add, a,
                               reinterpret_cast<const signed char*>(b), c, true);
 }
@@ -90,10 +69,8 @@ constexpr int64_t kDepthStep = (int64_t{1} << 18) /
 // Ends a series of brgemm calls on this thread (frees the AMX tiles).
 template <typename T>
 void brgemm_end() {
-  if constexpr (sizeof(T) < sizeof(float)) {
-    release_amx();
+  if constexpr (sizeof(T) < sizeof(float))
     at::native::cpublas::brgemm_release(true);
-  }
 }
 
 // Whether it multiplies packed bytes natively (AVX-512 VNNI or AMX), summing all of them exactly,
@@ -106,20 +83,9 @@ inline constexpr int64_t kFewRows = 64;
 inline bool is_ours(const Block<float>&, int64_t) {
   return true;
 }
-// AMX's sums round otherwise: with tiles, they make those of few rows, too.
+// AMX's sums round otherwise.
 inline bool is_ours(const Block<Bf16>& s, int64_t rows) {
-  if (has_amx())
-    return is_for_tiles(s);
-  return rows <= kFewRows && s.n % 16 == 0 && row_kernels<Bf16>().multiply != nullptr;
-}
-
-inline void multiply_ours(const Product<float>& product) {
-  row_kernels<float>().multiply(product);
-}
-inline void multiply_ours(const Product<Bf16>& product) {
-  if (has_amx())
-    return multiply_by_tiles(product);
-  row_kernels<Bf16>().multiply(product);
+  return rows <= kFewRows && s.n % 16 == 0 && row_kernels<Bf16>().multiply != nullptr && !has_amx();
 }
 
 // Same as brgemm for any row count. ATen's from at most seven shapes: each is compiled once per
@@ -129,7 +95,7 @@ void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const Weight* 
                  const Weight* ahead = nullptr) {
   if constexpr (std::is_same_v<T, Weight>) {
     if (is_ours(shape, rows))
-      return multiply_ours(product_of(shape, rows, a, b, c, ahead));
+      return row_kernels<T>().multiply(product_of(shape, rows, a, b, c, ahead));
   }
   for (int64_t done = 0, step = 64; done < rows; done += step) {
     while (step > rows - done)
