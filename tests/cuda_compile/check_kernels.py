@@ -44,7 +44,10 @@ PORTABLE = (
 TENSOR_CORE = (
     "attention_kernel<64>", "attention_kernel<96>", "attention_kernel<128>",
     "attention_kernel<256>",
-    *(f"few_rows_kernel<{tiles}, {element}>" for tiles in (1, 2) for element in ("bf16", "e4m3")),
+    *(f"few_rows_kernel<{tiles}, {element}, false, false>"
+      for tiles in (1, 2) for element in ("bf16", "e4m3")),
+    *(f"few_rows_kernel<1, bf16, {fused}>"
+      for fused in ("true, true", "true, false", "false, true")),
     "gemm_ampere_64x64<bf16>", "gemm_ampere_64x64<float>",
     "gemm_ampere_128x128<bf16>", "gemm_ampere_128x128<float>",
     "gemm_ampere_256x128<bf16>", "gemm_ampere_256x128<float>",

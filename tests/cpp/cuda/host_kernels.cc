@@ -244,6 +244,12 @@ cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream
   return launch("gemm", stream, [args] { fake_kernels::gemm(args); });
 }
 
+// One kernel on a device: what it leaves unwritten there is not written here either.
+cudaError_t launch_fused(const FusedProduct& args, cudaStream_t stream) {
+  check(args);
+  return launch("fused", stream, [args] { fake_kernels::fused(args); });
+}
+
 template cudaError_t launch_rms_norm<float>(const RmsNormArgs<float>&, cudaStream_t);
 template cudaError_t launch_rms_norm<Bf16>(const RmsNormArgs<Bf16>&, cudaStream_t);
 template cudaError_t launch_rope<float>(const RopeArgs<float>&, cudaStream_t);

@@ -272,6 +272,25 @@ TEST_F(ModelLaunchesTest, of_products_are_counted_as_they_are_made) {
   }
 }
 
+// A norm with the product of at most 2 rows, a rope with one of at most 8; that before the head is
+// of other rows than it reads. A product in slices has its norm and its rope apart.
+TEST_F(ModelLaunchesTest, of_few_rows_have_norm_and_rope_in_the_product) {
+  constexpr int kRuns = 3;
+  constexpr int kLayers = 2;
+  struct Case {
+    int32_t rows;
+    int fused, norms, ropes;  // of a layer
+  };
+  for (const Case& of : {Case{1, 2, 0, 0}, Case{2, 2, 0, 0}, Case{4, 1, 2, 0}, Case{16, 0, 2, 1}}) {
+    fake_kernels::reset();
+    const TinyModel tiny(Kind::kLlama, kLayers);  // no head is normed
+    expect_counted(tiny, {{0, {}, tiny.random_tokens(of.rows, 1)}});
+    EXPECT_EQ(num_ran("fused"), kRuns * kLayers * of.fused) << of.rows << " rows";
+    EXPECT_EQ(num_ran("rms_norm"), kRuns * (kLayers * of.norms + 1)) << of.rows << " rows";
+    EXPECT_EQ(num_ran("rope"), kRuns * kLayers * of.ropes) << of.rows << " rows";
+  }
+}
+
 TEST_F(ModelLaunchesTest, of_split_attention_are_counted_as_they_are_made) {
   options_.max_context = 4096;
   expect_counted(TinyModel(Kind::kLlama, 2), {{0, {}, {5}}});

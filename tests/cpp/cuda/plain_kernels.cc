@@ -427,4 +427,33 @@ template void rope<Bf16>(const RopeArgs<Bf16>&);
 template void gate<float>(const GateArgs<float>&);
 template void gate<Bf16>(const GateArgs<Bf16>&);
 
+void fused(const FusedProduct& args) {
+  GemmArgs product = args.product;
+  RopeArgs<Bf16> rope = args.rope;
+  const auto rows = static_cast<size_t>(product.row_end);
+  std::vector<Bf16> normed(rows * static_cast<size_t>(product.depth));
+  std::vector<Bf16> qkv(rows * static_cast<size_t>(product.columns));
+  if (args.has_norm()) {
+    rms_norm<Bf16>({.hidden = args.norm.hidden,
+                    .ld_hidden = args.norm.ld_hidden,
+                    .weight = args.norm.weight,
+                    .out = normed.data(),
+                    .ld_out = product.depth,
+                    .rows = product.row_end,
+                    .width = product.depth,
+                    .eps = args.norm.eps});
+    product.a = normed.data();
+    product.lda = product.depth;
+  }
+  if (args.has_rope()) {
+    product.d = qkv.data();
+    product.ldd = product.columns;
+    rope.qkv = qkv.data() + int64_t{product.row_begin} * product.columns;
+    rope.ld_qkv = product.columns;
+  }
+  gemm(product);
+  if (args.has_rope())
+    fake_kernels::rope(rope);
+}
+
 }  // namespace fake_kernels

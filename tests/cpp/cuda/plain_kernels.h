@@ -4,6 +4,7 @@
 
 #include "devices/cuda/kernels/attention_args.h"
 #include "devices/cuda/kernels/fp8_args.h"
+#include "devices/cuda/kernels/fused_product.h"
 #include "devices/cuda/kernels/gemm_args.h"
 #include "devices/cuda/kernels/row_args.h"
 #include "devices/cuda/kernels/sample_args.h"
@@ -31,5 +32,7 @@ void quantise(const flowprefill::QuantiseArgs& args);
 void widen_codes(const flowprefill::WidenArgs& args);
 void rescale(const flowprefill::RescaleArgs& args);
 void gemm(const flowprefill::GemmArgs& args);
+// rms_norm(), gemm() and rope(), with what lies between them in memory of its own.
+void fused(const flowprefill::FusedProduct& args);
 
 }  // namespace fake_kernels

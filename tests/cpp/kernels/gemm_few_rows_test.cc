@@ -42,10 +42,11 @@ void run_body(const GemmArgs& args, uint32_t seed) {
                         .seed = seed,
                         .overlaps = true};
   simt::launch(grid, [&](const simt::Thread& t) {
+    const FusedProduct fused{args};
     if (args.is_fp8())
-      few_rows_body<kTiles, E4m3>(t, args);
+      few_rows_body<kTiles, E4m3, false, false>(t, fused);
     else
-      few_rows_body<kTiles, Bf16>(t, args);
+      few_rows_body<kTiles, Bf16, false, false>(t, fused);
   });
 }
 

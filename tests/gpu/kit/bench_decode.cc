@@ -1,9 +1,11 @@
 // Section "decode_layer": 32 layers of a step that decodes, nine kernels each, in a captured graph:
-// time of a layer without and with launches that overlap (overlap_launches()), in turns, and
-// whether both give the same bits.
+// time of a layer without and with launches that overlap (overlap_launches()), and with these where
+// products have their norms and ropes fused, in turns, and whether all give the same bits.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -70,7 +72,8 @@ class DecodeStep {
     FP_CUDA(cudaStreamSynchronize(stream));
   }
 
-  void launch(cudaStream_t stream) const {
+  // fuses: norms and rope with the products, where those take them.
+  void launch(cudaStream_t stream, bool fuses) const {
     FP_CUDA(launch_embed({.batch = batch(),
                           .table = halves(embeddings_),
                           .ld_table = kHidden,
@@ -87,13 +90,14 @@ class DecodeStep {
                            .turning = kDim},
                           stream));
     for (int i = 0; i < kLayers; ++i)
-      launch_layer(layers_[static_cast<size_t>(i % kCopies)], stream);
+      launch_layer(layers_[static_cast<size_t>(i % kCopies)], fuses, stream);
   }
 
   // The residual stream after the last layer, then what else the last layer left.
   std::vector<std::byte> results(cudaStream_t stream) const {
     std::vector<std::byte> out;
-    for (const DeviceBuffer* buffer : {&hidden_, &qkv_, &q_, &attended_, &normed_, &gated_})
+    for (const DeviceBuffer* buffer :
+         {&hidden_, &q_, &attended_, &gated_, &layers_[(kLayers - 1) % kCopies].cache})
       append(buffer->get(), buffer->bytes(), &out, stream);
     return out;
   }
@@ -163,36 +167,48 @@ class DecodeStep {
             .block_table_stride = kBlocks};
   }
 
-  void norm(cudaStream_t stream) const {
-    FP_CUDA(launch_rms_norm(norm_args(hidden_, weight_, normed_, rows_), stream));
-  }
-
-  void rope(const Layer& layer, cudaStream_t stream) const {
-    FP_CUDA(launch_rope(rope_args(batch(), qkv_, rotary_, q_, layer.cache, rows_), stream));
-  }
-
-  // Adds to the residual stream where `d` is that one.
-  void product(const DeviceBuffer& a, int depth, const DeviceBuffer& b, int columns,
-               const DeviceBuffer& d, bool is_gated, cudaStream_t stream) const {
-    GemmArgs args = product_args(a, depth, b, columns, d, rows_, &d == &hidden_);
-    if (is_gated) {
-      args.is_gated = true;
-      args.ldd = columns / 2;
+  // Of the norms of the residual stream; to_turn: whose keys and values the columns are, else gate
+  // and up.
+  void product(const DeviceBuffer& b, int columns, const DeviceBuffer& d, const Layer* to_turn,
+               bool fuses, cudaStream_t stream) const {
+    FusedProduct fused{product_args(normed_, kHidden, b, columns, d, rows_, false)};
+    if (to_turn == nullptr) {
+      fused.product.is_gated = true;
+      fused.product.ldd = columns / 2;
     }
+    const RmsNormArgs<Bf16> norm = norm_args(hidden_, weight_, normed_, rows_);
+    const RopeArgs<Bf16> rope = to_turn == nullptr
+                                    ? RopeArgs<Bf16>{}
+                                    : rope_args(batch(), qkv_, rotary_, q_, to_turn->cache, rows_);
+    if (fuses && can_fuse_norm(fused.product))
+      fused.norm = {norm.hidden, norm.ld_hidden, norm.weight, norm.eps};
+    else
+      FP_CUDA(launch_rms_norm(norm, stream));
+    if (fuses && to_turn != nullptr && can_fuse_rope(fused.product, rope))
+      fused.rope = rope;
+    if (fused.has_norm() || fused.has_rope())
+      FP_CUDA(launch_fused(fused, stream));
+    else
+      FP_CUDA(launch_gemm(fused.product, GemmTile::kFewRows, stream));
+    if (to_turn != nullptr && !fused.has_rope())
+      FP_CUDA(launch_rope(rope, stream));
+  }
+
+  // Added to the residual stream.
+  void add_product(const DeviceBuffer& a, int depth, const DeviceBuffer& b,
+                   cudaStream_t stream) const {
+    const GemmArgs args = product_args(a, depth, b, kHidden, hidden_, rows_, true);
     FP_CUDA(launch_gemm(args, GemmTile::kFewRows, stream));
   }
 
-  void launch_layer(const Layer& layer, cudaStream_t stream) const {
-    norm(stream);
-    product(normed_, kHidden, layer.qkv, kQkv, qkv_, false, stream);
-    rope(layer, stream);
+  void launch_layer(const Layer& layer, bool fuses, cudaStream_t stream) const {
+    product(layer.qkv, kQkv, qkv_, &layer, fuses, stream);
     AttentionArgs attention = attention_;
     attention.cache = cache_of(layer.cache);
     FP_CUDA(launch_attention(attention, stream));
-    product(attended_, kHeads * kDim, layer.o, kHidden, hidden_, false, stream);
-    norm(stream);
-    product(normed_, kHidden, layer.gate_up, 2 * kInner, gated_, true, stream);
-    product(gated_, kInner, layer.down, kHidden, hidden_, false, stream);
+    add_product(attended_, kHeads * kDim, layer.o, stream);
+    product(layer.gate_up, 2 * kInner, gated_, nullptr, fuses, stream);
+    add_product(gated_, kInner, layer.down, stream);
   }
 
   int32_t rows_;
@@ -222,18 +238,23 @@ class Overlap {
   bool before_;
 };
 
-// The same launches twice as a graph.
-struct Pair {
-  GraphExec apart, overlapped;
+// Launches of a step; fuses: as DecodeStep::launch().
+using Launches = std::function<void(cudaStream_t, bool fuses)>;
 
-  explicit Pair(const Launch& launch)
-      : apart(make(launch, false)), overlapped(make(launch, true)) {}
+// The same step as a graph: launches apart, overlapped, and overlapped with norms and ropes fused.
+struct Graphs {
+  static constexpr std::array<const char*, 3> kNames = {"apart", "overlapped", "fused"};
+  std::array<GraphExec, 3> execs;
+
+  explicit Graphs(const Launches& launches)
+      : execs{make(launches, false, false), make(launches, true, false),
+              make(launches, true, true)} {}
 
  private:
-  static GraphExec make(const Launch& launch, bool overlaps) {
+  static GraphExec make(const Launches& launches, bool overlaps, bool fuses) {
     const Overlap setting(overlaps);
     const Stream capturing = Stream::make();
-    const Graph graph = capture(capturing.get(), launch, {});
+    const Graph graph = capture(capturing.get(), [&](cudaStream_t s) { launches(s, fuses); }, {});
     GraphExec exec(graph, capturing.get(), {});
     capturing.synchronize();
     return exec;
@@ -241,26 +262,26 @@ struct Pair {
 };
 
 // In turns; us of one of `parts`.
-void compare_times(const std::string& what, const Pair& pair, int parts, double bytes,
+void compare_times(const std::string& what, const Graphs& graphs, int parts, double bytes,
                    cudaStream_t stream) {
-  std::vector<double> us[2];
+  std::array<std::vector<double>, 3> us;
   for (int round = 0; round < 7; ++round) {
-    for (const bool overlaps : {false, true}) {
-      const GraphExec& exec = overlaps ? pair.overlapped : pair.apart;
+    for (size_t i = 0; i < us.size(); ++i) {
       const Launch launch = [&](cudaStream_t s) {
-        for (int i = 0; i < kReplays; ++i)
-          exec.launch(s, {});
+        for (int replay = 0; replay < kReplays; ++replay)
+          graphs.execs[i].launch(s, {});
       };
-      us[overlaps].push_back(device_us(launch, stream, 1) / kReplays / parts);
+      us[i].push_back(device_us(launch, stream, 1) / kReplays / parts);
     }
   }
-  const double apart = median(us[0]), overlapped = median(us[1]);
-  std::string line = text("%.2f us apart\t%.2f us overlapped\t%+.1f %%", apart, overlapped,
-                          100 * (overlapped / apart - 1));
-  if (bytes > 0)
-    line += text("\t%.0f, %.0f GB/s", bytes / apart / 1e3, bytes / overlapped / 1e3);
-  const auto [least, most] = std::minmax_element(us[1].begin(), us[1].end());
-  say("decode_layer", what, line + text("\toverlapped from %.2f to %.2f", *least, *most));
+  std::string line;
+  for (size_t i = 0; i < us.size(); ++i) {
+    const double middle = median(us[i]);
+    line += std::string(i == 0 ? "" : "\t") + text("%.2f us ", middle) + Graphs::kNames[i];
+    if (bytes > 0)
+      line += text(" (%.0f GB/s)", bytes / middle / 1e3);
+  }
+  say("decode_layer", what, line);
 }
 
 size_t differing(const std::vector<std::byte>& a, const std::vector<std::byte>& b) {
@@ -282,33 +303,43 @@ void expect_numbers(const std::vector<std::byte>& results, int rows) {
                              std::to_string(sum / static_cast<double>(hidden.size())));
 }
 
-// Launches apart as a graph, overlapped as a graph several times in a row, and overlapped without a
-// graph, on the same tokens.
-void compare_bits(DecodeStep* step, const Pair& pair, cudaStream_t stream) {
+// Launches apart as a graph against each other graph several times in a row, and without a graph,
+// on the same tokens.
+void compare_bits(DecodeStep* step, const Graphs& graphs, cudaStream_t stream) {
   size_t of_graph = 0, of_eager = 0, of_itself = 0, batches = 0;
   const Overlap setting(true);
+  const auto run = [&](unsigned seed, const Launch& launch) {
+    step->upload_tokens(seed, stream);
+    launch(stream);
+    return step->results(stream);
+  };
+  const auto replay = [&](size_t graph, int times) -> Launch {
+    return [&graphs, graph, times](cudaStream_t s) {
+      for (int i = 0; i < times; ++i)
+        graphs.execs[graph].launch(s, {});
+    };
+  };
   for (unsigned seed = 0; seed < kChecks; ++seed) {
-    step->upload_tokens(seed, stream);
-    pair.apart.launch(stream, {});
-    const std::vector<std::byte> expected = step->results(stream);
+    const std::vector<std::byte> expected = run(seed, replay(0, 1));
     expect_numbers(expected, step->rows());
-    step->upload_tokens(seed + 1000, stream);
-    pair.overlapped.launch(stream, {});  // leaves other numbers everywhere
-    of_itself += differing(expected, step->results(stream)) == 0 ? 1 : 0;
-    step->upload_tokens(seed, stream);
-    for (int i = 0; i < 3; ++i)
-      pair.overlapped.launch(stream, {});
-    const size_t graph = differing(expected, step->results(stream));
-    step->upload_tokens(seed + 1000, stream);
-    pair.apart.launch(stream, {});
-    step->upload_tokens(seed, stream);
-    step->launch(stream);
-    const size_t eager = differing(expected, step->results(stream));
-    of_graph += graph;
-    of_eager += eager;
-    batches += graph + eager > 0 ? 1 : 0;
+    // Leaves other numbers everywhere.
+    of_itself += differing(expected, run(seed + 1000, replay(1, 1))) == 0 ? 1 : 0;
+    size_t found = 0;
+    for (const size_t graph : {size_t{1}, size_t{2}}) {
+      found += differing(expected, run(seed, replay(graph, 3)));
+      run(seed + 1000, replay(0, 1));
+    }
+    of_graph += found;
+    for (const bool fuses : {false, true}) {
+      const size_t eager =
+          differing(expected, run(seed, [&](cudaStream_t s) { step->launch(s, fuses); }));
+      of_eager += eager;
+      found += eager;
+      run(seed + 1000, replay(0, 1));
+    }
+    batches += found > 0 ? 1 : 0;
   }
-  const std::string counts = std::to_string(of_graph) + " bytes of the graph, " +
+  const std::string counts = std::to_string(of_graph) + " bytes of the graphs, " +
                              std::to_string(of_eager) + " of eager launches differ, in " +
                              std::to_string(batches) + " of " + std::to_string(kChecks) +
                              " batches; other tokens gave the same bits " +
@@ -321,10 +352,10 @@ void compare_bits(DecodeStep* step, const Pair& pair, cudaStream_t stream) {
 void bench_step(int rows, cudaStream_t stream) {
   DecodeStep step(rows);
   step.upload_tokens(1, stream);
-  const Pair pair([&](cudaStream_t s) { step.launch(s); });
+  const Graphs graphs([&](cudaStream_t s, bool fuses) { step.launch(s, fuses); });
   const std::string what = "batch " + std::to_string(rows) + ", context 1k, a layer";
-  compare_times(what, pair, kLayers, step.layer_bytes(), stream);
-  compare_bits(&step, pair, stream);
+  compare_times(what, graphs, kLayers, step.layer_bytes(), stream);
+  compare_bits(&step, graphs, stream);
 }
 
 // What a small kernel costs in a graph, and a product after a product.
@@ -333,13 +364,13 @@ void bench_chains(cudaStream_t stream) {
   const DeviceBuffer hidden(kHidden * 4), weight(kHidden * 4), a(kHidden * 2), out(kHidden * 4);
   FP_CUDA(cudaMemset(hidden.get(), 0, hidden.bytes()));
   FP_CUDA(cudaMemset(a.get(), 0, a.bytes()));
-  const Pair small([&](cudaStream_t s) {
+  const Graphs small([&](cudaStream_t s, bool) {
     for (int i = 0; i < kSmall; ++i)
       FP_CUDA(launch_rms_norm(norm_args(hidden, weight, a, 1), s));
   });
   compare_times("norm of a row", small, kSmall, 0, stream);
   const DeviceBuffer b = random_halves(size_t{8} * kHidden * kHidden, 0.02f, 12);
-  const Pair products([&](cudaStream_t s) {
+  const Graphs products([&](cudaStream_t s, bool) {
     GemmArgs args = product_args(a, kHidden, b, kHidden, out, 1, true);
     for (size_t i = 0; i < kProducts; ++i) {
       args.b = halves(b) + i % 8 * kHidden * kHidden;
@@ -357,7 +388,7 @@ void bench_decode(cudaStream_t stream) {
     say("decode_layer", "launches overlap on this device", overlaps_launches() ? "yes" : "no");
   }
   bench_chains(stream);
-  for (const int rows : {1, 16})
+  for (const int rows : {1, 2, 16})
     bench_step(rows, stream);
 }
 

@@ -195,6 +195,11 @@ int32_t GemmSelector::num_kernels(const GemmArgs& args) const {
   return ranking->candidates[ranking->first].kernels_of(args);
 }
 
+bool GemmSelector::chooses(const GemmArgs& args, std::string_view name) const {
+  const std::shared_ptr<Ranking> ranking = ranking_of(args);
+  return ranking->candidates[ranking->first].name == name;
+}
+
 std::shared_ptr<GemmSelector::Ranking> GemmSelector::ranking_of(const GemmArgs& args) const {
   const GemmShape shape = shape_of(args);
   const MutexLock lock(mutex_);

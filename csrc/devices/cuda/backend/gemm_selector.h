@@ -11,6 +11,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "devices/cuda/backend/gemm_choices.h"
@@ -75,6 +76,9 @@ class GemmSelector {
 
   // Kernels that launch() would launch, by the choice as it stands. Thread: any.
   int32_t num_kernels(const GemmArgs& args) const;
+
+  // Whether launch() would launch the candidate of that name, as the choice stands. Thread: any.
+  bool chooses(const GemmArgs& args, std::string_view name) const;
 
   // Measures every shape among `products` that is not known yet and writes the cache. Products of
   // one shape take turns, so giving each layer's finds the weights in memory rather than in cache.

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numbers>
 
+#include "devices/cuda/backend/operator_fusion.h"
 #include "devices/cuda/kernels/kernels.h"
 #include "devices/cuda/runtime/cuda_error.h"
 
@@ -75,11 +76,13 @@ void OperatorKernels::launch(const PlanShape& shape, const Step& step,
                              const LaunchArgs& args) const {
   for (int32_t i = step.first; i <= step.last; ++i) {
     const Operator& op = shape.graph.op(i);
-    launch({.shape = shape,
-            .op = op,
-            .step = step,
-            .args = args,
-            .context = {.op = op.name, .layer = op.layer}});
+    const CallContext context{.op = op.name, .layer = op.layer};
+    if (const auto fused = fused_from(shape, step, args, i)) {
+      FP_CUDA(launch_fused(fused->args, args.stream), context);
+      i = fused->last;
+      continue;
+    }
+    launch({.shape = shape, .op = op, .step = step, .args = args, .context = context});
   }
 }
 
@@ -93,10 +96,53 @@ void OperatorKernels::prepare(const PlanShape& shape, const Step& step) const {
 }
 
 size_t OperatorKernels::num_kernels(const PlanShape& shape, const Step& step) const {
+  const LaunchArgs unused{.activations = nowhere(), .inputs = nowhere(), .scratch = nowhere()};
   size_t count = 0;
-  for (int32_t i = step.first; i <= step.last; ++i)
-    count += num_kernels(shape, shape.graph.op(i), step);
+  for (int32_t i = step.first; i <= step.last; ++i) {
+    if (const auto fused = fused_from(shape, step, unused, i)) {
+      count += 1;
+      i = fused->last;
+    } else {
+      count += num_kernels(shape, shape.graph.op(i), step);
+    }
+  }
   return count;
+}
+
+// Only in place of the kernel of few rows, whose bits it has.
+std::optional<OperatorKernels::Fused> OperatorKernels::fused_from(const PlanShape& shape,
+                                                                  const Step& step,
+                                                                  const LaunchArgs& args,
+                                                                  int32_t index) const {
+  if (step.rows() > kMostFewRows)
+    return std::nullopt;
+  const auto found = operators_to_fuse(shape.graph, step, index);
+  if (!found.has_value())
+    return std::nullopt;
+  const Operator& op = shape.graph.op(found->product);
+  FusedProduct fused{product(shape, weights_, op, step, args.activations)};
+  if (op.softcap != 0.0f || !can_fuse(fused.product) ||
+      !gemms_.chooses(fused.product, gemm_tile_name(GemmTile::kFewRows)))
+    return std::nullopt;
+  if (found->norm >= 0) {
+    if (!can_fuse_norm(fused.product))
+      return std::nullopt;  // the product comes after it, and may be fused with its rope
+    const Operator& norm = shape.graph.op(found->norm);
+    fused.norm = normed_rows({.shape = shape, .op = norm, .step = step, .args = args});
+  }
+  Fused out{.args = fused, .last = found->product};
+  if (found->rope >= 0) {
+    const Operator& rope = shape.graph.op(found->rope);
+    const RopeArgs<Bf16> turned =
+        rope_args({.shape = shape, .op = rope, .step = step, .args = args});
+    if (can_fuse_rope(fused.product, turned)) {
+      out.args.rope = turned;
+      out.last = found->rope;
+    }
+  }
+  if (!out.args.has_norm() && !out.args.has_rope())
+    return std::nullopt;
+  return out;
 }
 
 size_t OperatorKernels::num_kernels(const PlanShape& shape, const Operator& op,
@@ -189,6 +235,13 @@ void OperatorKernels::norm_into(const Call& call) const {
   FP_CUDA(launch_rms_norm(args, call.args.stream), call.context);
 }
 
+NormedRows OperatorKernels::normed_rows(const Call& call) const {
+  return {.hidden = call.first<float>(call.op.input),
+          .ld_hidden = call.stride(call.op.input),
+          .weight = weights_.vector(call.op.weight),
+          .eps = call.op.eps};
+}
+
 void OperatorKernels::residual(const Call& call) const {
   const Operator& op = call.op;
   FP_CUDA(launch_residual({.in = call.first<float>(op.input),
@@ -277,29 +330,32 @@ void OperatorKernels::linear(const Call& call) const {
 }
 
 void OperatorKernels::rope(const Call& call) const {
+  FP_CUDA(launch_rope(rope_args(call), call.args.stream), call.context);
+}
+
+RopeArgs<Bf16> OperatorKernels::rope_args(const Call& call) const {
   const Operator& op = call.op;
   const int32_t head_dim = call.attention().head_dim;
   const bool norms_rows =
       op.q_norm >= 0 && call.shape.graph.weights.weight(op.q_norm).rows() != head_dim;
-  const RopeArgs<Bf16> args{.batch = call.batch(),
-                            .qkv = call.first<Bf16>(op.input),
-                            .ld_qkv = call.stride(op.input),
-                            .bias = weights_.vector(op.bias),
-                            .q_norm = weights_.vector(op.q_norm),
-                            .k_norm = weights_.vector(op.k_norm),
-                            .rotary = call.first<float>(op.rotary),
-                            .q = call.first<Bf16>(op.output),
-                            .ld_q = call.stride(op.output),
-                            .cache = cache_.layer(op.layer),
-                            .q_scale = static_cast<float>(kLog2E * op.scale),
-                            .eps = op.eps,
-                            .rows = call.step.rows(),
-                            .heads = call.attention().heads,
-                            .kv_heads = call.attention().kv_heads,
-                            .head_dim = head_dim,
-                            .turning = call.shape.graph.tensor(op.rotary).columns,
-                            .norms_rows = norms_rows};
-  FP_CUDA(launch_rope(args, call.args.stream), call.context);
+  return {.batch = call.batch(),
+          .qkv = call.first<Bf16>(op.input),
+          .ld_qkv = call.stride(op.input),
+          .bias = weights_.vector(op.bias),
+          .q_norm = weights_.vector(op.q_norm),
+          .k_norm = weights_.vector(op.k_norm),
+          .rotary = call.first<float>(op.rotary),
+          .q = call.first<Bf16>(op.output),
+          .ld_q = call.stride(op.output),
+          .cache = cache_.layer(op.layer),
+          .q_scale = static_cast<float>(kLog2E * op.scale),
+          .eps = op.eps,
+          .rows = call.step.rows(),
+          .heads = call.attention().heads,
+          .kv_heads = call.attention().kv_heads,
+          .head_dim = head_dim,
+          .turning = call.shape.graph.tensor(op.rotary).columns,
+          .norms_rows = norms_rows};
 }
 
 // Tiles count their rows from the step's base.

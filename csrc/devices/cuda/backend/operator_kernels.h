@@ -2,11 +2,14 @@
 // Called by the segments that PlanBuilder makes, and to list the products to measure.
 #pragma once
 
+#include <optional>
+
 #include "devices/cuda/backend/device_kv_cache.h"
 #include "devices/cuda/backend/device_weights.h"
 #include "devices/cuda/backend/gemm_selector.h"
 #include "devices/cuda/backend/plan_shape.h"
 #include "devices/cuda/kernels/attention_args.h"
+#include "devices/cuda/kernels/fused_product.h"
 #include "devices/cuda/runtime/cuda_plan.h"
 #include "graph/cost.h"
 
@@ -44,10 +47,18 @@ class OperatorKernels {
 
  private:
   struct Call;
+  // Operators up to `last` as one kernel.
+  struct Fused {
+    FusedProduct args;
+    int32_t last;
+  };
 
   static GemmArgs product(const PlanShape& shape, const DeviceWeights& weights, const Operator& op,
                           const Step& step, std::byte* lane);
   size_t num_kernels(const PlanShape& shape, const Operator& op, const Step& step) const;
+  // Those from `index` on that one kernel computes; empty: there are none.
+  std::optional<Fused> fused_from(const PlanShape& shape, const Step& step, const LaunchArgs& args,
+                                  int32_t index) const;
   void launch(const Call& call) const;
   void embed(const Call& call) const;
   void rotary(const Call& call) const;
@@ -57,7 +68,9 @@ class OperatorKernels {
   void linear(const Call& call) const;
   void residual(const Call& call) const;
   void round(const Call& call) const;
+  NormedRows normed_rows(const Call& call) const;
   void rope(const Call& call) const;
+  RopeArgs<Bf16> rope_args(const Call& call) const;
   void attention(const Call& call) const;
   AttentionArgs attention_args(const Call& call) const;
   void sample(const Call& call) const;

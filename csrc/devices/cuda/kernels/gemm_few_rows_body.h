@@ -19,9 +19,11 @@
 // 16 rows of b.
 #pragma once
 
-#include "devices/cuda/kernels/gemm_args.h"
+#include "devices/cuda/kernels/fused_product.h"
 #include "devices/cuda/kernels/gemm_gate.h"
 #include "devices/cuda/kernels/mma_layout.h"
+#include "devices/cuda/kernels/rope_body.h"
+#include "devices/cuda/kernels/row_bodies.h"
 #include "devices/cuda/kernels/thread.h"
 
 namespace flowprefill {
@@ -53,31 +55,50 @@ struct FewRowsForm {
   static_assert(8 * kTiles * kColumns / 2 <= kFewRowsThreads);
 };
 
-// What is multiplied, by type.
-FP_HD void few_rows_operands(const GemmArgs& args, const Bf16** a, const Bf16** b) {
-  *a = args.a;
-  *b = args.b;
+// Which weights are multiplied, by type.
+FP_HD const Bf16* few_rows_weights(const GemmArgs& args, const Bf16* /*type*/) {
+  return args.b;
 }
-FP_HD void few_rows_operands(const GemmArgs& args, const E4m3** a, const E4m3** b) {
-  *a = args.fp8.a;
-  *b = args.fp8.b;
+FP_HD const E4m3* few_rows_weights(const GemmArgs& args, const E4m3* /*type*/) {
+  return args.fp8.b;
+}
+// And which rows.
+FP_HD const Bf16* few_rows_operand(const GemmArgs& args, const Bf16* /*type*/) {
+  return args.a;
+}
+FP_HD const E4m3* few_rows_operand(const GemmArgs& args, const E4m3* /*type*/) {
+  return args.fp8.a;
 }
 
+// Columns of a block's turn where these are of heads that turn: kRopePairs dimensions of a head
+// from `low` on, then those that turn with them, `apart` columns further on.
+constexpr int32_t kRopePairs = 8;
+struct RopeColumns {
+  FP_HD RopeColumns(int32_t unit, int32_t head_dim)
+      : head(unit / (head_dim / (2 * kRopePairs))),
+        dimension(unit % (head_dim / (2 * kRopePairs)) * kRopePairs),
+        low(head * head_dim + dimension),
+        apart(head_dim / 2) {}
+
+  int32_t head;
+  int32_t dimension;  // the first of the pairs' lower ones, in its head
+  int32_t low;
+  int32_t apart;
+};
+
 // One warp's steps. Element: Bf16 or E4m3.
-template <class Form, typename Element, class Thread>
+template <class Form, typename Element, bool kRopes, class Thread>
 class FewRowsWarp {
  public:
-  FP_HD FewRowsWarp(const Thread& t, const GemmArgs& args)
-      : t_(t), depth_(args.depth), columns_(args.columns), ldb_(args.ldb), unit_(t.block_x()) {
-    const Element* a;
-    few_rows_operands(args, &a, &b_);
-    const int32_t first = kDepth * t.warp();
+  FP_HD FewRowsWarp(const Thread& t, const FusedProduct& args)
+      : t_(t),
+        depth_(args.product.depth),
+        columns_(args.product.columns),
+        head_dim_(args.rope.head_dim),
+        ldb_(args.product.ldb),
+        b_(few_rows_weights(args.product, static_cast<const Element*>(nullptr))),
+        unit_(t.block_x()) {
     turns_ = 2 * ((depth_ + 2 * kTurn - 1) / (2 * kTurn));
-    // Rows beyond the last are read as that one: their products are never stored.
-    FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
-      const int32_t row = smaller(args.row_begin + t.lane() / 4 + 8 * tile, args.row_end - 1);
-      a_[tile] = a + row * args.lda + first + kPiece * (t.lane() % 4);
-    }
     from_unit();
   }
 
@@ -86,7 +107,13 @@ class FewRowsWarp {
     for (int32_t step = 0; step < kStages - 1; ++step)
       start(step);
   }
-  FP_HD void load_first() {
+  // Rows [begin, end) of `a` are multiplied; those of the first steps are loaded.
+  FP_HD void take_rows(const Element* a, int64_t lda, int32_t begin, int32_t end) {
+    // Rows beyond the last are read as that one: their products are never stored.
+    FP_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      const int32_t row = smaller(begin + t_.lane() / 4 + 8 * tile, end - 1);
+      a_[tile] = a + row * lda + kDepth * t_.warp() + kPiece * (t_.lane() % 4);
+    }
     load(0, &even_);
     load(1, &odd_);
   }
@@ -144,10 +171,17 @@ class FewRowsWarp {
 
   // Where the copies of unit_ begin: of four rows in turn, eight lanes for each.
   FP_HD void from_unit() {
-    const int32_t column = Form::kColumns * unit_ + t_.lane() / 8;
+    int32_t column = Form::kColumns * unit_ + t_.lane() / 8;
     rows_left_ = columns_ - column;
+    if constexpr (kRopes)  // heads are whole units: all of a unit's columns are there, or none
+      column = RopeColumns(unit_, head_dim_).low + t_.lane() / 8;
     k_ = kDepth * t_.warp() + kPiece * (t_.lane() % 8);
     from_ = b_ + column * ldb_ + k_;
+  }
+  // Columns from a lane's first to its i-th, of four in turn.
+  FP_HD int32_t columns_to(int i) const {
+    const int32_t column = 4 * i;
+    return kRopes && column >= kRopePairs ? column - kRopePairs + head_dim_ / 2 : column;
   }
 
   // Starts the copy of the next step's weights to `stage`. Pieces of odd rows lie in the other half
@@ -156,7 +190,7 @@ class FewRowsWarp {
     const int32_t row = t_.lane() / 8;
     FewRowsPiece* to = place(stage, t_.warp()) + 8 * row + (t_.lane() % 8 ^ row % 2 * 4);
     FP_UNROLL for (int i = 0; i < Form::kColumns / 4; ++i) {
-      t_.copy_16(to + 32 * i, from_ + 4 * i * ldb_, k_ < depth_ && 4 * i < rows_left_);
+      t_.copy_16(to + 32 * i, from_ + columns_to(i) * ldb_, k_ < depth_ && 4 * i < rows_left_);
     }
     t_.end_copies();
     k_ += kTurn;
@@ -238,8 +272,9 @@ class FewRowsWarp {
   const Thread& t_;
   const int32_t depth_;
   const int32_t columns_;
+  const int32_t head_dim_;  // where heads turn
   const int64_t ldb_;
-  const Element* b_;
+  const Element* const b_;
   const Element* a_[kTiles];
   int32_t turns_;  // steps of a unit, even
   // The step that is copied next: its unit, how many of that are started, where this lane's pieces
@@ -314,41 +349,150 @@ FP_HD void finish_few(const GemmArgs& args, int32_t row, int32_t column, float (
   }
 }
 
+// What follows a product of queries, keys and values, for one pair of dimensions of a thread's row:
+// as RopeHeadBody does it.
+class RopePair {
+ public:
+  // What the run's inputs say of the row: no kernel writes them, so this may be before the wait.
+  FP_HD RopePair(const RopeArgs<Bf16>& args, int32_t row, int32_t pair)
+      : args_(args), row_(row), pair_(pair) {
+    if (row >= args.rows)
+      return;
+    sequence_ = args.batch.sequences[row];
+    if (sequence_ <= 0)
+      return;
+    const int32_t* table =
+        args.batch.block_tables + (sequence_ - 1) * args.batch.block_table_stride;
+    offset_ = args.cache.offset(table, args.batch.positions[row]);
+  }
+
+  // The pair's angle in this unit: asked for before the sums are there.
+  FP_HD void load(int32_t unit) {
+    const float* rotary = args_.rotary + static_cast<int64_t>(row_) * args_.turning +
+                          RopeColumns(unit, args_.head_dim).dimension + pair_;
+    cos_ = rotary[0];
+    sin_ = rotary[args_.turning / 2];
+  }
+
+  // The sums, first rounded as d would be.
+  FP_HD void store_sums(int32_t unit, const float (&sums)[2]) const {
+    const RopeColumns columns(unit, args_.head_dim);
+    const int32_t dimension = columns.dimension + pair_;
+    float low = widen(to_bf16(sums[0]));
+    float high = widen(to_bf16(sums[1]));
+    if (args_.bias != nullptr) {
+      low += args_.bias[columns.low + pair_];
+      high += args_.bias[columns.low + columns.apart + pair_];
+    }
+    const int32_t kv = columns.head - args_.heads;
+    if (kv < 0) {
+      Bf16* q = args_.q + row_ * args_.ld_q + int64_t{columns.head} * args_.head_dim + dimension;
+      if (sequence_ <= 0)  // padding, as in RopeHeadBody::run()
+        low = high = 0.0f;
+      else
+        turn(cos_, sin_, args_.q_scale, &low, &high);
+      return store_pair(low, high, q);
+    }
+    if (sequence_ <= 0)
+      return;
+    const bool is_key = kv < args_.kv_heads;
+    if (is_key)
+      turn(cos_, sin_, 1.0f, &low, &high);
+    Bf16* base = is_key ? args_.cache.keys : args_.cache.values;
+    const int64_t head = is_key ? kv : kv - args_.kv_heads;
+    store_pair(low, high, base + offset_ + head * args_.cache.head_stride + dimension);
+  }
+
+ private:
+  FP_HD void store_pair(float low, float high, Bf16* out) const {
+    out[0] = to_bf16(low);
+    out[args_.head_dim / 2] = to_bf16(high);
+  }
+
+  const RopeArgs<Bf16>& args_;
+  const int32_t row_;
+  const int32_t pair_;
+  int32_t sequence_ = 0;
+  int64_t offset_ = 0;  // where the token's keys and values lie in the cache
+  float cos_ = 1;
+  float sin_ = 0;
+};
+
+// The norms of the rows, behind the ring in shared memory. All threads have to come here.
+template <class Form, class Thread>
+FP_HD const Bf16* norm_few(const Thread& t, const FusedProduct& args) {
+  unsigned char* shared = t.template shared<unsigned char>() + Form::kSharedBytes;
+  Bf16* out = reinterpret_cast<Bf16*>(shared + kFewRowsWarps * sizeof(float));
+  const int32_t depth = args.product.depth;
+  for (int32_t row = 0; row < args.product.rows(); ++row) {
+    const float* hidden = args.norm.hidden + (args.product.row_begin + row) * args.norm.ld_hidden;
+    norm_row(t, hidden, args.norm.weight, depth, args.norm.eps, reinterpret_cast<float*>(shared),
+             out + row * depth);
+    t.sync();
+  }
+  return out;
+}
+
 // Grid: x, at most as many as there are units of FewRowsForm<kTiles>::kColumns columns.
-// kFewRowsThreads threads, kSharedBytes of that form. args: checked by check_tile(), at most
-// 8 * kTiles rows; Element: what is multiplied. May be launched while the kernel before it runs,
-// unless args.b_is_made: the first steps' weights are under way when that one ends.
-template <int kTiles, typename Element, class Thread>
-FP_HD void few_rows_body(Thread t, const GemmArgs& args) {
+// kFewRowsThreads threads, kSharedBytes of that form, and normed_bytes() where rows are normed
+// (kNorms, as kRopes what args say too).
+// args: checked by check_tile() or, where something is fused, check(); at most 8 * kTiles rows;
+// Element: what is multiplied. May be launched while the kernel before it runs, unless b_is_made:
+// the first steps' weights are under way when that one ends.
+template <int kTiles, typename Element, bool kNorms, bool kRopes, class Thread>
+FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
   using Form = FewRowsForm<kTiles>;
   constexpr int32_t kPairs = Form::kColumns / 2;
-  FewRowsWarp<Form, Element, Thread> warp(t, args);
+  static_assert(!kRopes || kPairs == kRopePairs);
+  const GemmArgs& args = fused.product;
+  FewRowsWarp<Form, Element, kRopes, Thread> warp(t, fused);
   warp.start_all();
-  t.wait_for_predecessor();  // the weights are no kernel's; all else may be
-  warp.load_first();
   const int32_t row = t.index() / kPairs;
-  const int32_t pair = 2 * (t.index() % kPairs);
+  const int32_t pair = t.index() % kPairs;
+  RopePair rope(fused.rope, kRopes ? row : INT32_MAX, pair);
+  t.wait_for_predecessor();  // the weights and the inputs are no kernel's; all else may be
+  if constexpr (kNorms) {
+    warp.take_rows(norm_few<Form>(t, fused), args.depth, 0, args.rows());
+  } else {
+    warp.take_rows(few_rows_operand(args, static_cast<const Element*>(nullptr)), args.lda,
+                   args.row_begin, args.row_end);
+  }
+  const int32_t first_of_pair = kRopes ? pair : 2 * pair;
   for (int32_t first = Form::kColumns * t.block_x(); first < args.columns;
        first += Form::kColumns * t.grid_x()) {
-    const bool is_mine = row < args.rows() && first + pair < args.columns;
+    const bool is_mine = row < args.rows() && first + first_of_pair < args.columns;
     FewRowsFactors factors;
-    if (is_mine)  // they arrive while the weights do
-      factors = load_factors<Element>(args, row, first + pair);
+    if (is_mine) {  // they arrive while the weights do
+      if constexpr (kRopes)
+        rope.load(first / Form::kColumns);
+      else
+        factors = load_factors<Element>(args, row, first + first_of_pair);
+    }
     warp.run();
     warp.store_sums();
+    t.recompute();  // or a register too many lives on from before the sums
     t.sync();
     float total[2] = {};
     if (is_mine) {
       FP_UNROLL for (int i = 0; i < kFewRowsWarps; ++i) {
-        const auto part =
-            *reinterpret_cast<const Vec<float, 2>*>(warp.sums(i) + row * Form::kStride + pair);
-        total[0] += part.v[0];
-        total[1] += part.v[1];
+        const float* part = warp.sums(i) + row * Form::kStride + first_of_pair;
+        if constexpr (kRopes) {
+          total[0] += part[0];
+          total[1] += part[kPairs];
+        } else {
+          const auto both = *reinterpret_cast<const Vec<float, 2>*>(part);
+          total[0] += both.v[0];
+          total[1] += both.v[1];
+        }
       }
     }
     t.sync();  // the sums' place may be filled again
-    if (is_mine)
-      finish_few(args, row, first + pair, total, factors);
+    if (!is_mine)
+      continue;
+    if constexpr (kRopes)
+      rope.store_sums(first / Form::kColumns, total);
+    else
+      finish_few(args, row, first + first_of_pair, total, factors);
   }
   t.wait_for_copies();
 }

@@ -11,6 +11,7 @@
 
 #include "devices/cuda/kernels/attention_args.h"
 #include "devices/cuda/kernels/fp8_args.h"
+#include "devices/cuda/kernels/fused_product.h"
 #include "devices/cuda/kernels/gemm_args.h"
 #include "devices/cuda/kernels/row_args.h"
 #include "devices/cuda/kernels/sample_args.h"
@@ -55,5 +56,8 @@ bool has_hopper_attention();
 
 // Fails (cudaErrorNoKernelImageForDevice or the like) for a tile that gemm_tiles() does not name.
 cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream);
+
+// By the kernel of few rows, with norm and rope where there are such.
+cudaError_t launch_fused(const FusedProduct& args, cudaStream_t stream);
 
 }  // namespace flowprefill

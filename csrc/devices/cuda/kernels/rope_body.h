@@ -11,6 +11,14 @@ namespace flowprefill {
 constexpr int32_t kMaxRopeDim = 256;
 constexpr int kRopeSteps = kMaxRopeDim / 128;  // of a warp along half a head
 
+// Turns a pair of dimensions by an angle, and scales it.
+FP_HD void turn(float cos, float sin, float scale, float* low, float* high) {
+  const float a = *low;
+  const float b = *high;
+  *low = (a * cos - b * sin) * scale;
+  *high = (b * cos + a * sin) * scale;
+}
+
 // One head of one row, on one warp. Its dimensions make pairs: i and i + turning / 2 turn together;
 // those that do not turn are paired alike, and only scaled. Lane l holds pairs 2 l and 2 l + 1,
 // then those 64 further on. So a warp moves whole lines of memory, and each lane two elements at
@@ -147,12 +155,8 @@ class RopeHeadBody {
         cos = two(rotary + pair(p));
         sin = two(rotary + half_ + pair(p));
       }
-      FP_UNROLL for (int j = 0; j < 2; ++j) {
-        const float a = low_[p][j];
-        const float b = high_[p][j];
-        low_[p][j] = (a * cos.v[j] - b * sin.v[j]) * scale;
-        high_[p][j] = (b * cos.v[j] + a * sin.v[j]) * scale;
-      }
+      FP_UNROLL for (int j = 0; j < 2; ++j)
+          turn(cos.v[j], sin.v[j], scale, &low_[p][j], &high_[p][j]);
     }
   }
 

@@ -75,15 +75,15 @@ FP_HD float inverse_rms(float squares, int32_t n, float eps) {
 }
 
 // Sum of the squares of a row's elements, over the block and the same bits in every thread. This
-// thread's begin at `first`, after those that are in `sum`. `shared` memory: a float per warp.
+// thread's begin at `first`, after those that are in `sum`. `scratch`: shared, a float per warp.
 template <class Thread>
 FP_HD float sum_of_squares(const Thread& t, const float* row, int32_t first, int32_t width,
-                           float sum = 0.0f) {
+                           float* scratch, float sum = 0.0f) {
   for (int32_t i = first; i < width; i += t.count() * 4) {
     const auto x = *reinterpret_cast<const Vec<float, 4>*>(row + i);
     FP_UNROLL for (int k = 0; k < 4; ++k) sum += x.v[k] * x.v[k];
   }
-  return block_sum(t, sum, t.template shared<float>());
+  return block_sum(t, sum, scratch);
 }
 
 // Lines of the weights to the L2 cache: no kernel writes them, so this may run while the kernel
@@ -95,8 +95,8 @@ FP_HD void bring_norm_weights(const Thread& t, const RmsNormArgs<Out>& args) {
     t.prefetch(args.weight + i);
 }
 
-// Of a row, four elements each, that a thread of rms_norm_body() keeps in registers; wider rows are
-// read twice beyond these.
+// Of a row, four elements each, that a thread of norm_row() keeps in registers; wider rows are read
+// twice beyond these.
 constexpr int kNormKept = 4;
 
 template <typename Out>
@@ -107,44 +107,51 @@ FP_HD void store_normed(const Vec<float, 4>& x, const Vec<float, 4>& weight, flo
   *reinterpret_cast<Vec<Out, 4>*>(out) = y;
 }
 
-// out = hidden / rms(hidden) * weight. With `rows_in` block i norms row rows_in[i] into row i of
-// out; a negative entry is padding and gives zeros.
+// out = hidden / rms(hidden) * weight, of one row by the whole block. `scratch`: shared, a float
+// per warp. What an element's bits depend on besides the row: the number of threads.
 template <typename Out, class Thread>
-FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs<Out>& args) {
+FP_HD void norm_row(const Thread& t, const float* hidden, const float* weight, int32_t width,
+                    float eps, float* scratch, Out* out) {
   using Float4 = Vec<float, 4>;
-  const int32_t to = t.block_x();
-  const int32_t row = args.rows_in == nullptr ? to : args.rows_in[to];
   const int32_t first = t.index() * 4;
   const int32_t step = t.count() * 4;
-  Out* out = args.out + to * args.ld_out;
-  if (row < 0) {  // the same for the whole block
-    for (int32_t i = first; i < args.width; i += step)
-      *reinterpret_cast<Vec<Out, 4>*>(out + i) = {};
-    return;
-  }
-  const float* hidden = args.hidden + row * args.ld_hidden;
   Float4 kept[kNormKept] = {};
   Float4 weights[kNormKept];
   FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
-    if (first + n * step >= args.width)
+    if (first + n * step >= width)
       continue;
     kept[n] = *reinterpret_cast<const Float4*>(hidden + first + n * step);
-    weights[n] = *reinterpret_cast<const Float4*>(args.weight + first + n * step);
+    weights[n] = *reinterpret_cast<const Float4*>(weight + first + n * step);
   }
   float sum = 0.0f;
   FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
     FP_UNROLL for (int k = 0; k < 4; ++k) sum += kept[n].v[k] * kept[n].v[k];
   }
-  sum = sum_of_squares(t, hidden, first + kNormKept * step, args.width, sum);
-  const float scale = inverse_rms(sum, args.width, args.eps);
+  sum = sum_of_squares(t, hidden, first + kNormKept * step, width, scratch, sum);
+  const float scale = inverse_rms(sum, width, eps);
   FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
-    if (first + n * step < args.width)
+    if (first + n * step < width)
       store_normed(kept[n], weights[n], scale, out + first + n * step);
   }
-  for (int32_t i = first + kNormKept * step; i < args.width; i += step) {
+  for (int32_t i = first + kNormKept * step; i < width; i += step) {
     store_normed(*reinterpret_cast<const Float4*>(hidden + i),
-                 *reinterpret_cast<const Float4*>(args.weight + i), scale, out + i);
+                 *reinterpret_cast<const Float4*>(weight + i), scale, out + i);
   }
+}
+
+// norm_row() of row block_x(). With `rows_in` block i norms row rows_in[i] into row i of out; a
+// negative entry is padding and gives zeros.
+template <typename Out, class Thread>
+FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs<Out>& args) {
+  const int32_t to = t.block_x();
+  const int32_t row = args.rows_in == nullptr ? to : args.rows_in[to];
+  Out* out = args.out + to * args.ld_out;
+  if (row >= 0) {  // the same for the whole block
+    return norm_row(t, args.hidden + row * args.ld_hidden, args.weight, args.width, args.eps,
+                    t.template shared<float>(), out);
+  }
+  for (int32_t i = t.index() * 4; i < args.width; i += t.count() * 4)
+    *reinterpret_cast<Vec<Out, 4>*>(out + i) = {};
 }
 
 // hidden[row] += scale * in[row], or scale * in / rms(in) * weight where there is a weight.
@@ -155,7 +162,9 @@ FP_HD void residual_body(const Thread& t, const ResidualArgs& args) {
   float* hidden = args.hidden + t.block_x() * args.ld_hidden;
   float scale = args.scale;
   if (args.weight != nullptr)  // the same for the whole launch
-    scale *= inverse_rms(sum_of_squares(t, in, 4 * t.index(), args.width), args.width, args.eps);
+    scale *=
+        inverse_rms(sum_of_squares(t, in, 4 * t.index(), args.width, t.template shared<float>()),
+                    args.width, args.eps);
   for (int32_t i = t.index() * 4; i < args.width; i += t.count() * 4) {
     const auto x = *reinterpret_cast<const Float4*>(in + i);
     auto sum = *reinterpret_cast<const Float4*>(hidden + i);

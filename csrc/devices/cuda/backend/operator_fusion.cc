@@ -1,0 +1,50 @@
+#include "devices/cuda/backend/operator_fusion.h"
+
+namespace flowprefill {
+namespace {
+
+bool reads(const Operator& op, int32_t tensor) {
+  return op.input == tensor || op.rotary == tensor || (reads_output(op) && op.output == tensor);
+}
+
+// Whether operator `index` is the only one that reads what the one before it has made.
+bool is_only_reader(const ModelGraph& graph, int32_t index) {
+  const int32_t tensor = graph.op(index - 1).output;
+  if (graph.op(index).input != tensor)
+    return false;
+  for (size_t i = static_cast<size_t>(index) + 1; i < graph.operators.size(); ++i) {
+    const Operator& op = graph.operators[i];
+    if (reads(op, tensor))
+      return false;
+    if (op.output == tensor)
+      return true;  // written anew
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<OperatorFusion> operators_to_fuse(const ModelGraph& graph, const Step& step,
+                                                int32_t index) {
+  OperatorFusion found;
+  const auto follows = [&](int32_t next, OperatorKind kind) {
+    return next <= step.last && graph.op(next).kind == kind && is_only_reader(graph, next);
+  };
+  if (!step.is_whole())
+    return std::nullopt;  // other slices read what the norm makes, too
+  found.product = index;
+  if (graph.op(index).kind == OperatorKind::kNorm && !graph.is_gather(graph.op(index)) &&
+      follows(index + 1, OperatorKind::kLinear)) {
+    found.norm = index;
+    found.product = index + 1;
+  }
+  if (graph.op(found.product).kind != OperatorKind::kLinear)
+    return std::nullopt;
+  if (follows(found.product + 1, OperatorKind::kRope))
+    found.rope = found.product + 1;
+  if (found.norm < 0 && found.rope < 0)
+    return std::nullopt;
+  return found;
+}
+
+}  // namespace flowprefill
