@@ -10,6 +10,7 @@ Rows are told apart by their key `table`:
 - `operators`: time and rate of each operator in a prefill;
 - `blocking`: by granularity and run-ahead, from the dispatch of a short prompt during a long one to
   its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
+- `long_blocking`: the same waiting during one prefill of the longest prompt, beyond LONG tokens;
   `at_once`: the same where the next segment is launched as soon as one begins, not shortly before
   it ends;
 - `cost`: what cutting costs, prefills of all granularities in turns (gpu_cost.py);
@@ -53,8 +54,8 @@ from flowprefill.engine.loading import model_shape, plan_options
 from flowprefill.scheduling.cost_model import CostModel, MachineRates, attention_pairs
 
 PARTS = (
-    "prefill", "decode", "operators", "blocking", "cost", "at_once", "hol", "torch", "preemptible",
-    "run_ahead", "make_run", "eager", "transformers",
+    "prefill", "decode", "operators", "blocking", "long_blocking", "cost", "at_once", "hol",
+    "torch", "preemptible", "run_ahead", "make_run", "eager", "transformers",
 )  # fmt: skip
 USUAL = "budget:0.5"
 GRANULARITIES = ("budget:0.3", USUAL, "budget:1", "budget:2", "none")
@@ -179,6 +180,8 @@ class ShapeBench:
                 self._operators(model, tokens)
         if self._wants("blocking", 20):
             self._blocking(model, 1)
+        if max(lengths) > LONG and self._wants("long_blocking", 30):
+            self._long_blocking(model)
         for tokens in lengths if self._wants("cost", 10) else ():
             for row in cost_rows(model, self._plan, tokens, self._has):
                 self._keep("cost", **row)
@@ -270,6 +273,28 @@ class ShapeBench:
                 of_none=self._prefilled_s[long_tokens, "none"] / long_s,
                 blocked=len(waits),
             )
+
+    def _long_blocking(self, model: GpuModel) -> None:
+        """Measure how long short prompts wait that come all through one prefill of the longest."""
+        long_tokens, plan = max(self._args.tokens), self._plan(USUAL)
+        for _ in range(3):
+            model.prefill_s(SHORT_TOKENS, plan)
+        predicted_s = CostModel(self._shape, self._rates).prefill_s(long_tokens)
+        delays_s = [SPAN * predicted_s / SHORTS] * SHORTS
+        with model.recorded() as segments:
+            waits = [
+                wait_s
+                for wait_s, _ in shorts_beside(model, plan, (long_tokens, SHORT_TOKENS), delays_s)
+            ]
+        lengths = [segment.end_s - segment.start_s for segment in segments]
+        self._keep(
+            "long_blocking",
+            granularity=USUAL,
+            long_tokens=long_tokens,
+            **quantiles("blocking", waits, SHARES),
+            **quantiles("segment", lengths, SHARES),
+            blocked=len(waits),
+        )
 
     def _shorts(
         self,

@@ -28,6 +28,15 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "blocked": "samples",
         },
     ),
+    "long_blocking": (
+        "Short prompts during the longest one",
+        {
+            "weights": "weights", "granularity": "granularity", "long_tokens": "long tokens",
+            "blocking_p50_s": "blocking p50 ms", "blocking_p99_s": "p99 ms",
+            "blocking_max_s": "max ms", "segment_p99_s": "segment p99 ms",
+            "segment_max_s": "max ms ", "blocked": "samples",
+        },
+    ),
     "cost": (
         "What cutting a prefill costs",
         {

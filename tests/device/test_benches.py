@@ -173,6 +173,21 @@ def test_the_bench_of_a_shape_fills_its_tables(
 
 
 @on(GPUS)
+def test_the_bench_of_a_shape_measures_waiting_behind_the_longest_prompt(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_shape, "LONG", 256)
+    monkeypatch.setattr(gpu_shape, "SHORTS", 4)
+    path = tmp_path / "gpu.json"
+    flags = ["--shape", "tiny", "--layers", "1", "--tokens", "64", "520", "--limit-s", "1e9"]
+    parts = ["--parts", "long_blocking", "--json", str(path)]
+    assert main(["bench", "gpu", *flags, *parts]) == 0
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["table"] == "long_blocking"]
+    assert [(row["granularity"], row["long_tokens"]) for row in rows] == [(gpu_shape.USUAL, 520)]
+    assert rows[0]["segment_max_s"] > 0
+
+
+@on(GPUS)
 def test_the_bench_of_goodput_keeps_one_engine_of_random_weights(device: Device) -> None:
     settings = {**device.settings, "calibrate": False, "max_model_len": 512}
     del settings["granularity"]
