@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "graph/key_chunks.h"
 #include "graph/slices.h"
 
 namespace flowprefill {
@@ -16,7 +17,10 @@ class Planner {
         batch_(batch),
         o_(options),
         cuts_(cuts),
-        cost_(graph, batch, options.rates, cuts.costs) {}
+        cost_(graph, batch, options.rates, cuts.costs) {
+    if (cuts.chunks_keys)
+      chunks_ = KeyChunks::of(graph.attention.heads, cuts.multiprocessors);
+  }
 
   Plan make() {
     const int32_t rows = batch_.rows();
@@ -170,17 +174,40 @@ class Planner {
 
   void add_attention(int32_t index, int32_t begin, int32_t end) {
     for (int32_t row = begin; row < end;) {
-      const int32_t stop = std::min(row + attention_rows(g_.op(index), row, end), end);
-      add_parts(index, row, stop, least_kv_heads(row, stop));
+      const SliceRules rules = slice_rules(g_.op(index), row, end);
+      const int32_t stop = std::min(row + attention_rows(g_.op(index), row, end, rules), end);
+      add_parts(index, row, stop, least_kv_heads(row, stop, rules));
       row = stop;
     }
   }
 
+  // What holds for a slice of attention from some row on.
+  struct SliceRules {
+    int32_t end;  // of its rows, if it does not have all that there are
+    int32_t row_step;
+    int32_t least_queries;
+  };
+
+  // The rows of a slice whose keys are split have the same chunks. Windows are not split.
+  SliceRules slice_rules(const Operator& op, int32_t row, int32_t end) const {
+    const SliceRules whole{end, cuts_.row_step, cuts_.min_attention_queries};
+    if (chunks_.count == 0 || op.window > 0)
+      return whole;
+    const auto s = std::ranges::upper_bound(batch_.sequences, row, {}, &Sequence::row_end);
+    const int32_t position = s == batch_.sequences.end() ? 0 : s->context + row - s->row_begin;
+    if (chunks_.keys_at(position) == 0)
+      return whole;
+    const int32_t chunks = chunks_.count_at(position);
+    return {.end = std::min({end, s->row_end(), row + (chunks_.end_at(position) - position)}),
+            .row_step = cuts_.chunk_row_step,
+            .least_queries = (cuts_.min_attention_queries + chunks - 1) / chunks};
+  }
+
   // KV heads of a slice over these rows.
-  int32_t least_kv_heads(int32_t begin, int32_t end) const {
+  int32_t least_kv_heads(int32_t begin, int32_t end, const SliceRules& rules) const {
     const int32_t all = g_.attention.kv_heads;
     const int64_t queries = queries_of_kv_head(begin, end);
-    const int64_t wanted = (cuts_.min_attention_queries + queries - 1) / queries;
+    const int64_t wanted = (rules.least_queries + queries - 1) / queries;
     return cuts_.slices_heads ? static_cast<int32_t>(std::min<int64_t>(wanted, all)) : all;
   }
 
@@ -197,20 +224,24 @@ class Planner {
 
   // Most rows from `row` whose attention fits the budget, head by head if that comes first, in
   // equal slices of whole row blocks; not so few that all heads of them leave the device idle.
-  int32_t attention_rows(const Operator& op, int32_t row, int32_t end) const {
+  int32_t attention_rows(const Operator& op, int32_t row, int32_t end,
+                         const SliceRules& rules) const {
     const bool heads_first = cuts_.slices_heads && !cuts_.slices_rows_first;
     const double budget_s = o_.budget_s * (heads_first ? g_.parts(op) : 1);
+    if (cost_.operator_s(op, row, end) <= budget_s)
+      return end - row;
+    end = rules.end;
     const double total = cost_.operator_s(op, row, end);
     if (total <= budget_s)
       return end - row;
     const auto all = static_cast<double>(end - row);
     const double queries = static_cast<double>(queries_of_kv_head(row, end)) * g_.parts(op);
-    const double least = std::min(cuts_.min_attention_queries / queries, 1.0) * all;
+    const double least = std::min(rules.least_queries / queries, 1.0) * all;
     const auto slices = static_cast<int32_t>(std::min(total / budget_s, all)) + 1;
-    const int32_t steps = (end - row + slices - 1) / slices / cuts_.row_step;
-    const int32_t rows = whole_turns(cuts_, steps) * cuts_.row_step;
-    const auto least_steps = static_cast<int32_t>(std::ceil(least / cuts_.row_step));
-    return std::max({rows, least_steps * cuts_.row_step, cuts_.row_step});
+    const int32_t steps = (end - row + slices - 1) / slices / rules.row_step;
+    const int32_t rows = whole_turns(cuts_, steps) * rules.row_step;
+    const auto least_steps = static_cast<int32_t>(std::ceil(least / rules.row_step));
+    return std::min(std::max({rows, least_steps * rules.row_step, rules.row_step}), end - row);
   }
 
   // One operator over some rows, in as many equal slices of its parts as the budget wants, each of
@@ -326,6 +357,7 @@ class Planner {
   const PlanOptions& o_;
   const CutRules& cuts_;
   const Cost cost_;
+  KeyChunks chunks_;
   Plan plan_;
   int32_t tile_ = 0;
   int32_t base_ = 0;

@@ -46,6 +46,10 @@ struct CutRules {
   // Each sequence's count as whole tiles of those that share a KV head.
   int32_t min_attention_queries = 1;
   int32_t attention_tile = 1;
+  // Whether the device's attention splits the keys of rows far back (KeyChunks): then slices of as
+  // many pairs for all chunks together do, of a multiple of chunk_row_step rows.
+  bool chunks_keys = false;
+  int32_t chunk_row_step = 1;
   int32_t embed_rows = 512;     // rows of a step before the layers
   int32_t head_tile_rows = 64;  // rows that go through what follows the layers together
   CostRules costs;

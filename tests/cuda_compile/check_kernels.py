@@ -53,6 +53,7 @@ TENSOR_CORE = (
     "gemm_ampere_256x128<bf16>", "gemm_ampere_256x128<float>",
     "gemm_gated_ampere_64x64", "gemm_gated_ampere_128x128", "gemm_gated_ampere_256x128",
 )  # fmt: skip
+HOPPER_PLAIN = tuple(f"attention_merge_rows_kernel<{dim}>" for dim in (64, 128, 256))
 HOPPER = (
     *(f"attention_hopper<{dim}{form}>" for dim in (64, 128, 256)
       for form in ("", ", window", ", window, cap")),
@@ -61,7 +62,7 @@ HOPPER = (
 EXPECTED = {
     "sm_80": (PORTABLE, TENSOR_CORE, "HMMA"),
     "sm_90": (PORTABLE, TENSOR_CORE, "HMMA"),
-    "sm_90a": ((), HOPPER, "HGMMA"),
+    "sm_90a": (HOPPER_PLAIN, HOPPER, "HGMMA"),
     "sm_100": (PORTABLE, TENSOR_CORE, "HMMA"),
 }
 

@@ -231,7 +231,18 @@ cudaError_t launch_attention(const AttentionArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_attention_hopper(const AttentionArgs& args, cudaStream_t stream) {
   check_rows(args);
-  return launch("attention_hopper", stream, [args] { fake_kernels::attention_of_rows(args); });
+  std::function<void()> tiles = [args] { fake_kernels::attention_of_rows(args); };
+  std::function<void()> merges = [] {};
+#ifdef FP_SIMT
+  if (with_bodies()) {
+    tiles = [args] { simt::run_attention_rows(args); };
+    merges = [args] { simt::run_attention_row_merges(args); };
+  }
+#endif
+  const cudaError_t code = launch("attention_hopper", stream, std::move(tiles));
+  if (code != cudaSuccess || args.num_merges == 0)
+    return code;
+  return launch("attention_merge", stream, std::move(merges));
 }
 
 bool has_hopper_attention() {

@@ -195,7 +195,11 @@ TEST_F(ModelPlanTest, inputs_split_keys_by_a_sequence_s_own_sizes) {
     };
     std::vector<int64_t> entries(batch.sequences.size());  // computed of all keys
     const auto of_hopper = [&](const AttentionLaunches& launches) {
-      for (const AttentionTile& tile : list(launches.row_tiles, launches.num_row_tiles)) {
+      if (launches.row_lists.empty())
+        return;
+      const AttentionLists& lists = launches.row_lists.front();
+      EXPECT_EQ(lists.num_merges, 0) << "no key is beyond 32k";
+      for (const AttentionTile& tile : list(lists.tiles, lists.num_tiles)) {
         const auto of = static_cast<size_t>(tile.sequence) - 1;
         EXPECT_TRUE(rules.is_for_hopper(batch.sequences[of].rows));
         entries[of] += 4 * std::min(attention_rows_of_tile(128), tile.entries - tile.entry);
@@ -313,6 +317,47 @@ TEST_F(ModelLaunchesTest, of_attention_are_left_out_where_a_list_is_known_to_be_
     EXPECT_EQ(num_ran("attention_hopper"), has_graphs ? 2 : 0);
     tear_down();
   }
+}
+
+// The last rows of a prompt beyond 32k tokens; the first have no chunks.
+TEST_F(ModelLaunchesTest, of_attention_over_chunks_of_keys_are_counted_as_they_are_made) {
+  fake_cudart::set_compute_capability(90);
+  constexpr int32_t kTokens = 64;  // of a block
+  constexpr int32_t kRows = 128;
+  options_.has_graphs = false;
+  options_.max_context = 34000;
+  options_.max_tokens = kRows;
+  options_.cuts.max_tile_rows = kRows;
+  plan_options_.granularity = Granularity::kNone;
+  const TinyModel tiny(Kind::kLlama, 1);
+  std::vector<int64_t> merges;
+  for (const int32_t context : {32768 - kRows, 32768 - kRows / 2}) {
+    Batch batch;
+    batch.tokens = tiny.random_tokens(kRows, 1);
+    batch.sequences.push_back({.row_begin = 0,
+                               .rows = kRows,
+                               .context = context,
+                               .block_table = std::vector<int32_t>(1000)});
+    model_ = std::make_unique<CudaBackend>(tiny.graph(), options_);
+    tiny.load_into(*model_);
+    model_->allocate_cache(kTokens, 1);
+    start();
+    size_t before = 0, counted = 0, launched = 0;
+    before_launch_ = [&](Program&, size_t) { before = fake_cudart::count("cudaLaunchKernel"); };
+    after_launch_ = [&](Program& program, size_t segment) {
+      launched += fake_cudart::count("cudaLaunchKernel") - before;
+      counted += dynamic_cast<CudaModelProgram&>(program).num_kernels(segment);
+    };
+    fake_kernels::reset();
+    add(1, program_of(std::move(batch)));
+    execute_to_end(1);
+    EXPECT_EQ(counted, launched + 2) << "all but the portable kernels: padding";
+    EXPECT_EQ(num_ran("attention_hopper"), 1);
+    EXPECT_EQ(num_ran("attention"), 0);
+    merges.push_back(num_ran("attention_merge"));
+    tear_down();
+  }
+  EXPECT_EQ(merges, (std::vector<int64_t>{0, 1}));
 }
 
 TEST_F(ModelPlanTest, buckets_share_graphs_between_budgets_that_cut_alike) {

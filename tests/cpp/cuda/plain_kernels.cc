@@ -329,7 +329,7 @@ void attention_of_rows(const AttentionArgs& args) {
   const int32_t group = args.heads / args.kv_heads;
   for (int32_t i = 0; i < args.num_tiles; ++i) {
     const AttentionTile& tile = args.tiles[i];
-    if (tile.sequence <= 0)
+    if (tile.sequence <= 0 || tile.chunk > 0)
       continue;
     const int32_t end = std::min(tile.entry + attention_rows_of_tile(args.head_dim), tile.entries);
     for (int32_t entry = tile.entry * group; entry < end * group; ++entry) {

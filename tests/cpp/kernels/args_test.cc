@@ -277,6 +277,18 @@ TEST(AttentionArgs, ForHopperSayWhichFieldIsWrong) {
   EXPECT_EQ(refusal_of_rows([](Args& a) { a.cache.block_shift = 2; }),
             "block_shift: got 2, expected at least 3 (blocks of 8 tokens)");
   EXPECT_EQ(refusal_of_rows([](Args& a) { a.rows = 0; }), "rows: got 0, expected at least 1");
+  alignas(16) float partials[4] = {};
+  const auto with_chunks = [&](auto change) {
+    return refusal_of_rows([&](Args& a) {
+      a.num_merges = 1, a.partial_rows = 1, a.partials = partials;
+      change(a);
+    });
+  };
+  EXPECT_EQ(with_chunks([](Args&) {}), "accepted");
+  EXPECT_EQ(with_chunks([](Args& a) { a.window = 5; }),
+            "num_merges: got 1, expected 0 within a window: these tiles have no chunks");
+  EXPECT_EQ(with_chunks([](Args& a) { a.partial_rows = 0; }),
+            "partial_rows: got 0, expected at least 1");
 }
 
 }  // namespace

@@ -270,6 +270,23 @@ TEST(AttentionTiles, RefusesWhatNoKernelCanTake) {
             "rows: got 5, expected rows times query heads per KV head at most 16 for decoding");
 }
 
+TEST(AttentionRowTiles, RefuseRowsThatEndInDifferentChunks) {
+  const auto message = [](const AttentionSlice& slice) -> std::string {
+    try {
+      attention_row_tiles(std::vector<AttentionSlice>{slice}, 128);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(message({0, 128, 128, 0, 128}), "accepted");
+  EXPECT_EQ(message({0, 129, 128, 0, 128}),
+            "rows: got 129, expected rows that end in the chunk in which the first does");
+  EXPECT_EQ(message({0, 8, 128, 0, 192}),
+            "chunk_keys: got 192, expected a multiple of 128 (0: not split)");
+  EXPECT_EQ(message({0, 8, 128, 0, 0, true}), "is_decode: got 1, expected 0: of many rows");
+}
+
 TEST(Fragments, EveryElementOfEveryOperandLiesInOnePlace) {
   std::array<std::array<int, 16>, 16> a = {};
   std::array<std::array<int, 8>, 16> b = {};

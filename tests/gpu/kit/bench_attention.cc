@@ -1,9 +1,5 @@
 // Section "attention": causal attention over the paged cache, prefill and decode.
 #include <algorithm>
-#include <cmath>
-#include <numeric>
-#include <random>
-#include <span>
 
 #include "devices/cuda/kernels/attention_split.h"
 #include "kernel_bench.h"
@@ -31,12 +27,6 @@ constexpr Case kCases[] = {{"prefill 2k", 1, 0, 2048},
                            {"decode 32 on 2k", 32, 2047, 1},
                            {"decode 64 on 8k", 64, 8191, 1}};
 
-int multiprocessors() {
-  int count = 0;
-  FP_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
-  return count;
-}
-
 // chunk_keys: 0: the keys are not split.
 std::vector<AttentionSlice> slices_of(const Case& one, int32_t chunk_keys) {
   const AttentionSplit split{multiprocessors(), kHeads / kKv, kKv};
@@ -50,14 +40,6 @@ std::vector<AttentionSlice> slices_of(const Case& one, int32_t chunk_keys) {
                       .is_decode = split.is_decode(one.rows)});
   }
   return slices;
-}
-
-// Blocks of the cache in no order, as a server has them after a while.
-std::vector<int32_t> shuffled_blocks(int count) {
-  std::vector<int32_t> out(static_cast<size_t>(count));
-  std::iota(out.begin(), out.end(), 0);
-  std::shuffle(out.begin(), out.end(), std::mt19937(5));
-  return out;
 }
 
 void tell(const Case& one, const char* how, double us) {
@@ -90,29 +72,6 @@ void bench_tiles(const Case& one, const char* how, const std::vector<AttentionSl
   tell(one, how, device_us([&](cudaStream_t s) { FP_CUDA(launch_attention(args, s)); }, stream, 5));
 }
 
-std::vector<Bf16> output_of(const AttentionArgs& args, size_t elements) {
-  std::vector<Bf16> output(elements);
-  FP_CUDA(cudaDeviceSynchronize());
-  FP_CUDA(cudaMemcpy(output.data(), args.out, elements * sizeof(Bf16), cudaMemcpyDeviceToHost));
-  return output;
-}
-
-// By how much the other kernel's output is off, as shares of the largest element; a NaN stays.
-void tell_difference(const Case& one, std::span<const Bf16> portable, std::span<const Bf16> other) {
-  double worst = 0, squares = 0, largest = 0;
-  for (size_t i = 0; i < portable.size(); ++i) {
-    const double difference = std::abs(widen(portable[i]) - widen(other[i]));
-    worst = std::isnan(worst) || difference <= worst ? worst : difference;
-    squares += difference * difference;
-    largest = std::max<double>(largest, std::abs(widen(portable[i])));
-  }
-  const double typical = std::sqrt(squares / static_cast<double>(portable.size()));
-  say("attention", std::string(one.name) + ", hopper's output",
-      text(
-          "off the portable one's by %.2g of its largest element at most (%.2g), %.2g of it by RMS",
-          worst / largest, largest, typical / largest));
-}
-
 // Hopper's kernel on the same operands, after the portable one: args.out has that one's output.
 void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
   const std::vector<AttentionTile> tiles = attention_row_tiles(slices_of(one, 0), kDim);
@@ -130,7 +89,8 @@ void bench_hopper(const Case& one, AttentionArgs args, cudaStream_t stream) {
     static_cast<void>(cudaGetLastError());
     return;
   }
-  tell_difference(one, portable, output_of(args, elements));
+  tell_difference("attention", std::string(one.name) + ", hopper's output", portable,
+                  output_of(args, elements));
   tell(one, ", hopper",
        device_us([&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(args, s)); }, stream, 5));
 }

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
-#include <random>
 
 #include "devices/cuda/backend/gemm_selector.h"
 #include "devices/cuda/runtime/stream_event.h"
@@ -15,32 +14,6 @@ namespace flowprefill {
 namespace {
 
 constexpr int kTile = 2048;  // rows that go through a layer together
-constexpr double kWarmUs = 150e3;
-
-struct Variant {
-  std::string name;
-  Launch launch;
-};
-
-void compare(const std::string& what, const std::vector<Variant>& variants, int rounds,
-             cudaStream_t stream) {
-  const double first_us = once_us(variants[0].launch, 1, stream);
-  const int times = static_cast<int>(std::clamp(3000.0 / first_us, 1.0, 50.0));
-  for (const double until = now_us() + kWarmUs; now_us() < until;)
-    once_us(variants[0].launch, times, stream);
-  std::vector<std::vector<double>> us(variants.size()), share(variants.size());
-  for (int round = 0; round < rounds; ++round) {
-    for (size_t i = 0; i < variants.size(); ++i) {
-      us[i].push_back(once_us(variants[i].launch, times, stream));
-      share[i].push_back(us[i].back() / us[0].back());
-    }
-  }
-  for (size_t i = 0; i < variants.size(); ++i) {
-    say("cuts", what + ", " + variants[i].name,
-        text("%.1f us\t%+.2f us\t%+.2f %%", median(us[i]), median(us[i]) - median(us[0]),
-             100 * (median(share[i]) - 1)));
-  }
-}
 
 // ---- products
 
@@ -110,7 +83,7 @@ void bench_products(Products& products, cudaStream_t stream) {
     return sliced(products, name, std::move(widths), rows, kHidden, true);
   };
   compare(
-      "gate_up x 2048",
+      "cuts", "gate_up x 2048",
       {gate_up("whole", {28672}), gate_up("2 halves", {14336, 14336}),
        gate_up("2 as planned", {10496, 18176}), gate_up("2, as 49 and 41 of 320", {15680, 12992}),
        gate_up("3 equal", {9600, 9600, 9472}), gate_up("3 as planned", {7680, 10496, 10496}),
@@ -119,7 +92,7 @@ void bench_products(Products& products, cudaStream_t stream) {
   const auto down = [&](const std::string& name, std::vector<int> widths, int rows = kTile) {
     return sliced(products, name, std::move(widths), rows, kInner, false);
   };
-  compare("down x 2048",
+  compare("cuts", "down x 2048",
           {down("whole", {4096}), down("2 halves", {2048, 2048}),
            down("3072 and 1024", {3072, 1024}), down("2 halves of rows", {4096}, 1024)},
           15, stream);
@@ -149,7 +122,7 @@ void bench_events(Products& products, cudaStream_t stream) {
       }
     };
   };
-  compare("24 products o x 2048, after each",
+  compare("cuts", "24 products o x 2048, after each",
           {{"nothing", between(0, cudaEventDefault)},
            {"two events that wake", between(2, cudaEventBlockingSync)},
            {"one event that wakes", between(1, cudaEventBlockingSync)},
@@ -195,10 +168,7 @@ void bench_attention_slices(int context, int rounds, cudaStream_t stream) {
   const int64_t half = int64_t{kKv} * kBlockTokens * kDim;
   const DeviceBuffer cache = random_halves(size_t(blocks) * 2 * size_t(half), 1, 7);
   const DeviceBuffer q = random_halves(size_t{kTile} * kHeads * kDim, 0.13f, 8), out(q.bytes());
-  std::vector<int32_t> table(static_cast<size_t>(blocks));
-  std::iota(table.begin(), table.end(), 0);
-  std::shuffle(table.begin(), table.end(), std::mt19937(5));
-  const DeviceBuffer tables = on_device(table);
+  const DeviceBuffer tables = on_device(shuffled_blocks(blocks));
   const AttentionArgs args{.q = halves(q),
                            .ld_q = kHeads * kDim,
                            .out = halves(out),
@@ -221,7 +191,7 @@ void bench_attention_slices(int context, int rounds, cudaStream_t stream) {
                                     {2048, 1},
                                     {256, 8}})
     variants.push_back(attention(args, context, rows, heads));
-  compare("attention of 2048 rows on " + std::to_string(context), variants, rounds, stream);
+  compare("cuts", "attention of 2048 rows on " + std::to_string(context), variants, rounds, stream);
 }
 
 }  // namespace

@@ -1,13 +1,15 @@
 // Times the CUDA kernels on the shapes of Llama-3.1-8B, and what launching costs the host. run.sh's
 // stage "kernels" runs it, alone on the GPU.
-//   kernel_bench [host] [decode_layer] [attention] [rows] [cuts] [gemm]   (none: all). One line per
-//   figure, fields parted by tabs. Status 77: no GPU. LT=path:path says where cuBLASLt may lie.
+//   kernel_bench [host] [decode_layer] [attention] [rows] [cuts] [chunks] [gemm]   (none: all). One
+//   line per figure, fields parted by tabs. Status 77: no GPU. LT=path:path says where cuBLASLt may
+//   lie.
 #include "kernel_bench.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <utility>
 
@@ -140,15 +142,73 @@ double device_us(const Launch& launch, cudaStream_t stream, int rounds) {
   return median(us);
 }
 
+void compare(const char* section, const std::string& what, const std::vector<Variant>& variants,
+             int rounds, cudaStream_t stream) {
+  constexpr double kWarmUs = 150e3;
+  const double first_us = once_us(variants[0].launch, 1, stream);
+  const int times = static_cast<int>(std::clamp(3000.0 / first_us, 1.0, 50.0));
+  for (const double until = now_us() + kWarmUs; now_us() < until;)
+    once_us(variants[0].launch, times, stream);
+  std::vector<std::vector<double>> us(variants.size()), share(variants.size());
+  for (int round = 0; round < rounds; ++round) {
+    for (size_t i = 0; i < variants.size(); ++i) {
+      us[i].push_back(once_us(variants[i].launch, times, stream));
+      share[i].push_back(us[i].back() / us[0].back());
+    }
+  }
+  for (size_t i = 0; i < variants.size(); ++i) {
+    say(section, what + ", " + variants[i].name,
+        text("%.1f us\t%+.2f us\t%+.2f %%", median(us[i]), median(us[i]) - median(us[0]),
+             100 * (median(share[i]) - 1)));
+  }
+}
+
+int multiprocessors() {
+  int count = 0;
+  FP_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
+  return count;
+}
+
+std::vector<int32_t> shuffled_blocks(int count) {
+  std::vector<int32_t> out(static_cast<size_t>(count));
+  std::iota(out.begin(), out.end(), 0);
+  std::shuffle(out.begin(), out.end(), std::mt19937(5));
+  return out;
+}
+
+std::vector<Bf16> output_of(const AttentionArgs& args, size_t elements) {
+  std::vector<Bf16> output(elements);
+  FP_CUDA(cudaDeviceSynchronize());
+  FP_CUDA(cudaMemcpy(output.data(), args.out, elements * sizeof(Bf16), cudaMemcpyDeviceToHost));
+  return output;
+}
+
+void tell_difference(const char* section, const std::string& what, std::span<const Bf16> portable,
+                     std::span<const Bf16> other) {
+  double worst = 0, squares = 0, largest = 0;
+  for (size_t i = 0; i < portable.size(); ++i) {
+    const double difference = std::abs(widen(portable[i]) - widen(other[i]));
+    worst = std::isnan(worst) || difference <= worst ? worst : difference;
+    squares += difference * difference;
+    largest = std::max<double>(largest, std::abs(widen(portable[i])));
+  }
+  const double typical = std::sqrt(squares / static_cast<double>(portable.size()));
+  say(section, what,
+      text(
+          "off the portable one's by %.2g of its largest element at most (%.2g), %.2g of it by RMS",
+          worst / largest, largest, typical / largest));
+}
+
 namespace {
 
 struct Section {
   const char* name;
   void (*bench)(cudaStream_t);
 };
-constexpr Section kSections[] = {{"host", bench_host},           {"decode_layer", bench_decode},
-                                 {"attention", bench_attention}, {"rows", bench_rows},
-                                 {"cuts", bench_cuts},           {"gemm", bench_gemm}};
+constexpr Section kSections[] = {
+    {"host", bench_host}, {"decode_layer", bench_decode}, {"attention", bench_attention},
+    {"rows", bench_rows}, {"cuts", bench_cuts},           {"chunks", bench_chunks},
+    {"gemm", bench_gemm}};
 
 bool is_wanted(const char* name, int argc, char** argv) {
   return argc < 2 || std::any_of(argv + 1, argv + argc,

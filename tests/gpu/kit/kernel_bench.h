@@ -5,6 +5,7 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -67,6 +68,24 @@ double once_us(const Launch& launch, int times, cudaStream_t stream);
 // or more.
 double device_us(const Launch& launch, cudaStream_t stream, int rounds = 7);
 
+// Launches of the same work, each in turn with the others, so that clocks and temperature are the
+// same for all. Tells the median of each, and its share of the first one's of its round.
+struct Variant {
+  std::string name;
+  Launch launch;
+};
+void compare(const char* section, const std::string& what, const std::vector<Variant>& variants,
+             int rounds, cudaStream_t stream);
+
+int multiprocessors();
+// Blocks of the cache in no order, as a server has them after a while.
+std::vector<int32_t> shuffled_blocks(int count);
+// What attention left there.
+std::vector<Bf16> output_of(const AttentionArgs& args, size_t elements);
+// By how much another kernel's output is off, as shares of the largest element; a NaN stays.
+void tell_difference(const char* section, const std::string& what, std::span<const Bf16> portable,
+                     std::span<const Bf16> other);
+
 // Without measured choices, as an engine with cuBLASLt has it; why that library is not there.
 std::unique_ptr<GemmSelector> make_selector(std::string* reason);
 
@@ -76,5 +95,6 @@ void bench_attention(cudaStream_t stream);
 void bench_rows(cudaStream_t stream);
 void bench_gemm(cudaStream_t stream);
 void bench_cuts(cudaStream_t stream);
+void bench_chunks(cudaStream_t stream);
 
 }  // namespace flowprefill

@@ -32,7 +32,18 @@ class Writer {
 struct Slices {
   std::vector<AttentionSlice> portable = {};
   std::vector<AttentionSlice> hopper = {};
+  std::vector<AttentionSlice> chunked = {};  // hopper's, with chunks
 };
+
+// Takes the first rows of a slice away from it.
+AttentionSlice first_rows_of(AttentionSlice& slice, int32_t rows) {
+  AttentionSlice first = slice;
+  first.rows = std::min(slice.rows, rows);
+  slice.row += first.rows;
+  slice.position += first.rows;
+  slice.rows -= first.rows;
+  return first;
+}
 
 Slices slices_in(const Batch& batch, const AttentionRows& rows, const AttentionRules& rules) {
   Slices slices;
@@ -42,15 +53,19 @@ Slices slices_in(const Batch& batch, const AttentionRows& rows, const AttentionR
     const int32_t end = std::min(rows.end, s.row_end());
     if (begin >= end)
       continue;
-    const bool is_for_hopper = rules.is_for_hopper(s.rows);
-    auto& of_kernel = is_for_hopper ? slices.hopper : slices.portable;
-    of_kernel.push_back(
-        {.row = begin - rows.base,
-         .rows = end - begin,
-         .position = s.context + begin - s.row_begin,
-         .sequence = static_cast<int32_t>(i),
-         .chunk_keys = is_for_hopper ? 0 : rules.split.chunk_keys(s.rows, s.length()),
-         .is_decode = !is_for_hopper && rules.split.is_decode(s.rows)});
+    AttentionSlice slice{.row = begin - rows.base,
+                         .rows = end - begin,
+                         .position = s.context + begin - s.row_begin,
+                         .sequence = static_cast<int32_t>(i)};
+    if (rules.is_for_hopper(s.rows)) {
+      for (const AttentionSlice& part :
+           row_slices(slice, rows.is_windowed ? KeyChunks{} : rules.chunks))
+        (part.chunk_keys > 0 ? slices.chunked : slices.hopper).push_back(part);
+      continue;
+    }
+    slice.chunk_keys = rules.split.chunk_keys(s.rows, s.length());
+    slice.is_decode = rules.split.is_decode(s.rows);
+    slices.portable.push_back(slice);
   }
   return slices;
 }
@@ -66,14 +81,41 @@ size_t slices_of_launch(std::span<const AttentionSlice> slices, int64_t room, in
   return count;
 }
 
+// Takes so many rows away from the slices.
+std::vector<AttentionSlice> first_rows(std::span<AttentionSlice>& slices, int32_t rows) {
+  std::vector<AttentionSlice> first;
+  while (rows > 0 && !slices.empty()) {
+    first.push_back(first_rows_of(slices.front(), rows));
+    rows -= first.back().rows;
+    if (slices.front().rows == 0)
+      slices = slices.subspan(1);
+  }
+  return first;
+}
+
+// Tiles of Hopper's kernel are those of whole rows; what its partial results are merged by, of
+// (row, query head) pairs.
+void put_row_tiles(Writer& out, const PlanShape& shape, const AttentionLaunches& launches,
+                   Slices slices) {
+  std::span<AttentionSlice> rest = slices.chunked;
+  for (const AttentionLists& lists : launches.row_lists) {
+    const std::vector<AttentionSlice> chunked = first_rows(rest, launches.chunked_rows);
+    slices.hopper.insert(slices.hopper.end(), chunked.begin(), chunked.end());
+    out.put_all<AttentionTile>(lists.tiles,
+                               attention_row_tiles(slices.hopper, shape.rules.head_dim));
+    out.put_all<AttentionTile>(
+        lists.merges, attention_merges(attention_tiles(chunked, shape.rules.split.heads_per_kv)));
+    slices.hopper.clear();
+  }
+}
+
 void put_tiles(Writer& out, const PlanShape& shape, const Batch& batch) {
   const int32_t group = shape.graph.attention.heads_per_kv();
   for (size_t i = 0; i < shape.attention.size(); ++i) {
     const Slices all = slices_in(batch, shape.attention[i], shape.rules);
     std::span<const AttentionSlice> rest = all.portable;
     const AttentionLaunches& launches = shape.inputs.attention[i];
-    out.put_all<AttentionTile>(launches.row_tiles,
-                               attention_row_tiles(all.hopper, shape.rules.head_dim));
+    put_row_tiles(out, shape, launches, all);
     for (const AttentionLists& lists : launches.lists) {
       const size_t count = slices_of_launch(rest, launches.partial_rows, group);
       const std::vector<AttentionTile> tiles = attention_tiles(rest.first(count), group);
@@ -100,6 +142,16 @@ void put_sequence(Writer& out, const InputLayout& layout, const Batch& batch, si
 }
 
 }  // namespace
+
+std::vector<AttentionSlice> row_slices(AttentionSlice slice, const KeyChunks& chunks) {
+  std::vector<AttentionSlice> parts;
+  while (slice.rows > 0) {
+    const int32_t position = slice.position;
+    parts.push_back(first_rows_of(slice, chunks.end_at(position) - position));
+    parts.back().chunk_keys = chunks.keys_at(position);
+  }
+  return parts;
+}
 
 int32_t longest_table(const Batch& batch, int32_t block_tokens) {
   int32_t longest = 0;

@@ -190,6 +190,7 @@ struct CudaBackend::State {
                              .uses_hopper_attention = uses_hopper,
                              .cuts = options.cuts};
     plans.cuts.multiprocessors = card.num_multiprocessors;
+    plans.cuts.chunks_keys = plans.cuts.chunks_keys && uses_hopper;
     if (options.has_graphs)
       plans.buckets = options.buckets;
     for (const auto& [output, of] : variants) {

@@ -21,6 +21,8 @@ inline constexpr CutRules kCudaCuts{
     .slices_products = true,
     .min_attention_queries = 128 * 128,
     .attention_tile = 64,
+    .chunks_keys = true,  // of Hopper's kernel; an engine without it does not
+    .chunk_row_step = 128,
     .embed_rows = 16384,
     .head_tile_rows = 128,
     .costs = {.weight_element_bytes = 2, .embed_row_s = 2e-8, .kept_element_s = 1e-11}};

@@ -153,11 +153,7 @@ size_t OperatorKernels::num_kernels(const PlanShape& shape, const Operator& op,
   }
   if (op.kind != OperatorKind::kAttention)
     return 1;
-  const AttentionLaunches& launches = shape.inputs.attention[shape.attention_index(step)];
-  size_t count = launches.num_row_tiles > 0 ? 1 : 0;
-  for (const AttentionLists& lists : launches.lists)
-    count += lists.num_merges > 0 ? 2 : 1;
-  return count;
+  return shape.inputs.attention[shape.attention_index(step, op)].num_kernels();
 }
 
 void OperatorKernels::launch(const Call& call) const {
@@ -385,25 +381,31 @@ AttentionArgs OperatorKernels::attention_args(const Call& call) const {
 // multiprocessors with those that are. Behind Hopper's kernel the list is mostly padding: no more
 // than fill the multiprocessors, since blocks that find nothing take time too.
 void OperatorKernels::attention(const Call& call) const {
-  const size_t index = call.shape.attention_index(call.step);
-  const AttentionLaunches& launches = call.shape.inputs.attention[index];
+  const AttentionLaunches& launches =
+      call.shape.inputs.attention[call.shape.attention_index(call.step, call.op)];
   AttentionArgs args = attention_args(call);
-  if (launches.num_row_tiles > 0 && !is_padding(call.args, launches.row_tiles)) {
-    args.tiles = call.input<AttentionTile>(launches.row_tiles);
-    args.num_tiles = launches.num_row_tiles;
+  const auto takes = [&](const AttentionLists& lists) {
+    args.tiles = call.input<AttentionTile>(lists.tiles);
+    args.num_tiles = lists.num_tiles;
+    args.merges = call.input<AttentionTile>(lists.merges);
+    args.num_merges = lists.num_merges;
+    return !is_padding(call.args, lists.tiles);
+  };
+  args.partial_rows = launches.row_partial_rows;
+  for (const AttentionLists& lists : launches.row_lists) {
+    if (!takes(lists))
+      continue;
+    if (args.num_merges > 0 && is_padding(call.args, lists.merges))
+      args.num_merges = 0;
     FP_CUDA(launch_attention_hopper(args, call.args.stream), call.context);
   }
   const int32_t heads = args.kv_end - args.kv_begin;
   const int32_t units = call.shape.rules.split.multiprocessors * AttentionSplit::kBlocksPerUnit;
   args.partial_rows = launches.partial_rows;
   for (const AttentionLists& lists : launches.lists) {
-    if (is_padding(call.args, lists.tiles))
+    if (!takes(lists))
       continue;
-    args.tiles = call.input<AttentionTile>(lists.tiles);
-    args.num_tiles = lists.num_tiles;
-    args.merges = call.input<AttentionTile>(lists.merges);
-    args.num_merges = lists.num_merges;
-    const int32_t whole = launches.num_row_tiles > 0 ? 0 : lists.num_whole;
+    const int32_t whole = launches.row_lists.empty() ? lists.num_whole : 0;
     args.num_blocks = std::min(lists.num_tiles, std::max(whole, (units + heads - 1) / heads));
     FP_CUDA(launch_attention(args, call.args.stream), call.context);
   }

@@ -28,12 +28,13 @@ double planned_total(const Plan& plan) {
   return seconds;
 }
 
-std::vector<AttentionRows> attention_of(const ModelGraph& graph, const Plan& plan) {
+std::vector<AttentionRows> attention_of(const ModelGraph& graph, const Plan& plan,
+                                        const AttentionRules& rules, int32_t table_stride) {
   std::vector<AttentionRows> rows;
   for (const Step& step : plan.steps) {
     for (int32_t i = step.first; i <= step.last; ++i) {
       if (graph.op(i).kind == OperatorKind::kAttention)
-        rows.push_back({.begin = step.row_begin, .end = step.row_end, .base = step.base});
+        rows.push_back(rules.rows_of(step, graph.op(i), table_stride));
     }
   }
   std::ranges::sort(rows);
@@ -215,7 +216,7 @@ std::shared_ptr<const BuiltPlan> PlanBuilder::build(const PlanSizes& sizes, int3
   const AttentionRules rules(*graph_, options_.multiprocessors, options_.block_tokens,
                              options_.uses_hopper_attention);
   auto shape = std::make_shared<const PlanShape>(*graph_, sizes, table_stride, rules,
-                                                 attention_of(*graph_, plan));
+                                                 attention_of(*graph_, plan, rules, table_stride));
   auto built = std::make_shared<BuiltPlan>(
       BuiltPlan{.shape = std::move(shape), .compiled = CompiledProgram(graph_, std::move(plan))});
   const int32_t variant = variant_of(*built->shape, bucket);

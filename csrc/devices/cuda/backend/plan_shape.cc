@@ -45,6 +45,23 @@ int32_t tiles_of_launch(const AttentionNeeds& needs, int32_t whole, const Attent
   return static_cast<int32_t>(std::min<int64_t>(needs.num_tiles, whole + chunks));
 }
 
+// What so many rows with chunks can need at most. The rows of KeyChunks::rows positions are parted
+// once, where a chunk ends; those of a sequence begin and end anywhere.
+struct ChunkedNeeds {
+  int64_t num_tiles = 0;
+  int64_t num_merges = 0;
+};
+
+ChunkedNeeds needs_of(int64_t chunked_rows, int64_t sequences, const AttentionRules& rules,
+                      int32_t table_stride) {
+  const int64_t unfilled = 2 * (chunked_rows / rules.chunks.rows) + 4 * sequences;
+  const int64_t slices = std::min(chunked_rows, unfilled);
+  const int64_t tiles = chunked_rows / attention_rows_of_tile(rules.head_dim) + slices;
+  const int64_t entries = chunked_rows * rules.split.heads_per_kv;
+  return {.num_tiles = tiles * rules.most_chunks(table_stride),
+          .num_merges = entries / kAttentionEntries + slices};
+}
+
 }  // namespace
 
 LayoutRules lane_rules(const ModelGraph& graph) {
@@ -60,7 +77,12 @@ AttentionRules::AttentionRules(const ModelGraph& graph, int32_t multiprocessors,
             .kv_heads = graph.attention.kv_heads},
       head_dim(graph.attention.head_dim),
       block_tokens(tokens_per_block),
-      uses_hopper(has_hopper && has_hopper_block_size(tokens_per_block)) {}
+      uses_hopper(has_hopper && has_hopper_block_size(tokens_per_block)) {
+  if (!uses_hopper)
+    return;
+  chunks = KeyChunks::of(graph.attention.heads, multiprocessors);
+  chunks.step = std::max(kRowChunkStep, tokens_per_block);
+}
 
 AttentionNeeds AttentionRules::needs(int32_t rows, int32_t sequences, int32_t table_stride) const {
   const int64_t keys = int64_t{table_stride} * block_tokens;
@@ -87,6 +109,37 @@ size_t AttentionRules::scratch_bytes(const AttentionNeeds& needs) const {
   return attention_partial_bytes(partial_rows(needs), split.kv_heads, head_dim);
 }
 
+int32_t AttentionRules::most_chunks(int32_t table_stride) const {
+  const int64_t keys = int64_t{table_stride} * block_tokens;
+  return chunks.count_at(static_cast<int32_t>(std::min<int64_t>(keys, INT32_MAX) - 1));
+}
+
+int32_t AttentionRules::chunked_rows(int32_t rows, int32_t table_stride) const {
+  constexpr int32_t kStep = 384;  // rows of whole tiles, whatever the head size
+  if (most_chunks(table_stride) == 1)
+    return 0;
+  const auto bytes = static_cast<int64_t>(scratch_bytes_of(kStep, table_stride));
+  return std::min(rows, kStep * static_cast<int32_t>(std::max<int64_t>(kPartialBytes / bytes, 1)));
+}
+
+int32_t AttentionRules::partial_rows_of(int32_t chunked_rows, int32_t table_stride) const {
+  return chunked_rows * split.heads_per_kv * most_chunks(table_stride);
+}
+
+size_t AttentionRules::scratch_bytes_of(int32_t chunked_rows, int32_t table_stride) const {
+  return attention_partial_bytes(partial_rows_of(chunked_rows, table_stride), split.kv_heads,
+                                 head_dim);
+}
+
+size_t AttentionLaunches::num_kernels() const {
+  size_t count = 0;
+  for (const auto* of_kernel : {&row_lists, &lists}) {
+    for (const AttentionLists& list : *of_kernel)
+      count += list.num_merges > 0 ? 2 : 1;
+  }
+  return count;
+}
+
 InputLayout::InputLayout(const PlanSizes& sizes, int32_t stride, const AttentionRules& rules,
                          const std::vector<AttentionRows>& all_rows)
     : table_stride(stride) {
@@ -99,25 +152,19 @@ InputLayout::InputLayout(const PlanSizes& sizes, int32_t stride, const Attention
   block_tables = block.take(int64_t{sizes.sequences} * stride, sizeof(int32_t));
   sampling = block.take(sizes.sequences, sizeof(SamplingParams));
   bytes = block.end();
-  const auto take = [this](int32_t count) {
-    const size_t place = bytes;
-    bytes += static_cast<size_t>(count) * sizeof(AttentionTile);
-    return place;
-  };
   for (const AttentionRows& rows : all_rows) {
     const int32_t count = rows.end - rows.begin;
     const AttentionNeeds needs = rules.needs(count, sizes.sequences, stride);
     AttentionLaunches launches{.lists = {},
-                               .partial_rows = static_cast<int32_t>(rules.partial_rows(needs))};
-    if (rules.uses_hopper) {
-      launches.num_row_tiles = max_attention_row_tiles(count, sizes.sequences, rules.head_dim);
-      launches.row_tiles = take(launches.num_row_tiles);
-    }
+                               .partial_rows = static_cast<int32_t>(rules.partial_rows(needs)),
+                               .row_lists = {}};
+    if (rules.uses_hopper)
+      add_row_lists(launches, rows, sizes.sequences, rules);
     const int32_t whole = max_attention_tiles(count, sizes.sequences, rules.split.heads_per_kv);
     for (int32_t i = 0; i < rules.num_launches(needs); ++i) {
       const int32_t num_tiles = tiles_of_launch(needs, whole, rules);
-      launches.lists.push_back({.tiles = take(num_tiles),
-                                .merges = take(needs.num_merges),
+      launches.lists.push_back({.tiles = take_tiles(num_tiles),
+                                .merges = take_tiles(needs.num_merges),
                                 .num_tiles = num_tiles,
                                 .num_merges = needs.num_merges,
                                 .num_whole = whole});
@@ -126,9 +173,37 @@ InputLayout::InputLayout(const PlanSizes& sizes, int32_t stride, const Attention
   }
 }
 
+size_t InputLayout::take_tiles(int32_t count) {
+  const size_t place = bytes;
+  bytes += static_cast<size_t>(count) * sizeof(AttentionTile);
+  return place;
+}
+
+// One launch, unless more rows have chunks than there is room for their partial results; the first
+// has the rows without chunks too.
+void InputLayout::add_row_lists(AttentionLaunches& launches, const AttentionRows& rows,
+                                int32_t most_sequences, const AttentionRules& rules) {
+  const int32_t count = rows.end - rows.begin;
+  const int32_t chunked = rows.is_windowed ? 0 : rules.chunked_rows(count, table_stride);
+  const ChunkedNeeds needs = needs_of(chunked, most_sequences, rules, table_stride);
+  int32_t num_whole = max_attention_row_tiles(count, most_sequences, rules.head_dim);
+  launches.chunked_rows = chunked;
+  launches.row_partial_rows = rules.partial_rows_of(chunked, table_stride);
+  for (int32_t left = count; left > 0; left -= chunked == 0 ? count : chunked) {
+    const auto num_tiles = static_cast<int32_t>(num_whole + needs.num_tiles);
+    const auto num_merges = static_cast<int32_t>(needs.num_merges);
+    launches.row_lists.push_back({.tiles = take_tiles(num_tiles),
+                                  .merges = take_tiles(num_merges),
+                                  .num_tiles = num_tiles,
+                                  .num_merges = num_merges});
+    num_whole = 0;
+  }
+}
+
 // Layers of one window have the same slices. Those have at least one row each, leave at most one
 // tile per row unfilled, and a row alone has the most chunks. The lists of several launches are at
-// most three times as long together as that of one: see num_launches() and tiles_of_launch().
+// most three times as long together as that of one: see num_launches() and tiles_of_launch(); those
+// of Hopper's kernel have room for less than twice the rows.
 size_t InputLayout::max_bytes(const ModelGraph& graph, const PlanSizes& sizes, int32_t table_stride,
                               const AttentionRules& rules) {
   const size_t without_lists = InputLayout(sizes, table_stride, rules, {}).bytes;
@@ -138,8 +213,12 @@ size_t InputLayout::max_bytes(const ModelGraph& graph, const PlanSizes& sizes, i
   const int64_t whole = entries / kAttentionEntries + sizes.rows;
   const int64_t chunks = sizes.rows * int64_t{rules.needs(1, 1, table_stride).num_tiles};
   const int64_t merges = all.num_merges == 0 ? 0 : whole;
-  const int64_t row_tiles =
-      rules.uses_hopper ? max_attention_row_tiles(sizes.rows, sizes.rows, rules.head_dim) : 0;
+  const int64_t chunked = rules.chunked_rows(sizes.rows, table_stride) == 0 ? 0 : 2 * sizes.rows;
+  const ChunkedNeeds of_chunked = needs_of(chunked, chunked, rules, table_stride);
+  const int64_t row_tiles = rules.uses_hopper
+                                ? max_attention_row_tiles(sizes.rows, sizes.rows, rules.head_dim) +
+                                      of_chunked.num_tiles + of_chunked.num_merges
+                                : 0;
   const auto tiles = static_cast<size_t>(launches * (whole + merges) +
                                          std::min<int64_t>(launches, 3) * chunks + row_tiles);
   return without_lists + different_windows(graph) * tiles * sizeof(AttentionTile);
@@ -154,8 +233,15 @@ PlanShape::PlanShape(const ModelGraph& model, const PlanSizes& sizes, int32_t ta
       lane(model, lane_rules(model), sizes),
       inputs(sizes, table_stride, rules, attention) {}
 
-size_t PlanShape::attention_index(const Step& step) const {
-  const AttentionRows rows{.begin = step.row_begin, .end = step.row_end, .base = step.base};
+size_t PlanShape::scratch_bytes() const {
+  const int32_t stride = inputs.table_stride;
+  const AttentionNeeds needs = rules.needs(sizes().rows, sizes().sequences, stride);
+  return std::max(rules.scratch_bytes(needs),
+                  rules.scratch_bytes_of(rules.chunked_rows(sizes().rows, stride), stride));
+}
+
+size_t PlanShape::attention_index(const Step& step, const Operator& op) const {
+  const AttentionRows rows = rules.rows_of(step, op, inputs.table_stride);
   return static_cast<size_t>(std::ranges::lower_bound(attention, rows) - attention.begin());
 }
 

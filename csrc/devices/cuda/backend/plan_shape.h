@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "devices/cuda/kernels/attention_split.h"
+#include "graph/key_chunks.h"
 #include "graph/layout.h"
 #include "graph/model_graph.h"
 
@@ -18,6 +19,8 @@ struct AttentionRows {
   int32_t begin = 0;
   int32_t end = 0;
   int32_t base = 0;  // row that lies at the start of the tile tensors
+  // Whether the operators have windows, and so no chunks; false where nothing has.
+  bool is_windowed = false;
   auto operator<=>(const AttentionRows&) const = default;
 };
 
@@ -33,8 +36,8 @@ LayoutRules lane_rules(const ModelGraph& graph);
 // results fit the scratch.
 struct AttentionRules {
   // Least rows of a sequence, and least (row, query head) pairs of it for each multiprocessor, for
-  // Hopper's kernel: it splits no keys, so with fewer the portable one is faster. Measured on an
-  // H200 with 32 heads: 256 rows on 8k tokens take 98 us, the portable kernel 306.
+  // Hopper's kernel: up to 32k keys it splits none, so with fewer the portable one is faster.
+  // Measured on an H200 with 32 heads: 256 rows on 8k tokens take 98 us, the portable kernel 306.
   static constexpr int32_t kHopperRows = 128;
   static constexpr int32_t kHopperQueries = 28;
 
@@ -58,7 +61,21 @@ struct AttentionRules {
   // Scratch of partial results of one launch.
   size_t scratch_bytes(const AttentionNeeds& needs) const;
 
+  // Of Hopper's kernel: chunks that a row has at most; 1: block tables are too short for any.
+  int32_t most_chunks(int32_t table_stride) const;
+  // Rows with chunks that one launch of it has at most; 0: none has any.
+  int32_t chunked_rows(int32_t rows, int32_t table_stride) const;
+  // Rows of partial results of so many, and the scratch.
+  int32_t partial_rows_of(int32_t chunked_rows, int32_t table_stride) const;
+  size_t scratch_bytes_of(int32_t chunked_rows, int32_t table_stride) const;
+  // What an operator of a step attends to.
+  AttentionRows rows_of(const Step& step, const Operator& op, int32_t table_stride) const {
+    const bool is_windowed = op.window > 0 && most_chunks(table_stride) > 1;
+    return {step.row_begin, step.row_end, step.base, is_windowed};
+  }
+
   AttentionSplit split = {};
+  KeyChunks chunks = {};  // of Hopper's kernel
   int32_t head_dim = 0;
   int32_t block_tokens = 0;
   bool uses_hopper = false;
@@ -77,9 +94,13 @@ struct AttentionLists {
 // The launches of one AttentionRows.
 struct AttentionLaunches {
   std::vector<AttentionLists> lists;
-  int32_t partial_rows = 0;   // of each
-  size_t row_tiles = 0;       // AttentionTile [num_row_tiles], of launch_attention_hopper()
-  int32_t num_row_tiles = 0;  // 0: it is not used
+  int32_t partial_rows = 0;               // of each
+  std::vector<AttentionLists> row_lists;  // of launch_attention_hopper(); empty: it is not used
+  int32_t chunked_rows = 0;               // rows with chunks that each of these has at most
+  int32_t row_partial_rows = 0;           // of each of these
+
+  // One for each list of tiles, and one for what merges their chunks.
+  size_t num_kernels() const;
 };
 
 // Bytes of the inputs block; all int32 but for `sampling`.
@@ -102,6 +123,11 @@ struct InputLayout {
   // At least `bytes` of any plan of these sizes or smaller ones, whatever its slices.
   static size_t max_bytes(const ModelGraph& graph, const PlanSizes& sizes, int32_t table_stride,
                           const AttentionRules& rules);
+
+ private:
+  void add_row_lists(AttentionLaunches& launches, const AttentionRows& rows, int32_t most_sequences,
+                     const AttentionRules& rules);
+  size_t take_tiles(int32_t count);
 };
 
 struct PlanShape {
@@ -111,11 +137,9 @@ struct PlanShape {
 
   const PlanSizes& sizes() const { return lane.sizes(); }
   // Scratch of attention over any of its rows.
-  size_t scratch_bytes() const {
-    return rules.scratch_bytes(rules.needs(sizes().rows, sizes().sequences, inputs.table_stride));
-  }
+  size_t scratch_bytes() const;
   // Index into attention and inputs.attention.
-  size_t attention_index(const Step& step) const;
+  size_t attention_index(const Step& step, const Operator& op) const;
 
   const ModelGraph& graph;
   const AttentionRules rules;

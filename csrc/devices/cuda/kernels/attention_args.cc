@@ -38,8 +38,9 @@ void add_tiles(std::vector<AttentionTile>& tiles, const AttentionSlice& slice, i
     tiles.push_back(tile);
 }
 
+// by_chunk: of tiles with as many keys those of one chunk are neighbours, else those of a row.
 std::vector<AttentionTile> tiles_of(std::span<const AttentionSlice> slices, int32_t heads_per_kv,
-                                    int32_t size) {
+                                    int32_t size, bool by_chunk = false) {
   expect(heads_per_kv >= 1, "heads_per_kv", heads_per_kv, "at least 1");
   std::vector<AttentionTile> tiles;
   int64_t partial = 0;
@@ -63,11 +64,41 @@ std::vector<AttentionTile> tiles_of(std::span<const AttentionSlice> slices, int3
   }
   std::sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
     const auto rank = [&](const AttentionTile& tile) {
-      return std::tuple(-num_keys(tile, heads_per_kv, size), tile.row, tile.entry, tile.chunk);
+      return std::tuple(-num_keys(tile, heads_per_kv, size), tile.row, by_chunk ? tile.chunk : 0,
+                        tile.entry, tile.chunk);
     };
     return rank(a) < rank(b);
   });
   return tiles;
+}
+
+void check_all_but_blocks(const AttentionArgs& args) {
+  expect(has_attention_kernel(args.head_dim), "head_dim", args.head_dim, "64, 96, 128 or 256");
+  expect(args.kv_heads >= 1 && args.kv_heads <= 65535, "kv_heads", args.kv_heads, "1..65535");
+  expect(args.heads >= 1 && args.heads % args.kv_heads == 0, "heads", args.heads,
+         "a positive multiple of kv_heads");
+  expect(args.kv_begin >= 0 && args.kv_begin < args.kv_end && args.kv_end <= args.kv_heads,
+         "kv_end", args.kv_end, "more than kv_begin, at most kv_heads");
+  expect(args.num_tiles >= 1, "num_tiles", args.num_tiles, "at least 1");
+  expect(args.num_merges >= 0, "num_merges", args.num_merges, "at least 0 (0: no chunks)");
+  if (args.num_merges > 0) {
+    expect(args.partial_rows >= 1, "partial_rows", args.partial_rows, "at least 1");
+    expect(args.partials != nullptr, "partials", 0, "an address");
+    expect_aligned("partials", args.partials);
+  }
+  expect(args.window >= 0, "window", args.window, "at least 0 (0: all keys)");
+  expect(args.softcap >= 0, "softcap", static_cast<int64_t>(args.softcap), "at least 0 (0: none)");
+  expect(args.ld_q % 8 == 0 && args.ld_out % 8 == 0, "ld_q, ld_out", args.ld_q | args.ld_out,
+         "multiples of 8");
+  const CacheView& cache = args.cache;
+  expect(cache.block_shift >= 0 && cache.block_shift < 31, "block_shift", cache.block_shift,
+         "0..30");
+  expect((cache.block_stride | cache.token_stride | cache.head_stride) % 8 == 0, "cache strides",
+         cache.block_stride | cache.token_stride | cache.head_stride, "multiples of 8");
+  expect_aligned("keys", cache.keys);
+  expect_aligned("values", cache.values);
+  expect_aligned("q", args.q);
+  expect_aligned("out", args.out);
 }
 
 }  // namespace
@@ -88,10 +119,17 @@ std::vector<AttentionTile> attention_tiles(std::span<const AttentionSlice> slice
 
 std::vector<AttentionTile> attention_row_tiles(std::span<const AttentionSlice> slices,
                                                int32_t head_dim) {
-  for (const AttentionSlice& slice : slices)
-    expect(slice.chunk_keys == 0 && !slice.is_decode, "chunk_keys", slice.chunk_keys,
-           "0: these tiles have no chunks");
-  return tiles_of(slices, 1, attention_rows_of_tile(head_dim));
+  for (const AttentionSlice& slice : slices) {
+    expect(!slice.is_decode, "is_decode", 1, "0: of many rows");
+    if (slice.chunk_keys == 0)
+      continue;
+    expect(slice.chunk_keys % kRowChunkStep == 0, "chunk_keys", slice.chunk_keys,
+           "a multiple of 128 (0: not split)");
+    const int32_t last = slice.position + slice.rows - 1;
+    expect(slice.position / slice.chunk_keys == last / slice.chunk_keys, "rows", slice.rows,
+           "rows that end in the chunk in which the first does");
+  }
+  return tiles_of(slices, 1, attention_rows_of_tile(head_dim), /*by_chunk=*/true);
 }
 
 int32_t max_attention_row_tiles(int32_t rows, int32_t sequences, int32_t head_dim) {
@@ -132,45 +170,21 @@ size_t attention_shared_bytes(int32_t head_dim) {
   return sizeof(Bf16) * static_cast<size_t>(rows) * static_cast<size_t>(attention_stride(head_dim));
 }
 
+void check(const AttentionArgs& args) {
+  check_all_but_blocks(args);
+  expect(args.num_merges == 0 || args.num_blocks >= 1, "num_blocks", args.num_blocks, "at least 1");
+}
+
 void check_rows(const AttentionArgs& args) {
-  check(args);
+  check_all_but_blocks(args);
   expect(has_hopper_head_size(args.head_dim), "head_dim", args.head_dim, "64, 128 or 256");
   expect(has_hopper_block_size(1 << args.cache.block_shift), "block_shift", args.cache.block_shift,
          "at least 3 (blocks of 8 tokens)");
   expect(args.rows >= 1, "rows", args.rows, "at least 1");
-  expect(args.num_merges == 0, "num_merges", args.num_merges, "0: these tiles have no chunks");
+  expect(args.num_merges == 0 || args.window == 0, "num_merges", args.num_merges,
+         "0 within a window: these tiles have no chunks");
   expect(int64_t{args.num_tiles} * args.heads <= INT32_MAX, "num_tiles", args.num_tiles,
          "tiles times heads below 2^31");
-}
-
-void check(const AttentionArgs& args) {
-  expect(has_attention_kernel(args.head_dim), "head_dim", args.head_dim, "64, 96, 128 or 256");
-  expect(args.kv_heads >= 1 && args.kv_heads <= 65535, "kv_heads", args.kv_heads, "1..65535");
-  expect(args.heads >= 1 && args.heads % args.kv_heads == 0, "heads", args.heads,
-         "a positive multiple of kv_heads");
-  expect(args.kv_begin >= 0 && args.kv_begin < args.kv_end && args.kv_end <= args.kv_heads,
-         "kv_end", args.kv_end, "more than kv_begin, at most kv_heads");
-  expect(args.num_tiles >= 1, "num_tiles", args.num_tiles, "at least 1");
-  expect(args.num_merges >= 0, "num_merges", args.num_merges, "at least 0 (0: no chunks)");
-  if (args.num_merges > 0) {
-    expect(args.num_blocks >= 1, "num_blocks", args.num_blocks, "at least 1");
-    expect(args.partial_rows >= 1, "partial_rows", args.partial_rows, "at least 1");
-    expect(args.partials != nullptr, "partials", 0, "an address");
-    expect_aligned("partials", args.partials);
-  }
-  expect(args.window >= 0, "window", args.window, "at least 0 (0: all keys)");
-  expect(args.softcap >= 0, "softcap", static_cast<int64_t>(args.softcap), "at least 0 (0: none)");
-  expect(args.ld_q % 8 == 0 && args.ld_out % 8 == 0, "ld_q, ld_out", args.ld_q | args.ld_out,
-         "multiples of 8");
-  const CacheView& cache = args.cache;
-  expect(cache.block_shift >= 0 && cache.block_shift < 31, "block_shift", cache.block_shift,
-         "0..30");
-  expect((cache.block_stride | cache.token_stride | cache.head_stride) % 8 == 0, "cache strides",
-         cache.block_stride | cache.token_stride | cache.head_stride, "multiples of 8");
-  expect_aligned("keys", cache.keys);
-  expect_aligned("values", cache.values);
-  expect_aligned("q", args.q);
-  expect_aligned("out", args.out);
 }
 
 }  // namespace flowprefill

@@ -1,6 +1,7 @@
 // AttentionArgs, AttentionTile: causal attention of ragged rows over the paged KV cache, cut into
 // tiles. Tiles are made on the host per run (attention_tiles), uploaded, and read by the kernel.
-// Where few rows have many keys, the keys are split into chunks too (attention_split.h).
+// Where few rows have many keys, the keys are split into chunks too (attention_split.h), and those
+// of rows far back in a long sequence (graph/key_chunks.h).
 #pragma once
 
 #include <cstddef>
@@ -16,6 +17,7 @@ namespace flowprefill {
 constexpr int32_t kAttentionEntries = 64;  // (row, query head) pairs of one tile
 constexpr int32_t kDecodeEntries = 16;     // most of a slice that attention_decode_body.h computes
 constexpr int32_t kChunkStep = 64;         // chunks are whole steps of keys of every kernel
+constexpr int32_t kRowChunkStep = 128;     // and of launch_attention_hopper()
 
 // Keys that a tile takes at once: fewer where its output fills the registers. Such a tile keeps its
 // queries in shared memory for the same reason.
@@ -45,7 +47,7 @@ struct AttentionSlice {
   int32_t rows;            // at least 1
   int32_t position;        // of the first row in its sequence
   int32_t sequence;        // row of the block tables
-  int32_t chunk_keys = 0;  // of AttentionSplit; 0: the keys are not split
+  int32_t chunk_keys = 0;  // of AttentionSplit or KeyChunks; 0: the keys are not split
   bool is_decode = false;  // of AttentionSplit; only of at most kDecodeEntries entries
 };
 
@@ -77,7 +79,7 @@ struct AttentionArgs {
   // What follows is for tiles with chunks; num_merges 0: there are none.
   const AttentionTile* merges = nullptr;  // [num_merges] of attention_merges()
   int32_t num_merges = 0;
-  int32_t num_blocks = 0;     // of threads, per KV head, that share the tiles
+  int32_t num_blocks = 0;     // of threads, per KV head, that share launch_attention()'s tiles
   float* partials = nullptr;  // attention_partial_bytes()
   int32_t partial_rows = 0;   // that the partials have room for
   int32_t heads = 0;
@@ -111,15 +113,43 @@ constexpr int32_t attention_rows_of_tile(int32_t head_dim) {
   return head_dim == 64 ? 192 : 128;
 }
 
-// The tiles of launch_attention_hopper(): entries are rows of every query head. Else as above; no
-// slice has chunks.
+// The tiles of launch_attention_hopper(): entries are rows of every query head. Else as above; the
+// rows of a slice with chunks all end in the same one. Those of one chunk are neighbours.
 std::vector<AttentionTile> attention_row_tiles(std::span<const AttentionSlice> slices,
                                                int32_t head_dim);
+
+// What that kernel makes of such a tile: of keys from first_key on, its row r sees those below
+// q_tile * rows of a tile + r + 1 + keys - rows, and none beyond `keys`.
+struct AttentionItem {
+  int32_t q_tile;  // of the rows
+  int32_t row;     // of those, the first: index into q and out
+  int32_t rows;
+  int32_t first_key;
+  int32_t keys;
+};
+
+// A chunk that ends before the slice begins is seen whole: so is the last of `keys` by a row that
+// counts as the last of 1.
+FP_HD AttentionItem item_of_tile(const AttentionTile& tile, int32_t rows_of_tile) {
+  const int32_t first_key = tile.chunk * tile.chunk_keys;
+  if (tile.chunk_keys > 0 && first_key + tile.chunk_keys <= tile.position)
+    return {0, tile.row + tile.entry, 1, first_key, tile.chunk_keys};
+  return {tile.entry / rows_of_tile, tile.row, tile.entries, first_key,
+          tile.position + tile.entries - first_key};
+}
+
+// Where the partial result of the tile's row for one query head of its group lies, as if its
+// entries were (row, query head) pairs: where attention_merges() of those looks for it.
+FP_HD int64_t partial_row_of(const AttentionTile& tile, int32_t row, int32_t head_in_group,
+                             int32_t group) {
+  return (tile.partial + int64_t{tile.chunk} * tile.entries + row) * group + head_in_group;
+}
 
 // Most tiles of those that `rows` rows of at most `sequences` sequences can need.
 int32_t max_attention_row_tiles(int32_t rows, int32_t sequences, int32_t head_dim);
 
-// Of these tiles, the first chunk of each 64 entries: what the partial results are merged by.
+// Of the tiles of attention_tiles(), the first chunk of each 64 entries: what the partial results
+// are merged by.
 std::vector<AttentionTile> attention_merges(std::span<const AttentionTile> tiles);
 
 // Rows of partial results that a slice takes.

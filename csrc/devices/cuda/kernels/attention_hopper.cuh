@@ -18,6 +18,8 @@
 
 #include "devices/cuda/kernels/attention_hopper.h"
 #include "devices/cuda/kernels/attention_hopper_loads.cuh"
+#include "devices/cuda/kernels/attention_merge_body.h"
+#include "devices/cuda/kernels/launch.cuh"
 
 namespace flowprefill {
 namespace {
@@ -60,7 +62,17 @@ struct TileScheduler {
     cutlass::FastDivmod heads;
     cutlass::FastDivmod group;
     int table_stride;
+    int block_shift;
     int rows_of_tile;
+
+    // Of a block's turn; false: it has none. The item is head `head` of a tile.
+    CUTLASS_DEVICE bool find(int turn, int* tile, int* head) const {
+      const int item =
+          item_of_turn(turn, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+      if (item < num_items)
+        heads(*tile, *head, item);
+      return item < num_items;
+    }
   };
 
   struct WorkTileInfo {
@@ -76,26 +88,25 @@ struct TileScheduler {
 
     CUTLASS_DEVICE bool is_valid(const Params&) const { return is_live; }
     CUTLASS_DEVICE auto get_block_coord(const Params&) const {
-      return cute::tuple{q_tile, head, kv_head, row, table, rows, keys, /*batch_idx=*/0};
+      return cute::tuple{q_tile, head, kv_head, row, table, rows, keys, /*batch_idx=*/turn};
     }
   };
 
   CUTLASS_DEVICE static WorkTileInfo work(const Params& params, int turn) {
     WorkTileInfo info;
     info.turn = turn;
-    const int item = item_of_turn(turn, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-    if (item >= params.num_items)
-      return info;
     int index;
-    params.heads(index, info.head, item);
+    if (!params.find(turn, &index, &info.head))
+      return info;
     const AttentionTile& tile = params.tiles[index];
+    const AttentionItem item = item_of_tile(tile, params.rows_of_tile);
     info.is_live = tile.sequence > 0;
     info.kv_head = params.group.divide(info.head);
-    info.q_tile = tile.entry / params.rows_of_tile;
-    info.row = tile.row;
-    info.table = (tile.sequence - 1) * params.table_stride;
-    info.rows = tile.entries;
-    info.keys = tile.position + tile.entries;
+    info.q_tile = item.q_tile;
+    info.row = item.row;
+    info.table = (tile.sequence - 1) * params.table_stride + (item.first_key >> params.block_shift);
+    info.rows = item.rows;
+    info.keys = item.keys;
     return info;
   }
   CUTLASS_DEVICE WorkTileInfo get_initial_work(const Params& params) const {
@@ -110,6 +121,75 @@ struct TileScheduler {
   CUTLASS_DEVICE void broadcast_next_work(WorkTileInfo&) const {}
 };
 
+// FlashInfer's, but for tiles of one chunk: their output goes from the registers, as float, to
+// where the merge looks for it. Divided by its sum, so its maximum and sum there are the logarithm
+// of the sum, and 1.
+template <typename Traits>
+struct ChunkEpilogue : flashinfer::CollectiveEpilogue<Traits> {
+  using Base = flashinfer::CollectiveEpilogue<Traits>;
+  static constexpr int kRows = Traits::CTA_Q;
+  static constexpr int kDim = Traits::HEAD_DIM_VO;
+
+  struct Params : Base::Params {
+    TileScheduler::Params items;
+    AttentionArgs args;
+  };
+
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params&) {}
+
+  template <typename Coordinates, typename Shared, typename Output, typename LogSum, typename Mma>
+  CUTLASS_DEVICE void store(const Params& params, const Output& output, const LogSum& log_sum,
+                            Shared& shared, Mma mma, int thread, const Coordinates& coordinates) {
+    int index = 0, head = 0;
+    params.items.find(cute::get<7>(coordinates), &index, &head);
+    const AttentionTile& tile = params.items.tiles[index];
+    if (tile.chunk_keys == 0)
+      Base::store(params, output, log_sum, shared, mma, thread, coordinates);
+    else
+      store_partial(params, tile, head, output, log_sum, mma, thread);
+  }
+
+ private:
+  // A thread has a part of some rows: pairs of neighbouring columns.
+  template <typename Output, typename LogSum, typename Mma>
+  CUTLASS_DEVICE static void store_partial(const Params& params, const AttentionTile& tile,
+                                           int head, const Output& output, const LogSum& log_sum,
+                                           Mma mma, int thread) {
+    const auto by_row = [](const auto& fragment) {
+      return cute::make_tensor(fragment.data(),
+                               flashinfer::convert_layout_acc_rowcol(fragment.layout()));
+    };
+    const auto values = by_row(output);
+    const auto places = by_row(mma.get_thread_slice(thread).partition_C(
+        cute::make_identity_tensor(cute::Shape<cute::Int<kRows>, cute::Int<kDim>>{})));
+    int kv_head, head_in_group;
+    params.items.group(kv_head, head_in_group, head);
+    const int group = params.items.group.divisor;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size<0>(values); ++i) {
+      const int row = tile.entry + cute::get<0>(places(i, 0));
+      if (row >= tile.entries)
+        continue;
+      const AttentionPartial<kDim> partial(
+          params.args, partial_row_of(tile, row, head_in_group, group), kv_head);
+      const int column = cute::get<1>(places(i, 0));
+      if (column == 0)
+        *reinterpret_cast<float2*>(partial.peak_and_sum) = {log_sum(i), 1.0f};
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < cute::size<1>(values); j += 2) {
+        *reinterpret_cast<float2*>(partial.out + cute::get<1>(places(i, j))) = {values(i, j),
+                                                                                values(i, j + 1)};
+      }
+    }
+  }
+};
+
+template <int kDim>
+__global__ void __launch_bounds__(kRowMergeWarps * 32)
+    attention_merge_rows_kernel(AttentionArgs args) {
+  attention_merge_rows_body<kDim>(beside_predecessor(nullptr), args);
+}
+
 template <int kDim, bool kHasWindow, bool kCaps>
 struct Hopper {
   using Element = cutlass::bfloat16_t;
@@ -118,16 +198,26 @@ struct Hopper {
   static constexpr int kKeys = kDim == 256 ? 64 : 128;
   using Traits = HopperTraits<kDim, attention_rows_of_tile(kDim), kKeys, BaseTwoScores<kCaps>>;
   using Mainloop = PagedLoads<ScoreParams, Traits>;
-  using Epilogue = flashinfer::CollectiveEpilogue<Traits>;
+  using Epilogue = ChunkEpilogue<Traits>;
 
-  static typename Epilogue::Params epilogue(const AttentionArgs& args) {
+  static typename Epilogue::Params epilogue(const AttentionArgs& args,
+                                            const TileScheduler::Params& items) {
     const int heads_per_kv = args.heads / args.kv_heads;
     const int heads = (args.kv_end - args.kv_begin) * heads_per_kv;
     const int64_t first = int64_t{args.kv_begin} * heads_per_kv * kDim;
-    return Epilogue::to_underlying_arguments(
-        {reinterpret_cast<Element*>(args.out + first),
-         flashinfer::get_gmem_layout(args.rows, heads, kDim, args.ld_out, kDim),
-         /*lse_ptr=*/nullptr, flashinfer::get_lse_gmem_layout(args.rows, heads)});
+    return {{reinterpret_cast<Element*>(args.out + first),
+             flashinfer::get_gmem_layout(args.rows, heads, kDim, args.ld_out, kDim),
+             /*lse_ptr=*/nullptr, flashinfer::get_lse_gmem_layout(args.rows, heads)},
+            items,
+            args};
+  }
+
+  // Adds up the chunks.
+  static cudaError_t launch_merge(const AttentionArgs& args, cudaStream_t stream) {
+    const dim3 blocks(static_cast<unsigned>(args.num_merges * kRowMergeBlocks),
+                      static_cast<unsigned>(args.kv_end - args.kv_begin));
+    return launch_kernel(attention_merge_rows_kernel<kDim>, blocks, kRowMergeWarps * 32, 0, stream,
+                         args);
   }
 
   static cudaError_t launch(const AttentionArgs& args, cudaStream_t stream) {
@@ -157,10 +247,13 @@ struct Hopper {
                                       cutlass::FastDivmod(heads),
                                       cutlass::FastDivmod(group),
                                       static_cast<int>(args.block_table_stride),
+                                      args.cache.block_shift,
                                       attention_rows_of_tile(kDim)};
     const int blocks = items < multiprocessors ? items : multiprocessors;
-    kernel<<<blocks, Traits::NUM_WARPS * 32, kSharedBytes, stream>>>(loads, epilogue(args), tiles);
-    return cudaGetLastError();
+    kernel<<<blocks, Traits::NUM_WARPS * 32, kSharedBytes, stream>>>(loads, epilogue(args, tiles),
+                                                                     tiles);
+    code = cudaGetLastError();
+    return code == cudaSuccess && args.num_merges > 0 ? launch_merge(args, stream) : code;
   }
 };
 

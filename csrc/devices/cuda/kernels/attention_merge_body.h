@@ -11,9 +11,10 @@ namespace flowprefill {
 template <int kDim>
 struct AttentionPartial {
   FP_HD AttentionPartial(const AttentionArgs& args, const AttentionTile& tile, int32_t chunk,
-                         int32_t entry, int32_t head) {
+                         int32_t entry, int32_t head)
+      : AttentionPartial(args, tile.partial + int64_t{chunk} * tile.entries + entry, head) {}
+  FP_HD AttentionPartial(const AttentionArgs& args, int64_t row, int32_t head) {
     const int64_t heads = args.kv_end - args.kv_begin;
-    const int64_t row = tile.partial + int64_t{chunk} * tile.entries + entry;
     out = args.partials + (row * heads + head) * kDim;
     peak_and_sum = args.partials + args.partial_rows * heads * kDim + (row * heads + head) * 2;
   }
@@ -78,6 +79,20 @@ FP_HD void attention_merge_body(const Thread& t, const AttentionArgs& args) {
     return;
   const int32_t end = smaller(tile.entry + kAttentionEntries, tile.entries);
   for (int32_t entry = tile.entry + t.warp(); entry < end; entry += t.count() / 32)
+    merge_entry<kDim>(t, args, tile, entry);
+}
+
+// The same of launch_attention_hopper(), whose slices have thousands of entries: kRowMergeBlocks
+// blocks for each of args.merges, so that a warp has one entry.
+constexpr int32_t kRowMergeWarps = 4;
+constexpr int32_t kRowMergeBlocks = kAttentionEntries / kRowMergeWarps;
+
+template <int kDim, class Thread>
+FP_HD void attention_merge_rows_body(const Thread& t, const AttentionArgs& args) {
+  const AttentionTile tile = args.merges[t.block_x() / kRowMergeBlocks];
+  t.wait_for_predecessor();
+  const int32_t entry = tile.entry + t.block_x() % kRowMergeBlocks * kRowMergeWarps + t.warp();
+  if (tile.sequence > 0 && entry < tile.entries)
     merge_entry<kDim>(t, args, tile, entry);
 }
 
