@@ -31,7 +31,7 @@ struct KeyChunks {
   // Chunks that such a row has at most; 1: its keys are not split.
   int32_t count_at(int32_t position) const;
 
-  // The first position behind that of a row that has other chunks or sees more of them.
+  // The first position behind it whose row may have other chunks, or ends in another one.
   int32_t end_at(int32_t position) const;
 };
 

@@ -98,8 +98,8 @@ TEST_F(HopperAttention, RowsDoNotDependOnSlicesOrBatch) {
 
 // ---- over chunks of keys
 
-// Small ones: rows from 256 on have two chunks of up to 256 keys, then four.
-constexpr KeyChunks kChunks{.from = 256, .rows = 128, .most_keys = 256, .step = 128, .count = 2};
+// Small ones: rows from 256 on have three chunks of 128 keys, or of 256, or of 384.
+constexpr KeyChunks kChunks{.from = 256, .rows = 128, .most_keys = 1024, .step = 128, .count = 3};
 
 class HopperChunks : public HopperAttention {
  protected:
@@ -204,7 +204,7 @@ TEST_F(HopperChunks, AGraphReadsListsAtEachReplay) {
 
 // As the backend parts them: four chunks of 10k keys, against the portable kernel. Plain loops over
 // so many keys would take half a minute.
-TEST_F(HopperChunks, OfALongContext) {
+TEST_F(HopperChunks, OfALargeContext) {
   const int32_t context = kIsDouble ? 700 : 40000;
   const KeyChunks chunks = kIsDouble ? kChunks : KeyChunks::of(32, 132);
   for (const auto& [head_dim, softcap] :

@@ -18,7 +18,6 @@ namespace flowprefill::testing {
 namespace {
 
 constexpr int32_t kBlockTokens = 16;
-constexpr int32_t kBlocksOfOne = 8;  // of each sequence
 constexpr int32_t kSequences = 3;
 constexpr int kPatienceMs = 30000;
 
@@ -31,7 +30,7 @@ class Model : public DeviceTest {
 #endif
     options_.max_tokens = 128;
     options_.max_sequences = 4;
-    options_.max_context = kBlocksOfOne * kBlockTokens;
+    options_.max_context = blocks_of_one_ * kBlockTokens;
   }
   void TearDown() override {
     close();
@@ -42,7 +41,7 @@ class Model : public DeviceTest {
     close();
     model_.emplace(tiny.graph(), options_);
     tiny.load_into(*model_);
-    model_->allocate_cache(kBlockTokens, kSequences * kBlocksOfOne);
+    model_->allocate_cache(kBlockTokens, kSequences * blocks_of_one_);
     executor_ = std::make_unique<Executor>(model_->make_device());
     executor_->start();
   }
@@ -57,8 +56,8 @@ class Model : public DeviceTest {
                .rows = static_cast<int32_t>(tokens.size()),
                .context = 0,
                .block_table = {}};
-    for (int32_t i = 0; i < kBlocksOfOne; ++i)
-      s.block_table.push_back(sequence + kSequences * ((i * 3 + 1) % kBlocksOfOne));
+    for (int32_t i = 0; i < blocks_of_one_; ++i)
+      s.block_table.push_back(sequence + kSequences * ((i * 3 + 1) % blocks_of_one_));
     Batch batch;
     batch.sequences.push_back(std::move(s));
     batch.tokens = tokens;
@@ -103,6 +102,7 @@ class Model : public DeviceTest {
   std::optional<CudaBackend> model_;
   std::unique_ptr<Executor> executor_;
   uint64_t next_id_ = 0;
+  int32_t blocks_of_one_ = 8;  // of each sequence; no multiple of 3
 };
 
 TEST_F(Model, GivesTheLogitsOfThePlainTransformer) {
@@ -132,6 +132,24 @@ TEST_F(Model, GraphsGiveTheBitsOfEagerLaunches) {
   EXPECT_GT(report.num_captured, 0u);
   EXPECT_GT(report.num_replayed, report.num_captured);
   EXPECT_EQ(report.num_failed, 0u) << report.last_failure;
+}
+
+// Beyond 32k tokens Hopper's attention takes keys in chunks: wherever a plan cuts, the same bits.
+TEST_F(Model, LargeContextsHaveTheSameBitsHoweverTheyAreCut) {
+  blocks_of_one_ = kIsDouble ? 8 : 2200;
+  options_.max_tokens = options_.max_context = blocks_of_one_ * kBlockTokens;
+  const TinyModel tiny(Kind::kLlama, 2);
+  const std::vector<int32_t> tokens = tiny.random_tokens(options_.max_tokens - 27, 5);
+  open(tiny);
+  plan_.granularity = Granularity::kNone;
+  const std::vector<float> whole = logits_of(1, tokens);
+  for (const Granularity granularity : {Granularity::kBudget, Granularity::kOperator}) {
+    plan_.granularity = granularity;
+    EXPECT_EQ(logits_of(1, tokens), whole);
+  }
+  options_.attention = "portable";
+  open(tiny);
+  expect_close(logits_of(1, tokens), whole);
 }
 
 }  // namespace
