@@ -403,11 +403,10 @@ void OperatorKernels::attention(const Call& call) const {
   const int32_t units = call.shape.rules.split.multiprocessors * AttentionSplit::kBlocksPerUnit;
   args.partial_rows = launches.partial_rows;
   for (const AttentionLists& lists : launches.lists) {
-    if (!takes(lists))
-      continue;
     const int32_t whole = launches.row_lists.empty() ? lists.num_whole : 0;
     args.num_blocks = std::min(lists.num_tiles, std::max(whole, (units + heads - 1) / heads));
-    FP_CUDA(launch_attention(args, call.args.stream), call.context);
+    if (takes(lists))
+      FP_CUDA(launch_attention(args, call.args.stream), call.context);
   }
 }
 
