@@ -62,6 +62,7 @@ GRANULARITIES = ("budget:0.3", USUAL, "budget:1", "budget:2", "none")
 LENGTHS = (128, 512, 2048, 8192, 32768)
 LONG = 8192  # tokens of the long prompt that short ones block on; longer ones get fewer rounds
 BATCHES, CONTEXT = (1, 16, 64), 1024
+DECODE_STEPS = 20
 SHORT_TOKENS, SHORTS, HOL_SHORTS = 64, 120, 6
 SHORTS_OF_NONE = 12  # where nothing is cut, each waits for a whole prompt
 TOGETHER = 8  # that come during one long prompt, where it is cut
@@ -345,7 +346,10 @@ class ShapeBench:
     def _decode(self, model: GpuModel, batch: int) -> None:
         plan = self._plan(USUAL)
         context = min(CONTEXT, self._config.max_position) - 1
-        took_s = [model.decode_s(batch, context, plan) for _ in range(23)][3:]
+        for _ in range(3):
+            model.decode_s(batch, context, plan)
+        with model.recorded() as segments:
+            took_s = [model.decode_s(batch, context, plan) for _ in range(DECODE_STEPS)]
         median_s = median(took_s)
         read_bytes = self._shape.weight_bytes + self._shape.head_bytes  # of the embedding, few rows
         self._keep(
@@ -354,6 +358,9 @@ class ShapeBench:
             context=model.decode_context(batch, context),
             tokens_per_s=batch / median_s,
             **quantiles("step", took_s, (0.5, 1)),
+            segments=len(segments) // DECODE_STEPS,
+            gap_s=sum(gaps_of(segments)) / DECODE_STEPS,
+            busy_s=sum(s.end_s - s.start_s for s in segments) / DECODE_STEPS,
             weight_gbytes_per_s=read_bytes / median_s / 1e9,
         )
 

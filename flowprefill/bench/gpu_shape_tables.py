@@ -60,6 +60,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "weights": "weights",
             "batch": "sequences", "context": "context", "tokens_per_s": "tokens/s",
             "step_p50_s": "step p50 ms", "weight_gbytes_per_s": "weights GB/s",
+            "segments": "segments", "busy_s": "of it on the GPU ms", "gap_s": "between segments ms",
         },
     ),
     "operators": (

@@ -95,7 +95,8 @@ class Chunks {
   void tell_slices(cudaStream_t stream) {
     for (const auto& [rows, how] : {std::pair{512, KeyChunks{}}, {128, chunks_of(1)}}) {
       std::vector<double> us;
-      for (const Lists& one : *sliced(rows, how)) {
+      const Slices slices = sliced(rows, how);
+      for (const Lists& one : *slices) {
         us.push_back(device_us(
             [&](cudaStream_t s) { FP_CUDA(launch_attention_hopper(one.args, s)); }, stream, 3));
       }

@@ -93,6 +93,16 @@ FP_HD void store(float value, Bf16* out) {
   *out = to_bf16(value);
 }
 
+// a * b + c, rounded once. Where the same sum stands in two kernels whose bits are to be equal:
+// a compiler may fuse a plain one differently in each.
+FP_HD float fused_multiply_add(float a, float b, float c) {
+#if FP_ON_DEVICE
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
 // 2^x; -inf gives 0. The device's instruction is good to 2 units in the last place of a float.
 FP_HD float exp2_of(float x) {
 #if FP_ON_DEVICE

@@ -11,12 +11,12 @@ namespace flowprefill {
 constexpr int32_t kMaxRopeDim = 256;
 constexpr int kRopeSteps = kMaxRopeDim / 128;  // of a warp along half a head
 
-// Turns a pair of dimensions by an angle, and scales it.
+// Turns a pair of dimensions by an angle, and scales it: with the same bits in every kernel.
 FP_HD void turn(float cos, float sin, float scale, float* low, float* high) {
   const float a = *low;
   const float b = *high;
-  *low = (a * cos - b * sin) * scale;
-  *high = (b * cos + a * sin) * scale;
+  *low = fused_multiply_add(a, cos, -(b * sin)) * scale;
+  *high = fused_multiply_add(b, cos, a * sin) * scale;
 }
 
 // One head of one row, on one warp. Its dimensions make pairs: i and i + turning / 2 turn together;

@@ -81,7 +81,7 @@ FP_HD float sum_of_squares(const Thread& t, const float* row, int32_t first, int
                            float* scratch, float sum = 0.0f) {
   for (int32_t i = first; i < width; i += t.count() * 4) {
     const auto x = *reinterpret_cast<const Vec<float, 4>*>(row + i);
-    FP_UNROLL for (int k = 0; k < 4; ++k) sum += x.v[k] * x.v[k];
+    FP_UNROLL for (int k = 0; k < 4; ++k) sum = fused_multiply_add(x.v[k], x.v[k], sum);
   }
   return block_sum(t, sum, scratch);
 }
@@ -125,7 +125,7 @@ FP_HD void norm_row(const Thread& t, const float* hidden, const float* weight, i
   }
   float sum = 0.0f;
   FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
-    FP_UNROLL for (int k = 0; k < 4; ++k) sum += kept[n].v[k] * kept[n].v[k];
+    FP_UNROLL for (int k = 0; k < 4; ++k) sum = fused_multiply_add(kept[n].v[k], kept[n].v[k], sum);
   }
   sum = sum_of_squares(t, hidden, first + kNormKept * step, width, scratch, sum);
   const float scale = inverse_rms(sum, width, eps);
