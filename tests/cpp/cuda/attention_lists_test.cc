@@ -187,6 +187,24 @@ TEST_F(AttentionListsTest, up_to_32k_tokens_there_is_one_list_as_without_chunks)
   EXPECT_TRUE(rules().rows_of({}, windowed, 513).is_windowed);
 }
 
+// The scratch is that of the largest plan: shorter block tables may leave room for more rows.
+TEST_F(AttentionListsTest, scratch_of_the_largest_plan_is_enough_for_all) {
+  for (const Heads& heads : kModels) {
+    set_model(heads);
+    for (const int32_t most : {513, 1500, 2048, 4096, 16384}) {
+      const size_t scratch = rules().most_scratch_bytes_of(200000, most);
+      EXPECT_TRUE(scratch <= size_t{256} << 20 || most > 4096) << "one tile of rows may need more";
+      for (int32_t stride = 500; stride <= most; stride += 37) {
+        for (const int32_t rows : {1, 2048, 100000, 200000}) {
+          const int32_t of_launch = rules().chunked_rows(rows, stride);
+          ASSERT_LE(rules().scratch_bytes_of(of_launch, stride), scratch) << stride;
+        }
+      }
+    }
+    EXPECT_EQ(rules().most_scratch_bytes_of(200000, 512), 0u);
+  }
+}
+
 // 128 rows at 120k tokens: a block of threads for 128 of 132 multiprocessors, of nearly equal work.
 TEST_F(AttentionListsTest, one_tile_of_rows_of_all_heads_fills_the_device) {
   set_model(kModels[0]);

@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kAlignment = 256;
 constexpr int64_t kPartialBytes = int64_t{256}
                                   << 20;  // of one launch, unless one sequence has more
+constexpr int32_t kRowStep = 384;         // rows of whole tiles, whatever the head size
 
 // Gives out one place after another.
 class Arena {
@@ -115,18 +116,25 @@ int32_t AttentionRules::most_chunks(int32_t table_stride) const {
 }
 
 int32_t AttentionRules::chunked_rows(int32_t rows, int32_t table_stride) const {
-  constexpr int32_t kStep = 384;  // rows of whole tiles, whatever the head size
   if (most_chunks(table_stride) == 1)
     return 0;
-  const auto bytes = static_cast<int64_t>(scratch_bytes_of(kStep, table_stride));
-  return std::min(rows, kStep * static_cast<int32_t>(std::max<int64_t>(kPartialBytes / bytes, 1)));
+  const auto bytes = static_cast<int64_t>(scratch_bytes_of(kRowStep, table_stride));
+  const int64_t steps = std::max<int64_t>(kPartialBytes / bytes, 1);
+  return static_cast<int32_t>(std::min<int64_t>(rows, steps * kRowStep));
 }
 
-int32_t AttentionRules::partial_rows_of(int32_t chunked_rows, int32_t table_stride) const {
+size_t AttentionRules::most_scratch_bytes_of(int64_t rows, int32_t table_stride) const {
+  if (most_chunks(table_stride) == 1)
+    return 0;
+  const size_t limit = std::max(size_t{kPartialBytes}, scratch_bytes_of(kRowStep, table_stride));
+  return std::min(scratch_bytes_of(rows, table_stride), limit);
+}
+
+int64_t AttentionRules::partial_rows_of(int64_t chunked_rows, int32_t table_stride) const {
   return chunked_rows * split.heads_per_kv * most_chunks(table_stride);
 }
 
-size_t AttentionRules::scratch_bytes_of(int32_t chunked_rows, int32_t table_stride) const {
+size_t AttentionRules::scratch_bytes_of(int64_t chunked_rows, int32_t table_stride) const {
   return attention_partial_bytes(partial_rows_of(chunked_rows, table_stride), split.kv_heads,
                                  head_dim);
 }
@@ -188,7 +196,7 @@ void InputLayout::add_row_lists(AttentionLaunches& launches, const AttentionRows
   const ChunkedNeeds needs = needs_of(chunked, most_sequences, rules, table_stride);
   int32_t num_whole = max_attention_row_tiles(count, most_sequences, rules.head_dim);
   launches.chunked_rows = chunked;
-  launches.row_partial_rows = rules.partial_rows_of(chunked, table_stride);
+  launches.row_partial_rows = static_cast<int32_t>(rules.partial_rows_of(chunked, table_stride));
   for (int32_t left = count; left > 0; left -= chunked == 0 ? count : chunked) {
     const auto num_tiles = static_cast<int32_t>(num_whole + needs.num_tiles);
     const auto num_merges = static_cast<int32_t>(needs.num_merges);
@@ -236,8 +244,7 @@ PlanShape::PlanShape(const ModelGraph& model, const PlanSizes& sizes, int32_t ta
 size_t PlanShape::scratch_bytes() const {
   const int32_t stride = inputs.table_stride;
   const AttentionNeeds needs = rules.needs(sizes().rows, sizes().sequences, stride);
-  return std::max(rules.scratch_bytes(needs),
-                  rules.scratch_bytes_of(rules.chunked_rows(sizes().rows, stride), stride));
+  return std::max(rules.scratch_bytes(needs), rules.most_scratch_bytes_of(sizes().rows, stride));
 }
 
 size_t PlanShape::attention_index(const Step& step, const Operator& op) const {

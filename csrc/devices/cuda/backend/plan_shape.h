@@ -66,8 +66,10 @@ struct AttentionRules {
   // Rows with chunks that one launch of it has at most; 0: none has any.
   int32_t chunked_rows(int32_t rows, int32_t table_stride) const;
   // Rows of partial results of so many, and the scratch.
-  int32_t partial_rows_of(int32_t chunked_rows, int32_t table_stride) const;
-  size_t scratch_bytes_of(int32_t chunked_rows, int32_t table_stride) const;
+  int64_t partial_rows_of(int64_t chunked_rows, int32_t table_stride) const;
+  size_t scratch_bytes_of(int64_t chunked_rows, int32_t table_stride) const;
+  // The most that a launch needs of so many rows or fewer and block tables as long or shorter.
+  size_t most_scratch_bytes_of(int64_t rows, int32_t table_stride) const;
   // What an operator of a step attends to.
   AttentionRows rows_of(const Step& step, const Operator& op, int32_t table_stride) const {
     const bool is_windowed = op.window > 0 && most_chunks(table_stride) > 1;
