@@ -6,7 +6,8 @@ Rows are told apart by their key `table`:
 
 - `prefill`: tokens per second of one prompt, from dispatch to result, by length and granularity;
   `of_none`: against the same prompt in one segment, so 1 less it is the cost of being preemptible;
-- `decode`: tokens per second of a batch of sequences, tokens chosen on the device;
+- `decode`: tokens per second of a batch of sequences, tokens chosen on the device, with cuts and in
+  one segment;
 - `operators`: time and rate of each operator in a prefill;
 - `blocking`: by granularity and run-ahead, from the dispatch of a short prompt during a long one to
   its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
@@ -175,7 +176,8 @@ class ShapeBench:
                 self._prefill(model, tokens, USUAL)
         self._graphs(model)
         for batch in BATCHES if self._wants("decode", 10) else ():
-            self._decode(model, batch)
+            for granularity in (USUAL, "none"):
+                self._decode(model, batch, granularity)
         for tokens in lengths if self._wants("operators", 10) else ():
             if self._has(10):
                 self._operators(model, tokens)
@@ -343,8 +345,8 @@ class ShapeBench:
                 shorts=len(during),
             )
 
-    def _decode(self, model: GpuModel, batch: int) -> None:
-        plan = self._plan(USUAL)
+    def _decode(self, model: GpuModel, batch: int, granularity: str) -> None:
+        plan = self._plan(granularity)
         context = min(CONTEXT, self._config.max_position) - 1
         for _ in range(3):
             model.decode_s(batch, context, plan)
@@ -354,6 +356,7 @@ class ShapeBench:
         read_bytes = self._shape.weight_bytes + self._shape.head_bytes  # of the embedding, few rows
         self._keep(
             "decode",
+            granularity=granularity,
             batch=batch,
             context=model.decode_context(batch, context),
             tokens_per_s=batch / median_s,

@@ -58,9 +58,10 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         "Decode steps",
         {
             "weights": "weights",
-            "batch": "sequences", "context": "context", "tokens_per_s": "tokens/s",
-            "step_p50_s": "step p50 ms", "weight_gbytes_per_s": "weights GB/s",
-            "segments": "segments", "busy_s": "of it on the GPU ms", "gap_s": "between segments ms",
+            "batch": "sequences", "context": "context", "granularity": "granularity",
+            "tokens_per_s": "tokens/s", "step_p50_s": "step p50 ms",
+            "weight_gbytes_per_s": "weights GB/s", "segments": "segments",
+            "busy_s": "of it on the GPU ms", "gap_s": "between segments ms",
         },
     ),
     "operators": (
@@ -163,8 +164,9 @@ def _draw_blocking(axes: Any, rows: list[Row]) -> None:
 
 def _draw_decode(axes: Any, rows: list[Row]) -> None:
     """Tokens per second by batch, side by side."""
+    cut = [row for row in rows if row.get("granularity") != "none"]
     found = {
-        name: {row["batch"]: row["tokens_per_s"] for row in _of(rows, "decode", weights=name)}
+        name: {row["batch"]: row["tokens_per_s"] for row in _of(cut, "decode", weights=name)}
         for name in ("bf16", "fp8")
     }
     peers = {row["sequences"]: row["tokens_per_s"] for row in _of_peer(rows, "decode")}

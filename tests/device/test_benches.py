@@ -164,7 +164,11 @@ def test_the_bench_of_a_shape_fills_its_tables(
         sum(kind["segments"] for kind in row["operators"].values()) == row["segments"]
         for row in costs
     )
-    assert [row["batch"] for row in rows if row["table"] == "decode"] == list(gpu_shape.BATCHES)
+    decodes = [row for row in rows if row["table"] == "decode"]
+    assert [(row["batch"], row["granularity"]) for row in decodes] == [
+        (batch, name) for batch in gpu_shape.BATCHES for name in (usual, "none")
+    ]
+    assert all(row["segments"] > 0 and row["busy_s"] > 0 for row in decodes)
     operators = {row["operator"] for row in rows if row["table"] == "operators"}
     assert {"qkv_proj", "attention", "o_proj", "gate_up_proj", "down_proj"} == operators
     assert found["graphs"]["num_failed"] == 0, found["graphs"]["last_failure"]
