@@ -3,14 +3,12 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <limits>
 #include <numeric>
 #include <utility>
 #include <vector>
 
-#include "devices/cpu/amx.h"
 #include "devices/cpu/attention.h"
 #include "devices/cpu/gemm.h"
 #include "devices/cpu/row_kernels.h"
@@ -39,20 +37,17 @@ struct Scratch {
   std::vector<int> valid_hi;
 };
 
-// Whether a block is attended in one pass with scores in registers. AMX multiplies faster than that
-// saves.
-inline bool is_fused(const RowKernels<Bf16>& kernels, int32_t dim, int32_t block_tokens) {
-  return kernels.attend != nullptr && !has_amx() && dim % 16 == 0 && block_tokens % 16 == 0;
-}
-inline bool is_fused(const RowKernels<float>&, int32_t, int32_t) {
-  return false;
-}
+using AttendBlock = void (*)(const AttentionTile&);
 
-// Whether a block's products are made by our own kernel on AMX tiles.
-template <typename T>
-bool is_for_tiles(int32_t dim, int32_t block_tokens) {
-  return sizeof(T) == sizeof(Bf16) && fits_amx(block_tokens, dim) && fits_amx(dim, block_tokens) &&
-         has_amx();
+// What attends a block in one pass, its scores in registers or on AMX tiles; null: nothing here.
+inline AttendBlock attend_block(const RowKernels<Bf16>& kernels, int32_t dim,
+                                int32_t block_tokens) {
+  if (has_amx())
+    return dim % 32 == 0 && block_tokens % 32 == 0 ? kernels.attend_by_tiles : nullptr;
+  return dim % 16 == 0 && block_tokens % 16 == 0 ? kernels.attend : nullptr;
+}
+inline AttendBlock attend_block(const RowKernels<float>&, int32_t, int32_t) {
+  return nullptr;
 }
 
 // The products of one item; rows are ordered [head][row].
@@ -69,10 +64,9 @@ class Attender {
         group_(args.num_heads / args.cache->layout().kv_heads),
         live_(item.rows * group_),
         last_(item.position + item.rows - 1),
-        is_fused_(is_fused(row_kernels<T>(), dim_, block_tokens_)),
-        is_for_tiles_(is_for_tiles<T>(dim_, block_tokens_)),
-        // Tiles are padded to a multiple of 16 rows; padding stays masked.
-        rows_(is_fused_ || live_ <= 4 ? live_ : (live_ + 15) / 16 * 16) {
+        attend_block_(attend_block(row_kernels<T>(), dim_, block_tokens_)),
+        // Room for whole tiles of 16 rows; those beyond live_ are not read.
+        rows_((is_fused() ? !has_amx() : live_ <= 4) ? live_ : (live_ + 15) / 16 * 16) {
     first_ = args.window > 0 ? std::max(0, item.position - args.window + 1) : 0;
     first_ -= first_ % block_tokens_;
     end_ = (last_ / block_tokens_ + 1) * block_tokens_;
@@ -131,15 +125,16 @@ class Attender {
             .sums = num_sums(),
             .dim = dim_};
   }
-  int num_sums() const { return is_fused_ ? kSumLanes : 1; }
+  bool is_fused() const { return attend_block_ != nullptr; }
+  int num_sums() const { return is_fused() ? kSumLanes : 1; }
 
   void attend_span(int32_t span, const PartialSoftmax& to) {
     const int32_t begin = (first_ / span_ + span) * span_;
     const auto [first, end] = std::pair(std::max(begin, first_), std::min(begin + span_, end_));
     std::fill_n(to.row_max, rows_,
-                is_fused_ ? kNoMaximum : -std::numeric_limits<float>::infinity());
+                is_fused() ? kNoMaximum : -std::numeric_limits<float>::infinity());
     std::fill_n(to.output, int64_t{rows_} * (num_sums() + dim_), 0.0f);  // and the sums
-    if (is_fused_)
+    if (is_fused())
       attend_blocks(first, end, to);
     else
       attend_tiles(first, end, to);
@@ -157,20 +152,20 @@ class Attender {
         const bool sees_all = next <= item_.position + 1 && sees_from(key);
         if (!sees_all)
           mask(key);
-        row_kernels<T>().attend({.q = s_.q.data(),
-                                 .keys = keys_at(key),
-                                 .values = values_at(key),
-                                 .rows = rows_,
-                                 .dim = dim_,
-                                 .tokens = block_tokens_,
-                                 .sees_all = sees_all,
-                                 .valid_lo = s_.valid_lo.data(),
-                                 .valid_hi = s_.valid_hi.data(),
-                                 .row_max = to.row_max,
-                                 .row_sum = to.row_sum,
-                                 .output = to.output,
-                                 .softcap = args_.softcap,
-                                 .ahead = is_next_whole ? keys_at(next) : nullptr});
+        attend_block_({.q = s_.q.data(),
+                       .keys = keys_at(key),
+                       .values = values_at(key),
+                       .rows = live_,
+                       .dim = dim_,
+                       .tokens = block_tokens_,
+                       .sees_all = sees_all,
+                       .valid_lo = s_.valid_lo.data(),
+                       .valid_hi = s_.valid_hi.data(),
+                       .row_max = to.row_max,
+                       .row_sum = to.row_sum,
+                       .output = to.output,
+                       .softcap = args_.softcap,
+                       .ahead = is_next_whole ? keys_at(next) : nullptr});
       }
     }
   }
@@ -183,7 +178,6 @@ class Attender {
     // Tiles lie where they lie for any rows, as spans do.
     for (int32_t key = first; key < end; key = (key / tile + 1) * tile)
       process_tile(key, std::min((key / tile + 1) * tile, end) - key, tile, to);
-    release_amx();
     brgemm_end<T>();
   }
 
@@ -236,7 +230,7 @@ class Attender {
     const Block<T> scores{
         .n = block_tokens_, .k = dim_, .lda = dim_, .ldb = block_tokens_, .ldc = ld, .add = false};
     for (int32_t k = 0; k < keys; k += block_tokens_)
-      multiply_keys(scores, keys_at(key + k), s_.scores.data() + k);
+      brgemm(scores, rows_, s_.q.data(), keys_at(key + k), s_.scores.data() + k);
     mask(key);
     row_kernels<T>().softmax({.scores = s_.scores.data(),
                               .ld = ld,
@@ -250,34 +244,10 @@ class Attender {
                               .dim = dim_,
                               .softcap = args_.softcap},
                              s_.probabilities.data());
-    add_values(key, keys, ld, to.output);
-  }
-
-  void multiply_keys(const Block<T>& shape, const T* keys, float* scores) const {
-    if constexpr (sizeof(T) == sizeof(Bf16)) {
-      const AmxTerm only{s_.q.data(), keys};
-      if (is_for_tiles_)
-        return multiply_by_amx(product_of<T>(shape, rows_, nullptr, nullptr, scores), {&only, 1});
-    }
-    brgemm(shape, rows_, s_.q.data(), keys, scores);
-  }
-
-  void add_values(int32_t key, int32_t keys, int64_t ld, float* output) {
-    const Block<T> shape{
+    const Block<T> values{
         .n = dim_, .k = block_tokens_, .lda = ld, .ldb = dim_, .ldc = dim_, .add = true};
-    const T* probabilities = s_.probabilities.data();
-    if constexpr (sizeof(T) == sizeof(Bf16)) {
-      if (is_for_tiles_) {  // sums stay in tiles from block to block
-        std::array<AmxTerm, kTileKeys / kAmxDepth> terms;
-        size_t count = 0;
-        for (int32_t k = 0; k < keys; k += block_tokens_)
-          terms[count++] = {probabilities + k, values_at(key + k)};
-        return multiply_by_amx(product_of<T>(shape, rows_, nullptr, nullptr, output),
-                               {terms.data(), count});
-      }
-    }
     for (int32_t k = 0; k < keys; k += block_tokens_)
-      brgemm(shape, rows_, probabilities + k, values_at(key + k), output);
+      brgemm(values, rows_, s_.probabilities.data() + k, values_at(key + k), to.output);
   }
 
   // Whether all rows look back as far as this.
@@ -297,7 +267,7 @@ class Attender {
   }
 
   void write(const PartialSoftmax& all) {
-    for (int32_t r = 0; is_fused_ && r < rows_; ++r) {
+    for (int32_t r = 0; is_fused() && r < live_; ++r) {
       const float* lanes = all.row_sum + int64_t{r} * kSumLanes;
       all.row_sum[r] = std::accumulate(lanes, lanes + kSumLanes, 0.0f);
     }
@@ -319,8 +289,7 @@ class Attender {
   const int32_t group_;
   const int32_t live_;
   const int32_t last_;  // the last key that a row sees
-  const bool is_fused_;
-  const bool is_for_tiles_;
+  const AttendBlock attend_block_;
   const int32_t rows_;
   int32_t first_ = 0;  // the first key, at the start of a block
   int32_t end_ = 0;

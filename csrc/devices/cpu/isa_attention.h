@@ -56,10 +56,6 @@ class AttentionStep {
     return hi > last ? hi : last;
   }
 
-  static uint32_t mask_below(int n) {
-    return n >= kLanes ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u);
-  }
-
   const AttentionTile& t_;
   const int first_;
   const int key_;

@@ -49,6 +49,10 @@ inline int end_seen(const AttentionTile& tile, int row) {
   return tile.sees_all ? tile.tokens : tile.valid_hi[row];
 }
 
+inline uint32_t mask_below(int n) {
+  return n >= kLanes ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u);
+}
+
 // Asks for cache lines one after another, or (step 0) again and again for one that is there: all
 // at once they would hold up what is computed meanwhile.
 struct LinesAhead {

@@ -145,6 +145,10 @@ struct RowKernels {
   // One block of attention, scores kept in registers; null where the processor has no instruction
   // for it.
   void (*attend)(const AttentionTile& tile);
+  // The same on AMX tiles, for has_amx() only; dim and tokens are multiples of 32. What lies by
+  // rows has room for whole sixteens of them; ahead is not looked at. No other code may have this
+  // thread's tiles in use.
+  void (*attend_by_tiles)(const AttentionTile& tile);
   // Each sum runs over k in order, so a row's bits do not depend on its neighbours. Of floats any
   // sizes; of Bf16 packed as [k / 2][n][2] with k even and n a multiple of 16, with the bits of
   // ATen's micro-kernel, null where the processor has no instruction for it.

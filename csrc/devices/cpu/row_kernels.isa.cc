@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "devices/cpu/isa_attention.h"
+#include "devices/cpu/isa_attention_amx.h"
 #include "devices/cpu/isa_block_product.h"
 #include "devices/cpu/isa_blocks.h"
 #include "devices/cpu/isa_int8.h"
@@ -322,6 +323,15 @@ constexpr void (*attend_of())(const AttentionTile&) {
 }
 
 template <typename T>
+constexpr void (*attend_by_tiles_of())(const AttentionTile&) {
+#if defined(__AVX512BF16__) && defined(__x86_64__)
+  if constexpr (sizeof(T) == sizeof(Bf16))
+    return attend_by_tiles;
+#endif
+  return nullptr;
+}
+
+template <typename T>
 constexpr void (*multiply_of())(const Product<T>&) {
 #ifndef __AVX512BF16__
   if constexpr (sizeof(T) == sizeof(Bf16))
@@ -346,6 +356,7 @@ constexpr RowKernels<T> make_table() {
           .merge = merge,
           .normalise = normalise<T>,
           .attend = attend_of<T>(),
+          .attend_by_tiles = attend_by_tiles_of<T>(),
           .multiply = multiply_of<T>(),
           .widen = widen<T>,
           .narrow = narrow<T>,

@@ -74,7 +74,7 @@ cmake --build "$work/build" -j "${JOBS:-2}" --target gpu_test kernel_bench
 cp "$work/build/gpu/gpu_test" "$work/build/kernel_bench" \
   "$work/build/gpu/kernels/libflowprefill_cuda_kernels.a" "$kit/prebuilt/"
 # The CPU's kernels on a processor that this machine may not be.
-cpu_tests=(amx_product_test row_kernels_test attention_tile_test block_kernels_test sample_test)
+cpu_tests=(row_kernels_test attention_tile_test block_kernels_test sample_test)
 cmake -S "$repo/tests/cpp" -B "$work/cpu" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" \
   -DCMAKE_EXE_LINKER_FLAGS="-static-libstdc++ -static-libgcc" >"$work/configure-cpu.log"
 cmake --build "$work/cpu" -j "${JOBS:-2}" --target "${cpu_tests[@]}"

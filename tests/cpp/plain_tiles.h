@@ -1,0 +1,10 @@
+#pragma once
+
+#include "devices/cpu/row_kernels.h"
+
+namespace flowprefill {
+
+// Only where row_kernels<Bf16>().attend is not null.
+void attend_by_plain_tiles(const AttentionTile& tile);
+
+}  // namespace flowprefill
