@@ -7,7 +7,7 @@ namespace {
 
 constexpr int32_t kMostRows = 8;  // of the kernel's narrow form
 constexpr int32_t kMostNormedRows = 2;
-// What two blocks on a multiprocessor leave of its shared memory beside their rings of weights.
+// What the rings of weights of two blocks leave of a multiprocessor's shared memory.
 constexpr size_t kMostNormedBytes = size_t{32} << 10;
 constexpr size_t kSumsBytes = 32;      // of a sum over a block: a float per warp
 constexpr int32_t kRopeMultiple = 16;  // dimensions that a block takes at once: 8 pairs
