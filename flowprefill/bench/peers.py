@@ -5,7 +5,8 @@ round, so that a change of the machine's speed meets all; and stopped between it
 some wait for their next request in a loop, on a core that the others are measured on. All open
 the same checkpoint in bf16 (those named int8 round its weights to 8 bits) and get the same random
 prompts of ids. A row of decode is the time of some tokens for each sequence, less the time of the
-first one.
+first one: of several, which are submitted at once, it has the steps of some while the others are
+prefilled. A row of steps is the time of as many further tokens, when all decode.
 """
 
 from __future__ import annotations
@@ -248,11 +249,18 @@ def _measure(
                 first_s = engines[name](prompts_of(sequences, DECODE_CONTEXT), 1)
                 prompts = prompts_of(sequences, DECODE_CONTEXT)
                 took_s = engines[name](prompts, 1 + DECODE_TOKENS) - first_s
-                # Less than nothing where another process held the first token back.
-                rate = sequences * DECODE_TOKENS / took_s if took_s > 0.0 else math.nan
-                note(f"decode of {sequences}", name, rate)
+                note(f"decode of {sequences}", name, _rate(sequences, took_s))
+                if sequences > 1:
+                    prompts = prompts_of(sequences, DECODE_CONTEXT)
+                    twice_s = engines[name](prompts, 1 + 2 * DECODE_TOKENS) - first_s
+                    note(f"steps of {sequences}", name, _rate(sequences, twice_s - took_s))
             yield rates
         say(f"{model}: round {number + 1}/{rounds}")
+
+
+def _rate(sequences: int, took_s: float) -> float:
+    """Return tokens per second; NaN where another process held back what was subtracted."""
+    return sequences * DECODE_TOKENS / took_s if took_s > 0.0 else math.nan
 
 
 def rows_of(model: str, rates: dict[tuple[str, str], list[float]]) -> list[Row]:

@@ -107,10 +107,16 @@ def test_no_prompt_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     for known in _measure(cast(Any, Engine()), cast(Any, [Peer()]), "m", [100], 2, 0):
         samples.append(sum(map(len, known.values())))  # so a run that is ended leaves what it did
         rows = rows_of("m", known)
-    assert samples == [2, 4, 6, 8, 10, 12]
-    assert len(Peer.seen) == len(set(Peer.seen)) == 2 * 1 + (1 + 2 * 2) * sum(DECODE_BATCHES)
+    assert samples == [2, 4, 8, 10, 12, 16]
+    of_decode = (1 + 2 * 2) * sum(DECODE_BATCHES) + 2 * 16
+    assert len(Peer.seen) == len(set(Peer.seen)) == 2 * 1 + of_decode
     decoded = {row["work"]: row["tokens_per_s"] for row in rows if row["engine"] == "peer"}
-    assert decoded == {"prefill 100": 100.0, "decode of 1": 1.0, "decode of 16": 16.0}
+    assert decoded == {
+        "prefill 100": 100.0,
+        "decode of 1": 1.0,
+        "decode of 16": 16.0,
+        "steps of 16": 16.0,
+    }
 
 
 def test_rows_are_medians_with_the_factor_to_ours() -> None:
