@@ -1,3 +1,5 @@
+// attend_by_plain_tiles(): attention on AMX tiles, computed by plain loops. Called by
+// attention_tile_test.cc.
 #pragma once
 
 #include "devices/cpu/row_kernels.h"

@@ -188,7 +188,8 @@ def test_a_shape_is_measured_in_bf16_and_in_fp8(
                        for name in ("bf16", "fp8"))  # fmt: skip
     assert of_bf16 == of_fp8
     assert {"prefill", "decode", "operators", "torch"} <= set(of_fp8)
-    assert [row["batch"] for row in rows_of(report, "decode")] == [1, 16, 64, 1, 16, 64]
+    decodes = [(row["batch"], row["granularity"]) for row in rows_of(report, "decode")]
+    assert decodes == 2 * [(n, cut) for n in (1, 16, 64) for cut in ("budget:0.5", "none")]
     assert [len(options["fp8_sources"]) for options in Model.made] == [0, 7], "q k v o gate up down"
     assert {"memory", "memory_fp8", "graphs", "graphs_fp8"} <= report.keys()
     assert "<svg" in picture.read_text()

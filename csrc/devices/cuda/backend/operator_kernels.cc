@@ -1,3 +1,4 @@
+// Long because each kind of operator has its launch here, some lines each.
 #include "devices/cuda/backend/operator_kernels.h"
 
 #include <algorithm>

@@ -19,11 +19,9 @@
 // 16 rows of b.
 #pragma once
 
-#include "devices/cuda/kernels/fused_product.h"
+#include "devices/cuda/kernels/fused_product_body.h"
 #include "devices/cuda/kernels/gemm_gate.h"
 #include "devices/cuda/kernels/mma_layout.h"
-#include "devices/cuda/kernels/rope_body.h"
-#include "devices/cuda/kernels/row_bodies.h"
 #include "devices/cuda/kernels/thread.h"
 
 namespace flowprefill {
@@ -69,22 +67,6 @@ FP_HD const Bf16* few_rows_operand(const GemmArgs& args, const Bf16* /*type*/) {
 FP_HD const E4m3* few_rows_operand(const GemmArgs& args, const E4m3* /*type*/) {
   return args.fp8.a;
 }
-
-// Columns of a block's turn where these are of heads that turn: kRopePairs dimensions of a head
-// from `low` on, then those that turn with them, `apart` columns further on.
-constexpr int32_t kRopePairs = 8;
-struct RopeColumns {
-  FP_HD RopeColumns(int32_t unit, int32_t head_dim)
-      : head(unit / (head_dim / (2 * kRopePairs))),
-        dimension(unit % (head_dim / (2 * kRopePairs)) * kRopePairs),
-        low(head * head_dim + dimension),
-        apart(head_dim / 2) {}
-
-  int32_t head;
-  int32_t dimension;  // the first of the pairs' lower ones, in its head
-  int32_t low;
-  int32_t apart;
-};
 
 // One warp's steps. Element: Bf16 or E4m3.
 template <class Form, typename Element, bool kRopes, class Thread>
@@ -349,90 +331,6 @@ FP_HD void finish_few(const GemmArgs& args, int32_t row, int32_t column, float (
   }
 }
 
-// What follows a product of queries, keys and values, for one pair of dimensions of a thread's row:
-// as RopeHeadBody does it.
-class RopePair {
- public:
-  // What the run's inputs say of the row: no kernel writes them, so this may be before the wait.
-  FP_HD RopePair(const RopeArgs<Bf16>& args, int32_t row, int32_t pair)
-      : args_(args), row_(row), pair_(pair) {
-    if (row >= args.rows)
-      return;
-    sequence_ = args.batch.sequences[row];
-    if (sequence_ <= 0)
-      return;
-    const int32_t* table =
-        args.batch.block_tables + (sequence_ - 1) * args.batch.block_table_stride;
-    offset_ = args.cache.offset(table, args.batch.positions[row]);
-  }
-
-  // The pair's angle in this unit: asked for before the sums are there.
-  FP_HD void load(int32_t unit) {
-    const float* rotary = args_.rotary + static_cast<int64_t>(row_) * args_.turning +
-                          RopeColumns(unit, args_.head_dim).dimension + pair_;
-    cos_ = rotary[0];
-    sin_ = rotary[args_.turning / 2];
-  }
-
-  // The sums, first rounded as d would be.
-  FP_HD void store_sums(int32_t unit, const float (&sums)[2]) const {
-    const RopeColumns columns(unit, args_.head_dim);
-    const int32_t dimension = columns.dimension + pair_;
-    float low = widen(to_bf16(sums[0]));
-    float high = widen(to_bf16(sums[1]));
-    if (args_.bias != nullptr) {
-      low += args_.bias[columns.low + pair_];
-      high += args_.bias[columns.low + columns.apart + pair_];
-    }
-    const int32_t kv = columns.head - args_.heads;
-    if (kv < 0) {
-      Bf16* q = args_.q + row_ * args_.ld_q + int64_t{columns.head} * args_.head_dim + dimension;
-      if (sequence_ <= 0)  // padding, as in RopeHeadBody::run()
-        low = high = 0.0f;
-      else
-        turn(cos_, sin_, args_.q_scale, &low, &high);
-      return store_pair(low, high, q);
-    }
-    if (sequence_ <= 0)
-      return;
-    const bool is_key = kv < args_.kv_heads;
-    if (is_key)
-      turn(cos_, sin_, 1.0f, &low, &high);
-    Bf16* base = is_key ? args_.cache.keys : args_.cache.values;
-    const int64_t head = is_key ? kv : kv - args_.kv_heads;
-    store_pair(low, high, base + offset_ + head * args_.cache.head_stride + dimension);
-  }
-
- private:
-  FP_HD void store_pair(float low, float high, Bf16* out) const {
-    out[0] = to_bf16(low);
-    out[args_.head_dim / 2] = to_bf16(high);
-  }
-
-  const RopeArgs<Bf16>& args_;
-  const int32_t row_;
-  const int32_t pair_;
-  int32_t sequence_ = 0;
-  int64_t offset_ = 0;  // where the token's keys and values lie in the cache
-  float cos_ = 1;
-  float sin_ = 0;
-};
-
-// The norms of the rows, behind the ring in shared memory. All threads have to come here.
-template <class Form, class Thread>
-FP_HD const Bf16* norm_few(const Thread& t, const FusedProduct& args) {
-  unsigned char* shared = t.template shared<unsigned char>() + Form::kSharedBytes;
-  Bf16* out = reinterpret_cast<Bf16*>(shared + kFewRowsWarps * sizeof(float));
-  const int32_t depth = args.product.depth;
-  for (int32_t row = 0; row < args.product.rows(); ++row) {
-    const float* hidden = args.norm.hidden + (args.product.row_begin + row) * args.norm.ld_hidden;
-    norm_row(t, hidden, args.norm.weight, depth, args.norm.eps, reinterpret_cast<float*>(shared),
-             out + row * depth);
-    t.sync();
-  }
-  return out;
-}
-
 // Grid: x, at most as many as there are units of FewRowsForm<kTiles>::kColumns columns.
 // kFewRowsThreads threads, kSharedBytes of that form, and normed_bytes() where rows are normed
 // (kNorms, as kRopes what args say too).
@@ -452,7 +350,8 @@ FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
   RopePair rope(fused.rope, kRopes ? row : INT32_MAX, pair);
   t.wait_for_predecessor();  // the weights and the inputs are no kernel's; all else may be
   if constexpr (kNorms) {
-    warp.take_rows(norm_few<Form>(t, fused), args.depth, 0, args.rows());
+    unsigned char* behind_ring = t.template shared<unsigned char>() + Form::kSharedBytes;
+    warp.take_rows(norm_rows(t, fused, behind_ring), args.depth, 0, args.rows());
   } else {
     warp.take_rows(few_rows_operand(args, static_cast<const Element*>(nullptr)), args.lda,
                    args.row_begin, args.row_end);
