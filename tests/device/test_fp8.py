@@ -282,7 +282,8 @@ def test_the_bench_measures_a_shape_in_fp8(fp8_device: Device, tmp_path: Path) -
     rows = [row for row in report["rows"] if row["weights"] == "fp8"]
     prefills = [row["tokens"] for row in rows if row["table"] == "prefill"]
     assert prefills == [64, 520]
-    assert [row["batch"] for row in rows if row["table"] == "decode"] == list(gpu_shape.BATCHES)
+    decodes = [(row["batch"], row["granularity"]) for row in rows if row["table"] == "decode"]
+    assert decodes == [(n, cut) for n in gpu_shape.BATCHES for cut in (gpu_shape.USUAL, "none")]
     assert {"attention", "down_proj"} <= {
         row["operator"] for row in rows if row["table"] == "operators"
     }
