@@ -9,14 +9,13 @@ constexpr int32_t kMostRows = 8;  // of the kernel's narrow form
 constexpr int32_t kMostNormedRows = 2;
 // What the rings of weights of two blocks leave of a multiprocessor's shared memory.
 constexpr size_t kMostNormedBytes = size_t{32} << 10;
-constexpr size_t kSumsBytes = 32;      // of a sum over a block: a float per warp
 constexpr int32_t kRopeMultiple = 16;  // dimensions that a block takes at once: 8 pairs
 
 }  // namespace
 
 size_t normed_bytes(const GemmArgs& product) {
   const auto elements = static_cast<size_t>(product.rows()) * static_cast<size_t>(product.depth);
-  return kSumsBytes + elements * sizeof(Bf16);
+  return kNormSumsBytes + elements * sizeof(Bf16);
 }
 
 bool can_fuse(const GemmArgs& product) {

@@ -29,7 +29,8 @@ struct FusedProduct {
   bool has_rope() const { return rope.q != nullptr; }
 };
 
-// Shared memory for the norms of the product's rows.
+inline constexpr size_t kNormSumsBytes = 32;  // of a sum over a block of 8 warps
+// Shared memory for the norms of the product's rows: that, then the rows.
 size_t normed_bytes(const GemmArgs& product);
 
 // Whether the kernel of few rows takes this: weights in bf16, and what is below.

@@ -12,7 +12,7 @@ namespace flowprefill {
 // have to come here.
 template <class Thread>
 FP_HD const Bf16* norm_rows(const Thread& t, const FusedProduct& args, unsigned char* shared) {
-  Bf16* out = reinterpret_cast<Bf16*>(shared + t.count() / 32 * sizeof(float));
+  Bf16* out = reinterpret_cast<Bf16*>(shared + kNormSumsBytes);
   const int32_t depth = args.product.depth;
   for (int32_t row = 0; row < args.product.rows(); ++row) {
     const float* hidden = args.norm.hidden + (args.product.row_begin + row) * args.norm.ld_hidden;

@@ -342,6 +342,7 @@ FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
   using Form = FewRowsForm<kTiles>;
   constexpr int32_t kPairs = Form::kColumns / 2;
   static_assert(!kRopes || kPairs == kRopePairs);
+  static_assert(kNormSumsBytes == kFewRowsWarps * sizeof(float));
   const GemmArgs& args = fused.product;
   FewRowsWarp<Form, Element, kRopes, Thread> warp(t, fused);
   warp.start_all();
