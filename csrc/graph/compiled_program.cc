@@ -10,7 +10,10 @@ constexpr uint64_t bit(int32_t tensor) {
 }
 
 uint64_t reads_of(const Operator& op) {
-  return bit(op.input) | bit(op.rotary) | (reads_output(op) ? bit(op.output) : 0);
+  uint64_t tensors = 0;
+  for (const int32_t tensor : tensors_read(op))
+    tensors |= bit(tensor);
+  return tensors;
 }
 
 // Whether the step writes the first of what its tensor will hold: what was there before is dead,

@@ -36,7 +36,7 @@ std::vector<std::vector<bool>> lifetimes(const ModelGraph& graph, ModelGraph::Ra
   std::vector<int32_t> since(graph.tensors.size(), -1);
   for (int32_t i = layer.begin; i < layer.end; ++i) {
     const Operator& op = graph.op(i);
-    for (const int32_t read : {op.input, op.rotary, reads_output(op) ? op.output : -1}) {
+    for (const int32_t read : tensors_read(op)) {
       if (read < 0 || since[static_cast<size_t>(read)] < 0)
         continue;
       auto& bits = alive[static_cast<size_t>(read)];

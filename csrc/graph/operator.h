@@ -2,6 +2,7 @@
 // the planner cuts and prices operators, a device's backend lowers them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace flowprefill {
@@ -63,6 +64,11 @@ constexpr bool is_light(const Operator& op) {
 constexpr bool reads_output(const Operator& op) {
   return op.kind == OperatorKind::kResidual || op.kind == OperatorKind::kPool ||
          op.epilogue == Epilogue::kAdd;
+}
+
+// The tensors that it reads; -1: none in that place.
+constexpr std::array<int32_t, 3> tensors_read(const Operator& op) {
+  return {op.input, op.rotary, reads_output(op) ? op.output : -1};
 }
 
 // A copy of the name that lives as long as the process. Thread: any.

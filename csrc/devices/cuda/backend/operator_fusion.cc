@@ -1,11 +1,10 @@
 #include "devices/cuda/backend/operator_fusion.h"
 
+#include <algorithm>
+#include <array>
+
 namespace flowprefill {
 namespace {
-
-bool reads(const Operator& op, int32_t tensor) {
-  return op.input == tensor || op.rotary == tensor || (reads_output(op) && op.output == tensor);
-}
 
 // Whether operator `index` is the only one that reads what the one before it has made.
 bool is_only_reader(const ModelGraph& graph, int32_t index) {
@@ -14,7 +13,8 @@ bool is_only_reader(const ModelGraph& graph, int32_t index) {
     return false;
   for (size_t i = static_cast<size_t>(index) + 1; i < graph.operators.size(); ++i) {
     const Operator& op = graph.operators[i];
-    if (reads(op, tensor))
+    const std::array<int32_t, 3> read = tensors_read(op);
+    if (std::ranges::find(read, tensor) != read.end())
       return false;
     if (op.output == tensor)
       return true;  // written anew

@@ -14,8 +14,6 @@ struct OperatorFusion {
   int32_t norm = -1;
   int32_t product = -1;
   int32_t rope = -1;
-
-  int32_t last() const { return rope >= 0 ? rope : product; }
 };
 
 // From operator `index` of the step on: a norm with the product of its rows, a product with the

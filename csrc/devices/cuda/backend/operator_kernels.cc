@@ -121,29 +121,30 @@ std::optional<OperatorKernels::Fused> OperatorKernels::fused_from(const PlanShap
   if (!found.has_value())
     return std::nullopt;
   const Operator& op = shape.graph.op(found->product);
-  FusedProduct fused{product(shape, weights_, op, step, args.activations)};
-  if (op.softcap != 0.0f || !can_fuse(fused.product) ||
-      !gemms_.chooses(fused.product, gemm_tile_name(GemmTile::kFewRows)))
+  Fused fused{.args = {product(shape, weights_, op, step, args.activations)},
+              .last = found->product};
+  const GemmArgs& of_op = fused.args.product;
+  if (op.softcap != 0.0f || !can_fuse(of_op) ||
+      !gemms_.chooses(of_op, gemm_tile_name(GemmTile::kFewRows)))
     return std::nullopt;
   if (found->norm >= 0) {
-    if (!can_fuse_norm(fused.product))
+    if (!can_fuse_norm(of_op))
       return std::nullopt;  // the product comes after it, and may be fused with its rope
     const Operator& norm = shape.graph.op(found->norm);
-    fused.norm = normed_rows({.shape = shape, .op = norm, .step = step, .args = args});
+    fused.args.norm = normed_rows({.shape = shape, .op = norm, .step = step, .args = args});
   }
-  Fused out{.args = fused, .last = found->product};
   if (found->rope >= 0) {
     const Operator& rope = shape.graph.op(found->rope);
     const RopeArgs<Bf16> turned =
         rope_args({.shape = shape, .op = rope, .step = step, .args = args});
-    if (can_fuse_rope(fused.product, turned)) {
-      out.args.rope = turned;
-      out.last = found->rope;
+    if (can_fuse_rope(of_op, turned)) {
+      fused.args.rope = turned;
+      fused.last = found->rope;
     }
   }
-  if (!out.args.has_norm() && !out.args.has_rope())
+  if (!fused.args.has_norm() && !fused.args.has_rope())
     return std::nullopt;
-  return out;
+  return fused;
 }
 
 size_t OperatorKernels::num_kernels(const PlanShape& shape, const Operator& op,
