@@ -11,6 +11,7 @@
 #include "devices/cpu/isa.h"
 #include "devices/cpu/linear.h"
 #include "devices/cpu/team.h"
+#include "devices/cpu/tile_shapes.h"
 
 #if FP_ISA_LEVELS > 1
 #if defined(__GNUC__) && !defined(__clang__)
@@ -84,17 +85,6 @@ __attribute__((target("avx512f,avx512vnni"))) void multiply_int8() {
   }
 }
 
-// Palette 1: eight tiles of 16 rows of 64 bytes. Not on the stack: GCC's _tile_loadconfig says that
-// it reads 8 bytes, so the rest might never be written.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
-constexpr TileConfig kTiles;
 constexpr int kTileSums = 6;  // more than the latency; the other two tiles are what is multiplied
 
 #define FP_TILES(instruction) \
@@ -107,7 +97,9 @@ constexpr int kTileSums = 6;  // more than the latency; the other two tiles are 
 
 // Of zeros: only after isa() has said kAmx.
 __attribute__((target("amx-tile,amx-bf16,amx-int8"))) void multiply_tiles(bool of_bytes) {
-  _tile_loadconfig(&kTiles);
+  // Not of a copy on the stack: GCC says that this reads 8 bytes, so the rest might never be
+  // written.
+  _tile_loadconfig(&kTileShapes);
   for (int64_t i = 0; i < kSteps; ++i) {
     if (of_bytes) {
       FP_TILES(_tile_dpbusd);

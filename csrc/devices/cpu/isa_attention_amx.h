@@ -5,6 +5,7 @@
 #pragma once
 
 #include "devices/cpu/isa_attention_pieces.h"
+#include "devices/cpu/tile_shapes.h"
 
 #if defined(__AVX512BF16__) && defined(__x86_64__)
 namespace flowprefill {
@@ -15,19 +16,10 @@ constexpr int kSquare = 16;         // rows of a tile, and columns of sums
 constexpr int kDepth = 32;          // of one instruction
 constexpr int kPair = 2 * kSquare;  // rows or columns of two tiles
 
-// The shapes of eight tiles, as the processor reads them (palette 1). 0 to 3 are sums: 0 and 1 of
-// upper rows, 2 and 3 of the sixteen rows below them. 4 and 5 are these rows of the left operand, 6
-// and 7 two sixteens of columns of the right one.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileShapes) == 64);
-constexpr TileShapes kTileShapes;
-
+// Of the eight tiles 0 to 3 are sums: 0 and 1 of upper rows, 2 and 3 of the sixteen rows below
+// them. 4 and 5 are these rows of the left operand, 6 and 7 two sixteens of columns of the right
+// one.
+//
 // Assembler instead of the compiler's functions: these want the tiles' numbers in their source.
 struct ProcessorTiles {
   static void begin() { asm volatile("ldtilecfg %0" ::"m"(kTileShapes)); }
