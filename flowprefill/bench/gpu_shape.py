@@ -11,9 +11,9 @@ Rows are told apart by their key `table`:
 - `operators`: time and rate of each operator in a prefill;
 - `blocking`: by granularity and run-ahead, from the dispatch of a short prompt during a long one to
   its first segment, and the gaps in which the GPU waits for a launch, by the GPU's own clock;
-- `long_blocking`: the same waiting during one prefill of the longest prompt, beyond LONG tokens;
   `at_once`: the same where the next segment is launched as soon as one begins, not shortly before
   it ends;
+- `long_blocking`: the same waiting during one prefill of the longest prompt, beyond LONG tokens;
 - `cost`: what cutting costs, prefills of all granularities in turns (gpu_cost.py);
 - `hol`: the same short prompt's time to its token, during the longest prompt and alone;
 - `torch`: cuBLAS and attention of it, of the same sizes;

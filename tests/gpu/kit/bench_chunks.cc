@@ -11,7 +11,6 @@ namespace flowprefill {
 namespace {
 
 constexpr const char* kSection = "chunks";
-constexpr int kTile = 2048;  // rows that go through a layer together
 constexpr size_t kElements = size_t{kTile} * kHeads * kDim;
 
 // One launch, with what it reads.

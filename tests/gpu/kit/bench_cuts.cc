@@ -13,8 +13,6 @@
 namespace flowprefill {
 namespace {
 
-constexpr int kTile = 2048;  // rows that go through a layer together
-
 // ---- products
 
 struct Products {

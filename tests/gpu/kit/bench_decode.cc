@@ -119,9 +119,7 @@ class DecodeStep {
 
   // As the CUDA backend cuts the keys of such a batch.
   void make_tiles() {
-    cudaDeviceProp card = {};
-    FP_CUDA(cudaGetDeviceProperties(&card, 0));
-    const AttentionSplit split{card.multiProcessorCount, kGroup, kKv};
+    const AttentionSplit split{multiprocessors(), kGroup, kKv};
     std::vector<AttentionSlice> slices;
     int64_t partial_rows = 0;
     for (int i = 0; i < rows_; ++i) {
@@ -138,7 +136,7 @@ class DecodeStep {
     tiles_ = on_device(tiles);
     merges_ = on_device(merges);
     partials_ = DeviceBuffer(attention_partial_bytes(partial_rows, kKv, kDim));
-    const int units = card.multiProcessorCount * AttentionSplit::kBlocksPerUnit;
+    const int units = multiprocessors() * AttentionSplit::kBlocksPerUnit;
     attention_ = {.q = halves(q_),
                   .ld_q = kHeads * kDim,
                   .out = halves(attended_),

@@ -20,6 +20,7 @@ constexpr int kQkv = (kHeads + 2 * kKv) * kDim;
 constexpr int kBlockShift = 6;
 constexpr int kBlockTokens = 1 << kBlockShift;  // the product's own
 constexpr int kRows = 4096;                     // of the kernels of rows
+constexpr int kTile = 2048;                     // rows that go through a layer together
 
 using Launch = std::function<void(cudaStream_t)>;
 
