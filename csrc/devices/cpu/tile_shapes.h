@@ -16,6 +16,7 @@ struct alignas(64) TileShapes {
 };
 static_assert(sizeof(TileShapes) == 64);
 
-inline constexpr TileShapes kTileShapes;
+// Not inline: each object has its own, so none takes a symbol from one for another instruction set.
+constexpr TileShapes kTileShapes;
 
 }  // namespace flowprefill
