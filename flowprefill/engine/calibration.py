@@ -21,6 +21,7 @@ import numpy as np
 
 from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine.loading import plan_options
+from flowprefill.engine.worker import FIRST_PROBE_RUN
 from flowprefill.scheduling.cost_model import (
     MachineRates,
     ModelShape,
@@ -55,7 +56,7 @@ def probes_of(native: Any, model: NativeModel, num_blocks: int, vocab_size: int)
     """
     table = np.arange(num_blocks, dtype=np.int32)
     plan = plan_options(native, Granularity("none"), MachineRates())
-    ids = itertools.count(1)
+    ids = itertools.count(FIRST_PROBE_RUN)
     noise = np.random.default_rng(0)
 
     def make_probe(tokens: int, context: int) -> RunHandle:

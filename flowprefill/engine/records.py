@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flowprefill.engine.worker import FIRST_PROBE_RUN
+
 if TYPE_CHECKING:
     from flowprefill.engine.worker import TimelineRecord
     from flowprefill.request import SLO, FinishReason, Timings
     from flowprefill.scheduling import Decision, SchedulerEvent
+
+
+CALIBRATION = "calibration"  # what the timeline calls its runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,8 @@ class TimelineEntry:
     """One executed segment.
 
     Attributes:
-        run: ``prefill REQUEST``, ``prefill of N`` or ``decode of N``.
+        run: ``prefill REQUEST``, ``prefill of N``, ``decode of N`` or, before any of these,
+            ``calibration``.
         segment: operator, layer and rows.
     """
 
@@ -117,8 +123,9 @@ def timeline_entry(record: TimelineRecord, names: dict[int, str]) -> TimelineEnt
     is_one_layer = label.last_layer in (label.layer, -1)
     layers = f"{label.layer}" if is_one_layer else f"{label.layer}-{label.last_layer}"
     where = f" L{layers}" if label.layer >= 0 else ""
+    is_probe = record.run_id >= FIRST_PROBE_RUN
     return TimelineEntry(
-        run=names.get(record.run_id, f"run {record.run_id}"),
+        run=CALIBRATION if is_probe else names.get(record.run_id, f"run {record.run_id}"),
         run_id=record.run_id,
         segment=f"{label.op}{where} [{label.row_begin}, {label.row_end})",
         start_s=record.start_s,

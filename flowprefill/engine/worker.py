@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Logits = npt.NDArray[np.float32]
     Scores = npt.NDArray[Any]
 
+# From here on ids are of runs that the worker makes for itself, to calibrate.
+FIRST_PROBE_RUN = 1 << 62
+
 RunState = Literal["ready", "running", "suspended", "finished", "cancelled", "failed"]
 RunEventKind = Literal["suspended", "finished", "cancelled", "failed"]
 
@@ -71,7 +74,7 @@ class Batch:
     """What one run computes: new tokens of one or more requests.
 
     Attributes:
-        run_id: unique for the life of the worker.
+        run_id: unique for the life of the worker, below FIRST_PROBE_RUN.
         corrections: true over calibrated time of operators; segments are cut by it.
         output: what the run has to give, one of the worker's outputs.
     """

@@ -127,6 +127,12 @@ def test_live_shows_bars_and_where_one_gave_way(
 
 
 @pytest.mark.usefixtures("window_s")
+def test_live_shows_no_calibration(engine: FakeEngine, server: RunningServer) -> None:
+    engine.segments = [segment(1, "calibration", 1.0, 0.1), segment(1, "prefill a", 0.5, 0.1)]
+    assert [bar["name"] for bar in live(server)["bars"]] == ["prefill a"]
+
+
+@pytest.mark.usefixtures("window_s")
 def test_live_goes_on_where_it_was(engine: FakeEngine, server: RunningServer) -> None:
     engine.segments = [segment(1, "prefill a", 1.0, 0.1)]
     assert len(live(server)["bars"]) == 1
@@ -203,6 +209,21 @@ def test_page_without_a_timeline_still_chats(
 ) -> None:
     server = start_server(engine, debug_routes="off")
     asyncio.run(asyncio.wait_for(_chat_only(server, tmp_path), 250))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+def test_page_offers_nothing_while_the_model_loads(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    asyncio.run(asyncio.wait_for(_watch_loading(start_server(None), tmp_path), 250))
+
+
+async def _watch_loading(server: RunningServer, folder: Path) -> None:
+    async with opened(f"{server.url}/", folder / "profile") as tab:
+        await tab.until("$('state').textContent === 'the model is still loading'")
+        assert await tab.value("$('show').disabled && $('send').disabled")
+        await tab.value("$('text').value = 'Hi'; send(); 0")  # as Enter does
+        assert await tab.value("$('log').innerText") == ""
 
 
 async def _chat_only(server: RunningServer, folder: Path) -> None:

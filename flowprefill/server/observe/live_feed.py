@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flowprefill.engine.records import CALIBRATION
+
 if TYPE_CHECKING:
     from flowprefill.engine.records import EngineStats, RequestRecord, TimelineEntry
     from flowprefill.server.engine_protocol import ServedEngine
@@ -133,6 +135,8 @@ class LiveFeed:
         """Add segments to the bars: a run's pause that no eye could see does not end its bar."""
         lengths: dict[str, int | None] | None = None  # looked up if there is a new prefill
         for entry in entries:
+            if entry.run == CALIBRATION:
+                continue
             bar = Bar(entry.run_id, entry.run, entry.start_s, entry.end_s)
             last = self._last.get(bar.row)
             if last is not None and entry.start_s - last.end_s < GAP_S:

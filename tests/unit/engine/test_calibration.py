@@ -317,6 +317,19 @@ def test_executed_segments_are_told_by_kind_of_operator(
     assert all(time.seconds > 0 and time.other_s > 0 for time in times)
 
 
+def test_the_timeline_tells_calibration_from_requests(
+    open_engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine = open_engine(calibrate=True, cache_dir=str(tmp_path))
+    measured = engine.timeline()
+    assert {entry.run for entry in measured} == {"calibration"}
+    handle = engine.submit(Request([1, 2, 3], SamplingParams(max_tokens=1)))
+    handle.result(60)
+    since = engine.timeline(len(measured))
+    assert {entry.run for entry in since} == {f"prefill {handle.request_id}"}
+    assert not {entry.run_id for entry in since} & {entry.run_id for entry in measured}
+
+
 def test_closing_keeps_rates_that_were_learnt(
     open_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
