@@ -13,7 +13,7 @@ from flowprefill.bench.goodput.clairvoyant import (
     most_on_time,
 )
 from flowprefill.bench.goodput.lab import LEAST_LOAD, MOST_LOAD, START_LOAD, Lab
-from flowprefill.bench.goodput.pairs import mean_interval, ratio_interval
+from flowprefill.bench.goodput.pairs import mean_interval, ratio_interval, share_interval
 from flowprefill.bench.goodput.search import Search
 from flowprefill.bench.report import Row
 from flowprefill.traces import TraceRequest, scaled_rate, window
@@ -75,7 +75,7 @@ def sweep_rows(lab: Lab, indices: Sequence[int], ideal: Ideal, name: str) -> lis
     rows: list[Row] = []
     for index in indices:
         values = [attained(lab, ideal, n, index) for n in range(len(lab.samples))]
-        found = mean_interval(values)
+        found = share_interval(values)
         rate_rps = lab.rate_rps(index)
         rows.append(
             {

@@ -25,8 +25,15 @@ class Interval:
     count: int
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of independent values with its interval by Student's t."""
+def mean_interval(
+    values: Sequence[float], *, least: float = -math.inf, most: float = math.inf
+) -> Interval:
+    """Return the mean of independent values with its interval by Student's t.
+
+    Args:
+        least: what none of the values can be below; the interval ends there too.
+        most: likewise above.
+    """
     count = len(values)
     if count == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
@@ -36,7 +43,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
     variance = sum((value - mean) ** 2 for value in values) / (count - 1)
     t = STUDENT_T[count - 2] if count - 2 < len(STUDENT_T) else NORMAL
     half = t * math.sqrt(variance / count)
-    return Interval(mean, mean - half, mean + half, count)
+    return Interval(mean, max(mean - half, least), min(mean + half, most), count)
+
+
+def share_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of shares, each from 0 to 1, with its interval."""
+    return mean_interval(values, least=0.0, most=1.0)
 
 
 def ratio_interval(tops: Sequence[float | None], bottoms: Sequence[float | None]) -> Interval:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from flowprefill.bench.goodput.lab import Lab, Place
 from flowprefill.bench.goodput.measurement import Measurement
-from flowprefill.bench.goodput.pairs import Interval, mean_interval, ratio_interval
+from flowprefill.bench.goodput.pairs import Interval, mean_interval, ratio_interval, share_interval
 from flowprefill.bench.goodput.search import Search
 from flowprefill.bench.goodput.setting import FIRST_COME, Setting
 from flowprefill.bench.report import Row
@@ -83,7 +83,7 @@ def rows_of(lab: Lab, found: Found, ideals: Ideals | None = None) -> list[Row]:
             "batch_tokens": setting.most_batch_tokens,
             "setting": str(setting),
             "target": target,
-            **_named("max_rate", mean_interval(known), mean_name="max_rate_rps"),
+            **_named("max_rate", mean_interval(known, least=0), mean_name="max_rate_rps"),
             "goodput_rps": mean_interval(known).mean * target,
             **_named("ratio_to_fcfs", ratio_interval(mine, others[first_come])),
             **_named("ours_over", ratio_interval(others[lab.ours], mine)),
@@ -168,7 +168,7 @@ def _sweep_rows(
                 "rate_rps": lab.rate_rps(index),
                 "load": lab.rate_rps(index) / lab.capacity_rps,
                 "slo_scale": scale,
-                **_named("attainment", mean_interval([one.attainment for one in ones])),
+                **_named("attainment", share_interval([one.attainment for one in ones])),
                 "ours_minus": mean_interval(differences).mean,
                 "ours_minus_least": min(differences, default=math.nan),
                 "preemptions": sum(one.preemptions for one in ones),

@@ -14,7 +14,7 @@ from flowprefill.bench.goodput.measurement import (
     Stretch,
     summarised,
 )
-from flowprefill.bench.goodput.pairs import mean_interval, ratio_interval
+from flowprefill.bench.goodput.pairs import mean_interval, ratio_interval, share_interval
 from flowprefill.bench.goodput.records import Records
 from flowprefill.bench.goodput.search import Search
 from flowprefill.bench.goodput.setting import BASELINES, FEW, OURS, Setting
@@ -70,6 +70,15 @@ def test_interval_of_known_values() -> None:
     assert found.mean == 3
     assert found.high - found.mean == pytest.approx(2.776 * math.sqrt(0.5))
     assert found.low == pytest.approx(6 - found.high)
+
+
+def test_interval_of_shares_ends_where_shares_do() -> None:
+    # 1 and 0.5: mean 0.75, standard error 0.25, t of one degree of freedom 12.706.
+    assert mean_interval([1.0, 0.5]).high == pytest.approx(0.75 + 12.706 * 0.25)
+    found = share_interval([1.0, 0.5])
+    assert (found.low, found.mean, found.high) == (0.0, 0.75, 1.0)
+    inside = share_interval([0.5, 0.51])
+    assert 0 < inside.low < inside.mean < inside.high < 1
 
 
 def test_ratio_is_paired_and_leaves_out_what_is_unknown() -> None:
