@@ -12,6 +12,7 @@ from flowprefill.bench.report import json_path
 from flowprefill.config import QUANTIZATIONS, EngineConfig
 from flowprefill.engine import Engine
 from flowprefill.errors import ConfigError
+from flowprefill.native import _core
 from flowprefill.request import SLO, Request, SamplingParams
 
 FIRST_TOKEN_ONLY = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
@@ -81,6 +82,21 @@ def load_engine(args: argparse.Namespace, **settings: Any) -> Engine:
     engine = Engine(args.model, config)
     engine.freeze_garbage()
     return engine
+
+
+def peak_flops_per_s(engine: Engine) -> float:
+    """Return what the device can compute at most, FLOP/s.
+
+    Of a CPU: the instruction of its products, with operands in registers, on the engine's threads
+    (`flowprefill doctor`); of a GPU: the products that calibration measured.
+    """
+    found = engine.describe()
+    if found["device"] != "cpu":
+        return engine.rates.gemm_flops_per_s
+    ceilings = _core.measure_ceilings(engine.threads)
+    if found["quantization"] == "int8":
+        return ceilings["int8"]
+    return ceilings["bf16"] if engine.dtype == "bf16" else ceilings["f32"]
 
 
 def check_lengths(engine: Engine, lengths: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 A prompt is prefilled with one segment per operator, light operators riding with the product or
 attention behind which they stand; the executor's timeline tells how long each took. Next to them:
-the rate of a large matrix product through torch, measured in the same run, as the peak. The same
+the peak of the processor's instruction, measured in the same run (`flowprefill doctor`). The same
 for decode steps, by the bytes of weights and keys that each operator reads, against the rate at
 which our kernels read DRAM (`flowprefill doctor`).
 """
@@ -22,9 +22,9 @@ from flowprefill.bench.common import (
     check_lengths,
     first_token_s,
     load_engine,
+    peak_flops_per_s,
     random_ids,
 )
-from flowprefill.bench.prefill import gemm_flops_per_s
 from flowprefill.bench.report import Report, Row, print_table
 from flowprefill.bench.statistics import median
 from flowprefill.engine import Engine
@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
         graph = build_graph(engine.model_config)
         rng = random.Random(args.seed)
         first_token_s(engine, random_ids(rng, min(lengths), engine.vocab_size))
-        peak = max(gemm_flops_per_s(engine.dtype, engine.threads) for _ in range(rounds))
-        report.extra["gemm_flops_per_s"] = peak
+        peak = max(peak_flops_per_s(engine) for _ in range(rounds))
+        report.extra["peak_flops_per_s"] = peak
         for tokens in lengths:
             runs = [_segments_of_one(engine, rng, tokens) for _ in range(rounds)]
             report.rows += rows_of(graph, tokens, runs, peak)

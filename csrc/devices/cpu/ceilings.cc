@@ -47,42 +47,57 @@ double best_rate(Team& team, double work, const Body& body) {
   return best;
 }
 
-template <typename T>
+// Of products in float whose operands stay in L1, where no instruction set is known.
 double product_rate(Team& team) {
-  const Buffer a(sizeof(T) * kRows * kDepth);
-  const Buffer b(sizeof(T) * kDepth * kPackColumns);
-  const Block<T> shape{.n = kPackColumns,
-                       .k = kDepth,
-                       .lda = kDepth,
-                       .ldb = kPackColumns,
-                       .ldc = kPackColumns,
-                       .add = false};
+  const Buffer a(sizeof(float) * kRows * kDepth);
+  const Buffer b(sizeof(float) * kDepth * kPackColumns);
+  const Block<float> shape{.n = kPackColumns,
+                           .k = kDepth,
+                           .lda = kDepth,
+                           .ldb = kPackColumns,
+                           .ldc = kPackColumns,
+                           .add = false};
   const double operations = 2.0 * kRows * kDepth * kPackColumns * kProducts;
   return best_rate(team, operations, [&](int64_t) {
     thread_local std::vector<float> c(kRows * kPackColumns);
     for (int64_t i = 0; i < kProducts; ++i)
-      brgemm(shape, kRows, a.as<T>(), b.as<T>(), c.data());
-    brgemm_end<T>();
+      brgemm(shape, kRows, a.as<float>(), b.as<float>(), c.data());
+    brgemm_end<float>();
   });
 }
 
 #if FP_ISA_LEVELS > 1
 constexpr int64_t kSteps = 200'000;
-constexpr int kSums = 16;  // more than the latency of two units
+constexpr int kSums = 12;  // at least the latency of two units, and AVX2 has registers for them
 
-__attribute__((target("avx512f,avx512vnni"))) void multiply_int8() {
-  __m512i sums[kSums];
-#pragma GCC unroll 16
-  for (int s = 0; s < kSums; ++s)
-    sums[s] = _mm512_setzero_si512();
-  const __m512i ones = _mm512_set1_epi8(1);
-  for (int64_t i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 16
-    for (int s = 0; s < kSums; ++s) {
-      sums[s] = _mm512_dpbusd_epi32(sums[s], ones, ones);
-      asm volatile("" : "+v"(sums[s]));  // must not be worked out beforehand
-    }
+// Operands and sums stay in registers: nothing takes time but the instruction.
+#define FP_IN_REGISTERS(name, features, Sum, zero, one, multiply_add)             \
+  __attribute__((target(features))) void name() {                                 \
+    Sum sums[kSums];                                                              \
+    _Pragma("GCC unroll 12") for (int s = 0; s < kSums; ++s) sums[s] = zero;      \
+    const auto ones = one;                                                        \
+    for (int64_t i = 0; i < kSteps; ++i) {                                        \
+      _Pragma("GCC unroll 12") for (int s = 0; s < kSums; ++s) {                  \
+        sums[s] = multiply_add;                                                   \
+        asm volatile("" : "+v"(sums[s])); /* must not be worked out beforehand */ \
+      }                                                                           \
+    }                                                                             \
   }
+
+FP_IN_REGISTERS(multiply_avx2, "avx2,fma", __m256, _mm256_setzero_ps(), _mm256_set1_ps(1.0f),
+                _mm256_fmadd_ps(ones, ones, sums[s]))
+FP_IN_REGISTERS(multiply_avx512, "avx512f", __m512, _mm512_setzero_ps(), _mm512_set1_ps(1.0f),
+                _mm512_fmadd_ps(ones, ones, sums[s]))
+FP_IN_REGISTERS(multiply_bf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(),
+                _mm512_cvtne2ps_pbh(_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)),
+                _mm512_dpbf16_ps(sums[s], ones, ones))
+FP_IN_REGISTERS(multiply_int8, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(),
+                _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sums[s], ones, ones))
+#undef FP_IN_REGISTERS
+
+// Operations per second of such a loop; lanes: products of one instruction.
+double register_rate(Team& team, int lanes, void (*loop)()) {
+  return best_rate(team, 2.0 * lanes * kSums * kSteps, [loop](int64_t) { loop(); });
 }
 
 constexpr int kTileSums = 6;  // more than the latency; the other two tiles are what is multiplied
@@ -118,23 +133,33 @@ double tile_rate(Team& team, bool of_bytes) {
 }
 #endif
 
+double f32_rate(Team& team) {
+#if FP_ISA_LEVELS > 1
+  if (isa() >= Isa::kAvx512)
+    return register_rate(team, 16, multiply_avx512);
+  if (isa() == Isa::kAvx2)
+    return register_rate(team, 8, multiply_avx2);
+#endif
+  return product_rate(team);
+}
+
 double bf16_rate(Team& team) {
   if (!has_bf16_gemm())
     return 0.0;
 #if FP_ISA_LEVELS > 1
-  if (isa() == Isa::kAmx)
-    return tile_rate(team, false);
+  return isa() == Isa::kAmx ? tile_rate(team, false) : register_rate(team, 32, multiply_bf16);
+#else
+  static_cast<void>(team);
+  return 0.0;
 #endif
-  return product_rate<Bf16>(team);
 }
 
 double int8_rate(Team& team) {
 #if FP_ISA_LEVELS > 1
   if (isa() == Isa::kAmx && __builtin_cpu_supports("amx-int8"))
     return tile_rate(team, true);
-  if (isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni")) {
-    return best_rate(team, 2.0 * 64 * kSums * kSteps, [](int64_t) { multiply_int8(); });
-  }
+  if (isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni"))
+    return register_rate(team, 64, multiply_int8);
 #endif
   static_cast<void>(team);
   return 0.0;
@@ -173,10 +198,8 @@ int64_t l2_bytes() {
 
 Ceilings measure_ceilings(int threads) {
   Team team(threads);
-  Ceilings found{.f32 = product_rate<float>(team),
-                 .bf16 = bf16_rate(team),
-                 .int8 = int8_rate(team),
-                 .reads = {}};
+  Ceilings found{
+      .f32 = f32_rate(team), .bf16 = bf16_rate(team), .int8 = int8_rate(team), .reads = {}};
   Buffer memory(kMemory);
   std::fill_n(memory.as<float>(), kMemory / sizeof(float), 1.0f);
   for (const int64_t bytes : {l2_bytes() / 2 * threads, l2_bytes() * 4 * threads, kMemory})

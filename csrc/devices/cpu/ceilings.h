@@ -9,8 +9,9 @@
 namespace flowprefill {
 
 struct Ceilings {
-  // Operations per second, two for each multiplication that is added. Of products whose operands
-  // stay in L1, but int8, and bf16 by AMX: of the instruction alone. 0: there is none for it.
+  // Operations per second, two for each multiplication that is added, of the instruction that
+  // products use, with operands in registers (f32 without AVX2: of a product in L1). 0: there is
+  // none for it.
   double f32 = 0.0;
   double bf16 = 0.0;
   double int8 = 0.0;

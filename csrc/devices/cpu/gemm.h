@@ -1,6 +1,6 @@
-// The matrix kernel of all products and of attention on the CPU, on packed operands: for bf16
-// ATen's brgemm (oneDNN's batch-reduce micro-kernel; AMX is used where there is one), as for bytes;
-// for float our own, which every processor has.
+// The matrix kernel of all products and of attention on the CPU, on packed operands: for float and
+// with AVX-512 BF16 our own; for bf16 by AMX, and for bytes, ATen's brgemm (oneDNN's batch-reduce
+// micro-kernel).
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -77,15 +77,12 @@ void brgemm_end() {
 // and may use AVX-512.
 bool has_int8_gemm();
 
-// Up to so many rows a product waits for its weights, some of the time: ours asks for them ahead.
-inline constexpr int64_t kFewRows = 64;
-
-inline bool is_ours(const Block<float>&, int64_t) {
+inline bool is_ours(const Block<float>&) {
   return true;
 }
-// AMX's sums round otherwise.
-inline bool is_ours(const Block<Bf16>& s, int64_t rows) {
-  return rows <= kFewRows && s.n % 16 == 0 && row_kernels<Bf16>().multiply != nullptr && !has_amx();
+// Ours asks for weights ahead, for which ATen's waits. AMX's sums round otherwise.
+inline bool is_ours(const Block<Bf16>& s) {
+  return s.n % 16 == 0 && row_kernels<Bf16>().multiply != nullptr && !has_amx();
 }
 
 // Same as brgemm for any row count. ATen's from at most seven shapes: each is compiled once per
@@ -94,7 +91,7 @@ template <typename T, typename Weight, typename Sum>
 void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const Weight* b, Sum* c,
                  const Weight* ahead = nullptr) {
   if constexpr (std::is_same_v<T, Weight>) {
-    if (is_ours(shape, rows))
+    if (is_ours(shape))
       return row_kernels<T>().multiply(product_of(shape, rows, a, b, c, ahead));
   }
   for (int64_t done = 0, step = 64; done < rows; done += step) {

@@ -1,5 +1,5 @@
-// The micro-kernel of bf16 products of few rows for AVX-512 BF16: it asks for weights ahead, for
-// which such products wait. Included by row_kernels.isa.cc only.
+// The micro-kernel of bf16 products for AVX-512 BF16: it asks for weights ahead, for which products
+// of few rows wait. Included by row_kernels.isa.cc only.
 #pragma once
 
 #ifdef __AVX512BF16__

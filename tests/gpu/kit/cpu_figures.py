@@ -46,7 +46,7 @@ def bench(log: Path, name: str, *flags: str) -> dict[str, Any]:
 
 
 def measured_ceilings() -> dict[str, Any]:
-    """Return the ceilings, with peaks by number of threads; empty: their process has failed."""
+    """Return the ceilings; empty: their process has failed."""
     command = [sys.executable, "-X", "faulthandler", __file__, "ceilings"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -56,17 +56,12 @@ def measured_ceilings() -> dict[str, Any]:
     return found
 
 
-def compact(report: dict[str, Any], peak: float) -> dict[str, Any]:
-    """Return a report's rows, those of prefill with their share of the processor's peak."""
+def compact(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report's rows and the peak that their shares are of."""
     extra = report.get("extra", report)
-    rows = report["rows"]
-    for row in rows:
-        if "gflops" in row and peak:
-            row["of_unit"] = row["gflops"] * 1e9 / peak
     return {
-        "peak": peak,
-        "gemm_flops_per_s": extra.get("gemm_flops_per_s"),
-        "rows": rows,
+        "peak": extra.get("peak_flops_per_s", 0.0),
+        "rows": report["rows"],
         "decode_rows": extra.get("decode_rows", []),
     }
 
@@ -90,12 +85,10 @@ def summary(where: dict[str, Any]) -> None:
 def main() -> int:
     """Measure, print, write."""
     if sys.argv[1] == "ceilings":
-        peaks = {str(threads): dict(_core.measure_ceilings(threads)) for threads in THREADS}
-        print(json.dumps(ceilings() | {"peaks": peaks}))
+        print(json.dumps(ceilings()))
         return 0
     path, end_s = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
     found: dict[str, Any] = {"system": system_findings(), "ceilings": measured_ceilings()}
-    peaks = found["ceilings"].pop("peaks", {})
     isa, log = _core.isa(), path.with_suffix(".log")
     path.write_text(json.dumps(found))
     print(found["system"]["processor"], json.dumps(found["ceilings"]), flush=True)
@@ -116,7 +109,7 @@ def main() -> int:
                 )
                 of = f"{name} {kind} {threads} threads"
                 report = bench(log, name, *flags, "--tokens", *TOKENS, *more)
-                found[of] = compact(report, peaks.get(str(threads), {}).get(kind, 0.0))
+                found[of] = compact(report)
                 path.write_text(json.dumps(found, indent=1))
                 print(f"--- {of}, {isa}: took {time.monotonic() - began_s:.1f} s")
                 if name == "where":
