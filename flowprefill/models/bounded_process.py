@@ -39,14 +39,17 @@ class BoundedProcess:
         limits = (str(cpu_limit_s), str(memory_limit_bytes))
         self._socket, theirs = socket.socketpair()
         # Our module path, so that it finds the same libraries; -S and -P: nothing else is imported.
-        paths = os.pathsep.join(path for path in sys.path if path)
+        # It goes behind the standard library: its first folder is the user's, where a types.py does
+        # us no harm (Python has imported its own before) but would end this process at its start.
+        paths = [path for path in sys.path if path]
+        environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-P", bounded_worker.__file__, worker_file, *limits],
+                [sys.executable, "-S", "-P", bounded_worker.__file__, worker_file, *limits, *paths],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": paths},
+                env=environment,
                 start_new_session=True,  # a Ctrl-C is for us, not for it
             )
 

@@ -2,8 +2,8 @@
 
 Imports the standard library alone. Its arguments: the worker, a Python file that defines
 `answer(request)`, bytes to bytes; the whole seconds that one answer may compute; the bytes of
-address space of the process. Requests and replies are frames on the socket that is its standard
-input: eight bytes of length, then the bytes.
+address space of the process; the folders of modules behind the standard library. Requests and
+replies are frames on the socket that is its standard input: eight bytes of length, then the bytes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def serve(connection: socket.socket, answer: Callable[[bytes], bytes], cpu_limit
         stream.flush()
 
 
-def main(file: str, cpu_limit_s: str, memory_limit_bytes: str) -> None:
+def main(file: str, cpu_limit_s: str, memory_limit_bytes: str, *module_paths: str) -> None:
     """Load the worker, set the limits of this process, and serve."""
+    sys.path += module_paths
     answer = runpy.run_path(file)["answer"]
     most = int(memory_limit_bytes)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

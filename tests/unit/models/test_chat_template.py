@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -215,6 +216,18 @@ def test_process_that_died_while_idle_is_replaced() -> None:
         os.kill(process._process.pid, signal.SIGKILL)
         process._process.wait()
     assert template.render([USER]).startswith("<user>")
+
+
+def test_modules_of_the_users_folder_named_as_pythons_own_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python has imported its own before the folder of a script, or of -m, comes into the path."""
+    for name in ("types", "enum", "json", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not the one that was meant')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    template_process.PROCESSES.close()  # those that idle were started without it
+    assert ChatTemplate("{{ messages[0].content }}").render([USER]) == "hi"
 
 
 def test_forked_child_has_its_own_processes() -> None:
