@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from flowprefill.errors import ConfigError, InvalidRequest, shortened
+from flowprefill.errors import ConfigError, InvalidRequest, shortened, within
 from flowprefill.request import SLO
 
 AdmissionMode = Literal["off", "demote", "reject"]
@@ -230,9 +230,8 @@ class EngineConfig:
             is_real = isinstance(type(self).__dataclass_fields__[name].default, float)
             kinds = (int, float) if is_real else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                raise _bad(
-                    name, value, f"{'a number' if is_real else 'an integer'} in [{low:g}, {high:g}]"
-                )
+                kind = "a number" if is_real else "an integer"
+                raise _bad(name, value, f"{kind} {within(low, high)}")
 
     def slo_of_class(self, name: str) -> SLO:
         """Return the SLO of a configured service class; unknown names raise ConfigError."""
@@ -294,7 +293,7 @@ class EngineConfig:
 def _number(name: str, value: Any, low: float, high: float) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
-        raise _bad(name, value, f"a number in [{low:g}, {high:g}]")
+        raise _bad(name, value, f"a number {within(low, high)}")
     return float(value)
 
 

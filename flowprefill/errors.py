@@ -47,6 +47,16 @@ def shortened(value: Any) -> str:
     return f"{shown} ({len(value)} items)" if is_many else shown
 
 
+def exact(number: float) -> str:
+    """Return a number in full: of 1048576 the format `g` makes 1.04858e+06, which is over it."""
+    return str(int(number)) if number == int(number) else repr(number)
+
+
+def within(low: float, high: float) -> str:
+    """Return the words for a range that both ends belong to."""
+    return f"in [{exact(low)}, {exact(high)}]"
+
+
 class FlowPrefillError(Exception):
     """Base of all errors raised on purpose. Anything else that escapes is a bug of ours."""
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from flowprefill.errors import within
 from flowprefill.models.json_file import is_text
 from flowprefill.models.model_config import bad_field
 from flowprefill.models.rope import as_float
@@ -37,7 +38,7 @@ def read_sampling_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         is_whole = number is not None and math.isfinite(number) and number == int(number)
         if number is None or not low <= number <= high or (name in _WHOLE and not is_whole):
             kind = "an integer" if name in _WHOLE else "a number"
-            allowed = f"{kind} in [{low:g}, {high:g}] or null"
+            allowed = f"{kind} {within(low, high)} or null"
             raise bad_field(name, values[name], allowed)
         found[name] = int(number) if name in _WHOLE else number
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flowprefill.config import EngineConfig
-from flowprefill.errors import ConfigError, shortened
+from flowprefill.errors import ConfigError, shortened, within
 from flowprefill.server.openai.reasoning import REASONING_PARSERS
 from flowprefill.server.openai.tool_parsers import TOOL_PARSERS
 from flowprefill.server.tenants import Tenants
@@ -137,7 +137,7 @@ class ServerOptions:
             kinds = (int,) if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "an integer" if whole else "a number"
-                self._refuse(name, value, f"{kind} in [{low:g}, {high:g}]")
+                self._refuse(name, value, f"{kind} {within(low, high)}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")

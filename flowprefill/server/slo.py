@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowprefill.config import EngineConfig
-from flowprefill.errors import InvalidRequest
+from flowprefill.errors import InvalidRequest, exact
 from flowprefill.request import SLO
 from flowprefill.server.http.body import Body
 from flowprefill.server.tenants import ONLY_TENANT, Tenant
@@ -53,7 +53,7 @@ class ClientRules:
         if not self.may_state_objectives:
             raise InvalidRequest.field(where, value, "null: here the service class states it")
         if name == "ttft" and float(value) < self.min_ttft_ms:
-            allowed = f"at least {self.min_ttft_ms:g} (the smallest this server takes)"
+            allowed = f"at least {exact(self.min_ttft_ms)} (the smallest this server takes)"
             raise InvalidRequest.field(where, value, allowed)
 
 

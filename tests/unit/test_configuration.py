@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from flowprefill.config import EngineConfig, Granularity, settings_table
 from flowprefill.errors import ConfigError
+from flowprefill.server.options import ServerOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +47,26 @@ def test_bad_setting_names_field_value_and_what_is_allowed(name: str, value: Any
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
 def test_device_is_taken_as_documented(device: str) -> None:
     assert EngineConfig(device=device).device == device
+
+
+NUMBERS = [
+    (settings, field.name, type(field.default))
+    for settings in (EngineConfig, ServerOptions)
+    for field in dataclasses.fields(settings)
+    if type(field.default) in (int, float) and field.name != "block_tokens"  # one of four
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "kind"), NUMBERS, ids=lambda part: part if isinstance(part, str) else ""
+)
+def test_limits_that_the_message_states_are_taken(settings: Any, name: str, kind: type) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(**{name: "many"})
+    stated = re.search(r"in \[(\S+), (\S+)\]", caught.value.message)
+    assert stated is not None, caught.value.message
+    for limit in stated.groups():
+        assert getattr(settings(**{name: kind(limit)}), name) == kind(limit)
 
 
 def test_unknown_setting_is_refused() -> None:

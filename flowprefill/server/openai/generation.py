@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from flowprefill.errors import InvalidRequest
+from flowprefill.errors import InvalidRequest, exact
 from flowprefill.request import Completion, Request
 from flowprefill.server.context import HANDLES, REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
@@ -50,7 +50,7 @@ def _check_work(requests: Sequence[Request], engine: ServedEngine, limit_s: floa
     if seconds > limit_s:
         raise InvalidRequest(
             f"prompt: {len(requests)} choices (prompts times n) of up to max_tokens tokens are "
-            f"{seconds:.0f} s of work by prediction, expected at most {limit_s:g} s in one request",
+            f"{seconds:.0f} s of work by prediction, expected at most {exact(limit_s)} s in one request",
             param="prompt",
         )
 
