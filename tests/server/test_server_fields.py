@@ -12,8 +12,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from running_server import RunningServer, StartServer
 
-from flowprefill.errors import ConfigError
-from flowprefill.request import StructuredOutput
+from flowprefill.errors import ConfigError, PromptTooLong
+from flowprefill.request import SLO, Request, StructuredOutput
 from flowprefill.server.openai.foreign_fields import (
     FOREIGN,
     HARMLESS,
@@ -308,3 +308,42 @@ def test_what_the_template_gets_is_checked(
 ) -> None:
     reply = server.post(CHAT, {"messages": USER, **change})
     assert (reply.status, reply.error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "theirs", "written"),
+    [
+        (COMPLETIONS, {"prompt": "a"}, "prompt", "prompt"),
+        (COMPLETIONS, {"prompt": ["a", "LONG"], "n": 2}, "prompt", "prompt[1]"),
+        (COMPLETIONS, {"prompt": "a"}, "max_tokens", "max_tokens"),
+        (EMBEDDINGS, {"input": "a"}, "prompt", "input"),
+        (EMBEDDINGS, {"input": ["a", "b", "LONG"]}, "prompt", "input[2]"),
+        (CHAT, {"messages": USER}, "prompt", "messages"),
+        (CHAT, {"messages": USER, "max_tokens": 9}, "max_tokens", "max_tokens"),
+        (CHAT, {"messages": USER, "max_completion_tokens": 9}, "max_tokens",
+         "max_completion_tokens"),
+        ("/v1/responses", {"input": "a"}, "prompt", "input"),
+        ("/v1/responses", {"input": "a"}, "messages", "input"),
+        ("/v1/responses", {"input": "a"}, "max_tokens", "max_output_tokens"),
+        ("/v1/responses", {"input": "a"}, "response_format.json_schema.schema",
+         "text.format.schema"),
+    ],
+)  # fmt: skip
+def test_error_of_the_engine_names_the_field_as_it_was_written(
+    server: RunningServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch,
+    path: str, body: dict[str, Any], theirs: str, written: str,
+) -> None:  # fmt: skip
+    submit, is_one_of_several = engine.submit, "LONG" in str(body)
+
+    def submit_or_refuse(request: Request, slo: SLO | None = None) -> Any:
+        prompt = request.prompt
+        text = prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
+        if is_one_of_several and "LONG" not in text:
+            return submit(request, slo)
+        raise PromptTooLong(f"{theirs}: got 9, expected at most 8", param=theirs)
+
+    monkeypatch.setattr(engine, "submit", submit_or_refuse)
+    reply = server.post(path, body)
+    assert (reply.status, reply.error["param"]) == (400, written)
+    assert reply.error["message"] == f"{written}: got 9, expected at most 8"
+    assert reply.error["code"] == "context_length_exceeded"

@@ -18,6 +18,7 @@ TOOLS: Any = [
     {"type": "function", "name": "weather", "strict": True, "parameters": {"type": "object"}},
     {"type": "function", "name": "now", "strict": True, "parameters": {"type": "object"}},
 ]
+CALL = {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}"}
 CALLS = (
     'I look.\n<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
     '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
@@ -48,6 +49,26 @@ def test_cut_reply_is_incomplete(client: openai.OpenAI) -> None:
     assert (reply.status, reply.output_text) == ("incomplete", "Hell")
     assert reply.incomplete_details is not None
     assert reply.incomplete_details.reason == "max_output_tokens"
+
+
+def test_item_that_was_cut_is_incomplete_and_those_before_it_are_not(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    engine.chat_template = "tools <tool_call>"
+    engine.script = Script(text=CALLS[:-20])
+    fields: Any = {"model": "fake-model", "input": "Hi", "tools": TOOLS}
+    events = list(client.responses.create(**fields, max_output_tokens=len(CALLS) - 20, stream=True))
+    streamed: Any = events[-1]
+    whole: Any = client.responses.create(**fields, max_output_tokens=len(CALLS) - 20)
+    for reply in (streamed.response, whole):
+        assert reply.status == "incomplete"
+        assert [item.status for item in reply.output] == ["completed", "completed", "incomplete"]
+
+
+def test_reply_tells_the_sampling_that_was_used(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.sampling_defaults = {"temperature": 0.25, "top_p": 0.5}
+    reply = client.responses.create(model="fake-model", input="Hi", top_p=0.75)
+    assert (reply.temperature, reply.top_p) == (0.25, 0.75)
 
 
 def test_stream_builds_the_whole_reply(client: openai.OpenAI, engine: FakeEngine) -> None:
@@ -166,7 +187,19 @@ def test_format_and_named_tool_reach_the_engine(client: openai.OpenAI, engine: F
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
+        ({"text": {"format": {"type": "json_schema", "schema": 5}}}, "text.format.schema"),
+        ({"input": [{"type": "reasoning"}, {"role": "wizard"}]}, "input[1].role"),
+        ({"input": [{"role": "wizard"}], "instructions": "Be short."}, "input[0].role"),
+        ({"input": [{"type": "function_call", "name": 5}]}, "input[0].name"),
+        ({"input": [CALL, {**CALL, "call_id": 5}]}, "input[1].call_id"),
+        ({"input": [{"type": "function_call_output", "output": 5}]}, "input[0].output"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
+        ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"verbosity": "low", "text": {"format": {"type": "text"}}}, "verbosity"),
+        ({"verbosity": "low", "text": {"verbosity": "medium"}}, "verbosity"),
         ({"background": True}, "background"),
         ({"reasoning": {"effort": 5}}, "reasoning.effort"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),

@@ -126,6 +126,12 @@ def _read_max_tokens(body: Body) -> int | None:
     return new if new is not None else old
 
 
+def _names(body: Body) -> dict[str, str]:
+    """Return what the body calls what the engine calls otherwise."""
+    is_new = body.raw("max_completion_tokens") is not None
+    return {"prompt": "messages"} | ({"max_tokens": "max_completion_tokens"} if is_new else {})
+
+
 def _read_logprobs(body: Body) -> int | None:
     wanted = body.boolean("logprobs")
     top: int | None = body.integer("top_logprobs", None, 0, MAX_LOGPROBS)
@@ -185,6 +191,7 @@ def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> Gener
         is_rendered=True,
         echo=(),
         parser=turn.parser,
+        names=_names(body),
     )
 
 

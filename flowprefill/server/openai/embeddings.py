@@ -65,6 +65,7 @@ def order_of_embeddings(body: Body, context: SchemaContext, max_choices: int) ->
         is_rendered=False,
         echo=(),
         whole=whole,
+        names={"prompt": "input"},
     )
 
 

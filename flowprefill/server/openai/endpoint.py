@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from aiohttp import web
@@ -36,6 +36,7 @@ class GenerationOrder:
         parser: makes what reads one choice's text; called after `requests`.
         whole: makes the reply of an endpoint without ``choices``; None: they all look alike.
         writer: makes what writes such an endpoint's stream.
+        names: of fields in errors of the submission -> what the body calls them; see as_written.
     """
 
     spec: GenerationSpec
@@ -47,6 +48,7 @@ class GenerationOrder:
     parser: Callable[[], MessageParser] = PlainText
     whole: Callable[[Generation, list[Completion]], dict[str, Any]] | None = None
     writer: Callable[[Generation], EventWriter] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def shared_prompt(

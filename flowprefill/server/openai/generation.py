@@ -31,6 +31,7 @@ from flowprefill.server.openai.replies import (
     usage_object,
 )
 from flowprefill.server.openai.streaming import stream_reply
+from flowprefill.server.openai.written_names import as_written
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def _check_work(requests: Sequence[Request], engine: ServedEngine, limit_s: floa
     if seconds > limit_s:
         raise InvalidRequest(
             f"prompt: {len(requests)} choices (prompts times n) of up to max_tokens tokens are "
-            f"{seconds:.0f} s of work by prediction, expected at most {exact(limit_s)} s in one request",
+            f"{seconds:.0f} s of work by prediction, expected at most {exact(limit_s)} s in one "
+            "request",
             param="prompt",
         )
 
@@ -61,16 +63,22 @@ def _submit(
     """Submit every choice, or none: what was admitted before an error is cancelled."""
     engine = context.engine
     handles: list[ServedHandle] = []
+    names = dict(order.names)
+    prompt = names.get("prompt", "prompt")
     try:
         requests = order.requests(engine, envelope.id)
         _check_work(requests, engine, context.options.max_request_s)
         submitted_s = time.monotonic()
-        for request in requests:
+        for index, request in enumerate(requests):
+            if len(requests) > order.spec.n:  # several prompts: which one
+                names["prompt"] = f"{prompt}[{index // order.spec.n}]"
             handles.append(engine.submit(request, order.spec.slo))
         echo = tuple(
-            prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
-            for prompt in order.echo
+            text if isinstance(text, str) else engine.tokenizer.decode(text) for text in order.echo
         )
+    except InvalidRequest as error:
+        cancel_all(handles)
+        raise as_written(error, names) from None
     except BaseException:
         cancel_all(handles)
         raise

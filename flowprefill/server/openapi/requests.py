@@ -26,7 +26,7 @@ from flowprefill.server.openapi.fields import (
 )
 from flowprefill.server.openapi.recorder import FieldRecorder, Found
 from flowprefill.server.options import ServerOptions
-from flowprefill.server.responses.response_input import OWN, RENAMED
+from flowprefill.server.responses.response_input import OWN, written_names
 from flowprefill.server.responses.response_store import ResponseStore
 from flowprefill.server.responses.responses import ResponsesEndpoint
 
@@ -144,7 +144,7 @@ def _with_chat(own: Found, chat: Found) -> Found:
         if name not in own.refused:
             merged.schemas[name] = own.schemas[name]
     merged.inner |= {name: inner for name, inner in own.inner.items() if name in OWN}
-    for theirs, ours in RENAMED.items():
+    for theirs, ours in written_names({}).items():
         if "type" in chat.schemas.get(theirs, {}) and ours in merged.schemas:
             merged.schemas[ours] = {**chat.schemas[theirs], **merged.schemas[ours]}
     return merged

@@ -12,8 +12,8 @@ from flowprefill.server.openai.message import CallPart, MessagePart, push_token
 Event = dict[str, Any]
 
 
-def output_items(response_id: str, whole: MessagePart) -> list[dict[str, Any]]:
-    """Return a whole message's output items: reasoning, text, calls."""
+def output_items(response_id: str, whole: MessagePart, status: str) -> list[dict[str, Any]]:
+    """Return a whole message's output items: reasoning, text, calls; the last has the status."""
     suffix = response_id.partition("_")[2]
     items = []
     if whole.reasoning:
@@ -21,6 +21,7 @@ def output_items(response_id: str, whole: MessagePart) -> list[dict[str, Any]]:
     if whole.content or not whole.calls:
         items.append(_message_item(f"msg_{suffix}", whole.content, "completed"))
     items += [_call_item(f"fc_{suffix}_{call.index}", call, "completed") for call in whole.calls]
+    items[-1]["status"] = status  # where it was cut; a text or a call, if there is reasoning too
     return items
 
 
@@ -34,7 +35,7 @@ def _text_part(text: str) -> dict[str, Any]:
 
 
 def _message_item(item_id: str, text: str, status: str) -> dict[str, Any]:
-    content = [_text_part(text)] if status == "completed" else []
+    content = [] if status == "in_progress" else [_text_part(text)]
     return {
         "type": "message", "id": item_id, "status": status, "role": "assistant", "content": content,
     }  # fmt: skip
@@ -103,7 +104,7 @@ class ResponseWriter:
     def closing_events(self) -> list[Event]:
         """Return the ends of the open item and of the response."""
         events = [] if self._items or self._open else self._add("message", "")
-        events += self._close()
+        events += self._close("incomplete" if self._finish_reason == "length" else "completed")
         response = self._ended(
             self._generation, self._whole, self._items, self._finish_reason, self._tokens,
             self._reasoning_tokens,
@@ -168,11 +169,11 @@ class ResponseWriter:
             events.append(self._event(kind, **self._where, delta=call.arguments))
         return events
 
-    def _close(self) -> list[Event]:
+    def _close(self, status: str = "completed") -> list[Event]:
         """End the open item, if there is one."""
         if not self._open:
             return []
-        where, item = self._where, self._item("completed")
+        where, item = self._where, self._item(status)
         events = []
         if self._open == "message":
             part = _text_part(self._text)

@@ -25,11 +25,14 @@ OWN = (
     "input", "instructions", "max_output_tokens", "previous_response_id", "reasoning", "store",
     "text", "tool_choice", "tools", *REFUSED,
 )  # fmt: skip
-# Field of the chat body -> what its caller wrote; for errors.
-RENAMED = {
-    "messages": "input", "response_format": "text.format", "max_completion_tokens":
-    "max_output_tokens", "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
+# Field of the chat body, or of the engine's request -> what its caller wrote; for errors.
+NAMES = {
+    "messages": "input", "prompt": "input", "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens", "response_format": "text.format",
+    "response_format.json_schema": "text.format",
 }  # fmt: skip
+# Fields that may also stand inside an object of this endpoint's own.
+INNER = {"reasoning_effort": ("reasoning", "effort"), "verbosity": ("text", "verbosity")}
 REASONING_OFF: Mapping[str, tuple[Any, ...]] = {
     "context": ("auto",), "mode": ("standard",), "max_tokens": (), "exclude": (False,),
     "enabled": (True,),
@@ -40,13 +43,18 @@ FORMAT_MEMBERS = ("type", "name", "description", "schema", "strict")
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
 
-def renamed(error: InvalidRequest) -> InvalidRequest:
-    """Return an error about a chat body in the words of the body that it was made from."""
-    name = next((n for n in RENAMED if error.param and error.param.startswith(n)), None)
-    if name is None or error.param is None:
-        return error
-    message = error.message.replace(name, RENAMED[name], 1)
-    return type(error)(message, param=error.param.replace(name, RENAMED[name], 1))
+def written_names(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a body calls fields of the chat body that is made from it; see as_written."""
+    names = dict(NAMES)
+    for name, (outer, inner) in INNER.items():
+        if fields.get(name) is None:
+            names[name] = f"{outer}.{inner}"
+    for index, _ in enumerate(fields.get("tools") or ()):
+        names[f"tools[{index}].function"] = f"tools[{index}]"
+    choice = fields.get("tool_choice")
+    if isinstance(choice, dict) and "function" not in choice:
+        names["tool_choice.function"] = "tool_choice"
+    return names
 
 
 def chat_fields(body: Body, fields: Mapping[str, Any], messages: Any) -> dict[str, Any]:
@@ -67,16 +75,25 @@ def chat_fields(body: Body, fields: Mapping[str, Any], messages: Any) -> dict[st
     chat["tool_choice"] = choice
     text = body.object("text")
     if text is not None:
-        chat["verbosity"] = text.raw("verbosity")
+        _take_inner(body, chat, "verbosity", text.raw("verbosity"))
         chat["response_format"] = _nested_format(text.raw("format"))
         text.accept_in("format", FORMAT_MEMBERS)
     inner = body.object("reasoning")
     if inner is not None:
         inner.only_neutral(REASONING_OFF)
         inner.accept(SUMMARIES)
-        if inner.raw("effort") is not None:
-            chat["reasoning_effort"] = inner.raw("effort")
+        _take_inner(body, chat, "reasoning_effort", inner.raw("effort"))
     return chat
+
+
+def _take_inner(body: Body, chat: dict[str, Any], name: str, value: Any) -> None:
+    """Put a field into the chat that stands inside an object; both places may agree on it."""
+    (outer, member), given = INNER[name], chat.get(name)
+    if value is None:
+        return
+    if given is not None and given != value:
+        body.refuse(name, given, f"null, or {outer}.{member} = {value!r}")
+    chat[name] = value
 
 
 def _nested_tool(body: Body, tool: Any) -> Any:
@@ -91,24 +108,48 @@ def _nested_format(form: Any) -> Any:
     return form
 
 
-def input_messages(body: Body) -> list[dict[str, Any]]:
-    """Read ``input``: a text, or a list of messages, calls and their results."""
+def input_messages(body: Body, earlier: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Read ``input``: a text, or a list of messages, calls and their results.
+
+    Args:
+        earlier: how many messages come before these in the chat.
+
+    Returns:
+        The messages, and what the body calls each of them and their parts; see as_written.
+    """
     given = body.raw("input")
     if isinstance(given, str):
-        return [{"role": "user", "content": given}]
+        where = f"messages[{earlier}]"
+        return [{"role": "user", "content": given}], {where: "input", f"{where}.content": "input"}
     if not isinstance(given, list) or not 1 <= len(given) <= MAX_ITEMS:
         body.refuse("input", given, f"a text or a list of 1..{MAX_ITEMS} items")
     messages: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
     thought = ""
     for index, item in enumerate(given):
         if isinstance(item, dict) and item.get("type") == "reasoning":
             thought += _thought(f"input[{index}].content", item.get("content"))
             continue
         _add_item(f"input[{index}]", item, messages)
+        _add_names(
+            f"input[{index}]", f"messages[{earlier + len(messages) - 1}]", messages[-1], names
+        )
         if thought and messages[-1].get("role") == "assistant":
             messages[-1].setdefault("reasoning_content", thought)
         thought = ""
-    return messages
+    return messages, names
+
+
+def _add_names(param: str, where: str, message: Mapping[str, Any], names: dict[str, str]) -> None:
+    """Tell where an item went: it is the last message, or the last call of it."""
+    calls = message.get("tool_calls")
+    if calls:
+        call = f"{where}.tool_calls[{len(calls) - 1}]"
+        names |= {call: param, f"{call}.function": param, f"{call}.id": f"{param}.call_id"}
+    elif message.get("role") == "tool":
+        names |= {f"{where}.content": f"{param}.output"}
+        names |= {f"{where}.tool_call_id": f"{param}.call_id"}
+    names.setdefault(where, param)
 
 
 def _thought(param: str, content: Any) -> str:

@@ -20,22 +20,23 @@ from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.message import MessagePart, read_whole
 from flowprefill.server.openai.openai_schema import SchemaContext
 from flowprefill.server.openai.replies import usage_object
+from flowprefill.server.openai.written_names import as_written
 from flowprefill.server.responses.response_events import ResponseWriter, output_items
 from flowprefill.server.responses.response_input import (
     REFUSED,
     chat_fields,
     input_messages,
-    renamed,
+    written_names,
 )
 from flowprefill.server.responses.response_store import ResponseStore
 
 SHOWN = (
-    "instructions", "max_output_tokens", "parallel_tool_calls", "previous_response_id",
-    "temperature", "text", "tool_choice", "tools", "top_p", "metadata",
+    "instructions", "max_output_tokens", "parallel_tool_calls", "previous_response_id", "text",
+    "tool_choice", "tools", "metadata",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {
-    "parallel_tool_calls": True, "temperature": 1.0, "top_p": 1.0, "tool_choice": "auto",
-    "tools": [], "metadata": {}, "text": {"format": {"type": "text"}},
+    "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {},
+    "text": {"format": {"type": "text"}},
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ class ResponseReply:
         self, generation: Generation, status: str, items: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """Return the response object as it stands."""
-        envelope = generation.envelope
+        envelope, sampling = generation.envelope, generation.order.spec.sampling
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": envelope.id,
@@ -71,6 +72,8 @@ class ResponseReply:
             "store": self._store is not None,
             "usage": None,
             **self._shown,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
         }
 
     def ended(
@@ -78,8 +81,7 @@ class ResponseReply:
         finish_reason: str | None, output_tokens: int, reasoning_tokens: int,
     ) -> dict[str, Any]:  # fmt: skip
         """Return the whole response, and keep its chat."""
-        status = "incomplete" if finish_reason == "length" else "completed"
-        payload = self.payload(generation, status, items)
+        payload = self.payload(generation, _status(finish_reason), items)
         usage = usage_object(generation.handles, 1, output_tokens)
         payload["usage"] = {
             "input_tokens": usage["prompt_tokens"],
@@ -100,13 +102,17 @@ class ResponseReply:
         (completion,) = completions
         parser = generation.order.parser()
         part, reasoning = read_whole(parser, completion.text, completion.tokens)
-        items = output_items(generation.envelope.id, part)
+        items = output_items(generation.envelope.id, part, _status(completion.finish_reason))
         tokens = len(completion.tokens)
         return self.ended(generation, part, items, completion.finish_reason, tokens, reasoning or 0)
 
     def writer(self, generation: Generation) -> EventWriter:
         """Return what writes the stream."""
         return ResponseWriter(generation, self.payload, self.ended)
+
+
+def _status(finish_reason: str | None) -> str:
+    return "incomplete" if finish_reason == "length" else "completed"
 
 
 def _as_message(whole: MessagePart) -> dict[str, Any]:
@@ -131,22 +137,23 @@ class ResponsesEndpoint(ChatEndpoint):
     def order(self, body: Body, context: SchemaContext, max_choices: int) -> GenerationOrder:
         """Translate the body and check it as a chat's."""
         body.only_neutral(REFUSED, "this field is not supported here")
-        messages, tenant = input_messages(body), context.rules.tenant.name
-        previous = body.text("previous_response_id")
-        if previous is not None:
-            messages = [*self._store.get(previous, tenant), *messages]
+        tenant = context.rules.tenant.name
+        previous, instructions = body.text("previous_response_id"), body.text("instructions")
+        earlier = [] if previous is None else self._store.get(previous, tenant)
+        given, names = input_messages(body, len(earlier) + bool(instructions))
+        messages = [*earlier, *given]
         store = self._store if body.boolean("store", True) else None
         reply = ResponseReply(body, messages, store, tenant)
-        instructions = body.text("instructions")
         if instructions:
             messages = [{"role": "system", "content": instructions}, *messages]
         chat = Body(chat_fields(body, body.fields, messages))
+        names |= written_names(body.fields)
         try:
             order = order_of_chat(chat, context, max_choices)
         except InvalidRequest as error:
-            raise renamed(error) from None
+            raise as_written(error, names) from None
         body.accept(chat.known - REFUSED.keys())
-        return dataclasses.replace(order, whole=reply.whole, writer=reply.writer)
+        return dataclasses.replace(order, whole=reply.whole, writer=reply.writer, names=names)
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
