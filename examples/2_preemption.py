@@ -25,7 +25,7 @@ def main() -> None:
         for _ in range(3):
             time.sleep(0.5)
             ids = [words.randrange(1000, 40000) for _ in range(64)]
-            timings = engine.submit(Request(ids, ONE_TOKEN), SLO(ttft=0.1)).result().timings
+            timings = engine.submit(Request(ids, ONE_TOKEN), SLO(ttft=0.5)).result().timings
             print(f"short: first token after {timings.ttft:.3f} s")
         timings = long.result().timings
         print(

@@ -201,7 +201,9 @@ def _ends_at(number: signal.Signals, status: int) -> Iterator[None]:
 def _add_generate(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue one prompt and print the text")
     parser.add_argument("prompt", nargs="?", help="the prompt; read from stdin if left out")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, folder or .gguf file")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="name, folder, .gguf file, or ORG/NAME"
+    )
     parser.add_argument("--chat", action="store_true", help="use the model's chat template")
     parser.add_argument("--timings", action="store_true", help="print where the time went")
     parser.add_argument("--max-tokens", type=int, default=128)

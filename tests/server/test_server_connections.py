@@ -311,6 +311,16 @@ def test_what_is_no_http_gets_an_error_object(server: RunningServer, sent: bytes
     assert (error["param"], error["code"]) == ("request", "invalid_value")
 
 
+def test_what_is_no_http_is_one_line_of_the_log(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect(server, b"garbage\r\n\r\n") as connection:
+        read_to_end(connection)
+    (message,) = [record.getMessage() for record in caplog.records if "no HTTP" in record.message]
+    assert "garbage" in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("path", ["/health", "/no-such-path", "/v1/completions"])
 def test_expectation_that_is_not_met_gets_an_error_object(server: RunningServer, path: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"

@@ -263,8 +263,8 @@ class Connection(web.RequestHandler):
             super().handle_error(request, status, exc, message)  # logs; raises if one has begun
             error = InternalError("internal error; the server's log has it")
         else:
-            self._table.log_seldom("bad", "a request that is no HTTP: %.200s", message or exc)
             said = " ".join((message or "bad request").split())[:200]
+            self._table.log_seldom("bad", "a request that is no HTTP: %s", said)
             error = InvalidRequest(f"request: {said}", param="request")
         response = error_response(error)
         response.force_close()
