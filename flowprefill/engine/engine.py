@@ -375,6 +375,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_running=self._worker.limits.max_running,
             max_blocking_s=self._worker.granularity.max_blocking_s,
+            class_shares=config.class_shares(),
         )
 
 

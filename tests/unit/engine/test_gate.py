@@ -6,11 +6,13 @@ import contextlib
 import itertools
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from engines import live_request
 
+from flowprefill import Engine
 from flowprefill.config import Granularity, ServiceClass
 from flowprefill.engine.core import EngineCore
 from flowprefill.engine.kv_blocks import BlockPool
@@ -255,6 +257,15 @@ def test_held_sequences_take_no_share_of_the_predicted_wait() -> None:
         live.handle.cancel()
     world.play(world.worker.now + 1.0)
     assert world.core._scheduler.decode_share() == pytest.approx(0.2, rel=0.1)
+
+
+def test_share_of_a_configured_class_reaches_the_scheduler(
+    open_engine: Callable[..., Engine],
+) -> None:
+    engine = open_engine(classes={"chat": {"ttft_ms": 250, "share": 0.3}, "plain": {}})
+    assert engine._core._scheduler.settings.class_shares == {"chat": 0.3}
+    engine.set_policy("slack_edf", 64)
+    assert engine._core._scheduler.settings.class_shares == {"chat": 0.3}
 
 
 def test_tenant_over_its_share_is_refused_and_others_are_not() -> None:
