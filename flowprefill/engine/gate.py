@@ -61,7 +61,7 @@ class Gate:
         Raises:
             Overloaded: too much waits, or of a class that rejects it is predicted late.
         """
-        queued, limits = self._queued(), self._limits
+        queued, limits = self._queued(now), self._limits
         tokens = 0 if request is None else request.num_prompt
         refusal = overload_of(queued, limits, tokens)
         if refusal is None and tenant and limits.tenant_share < 1:
@@ -92,8 +92,8 @@ class Gate:
         left_s = self._scheduler.predicted_ttft_s(request.job(), now) * self._stretch()
         return now - request.arrival_s + left_s
 
-    def _queued(self) -> Queued:
-        load, memory = self._scheduler.load(), self._memory
+    def _queued(self, now: float) -> Queued:
+        load, memory = self._scheduler.load(now), self._memory
         return Queued(
             load.waiting_jobs + len(memory),
             load.waiting_tokens + memory.tokens,

@@ -105,10 +105,14 @@ class Scheduler:
         """The work that runs, as far as the scheduler knows."""
         return self._current
 
-    def load(self) -> Load:
-        """Return what waits, as of the last event."""
-        running = self._current
-        prefilling_s = running.remaining_s if running is not None and not running.is_decode else 0.0
+    def load(self, now: float | None = None) -> Load:
+        """Return what waits; the running prefill has what is left of it now, or at the last event.
+
+        Between two events it may run for minutes.
+        """
+        running, prefilling_s = self._current, 0.0
+        if running is not None and not running.is_decode:
+            prefilling_s = running.remaining_s if now is None else running.left_s(now)
         return Load(
             waiting_jobs=self._waiting_jobs,
             waiting_tokens=self._waiting_tokens,
@@ -131,7 +135,7 @@ class Scheduler:
         """
         own, current = self._prefills.get(job.id), self._current
         if own is not None and own is current:
-            return max(own.remaining_s - max(now - own.since_s, 0.0), 0.0)
+            return own.left_s(now)
         work = self._new_work(job, -1)
         work.rank = self.policy.rank(work, now)
         self.policy.left(work)
@@ -144,7 +148,7 @@ class Scheduler:
                 continue
             ahead_s += other.remaining_s
         if current is not None and not self.policy.should_preempt(current, [work], now).preempt:
-            ahead_s += max(current.remaining_s - max(now - current.since_s, 0.0), 0.0)
+            ahead_s += current.left_s(now)
         return ahead_s + work.remaining_s
 
     def outlook(self, job: Job, now: float, stretch: float, elsewhere_s: float = 0.0) -> Outlook:

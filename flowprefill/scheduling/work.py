@@ -162,13 +162,18 @@ class Work:
         """When it must run at the latest to meet its deadline; inf without a deadline."""
         return self.deadline_s - self.remaining_s
 
+    def left_s(self, now: float) -> float:
+        """Return the predicted time that is left at a time, of a work that has run since then."""
+        elapsed = max(now - self.since_s, 0.0)
+        return max(self.remaining_s - elapsed, OVERRUN * (self.executed_s + elapsed))
+
     def account_run(self, now: float) -> None:
         """Book the time since `since_s` as executed."""
+        self.remaining_s = self.left_s(now)
         elapsed = max(now - self.since_s, 0.0)
         self.since_s = now
         self.executed_s += elapsed
         self.stretch_s += elapsed
-        self.remaining_s = max(self.remaining_s - elapsed, OVERRUN * self.executed_s)
 
     def discard(self, job: Job) -> None:
         """Take a job out that ended early; the run keeps its rows, so its time stays."""

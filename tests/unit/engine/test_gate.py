@@ -186,6 +186,22 @@ def test_backlog_counts_all_that_waits_and_empties_as_predicted() -> None:
     world.core.check_load("")
 
 
+def test_backlog_gets_smaller_while_a_prefill_runs_and_no_event_comes() -> None:
+    world = GateWorld(AdmissionLimits(max_backlog_s=3.0))
+    start_s = world.worker.now
+    world.submit(4000)
+    with pytest.raises(Overloaded) as caught:
+        world.core.check_load("")
+    assert caught.value.retry_after_s == pytest.approx(1.0, rel=1e-3)
+    world.play(start_s + 0.5)
+    with pytest.raises(Overloaded) as caught:
+        world.core.check_load("")
+    assert caught.value.retry_after_s == pytest.approx(0.5, rel=1e-3)
+    world.play(start_s + 1.5)
+    assert world.core._gate._queued(world.worker.now).backlog_s == pytest.approx(2.5, rel=1e-3)
+    world.core.check_load("")
+
+
 @pytest.mark.parametrize("decoding", [0, 2, 16, 60])
 @pytest.mark.parametrize("tpot", [None, 0.1])
 def test_wait_behind_decode_steps_is_predicted_from_the_first_request_on(
@@ -198,7 +214,7 @@ def test_wait_behind_decode_steps_is_predicted_from_the_first_request_on(
     world.play(world.worker.now + 3.0)
     start_s = world.worker.now
     prompts = [world.submit(500, SLO(), service) for _ in range(8)]
-    backlog_s = world.core._gate._queued().backlog_s
+    backlog_s = world.core._gate._queued(world.worker.now).backlog_s
     while not prompts[-1].token_times_s:
         world.play(world.worker.now + 0.5)
     for one in prompts:
@@ -223,7 +239,7 @@ def test_wait_beside_steps_that_wait_for_others_is_predicted(prompts: int, decod
     world.play(world.worker.now + 3.0)
     start_s = world.worker.now
     several = [world.submit(500, SLO(), service, max_tokens=200) for _ in range(prompts)]
-    backlog_s = world.core._gate._queued().backlog_s
+    backlog_s = world.core._gate._queued(world.worker.now).backlog_s
     while not several[-1].token_times_s:
         world.play(world.worker.now + 0.5)
     for one in several:  # sooner where others came after it, that its steps wait for
