@@ -89,8 +89,9 @@ class Gate:
 
     def predicted_ttft_s(self, request: LiveRequest, now: float) -> float:
         """Return the time from its arrival to its first token, as predicted now."""
-        left_s = self._scheduler.predicted_ttft_s(request.job(), now) * self._stretch()
-        return now - request.arrival_s + left_s
+        left_s = self._scheduler.predicted_ttft_s(request.job(), now)
+        left_s += self._memory.seconds_before(request)
+        return now - request.arrival_s + left_s * self._stretch()
 
     def _queued(self, now: float) -> Queued:
         load, memory = self._scheduler.load(now), self._memory

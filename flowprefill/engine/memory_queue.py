@@ -49,6 +49,17 @@ class MemoryQueue:
         """The predicted time that their prefills take."""
         return self._seconds
 
+    def seconds_before(self, request: LiveRequest) -> float:
+        """Return the predicted time of the prefills before a request that waits here, else 0."""
+        if request.reservation is not None:
+            return 0.0
+        seconds = self._seconds
+        for other in reversed(self._waiting):  # who came last is mostly the last
+            seconds -= other.predicted_s
+            if other is request:
+                return max(seconds, 0.0)
+        return 0.0
+
     @property
     def held(self) -> list[LiveRequest]:
         """The held requests that have a token; until then one is prefilled as any."""

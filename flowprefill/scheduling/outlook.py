@@ -140,7 +140,8 @@ def outlook_of(
     harm.squares += work.remaining_s**2
     if current is not None and is_preempting:
         end_s += left_s
-        harm.weigh(current, end_s)
+        if not current.is_decode:  # its jobs have their first token
+            harm.weigh(current, end_s)
     for other in others[place:]:
         end_s += other.remaining_s
         harm.weigh(other, end_s)

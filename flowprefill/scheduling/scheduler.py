@@ -136,16 +136,16 @@ class Scheduler:
         own, current = self._prefills.get(job.id), self._current
         if own is not None and own is current:
             return own.left_s(now)
-        work = self._new_work(job, -1)
-        work.rank = self.policy.rank(work, now)
-        self.policy.left(work)
+        work = own
+        if work is None:
+            work = self._new_work(job, -1)
+            work.rank = self.policy.rank(work, now)
+            self.policy.left(work)
         mine = (work.rank.key, work.priority)
         ahead_s = 0.0
         for other in islice(self._queue.in_order(), TTFT_SCAN):
-            if mine < (other.rank.key, other.priority):
+            if other is own or mine < (other.rank.key, other.priority):
                 break
-            if other is own:
-                continue
             ahead_s += other.remaining_s
         if current is not None and not self.policy.should_preempt(current, [work], now).preempt:
             ahead_s += current.left_s(now)

@@ -75,7 +75,9 @@ class SlackEdf(BasePolicy):
 
     def rank(self, work: Work, now: float) -> Rank:
         """Order by band, then deadline or arrival and length."""
-        if work.rank is UNRANKED and work.serial >= 0 and not work.is_started:
+        if work.serial < 0:  # one that is only asked about
+            work.fair_arrival_s = self._tenants.start_s(work)
+        elif work.rank is UNRANKED and not work.is_started:
             self._note_arrival(work, now)
         if work.is_background:
             return Rank((BEHIND, work.fair_arrival_s + OVERTAKING * work.nominal_s))

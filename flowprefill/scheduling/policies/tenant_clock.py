@@ -27,6 +27,10 @@ class TenantClock:
     def __init__(self) -> None:
         self._ends: dict[str, float] = {}
 
+    def start_s(self, work: Work) -> float:
+        """Return from when a prefill that arrived now would count."""
+        return max(work.arrival_s, self._ends.get(work.jobs[0].tenant, -math.inf))
+
     def note(self, work: Work, now: float) -> None:
         """Set the `fair_arrival_s` of a prefill that arrives; without a tenant its arrival stays.
 
@@ -37,5 +41,5 @@ class TenantClock:
             return
         if len(self._ends) >= COMPACT_AT and tenant not in self._ends:
             self._ends = {name: end for name, end in self._ends.items() if end > now}
-        work.fair_arrival_s = max(work.arrival_s, self._ends.get(tenant, -math.inf))
+        work.fair_arrival_s = self.start_s(work)
         self._ends[tenant] = work.fair_arrival_s + work.nominal_s

@@ -284,6 +284,41 @@ def test_share_of_a_configured_class_reaches_the_scheduler(
     assert engine._core._scheduler.settings.class_shares == {"chat": 0.3}
 
 
+def test_wait_behind_the_own_tenants_backlog_is_predicted() -> None:
+    world = GateWorld()
+    first = [world.submit(100, tenant="one") for _ in range(30)]
+    others = [world.submit(100, tenant="two") for _ in range(10)]
+    world.play()
+    for live in others:
+        assert world.ttft_s(live) == pytest.approx(live.handle.predicted_ttft, abs=0.11)
+    for live in first:  # the other tenant's come before most of these, later
+        assert live.handle.predicted_ttft is not None
+        wait_s = world.ttft_s(live)
+        assert wait_s - 1.01 <= live.handle.predicted_ttft <= wait_s + 0.01
+
+
+def test_wait_for_memory_is_predicted() -> None:
+    world = GateWorld(num_blocks=64)
+    tokens = 40 * world.pool.block_tokens  # no two fit
+    several = [world.submit(tokens) for _ in range(6)]
+    world.play()
+    for live in several:
+        assert world.ttft_s(live) == pytest.approx(live.handle.predicted_ttft, rel=0.01)
+
+
+def test_newcomer_before_a_decode_step_makes_no_first_token_late() -> None:
+    world = GateWorld(least_s=0.2)
+    talker = world.submit(10, SLO(ttft=5.0), max_tokens=50)
+    world.play(world.worker.now + 0.45)
+    assert talker.tokens
+    running = world.core._scheduler.current
+    assert running is not None
+    assert running.is_decode
+    urgent = world.submit(10, SLO(ttft=0.35))
+    world.play(world.worker.now + 1.0)
+    assert world.ttft_s(urgent) <= 0.35
+
+
 def test_tenant_over_its_share_is_refused_and_others_are_not() -> None:
     world = GateWorld(AdmissionLimits(max_backlog_s=10.0, tenant_share=0.39))
     for _ in range(4):
