@@ -16,6 +16,9 @@ A decode step is one short work over the sequences that wait for a token. Agains
 - While prefills wait, a step starts (1 / decode_share - 1) step times after the last one's end at
   the earliest: prefills keep at least 1 - decode_share of the time.
 
+A step that was suspended goes on by the same rules, and is due in time for a step after it of those
+that wait meanwhile.
+
 Sequences of the class `background` are never due: they take part where a step has room, and have
 steps of their own only while nothing is to be prefilled.
 
@@ -248,7 +251,7 @@ class Decoding:
         earliest = self._last_step_end_s + seconds * (1.0 / settings.decode_share - 1.0)
         latest = max(due - seconds - settings.max_blocking_s, earliest)
         early = latest  # from when on it may go first where that does no harm
-        if self._idle_best_effort:
+        if self._idle_best_effort or (self.step and any(map(_is_best_effort, self.step.jobs))):
             pause = seconds * (1.0 / (settings.idle_share * self._worth(rows, context)) - 1.0)
             early = min(latest, max(self._last_step_end_s + pause, earliest))
         if now < early:
@@ -264,10 +267,17 @@ class Decoding:
 
     def _next_step(self) -> tuple[float, float, int, int]:
         """Return (predicted seconds left, due time, rows, context) of the step that would run."""
-        if self.step is not None:
-            shape = self.step.shape
-            assert shape is not None
-            return self.step.remaining_s, self.step.deadline_s, shape.tokens, int(shape.pairs)
+        step = self.step
+        if step is None:
+            return self._idle_step()
+        due, shape = step.deadline_s, step.shape
+        assert shape is not None
+        if self._idle_count:  # who waits behind it is due too, a step after it
+            seconds, idle_due, _, _ = self._idle_step()
+            due = min(due, idle_due - seconds / self._settings.decode_share)
+        return step.remaining_s, due, shape.tokens, int(shape.pairs)
+
+    def _idle_step(self) -> tuple[float, float, int, int]:
         rows = min(self._idle_count, self._rows)
         context = self._idle_context * rows // self._idle_count
         due = min(line.first().due_s for lines in self._idle for line in lines.values())

@@ -269,6 +269,25 @@ def test_scheduler_burst_takes_few_narrow_steps() -> None:
     assert max(gaps) == pytest.approx(0.161, abs=0.001)
 
 
+@pytest.mark.parametrize("tpot", [0.15, math.inf])
+def test_scheduler_suspended_step_goes_on_as_early_as_it_would_begin(tpot: float) -> None:
+    """It was suspended for a prompt, whose sequence then waits behind it; others are prefilled."""
+    clients = [
+        Client(Job("talker", 1.0, 0), 30),
+        Client(Job("urgent", 1.0, 30, 0, 1.075, tpot), 10),
+        *(Client(Job(f"job-{n}", 1.0, 3_000, decodes=False)) for n in range(10)),
+    ]
+    device = VirtualDevice(Scheduler("slack_edf", reads_weights(0.06)), clients)
+    device.play()
+    suspended = [run for run in device.runs.values() if run.work.is_decode and run.preemptions]
+    assert len(suspended) == 1
+    assert suspended[0].suspended_s <= 0.07, "for the urgent prompt alone"
+    urgent = device.clients["urgent"]
+    assert urgent.is_on_time
+    gaps = [b - a for a, b in pairwise(urgent.token_times)]
+    assert max(gaps) <= (0.15 if tpot == 0.15 else 0.3) + 0.01
+
+
 def reads_weights(step_s: float) -> CostModel:
     """Return a model of 10,000 tokens/s whose step takes so long, however wide it is."""
     return CostModel(
