@@ -1,18 +1,19 @@
 """The decoding sequences and when their next step is due; the scheduler asks it and the queue.
 
-A decode step is one short work over the sequences that wait for a token. Against prefills:
+Long because every method changes the same lines and counts. A decode step is one short work over
+the sequences that wait for a token. Against prefills:
 
 - Nothing to prefill: it runs at once.
 - A sequence with a TPOT objective is due at its last token + tpot; one without at its last token +
   max_stall_s. The step starts when it must to be in time, prefill or not, with one exception: a
   prefill with an earlier deadline that it would make miss goes first.
 - While a sequence without an objective waits, steps also start earlier, if that makes no prefill
-  miss its deadline: so that they take idle_share * worth of the time. Worth is the tokens per
-  second of the step over those of one with all that wait for their prefill and then decode, as far
-  as such a step has room; 1 at most and LEAST_WORTH at least. A step costs little more for many
-  sequences than for one where it is bound by reading weights: what a narrow one makes while others
-  are prefilled costs many times what it costs a little later. Where each row takes its own time
-  nothing is gained by waiting, and worth is 1.
+  miss its deadline, with the steps counted that are due before: so that they take idle_share *
+  worth of the time. Worth is the tokens per second of the step over those of one with all that wait
+  for their prefill and then decode, as far as such a step has room; 1 at most and LEAST_WORTH at
+  least. A step costs little more for many sequences than for one where it is bound by reading
+  weights: what a narrow one makes while others are prefilled costs many times what it costs a
+  little later. Where each row takes its own time nothing is gained by waiting, and worth is 1.
 - While prefills wait, a step starts (1 / decode_share - 1) step times after the last one's end at
   the earliest: prefills keep at least 1 - decode_share of the time.
 
@@ -55,6 +56,8 @@ from flowprefill.scheduling.step_time import StepTime
 from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from flowprefill.scheduling.cost_model import CostModel
     from flowprefill.scheduling.interface import SchedulerSettings
     from flowprefill.scheduling.job import Job
@@ -228,20 +231,21 @@ class Decoding:
         would make a prefill late wait, which is not counted.
         """
         rows = min(len(self) - self.held, self._settings.max_running)
-        strictest_s = min(self._tpots, default=None)
-        if strictest_s is None:
+        if not self._tpots:
             return 0.0  # background has no steps while prefills wait
         at_rest = self.step.shape.pairs if self.step is not None and self.step.shape else 0
         context = int((self._idle_context + at_rest) * rows / (len(self) - self.held))
         step_s, least = self._step_s(rows, context), 0.0
         if math.inf in self._tpots:
-            strictest_s = min(strictest_s, self._settings.max_stall_s)
             least = self._settings.idle_share * self._mean_worth(rows, context)
-        due = step_s / strictest_s if strictest_s else math.inf
-        return min(max(due, least), self._settings.decode_share)
+        return max(self._due_share(step_s), least)
 
-    def goes_first(self, prefill: Work | None, now: float) -> Verdict:
-        """Return whether a step should run now rather than the prefill that runs or is next."""
+    def goes_first(self, prefill: Work | None, now: float, waiting: Iterable[Work] = ()) -> Verdict:
+        """Return whether a step should run now rather than the prefill that runs or is next.
+
+        Args:
+            waiting: prefills that come after that one, in order; it may be among them.
+        """
         if not self.is_ready:
             return Verdict(False, "nothing decodes")
         if prefill is None:
@@ -256,14 +260,37 @@ class Decoding:
             early = min(latest, max(self._last_step_end_s + pause, earliest))
         if now < early:
             return Verdict(False, "decode can wait", early)
+        if now < latest and self._makes_late(seconds, prefill, waiting, now):
+            return Verdict(False, "a decode step would make a prefill late", latest)
         ends = now + prefill.remaining_s
         is_on_time = ends <= prefill.deadline_s < math.inf
         would_miss = is_on_time and ends + seconds + settings.max_blocking_s > prefill.deadline_s
-        if now < latest and would_miss:
-            return Verdict(False, "a decode step would make the prefill late", latest)
         if would_miss and prefill.deadline_s <= due and now < due:
             return Verdict(False, "the prefill's deadline is earlier", due)
         return Verdict(True, "a decode step is due")
+
+    def _makes_late(
+        self, step_s: float, prefill: Work, waiting: Iterable[Work], now: float
+    ) -> bool:
+        """Whether a step that could wait would make a prefill late, with those that cannot."""
+        stretch = 1.0 / (1.0 - self._due_share(step_s))
+        work_s = 0.0
+        for work in (prefill, *(other for other in waiting if other is not prefill)):
+            left_s = work.deadline_s - now
+            if not work_s + work.remaining_s <= left_s < math.inf:
+                continue
+            work_s += work.remaining_s
+            if work_s * stretch + step_s + self._settings.max_blocking_s > left_s:
+                return True
+        return False
+
+    def _due_share(self, step_s: float) -> float:
+        """Return the share of the time that steps are due at the latest, `decode_share` at most."""
+        every_s = min(self._tpots, default=math.inf)
+        if math.inf in self._tpots:
+            every_s = min(every_s, self._settings.max_stall_s)
+        share = self._settings.decode_share
+        return min(step_s / every_s, share) if every_s else share
 
     def _next_step(self) -> tuple[float, float, int, int]:
         """Return (predicted seconds left, due time, rows, context) of the step that would run."""

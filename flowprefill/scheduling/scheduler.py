@@ -302,22 +302,21 @@ class Scheduler:
         """Decide for an idle device: `by` is the prefill to run, None a decode step."""
         waiting = self._queue.first(LOOKAHEAD)
         prefill = self.policy.pick(waiting, now) if waiting else None
-        decode = self._decoding.goes_first(prefill, now)
+        decode = self._decoding.goes_first(prefill, now, waiting)
         if decode.preempt or prefill is None:
             return decode
         return Verdict(True, "the device is free", by=prefill)
 
     def _challenge(self, current: Work, now: float) -> Verdict:
         """Decide whether the current work is suspended, and for what."""
-        again_at = math.inf
+        again_at, waiting = math.inf, self._queue.first(LOOKAHEAD)
         if not current.is_decode and self.policy.decode_preempts:
-            decode = self._decoding.goes_first(current, now)
+            decode = self._decoding.goes_first(current, now, waiting)
             if decode.preempt:
                 return decode
             again_at = decode.again_at
-        if not self._queue:
+        if not waiting:
             return Verdict(False, "nothing else to prefill", again_at)
-        waiting = self._queue.first(LOOKAHEAD)
         verdict = self.policy.should_preempt(current, waiting, now)
         by = verdict.by if verdict.by is not None else waiting[0]
         return Verdict(verdict.preempt, verdict.reason, min(verdict.again_at, again_at), by)

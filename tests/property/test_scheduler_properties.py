@@ -269,6 +269,22 @@ def test_scheduler_burst_takes_few_narrow_steps() -> None:
     assert max(gaps) == pytest.approx(0.161, abs=0.001)
 
 
+@pytest.mark.parametrize("tokens", [(20_000,), (10_000, 20_000)])
+@pytest.mark.parametrize("room", [1.1, 1.2, 1.3])
+def test_scheduler_steps_that_can_wait_make_no_prefill_late(
+    tokens: tuple[int, ...], room: float
+) -> None:
+    """A stream is due a step of 10 ms every 0.5 s, 2 % of the time, and takes a quarter."""
+    model = reads_weights(0.01)
+    clients, needed_s = [Client(Job("talker", 1.0, 0), 100)], 0.0
+    for count in tokens:  # only the last one's deadline is tight
+        needed_s += model.prefill_s(count)
+        due_s = 1.001 + needed_s * (room if count == tokens[-1] else 2.0)
+        clients.append(Client(Job(f"job-{count}", 1.001, count, 0, due_s, decodes=False)))
+    VirtualDevice(Scheduler("slack_edf", model), clients).play()
+    assert [client.job.id for client in clients[1:] if not client.is_on_time] == []
+
+
 @pytest.mark.parametrize("tpot", [0.15, math.inf])
 def test_scheduler_suspended_step_goes_on_as_early_as_it_would_begin(tpot: float) -> None:
     """It was suspended for a prompt, whose sequence then waits behind it; others are prefilled."""
