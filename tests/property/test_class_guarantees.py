@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_device import Client, VirtualDevice, cost_model
 
-from flowprefill.scheduling import Job, Scheduler, SchedulerSettings
+from flowprefill.scheduling import (
+    CostModel,
+    Job,
+    MachineRates,
+    ModelShape,
+    Scheduler,
+    SchedulerSettings,
+)
 
 SHARE, LATE_SHARE, SLICE_S, BLOCKING_S = 0.3, 0.1, 0.02, 0.002
 ADVERSARIES = ("tight stream", "gaming", "ping-pong", "long")
@@ -65,6 +72,45 @@ def test_guaranteed_share_conforming_requests_are_on_time(kind: str, seed: int) 
     honest = conforming(rng, 6.0)
     late = Client(Job("late", 1.0, 3_000, 0, 1.001))
     device = VirtualDevice(make(api=SHARE), [*honest, late, *adversary(kind, rng, 6.0)])
+    device.play()
+    assert [c.job.id for c in honest if not c.is_on_time] == []
+
+
+def test_guaranteed_share_first_protected_is_not_given_up_for_one_that_is_due_later() -> None:
+    """The plan would keep several short ones: the first goes on all the same, and not by turns."""
+    rng = random.Random(1)
+    overhead_s, per_token_s = 9e-3, 1e-4
+    model = CostModel(
+        ModelShape(1e6, 1e6, 1e2, 1.0, 1.0),
+        MachineRates(1e6 / per_token_s, 1e10, 1e9, overhead_s - 1e-3),
+        is_calibrated=True,
+    )
+    limits = SchedulerSettings(
+        late_share=LATE_SHARE,
+        late_patience_s=0.5,
+        late_slice_s=SLICE_S,
+        class_shares={"api": SHARE},
+        max_batch_jobs=1,
+    )
+    honest: list[Client] = []
+    at, end = 1.0, 0.0
+    while at < 5.0:
+        tokens, objective = rng.choice((30, 100, 300, 2_000)), rng.choice((0.2, 0.4, 1.0, 3.0))
+        ends = max(end, at) + (model.prefill_s(tokens) + 2 * BLOCKING_S) / SHARE
+        if ends <= at + objective - BLOCKING_S - SLICE_S - 1e-6:
+            end = ends
+            job = Job(f"api-{len(honest)}", at, tokens, 0, at + objective, service_class="api")
+            honest.append(Client(job))
+        at += rng.choice((0.0, 0.01, 0.05, 0.1))
+    others: list[Client] = []
+    at = 1.0
+    while at < 5.0:
+        tokens, objective = rng.choice((30, 60, 100, 400)), rng.choice((0.03, 0.06, 0.1, 0.5))
+        weight = rng.choice((1.0, 100.0))
+        name = f"other-{len(others)}"
+        others.append(Client(Job(name, at, tokens, 0, at + objective, weight=weight)))
+        at += model.prefill_s(tokens) / 2.5
+    device = VirtualDevice(Scheduler("slack_edf", model, limits), [*honest, *others])
     device.play()
     assert [c.job.id for c in honest if not c.is_on_time] == []
 

@@ -150,7 +150,7 @@ class SlackEdf(BasePolicy):
         if spare_s <= NO_TIME_S and protected is not None and protected is not current:
             return Verdict(True, "its class is guaranteed this time", by=protected)
         verdict = self._weigh(current, waiting, now)
-        if protected is current and verdict.by is not None and not verdict.by.is_protected:
+        if protected is current and verdict.by is not None:  # protected too, perhaps, but due later
             if verdict.by.remaining_s + 2 * self.settings.max_blocking_s > spare_s:
                 return Verdict(False, "the running work's class is guaranteed this time")
         elif protected is not None and protected is not current:
