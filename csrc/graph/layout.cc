@@ -29,19 +29,21 @@ bool is_result_of(const ModelGraph& graph, size_t tensor) {
 }
 
 // Operators of a layer during which each tensor holds something: one bit an operator, from the one
-// that writes it to the last that reads that.
-std::vector<std::vector<bool>> lifetimes(const ModelGraph& graph, ModelGraph::Range layer) {
+// that writes it to the last that reads that, or the last of that one's kernel.
+std::vector<std::vector<bool>> lifetimes(const ModelGraph& graph, const LayoutRules& rules,
+                                         ModelGraph::Range layer) {
   const auto count = static_cast<size_t>(layer.end - layer.begin);
   std::vector<std::vector<bool>> alive(graph.tensors.size(), std::vector<bool>(count, false));
   std::vector<int32_t> since(graph.tensors.size(), -1);
   for (int32_t i = layer.begin; i < layer.end; ++i) {
     const Operator& op = graph.op(i);
+    const int32_t last = rules.last_of_kernel == nullptr ? i : rules.last_of_kernel(graph, i);
+    const int32_t end = std::min(last + 1, layer.end) - layer.begin;
     for (const int32_t read : tensors_read(op)) {
       if (read < 0 || since[static_cast<size_t>(read)] < 0)
         continue;
       auto& bits = alive[static_cast<size_t>(read)];
-      std::fill(bits.begin() + since[static_cast<size_t>(read)], bits.begin() + i - layer.begin + 1,
-                true);
+      std::fill(bits.begin() + since[static_cast<size_t>(read)], bits.begin() + end, true);
     }
     since[static_cast<size_t>(op.output)] = i - layer.begin;
     alive[static_cast<size_t>(op.output)][static_cast<size_t>(i - layer.begin)] = true;
@@ -58,11 +60,11 @@ bool overlap(const std::vector<bool>& a, const std::vector<bool>& b) {
 }
 
 // conflicts[a][b]: whether in some layer, or behind them, both hold something at once.
-std::vector<std::vector<bool>> conflicts_of(const ModelGraph& graph) {
+std::vector<std::vector<bool>> conflicts_of(const ModelGraph& graph, const LayoutRules& rules) {
   const size_t n = graph.tensors.size();
   std::vector<std::vector<bool>> conflicts(n, std::vector<bool>(n, false));
   const auto add = [&](ModelGraph::Range range) {
-    const auto alive = lifetimes(graph, range);
+    const auto alive = lifetimes(graph, rules, range);
     for (size_t a = 0; a < n; ++a) {
       for (size_t b = 0; b < n; ++b)
         conflicts[a][b] = conflicts[a][b] || overlap(alive[a], alive[b]);
@@ -102,14 +104,14 @@ Layout::Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSize
     if (!is_result && (extent == Extent::kPrompt || extent == Extent::kSequence))
       place(i);
   }
-  place_tile_tensors(graph, rules.alignment);
+  place_tile_tensors(graph, rules);
   place_result(graph);
   bytes_ = rounded_up(bytes_, rules.alignment);
 }
 
 // Largest first, each at the lowest place where it meets none that it conflicts with.
-void Layout::place_tile_tensors(const ModelGraph& graph, size_t alignment) {
-  const auto conflicts = conflicts_of(graph);
+void Layout::place_tile_tensors(const ModelGraph& graph, const LayoutRules& rules) {
+  const auto conflicts = conflicts_of(graph, rules);
   std::vector<size_t> order;
   for (size_t i = 0; i < places_.size(); ++i) {
     if (is_of_tile(graph.tensors[i].extent))
@@ -129,10 +131,10 @@ void Layout::place_tile_tensors(const ModelGraph& graph, size_t alignment) {
       const bool meets = mine.offset < theirs.offset + theirs.bytes() &&
                          theirs.offset < mine.offset + mine.bytes();
       if (conflicts[i][other] && meets)
-        mine.offset = rounded_up(theirs.offset + theirs.bytes(), alignment);
+        mine.offset = rounded_up(theirs.offset + theirs.bytes(), rules.alignment);
     }
     placed.push_back(i);
-    bytes_ = std::max(bytes_, rounded_up(mine.offset + mine.bytes(), alignment));
+    bytes_ = std::max(bytes_, rounded_up(mine.offset + mine.bytes(), rules.alignment));
   }
 }
 

@@ -34,11 +34,14 @@ struct LayoutRules {
   ElementBytes elements;
   size_t alignment = 256;     // bytes, of every tensor's start
   int32_t logits_stride = 0;  // elements between rows of logits; 0: the vocabulary
+  // The last of the operators that one kernel may compute together with this one: some of its
+  // blocks read until others have written. Null: each operator has a kernel of its own.
+  int32_t (*last_of_kernel)(const ModelGraph& graph, int32_t index) = nullptr;
 };
 
 // Tensors of the tile that are never alive together lie on one another, so a device must execute a
-// layer's operators one after another for all rows of a step. The tensors of the result lie side by
-// side: it is one range.
+// layer's operators one after another for all rows of a step, but for those that the rules let it
+// take together. The tensors of the result lie side by side: it is one range.
 class Layout {
  public:
   Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSizes& sizes);
@@ -64,7 +67,7 @@ class Layout {
     size_t bytes() const { return row_bytes() * static_cast<size_t>(rows); }
   };
 
-  void place_tile_tensors(const ModelGraph& graph, size_t alignment);
+  void place_tile_tensors(const ModelGraph& graph, const LayoutRules& rules);
   void place_result(const ModelGraph& graph);
 
   const PlanSizes sizes_;

@@ -255,9 +255,41 @@ cudaError_t launch_gemm(const GemmArgs& args, GemmTile tile, cudaStream_t stream
   return launch("gemm", stream, [args] { fake_kernels::gemm(args); });
 }
 
+namespace {
+
+struct Range {
+  const void* begin;
+  const void* end;
+};
+
+template <typename T>
+Range rows_at(const T* first, int32_t rows, int64_t stride, int32_t width) {
+  return {first, first + (rows - 1) * stride + width};
+}
+
+// On a device some blocks have written already when others still read.
+bool writes_what_it_reads(const FusedProduct& args) {
+  const GemmArgs& product = args.product;
+  const int32_t rows = product.rows();
+  const Range read = args.has_norm()
+                         ? rows_at(args.norm.hidden, rows, args.norm.ld_hidden, product.depth)
+                         : rows_at(product.first_a(), rows, product.lda, product.depth);
+  const Range written =
+      args.has_rope()
+          ? rows_at(args.rope.q, rows, args.rope.ld_q, args.rope.heads * args.rope.head_dim)
+      : product.output == GemmOutput::kFloat
+          ? rows_at(product.first_d<float>(), rows, product.ldd, product.d_columns())
+          : rows_at(product.first_d<Bf16>(), rows, product.ldd, product.d_columns());
+  return read.begin < written.end && written.begin < read.end;
+}
+
+}  // namespace
+
 // One kernel on a device: what it leaves unwritten there is not written here either.
 cudaError_t launch_fused(const FusedProduct& args, cudaStream_t stream) {
   check(args);
+  if (writes_what_it_reads(args))
+    throw std::logic_error("fused: writes where other blocks may read still");
   return launch("fused", stream, [args] { fake_kernels::fused(args); });
 }
 

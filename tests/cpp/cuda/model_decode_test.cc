@@ -1,7 +1,8 @@
 // Decode steps of many sequences: one graph each, the tokens of one sequence alone, the buckets
-// they are padded to, and which of those are captured ahead.
+// they are padded to, which of those are captured ahead, where their activations lie.
 #include <gtest/gtest.h>
 
+#include "devices/cuda/backend/plan_shape.h"
 #include "devices/cuda/runtime/bucket.h"
 #include "model_fixture.h"
 
@@ -143,6 +144,23 @@ TEST_F(ModelDecodeTest, packed_prefill_has_places_for_64_sequences) {
   const size_t steps = lane_of(step(0, 0, tokens(120)));
   EXPECT_EQ(program_of(packed)->bucket(), 128);
   EXPECT_GE(steps - prefill, size_t{64} * 208 * sizeof(float)) << "logits of 64 more";
+}
+
+// A product with its rope reads the normed rows while it writes queries: where the gated rows are
+// narrow, nothing else would keep these apart.
+TEST_F(ModelDecodeTest, operators_that_one_kernel_may_compute_read_and_write_apart) {
+  const LlamaShape all_heads_have_keys{.hidden_size = 4096,
+                                       .intermediate_size = 11008,
+                                       .num_layers = 1,
+                                       .num_heads = 32,
+                                       .num_kv_heads = 32,
+                                       .head_dim = 128};
+  for (const ModelGraph& graph : {llama_graph({}), llama_graph(all_heads_have_keys)}) {
+    const Layout layout(graph, lane_rules(graph), {.rows = 8, .tile_rows = 8, .sequences = 8});
+    const LiveRange normed = layout.all(tensor_named(graph, "normed"));
+    const LiveRange q = layout.all(tensor_named(graph, "q"));
+    EXPECT_TRUE(normed.end() <= q.offset || q.end() <= normed.offset) << graph.tensor(0).columns;
+  }
 }
 
 TEST_F(ModelDecodeTest, graphs_are_captured_ahead_from_the_largest_bucket_as_far_as_they_fit) {

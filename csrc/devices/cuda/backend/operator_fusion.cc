@@ -47,4 +47,10 @@ std::optional<OperatorFusion> operators_to_fuse(const ModelGraph& graph, const S
   return found;
 }
 
+int32_t last_of_kernel(const ModelGraph& graph, int32_t index) {
+  const Step all{.last = static_cast<int32_t>(graph.operators.size()) - 1};
+  const auto found = operators_to_fuse(graph, all, index);
+  return found.has_value() ? std::max(found->product, found->rope) : index;
+}
+
 }  // namespace flowprefill

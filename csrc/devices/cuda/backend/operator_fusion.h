@@ -1,5 +1,5 @@
 // operators_to_fuse(): which operators of a step one kernel may compute. Asked by OperatorKernels,
-// which knows whether there is a kernel that takes them.
+// which knows whether there is a kernel that takes them, and by lane_rules().
 #pragma once
 
 #include <optional>
@@ -21,5 +21,9 @@ struct OperatorFusion {
 // reads it. Empty: no such operators follow one another there.
 std::optional<OperatorFusion> operators_to_fuse(const ModelGraph& graph, const Step& step,
                                                 int32_t index);
+
+// The last operator that may be in one kernel with this one, wherever a plan cuts: see
+// LayoutRules.
+int32_t last_of_kernel(const ModelGraph& graph, int32_t index);
 
 }  // namespace flowprefill

@@ -4,6 +4,7 @@
 #include <set>
 #include <utility>
 
+#include "devices/cuda/backend/operator_fusion.h"
 #include "devices/cuda/kernels/attention_args.h"
 #include "graph/sampling_params.h"
 
@@ -68,7 +69,8 @@ ChunkedNeeds needs_of(int64_t chunked_rows, int64_t sequences, const AttentionRu
 LayoutRules lane_rules(const ModelGraph& graph) {
   return {.elements = {.activation = 2, .product = 2},
           .alignment = kAlignment,
-          .logits_stride = static_cast<int32_t>(padded_to_8(graph.vocab_size))};
+          .logits_stride = static_cast<int32_t>(padded_to_8(graph.vocab_size)),
+          .last_of_kernel = last_of_kernel};
 }
 
 AttentionRules::AttentionRules(const ModelGraph& graph, int32_t multiprocessors,
