@@ -38,6 +38,7 @@ class Planner {
     if (is_budget())
       merge();
     plan_.tile_rows = std::min(tile_, rows);
+    plan_.chunk_rows = std::min(chunk, rows);
     const bool has_head_tiles = g_.rows_after_layers().begin < g_.rows_after_layers().end;
     plan_.head_tile_rows = has_head_tiles ? std::min(cuts_.head_tile_rows, rows) : 0;
     return std::move(plan_);

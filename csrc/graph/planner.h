@@ -59,6 +59,7 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<uint32_t> segments;  // index of the first step of each segment
   int32_t tile_rows = 0;           // rows the tile tensors must hold
+  int32_t chunk_rows = 0;          // rows that go through all layers before others do
   int32_t head_tile_rows = 0;      // the same for those behind the layers; 0: there are none
 
   size_t size() const { return segments.size(); }

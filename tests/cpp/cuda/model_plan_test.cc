@@ -360,40 +360,5 @@ TEST_F(ModelLaunchesTest, of_attention_over_chunks_of_keys_are_counted_as_they_a
   EXPECT_EQ(merges, (std::vector<int64_t>{0, 1}));
 }
 
-TEST_F(ModelPlanTest, buckets_share_graphs_between_budgets_that_cut_alike) {
-  start();
-  plan_options_.budget_s = 1;
-  for (uint32_t id = 1; id <= 3; ++id)
-    execute(id, {prompt(8)});
-  const uint64_t num_captured = model_->graph_report().num_captured;
-  EXPECT_EQ(num_captured, 1u);
-  plan_options_.budget_s = 2;
-  execute(4, {prompt(8)});
-  EXPECT_EQ(model_->graph_report().num_captured, num_captured);
-  EXPECT_EQ(model_->graph_report().num_replayed, 3u);
-}
-
-// Segments that begin and end with the same operators may differ in the parts of the head alone:
-// these budgets cut everything else alike.
-TEST_F(ModelPlanTest, graphs_of_plans_that_cut_the_head_elsewhere_are_not_mixed_up) {
-  start();
-  plan_options_.rates.weight_bytes_per_s = 1e11;
-  const double part_s = 203.0 / 4 * 64 * 2 / 1e11;
-  std::vector<size_t> num_segments;
-  uint32_t id = 0;
-  for (const double budget_s : {1.95 * part_s, 2.05 * part_s}) {
-    plan_options_.budget_s = budget_s;
-    for (int i = 0; i < 3; ++i) {
-      const std::vector<int32_t> tokens = tiny_.random_tokens(8, ++id);
-      expect_close(execute(id, {{0, {}, tokens}})[0], tiny_.logits(tokens),
-                   "run " + std::to_string(id));
-      EXPECT_EQ(programs_.at(id)->bucket(), 8);
-    }
-    num_segments.push_back(programs_.at(id)->size());
-  }
-  EXPECT_EQ(num_segments[0], num_segments[1] + 2) << "four parts of the head one by one, or by two";
-  EXPECT_GT(model_->graph_report().num_replayed, 0u);
-}
-
 }  // namespace
 }  // namespace flowprefill::testing

@@ -199,14 +199,15 @@ std::shared_ptr<const BuiltPlan> PlanBuilder::exact_plan(const Batch& batch, Pla
                last_rows(batch));
 }
 
-// Equal numbers: inputs and activations lie alike, so equal segments compute the same.
-int32_t PlanBuilder::variant_of(const PlanShape& shape, int32_t bucket) {
+// Equal numbers: inputs and activations lie alike, and tiles come in the same order, so segments
+// that begin and end alike compute the same.
+int32_t PlanBuilder::variant_of(const PlanShape& shape, const Plan& plan, int32_t bucket) {
   if (bucket == 0)
     return 0;  // never captured
   constexpr int32_t kOutputs = 4;
   const auto next =
       static_cast<int32_t>(variants_.size()) * kOutputs + static_cast<int32_t>(options_.output);
-  const Shape key(shape.sizes(), shape.inputs.table_stride, shape.attention);
+  const Shape key(shape.sizes(), shape.inputs.table_stride, shape.attention, plan.chunk_rows);
   return variants_.emplace(key, next).first->second;
 }
 
@@ -219,7 +220,7 @@ std::shared_ptr<const BuiltPlan> PlanBuilder::build(const PlanSizes& sizes, int3
                                                  attention_of(*graph_, plan, rules, table_stride));
   auto built = std::make_shared<BuiltPlan>(
       BuiltPlan{.shape = std::move(shape), .compiled = CompiledProgram(graph_, std::move(plan))});
-  const int32_t variant = variant_of(*built->shape, bucket);
+  const int32_t variant = variant_of(*built->shape, built->compiled.plan(), bucket);
   std::vector<CudaSegment> segments;
   segments.reserve(built->compiled.size());
   for (size_t i = 0; i < built->compiled.size(); ++i)

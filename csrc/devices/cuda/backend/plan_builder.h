@@ -63,7 +63,7 @@ struct PlanBuilderOptions {
 // A bucket's plan assumes sequences of equal length with the batch's mean context, rounded up to a
 // power of two. It is made for one sequence, for up to kPackedSequences or for as many as fit, and
 // for block tables of a power of two of blocks, so that few plans serve all batches; plans that
-// place inputs and activations alike share their graphs.
+// place inputs and activations alike, and fill them in the same order, share their graphs.
 //
 // Thread: any.
 class PlanBuilder {
@@ -97,7 +97,9 @@ class PlanBuilder {
     auto operator<=>(const Assumed&) const = default;
   };
   using OptionsKey = std::tuple<Granularity, double, int32_t, double, double, double, double>;
-  using Shape = std::tuple<PlanSizes, int32_t, std::vector<AttentionRows>>;
+  // Where inputs and activations lie, and in which order plans fill these: sizes, stride of the
+  // block tables, rows that attend together, rows of a chunk.
+  using Shape = std::tuple<PlanSizes, int32_t, std::vector<AttentionRows>, int32_t>;
 
   Assumed assumed_of(const Batch& batch, int32_t bucket) const;
   // The bucket's plan for the batch, cut as `options` say or, `is_whole`, not at all; none if that
@@ -112,7 +114,7 @@ class PlanBuilder {
       FP_REQUIRES(mutex_);
   CudaSegment segment(BuiltPlan& built, size_t index, int32_t bucket, int32_t variant,
                       const std::vector<int32_t>& last_rows) const;
-  int32_t variant_of(const PlanShape& shape, int32_t bucket) FP_REQUIRES(mutex_);
+  int32_t variant_of(const PlanShape& shape, const Plan& plan, int32_t bucket) FP_REQUIRES(mutex_);
 
   const std::shared_ptr<const ModelGraph> graph_;
   const OperatorKernels& kernels_;
