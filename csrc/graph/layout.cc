@@ -6,6 +6,9 @@
 namespace flowprefill {
 namespace {
 
+// So many rows of a tile are a multiple of 256 bytes where a row is one of 16.
+constexpr size_t kWholeRows = 16;
+
 size_t rounded_up(size_t bytes, size_t alignment) {
   return (bytes + alignment - 1) / alignment * alignment;
 }
@@ -109,16 +112,21 @@ Layout::Layout(const ModelGraph& graph, const LayoutRules& rules, const PlanSize
   bytes_ = rounded_up(bytes_, rules.alignment);
 }
 
-// Largest first, each at the lowest place where it meets none that it conflicts with.
+// Largest first, each at the lowest place where it meets none that it conflicts with. Of so many
+// rows that they end where others may start: so more rows only move all places further apart, and
+// what fits between two at some number of rows does at every other.
 void Layout::place_tile_tensors(const ModelGraph& graph, const LayoutRules& rules) {
   const auto conflicts = conflicts_of(graph, rules);
+  const auto bytes_of = [](const Place& place) {
+    return place.row_bytes() * rounded_up(static_cast<size_t>(place.rows), kWholeRows);
+  };
   std::vector<size_t> order;
   for (size_t i = 0; i < places_.size(); ++i) {
     if (is_of_tile(graph.tensors[i].extent))
       order.push_back(i);
   }
-  std::ranges::sort(order, [this](size_t a, size_t b) {
-    return std::pair(places_[b].bytes(), a) < std::pair(places_[a].bytes(), b);
+  std::ranges::sort(order, [&](size_t a, size_t b) {
+    return std::pair(bytes_of(places_[b]), a) < std::pair(bytes_of(places_[a]), b);
   });
   const size_t start = bytes_;
   std::vector<size_t> placed;
@@ -128,13 +136,13 @@ void Layout::place_tile_tensors(const ModelGraph& graph, const LayoutRules& rule
     std::ranges::sort(placed, {}, [this](size_t other) { return places_[other].offset; });
     for (const size_t other : placed) {
       const Place& theirs = places_[other];
-      const bool meets = mine.offset < theirs.offset + theirs.bytes() &&
-                         theirs.offset < mine.offset + mine.bytes();
+      const bool meets = mine.offset < theirs.offset + bytes_of(theirs) &&
+                         theirs.offset < mine.offset + bytes_of(mine);
       if (conflicts[i][other] && meets)
-        mine.offset = rounded_up(theirs.offset + theirs.bytes(), rules.alignment);
+        mine.offset = rounded_up(theirs.offset + bytes_of(theirs), rules.alignment);
     }
     placed.push_back(i);
-    bytes_ = std::max(bytes_, rounded_up(mine.offset + mine.bytes(), rules.alignment));
+    bytes_ = std::max(bytes_, rounded_up(mine.offset + bytes_of(mine), rules.alignment));
   }
 }
 

@@ -16,6 +16,13 @@ namespace {
 
 constexpr LayoutRules kRules{.elements = {.activation = 2, .product = 2}, .logits_stride = 208};
 
+int32_t product_with_its_rope(const ModelGraph& graph, int32_t index) {
+  const bool is_one = graph.op(index).kind == OperatorKind::kLinear &&
+                      index + 1 < static_cast<int32_t>(graph.operators.size()) &&
+                      graph.op(index + 1).kind == OperatorKind::kRope;
+  return is_one ? index + 1 : index;
+}
+
 bool meet(const LiveRange& a, const LiveRange& b) {
   return a.offset < b.end() && b.offset < a.end();
 }
@@ -119,6 +126,27 @@ TEST_F(LayoutTest, a_smaller_plan_never_needs_more) {
         before = layout.bytes();
       }
     }
+  }
+}
+
+// Queries exactly fill the gap between the product that makes them and what lies behind gated rows:
+// where rows are no multiple of the alignment, too.
+TEST_F(LayoutTest, a_smaller_plan_never_needs_more_where_tensors_fill_a_gap) {
+  const ModelGraph graph = llama_graph({.hidden_size = 576,
+                                        .intermediate_size = 1536,
+                                        .num_layers = 1,
+                                        .num_heads = 9,
+                                        .num_kv_heads = 3});
+  LayoutRules rules = kRules;
+  rules.last_of_kernel = product_with_its_rope;
+  size_t before = 0;
+  for (int32_t rows = 1; rows <= 600; ++rows) {
+    const Layout layout(graph, rules, {.rows = rows, .tile_rows = rows, .sequences = 1});
+    EXPECT_GE(layout.bytes(), before) << rows << " rows";
+    before = layout.bytes();
+    const LiveRange q = layout.all(tensor_named(graph, "q"));
+    EXPECT_FALSE(meet(layout.all(tensor_named(graph, "normed")), q));
+    EXPECT_EQ(q.offset % rules.alignment, 0u);
   }
 }
 
