@@ -145,23 +145,28 @@ struct PagedLoads : flashinfer::CollectiveMainloop<ScoreParams, Traits, /*CAUSAL
       first = flashinfer::get_swa_begin_kv_tile_idx<kRows, kKeys>(params.window_left, q_tile, rows,
                                                                   keys);
     }
+    const auto load_keys = [&](int tile, int blocks) {
+      load_tile(params, item, params.keys, key_stages, key_stage, shared.smem_k.data(), tile,
+                blocks);
+    };
     if (work == 0)
       init_end(shared.barrier_end);
     int blocks = block_of_lane(params, item, last);
-    load_keys(params, item, key_stages, key_stage, shared, last, blocks);
+    load_keys(last, blocks);
     load_queries(params, shared, row + q_tile * kRows, head);
     shared.barrier_O.wait((work + 1) % 2);
     for (int tile = last; tile >= first; --tile) {
       int next = 0;
       if (tile > first) {
         next = block_of_lane(params, item, tile - 1);
-        load_keys(params, item, key_stages, key_stage, shared, tile - 1, next);
+        load_keys(tile - 1, next);
       }
       const int end = keys - tile * kKeys;
       if (end < kKeys && params.boxes.within(end) != 0)
         load_end_of_values(params, item, value_stages, value_stage, shared, tile, blocks);
       else
-        load_values(params, item, value_stages, value_stage, shared, tile, blocks);
+        load_tile(params, item, params.values, value_stages, value_stage, shared.smem_v.data(),
+                  tile, blocks);
       blocks = next;
     }
   }
@@ -231,21 +236,13 @@ struct PagedLoads : flashinfer::CollectiveMainloop<ScoreParams, Traits, /*CAUSAL
     }
   }
 
-  template <typename Shared>
-  CUTLASS_DEVICE static void load_keys(const Params& params, const Item& item, Pipeline& stages,
-                                       State& stage, Shared& shared, int tile, int blocks) {
+  // A tile into the next stage of `to`.
+  CUTLASS_DEVICE static void load_tile(const Params& params, const Item& item,
+                                       const CUtensorMap& map, Pipeline& stages, State& stage,
+                                       Element* to, int tile, int blocks) {
     stages.producer_acquire(stage);
-    copy(params, item, params.keys, stages.producer_get_barrier(stage),
-         shared.smem_k.data() + stage.index() * kKeys * kDim, tile, blocks);
-    ++stage;
-  }
-
-  template <typename Shared>
-  CUTLASS_DEVICE static void load_values(const Params& params, const Item& item, Pipeline& stages,
-                                         State& stage, Shared& shared, int tile, int blocks) {
-    stages.producer_acquire(stage);
-    copy(params, item, params.values, stages.producer_get_barrier(stage),
-         shared.smem_v.data() + stage.index() * kKeys * kDim, tile, blocks);
+    copy(params, item, map, stages.producer_get_barrier(stage), to + stage.index() * kKeys * kDim,
+         tile, blocks);
     ++stage;
   }
 
