@@ -261,7 +261,7 @@ class CutRules:
         max_tile_rows: int = ...,  # rows that go through a layer together
         min_tile_rows: int = ...,
         min_product_parts: int = ...,
-        slices_heads: bool = ...,  # attention by KV heads before rows
+        attention_slices: Literal["rows", "heads_first", "rows_first"] = ...,  # heads: of KV
         slices_products: bool = ...,  # products of a tile by parts; else tiles have fewer rows
         embed_rows: int = ...,  # rows of a step before the layers
         weight_element_bytes: int = ...,

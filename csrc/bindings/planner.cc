@@ -25,16 +25,28 @@ int32_t positive(const char* name, const py::object& value) {
   return number;
 }
 
+AttentionSlices attention_slices_from(const py::object& object) {
+  const auto name = value_from<std::string>("attention_slices", object);
+  if (name == "rows")
+    return AttentionSlices::kRows;
+  if (name == "heads_first")
+    return AttentionSlices::kHeadsFirst;
+  if (name == "rows_first")
+    return AttentionSlices::kRowsFirst;
+  throw std::invalid_argument("attention_slices: got " + name +
+                              ", expected rows, heads_first or rows_first");
+}
+
 CutRules make_cuts(const py::object& row_step, const py::object& max_tile_rows,
                    const py::object& min_tile_rows, const py::object& min_product_parts,
-                   const py::object& slices_heads, const py::object& slices_products,
+                   const py::object& attention_slices, const py::object& slices_products,
                    const py::object& embed_rows, const py::object& weight_element_bytes,
                    const py::object& embed_row_s) {
   return {.row_step = positive("row_step", row_step),
           .max_tile_rows = positive("max_tile_rows", max_tile_rows),
           .min_tile_rows = positive("min_tile_rows", min_tile_rows),
           .min_product_parts = positive("min_product_parts", min_product_parts),
-          .slices_heads = value_from<bool>("slices_heads", slices_heads),
+          .attention_slices = attention_slices_from(attention_slices),
           .slices_products = value_from<bool>("slices_products", slices_products),
           .embed_rows = positive("embed_rows", embed_rows),
           .costs = {.weight_element_bytes = positive("weight_element_bytes", weight_element_bytes),
@@ -83,7 +95,7 @@ void bind_planner(py::module_& m) {
            py::arg("max_tile_rows") = usual.max_tile_rows,
            py::arg("min_tile_rows") = usual.min_tile_rows,
            py::arg("min_product_parts") = usual.min_product_parts,
-           py::arg("slices_heads") = usual.slices_heads,
+           py::arg("attention_slices") = "heads_first",
            py::arg("slices_products") = usual.slices_products,
            py::arg("embed_rows") = usual.embed_rows,
            py::arg("weight_element_bytes") = usual.costs.weight_element_bytes,

@@ -209,7 +209,8 @@ class Planner {
     const int32_t all = g_.attention.kv_heads;
     const int64_t queries = queries_of_kv_head(begin, end);
     const int64_t wanted = (rules.least_queries + queries - 1) / queries;
-    return cuts_.slices_heads ? static_cast<int32_t>(std::min<int64_t>(wanted, all)) : all;
+    const bool has_all = cuts_.attention_slices == AttentionSlices::kRows;
+    return has_all ? all : static_cast<int32_t>(std::min<int64_t>(wanted, all));
   }
 
   int64_t queries_of_kv_head(int32_t begin, int32_t end) const {
@@ -227,7 +228,7 @@ class Planner {
   // equal slices of whole row blocks; not so few that all heads of them leave the device idle.
   int32_t attention_rows(const Operator& op, int32_t row, int32_t end,
                          const SliceRules& rules) const {
-    const bool heads_first = cuts_.slices_heads && !cuts_.slices_rows_first;
+    const bool heads_first = cuts_.attention_slices == AttentionSlices::kHeadsFirst;
     const double budget_s = o_.budget_s * (heads_first ? g_.parts(op) : 1);
     if (cost_.operator_s(op, row, end) <= budget_s)
       return end - row;

@@ -27,6 +27,10 @@ struct PlanOptions {
   MachineRates rates;
 };
 
+// What attention is cut by: rows alone, KV heads before rows as few rows at once are slow, or rows
+// before KV heads.
+enum class AttentionSlices : uint8_t { kRows, kHeadsFirst, kRowsFirst };
+
 // Where a device wants its cuts; all counts are for the whole device, not for one of its threads.
 struct CutRules {
   int32_t row_step = 16;           // rows of a slice of attention are a multiple of it
@@ -39,9 +43,8 @@ struct CutRules {
   int32_t multiprocessors = 0;
   int32_t product_tile_rows = 128;
   std::array<int32_t, 4> product_tile_columns = {128, 192, 256, 320};
-  bool slices_heads = true;        // attention by KV heads before rows: few rows at once are slow
-  bool slices_rows_first = false;  // by rows before KV heads
-  bool slices_products = false;    // products of a tile by parts before it gets fewer rows
+  AttentionSlices attention_slices = AttentionSlices::kHeadsFirst;
+  bool slices_products = false;  // products of a tile by parts before it gets fewer rows
   // (row, query head) pairs of a slice of attention: fewer would leave a part of the device idle.
   // Each sequence's count as whole tiles of those that share a KV head.
   int32_t min_attention_queries = 1;

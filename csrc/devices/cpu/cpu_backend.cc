@@ -152,7 +152,7 @@ CutRules cpu_cuts(int threads, CpuNumbers numbers) {
           .max_tile_rows = kRowsPerMember * threads,
           .min_tile_rows = std::min(kRowStep * threads, kLeastTileRows),
           .min_product_parts = threads,
-          .slices_heads = true,
+          .attention_slices = AttentionSlices::kHeadsFirst,
           .slices_products = true,
           .embed_rows = 512,
           .head_tile_rows = kHeadTileRows,

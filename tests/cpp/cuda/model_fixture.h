@@ -59,7 +59,7 @@ class ModelTest : public DoubleTest<CudaModelProgram> {
                      .max_tile_rows = 16,
                      .min_tile_rows = 8,
                      .min_product_parts = 1,
-                     .slices_heads = false,
+                     .attention_slices = AttentionSlices::kRows,
                      .embed_rows = 1 << 30,
                      .costs = {.weight_element_bytes = 2, .embed_row_s = 1e-9}};
     // Fast products, slow attention: padding costs nothing and budgets cut attention.

@@ -94,7 +94,7 @@ TEST_P(CompiledProgramTest, live_tensors_are_those_that_an_execution_reads_later
                       .max_tile_rows = 16,
                       .min_tile_rows = 8,
                       .min_product_parts = 1,
-                      .slices_heads = true,
+                      .attention_slices = AttentionSlices::kHeadsFirst,
                       .embed_rows = 20,
                       .head_tile_rows = 7,
                       .costs = {}};

@@ -234,7 +234,7 @@ TEST_F(LayoutTest, live_sets_are_exactly_the_bytes_that_are_read_later) {
                       .max_tile_rows = 16,
                       .min_tile_rows = 8,
                       .min_product_parts = 1,
-                      .slices_heads = true,
+                      .attention_slices = AttentionSlices::kHeadsFirst,
                       .embed_rows = 10,
                       .costs = {}};
   for (const double budget_s : {1.0, 1e-6, 1e-12}) {

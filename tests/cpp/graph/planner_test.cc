@@ -25,7 +25,7 @@ class PlannerTest : public ::testing::Test {
              .max_tile_rows = 32,
              .min_tile_rows = 8,
              .min_product_parts = 1,
-             .slices_heads = true,
+             .attention_slices = AttentionSlices::kHeadsFirst,
              .embed_rows = 64,
              .costs = {.weight_element_bytes = 2, .embed_row_s = 1e-9}};
   }
@@ -152,7 +152,7 @@ TEST_F(PlannerTest, attention_is_cut_by_heads_where_the_device_wants_it_else_by_
   using Parts = std::set<std::pair<int32_t, int32_t>>;
   const Parts cut = heads_of(plan(Granularity::kBudget, budget_s));
   EXPECT_TRUE(cut.contains({0, 1}) && cut.contains({1, 2}));
-  cuts_.slices_heads = false;
+  cuts_.attention_slices = AttentionSlices::kRows;
   EXPECT_EQ(heads_of(plan(Granularity::kBudget, budget_s)), (Parts{{0, 0}}));
 }
 
@@ -246,8 +246,8 @@ TEST_F(PlannerTest, decode_rows_fill_the_device_by_their_tiles) {
       return graph_.op(step.first).kind == OperatorKind::kAttention && !step.is_whole();
     });
   };
-  for (const bool rows_first : {false, true}) {
-    cuts_.slices_rows_first = rows_first;
+  for (const auto first : {AttentionSlices::kHeadsFirst, AttentionSlices::kRowsFirst}) {
+    cuts_.attention_slices = first;
     EXPECT_TRUE(is_cut(16)) << "4 tiles of 16 for a KV head";
     EXPECT_FALSE(is_cut(8));
   }

@@ -130,3 +130,5 @@ def test_plan_predictor_bad_size_is_named(rows: object, context: int, message: s
 def test_cut_rules_bad_field_is_named() -> None:
     with pytest.raises(ValueError, match="row_step: got 0, expected at least 1"):
         _core.CutRules(row_step=0)
+    with pytest.raises(ValueError, match="attention_slices: got heads, expected rows, heads_first"):
+        _core.CutRules(attention_slices="heads")  # type: ignore[arg-type]

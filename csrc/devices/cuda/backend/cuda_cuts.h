@@ -16,8 +16,7 @@ inline constexpr CutRules kCudaCuts{
     .min_tile_rows = 2048,  // smaller ones have not been measured
     .min_product_parts = 128,
     .multiprocessors = 132,  // of an H100 and an H200; an engine takes those of its device
-    .slices_heads = true,
-    .slices_rows_first = true,
+    .attention_slices = AttentionSlices::kRowsFirst,
     .slices_products = true,
     .min_attention_queries = 128 * 128,
     .attention_tile = 64,
