@@ -138,6 +138,14 @@ class HfConfig:
             "sliding_layers": tuple(kind == _LAYER_KINDS[0] for kind in kinds),
         }
 
+    def sliding_everywhere(self, default: int | None = None) -> dict[str, Any]:
+        """Read them of a family whose window holds in every layer; see sliding."""
+        found = self.sliding(default)
+        if not all(found.get("sliding_layers", ())):
+            kinds, model = self.values["layer_types"], self.values["model_type"]
+            raise self._bad("layer_types", kinds, f"sliding_attention in every layer of a {model}")
+        return found
+
     def _bad(self, name: str, value: Any, allowed: str) -> CheckpointError:
         return bad_field(self.path + name, value, allowed)
 
@@ -163,6 +171,8 @@ def read_decoder(
             says otherwise is refused.
         fields: more fields of ModelConfig, as they are; they win.
     """
+    if not values.flag("is_causal", True):
+        raise bad_field("is_causal", False, "true: a model that writes text")
     num_heads = values.integer("num_attention_heads")
     hidden_size = values.integer("hidden_size")
     max_position = values.integer("max_position_embeddings", max_position)

@@ -58,6 +58,9 @@ def read_gemma2(values: HfConfig) -> ModelConfig:
 
 def read_gemma3(values: HfConfig) -> ModelConfig:
     """Read a config.json of a Gemma 3 text model, with rotary parameters in the old or new form."""
+    if values.number("attn_logit_softcapping", 0.0):  # which transformers reads past
+        cap = values.values["attn_logit_softcapping"]
+        raise bad_field("attn_logit_softcapping", cap, "null: scores of a gemma3_text have no cap")
     pattern = values.integer("sliding_window_pattern", 6)
     if pattern < 1:
         raise bad_field("sliding_window_pattern", pattern, "an integer >= 1")
@@ -77,7 +80,6 @@ def read_gemma3(values: HfConfig) -> ModelConfig:
         theta=1e6,
         qk_norm=True,
         local_rope_theta=local_theta,
-        score_softcap=values.number("attn_logit_softcapping", 0.0),
         logit_softcap=values.number("final_logit_softcapping", 0.0),
     )
     # Its files name the context that the scaling reaches.

@@ -24,10 +24,7 @@ def read_llama(values: HfConfig) -> ModelConfig:
 
 def read_mistral(values: HfConfig) -> ModelConfig:
     """Read a config.json of a Mistral; its window holds in every layer."""
-    sliding = values.sliding(4096)
-    if not all(sliding.get("sliding_layers", ())):
-        kinds = values.values["layer_types"]
-        raise bad_field("layer_types", kinds, "sliding_attention in every layer of a mistral")
+    sliding = values.sliding_everywhere(4096)
     return read_decoder(values, max_position=131_072, kv_heads=8, **sliding)
 
 

@@ -12,7 +12,7 @@ def read_phi3(values: HfConfig) -> ModelConfig:
     original = {"original_max_position_embeddings": 4096}
     return read_decoder(
         HfConfig(original | dict(values.values)), max_position=4096, rms_eps=1e-5, rotary_part=1.0,
-        fused_qkv=True, fused_gate_up=True, **values.sliding(None),
+        fused_qkv=True, fused_gate_up=True, **values.sliding_everywhere(),
     )  # fmt: skip
 
 

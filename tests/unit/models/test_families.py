@@ -125,6 +125,8 @@ def test_glm_rows_turn_as_halves() -> None:
 @pytest.mark.parametrize(
     ("family", "values", "names"),
     [
+        ("llama", {"is_causal": False}, ["is_causal", "False", "true"]),
+        ("gemma2", {"is_causal": False}, ["is_causal", "False", "true"]),
         ("gemma2", {"hidden_activation": "gelu"}, ["hidden_activation", "gelu_pytorch_tanh"]),
         ("gemma2", {"attn_logit_softcapping": -1.0}, ["score_softcap", "-1.0", ">= 0"]),
         ("gemma2", {"attn_logit_softcapping": "50"}, ["attn_logit_softcapping", "'50'"]),
@@ -132,6 +134,7 @@ def test_glm_rows_turn_as_halves() -> None:
         ("gemma2", {"hidden_size": -4}, ["hidden_size", "-4"]),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": [1]}}, ["sliding_attention"]),
         ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ("gemma3_text", {"attn_logit_softcapping": 2.0}, ["attn_logit_softcapping", "2.0", "null"]),
         ("gemma3_text", {"layer_types": ["full_attention"]}, ["layer_types", "8 entries"]),
         ("gemma3_text", {"layer_types": ["linear"]}, ["layer_types", "sliding_attention"]),
         ("gemma3_text", {"sliding_window_pattern": 0}, ["sliding_window_pattern", "0"]),
@@ -142,6 +145,9 @@ def test_glm_rows_turn_as_halves() -> None:
         ("phi3",
          {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
          ["rope factors", "8 numbers"]),
+        ("phi3",
+         {"sliding_window": 9, "layer_types": ["sliding_attention"] * 7 + ["full_attention"]},
+         ["layer_types", "every layer of a phi3"]),
         ("phi3", {"partial_rotary_factor": 0.2}, ["rotary_dim", "even"]),
         ("phi3", {"partial_rotary_factor": 0.0}, ["partial_rotary_factor", "0.0"]),
         ("phi3", {"partial_rotary_factor": float("nan")}, ["partial_rotary_factor", "nan"]),
@@ -179,7 +185,7 @@ FIELDS = [
     "rope_parameters", "rope_local_base_freq", "partial_rotary_factor", "sliding_window",
     "sliding_window_pattern", "layer_types", "hidden_act", "hidden_activation", "attention_bias",
     "mlp_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-    "use_bidirectional_attention", "embedding_multiplier", "residual_multiplier",
+    "use_bidirectional_attention", "is_causal", "embedding_multiplier", "residual_multiplier",
     "attention_multiplier", "logits_scaling", "tie_word_embeddings",
 ]  # fmt: skip
 ODD: list[Any] = [
