@@ -136,6 +136,22 @@ def test_text_is_free_until_after(grammars: Grammars) -> None:
     assert [constraint.accept(TOKENS.index(piece)) for piece in (b"12", b"7")] == [False, True]
 
 
+def test_no_token_goes_past_the_end_of_the_free_text(grammars: Grammars) -> None:
+    """The grammar sees no part of a token, so what comes behind the mark in one token is lost."""
+    constraint = grammars.compile(StructuredOutput("regex", "[0-9]{3}", after="a1")).start()
+    assert constraint.forbidden() is None
+    constraint.accept(TOKENS.index(b"a"))
+    forbidden = constraint.forbidden()
+    assert forbidden is not None
+    assert [TOKENS[i] for i in np.flatnonzero(forbidden)] == [b"12"]
+    constraint.accept(TOKENS.index(b"b"))
+    assert constraint.forbidden() is None
+    within = grammars.compile(StructuredOutput("regex", "[0-9]{3}", after="te")).start()
+    forbidden = within.forbidden()
+    assert forbidden is not None
+    assert [TOKENS[i] for i in np.flatnonzero(forbidden)] == [b"item"]
+
+
 def test_constrained_sampler_takes_the_logits_path(grammars: Grammars) -> None:
     params = SamplingParams(temperature=0)
     constraint = grammars.compile(StructuredOutput("regex", "ab")).start()
