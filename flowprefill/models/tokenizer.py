@@ -8,13 +8,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 import tokenizers
 
-from flowprefill.errors import CheckpointError, InvalidRequest, PromptTooLong, overflow
+from flowprefill.errors import CheckpointError, InvalidRequest, PromptTooLong, overflow, shortened
 from flowprefill.models.prompt_bound import prompt_bound
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -279,13 +279,38 @@ def _pieces_of(description: Mapping[str, Any]) -> tuple[Pieces, bool]:
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return Pieces.BYTE_LEVEL, False
-    if kinds == ["Metaspace"] and steps[0].get("replacement") == _WORD_START:
-        return Pieces.SENTENCEPIECE, steps[0].get("prepend_scheme", "always") != "never"
-    sentencepiece = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-    if "ByteFallback" in kinds and set(kinds) <= sentencepiece:
-        return Pieces.SENTENCEPIECE, "Strip" in kinds or "Metaspace" in kinds
+    odd = next((step for step in steps if not _is_usual(step)), None)
+    if odd is None and (kinds == ["Metaspace"] or _joins_bytes(kinds)):
+        marks = (step for step in steps if step["type"] == "Metaspace")
+        strips = any(step.get("prepend_scheme", "always") != "never" for step in marks)
+        return Pieces.SENTENCEPIECE, "Strip" in kinds or strips
+    got = "+".join(kinds)
+    if odd is not None and odd["type"] in _USUAL:
+        got += f" with {shortened(dict(odd))}"
     raise CheckpointError(
-        f"tokenizer.json: decoder: got {'+'.join(kinds)}, expected ByteLevel or sentencepiece's "
-        "(Replace, ByteFallback, Fuse, Strip; or Metaspace)",
+        f"tokenizer.json: decoder: got {got}, expected ByteLevel or sentencepiece's "
+        f"(Replace of {_WORD_START!r} by a space, ByteFallback, Fuse, Strip of a space at the "
+        "start; or Metaspace)",
         param="decoder",
     )
+
+
+# What steps of sentencepiece's decoders say.
+_USUAL: Mapping[str, Mapping[str, Any]] = {
+    "Replace": {"pattern": {"String": _WORD_START}, "content": " "},
+    "ByteFallback": {},
+    "Fuse": {},
+    "Strip": {"content": " ", "start": 1, "stop": 0},
+    "Metaspace": {"replacement": _WORD_START},
+}
+
+
+def _is_usual(step: Mapping[str, Any]) -> bool:
+    return step["type"] in _USUAL and _USUAL[step["type"]].items() <= step.items()
+
+
+def _joins_bytes(kinds: Sequence[str]) -> bool:
+    """Whether marks become spaces and bytes characters; what is joined then may lose a space."""
+    marks, end = set(kinds[:2]), list(kinds[2:])
+    spells = marks in ({"Replace", "ByteFallback"}, {"Metaspace", "ByteFallback"})
+    return spells and end in ([], ["Fuse"], ["Fuse", "Strip"])

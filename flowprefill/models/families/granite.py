@@ -15,7 +15,7 @@ def read_granite(values: HfConfig) -> ModelConfig:
         mlp_bias=values.flag("mlp_bias"),
         embed_scale=values.number("embedding_multiplier", 1.0),
         residual_scale=values.number("residual_multiplier", 1.0),
-        attention_scale=values.number("attention_multiplier", 1.0),
+        attention_scale=values.positive("attention_multiplier", 1.0),
         logit_scale=1.0 / values.positive("logits_scaling", 1.0),
     )  # fmt: skip
 

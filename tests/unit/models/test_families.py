@@ -155,6 +155,7 @@ def test_glm_rows_turn_as_halves() -> None:
         ("glm4", {"architectures": ["ChatGLMModel"]}, ["architectures", "Glm4ForCausalLM"]),
         ("olmo2", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "1.0"]),
         ("granite", {"logits_scaling": 0}, ["logits_scaling", "> 0"]),
+        ("granite", {"attention_multiplier": 0.0}, ["attention_multiplier", "0.0", "> 0"]),
         ("granite", {"residual_multiplier": -0.2}, ["residual_scale", "-0.2"]),
     ],
 )  # fmt: skip

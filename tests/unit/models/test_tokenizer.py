@@ -88,6 +88,52 @@ def test_pieces_of_random_tokens_join_to_the_library_decoding(ids: list[int], sk
     assert TOKENIZER.decode(ids, skip) == expected
 
 
+MARK = decoders.Replace("\u2581", " ")
+BYTES, FUSE, STRIP = decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+
+
+def with_decoder(*steps: Any) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer.from_str(SPIECE._inner.to_str())
+    inner.decoder = decoders.Sequence(list(steps))
+    return inner
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (MARK, BYTES, FUSE, STRIP),
+        (BYTES, MARK, FUSE),
+        (MARK, BYTES),
+        (BYTES, decoders.Metaspace(prepend_scheme="never")),
+        (BYTES, decoders.Metaspace()),
+    ],
+)
+def test_sentencepiece_decoders_are_those_of_the_library(steps: tuple[Any, ...]) -> None:
+    inner = with_decoder(*steps)
+    ours = Tokenizer(inner)
+    for text in (" a 🙂 b", "a", "  b ☃", "x\n y"):
+        ids = inner.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == inner.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ((MARK, BYTES, FUSE, decoders.Strip(" ", 2, 0)), "'start': 2"),
+        ((MARK, BYTES, FUSE, decoders.Strip("a", 1, 0)), "'content': 'a'"),
+        ((decoders.Replace("_", " "), BYTES, FUSE), "'_'"),
+        ((decoders.Metaspace(replacement="_"), BYTES), "'_'"),
+        ((MARK, BYTES, STRIP), r"Replace\+ByteFallback\+Strip"),
+        ((MARK, MARK, BYTES), r"Replace\+Replace"),
+        ((BYTES, FUSE), r"ByteFallback\+Fuse"),
+        ((FUSE, MARK, BYTES), r"Fuse\+Replace"),
+    ],
+)
+def test_a_decoder_of_another_spelling_is_refused(steps: tuple[Any, ...], name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"decoder: got .*{name}"):
+        Tokenizer(with_decoder(*steps))
+
+
 @given(text=st.text(max_size=80))
 def test_unicode_text_survives_byte_level_tokens(text: str) -> None:
     ids = TOKENIZER.encode(text)
