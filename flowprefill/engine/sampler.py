@@ -259,7 +259,8 @@ class _SeenTokens:
         factor = params.repetition_penalty
         values = np.where(values > 0, values / factor, values * factor)
         values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-        logits[ids] = values.clip(-_MAX_LOGIT, _MAX_LOGIT)
+        # What is ruled out stays so.
+        logits[ids] = np.where(values > -np.inf, values.clip(-_MAX_LOGIT, _MAX_LOGIT), values)
 
 
 def _make_seen(

@@ -247,6 +247,13 @@ def test_repetition_penalty_covers_prompt_and_output_of_both_signs() -> None:
     assert sampler.sample(np.array([-1, -1, -1.5], dtype=np.float32)).token_id == 2
 
 
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=4)])
+def test_penalties_bring_no_token_back_that_is_ruled_out(params: SamplingParams) -> None:
+    sampler = make(replace(params, repetition_penalty=2.0, presence_penalty=1.0), 4, prompt=(0, 1))
+    with pytest.raises(RequestFailed, match="every token is ruled out"):
+        sampler.sample(np.full(4, -np.inf, dtype=np.float32))
+
+
 def test_penalties_over_many_distinct_tokens() -> None:
     """More output tokens than the record starts with; each greedy token is new."""
     sampler = make(replace(GREEDY, presence_penalty=2.0), 300)
