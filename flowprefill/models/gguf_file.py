@@ -135,6 +135,9 @@ def _model_config(metadata: GgufMetadata, family: Family, form: GgufForm) -> Mod
     refused = has_values(metadata.values, f"{architecture}.expert_count")
     if refused is not None:
         raise bad_field(refused, metadata.values[refused], "0: no mixture of experts")
+    causal = f"{architecture}.attention.causal"
+    if not metadata.get(causal, bool, True):
+        raise bad_field(causal, False, "true: a model that writes text")
 
     def integer(key: str, default: int | None = None) -> int:
         return int(metadata.get(f"{architecture}.{key}", int, default))

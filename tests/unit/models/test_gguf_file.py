@@ -198,6 +198,7 @@ def test_own_header_parser_agrees_with_the_gguf_package(tiny_gguf: Make, tmp_pat
     ("key", "value", "names"),
     [
         ("expert_count", 8, ["llama.expert_count", "8", "mixture"]),
+        ("attention.causal", False, ["llama.attention.causal", "False", "true"]),
         ("rope.scaling.type", "longrope", ["rope.scaling.type", "longrope", "linear or yarn"]),
         ("rope.dimension_count", 4, ["rope.dimension_count", "4", "8"]),
         ("attention.head_count", "four", ["attention.head_count", "four", "int"]),
