@@ -38,9 +38,23 @@ class _Shortened(reprlib.Repr):
         return "{" + ", ".join(shown + more) + "}"
 
 
-def shortened(value: Any) -> str:
-    """Return a repr of at most 80 characters, at a cost that does not grow with the value."""
-    shown = _Shortened().repr(value)
+class _Json(_Shortened):
+    """The same with JSON's words for what it writes otherwise than Python."""
+
+    def repr_bool(self, value: bool, level: int) -> str:  # noqa: ARG002
+        return "true" if value else "false"
+
+    def repr_NoneType(self, value: None, level: int) -> str:  # noqa: ARG002, N802 - the type's name
+        return "null"
+
+
+def shortened(value: Any, *, as_json: bool = False) -> str:
+    """Return a repr of at most 80 characters, at a cost that does not grow with the value.
+
+    Args:
+        as_json: write null, true and false.
+    """
+    shown = (_Json() if as_json else _Shortened()).repr(value)
     if len(shown) > SHOWN_CHARS:
         shown = shown[: SHOWN_CHARS - 3] + "..."
     is_many = isinstance(value, (list, tuple, dict)) and len(value) > 10
@@ -76,6 +90,7 @@ class InvalidRequest(FlowPrefillError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+    given: Any = ...  # what a field had that the message shows as Python writes it
 
     @classmethod
     def field(cls, param: str, value: Any, allowed: str) -> InvalidRequest:
@@ -86,7 +101,19 @@ class InvalidRequest(FlowPrefillError):
             value: what was given; shown shortened.
             allowed: what is allowed, e.g. ``"a number in [0, 2]"``.
         """
-        return cls(f"{param}: got {shortened(value)}, expected {allowed}", param=param)
+        error = cls(f"{param}: got {shortened(value)}, expected {allowed}", param=param)
+        error.given = value
+        return error
+
+    @property
+    def json_message(self) -> str:
+        """The message for one who wrote JSON: null instead of None."""
+        if self.given is ...:
+            return self.message
+        was, now = (
+            f": got {shortened(self.given, as_json=is_json)}, " for is_json in (False, True)
+        )
+        return self.message.replace(was, now, 1)
 
 
 class PromptTooLong(InvalidRequest):
@@ -153,6 +180,12 @@ class RequestFailed(FlowPrefillError):
     """A segment of the request's run failed; the message names operator, layer and request."""
 
     code = "run_failed"
+
+
+class ProcessNotStarted(FlowPrefillError):
+    """A process of the server's own does not start; no request is to blame, the log says why."""
+
+    code = "process_not_started"
 
 
 class ConfigError(FlowPrefillError, ValueError):

@@ -134,12 +134,15 @@ class StructuredOutput:
             Empty for ``json_object``.
         after: the text is free until this was generated, e.g. ``</think>``; empty: from the start.
         param: the field that errors name.
+        lines: of a grammar made of several fields, which field each line is from, or empty; errors
+            then name it, and show no lines.
     """
 
     kind: StructuredKind
     text: str = ""
     after: str = ""
     param: str = field(default="structured", compare=False)
+    lines: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in STRUCTURED_KINDS:

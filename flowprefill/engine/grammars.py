@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from flowprefill.engine.closed_schema import close_objects
 from flowprefill.engine.grammar_process import GrammarProcess
 from flowprefill.engine.grammar_worker import LIMITS, error_of
-from flowprefill.errors import InvalidRequest, RequestFailed
+from flowprefill.errors import InvalidRequest, ProcessNotStarted, RequestFailed
 from flowprefill.models.tokenizer import is_library_error
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 KEPT_GRAMMARS = 64
 MAX_MESSAGE_CHARS = 400
 _REGEX_REASON = re.compile(r"regex parse error:.*\nerror: ([^\n]*)", re.DOTALL)
+# An error of a grammar: its line, why, and the lines of the grammar around it.
+_PLACE = re.compile(
+    r"at (?P<line>\d+)\(\d+\): (failed to compile JSON schema: )?(?P<why>.*?)(\n +\d+ \| .*)?",
+    re.DOTALL,
+)
 # A step that computes longer than this ends its request: the others in the batch wait for it.
 MASK_LIMIT_S = 0.25
 # JSON leaves white space open; a model that is at a loss would write nothing else.
@@ -206,14 +211,16 @@ class Grammars:
                 while len(self._kept) > KEPT_GRAMMARS:
                     self._kept.popitem(last=False)
         if isinstance(known, str):
-            raise InvalidRequest(f"{wanted.param}: {_shortened(known)}", param=wanted.param)
+            param, why = _located(known, wanted)
+            raise InvalidRequest(f"{param}: {_shortened(why)}", param=param)
         return known
 
     def warm(self) -> None:
         """Make what the first grammar would wait for."""
         with contextlib.suppress(ValueError):  # clients who ask are told
             self._ll_tokenizer()
-        self._process.can_compile(llguidance.LLMatcher.grammar_from_regex("a"))
+        with contextlib.suppress(ProcessNotStarted):  # it is in the log; clients who ask are told
+            self._process.can_compile(llguidance.LLMatcher.grammar_from_regex("a"))
 
     def close(self) -> None:
         """End the process that checks grammars."""
@@ -293,6 +300,19 @@ def llguidance_grammar(wanted: StructuredOutput) -> str:
         return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
     except Exception as error:  # its own class, and whatever its parser stumbles on
         raise ValueError(f"neither Lark nor GBNF: {error}") from None
+
+
+def _located(message: str, wanted: StructuredOutput) -> tuple[str, str]:
+    """Return the field an error of a grammar is about, and what is wrong with it.
+
+    llguidance shows the lines of a grammar around an error: not those that the client never wrote.
+    """
+    found = _PLACE.fullmatch(message) if wanted.lines else None
+    if found is None:
+        return wanted.param, message
+    line = int(found["line"])
+    named = wanted.lines[line - 1] if line <= len(wanted.lines) else ""
+    return named or wanted.param, found["why"]
 
 
 def _shortened(message: str) -> str:

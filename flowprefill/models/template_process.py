@@ -10,13 +10,14 @@ replaced when it had to be ended.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import threading
 from collections.abc import Mapping
 from typing import Any
 
-from flowprefill.errors import InvalidRequest
+from flowprefill.errors import InvalidRequest, ProcessNotStarted
 from flowprefill.models import template_worker
 from flowprefill.models.bounded_process import BoundedProcess, ProcessEnded
 
@@ -51,6 +52,7 @@ class TemplateProcesses:
         Raises:
             InvalidRequest: the template is broken, refuses the messages, fails, or takes too long,
                 too much memory or too much room; or a variable is not of JSON's types.
+            ProcessNotStarted: none is there to render it.
         """
         request = {"template": template, "variables": variables, "max_chars": max_chars}
         try:
@@ -70,7 +72,8 @@ class TemplateProcesses:
     def warm(self) -> None:
         """Start a process now, so that the first chat does not wait for it."""
         if not self._idle:
-            self._idle.append(start_process())
+            with contextlib.suppress(ProcessNotStarted):  # it is in the log; chats are told
+                self._idle.append(start_process())
 
     def _ask(self, request: bytes) -> bytes:
         with self._free:

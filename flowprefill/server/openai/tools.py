@@ -15,7 +15,7 @@ from typing import Any
 from flowprefill.engine.closed_schema import close_objects
 from flowprefill.errors import InvalidRequest
 from flowprefill.models.chat_template import content_text
-from flowprefill.request import StructuredOutput
+from flowprefill.request import MAX_STRUCTURED_CHARS, StructuredOutput
 from flowprefill.server.engine_protocol import ServedTokenizer
 from flowprefill.server.http.body import Body, check_text
 from flowprefill.server.openai.tool_parsers import CallFormat
@@ -79,11 +79,11 @@ def read_tools(body: Body) -> Tools:
 
 
 def _named(body: Body, choice: Any, names: Sequence[str]) -> str:
-    allowed = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+    allowed = '{"type": "function", "function": {"name": ...}}'
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or choice.get("type") != "function":
-        body.refuse("tool_choice", choice, allowed)
+        body.refuse("tool_choice", choice, f"'none', 'auto', 'required' or {allowed}")
     if name not in names:
         body.refuse("tool_choice.function.name", name, "one of: " + ", ".join(names))
     return name
@@ -146,7 +146,8 @@ def call_grammar(
     Args:
         after: the text is free until this, e.g. the end of the reasoning.
     """
-    rules = []
+    rules, lines = [], [""]
+    names = [tool["function"]["name"] for tool in tools.listed]
     for index, name in enumerate(tools.allowed):
         parameters = copy.deepcopy(tools.parameters(name))
         close_objects(parameters)
@@ -154,6 +155,7 @@ def call_grammar(
         head = f'{{"name": {json.dumps(name)}, "{form.argument_key}": '
         rules.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}')}")
         rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
+        lines += ["", f"tools[{names.index(name)}].function.parameters"]
     call = "(" + " | ".join(f"call_{index}" for index in range(len(tools.allowed))) + ")"
     several = tools.max_calls > 1
     opening = _literal(form.opening, tokenizer)
@@ -169,7 +171,12 @@ def call_grammar(
     else:
         start = f'{call} | "[" {call} (", " {call})* "]"' if several else call
     text = "\n".join([f"start: {start}", *rules])
-    return StructuredOutput("grammar", text, after, param="tools")
+    if len(text) > MAX_STRUCTURED_CHARS:
+        message = (
+            f"their parameters are too long, expected at most {MAX_STRUCTURED_CHARS} characters"
+        )
+        raise InvalidRequest(f"tools: {message} together", param="tools")
+    return StructuredOutput("grammar", text, after, param="tools", lines=tuple(lines))
 
 
 def _literal(mark: str, tokenizer: ServedTokenizer) -> str:

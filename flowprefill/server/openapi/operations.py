@@ -12,6 +12,7 @@ from flowprefill.errors import (
     ModelNotFound,
     NotReady,
     Overloaded,
+    ProcessNotStarted,
     PromptTooLong,
     RequestCancelled,
     RequestFailed,
@@ -36,7 +37,7 @@ _BODY: Errors = (
 )  # fmt: skip
 _GENERATION: Errors = (
     *_BODY, PromptTooLong, Unauthorized, Overloaded, RequestCancelled, RequestFailed,
-    DeadlinePassed,
+    DeadlinePassed, ProcessNotStarted,
 )  # fmt: skip
 HTML, PROMETHEUS, JSON = "text/html", "text/plain", "application/json"
 
@@ -96,7 +97,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/tokenize"): Operation(
         "Turn a prompt, or the messages of a chat, into token ids.", "Tokens",
-        (*_BODY, PromptTooLong), tag="Generation",
+        (*_BODY, PromptTooLong, ProcessNotStarted), tag="Generation",
     ),
     ("POST", "/detokenize"): Operation(
         "Turn token ids into text.", "Text", _BODY, tag="Generation"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from schema_generator import EOS, HAND_MADE, TOKENS, VOCAB
 from test_structured_suite import generate
 
 from flowprefill import InvalidRequest, SamplingParams, StructuredOutput
+from flowprefill.engine import grammar_process
 from flowprefill.engine.grammars import Grammars
 from flowprefill.engine.sampler import Sampler
+from flowprefill.errors import ProcessNotStarted
 from flowprefill.request import StructuredKind
 
 
@@ -100,6 +103,20 @@ def test_what_compiles_for_ever_is_stopped(grammars: Grammars) -> None:
     with pytest.raises(InvalidRequest, match="too long or too much memory"):
         grammars.compile(wanted)
     assert generate(grammars, StructuredOutput("regex", "ab"), 0) == ("ab", True)
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_grammar(
+    grammars: Grammars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "worker.py").write_text("import no_such_module")
+    grammars.close()
+    wanted = StructuredOutput("regex", "not seen before")
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_process, "WORKER", tmp_path / "worker.py")
+        grammars.warm()  # a server that serves all else starts
+        with pytest.raises(ProcessNotStarted):
+            grammars.compile(wanted)
+    assert grammars.compile(wanted)  # and nothing of it was kept
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import pytest
 from schema_generator import PieceTokenizer
 from test_structured_suite import generate
 
+from flowprefill import InvalidRequest
 from flowprefill.engine.grammars import Grammars
+from flowprefill.request import MAX_STRUCTURED_CHARS
 from flowprefill.server.openai.message import MessagePart
 from flowprefill.server.openai.tool_parsers import FORMATS, ToolCalls
 from flowprefill.server.openai.tools import Tools, call_grammar
@@ -60,3 +62,34 @@ def test_enforced_calls_are_read_back(
         counts.add(len(message.calls))
     assert finished > 12
     assert counts == {1} if tools.max_calls == 1 else max(counts) > 1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ({"type": "strin"}, "Invalid type: strin"),
+        ({"properties": {"a": {"pattern": "("}}}, "invalid regular expression: unclosed group"),
+        ({"$ref": "#/x"}, "Pointer '/x' does not exist"),
+        ({"required": "x"}, "Expected array for 'required', got \"x\""),
+    ],
+)
+@pytest.mark.parametrize("names", [("weather", "now", "bad"), ("bad",)])
+def test_a_bad_schema_is_named_by_its_tool_and_shows_no_grammar(
+    grammars: Grammars, parameters: dict[str, Any], why: str, names: tuple[str, ...]
+) -> None:
+    bad = {"type": "function", "function": {"name": "bad", "parameters": parameters}}
+    tools = Tools((*LISTED, bad), "required", names)
+    wanted = call_grammar(tools, FORMATS["hermes"], Marks(), "")  # type: ignore[arg-type]
+    param = "tools[2].function.parameters"
+    for _ in range(2):  # the second error is one that was kept
+        with pytest.raises(InvalidRequest) as caught:
+            grammars.compile(wanted)
+        assert (caught.value.param, caught.value.message) == (param, f"{param}: {why}")
+
+
+def test_schemas_that_are_too_long_together_show_no_grammar() -> None:
+    parameters = {"enum": ["x" * MAX_STRUCTURED_CHARS]}
+    long = {"type": "function", "function": {"name": "long", "parameters": parameters}}
+    with pytest.raises(InvalidRequest, match="tools: their parameters are too long") as caught:
+        call_grammar(Tools((long,), "named", ("long",)), FORMATS["hermes"], Marks(), "")  # type: ignore[arg-type]
+    assert caught.value.param == "tools"

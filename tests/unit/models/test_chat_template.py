@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flowprefill.errors import InvalidRequest
+from flowprefill.errors import InvalidRequest, ProcessNotStarted
 from flowprefill.models import bounded_process, template_process
 from flowprefill.models.chat_template import ChatTemplate
 
@@ -218,6 +220,40 @@ def test_process_that_died_while_idle_is_replaced() -> None:
     assert template.render([USER]).startswith("<user>")
 
 
+@pytest.mark.parametrize("start", ["import no_such_module", "import time; time.sleep(1000)"])
+def test_a_process_that_does_not_start_is_no_fault_of_the_messages(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(start)
+    monkeypatch.setattr(template_process.template_worker, "__file__", str(worker))
+    if "sleep" in start:
+        monkeypatch.setattr(bounded_process, "WALL_LIMIT_S", 0.5)
+    template_process.PROCESSES.close()
+    with pytest.raises(ProcessNotStarted) as caught:
+        ChatTemplate(CHATML).render([USER])
+    assert (caught.value.status, caught.value.param) == (500, None)
+    assert "messages" not in caught.value.message
+    said = "is not up after 0.5 s" if "sleep" in start else "No module named 'no_such_module'"
+    assert said in caplog.text
+    monkeypatch.undo()
+    assert ChatTemplate("{{ messages[0].content }}").render([USER]) == "hi"
+
+
+def test_a_machine_without_another_process_is_no_fault_of_the_messages(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    template_process.PROCESSES.close()
+    monkeypatch.setattr(subprocess, "Popen", fails)
+    template_process.PROCESSES.warm()  # a server that serves all else starts
+    with pytest.raises(ProcessNotStarted):
+        ChatTemplate(CHATML).render([USER])
+    assert "Resource temporarily unavailable" in caplog.text
+
+
 def test_modules_of_the_users_folder_named_as_pythons_own_do_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,3 +304,4 @@ def test_process_ends_with_its_last_connection() -> None:
     while process.is_alive:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    process.end()
