@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Any, NoReturn
 
-from flowprefill.errors import InvalidRequest
+from flowprefill.errors import InvalidRequest, shortened
 from flowprefill.server.http.json_text import MAX_NUMBERS, parse_json
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Body:
             value, neutral = self.raw(name), table[name]
             if value is None or any(_is_same(value, one) for one in neutral):
                 continue
-            allowed = " or ".join(["null", *(repr(one) for one in neutral)])
+            allowed = " or ".join(["null", *(shortened(one, as_json=True) for one in neutral)])
             self.refuse(name, value, f"{allowed}: {why}")
 
     def text(self, name: str, default: str | None = None) -> str | None:

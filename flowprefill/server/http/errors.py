@@ -65,9 +65,10 @@ def of_http(error: web.HTTPException, request: web.BaseRequest) -> FlowPrefillEr
 
 def error_body(error: FlowPrefillError) -> dict[str, Any]:
     """Return the OpenAI error object."""
+    message = error.json_message if isinstance(error, InvalidRequest) else error.message
     return {
         "error": {
-            "message": error.message,
+            "message": message,
             "type": error.type,
             "param": error.param,
             "code": error.code,

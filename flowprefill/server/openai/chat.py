@@ -27,6 +27,7 @@ from flowprefill.server.openai.openai_schema import MAX_INT, SchemaContext, gene
 from flowprefill.server.openai.reasoning import reasoning_parser_of
 from flowprefill.server.openai.tool_parsers import call_format_of
 from flowprefill.server.openai.tools import read_tool_calls, read_tools
+from flowprefill.server.openai.written_names import as_written
 
 MAX_MESSAGES = MAX_DOCUMENTS = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -164,9 +165,11 @@ def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> Gener
     """Check the whole body and return what to submit; the template runs at submission."""
     body.only_neutral(NOT_OF_CHAT)
     turn = read_turn(body, context.chat_template, context.tool_parser, context.reasoning_parser)
-    spec = generation_spec(
-        body, context, max_tokens=_read_max_tokens(body), logprobs=_read_logprobs(body)
-    )
+    max_tokens, logprobs, names = _read_max_tokens(body), _read_logprobs(body), _names(body)
+    try:
+        spec = generation_spec(body, context, max_tokens=max_tokens, logprobs=logprobs)
+    except InvalidRequest as error:
+        raise as_written(error, names) from None
     if spec.n > max_choices:
         body.refuse("n", spec.n, f"at most {max_choices} choices")
     if spec.sampling.structured is not None and turn.tools.listed:
@@ -191,7 +194,7 @@ def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> Gener
         is_rendered=True,
         echo=(),
         parser=turn.parser,
-        names=_names(body),
+        names=names,
     )
 
 

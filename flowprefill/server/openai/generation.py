@@ -50,9 +50,9 @@ def _check_work(requests: Sequence[Request], engine: ServedEngine, limit_s: floa
     seconds = engine.predicted_work_s(requests)
     if seconds > limit_s:
         raise InvalidRequest(
-            f"prompt: {len(requests)} choices (prompts times n) of up to max_tokens tokens are "
-            f"{seconds:.0f} s of work by prediction, expected at most {exact(limit_s)} s in one "
-            "request",
+            f"prompt: {len(requests)} choices (prompts times n) with all tokens that they may "
+            f"generate are {seconds:.0f} s of work by prediction, expected at most "
+            f"{exact(limit_s)} s in one request",
             param="prompt",
         )
 

@@ -78,7 +78,9 @@ def _structured_outputs(body: Body) -> list[StructuredOutput | None]:
     found = [_of_kind(kind, f"structured_outputs.{kind}", form.raw(kind)) for kind in NESTED]
     form.refuse_unknown((*NESTED, *NESTED_OFF))
     if not any(found):
-        body.refuse("structured_outputs", body.raw("structured_outputs"), f"one of {NESTED}")
+        body.refuse(
+            "structured_outputs", body.raw("structured_outputs"), "one of: " + ", ".join(NESTED)
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,14 @@ from flowprefill.server.openai.chat_turn import ChatTurn
 from flowprefill.server.openai.logprobs import token_label
 from flowprefill.server.openai.openai_schema import check_token_ids
 from flowprefill.server.openai.replies import long_json
+
+# What only a chat has, and what of it changes nothing about a text.
+OF_CHATS: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True, False), "chat_template": (), "chat_template_kwargs": ({},),
+    "continue_final_message": (False,), "documents": ([],), "enable_thinking": (True, False),
+    "include_reasoning": (True, False), "parallel_tool_calls": (True, False),
+    "reasoning_effort": (), "tool_choice": ("none", "auto"), "tools": ([],),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,9 @@ def read_tokenize(body: Body, chat_template: str) -> TextOrder:
         source = read_turn(body, chat_template)
     if source is None:
         body.refuse("prompt", None, "a string, or messages instead")
+    if not is_chat:
+        Body(body.fields).only_neutral(OF_CHATS, "a text goes through no chat template")
+        body.accept(OF_CHATS)
     return TextOrder(
         source, body.boolean("add_special_tokens", not is_chat), body.boolean("return_token_strs")
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.server.http.body import Body
+from flowprefill.server.openai.tools import MAX_TOOLS
 
 MAX_ITEMS = 10_000
 # Anything but a neutral value is refused.
@@ -68,11 +69,9 @@ def chat_fields(body: Body, fields: Mapping[str, Any], messages: Any) -> dict[st
     chat = {name: value for name, value in fields.items() if name not in OWN}
     chat["messages"] = messages
     chat["max_completion_tokens"] = body.raw("max_output_tokens")
-    chat["tools"] = [_nested_tool(body, tool) for tool in body.listed("tools", 128, "tools")]
-    choice = body.raw("tool_choice")
-    if isinstance(choice, dict) and "function" not in choice:
-        choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
-    chat["tool_choice"] = choice
+    tools = body.listed("tools", MAX_TOOLS, "tools")
+    chat["tools"] = [_nested_tool(body, index, tool) for index, tool in enumerate(tools)]
+    chat["tool_choice"] = _nested_choice(body, body.raw("tool_choice"))
     text = body.object("text")
     if text is not None:
         _take_inner(body, chat, "verbosity", text.raw("verbosity"))
@@ -96,9 +95,19 @@ def _take_inner(body: Body, chat: dict[str, Any], name: str, value: Any) -> None
     chat[name] = value
 
 
-def _nested_tool(body: Body, tool: Any) -> Any:
+def _nested_choice(body: Body, choice: Any) -> Any:
+    named = isinstance(choice, dict) and choice.get("type") == "function"
+    if choice in (None, "none", "auto", "required") or (named and "function" in choice):
+        return choice
+    if not named or not isinstance(choice.get("name"), str):
+        allowed = '{"type": "function", "name": ...}'
+        body.refuse("tool_choice", choice, f"'none', 'auto', 'required' or {allowed}")
+    return {"type": "function", "function": {"name": choice["name"]}}
+
+
+def _nested_tool(body: Body, index: int, tool: Any) -> Any:
     if not isinstance(tool, dict) or tool.get("type") != "function":
-        body.refuse("tools", tool, "tools of type 'function'")
+        body.refuse(f"tools[{index}]", tool, "a tool of type 'function'")
     return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
 
 
