@@ -169,7 +169,7 @@ class Stories:
         story = self._stories.get(request.id)
         if story is None or story.live is not request:
             return
-        request.suspensions = _suspensions(story, now)
+        request.suspensions = _suspensions(story, now, request.timings(now).ttft)
         story.live = None
         story.end = End(
             now,
@@ -267,8 +267,11 @@ def _entry(
     return Entry(now, what, reason, "prefill", tuple(named[:MAX_NAMES]), count, preempted)
 
 
-def _suspensions(story: Story, now: float) -> tuple[tuple[float, float], ...]:
-    """Return when its prefill was suspended, as told in the entries; seconds since the arrival."""
+def _suspensions(story: Story, now: float, ttft: float | None) -> tuple[tuple[float, float], ...]:
+    """Return when its prefill was suspended, as told in the entries; seconds since the arrival.
+
+    One that would reach beyond the first token never was: the prefill ended where it was to stop.
+    """
     found: list[tuple[float, float]] = []
     since: float | None = None
     for entry in story.entries:
@@ -279,7 +282,7 @@ def _suspensions(story: Story, now: float) -> tuple[tuple[float, float], ...]:
             since = None
     if since is not None and not story.left_out:
         found.append((since - story.arrival_s, now - story.arrival_s))
-    return tuple(found)
+    return tuple(pair for pair in found if ttft is None or pair[1] <= ttft)
 
 
 def _timings(story: Story, now: float) -> Timings:

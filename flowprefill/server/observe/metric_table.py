@@ -139,7 +139,7 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _histogram(
         "e2e_request_latency_seconds",
-        "submission to the last token",
+        "submission to the end, of requests that had a first token",
         "class",
         vllm="e2e_request_latency_seconds",
     ),
@@ -167,7 +167,7 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _histogram(
         "request_decode_time_seconds",
-        "first token to last",
+        "first token to the end",
         "class",
         vllm="request_decode_time_seconds",
     ),
@@ -181,7 +181,7 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _counter(
         "preemptions_total",
-        "prefills suspended for a more urgent request",
+        "runs dispatched over a prefill or decode step that gave way, by why it did",
         "reason",
         vllm="num_preemptions_total",
     ),

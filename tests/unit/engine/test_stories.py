@@ -133,3 +133,13 @@ def test_sentences_tell_times_names_and_the_prediction() -> None:
     assert "It ended: length, after 1 tokens. Its objectives were met." in text
     other = "\n".join(sentences(story_of(world, 1)))
     assert f"It suspended the prefill of {long.id}." in other
+
+
+def test_a_suspension_that_the_end_of_the_prefill_forestalled_is_none() -> None:
+    """A prefill may end where it was told to stop: it was suspended once here, told so twice."""
+    story = stories.Story(None, {}, arrival_s=10.0)
+    for at_s, what in ((11.0, "started"), (12.0, "suspended"), (13.0, "resumed")):
+        story.add(stories.Entry(at_s, what))  # type: ignore[arg-type]
+    story.add(stories.Entry(14.0, "suspended"))
+    assert stories._suspensions(story, 14.5, ttft=4.25) == ((2.0, 3.0),)
+    assert stories._suspensions(story, 14.5, ttft=None) == ((2.0, 3.0), (4.0, 4.5))  # cancelled
