@@ -352,7 +352,8 @@ class Scheduler:
         merged = self._prefill_of(jobs, head.serial)
         since = [member.late_since_s for member in members if member.late_since_s is not None]
         merged.late_since_s = min(since, default=None)
-        merged.is_protected = any(member.is_protected for member in members)
+        protected = [job for member in members for job in member.protected]
+        merged.protected = sorted(protected, key=lambda job: job.ttft_deadline_s)
         merged.renewals = max(member.renewals for member in members)
         for member in members:
             member.has_ended = True

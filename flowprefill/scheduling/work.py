@@ -78,7 +78,8 @@ class Work:
         suspended_s: how long it was suspended in all, up to its last resume.
         late_since_s: since when it is known to miss its deadline, or has none (slack_edf).
         is_in_line: whether slack_edf has noted that.
-        is_protected: whether its class's guaranteed share promises that it is on time (slack_edf).
+        protected: its jobs that their classes' guaranteed shares promise to be on time, by deadline
+            (slack_edf).
         has_ended: it is done with, or went into a packed prefill.
         rank: as of the last ranking in the queue.
         version: which of the queue's records of it counts; -1 when it is not in the queue.
@@ -108,7 +109,7 @@ class Work:
     suspended_s: float = 0.0
     late_since_s: float | None = None
     is_in_line: bool = False
-    is_protected: bool = False
+    protected: list[Job] = field(default_factory=list)
     renewals: int = 0
     has_ended: bool = False
     rank: Rank = UNRANKED
@@ -124,6 +125,11 @@ class Work:
         self.weight = sum(job.weight for job in self.jobs)
         self.is_background = all(job.service_class == BACKGROUND for job in self.jobs)
         self.is_promised = any(job.is_promised for job in self.jobs)
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether a class's guaranteed share promises that one of its jobs is on time."""
+        return bool(self.protected)
 
     @property
     def is_kept(self) -> bool:
@@ -178,6 +184,8 @@ class Work:
     def discard(self, job: Job) -> None:
         """Take a job out that ended early; the run keeps its rows, so its time stays."""
         self.jobs.remove(job)
+        if job in self.protected:
+            self.protected.remove(job)
         if self.jobs and not self.is_decode:
             self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
             self.weight = sum(job.weight for job in self.jobs)

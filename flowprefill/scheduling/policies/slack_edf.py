@@ -79,6 +79,8 @@ class SlackEdf(BasePolicy):
             work.fair_arrival_s = self._tenants.start_s(work)
         elif work.rank is UNRANKED and not work.is_started:
             self._note_arrival(work, now)
+        elif work.is_started:
+            self._shares.adopt(work)
         if work.is_background:
             return Rank((BEHIND, work.fair_arrival_s + OVERTAKING * work.nominal_s))
         self._renew(work, now)
@@ -115,6 +117,7 @@ class SlackEdf(BasePolicy):
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack while all members meet their deadlines and it saves time; each band apart."""
         packing = Packing(head, self.cost_model, self.settings)
+        self._shares.spare_s(now)  # for have_room
         band = head.rank.key[0]
         on_time = band == ON_TIME
         end_by = head.deadline_s if on_time else math.inf
@@ -128,7 +131,8 @@ class SlackEdf(BasePolicy):
                 gain = packing.seconds + work.remaining_s - seconds
                 deadline = min(end_by, work.deadline_s) if on_time else math.inf
                 in_time = now + seconds + self.settings.max_blocking_s <= deadline
-                if in_time and gain >= PACKING_GAIN * work.remaining_s:
+                is_gain = in_time and gain >= PACKING_GAIN * work.remaining_s
+                if is_gain and self._shares.have_room((*packing.members, work), seconds):
                     end_by = deadline
                     packing.add(work)
                     continue
@@ -144,8 +148,7 @@ class SlackEdf(BasePolicy):
             self._shares.note(work, now)
 
     def _weigh_protected(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
-        if current.is_protected:
-            self._shares.adopt(current)
+        self._shares.adopt(current)
         spare_s, protected = self._shares.spare_s(now), self._shares.first()
         if spare_s <= NO_TIME_S and protected is not None and protected is not current:
             return Verdict(True, "its class is guaranteed this time", by=protected)

@@ -84,9 +84,9 @@ def test_plan_sets_time_aside_for_arrivals_due_before() -> None:
         forecast.note(tight, 0.0)
     soon = work("soon", 0.1, 0.9, 30)
     assert forecast.limits([soon, short], 0.0) == pytest.approx([0.9, 6.0 - 0.5 * (6.0 - 1.0)])
-    short.is_protected = True
+    short.protected = short.jobs[:]
     assert forecast.limits([short], 0.0) == [6.0]
-    short.is_protected = False
+    short.protected.clear()
     assert plan([short, long], 0.0, 0.0, forecast) == [short]
     later = work("later", 1.0, 8 * MEMORY_S, 40)  # by then they count no more
     assert forecast.limits([later], 7 * MEMORY_S) == pytest.approx([8 * MEMORY_S], abs=0.01)
