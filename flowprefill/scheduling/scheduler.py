@@ -354,6 +354,8 @@ class Scheduler:
         merged.late_since_s = min(since, default=None)
         protected = [job for member in members for job in member.protected]
         merged.protected = sorted(protected, key=lambda job: job.ttft_deadline_s)
+        merged.fair_arrival_s = min(member.fair_arrival_s for member in members)
+        merged.deadline_s = min(member.deadline_s for member in members)
         merged.renewals = max(member.renewals for member in members)
         for member in members:
             member.has_ended = True

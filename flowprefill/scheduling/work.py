@@ -58,8 +58,8 @@ class Work:
         predicted_s: predicted time of the whole, undisturbed.
         id: unique for the life of the scheduler, from 1 on; 0 before it was dispatched.
         arrival_s, deadline_s, priority: the smallest among the jobs; inf is best effort. A decode
-            step's deadline is that of its first token due; that of a promise that could not be
-            kept is moved (slack_edf).
+            step's deadline is that of its first token due; one that could not be kept is moved to
+            that of the next job, or where a promise was made anew (slack_edf).
         weight: the jobs' weights added up.
         is_background: whether all its jobs are of the class `background`.
         is_promised: whether one of its jobs was promised to be on time.
@@ -187,5 +187,6 @@ class Work:
         if job in self.protected:
             self.protected.remove(job)
         if self.jobs and not self.is_decode:
-            self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
+            if not self.renewals:  # else what was promised anew holds
+                self.deadline_s = min(job.ttft_deadline_s for job in self.jobs)
             self.weight = sum(job.weight for job in self.jobs)

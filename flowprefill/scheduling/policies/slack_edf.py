@@ -162,8 +162,14 @@ class SlackEdf(BasePolicy):
         return verdict
 
     def _renew(self, work: Work, now: float) -> None:
-        """Move the deadline of a promised work that cannot meet it to where it can."""
-        if not work.is_promised or work.serial < 0 or not work.deadline_s < math.inf:
+        """Move a deadline that cannot be met: to the next job's; a promised one to where it can."""
+        if work.serial < 0 or not work.deadline_s < math.inf:
+            return
+        if not work.is_promised:
+            if now >= work.latest_start_s:
+                later = (job.ttft_deadline_s for job in work.jobs)
+                can_be = [at for at in later if now + work.remaining_s < at < math.inf]
+                work.deadline_s = min(can_be, default=work.deadline_s)
             return
         least_s = now + work.remaining_s + self.settings.max_blocking_s
         objective_s = max(work.deadline_s - work.arrival_s, MIN_LOOK_S)
@@ -173,7 +179,7 @@ class SlackEdf(BasePolicy):
             work.deadline_s = work.arrival_s + objective_s
 
     def _weigh(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
-        if current.is_promised and now + current.remaining_s > current.deadline_s:
+        if now + current.remaining_s > current.deadline_s:
             self._renew(current, now)
         can_meet = now + current.remaining_s <= current.deadline_s < math.inf
         if current.is_background or not can_meet:

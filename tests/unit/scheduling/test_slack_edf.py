@@ -206,6 +206,45 @@ def test_rest_a_tenants_backlog_does_not_delay_another_tenant() -> None:
     assert order == ["heavy0", "light0", "unnamed", "heavy1", "light1", "heavy2"]
 
 
+def test_rest_a_tenants_packed_backlog_does_not_delay_another_tenant() -> None:
+    scheduler = make(max_batch_tokens=4_000)
+    arrive(scheduler, "running", 5_000, 60.0, tenant="heavy")
+    for number in range(40):
+        arrive(scheduler, f"heavy{number}", 1, at=0.01, tenant="heavy")
+    assert len(end_current(scheduler, 0.5).jobs) > 1
+    arrive(scheduler, "light", 1, at=0.501, tenant="light")
+    arrive(scheduler, "urgent", 1, 0.01, at=0.502)  # suspends those that are packed
+    assert end_current(scheduler, 0.504).job_ids == ("light",)
+
+
+def test_promise_made_anew_holds_when_packed_and_when_one_of_the_packed_leaves() -> None:
+    scheduler = make(max_batch_tokens=4_000, max_blocking_s=0.0)
+    arrive(scheduler, "running", 1_000, 0.1025, is_promised=True)
+    for name in ("late", "later"):
+        arrive(scheduler, name, 1, 0.05, is_promised=True, weight=1e-9)
+    arrived = scheduler._prefills["late"]
+    packed = end_current(scheduler, 0.1)
+    assert packed.job_ids == ("late", "later")
+    promised = (arrived.deadline_s, arrived.renewals)
+    assert promised[0] > 0.1
+    assert (packed.deadline_s, packed.renewals) == promised
+    scheduler.on_event(Cancelled("later"), 0.1)
+    assert (packed.deadline_s, packed.renewals) == promised
+
+
+def test_packed_one_that_can_be_on_time_is_when_another_of_the_packed_cannot() -> None:
+    scheduler = make(max_batch_tokens=4_000, max_blocking_s=0.0)
+    arrive(scheduler, "running", 1_000, 0.11)
+    arrive(scheduler, "soon", 10, 0.11, weight=1e-6)
+    arrive(scheduler, "later", 500, 0.2, weight=1e-6)
+    packed = end_current(scheduler, 0.04)
+    assert packed.job_ids == ("soon", "later")
+    arrive(scheduler, "urgent", 300, 0.031, at=0.05)
+    assert end_current(scheduler, 0.1) is packed
+    decision = arrive(scheduler, "other", 100, 0.2, at=0.1)
+    assert decision.dispatch is None, decision.reason
+
+
 def test_rest_tenants_that_ask_for_less_than_a_device_go_by_arrival() -> None:
     clock, now = TenantClock(), 0.0
     for number in range(2 * COMPACT_AT):
