@@ -37,6 +37,7 @@ class Gate:
         self._limits = limits
         self._share = PrefillShare()
         self._tenants = TenantBook()
+        self._unanswered: dict[str, LiveRequest] = {}  # those that are counted there
 
     def set_scheduler(self, scheduler: Scheduler) -> None:
         """Ask another one from now on; nothing waits in either."""
@@ -65,8 +66,7 @@ class Gate:
         tokens = 0 if request is None else request.num_prompt
         refusal = overload_of(queued, limits, tokens)
         if refusal is None and tenant and limits.tenant_share < 1:
-            own = self._tenants.of(tenant, self._stretch())
-            refusal = tenant_overload_of(own, limits, tenant, tokens)
+            refusal = tenant_overload_of(self._queued_of(tenant, now), limits, tenant, tokens)
         if refusal is None and request is not None:
             refusal = self._lateness(request, now)
         if refusal is not None:
@@ -78,13 +78,13 @@ class Gate:
         job = request.job()
         request.predicted_s = cost_model.prefill_s(request.num_prompt, 0, job.head_rows)
         if request.request.tenant:
-            request.is_queued = True
+            self._unanswered[request.id] = request
             self._tenants.enter(request.request.tenant, request.num_prompt, request.predicted_s)
 
     def leave(self, request: LiveRequest) -> None:
         """Count a request out that has its first token or has ended; no effect the second time."""
-        if request.is_queued:
-            request.is_queued = False
+        if self._unanswered.get(request.id) is request:
+            del self._unanswered[request.id]
             self._tenants.leave(request.request.tenant, request.num_prompt, request.predicted_s)
 
     def predicted_ttft_s(self, request: LiveRequest, now: float) -> float:
@@ -100,6 +100,19 @@ class Gate:
             load.waiting_tokens + memory.tokens,
             (load.backlog_s + memory.seconds) * self._stretch(),
         )
+
+    def _queued_of(self, tenant: str, now: float) -> Queued:
+        """Return what of one tenant waits; what has begun counts by the time that is left."""
+        stretch = self._stretch()
+        queued = self._tenants.of(tenant, stretch)
+        for work, left in self._scheduler.begun(now):
+            for request in filter(None, map(self._unanswered.get, work.job_ids)):
+                if request.request.tenant == tenant:
+                    queued.jobs -= 1
+                    queued.tokens -= request.num_prompt
+                    queued.backlog_s -= (1.0 - left) * request.predicted_s * stretch
+        queued.backlog_s = max(queued.backlog_s, 0.0)
+        return queued
 
     def _stretch(self) -> float:
         """Return how much longer than their prefills requests take; 1 where nothing decodes.

@@ -62,7 +62,6 @@ class LiveRequest:
         is_promised: admitted since it was predicted on time, so not given up for others.
         ended_with: how a request without tokens ends, once it has its answer.
         embedding: its answer, if that is one.
-        is_queued: waits for its first token and counts as such in its tenant's share.
         considered_s: when the scheduler, or the queue for KV blocks, first knew of it.
         suspensions: see Timings; known at its end.
         tokens: those it has made, but for one whose text is not worked out yet: `sampled`.
@@ -82,7 +81,6 @@ class LiveRequest:
     predicted_s: float = 0.0
     is_demoted: bool = False
     is_promised: bool = False
-    is_queued: bool = False
     token_side: TokenSide | None = None
     computed: int = 0
     reservation: Reservation | None = None

@@ -30,6 +30,8 @@ from flowprefill.scheduling.ready_queue import ReadyQueue
 from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from flowprefill.scheduling.cost_model import CostModel
     from flowprefill.scheduling.interface import SchedulerEvent
     from flowprefill.scheduling.job import Job
@@ -121,6 +123,13 @@ class Scheduler:
             decoding=len(self._decoding) - self._decoding.held,
             held=self._decoding.held,
         )
+
+    def begun(self, now: float) -> Iterator[tuple[Work, float]]:
+        """Yield the prefills that run or are suspended, each with the share that is left of it."""
+        for work in self._works.values():
+            if not work.is_decode:
+                left_s = work.left_s(now) if work is self._current else work.remaining_s
+                yield work, min(left_s / work.predicted_s, 1.0)
 
     def decode_share(self) -> float:
         """Return the share of the time that decode steps take while prefills wait, as predicted."""

@@ -331,6 +331,26 @@ def test_tenant_over_its_share_is_refused_and_others_are_not() -> None:
     world.submit(1000, tenant="greedy")
 
 
+def test_what_of_a_tenant_runs_or_is_suspended_waits_no_longer() -> None:
+    """The bounds on all count what has begun by the time that is left; so do a tenant's."""
+    world = GateWorld(AdmissionLimits(max_backlog_s=6.0, tenant_share=0.5))
+    start_s = world.worker.now
+    world.submit(4000, tenant="one")
+    with pytest.raises(Overloaded, match="of tenant 'one' 4") as caught:
+        world.core.check_load("one")
+    assert caught.value.retry_after_s == pytest.approx(1.0, rel=1e-3)
+    world.play(start_s + 1.1)
+    world.core.check_load("one")
+    world.submit(10, SLO(ttft=0.5), tenant="two")  # suspends it
+    world.core.check_load("two")
+    world.submit(500, tenant="one")
+    queued = world.core._gate._queued_of("one", world.worker.now)
+    assert (queued.jobs, queued.tokens) == (1, 500)
+    assert queued.backlog_s == pytest.approx(2.9 + 0.5, rel=1e-3)
+    world.play()
+    assert world.core._gate._tenants._queued == {}
+
+
 @pytest.mark.parametrize("output_tokens", [1, 4])
 @pytest.mark.parametrize("has_classes", [True, False])
 def test_ten_times_the_load_leaves_promises_kept(has_classes: bool, output_tokens: int) -> None:
