@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from copy import copy
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
@@ -156,7 +157,9 @@ class Scheduler:
             if other is own or mine < (other.rank.key, other.priority):
                 break
             ahead_s += other.remaining_s
-        if current is not None and not self.policy.should_preempt(current, [work], now).preempt:
+        asked = copy(work)
+        asked.serial = -1  # the policy is only asked
+        if current is not None and not self.policy.should_preempt(current, [asked], now).preempt:
             ahead_s += current.left_s(now)
         return ahead_s + work.remaining_s
 

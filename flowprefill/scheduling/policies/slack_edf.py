@@ -112,7 +112,10 @@ class SlackEdf(BasePolicy):
             verdict = self._weigh_step(current, waiting, now)
         else:
             verdict = self._weigh_protected(current, waiting, now)
-        return self._weigh_grant(current, verdict, now)
+        verdict, granted_at = self._weigh_grant(current, verdict, now)
+        if verdict.by is not None and granted_at < math.inf and waiting[0].serial >= 0:
+            self._lines.grant(verdict.by, granted_at)  # not where one only asks
+        return verdict
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack while all members meet their deadlines and it saves time; each band apart."""
@@ -245,20 +248,23 @@ class SlackEdf(BasePolicy):
             return Verdict(True, "deadlines would be missed behind the decode step", by=kept[0])
         return Verdict(False, "a decode step is running")
 
-    def _weigh_grant(self, current: Work, verdict: Verdict, now: float) -> Verdict:
-        """Give way to the first in line when its slice has come; else look again when it has."""
+    def _weigh_grant(self, current: Work, verdict: Verdict, now: float) -> tuple[Verdict, float]:
+        """Give way to the first in line when its slice has come; else look again when it has.
+
+        Returns:
+            What to do, and when the slice came that is granted; inf: none is.
+        """
         first, grant_at = self._lines.next_grant()
         if first is None or first is current:
-            return verdict
+            return verdict, math.inf
         if grant_at > now:
-            return verdict._replace(again_at=min(verdict.again_at, grant_at))
+            return verdict._replace(again_at=min(verdict.again_at, grant_at)), math.inf
         needed = min(first.remaining_s, self.settings.late_slice_s)
         ends_at = now + current.remaining_s
         is_lost = any(ends_at <= job.ttft_deadline_s < ends_at + needed for job in current.jobs)
         if verdict.preempt or not (current.is_decode or is_lost):
-            self._lines.grant(first, grant_at)
-            return Verdict(True, "is granted a slice, late for long", by=first)
-        return verdict
+            return Verdict(True, "is granted a slice, late for long", by=first), grant_at
+        return verdict, math.inf
 
     def _slice_end(self, current: Work, now: float) -> float:
         """Return until when no prefill suspends the running work; -inf if one may."""

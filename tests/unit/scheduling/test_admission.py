@@ -157,6 +157,22 @@ def test_outlook_decides_nothing() -> None:
     assert one.load().waiting_jobs == other.load().waiting_jobs == 1
 
 
+def test_questions_grant_no_slice() -> None:
+    """The first in line is due a slice when one asks: it gets it at the next event, as without."""
+    one, other = scheduler("slack_edf"), scheduler("slack_edf")
+    for each in (one, other):
+        arrive(each, 0.0, "running", 9000, 20.0)
+        arrive(each, 0.0, "late", 1000, math.inf)
+    late, at = one._prefills["late"].jobs[0], 5.5  # its patience ends at 5 s
+    one.outlook(Job("new", at, 10, 0, math.inf), at, 1.0)
+    one.predicted_ttft_s(Job("new", at, 10, 0, math.inf), at)
+    one.predicted_ttft_s(late, at)
+    policies = [each.policy for each in (one, other)]
+    granted = [policy._lines._granted for policy in policies]  # type: ignore[attr-defined]
+    assert granted == [-1, -1]
+    assert str(one.on_event(TimerFired(), at)) == str(other.on_event(TimerFired(), at))
+
+
 def test_outlook_of_best_effort_in_a_long_queue_counts_all_of_it() -> None:
     one = scheduler("slack_edf")
     for index in range(1500):
