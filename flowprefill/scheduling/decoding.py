@@ -183,10 +183,13 @@ class Decoding:
         if is_held:
             if sequence.version >= 0:
                 self._leave_idle(sequence)
+            self.set_step_due()
             return
+        sequence.due_s += now - sequence.last_token_s
         sequence.last_token_s = now
         if self.step is None or sequence.job not in self.step.jobs:
             self._wait(sequence)
+        self.set_step_due()
 
     def take_step(self, serial: int, now: float) -> Work:
         """Make a step of those whose turn it is; they stay in it until it ends."""
@@ -204,7 +207,8 @@ class Decoding:
         assert self.step is not None
         if not self.step.suspensions:
             since_s, model_s = self._step_taken
-            self._step_time.observe(model_s, len(self.step.jobs), now - since_s)
+            rows = self.step.shape.tokens if self.step.shape else 0  # those that left, too
+            self._step_time.observe(model_s, rows, now - since_s)
         ended = [job for job in self.step.jobs if job.id in ends]
         for job in self.step.jobs:
             sequence = self._sequences[job.id]
@@ -216,6 +220,13 @@ class Decoding:
             self.discard(job)
         self.drop_step(now)
         return ended
+
+    def set_step_due(self) -> None:
+        """Note when the step's first token is due, now that who waits for it is another."""
+        if self.step is not None:
+            sequences = [self._sequences[job.id] for job in self.step.jobs]
+            due = (sequence.due_s for sequence in sequences if not sequence.is_held)
+            self.step.deadline_s = min(due, default=self.step.deadline_s)
 
     def drop_step(self, now: float) -> None:
         """Forget the step: it has ended, or no sequence in it is live."""

@@ -271,6 +271,8 @@ class Scheduler:
             return
         work.discard(job)
         if work.jobs:
+            if work.is_decode:
+                self._decoding.set_step_due()
             if work in self._queue:  # its deadline may be another now
                 self._queue.remove(work)
                 self._queue.push(work, now)

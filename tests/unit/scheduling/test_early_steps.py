@@ -13,6 +13,7 @@ from flowprefill.scheduling import (
     CostModel,
     Decision,
     Finished,
+    Held,
     Job,
     MachineRates,
     ModelShape,
@@ -122,3 +123,40 @@ def test_share_of_steps_that_the_longest_wait_asks_for() -> None:
     scheduler = Scheduler("slack_edf", model, SchedulerSettings())
     scheduler.on_event(Arrival(Job("talker", 0.0, 0)), 0.0)
     assert scheduler.decode_share() == pytest.approx(0.2 / 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("leaves", [Held("first", is_held=True), Cancelled("first")])
+def test_suspended_step_is_due_with_the_first_of_those_that_still_wait_for_it(
+    leaves: Held | Cancelled,
+) -> None:
+    scheduler = make()
+    arrive(scheduler, "first", 0, tpot_s=0.1)
+    arrive(scheduler, "second", 0, tpot_s=0.3)
+    step = scheduler.current
+    assert step is not None
+    scheduler.on_event(Finished(step.id), step.predicted_s)
+    step = scheduler.current
+    assert step is not None
+    assert set(step.job_ids) == {"first", "second"}
+    assert step.deadline_s < 0.2
+    scheduler.on_event(leaves, step.predicted_s)
+    assert step.deadline_s == pytest.approx(0.3)  # its last token came at 0
+    scheduler.on_event(Held("first", is_held=False), 0.05)
+    if isinstance(leaves, Held):
+        assert step.deadline_s == pytest.approx(0.05 + 0.1)
+
+
+def test_step_is_learnt_with_the_rows_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, rows = make(), []
+    monkeypatch.setattr(
+        scheduler._decoding._step_time, "observe", lambda *seen: rows.append(seen[1])
+    )
+    arrive(scheduler, "one", 0)
+    arrive(scheduler, "two", 0)
+    for leaves in ((), ("one",)):
+        step = scheduler.current
+        assert step is not None
+        for name in leaves:
+            scheduler.on_event(Cancelled(name), 0.0)
+        scheduler.on_event(Finished(step.id), step.predicted_s)
+    assert rows == [1, 2]
