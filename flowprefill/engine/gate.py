@@ -89,7 +89,8 @@ class Gate:
 
     def predicted_ttft_s(self, request: LiveRequest, now: float) -> float:
         """Return the time from its arrival to its first token, as predicted now."""
-        left_s = self._scheduler.predicted_ttft_s(request.job(), now)
+        has_blocks = request.reservation is not None
+        left_s = self._scheduler.predicted_ttft_s(request.job(), now, may_preempt=has_blocks)
         left_s += self._memory.seconds_before(request)
         return now - request.arrival_s + left_s * self._stretch()
 

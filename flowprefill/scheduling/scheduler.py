@@ -136,12 +136,15 @@ class Scheduler:
         """Return the share of the time that decode steps take while prefills wait, as predicted."""
         return self._decoding.share()
 
-    def predicted_ttft_s(self, job: Job, now: float) -> float:
+    def predicted_ttft_s(self, job: Job, now: float, *, may_preempt: bool = True) -> float:
         """Return the time from now to the job's first token; changes nothing.
 
         The job may have arrived already; if not, the answer is for its arrival now. Counts what is
         ahead of it in the policy's order and, unless it would preempt, the current work; not
         decode steps in between. A lower bound when more than 256 wait ahead.
+
+        Args:
+            may_preempt: false for one that waits for memory, which the current work holds.
         """
         own, current = self._prefills.get(job.id), self._current
         if own is not None and own is current:
@@ -159,8 +162,9 @@ class Scheduler:
             ahead_s += other.remaining_s
         asked = copy(work)
         asked.serial = -1  # the policy is only asked
-        if current is not None and not self.policy.should_preempt(current, [asked], now).preempt:
-            ahead_s += current.left_s(now)
+        if current is not None:
+            preempts = may_preempt and self.policy.should_preempt(current, [asked], now).preempt
+            ahead_s += 0.0 if preempts else current.left_s(now)
         return ahead_s + work.remaining_s
 
     def outlook(self, job: Job, now: float, stretch: float, elsewhere_s: float = 0.0) -> Outlook:

@@ -306,6 +306,15 @@ def test_wait_for_memory_is_predicted() -> None:
         assert world.ttft_s(live) == pytest.approx(live.handle.predicted_ttft, rel=0.01)
 
 
+def test_wait_for_memory_of_a_running_prefill_that_would_be_suspended_is_predicted() -> None:
+    world = GateWorld(num_blocks=64)
+    long, urgent = 40 * world.pool.block_tokens, 30 * world.pool.block_tokens
+    world.submit(long)
+    live = world.submit(urgent, SLO(ttft=2.5), ServiceClass(SLO()))  # it would go first
+    world.play()
+    assert world.ttft_s(live) == pytest.approx(live.handle.predicted_ttft, rel=0.01)
+
+
 def test_newcomer_before_a_decode_step_makes_no_first_token_late() -> None:
     world = GateWorld(least_s=0.2)
     talker = world.submit(10, SLO(ttft=5.0), max_tokens=50)
