@@ -3,13 +3,12 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <unordered_set>
 #include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/graph_arguments.h"
+#include "bindings/model.h"
 #include "bindings/module.h"
-#include "bindings/pausing_program.h"
 #include "bindings/run_outputs.h"
 #include "devices/cpu/block_matrix.h"
 #include "devices/cpu/ceilings.h"
@@ -50,50 +49,6 @@ BlockFormats formats_from(const std::map<std::string, std::string>& names) {
   return formats;
 }
 
-class Model {
- public:
-  // formats: GGUF's type of each tensor that comes by load_blocks().
-  Model(const py::object& graph, const std::string& dtype, int threads,
-        const std::string& quantization, const std::map<std::string, std::string>& formats)
-      : backend_(make_cpu_backend(graph_from(graph), numbers_of(dtype, quantization), threads,
-                                  formats_from(formats))) {}
-
-  void load(const std::string& name, const py::object& object) {
-    const TensorView tensor = tensor_from(name, object);
-    py::gil_scoped_release release;
-    backend_->load(name, tensor.values, tensor.rows, tensor.columns);
-  }
-
-  void load_blocks(const std::string& name, const Array<uint8_t>& rows) {
-    check_block_rows(name, rows);
-    py::gil_scoped_release release;
-    backend_->load_blocks(name, rows.data(), rows.shape(0), rows.shape(1));
-  }
-
-  void zero_blocks(const std::vector<int32_t>& blocks) {
-    if (backend_->kv() != nullptr)
-      backend_->kv()->zero(blocks);
-  }
-
-  // sampling: one for each sequence, or none: no tokens are chosen.
-  RunRef make(uint64_t id, Batch batch, const PlanOptions& options, int64_t fail_at,
-              const std::unordered_set<size_t>& pause_at,
-              const std::vector<SamplingParams>& sampling, bool fetch_logits,
-              const std::string& output) {
-    const RunOutput wanted = output_of(output);
-    py::gil_scoped_release release;
-    auto program = backend_->make_program(
-        std::move(batch), options,
-        {.sampling = sampling, .fetch_logits = fetch_logits, .output = wanted, .fail_at = fail_at});
-    return make_pausing_run(id, std::move(program), pause_at);
-  }
-
-  Backend& get() { return *backend_; }
-
- private:
-  std::unique_ptr<Backend> backend_;
-};
-
 py::dict ceilings(int threads) {
   Ceilings found;
   {
@@ -110,34 +65,21 @@ py::dict ceilings(int threads) {
 }  // namespace
 
 void bind_cpu_model(py::module_& m) {
-  py::class_<Model>(m, "Model", py::module_local())
-      .def(py::init<const py::object&, const std::string&, int, const std::string&,
-                    const std::map<std::string, std::string>&>(),
+  py::class_<Backend> model(m, "Model", py::module_local());
+  // formats: GGUF's type of each tensor that comes by load_blocks().
+  model
+      .def(py::init([](const py::object& graph, const std::string& dtype, int threads,
+                       const std::string& quantization,
+                       const std::map<std::string, std::string>& formats) {
+             return make_cpu_backend(graph_from(graph), numbers_of(dtype, quantization), threads,
+                                     formats_from(formats));
+           }),
            py::arg("graph"), py::arg("dtype"), py::arg("threads"), py::arg("quantization") = "none",
            py::arg("formats") = std::map<std::string, std::string>())
-      .def("load", &Model::load, py::arg("name"), py::arg("values"))
-      .def("load_blocks", &Model::load_blocks, py::arg("name"), py::arg("rows"))
-      .def("finish", [](Model& model) { model.get().finish(); })
-      .def(
-          "allocate_cache",
-          [](Model& model, int32_t block_tokens, int32_t blocks) {
-            model.get().allocate_cache(block_tokens, blocks);
-          },
-          py::arg("block_tokens"), py::arg("blocks"))
-      .def(
-          "bytes_per_block",
-          [](Model& model, int32_t block_tokens) {
-            return model.get().bytes_per_block(block_tokens);
-          },
-          py::arg("block_tokens"))
-      .def("zero_blocks", &Model::zero_blocks, py::arg("blocks"))
-      .def("make_run", &Model::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
-           py::kw_only(), py::arg("fail_at") = -1,
-           py::arg("pause_at") = std::unordered_set<size_t>(),
-           py::arg("sampling") = std::vector<SamplingParams>(), py::arg("fetch_logits") = true,
-           py::arg("output") = "logits")
-      .def_property_readonly("weight_bytes",
-                             [](Model& model) { return model.get().weight_bytes(); });
+      .def("finish", &Backend::finish)
+      .def("allocate_cache", &Backend::allocate_cache, py::arg("block_tokens"), py::arg("blocks"))
+      .def("zero_blocks", &zero_blocks<Backend>, py::arg("blocks"));
+  bind_model(model);
   m.def(
       "cpu_cuts",
       [](const std::string& dtype, int threads, const std::string& quantization) {

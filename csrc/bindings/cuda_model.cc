@@ -5,14 +5,13 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/graph_arguments.h"
+#include "bindings/model.h"
 #include "bindings/module.h"
-#include "bindings/pausing_program.h"
 #include "bindings/run_outputs.h"
 #include "devices/cuda/backend/cuda_backend.h"
 #include "devices/cuda/backend/cuda_model_program.h"
@@ -61,68 +60,23 @@ CudaBackendOptions backend_options_from(const py::dict& values) {
   return o;
 }
 
-// What stays the same for a user of either module: see CPU's Model.
-class GpuModel {
- public:
-  GpuModel(const py::object& graph, const py::dict& options) {
-    ModelGraph g = graph_from(graph);
-    CudaBackendOptions o = backend_options_from(options);
-    py::gil_scoped_release release;
-    backend_ = std::make_unique<CudaBackend>(std::move(g), std::move(o));
-  }
+std::unique_ptr<CudaBackend> make_model(const py::object& graph, const py::dict& options) {
+  ModelGraph g = graph_from(graph);
+  CudaBackendOptions o = backend_options_from(options);
+  const py::gil_scoped_release release;
+  return std::make_unique<CudaBackend>(std::move(g), std::move(o));
+}
 
-  GpuModel(const GpuModel& weights_of, const py::dict& options) {
-    CudaBackendOptions o = backend_options_from(options);
-    py::gil_scoped_release release;
-    backend_ = std::make_unique<CudaBackend>(*weights_of.backend_, std::move(o));
-  }
-
-  void load(const std::string& name, const py::object& object) {
-    const TensorView tensor = tensor_from(name, object);
-    py::gil_scoped_release release;
-    backend_->load(name, tensor.values, tensor.rows, tensor.columns);
-  }
-
-  void load_blocks(const std::string& name, const Array<uint8_t>& rows) {
-    check_block_rows(name, rows);
-    py::gil_scoped_release release;
-    backend_->load_blocks(name, rows.data(), rows.shape(0), rows.shape(1));
-  }
-
-  void allocate_cache(int32_t block_tokens, int32_t blocks) {
-    py::gil_scoped_release release;
-    backend_->allocate_cache(block_tokens, blocks);
-  }
-
-  void zero_blocks(const std::vector<int32_t>& blocks) {
-    py::gil_scoped_release release;
-    if (backend_->kv() != nullptr)
-      backend_->kv()->zero(blocks);
-  }
-
-  // sampling: one for each sequence; none at all: the most likely tokens.
-  RunRef make(uint64_t id, const Batch& batch, const PlanOptions& options, int64_t fail_at,
-              const std::unordered_set<size_t>& pause_at,
-              const std::vector<SamplingParams>& sampling, bool fetch_logits,
-              const std::string& output) {
-    const RunOutput wanted = output_of(output);
-    py::gil_scoped_release release;
-    auto program = backend_->make_program(
-        batch, options,
-        {.sampling = sampling, .fetch_logits = fetch_logits, .output = wanted, .fail_at = fail_at});
-    return make_pausing_run(id, std::move(program), pause_at);
-  }
-
-  CudaBackend& get() { return *backend_; }
-  const CudaBackend& get() const { return *backend_; }
-
- private:
-  std::unique_ptr<CudaBackend> backend_;
-};
+std::unique_ptr<CudaBackend> sharing_weights(const CudaBackend& model, const py::dict& options) {
+  CudaBackendOptions o = backend_options_from(options);
+  const py::gil_scoped_release release;
+  return std::make_unique<CudaBackend>(model, std::move(o));
+}
 
 // plan: the options of the runs whose graphs are captured at the start; none: as runs come.
-std::unique_ptr<Executor> make_executor(GpuModel& model, const std::optional<PlanOptions>& plan) {
-  return std::make_unique<Executor>(model.get().make_device(plan));
+std::unique_ptr<Executor> make_executor(CudaBackend& model,
+                                        const std::optional<PlanOptions>& plan) {
+  return std::make_unique<Executor>(model.make_device(plan));
 }
 
 int32_t bucket(const py::object& object) {
@@ -132,8 +86,8 @@ int32_t bucket(const py::object& object) {
   return program->bucket();
 }
 
-py::dict graph_report(const GpuModel& model) {
-  const GraphReport r = model.get().graph_report();
+py::dict graph_report(const CudaBackend& model) {
+  const GraphReport r = model.graph_report();
   py::dict d;
   d["num_executables"] = r.num_executables;
   d["bytes"] = r.bytes;
@@ -147,8 +101,8 @@ py::dict graph_report(const GpuModel& model) {
   return d;
 }
 
-py::dict lane_report(const GpuModel& model) {
-  const LaneReport r = model.get().lane_report();
+py::dict lane_report(const CudaBackend& model) {
+  const LaneReport r = model.lane_report();
   py::dict d;
   d["num_spills"] = r.num_spills;
   d["num_restores"] = r.num_restores;
@@ -167,9 +121,9 @@ std::string kind_of(const GemmShape& shape) {
 }
 
 // One entry per shape of product: (rows, columns, depth, kind, chosen kernel, {kernel: time}).
-py::list gemm_report(const GpuModel& model) {
+py::list gemm_report(const CudaBackend& model) {
   py::list out;
-  for (const GemmReport& r : model.get().gemm_report()) {
+  for (const GemmReport& r : model.gemm_report()) {
     py::dict timings;
     for (const GemmTiming& t : r.timings)
       timings[py::str(t.candidate)] =
@@ -183,46 +137,20 @@ py::list gemm_report(const GpuModel& model) {
 }  // namespace
 
 void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
-  py::class_<GpuModel>(m, "Model", py::module_local())
-      .def(py::init<const py::object&, const py::dict&>(), py::arg("graph"),
-           py::arg("options") = py::dict())
-      .def(
-          "sharing_weights",
-          [](const GpuModel& model, const py::dict& options) {
-            return std::make_unique<GpuModel>(model, options);
-          },
-          py::arg("options") = py::dict())
-      .def("load", &GpuModel::load, py::arg("name"), py::arg("values"))
-      .def("load_blocks", &GpuModel::load_blocks, py::arg("name"), py::arg("rows"))
-      .def(
-          "finish", [](GpuModel& model) { model.get().finish(); },
-          py::call_guard<py::gil_scoped_release>())
-      .def("allocate_cache", &GpuModel::allocate_cache, py::arg("block_tokens"), py::arg("blocks"))
-      .def(
-          "bytes_per_block",
-          [](const GpuModel& model, int32_t block_tokens) {
-            return model.get().bytes_per_block(block_tokens);
-          },
-          py::arg("block_tokens"))
-      .def(
-          "lane_bytes",
-          [](const GpuModel& model, int32_t block_tokens) {
-            return model.get().lane_bytes(block_tokens);
-          },
-          py::arg("block_tokens"))
-      .def("zero_blocks", &GpuModel::zero_blocks, py::arg("blocks"))
-      .def("make_run", &GpuModel::make, py::arg("id"), py::arg("batch"), py::arg("plan"),
-           py::kw_only(), py::arg("fail_at") = -1,
-           py::arg("pause_at") = std::unordered_set<size_t>(),
-           py::arg("sampling") = std::vector<SamplingParams>(), py::arg("fetch_logits") = true,
-           py::arg("output") = "logits")
+  using Released = py::call_guard<py::gil_scoped_release>;
+  py::class_<CudaBackend> model(m, "Model", py::module_local());
+  model.def(py::init(&make_model), py::arg("graph"), py::arg("options") = py::dict())
+      .def("sharing_weights", &sharing_weights, py::arg("options") = py::dict())
+      .def("finish", &CudaBackend::finish, Released())
+      .def("allocate_cache", &CudaBackend::allocate_cache, py::arg("block_tokens"),
+           py::arg("blocks"), Released())
+      .def("lane_bytes", &CudaBackend::lane_bytes, py::arg("block_tokens"))
+      .def("zero_blocks", &zero_blocks<CudaBackend>, py::arg("blocks"), Released())
       .def("graph_report", &graph_report)
       .def("lane_report", &lane_report)
       .def("gemm_report", &gemm_report)
-      .def_property_readonly("library_failure",
-                             [](const GpuModel& model) { return model.get().library_failure(); })
-      .def_property_readonly("weight_bytes",
-                             [](const GpuModel& model) { return model.get().weight_bytes(); });
+      .def_property_readonly("library_failure", &CudaBackend::library_failure);
+  bind_model(model);
   executor.def(py::init(&make_executor), py::arg("model"), py::arg("plan") = py::none(),
                py::keep_alive<1, 2>());
   bind_run_outputs(m);
