@@ -12,6 +12,8 @@ namespace flowprefill {
 
 namespace {
 
+constexpr auto kRelaxed = std::memory_order_relaxed;
+
 constexpr unsigned bit(RunState state) {
   return 1u << static_cast<unsigned>(state);
 }
@@ -82,7 +84,6 @@ std::string Run::error() const {
 }
 
 RunAccounting Run::accounting() const {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
   RunAccounting accounting;
   accounting.created_ns = created_ns_;
   accounting.dispatched_ns = dispatched_ns_.load(kRelaxed);
@@ -124,37 +125,32 @@ bool Run::request(uint32_t bit) {
 }
 
 void Run::note_dispatched(int64_t time_ns) {
-  dispatched_ns_.store(time_ns, std::memory_order_relaxed);
+  dispatched_ns_.store(time_ns, kRelaxed);
 }
 
 // The first segment since a dispatch starts: ends the suspension, if any, and the blocking time.
 void Run::note_started(int64_t time_ns) {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
   if (first_start_ns_.load(kRelaxed) == 0)
     first_start_ns_.store(time_ns, kRelaxed);
   close_suspension(time_ns);
   // A dispatch that comes between the start and this line would make it negative.
-  const int64_t blocking_ns =
-      std::max<int64_t>(0, time_ns - dispatched_ns_.load(std::memory_order_relaxed));
+  const int64_t blocking_ns = std::max<int64_t>(0, time_ns - dispatched_ns_.load(kRelaxed));
   last_blocking_ns_.store(blocking_ns, kRelaxed);
   if (blocking_ns > max_blocking_ns_.load(kRelaxed))
     max_blocking_ns_.store(blocking_ns, kRelaxed);
 }
 
 void Run::note_running(int64_t start_ns, int64_t end_ns) {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
   running_ns_.store(running_ns_.load(kRelaxed) + end_ns - start_ns, kRelaxed);
   last_end_ns_.store(end_ns, kRelaxed);
 }
 
 void Run::note_segment(int64_t start_ns, int64_t end_ns) {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
   note_running(start_ns, end_ns);
   cursor_.store(cursor_.load(kRelaxed) + 1, kRelaxed);
 }
 
 void Run::note_suspended(int64_t time_ns) {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
   num_preemptions_.store(num_preemptions_.load(kRelaxed) + 1, kRelaxed);
   // Suspended again before it executed anything: one long suspension.
   if (suspended_since_ns_.load(kRelaxed) == 0)
@@ -163,7 +159,6 @@ void Run::note_suspended(int64_t time_ns) {
 
 // Closes a suspension that is open when the run goes on or ends.
 void Run::close_suspension(int64_t time_ns) {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
   const int64_t since_ns = suspended_since_ns_.load(kRelaxed);
   if (since_ns == 0)
     return;
@@ -172,7 +167,7 @@ void Run::close_suspension(int64_t time_ns) {
 }
 
 void retain(Run* run) noexcept {
-  run->references_.fetch_add(1, std::memory_order_relaxed);
+  run->references_.fetch_add(1, kRelaxed);
 }
 
 void release(Run* run) noexcept {
