@@ -98,6 +98,19 @@ TEST_F(GraphCacheTest, least_recently_used_makes_room_for_a_segment_asked_for_ag
   EXPECT_EQ(fake_cudart::live().execs, 2);
 }
 
+TEST_F(GraphCacheTest, segments_not_asked_for_in_long_are_forgotten_and_executables_stay) {
+  options_.eager_launches = 1;
+  options_.max_executables = 1;
+  options_.max_remembered = 2;
+  make();
+  EXPECT_FALSE(get(1));
+  EXPECT_TRUE(get(1));
+  for (int layer = 2; layer < 9; ++layer)
+    EXPECT_FALSE(get(layer));
+  EXPECT_FALSE(get(2)) << "as if for the first time";
+  EXPECT_TRUE(get(1));
+}
+
 // Four segments in turn with room for three: those that fit stay, the fourth is always eager.
 TEST_F(GraphCacheTest, program_larger_than_the_budget_does_not_evict_its_own_segments) {
   options_.max_bytes = 3 * kExecBytes;

@@ -59,6 +59,8 @@ GraphCache::GraphCache(GraphCacheOptions options) : options_(options), stream_(S
 
 const GraphExec* GraphCache::get(const GraphKey& key, const Record& record,
                                  const CallContext& context) {
+  if (entries_.size() > options_.max_executables + 2 * options_.max_remembered)
+    forget_old();
   Entry& entry = entries_[key];
   const uint64_t previous_request = std::exchange(entry.last_request, ++tick_);
   if (!entry.exec) {
@@ -75,6 +77,14 @@ const GraphExec* GraphCache::get(const GraphKey& key, const Record& record,
   const MutexLock lock(mutex_);
   ++report_.num_replayed;
   return &entry.exec;
+}
+
+// Leaves the entries with an executable, and of the others one a call that is remembered at most.
+void GraphCache::forget_old() {
+  const uint64_t before = tick_ - std::min<uint64_t>(tick_, options_.max_remembered);
+  std::erase_if(entries_, [before](const auto& each) {
+    return !each.second.exec && each.second.last_request <= before;
+  });
 }
 
 // Evicts until `bytes` more fit; false, and nothing evicted, if that cannot be had.

@@ -49,6 +49,9 @@ enum class CaptureFailure : uint8_t {
 struct GraphCacheOptions {
   size_t max_bytes = size_t{2} << 30;  // device memory of executables, as measured
   size_t max_executables = 4096;
+  // Calls after which a segment without an executable is as one that was never asked for: plans
+  // that come and go would else leave entries without end.
+  size_t max_remembered = 8192;
   // Eager launches of a segment before it is captured: loading a kernel or letting a library
   // allocate is not allowed inside a capture, and the first launch does both.
   int32_t eager_launches = 1;
@@ -107,6 +110,7 @@ class GraphCache {
     bool is_refused = false;  // its capture failed
   };
 
+  void forget_old();
   bool make_room(size_t bytes, uint64_t previous_request);
   void capture_into(Entry& entry, const Record& record, const CallContext& context,
                     uint64_t previous_request);
