@@ -46,6 +46,31 @@ TEST_F(ModelPlanTest, padding_that_takes_longer_than_launches_is_avoided) {
   EXPECT_EQ(program({prompt(20)})->bucket(), 32);
 }
 
+TEST_F(ModelPlanTest, plans_are_made_for_the_rate_at_which_the_cache_is_read) {
+  options_.max_context = 8192;
+  options_.cuts.costs.cache_element_bytes = 2;
+  model_.reset();
+  make_model(tiny_);
+  plan_options_.budget_s = 1e-3;
+  plan_options_.rates.weight_bytes_per_s = 1e7;
+  const auto decode_step = [&](double cache_bytes_per_s) {
+    plan_options_.rates.cache_bytes_per_s = cache_bytes_per_s;
+    std::vector<Part> parts;
+    for (int32_t i = 0; i < 8; ++i)
+      parts.push_back({i, {}, {1}});
+    Batch batch = batch_of(parts);
+    for (Sequence& sequence : batch.sequences) {
+      sequence.context = 4096;
+      sequence.block_table.assign(8192 / kBlockTokens, 0);
+    }
+    auto program = program_of(std::move(batch));
+    EXPECT_EQ(program->bucket(), 8);
+    return program->size();
+  };
+  const size_t with_slow_reads = decode_step(1e9);
+  EXPECT_LT(decode_step(1e15), with_slow_reads);
+}
+
 // Eight decode steps; the plan assumes that all have the mean context, but the first has it all.
 TEST_F(ModelPlanTest, context_far_above_what_the_plan_assumes_gets_a_plan_of_its_own) {
   options_.max_context = 8192;

@@ -170,11 +170,10 @@ PlanBuilder::Assumed PlanBuilder::assumed_of(const Batch& batch, int32_t bucket)
 
 std::shared_ptr<const BuiltPlan> PlanBuilder::bucket_plan(const Assumed& assumed,
                                                           const PlanOptions& options) {
-  const MachineRates& rates = options.rates;
+  const auto& [gemm, attention, weight, overhead, cache] = options.rates;  // all that there are
   const std::pair key(assumed,
-                      OptionsKey(options.granularity, options.budget_s, options.chunk_tokens,
-                                 rates.gemm_flops_per_s, rates.attention_flops_per_s,
-                                 rates.weight_bytes_per_s, rates.step_overhead_s));
+                      OptionsKey(options.granularity, options.budget_s, options.chunk_tokens, gemm,
+                                 attention, weight, overhead, cache));
   const MutexLock lock(mutex_);
   if (const auto known = plans_.find(key); known != plans_.end())
     return known->second;

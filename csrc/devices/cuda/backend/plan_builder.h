@@ -96,7 +96,8 @@ class PlanBuilder {
     int32_t context = 0;  // of each sequence
     auto operator<=>(const Assumed&) const = default;
   };
-  using OptionsKey = std::tuple<Granularity, double, int32_t, double, double, double, double>;
+  using OptionsKey =
+      std::tuple<Granularity, double, int32_t, double, double, double, double, double>;
   // Where inputs and activations lie, and in which order plans fill these: sizes, stride of the
   // block tables, rows that attend together, rows of a chunk.
   using Shape = std::tuple<PlanSizes, int32_t, std::vector<AttentionRows>, int32_t>;
