@@ -59,9 +59,6 @@ class CudaDevice final : public Device {
   bool has_segment_times() const override { return true; }
   bool take_segment_time(SegmentTime& time) override;
 
-  CudaResources& resources() { return *resources_; }
-  const CudaDeviceOptions& options() const { return options_; }
-
  private:
   struct Slot {
     StreamEvent start;
