@@ -297,6 +297,40 @@ TEST_P(RowKernelsTest, SoftmaxCapsWhatIsValidFirst) {
     EXPECT_NEAR(probabilities[i] / sum, wanted[i] / total, 1e-6);
 }
 
+// What has gone wrong must be seen in the logits, on every instruction set.
+TEST_P(RowKernelsTest, NaNStaysNaN) {
+  constexpr int kCols = 45;
+  const std::vector<float> given = random_row(kCols, 1.0f);
+  for (const size_t at : {size_t{0}, size_t{20}, size_t{44}}) {  // in a vector, and behind the last
+    std::vector<float> row = given;
+    row[at] = std::nanf("");
+    std::vector<float> out = row;
+    kernels().soft_cap(out.data(), kCols, 3.0f);
+    EXPECT_TRUE(std::isnan(out[at])) << at;
+    PromptScore kept;
+    kernels().score(row.data(), kCols, 1, kept);
+    EXPECT_TRUE(std::isnan(kept.log_sum_exp)) << at;
+    const int lo = 0;
+    float peak = -INFINITY;
+    float sum = 0.0f;
+    float output = 0.0f;
+    kernels().softmax({.scores = row.data(),
+                       .ld = kCols,
+                       .rows = 1,
+                       .cols = kCols,
+                       .valid_lo = &lo,
+                       .valid_hi = &kCols,
+                       .row_max = &peak,
+                       .row_sum = &sum,
+                       .output = &output,
+                       .dim = 1,
+                       .softcap = 0.0f},
+                      out.data());
+    EXPECT_TRUE(std::isnan(out[at])) << at;
+    EXPECT_TRUE(std::isnan(sum)) << at;
+  }
+}
+
 TEST_P(RowKernelsTest, RopeTurnsTheFirstDimensionsAndLeavesTheOthers) {
   const int dim = 22;
   const int turning = 8;

@@ -57,17 +57,17 @@ constexpr float kTanh[5] = {-0.3333331645f, 0.1333258599f, -0.05385230854f, 0.02
 constexpr float kExp2[6] = {1.000000072f,    6.931469671e-1f, 2.402211972e-1f,
                             5.550713275e-2f, 9.675541331e-3f, 1.327647152e-3f};
 
-// 2^x for x clamped to [-126, 126]: the integer part is added to the exponent's bits. The
-// truncation of a positive number rounds.
+// 2^x for x clamped to [-126, 126], NaN of NaN: 2^whole is multiplied, for added to the exponent's
+// bits it would make a number of NaN. The truncation of a positive number rounds.
 inline float exp2_clamped(float x) {
   x = x < -126.0f ? -126.0f : x;
   x = x > 126.0f ? 126.0f : x;
-  const int32_t whole = static_cast<int32_t>(x + 127.5f) - 127;
-  const float f = x - static_cast<float>(whole);
+  const auto biased = static_cast<uint32_t>(static_cast<int32_t>(x + 127.5f));
+  const float f = x - static_cast<float>(static_cast<int32_t>(biased - 127u));
   float p = kExp2[5];
   for (int i = 4; i >= 0; --i)
     p = p * f + kExp2[i];
-  return float_of(bits_of(p) + (static_cast<uint32_t>(whole) << 23));
+  return p * float_of(biased << 23);
 }
 
 inline float tanh_of(float y) {
