@@ -124,6 +124,8 @@ class Model:
     @property
     def library_failure(self) -> str: ...  # why cuBLASLt is not used; empty: it is
     @property
+    def gemm_cache_failure(self) -> str: ...  # why measured choices were not kept; empty: they were
+    @property
     def weight_bytes(self) -> int: ...
 
 def spin_run(id: int, segments: int, segment_s: float, fail_at: int = -1) -> Run: ...

@@ -23,6 +23,7 @@ class Model:
 
     made: ClassVar[list[dict[str, Any]]] = []
     library_failure = ""
+    gemm_cache_failure = ""
     capability = (9, 0)
 
     def __init__(self, config: dict[str, Any], options: dict[str, Any]) -> None:

@@ -149,7 +149,8 @@ void bind_cuda_model(py::module_& m, py::class_<Executor> executor) {
       .def("graph_report", &graph_report)
       .def("lane_report", &lane_report)
       .def("gemm_report", &gemm_report)
-      .def_property_readonly("library_failure", &CudaBackend::library_failure);
+      .def_property_readonly("library_failure", &CudaBackend::library_failure)
+      .def_property_readonly("gemm_cache_failure", &CudaBackend::gemm_cache_failure);
   bind_model(model);
   executor.def(py::init(&make_executor), py::arg("model"), py::arg("plan") = py::none(),
                py::keep_alive<1, 2>());

@@ -187,6 +187,12 @@ class CudaDevice:
             executor.start()
         except RuntimeError as error:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
+        if model.gemm_cache_failure:
+            log.warning(
+                "%s: every start measures the kernels of products again: %s",
+                self.name,
+                model.gemm_cache_failure,
+            )
         return executor
 
     def workspace_bytes(self, model: _cuda.Model) -> int:

@@ -229,6 +229,20 @@ def test_calibration_is_kept_for_each_gpu(
     assert options["gemm_cache_path"] == str(tmp_path / "gemm-choices")
 
 
+def test_kernel_choices_that_cannot_be_kept_are_told(
+    open_engine: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Model(fake_cuda.Model):
+        gemm_cache_failure = "cache of GEMM choices kept: Is a directory"
+
+    fake_cuda.install(monkeypatch, [fake_cuda.USABLE], model=Model)
+    open_engine(device="cuda", dtype="auto")
+    told = f"every start measures the kernels of products again: {Model.gemm_cache_failure}"
+    assert f"cuda:0: {told}" in [record.getMessage() for record in caplog.records]
+
+
 def test_a_gpu_that_has_become_slower_gets_shorter_segments(
     open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

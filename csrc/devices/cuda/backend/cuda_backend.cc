@@ -271,10 +271,6 @@ const ModelGraph& CudaBackend::graph() const {
   return *state_->graph;
 }
 
-const CudaBackendOptions& CudaBackend::options() const {
-  return state_->options;
-}
-
 void CudaBackend::load(const std::string& source, const float* values, int64_t rows,
                        int64_t columns) {
   state_->weights.load(source, values, rows, columns);
@@ -368,6 +364,10 @@ std::unique_ptr<ModelProgram> CudaBackend::make_program(Batch batch, const PlanO
 
 const std::string& CudaBackend::library_failure() const {
   return state_->library_failure;
+}
+
+std::string CudaBackend::gemm_cache_failure() const {
+  return state_->gemms->cache_failure();
 }
 
 GraphReport CudaBackend::graph_report() const {

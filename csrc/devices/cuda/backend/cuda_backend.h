@@ -34,7 +34,6 @@ class CudaBackend final : public Backend {
   CudaBackend& operator=(const CudaBackend&) = delete;
 
   const ModelGraph& graph() const override;
-  const CudaBackendOptions& options() const;
 
   // Rounds matrices to bf16; to e4m3, by rows, those that the options want so.
   void load(const std::string& source, const float* values, int64_t rows, int64_t columns) override;
@@ -62,6 +61,8 @@ class CudaBackend final : public Backend {
 
   // Why cuBLASLt is not used; empty: it is.
   const std::string& library_failure() const;
+  // Why the measured choices of GEMM kernels were not kept; empty: they were, or none are kept.
+  std::string gemm_cache_failure() const;
   // Thread: any, after allocate_cache().
   GraphReport graph_report() const;
   LaneReport lane_report() const;

@@ -273,16 +273,20 @@ std::vector<GemmReport> GemmSelector::measure_all(std::span<const GemmArgs> prod
     rankings_.erase(shape);
     is_new = true;
   }
+  const MutexLock lock(mutex_);
   cache_failure_.clear();
   try {
-    if (is_new && !cache_path_.empty()) {
-      const MutexLock lock(mutex_);
+    if (is_new && !cache_path_.empty())
       write_gemm_choices(cache_path_, device_, choices_);
-    }
   } catch (const std::runtime_error& error) {
     cache_failure_ = error.what();
   }
   return reports;
+}
+
+std::string GemmSelector::cache_failure() const {
+  const MutexLock lock(mutex_);
+  return cache_failure_;
 }
 
 }  // namespace flowprefill

@@ -89,8 +89,8 @@ class GemmSelector {
   std::vector<GemmReport> measure_all(std::span<const GemmArgs> products,
                                       std::span<std::byte> scratch, cudaStream_t stream);
 
-  // Why the cache was not written last; empty: it was, or there is none.
-  const std::string& cache_failure() const { return cache_failure_; }
+  // Why the cache was not written last; empty: it was, or there is none. Thread: any.
+  std::string cache_failure() const;
 
  private:
   // The candidates for one shape: the choice first, then the others by guess.
@@ -107,8 +107,8 @@ class GemmSelector {
   const GemmDevice device_;
   const std::string cache_path_;
   const GemmCandidates candidates_;
-  std::string cache_failure_;
   mutable Mutex mutex_;
+  std::string cache_failure_ FP_GUARDED_BY(mutex_);
   GemmChoices choices_ FP_GUARDED_BY(mutex_);  // measured, by this process or the cache's writer
   // Asked for so far.
   mutable std::map<GemmShape, std::shared_ptr<Ranking>> rankings_ FP_GUARDED_BY(mutex_);
