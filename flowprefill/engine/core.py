@@ -342,6 +342,9 @@ class EngineCore:
         requests = [self._live[job_id] for job_id in work.job_ids if job_id in self._live]
         if work.kind == "decode":
             requests = self._with_blocks(requests)
+        if not requests:  # all have lost their blocks, or failed, in this moment
+            self._scheduler_events.append(Failed(work.id))
+            return None
         try:
             batch = self._batch_of(work.id, requests)
             run = self._worker.make_run(batch)
@@ -360,7 +363,7 @@ class EngineCore:
 
     def _batch_of(self, run_id: int, requests: list[LiveRequest]) -> Batch:
         """Return what a run over the requests computes."""
-        output = requests[0].output if requests else "logits"  # a prefill packs those of one
+        output = requests[0].output  # a prefill packs those of one
         chooses = output == "logits" and self._worker.limits.chooses_tokens
         return Batch(
             run_id=run_id,
@@ -376,10 +379,16 @@ class EngineCore:
         return kept
 
     def _note_evicted(self) -> None:
+        """Tell the scheduler before anything else: no decision may take those without blocks."""
+        events = self._scheduler_events
         for request in self._memory.take_evicted():
             request.is_scheduled = False
             self._stories.note(request.id, self._worker.now_s(), "lost_memory")
-            self._scheduler_events.append(Cancelled(request.id))
+            untold = [e for e in events if isinstance(e, Arrival) and e.job.id == request.id]
+            if untold:  # it had its blocks for no longer than a decision takes
+                events.remove(untold[0])
+            else:
+                events.appendleft(Cancelled(request.id))
 
     def _hold(self, request: LiveRequest, *, is_held: bool) -> None:
         request.hold(self._worker.now_s(), is_held=is_held)

@@ -308,7 +308,7 @@ def test_a_policy_that_raises_at_a_prediction_costs_no_client_its_handle(
     engine = open_engine()
     silenced(monkeypatch, core)
 
-    def no_prediction(*_: object) -> float:
+    def no_prediction(*_: object, **_options: object) -> float:
         raise LookupError("a bug in the policy")
 
     start_long(engine, Request(prompt_of(3000), greedy(1000)))
