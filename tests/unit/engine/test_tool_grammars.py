@@ -67,7 +67,7 @@ def test_enforced_calls_are_read_back(
 @pytest.mark.parametrize(
     ("parameters", "why"),
     [
-        ({"type": "strin"}, "Invalid type: strin"),
+        ({"type": "text"}, "Invalid type: text"),
         ({"properties": {"a": {"pattern": "("}}}, "invalid regular expression: unclosed group"),
         ({"$ref": "#/x"}, "Pointer '/x' does not exist"),
         ({"required": "x"}, "Expected array for 'required', got \"x\""),
