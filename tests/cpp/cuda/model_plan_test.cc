@@ -326,24 +326,6 @@ TEST_F(ModelLaunchesTest, of_split_attention_are_counted_as_they_are_made) {
   EXPECT_EQ(num_ran("attention_merge"), 2 * 3) << "two layers, three times";
 }
 
-// Three rows are too few for Hopper's kernel. A graph is for longer prompts too.
-TEST_F(ModelLaunchesTest, of_attention_are_left_out_where_a_list_is_known_to_be_padding) {
-  fake_cudart::set_compute_capability(90);
-  for (const bool has_graphs : {true, false}) {
-    fake_kernels::reset();
-    options_.has_graphs = has_graphs;
-    const TinyModel tiny(Kind::kLlama, 2);
-    model_ = std::make_unique<CudaBackend>(tiny.graph(), options_);
-    tiny.load_into(*model_);
-    model_->allocate_cache(2 * kBlockTokens, kBlocks);  // of a size that Hopper's kernel takes
-    start();
-    execute(1, {{0, {}, {5, 6, 7}}});
-    EXPECT_EQ(num_ran("attention"), 2);
-    EXPECT_EQ(num_ran("attention_hopper"), has_graphs ? 2 : 0);
-    tear_down();
-  }
-}
-
 // The last rows of a prompt beyond 32k tokens; the first have no chunks.
 TEST_F(ModelLaunchesTest, of_attention_over_chunks_of_keys_are_counted_as_they_are_made) {
   fake_cudart::set_compute_capability(90);

@@ -380,8 +380,8 @@ AttentionArgs OperatorKernels::attention_args(const Call& call) const {
 }
 
 // Where keys may be split, enough blocks for a tile each of those that are not, and to fill the
-// multiprocessors with those that are. Behind Hopper's kernel the list is mostly padding: no more
-// than fill the multiprocessors, since blocks that find nothing take time too.
+// multiprocessors with those that are. Where long prompts have Hopper's kernel the list is mostly
+// padding: no more than fill the multiprocessors, since blocks that find nothing take time too.
 void OperatorKernels::attention(const Call& call) const {
   const AttentionLaunches& launches =
       call.shape.inputs.attention[call.shape.attention_index(call.step, call.op)];
@@ -405,7 +405,7 @@ void OperatorKernels::attention(const Call& call) const {
   const int32_t units = call.shape.rules.split.multiprocessors * AttentionSplit::kBlocksPerUnit;
   args.partial_rows = launches.partial_rows;
   for (const AttentionLists& lists : launches.lists) {
-    const int32_t whole = launches.row_lists.empty() ? lists.num_whole : 0;
+    const int32_t whole = call.shape.rules.uses_hopper ? 0 : lists.num_whole;
     args.num_blocks = std::min(lists.num_tiles, std::max(whole, (units + heads - 1) / heads));
     if (takes(lists))
       FP_CUDA(launch_attention(args, call.args.stream), call.context);

@@ -168,7 +168,7 @@ InputLayout::InputLayout(const PlanSizes& sizes, int32_t stride, const Attention
     AttentionLaunches launches{.lists = {},
                                .partial_rows = static_cast<int32_t>(rules.partial_rows(needs)),
                                .row_lists = {}};
-    if (rules.uses_hopper)
+    if (rules.is_for_hopper(sizes.rows))  // else no sequence has rows enough
       add_row_lists(launches, rows, sizes.sequences, rules);
     const int32_t whole = max_attention_tiles(count, sizes.sequences, rules.split.heads_per_kv);
     for (int32_t i = 0; i < rules.num_launches(needs); ++i) {
