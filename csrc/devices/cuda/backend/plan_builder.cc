@@ -204,10 +204,12 @@ int32_t PlanBuilder::variant_of(const PlanShape& shape, const Plan& plan, int32_
   if (bucket == 0)
     return 0;  // never captured
   constexpr int32_t kOutputs = 4;
-  const auto next =
-      static_cast<int32_t>(variants_.size()) * kOutputs + static_cast<int32_t>(options_.output);
   const Shape key(shape.sizes(), shape.inputs.table_stride, shape.attention, plan.chunk_rows);
-  return variants_.emplace(key, next).first->second;
+  if (const auto known = variants_.find(key); known != variants_.end())
+    return known->second;
+  if (variants_.size() >= options_.max_variants)
+    variants_.clear();
+  return variants_[key] = num_variants_++ * kOutputs + static_cast<int32_t>(options_.output);
 }
 
 std::shared_ptr<const BuiltPlan> PlanBuilder::build(const PlanSizes& sizes, int32_t table_stride,

@@ -46,6 +46,9 @@ struct PlanBuilderOptions {
   CutRules cuts = {};
   GraphPolicy policy = {};
   RunOutput output = RunOutput::kLogits;  // of the graph: those of others share no executables
+  // Layouts that are told apart; with more all are forgotten, and what comes again is a new one,
+  // whose graphs are captured anew.
+  size_t max_variants = 4096;
 };
 
 // Which plan a batch gets. That of the smallest bucket with room for it, unless
@@ -124,6 +127,7 @@ class PlanBuilder {
   std::map<std::pair<Assumed, OptionsKey>, std::shared_ptr<const BuiltPlan>> plans_
       FP_GUARDED_BY(mutex_);
   std::map<Shape, int32_t> variants_ FP_GUARDED_BY(mutex_);
+  int32_t num_variants_ FP_GUARDED_BY(mutex_) = 0;  // so far: no number is given twice
 };
 
 }  // namespace flowprefill
