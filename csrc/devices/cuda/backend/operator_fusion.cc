@@ -30,17 +30,21 @@ std::optional<OperatorFusion> operators_to_fuse(const ModelGraph& graph, const S
   const auto follows = [&](int32_t next, OperatorKind kind) {
     return next <= step.last && graph.op(next).kind == kind && is_only_reader(graph, next);
   };
+  // Whether the kernel would write elsewhere than where other blocks of it may still read.
+  const auto is_apart = [&](int32_t last) {
+    return graph.op(last).output != graph.op(index).input;
+  };
   if (!step.is_whole())
     return std::nullopt;  // other slices read what the norm makes, too
   found.product = index;
   if (graph.op(index).kind == OperatorKind::kNorm && !graph.is_gather(graph.op(index)) &&
-      follows(index + 1, OperatorKind::kLinear)) {
+      follows(index + 1, OperatorKind::kLinear) && is_apart(index + 1)) {
     found.norm = index;
     found.product = index + 1;
   }
   if (graph.op(found.product).kind != OperatorKind::kLinear)
     return std::nullopt;
-  if (follows(found.product + 1, OperatorKind::kRope))
+  if (follows(found.product + 1, OperatorKind::kRope) && is_apart(found.product + 1))
     found.rope = found.product + 1;
   if (found.norm < 0 && found.rope < 0)
     return std::nullopt;
