@@ -60,8 +60,6 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual const ModelGraph& graph() const = 0;
-
   // Takes one tensor of the checkpoint, float [rows, columns] row-major (columns 1 for vectors);
   // done with `values` when it returns. Throws std::invalid_argument for an unknown name or a wrong
   // shape. Thread: one at a time.

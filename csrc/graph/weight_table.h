@@ -63,9 +63,6 @@ class WeightTable {
     weights_[static_cast<size_t>(index)].stored_bytes = static_cast<int64_t>(bytes);
   }
 
-  // The names of all tensors, in the order in which weights want them.
-  const std::vector<std::string>& sources() const { return sources_; }
-
   // Tells which weights take rows of a tensor [rows, columns]: the weight's index, the part's
   // index. Throws as deal().
   using UseSink = std::function<void(int32_t weight, int32_t part)>;
@@ -90,7 +87,7 @@ class WeightTable {
   int64_t rows_of(const std::string& source) const;
 
   std::vector<Weight> weights_;
-  std::vector<std::string> sources_;
+  std::vector<std::string> sources_;  // names of all tensors, in the order that weights want them
   std::map<std::string, std::vector<Use>> uses_;
   std::map<std::string, int32_t> index_;
 };

@@ -60,8 +60,6 @@ class CpuBackend final : public Backend {
     }
   }
 
-  const ModelGraph& graph() const override { return *graph_; }
-
   void load(const std::string& source, const float* values, int64_t rows,
             int64_t columns) override {
     weights_->load(source, values, rows, columns);

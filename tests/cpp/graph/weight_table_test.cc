@@ -51,7 +51,6 @@ TEST(WeightTable, a_tensor_goes_to_every_weight_that_takes_rows_of_it) {
   const WeightTable table({matrix("q", {part("fused", 4)}),
                            matrix("kv", {part("fused", 2, 4), part("other", 5)}),
                            matrix("again", {part("other", 5)})});
-  EXPECT_EQ(table.sources(), (std::vector<std::string>{"fused", "other"}));
   EXPECT_EQ(dealt(table, "fused", 6), (Dealt{{0, 0, 0.0f}, {1, 0, 4.0f}}));
   EXPECT_EQ(dealt(table, "other", 5), (Dealt{{1, 1, 0.0f}, {2, 0, 0.0f}}));
   EXPECT_EQ(table.weight(1).rows(), 7);

@@ -267,10 +267,6 @@ CudaBackend::CudaBackend(const CudaBackend& weights_of, CudaBackendOptions optio
 
 CudaBackend::~CudaBackend() = default;
 
-const ModelGraph& CudaBackend::graph() const {
-  return *state_->graph;
-}
-
 void CudaBackend::load(const std::string& source, const float* values, int64_t rows,
                        int64_t columns) {
   state_->weights.load(source, values, rows, columns);

@@ -33,8 +33,6 @@ class CudaBackend final : public Backend {
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
 
-  const ModelGraph& graph() const override;
-
   // Rounds matrices to bf16; to e4m3, by rows, those that the options want so.
   void load(const std::string& source, const float* values, int64_t rows, int64_t columns) override;
   // Of fp8_sources. A row: its e4m3 codes, then a float, their scale.
