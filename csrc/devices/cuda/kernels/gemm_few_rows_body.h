@@ -20,7 +20,7 @@
 #pragma once
 
 #include "devices/cuda/kernels/fused_product_body.h"
-#include "devices/cuda/kernels/gemm_gate.h"
+#include "devices/cuda/kernels/gemm_few_rows_epilogue.h"
 #include "devices/cuda/kernels/mma_layout.h"
 #include "devices/cuda/kernels/thread.h"
 
@@ -89,6 +89,20 @@ class FewRowsWarp {
     for (int32_t step = 0; step < kStages - 1; ++step)
       start(step);
   }
+  // Brings so many steps after the started ones to the L2 cache: four lanes for each row, a sector
+  // of a line each. What is less than a sector at the end of the depth comes with its copy.
+  FP_HD void prefetch(int32_t steps) const {
+    constexpr int32_t kSector = kDepth / 4;
+    FP_ROLLED for (int32_t i = 0; i < steps; ++i) {
+      const int32_t step = started_ + i;
+      const int32_t unit = unit_ + step / turns_ * t_.grid_x();
+      const int32_t k = step % turns_ * kTurn + kDepth * t_.warp() + kSector * (t_.lane() % 4);
+      FP_ROLLED for (int32_t row = t_.lane() / 4; row < Form::kColumns; row += 8) {
+        if (k + kSector <= depth_ && Form::kColumns * unit + row < columns_)
+          t_.prefetch(b_ + column_of(unit, row) * ldb_ + k);
+      }
+    }
+  }
   // Rows [begin, end) of `a` are multiplied; those of the first steps are loaded.
   FP_HD void take_rows(const Element* a, int64_t lda, int32_t begin, int32_t end) {
     // Rows beyond the last are read as that one: their products are never stored.
@@ -151,6 +165,13 @@ class FewRowsWarp {
     return t_.template shared<FewRowsPiece>() + (stage * kFewRowsWarps + warp) * Form::kStepPieces;
   }
 
+  // The row of b that is the unit's column `column`.
+  FP_HD int32_t column_of(int32_t unit, int32_t column) const {
+    if constexpr (!kRopes)
+      return Form::kColumns * unit + column;
+    const bool is_high = column >= kRopePairs;  // turns with a lower one
+    return RopeColumns(unit, head_dim_).low + column + (is_high ? head_dim_ / 2 - kRopePairs : 0);
+  }
   // Where the copies of unit_ begin: of four rows in turn, eight lanes for each.
   FP_HD void from_unit() {
     int32_t column = Form::kColumns * unit_ + t_.lane() / 8;
@@ -272,65 +293,6 @@ class FewRowsWarp {
   float c_[kHalves][kTiles][4];
 };
 
-// What an epilogue adds to a pair of sums or multiplies them by.
-struct FewRowsFactors {
-  float d[2] = {};
-  float scales[2] = {1, 1};
-};
-
-template <typename Output>
-FP_HD Vec<Output, 2>* few_rows_d(const GemmArgs& args, int32_t row, int32_t column) {
-  return reinterpret_cast<Vec<Output, 2>*>(args.first_d<Output>() + row * args.ldd + column);
-}
-
-// row: from the slice's first.
-template <typename Element>
-FP_HD FewRowsFactors load_factors(const GemmArgs& args, int32_t row, int32_t column) {
-  FewRowsFactors out;
-  if (args.adds_to_d) {
-    FP_UNROLL for (int i = 0; i < 2; ++i) {
-      out.d[i] = args.output == GemmOutput::kFloat
-                     ? few_rows_d<float>(args, row, column)->v[i]
-                     : widen(few_rows_d<Bf16>(args, row, column)->v[i]);
-    }
-  }
-  if (sizeof(Element) == 1 && args.fp8.a_scales != nullptr) {
-    const float row_scale = args.fp8.a_scales[args.row_begin + row];
-    FP_UNROLL for (int i = 0; i < 2; ++i) out.scales[i] = row_scale * args.fp8.b_scales[column + i];
-  }
-  return out;
-}
-
-// scale * sums (+ bias) (+ d), of two columns, to d.
-template <typename Output>
-FP_HD void store_few(const GemmArgs& args, int32_t row, int32_t column, const float (&sums)[2],
-                     const float (&before)[2]) {
-  Vec<Output, 2> d;
-  FP_UNROLL for (int i = 0; i < 2; ++i) {
-    float value = sums[i] * args.scale;
-    if (args.bias != nullptr)
-      value += args.bias[column + i];
-    if (args.adds_to_d)
-      value += before[i];
-    store(value, &d.v[i]);
-  }
-  *few_rows_d<Output>(args, row, column) = d;
-}
-
-FP_HD void finish_few(const GemmArgs& args, int32_t row, int32_t column, float (&sums)[2],
-                      const FewRowsFactors& factors) {
-  FP_UNROLL for (int i = 0; i < 2; ++i) sums[i] *= factors.scales[i];
-  if (args.is_gated) {
-    const GatedOutput out{args.first_d<Bf16>(), args.ldd,     args.bias,
-                          args.rows(),          args.columns, args.is_gelu};
-    store_gated(out, row, column, sums);
-  } else if (args.output == GemmOutput::kFloat) {
-    store_few<float>(args, row, column, sums, factors.d);
-  } else {
-    store_few<Bf16>(args, row, column, sums, factors.d);
-  }
-}
-
 // Grid: x, at most as many as there are units of FewRowsForm<kTiles>::kColumns columns.
 // kFewRowsThreads threads, kSharedBytes of that form, and normed_bytes() where rows are normed
 // (kNorms, as kRopes what args say too).
@@ -346,6 +308,8 @@ FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
   const GemmArgs& args = fused.product;
   FewRowsWarp<Form, Element, kRopes, Thread> warp(t, fused);
   warp.start_all();
+  if constexpr (sizeof(Element) == sizeof(Bf16))
+    warp.prefetch(args.l2_steps);
   const int32_t row = t.index() / kPairs;
   const int32_t pair = t.index() % kPairs;
   RopePair rope(fused.rope, kRopes ? row : INT32_MAX, pair);
