@@ -10,18 +10,18 @@
 #   import     the modules load and see the GPU
 #   pytest     tests/device on device cuda, by ten processes at once
 #   alone      those of its tests that no other process may disturb
-#   cpu        the CPU engine by its best instruction set (AMX): kernels and tests/device, at the same time as "pytest"; then
-#              figures alone (cpu_figures.py), CPU_S=40 seconds
-#   kernels    kernel_bench: launches, waking up, layers that decode, attention, rows, products and cuBLASLt's; KERNELS_S=100
-#              seconds (KERNELS_PARTS="host decode_layer": some of its sections)
-#   ceilings   the same shapes by torch: cuDNN, FlashAttention 2, cuBLAS, copies
+#   kernels    kernel_bench: launches, waking up, layers that decode, chunks of keys, attention, rows, products and cuBLASLt's;
+#              KERNELS_S=100 seconds (KERNELS_PARTS="decode_layer l2_steps chunks": some of its sections)
 #   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value (or MODEL_PARTS): prefill, blocking, decode, operators
 #              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
-#   fp8        "model" with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
 #   goodput    that shape served by the engine: the highest rate of a trace's requests (pack.sh) at which 90 % have their first
-#              token in time, by policy and granularity; GOODPUT_S=160 seconds (flowprefill bench goodput --shape)
+#              token in time, by policy and granularity (or GOODPUT_SETTINGS); GOODPUT_S=160 seconds (flowprefill bench goodput --shape)
 #   peer       that shape by transformers on the same card, eager and compiled, in turns with ours: PEER_S=60 seconds, and 20 to
 #              load ours (flowprefill bench gpu --shape --peer transformers)
+#   fp8        "model" with weights in FP8, FP8_S=70 seconds: prefill, decode, operators next to torch's products of FP8
+#   cpu        the CPU engine by its best instruction set (AMX): kernels and tests/device, at the same time as "pytest"; now
+#              figures alone (cpu_figures.py), CPU_S=40 seconds
+#   ceilings   the shapes of "kernels" by torch: cuDNN, FlashAttention 2, cuBLAS, copies
 #   sanitizer  compute-sanitizer over a few of gpu_test
 #   source     the build with nvcc
 #   ncu        a profile of the attention kernel
@@ -29,14 +29,13 @@
 #              PEERS_S=75 seconds; only if it is named
 #   hol        short prompts while a long one is prefilled, by the engine; only if it is named
 #
-# $OUT (out/gpu-kit) gets, anew after every stage, so that a killed command leaves what was done: summary.tsv (second,
-# stage, status), logs.tar.gz, kernel_bench.tsv, ceilings.tsv, model_bench.json, goodput.json, fp8_bench.json, peer_bench.json,
-# hol.json; from a machine with a GPU <card>-<commit>.json, all of it in one. Status 77 of a stage: no GPU. PYTHON: an
-# interpreter with torch.
+# $OUT (out/gpu-kit) gets three files, anew after every stage, so that a killed command leaves what was done: summary.tsv
+# (second, stage, status); logs.tar.gz, what every stage printed and wrote; from a machine with a GPU <card>-<commit>.json, all
+# figures in one. Status 77 of a stage: no GPU. PYTHON: an interpreter with torch.
 set -u
 BUDGET=${1:-540}
 shift || true
-STAGES=${*:-probe build tests import pytest alone cpu kernels ceilings model goodput fp8 peer sanitizer source ncu}
+STAGES=${*:-probe build tests import pytest alone kernels model goodput peer fp8 cpu ceilings sanitizer source ncu}
 START=$(date +%s)
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 KIT=$REPO/.gpu-kit
@@ -226,9 +225,7 @@ if [ -n "$CPU_PID" ]; then
 fi
 wants alone && pytest_stage alone 90 'gpu and alone'
 # From here on nothing else computes: figures.
-wants cpu && stage cpu-figures "${CPU_S:-40}" 45 bash -c cpu_figures
 wants kernels && stage kernels "${KERNELS_S:-100}" 80 "$KIT/prebuilt/kernel_bench" ${KERNELS_PARTS-}
-wants ceilings && stage ceilings 60 45 "$PY" "$KIT/src/ceilings.py" 45
 wants model && stage model $((${MODEL_S:-150} + 15)) 90 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --limit-s "${MODEL_S:-150}" \
   ${MODEL_PARTS:+--parts $MODEL_PARTS} --json "$LOGS/model_bench.json"
 if wants goodput; then
@@ -240,15 +237,17 @@ if wants goodput; then
   stage goodput $((seconds + 15)) 60 "$PY" -X faulthandler -m flowprefill bench goodput --backend engine --one-engine \
     --shape "${GOODPUT_SHAPE:-llama-3.1-8b}" --device "${GOODPUT_DEVICE:-cuda}" --kv-cache-gib "${GOODPUT_KV_GIB:-48}" \
     ${trace:+--trace "$trace"} --length-scale "${GOODPUT_LENGTHS:-1}" --carry-slo --point-s 8 --rate-step 1.1 \
-    --guess-profile llama-3.1-8b@h200 --target 0.9 --ours slack_edf+budget:0.5 --setting fcfs+none --setting slack_edf+chunk:512 \
-    --setting s_edf_paper+operator --setting slack_edf+budget:0.5 --budget "$(awk "BEGIN { print $seconds / 60 }")" \
+    --guess-profile llama-3.1-8b@h200 --target 0.9 --ours slack_edf+budget:0.5 \
+    $(printf -- '--setting %s ' ${GOODPUT_SETTINGS:-fcfs+none slack_edf+chunk:512 s_edf_paper+operator slack_edf+budget:0.5}) --budget "$(awk "BEGIN { print $seconds / 60 }")" \
     --resume "$LOGS/goodput-points.json" --json "$LOGS/goodput.json"
 fi
+wants peer && stage peer $((${PEER_S:-60} + 35)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --peer transformers \
+  --parts transformers --tokens 512 2048 8192 32768 --peer-s "${PEER_S:-60}" --limit-s $((${PEER_S:-60} + 25)) --json "$LOGS/peer_bench.json"
 # In a process of its own: an error that stays on the device takes no figure of bf16 with it.
 wants fp8 && stage fp8 $((${FP8_S:-70} + 15)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --weights fp8 \
   --parts prefill decode operators torch --tokens 512 2048 8192 --limit-s "${FP8_S:-70}" --json "$LOGS/fp8_bench.json"
-wants peer && stage peer $((${PEER_S:-60} + 35)) 60 "$PY" -X faulthandler -m flowprefill bench gpu --shape llama-3.1-8b --peer transformers \
-  --parts transformers --tokens 512 2048 8192 32768 --peer-s "${PEER_S:-60}" --limit-s $((${PEER_S:-60} + 25)) --json "$LOGS/peer_bench.json"
+wants cpu && stage cpu-figures "${CPU_S:-40}" 45 bash -c cpu_figures
+wants ceilings && stage ceilings 60 45 "$PY" "$KIT/src/ceilings.py" 45
 if wants sanitizer; then
   few='Attention.OfRagged*:Attention.WithinAWindow:Row*:Rope*:Sample*'
   stage sanitizer-memcheck 70 12 compute-sanitizer --tool memcheck --error-exitcode 9 \
