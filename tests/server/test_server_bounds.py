@@ -254,6 +254,52 @@ def test_template_variables_of_any_name_and_value_are_no_500(
     assert server.post(CHAT, body).status == 200
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for level in range(levels):
+        value = {"a": value} if level % 2 else [value]
+    return value
+
+
+TOO_DEEP = [json_text.MAX_DEPTH + 1, 450, 850]
+DEEP_FIELDS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "repeated": lambda n: {"metadata": {"a": nested(n - 2)}},
+    "rendered": lambda n: {"documents": [{"a": nested(n - 3)}]},
+    "copied": lambda n: {
+        "tools": [{"type": "function", "name": "f", "parameters": {"x": nested(n - 4)}}],
+        "tool_choice": "required",
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field", DEEP_FIELDS)
+def test_what_is_nested_as_deep_as_allowed_is_answered_and_deeper_refused(
+    server: RunningServer, field: str, stream: bool
+) -> None:
+    """What the parser takes, no copy and no encoder of it may fail on, not even in mid-stream."""
+    for levels in (json_text.MAX_DEPTH, *TOO_DEEP):
+        body = {"input": "x", "stream": stream, **DEEP_FIELDS[field](levels)}
+        reply = server.post("/v1/responses", body)
+        if levels == json_text.MAX_DEPTH:
+            assert reply.status == 200, reply.body
+            assert b"internal_error" not in reply.body
+        else:
+            assert (reply.status, reply.error["param"]) == (400, "body"), levels
+            assert "nested too deeply, expected at most 128" in reply.error["message"]
+
+
+@pytest.mark.parametrize("levels", TOO_DEEP)
+def test_arguments_of_a_call_nested_too_deeply_are_a_400(
+    server: RunningServer, levels: int
+) -> None:
+    call = {"function": {"name": "f", "arguments": json.dumps(nested(levels))}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "x"}]
+    reply = server.post(CHAT, {"messages": messages})
+    assert reply.status == 400
+    assert reply.error["param"] == "messages[0].tool_calls[0].function.arguments"
+
+
 @pytest.mark.parametrize(
     "field", ["temperature", "seed", "max_tokens", "n", "priority", "logprobs"]
 )

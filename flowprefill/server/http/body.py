@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, NoReturn
 
 from flowprefill.errors import InvalidRequest, shortened
-from flowprefill.server.http.json_text import MAX_NUMBERS, parse_json
+from flowprefill.server.http.json_text import MAX_DEPTH, MAX_NUMBERS, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,11 @@ def parse_json_object(raw: bytes, max_model_len: int = 0) -> dict[str, Any]:
             param="body",
         ) from None
     except RecursionError:
-        raise InvalidRequest("body: nested too deeply", param="body") from None
+        raise InvalidRequest(
+            f"body: nested too deeply, expected at most {MAX_DEPTH} objects and lists inside "
+            "one another",
+            param="body",
+        ) from None
     except ValueError:  # an integer of thousands of digits
         raise InvalidRequest("body: a number is too long", param="body") from None
     if not isinstance(value, dict):

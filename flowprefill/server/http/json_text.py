@@ -24,6 +24,9 @@ from flowprefill.errors import InvalidRequest
 FEW_PARTS, FEW_FLOATS, FEW_VALUES, FEW_DIGITS = 20_000, 50_000, 250_000, 20
 # 10,000 messages of several parts fit, and the token ids of 30 prompts of 10,000.
 MAX_PARTS, MAX_NUMBERS, MAX_DIGITS = 100_000, 300_000, 400
+# Objects and lists inside one another. What copies and writes a value later takes several frames of
+# Python's stack, of which there are 1000, for each.
+MAX_DEPTH = 128
 
 
 def parse_json(raw: bytes, text: str, max_numbers: int = MAX_NUMBERS) -> Any:
@@ -32,7 +35,8 @@ def parse_json(raw: bytes, text: str, max_numbers: int = MAX_NUMBERS) -> Any:
     Raises:
         InvalidRequest: NaN, an infinity or what is too large for a float, more than MAX_PARTS
             objects, lists and texts, or more than ``max_numbers`` numbers.
-        ValueError, RecursionError: as json.loads; or an integer of more than MAX_DIGITS digits.
+        ValueError: as json.loads; or an integer of more than MAX_DIGITS digits.
+        RecursionError: it is more than MAX_DEPTH deep.
     """
     containers = raw.count(b"[") + raw.count(b"{")
     parts = containers + raw.count(b'"') // 2
@@ -40,9 +44,26 @@ def parse_json(raw: bytes, text: str, max_numbers: int = MAX_NUMBERS) -> Any:
     floats = min(sum(map(raw.count, (b".", b"e", b"E"))), values)
     if parts <= FEW_PARTS and floats <= FEW_FLOATS and values <= FEW_VALUES:
         digits = len(raw) - len(raw.translate(None, b"0123456789"))
-        if digits <= FEW_DIGITS * values + MAX_DIGITS:
-            return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-    return _CountingDecoder(max_numbers).decode(text)
+        is_small = digits <= FEW_DIGITS * values + MAX_DIGITS
+    else:
+        is_small = False
+    if is_small:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    else:
+        value = _CountingDecoder(max_numbers).decode(text)
+    if containers > MAX_DEPTH:
+        check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raise RecursionError for a parsed value that is more than MAX_DEPTH deep."""
+    level, depth = [value], 0  # the objects and lists that are so deep
+    while level := [one for one in level if type(one) in (dict, list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError(f"more than {MAX_DEPTH} objects and lists inside one another")
+        level = [inner for one in level for inner in (one.values() if type(one) is dict else one)]
 
 
 def _refuse_constant(name: str) -> NoReturn:

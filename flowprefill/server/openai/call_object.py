@@ -120,6 +120,6 @@ class CallObject:
 def _text_of(value: str) -> str | None:
     try:
         text = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return text if isinstance(text, str) else None

@@ -18,6 +18,7 @@ from flowprefill.models.chat_template import content_text
 from flowprefill.request import MAX_STRUCTURED_CHARS, StructuredOutput
 from flowprefill.server.engine_protocol import ServedTokenizer
 from flowprefill.server.http.body import Body, check_text
+from flowprefill.server.http.json_text import check_depth
 from flowprefill.server.openai.tool_parsers import CallFormat
 
 MAX_TOOLS = 128
@@ -127,6 +128,7 @@ def _read_call(param: str, call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(check_text(f"{param}.function.arguments", arguments) or "{}")
+            check_depth(arguments)
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
