@@ -137,6 +137,13 @@ class ServerContext:
         wanted = self.options.debug_routes
         if wanted == "off" or (wanted == "auto" and not self.guard.is_local):
             raise DebugOff("debug routes are off here; --debug-routes on serves them", param="url")
+        self.check_key(headers)
+
+    def check_key(self, headers: Mapping[str, str]) -> None:
+        """Let a client ask; raises Unauthorized if there are tenants, and it has no key of theirs.
+
+        Before its body is read: strangers get no memory.
+        """
         self._tenants.of(headers)
 
     def model_names(self) -> tuple[str, ...]:

@@ -88,6 +88,23 @@ def test_without_a_tenants_key_nothing_is_submitted(
 
 
 @pytest.mark.parametrize(
+    ("path", "body"), [("/tokenize", HI), ("/detokenize", {"tokens": [72, 105]})]
+)
+def test_tokens_too_are_for_those_with_a_key(
+    engine: FakeEngine, start_server: StartServer, path: str, body: dict[str, Any]
+) -> None:
+    """They cost a thread, the memory of a body and, of a chat, a process."""
+    server = start_server(engine, tenants=TENANTS)
+    for headers in ({}, key("sk-none")):
+        reply = server.post(path, body, headers)
+        assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+    assert server.post(path, b"no JSON").status == 401, "a stranger's body is not read"
+    assert server.post(path, body, key("sk-lab")).status == 200
+    assert server.get("/openapi.json").json()["paths"][path]["post"]["security"]
+    assert server.server.context.body_memory.used == 0
+
+
+@pytest.mark.parametrize(
     "tenants",
     [
         {"a": {}}, {"a": {"key": ""}}, {"a": {"key": 1}}, {"a": "k"}, {"": {"key": "k"}},

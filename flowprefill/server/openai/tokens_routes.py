@@ -83,6 +83,7 @@ def _detokenize(engine: ServedEngine, body: Body) -> dict[str, Any]:
 async def _answer(request: web.Request, work: Any) -> web.Response:
     context = request.app[SERVER]
     engine = context.engine
+    context.check_key(request.headers)
 
     def run(raw: bytes) -> tuple[str, Body]:
         body = Body(parse_json_object(raw, engine.max_model_len))

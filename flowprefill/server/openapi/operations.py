@@ -97,10 +97,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/tokenize"): Operation(
         "Turn a prompt, or the messages of a chat, into token ids.", "Tokens",
-        (*_BODY, PromptTooLong, ProcessNotStarted), tag="Generation",
+        (*_BODY, Unauthorized, PromptTooLong, ProcessNotStarted), has_key=True, tag="Generation",
     ),
     ("POST", "/detokenize"): Operation(
-        "Turn token ids into text.", "Text", _BODY, tag="Generation"
+        "Turn token ids into text.", "Text", (*_BODY, Unauthorized), has_key=True,
+        tag="Generation",
     ),
     ("GET", "/v1/models"): Operation("List what is served.", "ModelList", _ENGINE),
     ("GET", "/v1/models/{id}"): Operation(
