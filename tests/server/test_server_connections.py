@@ -344,6 +344,23 @@ def test_client_that_waits_for_100_continue_is_served(server: RunningServer) -> 
         assert read_to_end(one).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
+def test_stream_to_a_client_of_http_1_0_ends_with_the_connection(
+    server: RunningServer, path: str, connection: str
+) -> None:
+    """It knows no chunks, so one that keeps its connection would wait for the end of idling."""
+    body = json.dumps({"prompt" if "compl" in path else "input": "x", "stream": True})
+    head = f"POST {path} HTTP/1.0\r\nConnection: {connection}\r\nContent-Length: {len(body)}"
+    with connect(server, f"{head}\r\n\r\n{body}".encode()) as one:
+        one.settimeout(10.0)
+        head, _, events = read_to_end(one).partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    assert b"keep-alive" not in head
+    assert events.startswith((b"data: ", b"event: "))
+    assert b"[DONE]" in events or b"response.completed" in events
+
+
 @pytest.mark.parametrize(
     "chunks",
     [b"nonsense\r\n", b"3\r\n{}\r\n\r\n", b"ffffffffffffffffff\r\n", b"-1\r\n\r\n"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from flowprefill.errors import FlowPrefillError
 from flowprefill.server.context import REQUEST_ID
@@ -40,6 +40,10 @@ class EventStream:
         self._request = request
         self.response = web.StreamResponse(headers=HEADERS)
         self.response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+        if (
+            request.version < HttpVersion11
+        ):  # it has no chunks: the connection's end is the stream's
+            self.response.force_close()
 
     @property
     def is_open(self) -> bool:
