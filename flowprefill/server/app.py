@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from aiohttp import web
 
@@ -134,16 +136,17 @@ class Server:
         assert self._runner.server is not None
         context, loop = self.context, asyncio.get_running_loop()
         make = connection_factory(context.connections, self._runner.server, context.options)
+        settings: dict[str, Any] = {"backlog": BACKLOG}
+        if self.tls is not None:
+            settings |= {
+                "ssl": self.tls,
+                "ssl_handshake_timeout": context.options.header_timeout_s,
+                "ssl_shutdown_timeout": CLOSING_WRITE_S,
+            }
         try:
-            self._listening = await loop.create_server(
-                make,
-                host,
-                port,
-                backlog=BACKLOG,
-                ssl=self.tls,
-                ssl_handshake_timeout=context.options.header_timeout_s if self.tls else None,
-                ssl_shutdown_timeout=CLOSING_WRITE_S if self.tls else None,
-            )
+            both = _both_families(host, port)
+            where = {"host": host, "port": port} if both is None else {"sock": both}
+            self._listening = await loop.create_server(make, **where, **settings)
         except OSError as error:
             await self._runner.cleanup()
             if isinstance(error, socket.gaierror):
@@ -192,6 +195,20 @@ class Server:
         telemetry = self.app.get(TELEMETRY)
         if telemetry is not None:
             await asyncio.to_thread(telemetry.close)
+
+
+def _both_families(host: str, port: int) -> socket.socket | None:
+    """Return what listens on all addresses for '::'; asyncio would take it for those of IPv6 alone.
+
+    None: it is another host, or the system has no IPv6.
+    """
+    try:
+        is_all = ipaddress.IPv6Address(host) == ipaddress.IPv6Address("::")
+    except ValueError:
+        return None
+    if not is_all or not socket.has_dualstack_ipv6():
+        return None
+    return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
 
 
 async def _until_set(event: asyncio.Event) -> bool:

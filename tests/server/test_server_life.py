@@ -319,3 +319,18 @@ async def test_serve_taken_port_is_raised_before_loading() -> None:
     ):
         await serve(load, "127.0.0.1", taken.getsockname()[1])
     assert loads == []
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::", "0:0::0"])
+def test_host_for_all_takes_both_families(
+    start_server: StartServer, engine: FakeEngine, host: str
+) -> None:
+    server = start_server(engine, host=host)
+    for number, address in enumerate(("127.0.0.1", "::1")):
+        with socket.create_connection((address, server.port), timeout=WAIT_S) as connection:
+            body = b'{"prompt": "x"}'
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            client = engine.wait_submitted(number + 1).request.client
+        assert client == ("127.0.0.1", "0000:0000:0000:0000")[number]
