@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import FakeEngine, Script
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 from running_server import RunningServer, StartServer
 
 from flowprefill.errors import RequestFailed
@@ -18,6 +20,7 @@ TOOLS: Any = [
     {"type": "function", "name": "weather", "strict": True, "parameters": {"type": "object"}},
     {"type": "function", "name": "now", "strict": True, "parameters": {"type": "object"}},
 ]
+EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 CALL = {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}"}
 CALLS = (
     'I look.\n<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
@@ -42,6 +45,23 @@ def test_whole_reply(client: openai.OpenAI, engine: FakeEngine) -> None:
     ]  # fmt: skip
     sampling = engine.submitted[0].request.sampling
     assert (sampling.max_tokens, sampling.temperature) == (50, 0.5)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"tools": TOOLS, "tool_choice": "required"}, {"max_output_tokens": 3}]
+)
+def test_reply_and_every_event_have_all_that_openais_types_require(
+    server: RunningServer, engine: FakeEngine, fields: dict[str, Any]
+) -> None:
+    """Clients that check what they get refuse what lacks a field."""
+    engine.script = Script(text=CALLS if "tools" in fields else "Hello world")
+    body = {"input": "Hi", **fields}
+    Response.model_validate(server.post("/v1/responses", body).json(), strict=True)
+    raw = server.post("/v1/responses", {**body, "stream": True}).body.decode()
+    events = [json.loads(line[6:]) for line in raw.splitlines() if line.startswith("data: ")]
+    for event in events:
+        EVENT.validate_python(event, strict=True)
+    assert events[-1]["type"] in ("response.completed", "response.incomplete")
 
 
 def test_cut_reply_is_incomplete(client: openai.OpenAI) -> None:

@@ -188,7 +188,7 @@ _RESPONSES: dict[str, Schema] = {
     "ResponseUsage": obj(
         {
             "input_tokens": INT,
-            "input_tokens_details": obj({"cached_tokens": INT}),
+            "input_tokens_details": obj({"cached_tokens": INT, "cache_write_tokens": INT}),
             "output_tokens": INT,
             "output_tokens_details": obj({"reasoning_tokens": INT}),
             "total_tokens": INT,

@@ -85,7 +85,8 @@ class ResponseReply:
         usage = usage_object(generation.handles, 1, output_tokens)
         payload["usage"] = {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": usage["prompt_tokens_details"],
+            # OpenAI's types require both; nothing is charged for what the prefix cache keeps.
+            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": output_tokens,
             "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
             "total_tokens": usage["total_tokens"],
