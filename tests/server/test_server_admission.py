@@ -82,6 +82,7 @@ def test_without_a_tenants_key_nothing_is_submitted(
     server = start_server(engine, tenants=TENANTS)
     reply = server.post("/v1/completions", HI, headers)
     assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+    assert reply.headers["WWW-Authenticate"] == "Bearer"  # HTTP asks for it
     assert "sk-" not in reply.error["message"]
     assert engine.submitted == []
     assert server.get("/health").status == 200

@@ -77,7 +77,7 @@ def error_body(error: FlowPrefillError) -> dict[str, Any]:
 
 
 def error_headers(error: FlowPrefillError) -> dict[str, str]:
-    """Return the headers that tell clients whether and when to try again."""
+    """Return the headers that tell clients how, whether and when to try again."""
     if isinstance(error, Overloaded):
         if math.isinf(error.retry_after_s):
             return {"x-should-retry": "false"}
@@ -90,6 +90,8 @@ def error_headers(error: FlowPrefillError) -> dict[str, str]:
         return {"Retry-After": str(NOT_READY_RETRY_S)}
     if isinstance(error, WrongMethod):
         return {"Allow": error.allowed}
+    if error.status == 401:
+        return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, DeadlinePassed):
         # The openai client would send the lost request twice more.
         return {"x-should-retry": "false"}
