@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Policy(Protocol):
-    """The six questions a scheduler asks. Calls come from one thread and must be deterministic.
+    """The five questions a scheduler asks. Calls come from one thread and must be deterministic.
 
     Attributes:
         name: shown in logs and metrics.
