@@ -1,8 +1,9 @@
-"""What every command that asks a server checks first: its URL and the key; explain, chat, bench."""
+"""What every command that asks a server needs: URL, key, why none answers; explain, chat, bench."""
 
 from __future__ import annotations
 
 import os
+import urllib.error
 import urllib.parse
 
 from flowprefill.errors import InvalidRequest
@@ -42,3 +43,11 @@ def bearer(key: str | None) -> dict[str, str]:
             f"--api-key, or {KEY_VARIABLE}: got {len(key)} characters, expected printable ASCII"
         )
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def why_no_answer(error: Exception) -> str:
+    """Return what kept a server from answering, as the system says it: "Connection refused"."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror
+    return str(reason)

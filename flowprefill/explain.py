@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flowprefill.client import KEY_VARIABLE, bearer, server_url
+from flowprefill.client import KEY_VARIABLE, bearer, server_url, why_no_answer
 from flowprefill.errors import FlowPrefillError, InvalidRequest
 
 TIMEOUT_S = 10.0
@@ -62,7 +62,7 @@ def _fetch(url: str, headers: dict[str, str]) -> Any:
             message = f"{url}: status {error.code}"
         raise InvalidRequest(message) from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        raise FlowPrefillError(f"{url}: {error}") from None
+        raise FlowPrefillError(f"{url}: {why_no_answer(error)}") from None
 
 
 def _short_lines(requests: list[Story]) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _told(event: Story) -> str:
 
 def _work(event: Story) -> str:
     if event["kind"] == "decode":
-        return f"a decode step of {event['count']} sequences"
+        return f"a decode step of {_counted(event['count'], 'sequence')}"
     return f"the prefill of {_names(event['requests'], event['count'])}"
 
 
@@ -145,7 +145,8 @@ def _waits(waited_for: list[Story]) -> Iterator[str]:
     if not waited_for:
         return
     shown = waited_for[:MAX_SHOWN]
-    yield f"{'':>12}  Meanwhile {len(waited_for)} prefills of others started or went on:"
+    prefills = _counted(len(waited_for), "prefill")
+    yield f"{'':>12}  Meanwhile {prefills} of others started or went on:"
     for one in shown:
         names = _names(one["requests"], len(one["requests"]))
         yield f"{_time(one['at_ms']):>12}    {names}: {one['reason']}."
@@ -168,14 +169,17 @@ def _ending(story: Story) -> Iterator[str]:
         why = f" ({story['error']})" if story["error"] else ""
         yield _line(
             story["total_ms"],
-            f"It ended: {story['finish_reason']}{why}, after {story['output_tokens']} tokens."
-            + met.get(story["slo_met"], ""),
+            f"It ended: {story['finish_reason']}{why}, "
+            f"after {_counted(story['output_tokens'], 'token')}." + met.get(story["slo_met"], ""),
         )
     else:
         yield _line(story["total_ms"], f"Now it is {story['state']}.")
     ran = f"preprocessed {_time(story['preprocess_ms'])}, waited {_time(story['waiting_ms'])}"
     ran += f", computed {_time(story['prefill_run_ms'])}"
-    stood = f"suspended {_time(story['suspended_ms'])} in {story['preemptions']} times"
+    times = story["preemptions"]
+    stood = "never suspended"
+    if times:
+        stood = f"suspended {_counted(times, 'time')} for {_time(story['suspended_ms'])}"
     blocked = story["blocking_ms"]
     blocking = "" if blocked is None else f"; from dispatch to first segment {_time(blocked)}"
     yield f"Of its prefill: {ran}, {stood}{blocking}."
@@ -187,3 +191,7 @@ def _line(at_ms: float, text: str) -> str:
 
 def _time(ms: float) -> str:
     return f"{ms / 1e3:,.3f} s" if ms >= 1e4 else f"{ms:,.1f} ms"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -91,7 +91,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """Read what a bench wrote with ``--json``; raises ConfigError for anything else."""
     try:
         found: Any = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"report {path}: {error.strerror}", param="report") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"report {path}: {error}", param="report") from None
     if not _is_report(found):
         raise ConfigError(

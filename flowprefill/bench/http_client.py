@@ -24,7 +24,7 @@ import aiohttp
 
 from flowprefill.bench.arrivals import Planned
 from flowprefill.bench.common import random_ids
-from flowprefill.client import bearer, server_url
+from flowprefill.client import bearer, server_url, why_no_answer
 from flowprefill.errors import FlowPrefillError
 from flowprefill.terminal import unwinding_signals
 
@@ -150,7 +150,7 @@ def check_answers(url: str) -> None:
     except urllib.error.HTTPError:
         pass
     except (OSError, http.client.HTTPException) as error:
-        raise FlowPrefillError(f"{url}: {error}") from None
+        raise FlowPrefillError(f"{url}: {why_no_answer(error)}") from None
 
 
 def server_facts(url: str, api_key: str = "") -> ServerFacts:

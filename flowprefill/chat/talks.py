@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flowprefill.client import bearer, server_url
+from flowprefill.client import bearer, server_url, why_no_answer
 from flowprefill.errors import FlowPrefillError, InvalidRequest, shortened
 from flowprefill.request import SLO, Request, SamplingParams
 
@@ -111,7 +111,7 @@ class ServerTalk:
         except urllib.error.HTTPError as error:
             raise InvalidRequest(_refusal(error)) from None
         except (OSError, http.client.HTTPException) as error:
-            raise FlowPrefillError(f"{self._url}: {error}") from None
+            raise FlowPrefillError(f"{self._url}: {why_no_answer(error)}") from None
 
     def answer(
         self, messages: Sequence[Message], settings: TalkSettings

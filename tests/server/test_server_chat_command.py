@@ -176,7 +176,7 @@ def test_command_loads_a_model_here(
         (("--url", ""), 2, "--url: got ''"),
         (("--url", "http://[::1"), 2, "--url: got 'http://[::1'"),
         (("--url", "http://127.0.0.1:9", "--api-key", "a\nb"), 2, "--api-key"),
-        (("--url", "http://127.0.0.1:9"), 1, "refused"),
+        (("--url", "http://127.0.0.1:9"), 1, "http://127.0.0.1:9: Connection refused\n"),
     ],
 )
 def test_bad_chat_flags_are_one_line(

@@ -38,7 +38,7 @@ def shell(text: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ("$F generate <&-", 2, "prompt: empty"),
         ("$F simulate --profiles > /dev/full", 1, "No space left on device"),
         ("$F explain --url http://127.0.0.1:x", 2, "--url: got 'http://127.0.0.1:x'"),
-        ("$F explain --url http://127.0.0.1:9", 1, "refused"),
+        ("$F explain --url http://127.0.0.1:9", 1, "/debug/requests: Connection refused"),
     ],
 )
 def test_any_stream_may_be_closed_or_full(line: str, status: int, error: str) -> None:

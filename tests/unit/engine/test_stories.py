@@ -79,7 +79,7 @@ def test_demoted_and_decode_steps_are_told() -> None:
     assert story["slo_met"] is False
     assert len(story["events"]) == stories.MAX_ENTRIES
     assert story["events_left_out"] > 0
-    assert any("a decode step of 1 sequences" in line for line in sentences(story))
+    assert any("a decode step of 1 sequence:" in line for line in sentences(story))
 
 
 def test_packed_requests_name_each_other_up_to_a_bound() -> None:
@@ -130,9 +130,11 @@ def test_sentences_tell_times_names_and_the_prediction() -> None:
     assert f"1,000.0 ms  It was suspended for the prefill of {short.id}: " in text
     assert "1,101.0 ms  It went on where it had stopped" in text
     assert "2,100.0 ms  Its first token was made, 100.0 ms later than predicted." in text
-    assert "It ended: length, after 1 tokens. Its objectives were met." in text
+    assert "It ended: length, after 1 token. Its objectives were met." in text
+    assert "suspended 1 time for 10" in text
     other = "\n".join(sentences(story_of(world, 1)))
     assert f"It suspended the prefill of {long.id}." in other
+    assert "never suspended" in other
 
 
 def test_a_suspension_that_the_end_of_the_prefill_forestalled_is_none() -> None:
