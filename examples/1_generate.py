@@ -18,8 +18,11 @@ def main() -> None:
         handle = engine.submit(request, slo=SLO(ttft=0.25, tpot=0.1))
         for token in handle:
             print(token.text, end="", flush=True)
-        print()
-        print(handle.timings)
+        timings = handle.result().timings
+        print(
+            f"\nfirst token after {timings.ttft:.3f} s: waited {timings.queue:.3f} s, computed "
+            f"{timings.prefill_run:.3f} s; objectives met: {timings.slo_met}"
+        )
 
 
 if __name__ == "__main__":

@@ -266,8 +266,11 @@ def _print_tokens(tokens: Iterator[Token] | Any) -> None:
 
 def _print_timings(timings: Mapping[str, Any]) -> None:
     for name, value in timings.items():
+        if name == "suspensions":
+            continue  # the stretches of `suspended`
         is_time = isinstance(value, float)
-        sys.stderr.write(f"{name:>14}  {f'{value * 1e3:.2f} ms' if is_time else value}\n")
+        shown = f"{value * 1e3:.2f} ms" if is_time else "-" if value is None else value
+        sys.stderr.write(f"{name:>14}  {shown}\n")
 
 
 def _add_bench(commands: Any, arguments: Sequence[str]) -> None:

@@ -62,8 +62,16 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_shown(of)}" for name, of in value.items())
+        return "\n".join(f"{name.replace('_', ' ')}: {_inline(of)}" for name, of in value.items())
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "no limit, or not known"}[value]
     return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {of}" for name, of in value.items())
+    return _shown(value)
 
 
 def examine() -> dict[str, Any]:

@@ -135,10 +135,9 @@ def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> 
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for heading in columns.values():
-        table.add_column(
-            heading, justify="left" if heading == next(iter(columns.values())) else "right"
-        )
+    for key, heading in columns.items():
+        is_text = all(isinstance(row.get(key), str) for row in rows)
+        table.add_column(heading, justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*(shown(row.get(key), heading) for key, heading in columns.items()))
     console = Console()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 DEFAULT_PROFILE = "llama-3.1-8b@a800"
+SOURCE_COLUMNS = {"name": "name", "source": "where its figures come from"}
 COLUMNS = {
     "configuration": "configuration",
     "router": "router",
@@ -89,8 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate, print the table, write the JSON."""
     if args.profiles:
-        rows = [{"name": name, "source": Profile.load(name).source} for name in Profile.names()]
-        print_table("Profiles", rows, {"name": "profile", "source": "source"})
+        for kind in ("model", "machine"):
+            rows = [{"name": name, "source": text} for name, text in Profile.sources(kind).items()]
+            print_table(f"{kind.upper()} of --profile MODEL@MACHINE", rows, SOURCE_COLUMNS)
         return 0
     configurations = _configurations(args)
     trace = read_requests(args)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flowprefill.config import read_object
 from flowprefill.engine.loading import model_shape
@@ -83,6 +83,12 @@ class Profile:
     def names() -> list[str]:
         """Return the names of the built-in profiles."""
         return [f"{model}@{machine}" for model in _stems("model") for machine in _stems("machine")]
+
+    @staticmethod
+    def sources(kind: Literal["model", "machine"]) -> dict[str, str]:
+        """Return where the figures of each built-in model or machine come from, by name."""
+        files = {stem: FOLDER / f"{kind}-{stem}.json" for stem in _stems(kind)}
+        return {stem: read_object("profile", path)["source"] for stem, path in files.items()}
 
     @cached_property
     def predictor(self) -> _core.PlanPredictor:

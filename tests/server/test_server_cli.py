@@ -354,6 +354,8 @@ def test_generate_streams_the_text(capsys: pytest.CaptureFixture[str], engine: F
     assert captured.out == "Hello\n"
     assert "ttft  8.00 ms" in captured.err
     assert "preemptions  1" in captured.err
+    assert "()" not in captured.err
+    assert "None" not in captured.err
     handle = engine.submitted[0]
     assert handle.slo.ttft == 0.25
     assert handle.request.sampling.stop == ("x",)
@@ -450,10 +452,15 @@ def test_doctor_table_is_printed_and_paths_are_whole(
 ) -> None:
     path = "/a/folder" * 20
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(doctor, "examine", lambda: {"gemm_bf16_gflops": 1.0, "model": path})
+    peak = {"f32_gflops": 2.0, "reads": {"4 MiB": 9.0}}
+    found = {"gemm_bf16_gflops": 1.0, "peak": peak, "native": True, "model": path}
+    monkeypatch.setattr(doctor, "examine", lambda: found)
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "gemm bf16 gflops" in shown
+    lines = [line.rstrip() for line in shown.splitlines()]
+    for cell in ("f32 gflops: 2.0", "reads: 4 MiB 9.0", "yes"):  # each ends a line of its own
+        assert any(line.endswith(cell) for line in lines), cell
     assert path in "".join(shown.split())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ def test_command_reads_a_trace_and_scales_it(tmp_path: Path) -> None:
 
 def test_command_lists_the_profiles(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--profiles"]) == 0
-    assert "data sheet" in " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert "data sheet" in " ".join(shown.split())
+    for name in ("llama-3.1-8b", "a800"):  # each once, not with each of the others
+        assert len(re.findall(rf"^│ {name} ", shown, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize(
