@@ -25,7 +25,7 @@ from flowprefill.engine.records import (
     TimelineEntry,
     timeline_entry,
 )
-from flowprefill.errors import NotReady
+from flowprefill.errors import InvalidRequest, NotReady
 from flowprefill.models.chat_template import read_template_file
 from flowprefill.models.checkpoint import Checkpoint, Progress, open_checkpoint
 from flowprefill.request import SLO, Pooling, Request
@@ -139,6 +139,10 @@ class Engine:
                 In each case nothing else is disturbed.
         """
         arrival_s = self._worker.now_s()
+        if not isinstance(request, Request):
+            raise InvalidRequest.field("request", request, "a Request, as Request('text')")
+        if slo is not None and not isinstance(slo, SLO):
+            raise InvalidRequest.field("slo", slo, "an SLO, as SLO(ttft=0.25), or None")
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
         self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer

@@ -294,6 +294,15 @@ def test_bad_token_ids_are_named(engine: Engine, bad: Any) -> None:
     assert_all_free(engine)
 
 
+def test_what_is_no_request_and_no_slo_is_named(engine: Engine) -> None:
+    submit: Callable[..., Any] = engine.submit
+    with pytest.raises(InvalidRequest, match="request: got 'Hello', expected a Request"):
+        submit("Hello")
+    with pytest.raises(InvalidRequest, match=r"slo: got 0\.25, expected an SLO"):
+        submit(Request([1, 2]), 0.25)
+    assert_all_free(engine)
+
+
 def test_prompt_too_long_says_the_numbers(open_engine: Callable[..., Engine]) -> None:
     engine = open_engine(max_model_len=300, kv_cache_gib=0.001, block_tokens=16)
     with pytest.raises(
