@@ -113,8 +113,16 @@ def load_engine(
     return engine
 
 
+def _command(commands: Any, name: str, line: str) -> argparse.ArgumentParser:
+    """Add a command; its one line is shown in the list of commands and in its own help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=line, description=f"{line[0].upper()}{line[1:]}."
+    )
+    return parser
+
+
 def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="serve a model over an OpenAI-compatible API")
+    parser = _command(commands, "serve", "serve a model over an OpenAI-compatible API")
     parser.add_argument(
         "model", nargs="?", default=DEFAULT_MODEL, help="name, folder, .gguf file, or ORG/NAME"
     )
@@ -199,7 +207,7 @@ def _ends_at(number: signal.Signals, status: int) -> Iterator[None]:
 
 
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="continue one prompt and print the text")
+    parser = _command(commands, "generate", "continue one prompt and print the text")
     parser.add_argument("prompt", nargs="?", help="the prompt; read from stdin if left out")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="name, folder, .gguf file, or ORG/NAME"
@@ -274,35 +282,35 @@ def _print_timings(timings: Mapping[str, Any]) -> None:
 
 
 def _add_bench(commands: Any, arguments: Sequence[str]) -> None:
-    parser = commands.add_parser("bench", help="measure; bench NAME --help says how")
+    parser = _command(commands, "bench", "measure; bench NAME --help says how")
     names = parser.add_subparsers(title="benches", metavar="NAME", required=True)
     for name, line in BENCHES.items():
-        bench = names.add_parser(name, help=line)
+        bench = _command(names, name, line)
         # Its module may need torch: only the one that was named is imported.
         if list(arguments[:2]) == ["bench", name]:
             _attach_module(bench, f"flowprefill.bench.{name}")
 
 
 def _add_simulate(commands: Any, arguments: Sequence[str]) -> None:
-    parser = commands.add_parser("simulate", help="a trace on a worker or a cluster, virtual time")
+    parser = _command(commands, "simulate", "a trace on a worker or a cluster, virtual time")
     if list(arguments[:1]) == ["simulate"]:
         _attach_module(parser, "flowprefill.bench.simulate")
 
 
 def _add_doctor(commands: Any, arguments: Sequence[str]) -> None:
-    parser = commands.add_parser("doctor", help="what this machine offers")
+    parser = _command(commands, "doctor", "what this machine offers")
     if list(arguments[:1]) == ["doctor"]:
         _attach_module(parser, "flowprefill.bench.doctor")
 
 
 def _add_explain(commands: Any, arguments: Sequence[str]) -> None:
-    parser = commands.add_parser("explain", help="what happened to a request of a server, and why")
+    parser = _command(commands, "explain", "what happened to a request of a server, and why")
     if list(arguments[:1]) == ["explain"]:
         _attach_module(parser, "flowprefill.explain")
 
 
 def _add_chat(commands: Any, arguments: Sequence[str]) -> None:
-    parser = commands.add_parser("chat", help="talk with a model, of a server or loaded here")
+    parser = _command(commands, "chat", "talk with a model, of a server or loaded here")
     if list(arguments[:1]) == ["chat"]:
         _attach_module(parser, "flowprefill.chat.command")
 

@@ -176,7 +176,7 @@ class EngineConfig:
     calibrate: bool = _setting(True, "measure this machine at start (cached on disk)")
     cache_dir: str = _setting("", "where calibration is kept; empty is the user's cache folder")
     chat_template: str = _setting(
-        "", "file of a jinja2 chat template to use instead of the model's own; empty is that"
+        "", "file of a jinja2 chat template; empty: the model's own is used"
     )
 
     def __post_init__(self) -> None:

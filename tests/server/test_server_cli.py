@@ -104,6 +104,21 @@ def test_reader_that_leaves_is_no_error(argv: list[str]) -> None:
     assert done.returncode == cli.PIPE_CLOSED
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("serve",), "Serve a model over an OpenAI-compatible API."),
+        (("doctor",), "What this machine offers."),
+        (("bench", "hol"), f"{cli.BENCHES['hol'].capitalize()}."),
+    ],
+)
+def test_help_of_a_command_says_what_it_is(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], line: str
+) -> None:
+    assert cli.main([*words, "--help"]) == 0
+    assert line in " ".join(capsys.readouterr().out.split())
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"flowprefill {__version__}\n"
