@@ -57,13 +57,15 @@ class CpuDevice:
                 "(AVX-512 VNNI or AMX), expected 'none'",
                 param="quantization",
             )
-        self.quantization = config.quantization
+        self.quantization = self._chosen = config.quantization
         self.threads = resolve_threads(config.threads)
         self._background = config.background
 
     def make_model(self, checkpoint: Checkpoint) -> _core.Model:
         """Make an empty model; any number of tokens fits."""
         formats = self.block_formats(checkpoint)
+        if self.quantization == "auto":
+            self._chosen = "gguf" if formats else "none"
         numbers = "int8" if self.quantization == "int8" else "none"
         try:
             return _core.Model(checkpoint.graph, self.dtype, self.threads, numbers, formats=formats)
@@ -135,7 +137,7 @@ class CpuDevice:
             "device": self.name,
             "reason": self.reason,
             "dtype": self.dtype,
-            "quantization": self.quantization,
+            "quantization": self._chosen,
             "threads": self.threads,
             "isa": _core.isa(),
         }

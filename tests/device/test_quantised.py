@@ -169,6 +169,7 @@ def test_settings_and_size_say_whether_an_engine_keeps_blocks(
         quantization=quantization,
     )  # fmt: skip
     with Engine(saved.folder, settings) as engine:
+        assert engine.describe()["quantization"] == ("gguf" if kept else "none")
         worker: Any = engine._worker
         elements = sum(count for _, count in open_checkpoint(saved.folder).graph.products())
         stored: float = engine.model_shape.weight_bytes + engine.model_shape.head_bytes
