@@ -169,7 +169,10 @@ def server_facts(url: str, api_key: str = "") -> ServerFacts:
             str(told["model"]), int(told["max_model_len"]), int(told["vocab_size"]),
             str(settings["policy"]), str(settings["granularity"]),
         )  # fmt: skip
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        message = f"url: {url}/server_info: {why_no_answer(error)}"
+        raise FlowPrefillError(message, param="url") from None
+    except (http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         message = f"url: {url}/server_info: {type(error).__name__}: {error}"
         raise FlowPrefillError(message, param="url") from None
 
