@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 _UNKNOWN_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
@@ -21,7 +22,14 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are raised, so that main() shows all errors alike."""
+    """A parser whose errors are raised, so that main() shows all errors alike.
+
+    Attributes:
+        foreign: flags that other engines have -> what does it here; "" -> what to say of a word
+            too many.
+    """
+
+    foreign: Mapping[str, str] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
@@ -39,7 +47,12 @@ class Parser(argparse.ArgumentParser):
         if extras:
             flags = [flag for action in self._actions for flag in action.option_strings]
             unknown = extras[0].partition("=")[0]
-            hint = did_you_mean(unknown, flags) if unknown.startswith("-") else ""
+            if unknown in self.foreign:
+                hint = f"; {self.foreign[unknown]}"
+            elif unknown.startswith("-"):
+                hint = did_you_mean(unknown, flags)
+            else:
+                hint = f"; {self.foreign['']}" if "" in self.foreign else ""
             self.error(f"unrecognized arguments: {' '.join(extras)}{hint}")
         return parsed, extras
 

@@ -55,6 +55,17 @@ BENCHES: Mapping[str, str] = {
     "gpu": "one GPU: kernels, prefill, blocking by run-ahead, hol; the report to send us",
 }
 
+# What people know from other engines.
+SERVE_ELSEWHERE: Mapping[str, str] = {
+    "--model": "the model is an argument: flowprefill serve MODEL",
+    "--max-num-seqs": "here it is --max-running",
+    "--max-num-batched-tokens": "here it is --max-batch-tokens",
+    "--gpu-memory-utilization": "here it is --kv-cache-gib",
+    "--tensor-parallel-size": "one engine has one device",
+    "--enable-prefix-caching": "it is on; --no-prefix-cache turns it off",
+    "--enable-chunked-prefill": "prefills are cut by time: see --granularity",
+}
+
 
 def _given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
     """Return the settings that were given as flags."""
@@ -113,9 +124,9 @@ def load_engine(
     return engine
 
 
-def _command(commands: Any, name: str, line: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, line: str) -> Parser:
     """Add a command; its one line is shown in the list of commands and in its own help."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: Parser = commands.add_parser(
         name, help=line, description=f"{line[0].upper()}{line[1:]}."
     )
     return parser
@@ -123,6 +134,7 @@ def _command(commands: Any, name: str, line: str) -> argparse.ArgumentParser:
 
 def _add_serve(commands: Any) -> None:
     parser = _command(commands, "serve", "serve a model over an OpenAI-compatible API")
+    parser.foreign = SERVE_ELSEWHERE
     parser.add_argument(
         "model", nargs="?", default=DEFAULT_MODEL, help="name, folder, .gguf file, or ORG/NAME"
     )
@@ -208,6 +220,7 @@ def _ends_at(number: signal.Signals, status: int) -> Iterator[None]:
 
 def _add_generate(commands: Any) -> None:
     parser = _command(commands, "generate", "continue one prompt and print the text")
+    parser.foreign = {"": "the prompt is one argument, in quotes; the model is --model"}
     parser.add_argument("prompt", nargs="?", help="the prompt; read from stdin if left out")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="name, folder, .gguf file, or ORG/NAME"

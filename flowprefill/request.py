@@ -99,8 +99,8 @@ class SLO:
         ttft: time to first token, seconds, > 0; None means no objective (best effort).
         tpot: time per output token after the first, seconds, > 0; None means best effort.
         service_class: name under which metrics count this request, and whose weight, share and
-            admission it has if the class is configured. Its objectives are those given here: of a
-            configured class, `EngineConfig.slo_of_class` returns all.
+            admission it has if the class is configured. Its objectives are those given here: for
+            those of the class give `Engine.submit` its name instead of an SLO.
         on_miss: what happens once the TTFT objective cannot be met any more: ``demote`` serves the
             request behind all that can still meet theirs, ``drop`` ends it with ``DeadlinePassed``.
     """

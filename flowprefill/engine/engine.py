@@ -121,12 +121,12 @@ class Engine:
 
     # ---- what users call -----------------------------------------------------------------------
 
-    def submit(self, request: Request, slo: SLO | None = None) -> Handle:
+    def submit(self, request: Request | str, slo: SLO | str | None = None) -> Handle:
         """Admit a request and, if it is the most urgent, have it executed at once.
 
         Args:
-            request: prompt and sampling parameters.
-            slo: latency objectives; None: the configured default class.
+            request: prompt and sampling parameters; a text: the prompt alone.
+            slo: latency objectives; a text: those of this configured class; None: of the default.
 
         Returns:
             A handle to iterate, await, ask for the result, or cancel.
@@ -139,21 +139,34 @@ class Engine:
                 In each case nothing else is disturbed.
         """
         arrival_s = self._worker.now_s()
+        request = Request(request) if isinstance(request, str) else request
         if not isinstance(request, Request):
-            raise InvalidRequest.field("request", request, "a Request, as Request('text')")
-        if slo is not None and not isinstance(slo, SLO):
-            raise InvalidRequest.field("slo", slo, "an SLO, as SLO(ttft=0.25), or None")
+            raise InvalidRequest.field("request", request, "a Request, or the prompt as a text")
+        slo = self._objectives(slo)
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
         self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer
-        live = self._intake.live(request, slo or self.config.default_slo(), arrival_s)
+        live = self._intake.live(request, slo, arrival_s)
         self._core.submit(live)
         return live.handle
+
+    def _objectives(self, slo: SLO | str | None) -> SLO:
+        if slo is None:
+            return self.config.default_slo()
+        if isinstance(slo, str):
+            known = sorted(self.config.classes)
+            if slo not in known:
+                names = ", ".join(known) or "none is configured"
+                raise InvalidRequest.field("slo", slo, f"an SLO, or the name of a class: {names}")
+            return self.config.slo_of_class(slo)
+        if not isinstance(slo, SLO):
+            raise InvalidRequest.field("slo", slo, "an SLO, as SLO(ttft=0.25), a class, or None")
+        return slo
 
     def embed(
         self,
         prompt: str | Sequence[int],
-        slo: SLO | None = None,
+        slo: SLO | str | None = None,
         *,
         pooling: Pooling = "last",
     ) -> Handle:

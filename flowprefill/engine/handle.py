@@ -81,6 +81,16 @@ class Handle:
         self._token_wakers: list[Waker] | None = None
         self._end_wakers: list[Waker] | None = None
 
+    def __repr__(self) -> str:
+        """Show the id, how far it is, and how it ended."""
+        if self._error is not None:
+            state = f"failed: {self._error.code}"
+        elif self._completion is not None:
+            state = f"ended: {self._completion.finish_reason}"
+        else:
+            state = "going on"
+        return f"<Handle {self.request_id}, {len(self._tokens)} tokens, {state}>"
+
     # --- the engine's side -------------------------------------------------------------------
 
     def push(self, token: Token) -> None:

@@ -62,7 +62,7 @@ class ServerContext:
         self.metrics = metrics
         self.unknown_fields = UnknownFields(refuses=options.unknown_fields == "refuse")
         self.body_memory = BodyMemory(int(options.max_bodies_mib * 2**20))
-        self._tenants = Tenants(options.tenants)
+        self._tenants = Tenants(options.tenants, options.api_key)
         self.live = LiveFeed()
         self.responses = ResponseStore(options.max_stored_responses)
         self.is_closing = False

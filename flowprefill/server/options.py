@@ -14,7 +14,7 @@ from flowprefill.server.openai.tool_parsers import TOOL_PARSERS
 from flowprefill.server.tenants import Tenants
 
 MAX_CONNECTIONS = 1 << 20
-SECRET = ("tenants", "api_keys", "otlp_endpoint")  # settings that hold keys
+SECRET = ("tenants", "api_key", "otlp_endpoint")  # settings that hold keys
 _FLAGS = (
     "vllm_metrics", "log_requests", "page", "client_slo", "client_priority"
 )  # fmt: skip
@@ -64,6 +64,11 @@ class ServerOptions:
     tenants: Mapping[str, Any] = _text_map(
         "who may ask, as JSON: name -> {key, classes}; keys come as Authorization: Bearer; empty "
         "lets every client ask"
+    )
+    api_key: str = _option(
+        "",
+        "key that clients must send as Authorization: Bearer, if they are no tenants; empty "
+        "lets every client ask",
     )
     client_slo: bool = _option(True, "clients may state objectives; classes do if they may not")
     client_priority: bool = _option(True, "clients may state a priority")
@@ -152,7 +157,10 @@ class ServerOptions:
         tenants: object = self.tenants
         if not isinstance(tenants, Mapping):
             self._refuse("tenants", type(tenants).__name__, "an object of name: tenant")
-        Tenants(self.tenants)
+        key: object = self.api_key
+        if not isinstance(key, str) or key != key.strip():
+            self._refuse("api_key", "..." if key else key, "a text without blanks around it")
+        Tenants(self.tenants, self.api_key)
 
     def _check_texts(self) -> None:
         for name, allowed in (

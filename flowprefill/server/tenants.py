@@ -34,37 +34,41 @@ class Tenant:
     classes: tuple[str, ...] = ()
 
 
-ONLY_TENANT = Tenant()  # of all clients, where none are configured
+ONLY_TENANT = Tenant()  # of all clients that are no tenants
 
 
 class Tenants:
-    """The tenants of one server; with none configured all clients are one, without a key."""
+    """The tenants of one server; with none configured, and no key, all clients are one."""
 
-    def __init__(self, specs: Mapping[str, Any]) -> None:
-        """Read the setting ``tenants``; raises ConfigError."""
+    def __init__(self, specs: Mapping[str, Any], api_key: str = "") -> None:
+        """Read the setting ``tenants``; raises ConfigError.
+
+        Args:
+            api_key: of clients that are no tenants; empty: they need none where there are none.
+        """
         # Keys are compared by their digests: how long that takes tells nothing about a key.
-        self._by_digest: dict[bytes, Tenant] = {}
+        self._by_digest = {_digest(api_key): ONLY_TENANT} if api_key else {}
         for name, spec in specs.items():
             key, tenant = _read(name, spec)
             if self._by_digest.setdefault(_digest(key), tenant) is not tenant:
-                message = f"tenants.{name}.key: another tenant has the same key"
+                message = f"tenants.{name}.key: it is another tenant's, or api_key"
                 raise ConfigError(message, param=f"tenants.{name}")
 
     def of(self, headers: Mapping[str, str]) -> Tenant:
         """Return whose key the headers carry.
 
         Raises:
-            Unauthorized: tenants are configured, and it is no key of theirs.
+            Unauthorized: the server has keys, and it is none of them.
         """
         if not self._by_digest:
             return ONLY_TENANT
         given = headers.get("Authorization", "")
         if given[: len(BEARER)].lower() != BEARER:
-            message = "authorization: missing, expected 'Bearer' and the key of a tenant"
+            message = "authorization: missing, expected 'Bearer' and a key of this server"
             raise Unauthorized(message, param="authorization")
         tenant = self._by_digest.get(_digest(given[len(BEARER) :].strip()))
         if tenant is None:
-            message = "authorization: the key is that of no tenant"
+            message = "authorization: the key is none of this server's"
             raise Unauthorized(message, param="authorization")
         return tenant
 

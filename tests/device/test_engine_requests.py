@@ -296,11 +296,22 @@ def test_bad_token_ids_are_named(engine: Engine, bad: Any) -> None:
 
 def test_what_is_no_request_and_no_slo_is_named(engine: Engine) -> None:
     submit: Callable[..., Any] = engine.submit
-    with pytest.raises(InvalidRequest, match="request: got 'Hello', expected a Request"):
-        submit("Hello")
+    with pytest.raises(InvalidRequest, match=r"request: got \[1, 2\], expected a Request"):
+        submit([1, 2])
     with pytest.raises(InvalidRequest, match=r"slo: got 0\.25, expected an SLO"):
         submit(Request([1, 2]), 0.25)
+    with pytest.raises(InvalidRequest, match=r"slo: got .chat., .* name of a class: none is conf"):
+        submit(Request([1, 2]), "chat")
     assert_all_free(engine)
+
+
+def test_a_text_is_a_prompt_and_a_name_its_class(open_engine: Callable[..., Engine]) -> None:
+    engine = open_engine(classes={"chat": {"ttft_ms": 60_000.0, "weight": 2.0}})
+    handle = engine.submit("Hello", "chat")
+    assert "0 tokens, going on" in repr(handle) or "ended" in repr(handle)
+    assert handle.result(60).timings.slo_met
+    assert repr(handle).startswith(f"<Handle {handle.request_id}, ")
+    assert engine.story(handle.request_id)["service_class"] == "chat"
 
 
 def test_prompt_too_long_says_the_numbers(open_engine: Callable[..., Engine]) -> None:

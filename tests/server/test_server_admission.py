@@ -105,6 +105,31 @@ def test_tokens_too_are_for_those_with_a_key(
     assert server.server.context.body_memory.used == 0
 
 
+@pytest.mark.parametrize("tenants", [{}, TENANTS])
+def test_the_one_key_lets_clients_ask_beside_tenants(
+    engine: FakeEngine, start_server: StartServer, tenants: dict[str, Any]
+) -> None:
+    server = start_server(engine, tenants=tenants, api_key="sk-all")
+    for headers in ({}, key("sk-none")):
+        reply = server.post("/v1/completions", HI, headers)
+        assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+    for one in ("sk-all", *(["sk-lab"] if tenants else [])):
+        assert server.post("/v1/completions", HI, key(one)).status == 200
+    assert b"sk-all" not in server.get("/ready").body
+
+
+@pytest.mark.parametrize("bad", [1, None, " sk", "sk\n"])
+def test_a_bad_key_stops_the_start_and_is_not_shown(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="api_key: got") as caught:
+        ServerOptions(api_key=bad)
+    assert "sk" not in str(caught.value).replace("api_key", "")
+
+
+def test_the_one_key_is_no_tenants() -> None:
+    with pytest.raises(ConfigError, match=r"tenants\.a\.key: it is another tenant's, or api_key"):
+        ServerOptions(tenants={"a": {"key": "k"}}, api_key="k")
+
+
 @pytest.mark.parametrize(
     "tenants",
     [
