@@ -44,6 +44,7 @@ _PLACE = re.compile(
 MASK_LIMIT_S = 0.25
 # JSON leaves white space open; a model that is at a loss would write nothing else.
 WHITESPACE = r"[ \n\r\t]{1,40}"
+UNFULFILLABLE = "no text fulfils it"
 Forbidden = NDArray[np.bool_]
 
 
@@ -238,7 +239,7 @@ class Grammars:
             raise ValueError(error_of(matcher))
         forbidden = forbidden_of(matcher, self._vocab_size)
         if forbidden.all():
-            raise ValueError("no text fulfils it")
+            raise ValueError(UNFULFILLABLE)
         after, token_bytes = wanted.after.encode(), self._tokenizer.token_bytes
         overruns = overruns_of(after, map(token_bytes, range(self._vocab_size))) if after else {}
         return Grammar(matcher, forbidden, after, token_bytes, overruns)
@@ -332,4 +333,6 @@ def _read_schema(text: str) -> Any:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(schema, (dict, bool)):
         raise ValueError("expected a JSON schema: an object, true or false")
-    return schema
+    if schema is False:
+        raise ValueError(UNFULFILLABLE)
+    return {} if schema is True else schema  # llguidance takes objects only

@@ -254,7 +254,7 @@ class LiveRequest:
         if sampled is None:
             return self.tokens[-1]
         side = self._side()
-        reason = side.stop.reason_of(sampled.token_id)
+        reason = side.stop.reason_of(sampled.token_id, is_last=sampled.is_last)
         if reason == "stop":
             piece = side.decoder.flush()
         else:

@@ -102,7 +102,8 @@ class StopChecker:
             max_tokens: most tokens the engine has room for, >= 1; the smaller of this and
                 ``params.max_tokens`` counts. None: only the latter.
         """
-        self._stop_ids = stop_token_ids(params, eos_token_ids)
+        self._eos_ids = frozenset(eos_token_ids)
+        self._stop_ids = stop_token_ids(params, self._eos_ids)
         limits = [n for n in (params.max_tokens, max_tokens) if n is not None]
         self._max_tokens = min(limits) if limits else None
         self._min_tokens = params.min_tokens
@@ -112,14 +113,19 @@ class StopChecker:
         self._count = 0
         self._is_finished = False
 
-    def reason_of(self, token_id: int) -> FinishReason | None:
+    def reason_of(self, token_id: int, *, is_last: bool = False) -> FinishReason | None:
         """Say whether the next token ends generation, whatever its text; changes nothing.
+
+        Args:
+            is_last: its structured output is complete with it.
 
         Returns:
             ``stop`` for an end-of-sequence or stop token: give `push` the decoder's flush without
             this token. ``length`` for the last token allowed: give it this token's text and the
             flush. None otherwise: the text may still complete a stop string.
         """
+        if is_last and token_id in self._eos_ids:  # no text of its structure, also where ignored
+            return "stop"
         count = self._count + 1
         if token_id in self._stop_ids and count >= self._min_tokens:
             return "stop"

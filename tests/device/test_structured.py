@@ -45,6 +45,18 @@ def test_text_stops_with_its_structure_whatever_the_stops_say(engine: Engine) ->
     assert all(token.logprob is not None for token in done.tokens)
 
 
+def test_the_token_that_ends_a_structure_is_no_part_of_its_text(engine: Engine) -> None:
+    (end, *_) = engine.tokenizer.eos_ids
+    params = SamplingParams(
+        structured=StructuredOutput("regex", "a+"), ignore_eos=True, skip_special_tokens=False,
+        logit_bias={end: 100}, temperature=0, max_tokens=9,
+    )  # fmt: skip
+    done = engine.submit(Request(prompt_of(9), params)).result(WAIT_S)
+    assert done.finish_reason == "stop"
+    assert done.token_ids[-1] == end
+    assert set(done.text) == {"a"}
+
+
 def test_same_seed_same_text_in_a_batch(engine: Engine) -> None:
     wanted = StructuredOutput.from_schema(PERSON)
     params = SamplingParams(structured=wanted, seed=11, max_tokens=100)

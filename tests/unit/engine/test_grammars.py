@@ -44,6 +44,12 @@ def test_grammar_is_lark_or_gbnf(grammars: Grammars, grammar: str) -> None:
     }
 
 
+def test_the_schema_true_takes_any_json(grammars: Grammars) -> None:
+    texts = [generate(grammars, StructuredOutput("json_schema", "true"), seed) for seed in range(9)]
+    done = [json.loads(text) for text, has_ended in texts if has_ended]
+    assert done
+
+
 def test_json_object_starts_as_one(grammars: Grammars) -> None:
     text, _ = generate(grammars, StructuredOutput("json_object"), 3)
     assert text.startswith("{")
@@ -59,6 +65,7 @@ def test_json_object_starts_as_one(grammars: Grammars) -> None:
         (StructuredOutput("json_schema", "{"), "not JSON"),
         (StructuredOutput("json_schema", "[1]"), "expected a JSON schema"),
         (StructuredOutput("json_schema", '{"enum": []}'), "Unsatisfiable"),
+        (StructuredOutput("json_schema", "false"), "no text fulfils it"),
         (StructuredOutput("json_schema", '{"items":' * 5000 + "1" + "}" * 5000), "nested|recurs"),
         (StructuredOutput("grammar", 'start: "a" unknown'), "unknown"),
         (StructuredOutput("grammar", "root ::= ("), "Lark nor GBNF|Unexpected"),
