@@ -25,6 +25,7 @@ MAX_TOOLS = 128
 MAX_CALLS = 128  # of one message
 TOOL_NAME = r"[A-Za-z0-9_.-]{1,128}"
 NAME_ALLOWED = "1..128 letters, digits, _, - or ."
+JSON_TYPES = ("string", "number", "integer", "boolean", "array", "null")
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -151,13 +152,15 @@ def call_grammar(
     rules, lines = [], [""]
     names = [tool["function"]["name"] for tool in tools.listed]
     for index, name in enumerate(tools.allowed):
-        parameters = copy.deepcopy(tools.parameters(name))
-        close_objects(parameters)
-        schema = {"x-guidance": {"whitespace_pattern": "[ \\n]{1,8}"}, **parameters}
+        param = f"tools[{names.index(name)}].function.parameters"
+        schema = {
+            "x-guidance": {"whitespace_pattern": "[ \\n]{1,8}"},
+            **_object_schema(param, tools.parameters(name)),
+        }
         head = f'{{"name": {json.dumps(name)}, "{form.argument_key}": '
         rules.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}')}")
         rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
-        lines += ["", f"tools[{names.index(name)}].function.parameters"]
+        lines += ["", param]
     call = "(" + " | ".join(f"call_{index}" for index in range(len(tools.allowed))) + ")"
     several = tools.max_calls > 1
     opening = _literal(form.opening, tokenizer)
@@ -179,6 +182,19 @@ def call_grammar(
         )
         raise InvalidRequest(f"tools: {message} together", param="tools")
     return StructuredOutput("grammar", text, after, param="tools", lines=tuple(lines))
+
+
+def _object_schema(param: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a call's arguments: of objects only, also where it does not say so."""
+    schema: dict[str, Any] = copy.deepcopy(dict(parameters))
+    close_objects(schema)
+    given = schema.get("type", "object")
+    kinds = given if isinstance(given, list) else [given]
+    if "object" in kinds:
+        schema["type"] = "object"
+    elif all(kind in JSON_TYPES for kind in kinds):
+        raise InvalidRequest.field(f"{param}.type", given, "'object'")
+    return schema
 
 
 def _literal(mark: str, tokenizer: ServedTokenizer) -> str:

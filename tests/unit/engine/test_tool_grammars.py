@@ -64,6 +64,44 @@ def test_enforced_calls_are_read_back(
     assert counts == {1} if tools.max_calls == 1 else max(counts) > 1
 
 
+A = {"properties": {"a": {"type": "null"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        A,
+        {"type": ["object", "null"], **A},
+        {"$ref": "#/$defs/a", "$defs": {"a": A}},
+        {"anyOf": [A, {"type": "string"}]},
+        {"description": "of any kind"},
+        {"additionalProperties": False},
+    ],
+)
+@pytest.mark.parametrize("form", FORMATS)
+def test_arguments_are_objects_also_where_their_schema_does_not_say_so(
+    grammars: Grammars, form: str, parameters: dict[str, Any]
+) -> None:
+    tools = Tools(({"type": "function", "function": {"name": "f", "parameters": parameters}},),
+                  "named", ("f",))  # fmt: skip
+    wanted = call_grammar(tools, FORMATS[form], Marks(), "")  # type: ignore[arg-type]
+    for seed in range(8):
+        text, has_ended = generate(grammars, wanted, seed)
+        message = ToolCalls(FORMATS[form], ("f",), 1).push(text)
+        if has_ended:
+            arguments = json.loads(message.calls[0].arguments)
+            jsonschema.validate(arguments, {**parameters, "type": "object"})
+
+
+@pytest.mark.parametrize("kind", ["string", ["array", "null"]])
+def test_arguments_that_cannot_be_an_object_are_refused_by_name(kind: Any) -> None:
+    bad = {"type": "function", "function": {"name": "bad", "parameters": {"type": kind}}}
+    tools = Tools((*LISTED, bad), "required", ("weather", "bad"))
+    with pytest.raises(InvalidRequest) as caught:
+        call_grammar(tools, FORMATS["hermes"], Marks(), "")  # type: ignore[arg-type]
+    assert caught.value.param == "tools[2].function.parameters.type"
+
+
 @pytest.mark.parametrize(
     ("parameters", "why"),
     [
