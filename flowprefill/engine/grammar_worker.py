@@ -11,6 +11,7 @@ import functools
 import llguidance
 
 EOS = 256
+UNFULFILLABLE = "no text fulfils it"
 # Far below llguidance's own: what these refuse no client has sent in earnest.
 LIMITS = llguidance.LLParserLimits(
     max_items_in_row=1000,
@@ -40,7 +41,8 @@ def error_of(matcher: llguidance.LLMatcher) -> str:
     """Return why a matcher cannot be used, or nothing."""
     if not matcher.is_error():
         return ""
-    return matcher.get_error().removesuffix("<non-verbose/>").strip() or "cannot be compiled"
+    why: str = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return UNFULFILLABLE if why == "NoExtensionBias" else why or "cannot be compiled"
 
 
 @functools.cache

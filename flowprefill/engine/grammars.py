@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from flowprefill.engine.closed_schema import close_objects
 from flowprefill.engine.grammar_process import GrammarProcess
-from flowprefill.engine.grammar_worker import LIMITS, error_of
+from flowprefill.engine.grammar_worker import LIMITS, UNFULFILLABLE, error_of
 from flowprefill.errors import InvalidRequest, ProcessNotStarted, RequestFailed
 from flowprefill.models.tokenizer import is_library_error
 
@@ -42,9 +42,11 @@ _PLACE = re.compile(
 )
 # A step that computes longer than this ends its request: the others in the batch wait for it.
 MASK_LIMIT_S = 0.25
+_FAILED = "structured output: "
+# In grammars; what llguidance makes of GBNF's is wrong where they begin with zeros.
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 # JSON leaves white space open; a model that is at a loss would write nothing else.
 WHITESPACE = r"[ \n\r\t]{1,40}"
-UNFULFILLABLE = "no text fulfils it"
 Forbidden = NDArray[np.bool_]
 
 
@@ -125,7 +127,7 @@ class Constraint:
             return False
         self._forbidden = None
         if not _safely(self._matcher.consume_token, token_id):
-            raise RequestFailed(f"structured output: {error_of(self._matcher)}")
+            raise RequestFailed(f"{_FAILED}{error_of(self._matcher)}")
         return bool(self._matcher.is_stopped())
 
 
@@ -154,9 +156,9 @@ def forbidden_of(matcher: llguidance.LLMatcher, vocab_size: int) -> Forbidden:
     _safely(matcher.unsafe_compute_mask_ptr, bits.ctypes.data, bits.nbytes)
     taken_s = time.thread_time() - start
     if matcher.is_error():
-        raise RequestFailed(f"structured output: {error_of(matcher)}")
+        raise RequestFailed(f"{_FAILED}{error_of(matcher)}")
     if taken_s > MASK_LIMIT_S:
-        raise RequestFailed(f"structured output: one step of the grammar took {taken_s:.2g} s")
+        raise RequestFailed(f"{_FAILED}one step of the grammar took {taken_s:.2g} s")
     flags = np.unpackbits((~bits).view(np.uint8), count=vocab_size, bitorder="little")
     return flags.view(np.bool_)
 
@@ -171,7 +173,7 @@ def _safely(call: Callable[..., Any], *arguments: Any) -> Any:
         return call(*arguments)
     except BaseException as error:
         if is_library_error(error):
-            raise RequestFailed(f"structured output: {error}") from None
+            raise RequestFailed(f"{_FAILED}{error}") from None
         raise
 
 
@@ -206,7 +208,7 @@ class Grammars:
             try:
                 known = self._compile(wanted)
             except (ValueError, RequestFailed) as error:
-                known = str(error)
+                known = str(error).removeprefix(_FAILED)
             with self._lock:
                 self._kept[wanted] = known
                 while len(self._kept) > KEPT_GRAMMARS:
@@ -298,9 +300,17 @@ def llguidance_grammar(wanted: StructuredOutput) -> str:
         options = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
         return llguidance.LLMatcher.grammar_from_lark(f"start: {options}")
     try:
-        return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
+        lark = any_to_lark(_ESCAPE.sub(_letter, text))
+        return llguidance.LLMatcher.grammar_from_lark(lark)
     except Exception as error:  # its own class, and whatever its parser stumbles on
         raise ValueError(f"neither Lark nor GBNF: {error}") from None
+
+
+def _letter(escape: re.Match[str]) -> str:
+    """Return the letter that an escape stands for; what may mean something stays escaped."""
+    code = int(escape[1] or escape[2] or "0", 16)
+    letter = chr(code) if code < 0x110000 else ""
+    return letter if letter.isalnum() or (code >= 0xA0 and letter.isprintable()) else escape[0]
 
 
 def _located(message: str, wanted: StructuredOutput) -> tuple[str, str]:

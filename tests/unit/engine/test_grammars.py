@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_grammar_is_lark_or_gbnf(grammars: Grammars, grammar: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        r'root ::= "\u00e9" [\u0430-\u044f] "\U0001D49C\u0041" "\\u0041"',
+        r'start: "\u00e9" /[\u0430-\u044f]/ "\ud835\udc9cA" "\\u0041"',
+    ],
+)
+def test_letters_may_be_written_by_their_number(grammars: Grammars, grammar: str) -> None:
+    text, has_ended = generate(grammars, StructuredOutput("grammar", grammar), 2)
+    assert has_ended
+    assert re.fullmatch("é[\u0430-\u044f]\U0001d49cA\\\\u0041", text)
+
+
 def test_the_schema_true_takes_any_json(grammars: Grammars) -> None:
     texts = [generate(grammars, StructuredOutput("json_schema", "true"), seed) for seed in range(9)]
     done = [json.loads(text) for text, has_ended in texts if has_ended]
@@ -60,6 +74,7 @@ def test_json_object_starts_as_one(grammars: Grammars) -> None:
     [
         (StructuredOutput("regex", "(?=a)b"), "look-ahead"),
         (StructuredOutput("regex", "[a"), "unclosed character class"),
+        (StructuredOutput("regex", "[a&&b]"), "response_format: no text fulfils it"),
         (StructuredOutput("json_schema", '{"type": "text"}'), "Invalid type: text"),
         (StructuredOutput("json_schema", '{"not": {}}'), "Unimplemented keys"),
         (StructuredOutput("json_schema", "{"), "not JSON"),
