@@ -318,7 +318,8 @@ def _located(message: str, wanted: StructuredOutput) -> tuple[str, str]:
 
     llguidance shows the lines of a grammar around an error: not those that the client never wrote.
     """
-    found = _PLACE.fullmatch(message) if wanted.lines else None
+    is_shown = wanted.kind == "grammar" and not wanted.lines
+    found = None if is_shown else _PLACE.fullmatch(message)
     if found is None:
         return wanted.param, message
     line = int(found["line"])

@@ -74,6 +74,7 @@ def test_json_object_starts_as_one(grammars: Grammars) -> None:
     [
         (StructuredOutput("regex", "(?=a)b"), "look-ahead"),
         (StructuredOutput("regex", "[a"), "unclosed character class"),
+        (StructuredOutput("regex", r"\bfoo\b"), r"^response_format: invalid regex [^\n]*$"),
         (StructuredOutput("regex", "[a&&b]"), "response_format: no text fulfils it"),
         (StructuredOutput("json_schema", '{"type": "text"}'), "Invalid type: text"),
         (StructuredOutput("json_schema", '{"not": {}}'), "Unimplemented keys"),
