@@ -58,8 +58,8 @@ class HfFolder:
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._stored: dict[str, Stored] = {}
-        for name in self._weight_files():
-            self._open_weights(name)
+        elsewhere = [stray for name in self._weight_files() for stray in self._open_weights(name)]
+        self._add_strays(elsewhere)
         bare = (hf_name(name).removeprefix(_PREFIX) for name in ("embed", "final_norm"))
         self._is_bare = any(name in self._stored for name in bare)
         self._quantised = find_quantised(self._quantisation, self._stored, self._read_stored)
@@ -175,27 +175,38 @@ class HfFolder:
                 )
         return names
 
-    def _open_weights(self, name: str) -> None:
+    def _open_weights(self, name: str) -> list[tuple[str, Stored, Any]]:
+        """Open a file; returns its tensors that the index has elsewhere, and the file."""
         path = self._path / name
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: missing, expected the weights as safetensors", param=name
             )
+        strays = []
         try:
             opened: Any = safe_open(path, framework="pt")
             for tensor in opened.keys():  # noqa: SIM118 - not a mapping
-                if self._file_of.get(tensor, name) != name:
-                    continue  # a leftover: the index has it elsewhere
                 view = opened.get_slice(tensor)
-                self._add_tensor(tensor, Stored(view.get_dtype(), tuple(view.get_shape())))
-                self._files[tensor] = opened
+                stored = Stored(view.get_dtype(), tuple(view.get_shape()))
+                if self._file_of.get(tensor, name) == name:
+                    self._add_tensor(tensor, stored, opened)
+                else:
+                    strays.append((tensor, stored, opened))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged or truncated ({error})", param=name) from None
+        return strays
 
-    def _add_tensor(self, name: str, tensor: Stored) -> None:
+    def _add_strays(self, strays: list[tuple[str, Stored, Any]]) -> None:
+        """Add the tensors that are not where the index has them; others are leftovers."""
+        found = set(self._stored)
+        for name, tensor, file in strays:
+            if name not in found:
+                self._add_tensor(name, tensor, file)
+
+    def _add_tensor(self, name: str, tensor: Stored, file: Any) -> None:
         if name in self._stored:
             raise CheckpointError(f"tensor {name}: stored in two files, expected once", param=name)
-        self._stored[name] = tensor
+        self._stored[name], self._files[name] = tensor, file
 
     def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights, quantised or not, and of what else there is."""

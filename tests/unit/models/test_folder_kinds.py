@@ -63,6 +63,27 @@ def test_the_index_says_which_of_two_tensors_counts(save_tiny: Save) -> None:
         assert (tensor == named[name]).all()
 
 
+def test_a_tensor_counts_that_is_in_another_shard_than_the_index_has_it(save_tiny: Save) -> None:
+    """As in transformers, which reads whatever is in the files that an index names."""
+    _, folder = save_tiny("llama", "8KB")
+    named = {name: tensor.clone() for name, tensor in open_checkpoint(folder).weights()}
+    index = json.loads((folder / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    shifted = dict(zip(files, files[1:] + files[:1], strict=True))
+    index["weight_map"] = {name: shifted[file] for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    found = dict(open_checkpoint(folder).weights())
+    assert found.keys() == named.keys()
+    assert all((tensor == named[name]).all() for name, tensor in found.items())
+    twice = load_file(folder / files[0]) | load_file(folder / files[1])
+    save_file(twice, folder / files[0])
+    index["weight_map"] = dict.fromkeys(index["weight_map"], files[2])
+    index["weight_map"] |= {"x": files[0], "y": files[1]}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="stored in two files"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_of_two_tied_tensors_the_head_may_be_the_one_that_is_stored(
     save_tiny: Save, family: str
