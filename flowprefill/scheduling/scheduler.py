@@ -308,9 +308,11 @@ class Scheduler:
                 return self._decision(verdict.reason, verdict.again_at)
         if not verdict.preempt:
             return self._decision("nothing to run", math.inf)
-        work = self._take(verdict.by, now)
-        if current is not None:
+        if current is not None:  # first: what is packed must not make it late
+            if verdict.by is current:
+                raise ValueError(f"policy {self.policy.name!r}: it names a work that does not wait")
             self._suspend(current, now, for_prefill=verdict.by is not None)
+        work = self._take(verdict.by, now)
         is_resume = self._dispatch(work, now)
         after = self._challenge(work, now)
         again_at = now + MIN_WAKE_S if after.preempt else after.again_at

@@ -32,7 +32,8 @@ def keepable(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> 
     """Return those that all end by their limits if they run one after another from `start_s` on.
 
     Where one ends late, the one with the most time left per weight among those so far is given up,
-    of equal ones that of the tenant with the longest backlog; promised and protected ones last.
+    of equal ones that of the tenant with the longest backlog; promised and protected ones last, and
+    none of them for one that is neither, whose limit may be an earlier one.
     With equal weights, limits that never decrease and none of those, no other choice keeps more
     (Moore and Hodgson, 1968); with unequal weights it is a heuristic: the exact problem is NP-hard.
 
@@ -58,7 +59,7 @@ def _most(works: Sequence[Work], start_s: float, limits: Sequence[float]) -> lis
         ahead_s = work.fair_arrival_s - work.arrival_s
         entry = (work.standing, -per_weight, -ahead_s, work.serial, seconds)
         heapq.heappush(heaviest, entry)
-        while at > limit and heaviest:
+        while at > limit and heaviest and heaviest[0][0] <= work.standing:
             _, _, _, serial, freed_s = heapq.heappop(heaviest)
             at -= freed_s
             given_up.add(serial)

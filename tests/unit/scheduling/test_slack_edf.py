@@ -262,6 +262,13 @@ def test_plan_of_equal_ones_gives_up_the_tenant_with_the_longest_backlog() -> No
     assert keepable(works, 0.0, [3.0] * 4) == [works[0], *works[2:]]
 
 
+def test_plan_gives_up_no_promised_one_for_one_that_is_not() -> None:
+    """Time is set aside before the deadline of the other alone, so its limit is the earlier one."""
+    promised, other = work("promised", 1.0, 2.0, 0), work("other", 0.1, 3.0, 1)
+    promised.is_promised = True
+    assert keepable([promised, other], 0.0, [2.0, 0.5]) == [promised]
+
+
 def test_rest_impossible_deadline_is_no_more_urgent_than_none() -> None:
     scheduler = make(max_batch_tokens=1)
     arrive(scheduler, "running", 10_000, 60.0)
@@ -323,6 +330,18 @@ def test_packing_stops_where_the_device_is_saturated() -> None:
         arrive(scheduler, f"short{number}", 10, 20.0, at=1.01)
     packed = end_current(scheduler, 1.2)
     assert len(packed.job_ids) == 4
+
+
+def test_packing_does_not_make_the_one_late_that_gives_way() -> None:
+    scheduler = make()
+    arrive(scheduler, "running", 5_000, 0.512)
+    for number in range(30):
+        arrive(scheduler, f"patient{number}", 10, 10.0)
+    packed = arrive(scheduler, "urgent", 10, 0.04, at=0.1).dispatch
+    victim = scheduler._prefills["running"]
+    assert packed is not None
+    assert packed.job_ids[0] == "urgent"
+    assert 0.1 + packed.predicted_s + victim.remaining_s <= victim.deadline_s
 
 
 def test_timer_is_asked_for_when_a_deadline_rests_on_a_prediction() -> None:
