@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from flowprefill.scheduling.cost_model import CostModel
     from flowprefill.scheduling.policies import Policy
@@ -74,10 +74,14 @@ class _Harm:
         spread_s = self.around.spread * math.sqrt(self.squares)
         return self.around.margin_s + min(spread_s, self.around.most_spread_s)
 
-    def weigh(self, other: Work, end_s: float) -> None:
-        """Count its jobs that are late because of the newcomer; end_s: without it, unstretched."""
-        without = self.now + end_s * self.around.stretch
-        with_it = without + self.more_s * self.around.stretch
+    def weigh(self, other: Work, without_s: float, with_s: float) -> None:
+        """Count its jobs that are late because of the newcomer, by its ends without it and with it.
+
+        Args:
+            without_s, with_s: from now on, unstretched.
+        """
+        without = self.now + without_s * self.around.stretch
+        with_it = self.now + with_s * self.around.stretch
         self.squares += other.remaining_s**2
         if other.is_promised:
             made_late = len(other.jobs) if with_it + self.margin_s() > other.deadline_s else 0
@@ -85,7 +89,7 @@ class _Harm:
             made_late = sum(without <= job.ttft_deadline_s < with_it for job in other.jobs)
         if made_late:
             self.made_late += made_late
-            self.last_end_s = end_s * self.around.stretch
+            self.last_end_s = without_s * self.around.stretch
             self.last_deadline_s = other.deadline_s
 
     def clear_s(self, deadline_s: float) -> float:
@@ -107,7 +111,9 @@ def outlook_of(
     now: float,
     around: Surroundings,
 ) -> Outlook:
-    """Lay all works out in the policy's order, with the new one and without; changes nothing.
+    """Lay all works out in the order in which they would run, with the new one and without.
+
+    Changes nothing.
 
     Args:
         work: the job's, in no queue, its serial below 0.
@@ -120,33 +126,41 @@ def outlook_of(
     work.rank = policy.rank(work, now)
     policy.left(work)
     mine = (work.rank.key, work.priority)
-    left_s = 0.0
-    is_preempting = False
-    if current is not None:
-        left_s = current.remaining_s
-        is_preempting = policy.should_preempt(current, [work], now).preempt
+    left_s = current.remaining_s if current is not None else 0.0
+    is_preempting = current is not None and policy.should_preempt(current, [work], now).preempt
     others = list(islice(waiting, SCAN))
     place = next((i for i, o in enumerate(others) if mine < (o.rank.key, o.priority)), len(others))
-    ahead_s = sum(other.remaining_s for other in others[:place])
+    without = dict(_ends(policy.course(others, now + left_s), left_s))
+    behind = [work]
+    start_s = left_s
+    if current is not None and is_preempting:
+        start_s = 0.0
+        without[current] = left_s
+        behind.append(current)
+    course = list(policy.course([*others[:place], *behind, *others[place:]], now + start_s))
+    mine_at = course.index(work)
+    ahead_s = [other.remaining_s for other in course[:mine_at]]
+    if start_s:
+        ahead_s.append(left_s)
+    end_s = sum(ahead_s)
     if place == SCAN:
-        ahead_s = total_s
-    end_s = ahead_s if is_preempting else ahead_s + left_s
+        end_s = max(total_s + start_s, end_s)
     ttft_s = (end_s + around.elsewhere_s + work.remaining_s) * around.stretch
-    ahead = [other.remaining_s for other in others[:place]]
-    if current is not None and not is_preempting:
-        ahead.append(left_s)
-    harm = _Harm(now, work.remaining_s, around, sum(seconds**2 for seconds in ahead))
+    harm = _Harm(now, work.remaining_s, around, sum(seconds**2 for seconds in ahead_s))
     margin_s = harm.margin_s()
     harm.squares += work.remaining_s**2
-    if current is not None and is_preempting:
-        end_s += left_s
-        if not current.is_decode:  # its jobs have their first token
-            harm.weigh(current, end_s)
-    for other in others[place:]:
-        end_s += other.remaining_s
-        harm.weigh(other, end_s)
+    for other, with_s in _ends(course[mine_at + 1 :], end_s + work.remaining_s):
+        if not other.is_decode:  # its jobs have their first token
+            harm.weigh(other, without[other], with_s)
     clear_s = harm.clear_s(work.deadline_s)
     return Outlook(ttft_s, work.remaining_s, harm.made_late, clear_s, margin_s)
+
+
+def _ends(works: Iterable[Work], start_s: float) -> Iterator[tuple[Work, float]]:
+    """Yield each with when it ends, one after another from a time on."""
+    for work in works:
+        start_s += work.remaining_s
+        yield work, start_s
 
 
 def work_s(

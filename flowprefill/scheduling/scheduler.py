@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 LOOKAHEAD = 16  # waiting entries a policy weighs when it picks or preempts
 BATCH_SCAN = 64  # waiting entries it looks through when it packs
-TTFT_SCAN = 256  # waiting entries a predicted TTFT counts one by one
+TTFT_SCAN = 256  # waiting entries a predicted TTFT looks through
 MIN_WAKE_S = 1e-3
 # What an outlook keeps free before a deadline: preemptions, each at the end of a segment.
 MARGIN_SEGMENTS, MOST_MARGIN = 2, 0.1  # at most this share of the objective
@@ -154,18 +154,22 @@ class Scheduler:
             work = self._new_work(job, -1)
             work.rank = self.policy.rank(work, now)
             self.policy.left(work)
-        mine = (work.rank.key, work.priority)
-        ahead_s = 0.0
-        for other in islice(self._queue.in_order(), TTFT_SCAN):
-            if other is own or mine < (other.rank.key, other.priority):
-                break
-            ahead_s += other.remaining_s
         asked = copy(work)
         asked.serial = -1  # the policy is only asked
+        end_s = 0.0
         if current is not None:
             preempts = may_preempt and self.policy.should_preempt(current, [asked], now).preempt
-            ahead_s += 0.0 if preempts else current.left_s(now)
-        return ahead_s + work.remaining_s
+            end_s = 0.0 if preempts else current.left_s(now)
+        mine = (work.rank.key, work.priority)
+        works = list(islice(self._queue.in_order(), TTFT_SCAN))
+        if work not in works:
+            place = (i for i, o in enumerate(works) if mine < (o.rank.key, o.priority))
+            works.insert(next(place, len(works)), work)
+        for other in self.policy.course(works, now + end_s):
+            end_s += other.remaining_s
+            if other is work:
+                break
+        return end_s
 
     def outlook(self, job: Job, now: float, stretch: float, elsewhere_s: float = 0.0) -> Outlook:
         """Return what would become of a job that arrived now, and of the others; decides nothing.

@@ -51,6 +51,13 @@ class Policy(Protocol):
         """
         ...
 
+    def course(self, waiting: Sequence[Work], now: float) -> Sequence[Work]:
+        """Return the waiting works (in order) as they would run from `now` on if none came.
+
+        For predictions: `now` may be later than the time at which it is asked. Nothing is changed.
+        """
+        ...
+
 
 class Packing:
     """Sums of a prefill that is being packed; within the bounds on tokens and jobs."""
@@ -110,6 +117,10 @@ class BasePolicy:
     def rank(self, work: Work, now: float) -> Rank:
         """Return where a prefill stands, and until when that holds."""
         raise NotImplementedError(f"policy {self.name!r} has no order")
+
+    def course(self, waiting: Sequence[Work], now: float) -> Sequence[Work]:
+        """Return them as they are."""
+        return waiting
 
     def left(self, work: Work) -> None:
         """Keep no state."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flowprefill.scheduling.policies.base import BasePolicy, Packing
 from flowprefill.scheduling.policies.forecast import Forecast
 from flowprefill.scheduling.policies.late_line import LateLines
-from flowprefill.scheduling.policies.planning import plan
+from flowprefill.scheduling.policies.planning import keepable, plan
 from flowprefill.scheduling.policies.shares import NO_TIME_S, GuaranteedShares
 from flowprefill.scheduling.policies.tenant_clock import TenantClock
 from flowprefill.scheduling.work import UNRANKED, Rank, Verdict, Work
@@ -82,14 +82,14 @@ class SlackEdf(BasePolicy):
         elif work.is_started:
             self._shares.adopt(work)
         if work.is_background:
-            return Rank((BEHIND, work.fair_arrival_s + OVERTAKING * work.nominal_s))
+            return Rank((BEHIND, _rest_key(work)))
         self._renew(work, now)
         latest = work.latest_start_s
         if now < latest < math.inf:
             return Rank((ON_TIME, work.deadline_s), latest)
         if not work.is_in_line and work.serial >= 0:
             self._lines.add(work, now)
-        return Rank((REST, work.fair_arrival_s + OVERTAKING * work.nominal_s))
+        return Rank((REST, _rest_key(work)))
 
     def pick(self, waiting: Sequence[Work], now: float) -> Work:
         """Return who is granted a slice, who must go now, or the first that can be kept on time."""
@@ -143,6 +143,18 @@ class SlackEdf(BasePolicy):
             if on_time and now + packing.seconds <= latest:
                 end_by = min(end_by, latest)  # it goes after this prefill: don't make it miss
         return packing.members
+
+    def course(self, waiting: Sequence[Work], now: float) -> Sequence[Work]:
+        """Put those first that can all be on time, and promised ones, then the rest.
+
+        As `rank` and `pick` do, but for what only arrivals bring about, and slices for late ones.
+        """
+        hopeful = [work for work in waiting if _is_on_time(work, now)]
+        hopeful.sort(key=_deadline_of)
+        kept = keepable(hopeful, now, [work.deadline_s for work in hopeful])
+        first = {work: None for work in waiting if work.is_promised} | dict.fromkeys(kept)
+        rest = sorted((work for work in waiting if work not in first), key=_order_of_rest)
+        return [*sorted(first, key=_deadline_of), *rest]
 
     def _note_arrival(self, work: Work, now: float) -> None:
         self._tenants.note(work, now)
@@ -276,3 +288,20 @@ class SlackEdf(BasePolicy):
     def _on_time(self, waiting: Sequence[Work], start_s: float) -> Sequence[Work]:
         """Return those that meet their deadlines if they begin at `start_s`; they are in order."""
         return [w for w in waiting if w.rank.key[0] == ON_TIME and start_s < w.rank.until]
+
+
+def _is_on_time(work: Work, now: float) -> bool:
+    return not work.is_background and now < work.latest_start_s < math.inf
+
+
+def _rest_key(work: Work) -> float:
+    """Return what a late one, or one without a deadline, goes by."""
+    return work.fair_arrival_s + OVERTAKING * work.nominal_s
+
+
+def _order_of_rest(work: Work) -> tuple[bool, float]:
+    return work.is_background, _rest_key(work)
+
+
+def _deadline_of(work: Work) -> float:
+    return work.deadline_s

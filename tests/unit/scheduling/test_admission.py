@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import hand_made
 import pytest
 
-from flowprefill.scheduling import CostModel, Job, MachineRates, ModelShape, Scheduler
+from flowprefill.scheduling import CostModel, Job, MachineRates, ModelShape, Scheduler, Work
 from flowprefill.scheduling.admission import (
     AdmissionLimits,
     PrefillShare,
@@ -179,6 +180,50 @@ def test_outlook_of_best_effort_in_a_long_queue_counts_all_of_it() -> None:
         arrive(one, 0.0, f"r{index}", 10, 1000.0 + index)
     outlook = one.outlook(Job("new", 0.0, 10), 0.0, 2.0)
     assert outlook.ttft_s == pytest.approx(2 * 15.01, rel=0.01)
+
+
+def given_up_for_four() -> Scheduler:
+    """Half a second runs; one of a second cannot be on time together with four of 0.2 s."""
+    one = hand_made.make()
+    hand_made.arrive(one, "running", 5_000, 1.0)
+    hand_made.arrive(one, "long", 10_000, 1.6)
+    for number in range(4):
+        hand_made.arrive(one, f"short{number}", 2_000, 1.7)
+    return one
+
+
+def test_prediction_puts_what_the_plan_gives_up_behind_what_it_keeps() -> None:
+    one = given_up_for_four()
+    jobs = one._jobs
+    wait_s = {name: one.predicted_ttft_s(jobs[name], 0.0) for name in jobs}
+    assert wait_s["short3"] == pytest.approx(1.3, rel=0.02)
+    assert wait_s["long"] == pytest.approx(2.3, rel=0.02)
+    new = Job("new", 0.0, 1_000, 0, 1.75)
+    assert one.predicted_ttft_s(new, 0.0) == pytest.approx(1.4, rel=0.02)
+    assert one.predicted_ttft_s(Job("none", 0.0, 100), 0.0) == pytest.approx(1.31, rel=0.02)
+
+
+def test_outlook_counts_no_harm_to_one_that_is_given_up_already() -> None:
+    one = given_up_for_four()
+    new = Job("new", 0.0, 1_000, 0, 1.8, is_promised=True)
+    outlook = one.outlook(new, 0.0, 1.0)
+    assert outlook.ttft_s == pytest.approx(1.4, rel=0.02)
+    assert outlook.made_late == 0
+    much = one.outlook(Job("new", 0.0, 5_200, 0, 1.8, is_promised=True), 0.0, 1.0)
+    assert much.ttft_s == pytest.approx(1.62, rel=0.02)
+    assert much.made_late == 1, "one of the four makes room"
+
+
+def test_course_puts_background_last_and_late_promised_ones_by_their_deadlines() -> None:
+    policy = hand_made.make().policy
+    names = ("late", "background", "kept", "promised")
+    late, background, kept, promised = (
+        Work([Job(name, 0.0, 1, 0, deadline)], serial, 1.0)
+        for serial, (name, deadline) in enumerate(zip(names, (0.5, 9.0, 9.0, 0.9), strict=True))
+    )
+    background.is_background = promised.is_promised = True
+    course = policy.course([late, background, kept, promised], 0.0)
+    assert course == [promised, kept, late, background]
 
 
 def test_work_of_many_choices_is_their_prompts_and_full_decode_steps() -> None:
