@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
@@ -167,10 +168,19 @@ class ServerContext:
         """Do work off the event loop, on one of a few threads of the server's own.
 
         Not asyncio's own pool: requests that keep it busy would hold up the shutdown, which needs
-        a thread too.
+        a thread too. The work of a task that is cancelled is let go of at once, if it still waits:
+        a body must not stay in memory until its turn.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, work, *args)
+        waiting = [partial(work, *args)]
+
+        def run() -> T:
+            do = waiting.pop()
+            return do()
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._workers, run)
+        finally:
+            waiting.clear()
 
     def end_threads(self) -> None:
         """Take no more work off the event loop; do not wait for what runs."""

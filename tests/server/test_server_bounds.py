@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +19,20 @@ from running_server import RunningServer, StartServer
 from flowprefill.errors import InvalidRequest, NotReady, shortened
 from flowprefill.models import bounded_process
 from flowprefill.models.chat_template import ChatTemplate
+from flowprefill.server.context import WORKERS
 from flowprefill.server.http import json_text
+from flowprefill.server.openai import generation
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 CALM_S = 5.0  # of computing, clients on the same GIL included
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x-own", "gzip, identity"])
@@ -366,3 +377,41 @@ def test_bodies_together_take_bounded_memory(engine: FakeEngine, start_server: S
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert server.post("/v1/completions", {"prompt": "Hi" + " " * (500 * 1024)}).status == 200
+
+
+def bodies_in(value: Any) -> int:
+    """Return how many bodies of the test below can be reached from a value."""
+    seen, todo, found = set(), [value], 0
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, (type, types.ModuleType)):
+            continue
+        seen.add(id(one))
+        found += isinstance(one, bytes) and one.startswith(b'{"marked')
+        todo += gc.get_referents(one)
+    return found
+
+
+def test_bodies_of_clients_that_have_left_take_no_memory(
+    engine: FakeEngine, server: RunningServer
+) -> None:
+    """All threads are busy: what still waits for one is let go of, not kept until its turn."""
+    context, busy = server.server.context, []
+    engine.submit_gate = threading.Event()
+    for number in range(WORKERS):
+        prompt = "x" * (generation.LONG_PROMPT_CHARS + 1)
+        busy.append(server.raw_socket(COMPLETIONS, {"prompt": prompt}))
+        wait_for(lambda number=number: context.generating == number + 1)
+    left = [server.raw_socket(COMPLETIONS, {"marked": "x" * 2**20}) for _ in range(5)]
+    waiting = context._workers._work_queue
+    wait_for(lambda: waiting.qsize() == len(left))
+    assert bodies_in(waiting) == len(left)
+    for connection in left:
+        connection.close()
+    wait_for(lambda: context.body_memory.used == 0)
+    wait_for(lambda: bodies_in(waiting) == 0)
+    assert waiting.qsize() == len(left), "their turn had not come"
+    engine.submit_gate.set()
+    for connection in busy:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.close()
