@@ -6,7 +6,7 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowprefill.bench.report import json_path
 from flowprefill.config import QUANTIZATIONS, EngineConfig
@@ -84,16 +84,28 @@ def load_engine(args: argparse.Namespace, **settings: Any) -> Engine:
     return engine
 
 
-def peak_flops_per_s(engine: Engine) -> float:
-    """Return what the device can compute at most, FLOP/s.
+class Ceilings(NamedTuple):
+    """What the device can do at most; ``read_bytes_per_s``: of weights in DRAM, 0 on a GPU."""
+
+    flops_per_s: float
+    read_bytes_per_s: float
+
+
+def measure_ceilings(engine: Engine) -> Ceilings:
+    """Return what the device can do at most.
 
     Of a CPU: the instruction of its products, with operands in registers, on the engine's threads
-    (`flowprefill doctor`); of a GPU: the products that calibration measured.
+    (`flowprefill doctor`), half a second; of a GPU: the products that calibration measured.
     """
     found = engine.describe()
     if found["device"] != "cpu":
-        return engine.rates.gemm_flops_per_s
-    ceilings = _core.measure_ceilings(engine.threads)
+        return Ceilings(engine.rates.gemm_flops_per_s, 0.0)
+    measured = _core.measure_ceilings(engine.threads)
+    return Ceilings(_peak_flops_per_s(engine, measured), measured["reads"][-1][1])
+
+
+def _peak_flops_per_s(engine: Engine, ceilings: _core.Ceilings) -> float:
+    found = engine.describe()
     if found["quantization"] == "int8":
         return ceilings["int8"]
     return ceilings["bf16"] if engine.dtype == "bf16" else ceilings["f32"]

@@ -22,7 +22,7 @@ from flowprefill.bench.common import (
     check_lengths,
     first_token_s,
     load_engine,
-    peak_flops_per_s,
+    measure_ceilings,
     random_ids,
     say,
 )
@@ -117,7 +117,7 @@ def measure(
     rates: list[float] = []
     seconds: dict[tuple[str, int], list[float]] = {}
     for number in range(rounds):
-        rates.append(peak_flops_per_s(engine))
+        rates.append(measure_ceilings(engine).flops_per_s)
         for tokens in lengths:
             order = names[number % len(names) :] + names[: number % len(names)]
             for name in order * (SHORT_REPEATS if tokens <= SHORT_TOKENS else 1):

@@ -22,7 +22,7 @@ from flowprefill.bench.common import (
     check_lengths,
     first_token_s,
     load_engine,
-    peak_flops_per_s,
+    measure_ceilings,
     random_ids,
 )
 from flowprefill.bench.report import Report, Row, print_table
@@ -31,7 +31,6 @@ from flowprefill.engine import Engine
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.models.families import build_graph
 from flowprefill.models.graph import ModelGraph, Operator
-from flowprefill.native import _core
 from flowprefill.request import Request, SamplingParams
 from flowprefill.scheduling.cost_model import attention_pairs
 
@@ -90,12 +89,16 @@ def run(args: argparse.Namespace) -> int:
         graph = build_graph(engine.model_config)
         rng = random.Random(args.seed)
         first_token_s(engine, random_ids(rng, min(lengths), engine.vocab_size))
-        peak = max(peak_flops_per_s(engine) for _ in range(rounds))
+        ceilings = [measure_ceilings(engine) for _ in range(rounds)]
+        peak = max(measured.flops_per_s for measured in ceilings)
         report.extra["peak_flops_per_s"] = peak
         for tokens in lengths:
             runs = [_segments_of_one(engine, rng, tokens) for _ in range(rounds)]
             report.rows += rows_of(graph, tokens, runs, peak)
-        decode_rows = _measure_decode(engine, graph, args, rng, report)
+        read_bytes_per_s = max(measured.read_bytes_per_s for measured in ceilings)
+        decode_rows = _measure_decode(engine, graph, args, rng, read_bytes_per_s)
+        if decode_rows:
+            report.extra |= {"read_bytes_per_s": read_bytes_per_s, "decode_rows": decode_rows}
     title = f"Where the time goes, {engine.dtype}, {engine.threads} threads"
     print_table(f"{title}: prefill", report.rows, COLUMNS)
     if decode_rows:
@@ -105,19 +108,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure_decode(
-    engine: Engine, graph: ModelGraph, args: argparse.Namespace, rng: random.Random, report: Report
+    engine: Engine,
+    graph: ModelGraph,
+    args: argparse.Namespace,
+    rng: random.Random,
+    read_bytes_per_s: float,
 ) -> list[Row]:
-    """Return the rows of decode steps; they and the rate of reading stand in the report too."""
+    """Return the rows of decode steps."""
     if engine.describe()["device"] != "cpu" or not args.decode:
         return []
     rows: list[Row] = []
     steps = QUICK_DECODE_STEPS if args.quick else DECODE_STEPS
-    reads: list[float] = []
     for sequences in args.decode:
         check_least("decode", sequences, 1)
         runs: list[list[TimelineEntry]] = []
         for _ in range(1 if args.quick else args.rounds):
-            reads.append(_core.measure_ceilings(engine.threads)["reads"][-1][1])
             runs += _decode_steps(engine, rng, sequences, steps)
         of_cache = 2 if engine.dtype == "bf16" else 4
         shape = engine.model_shape
@@ -125,8 +130,7 @@ def _measure_decode(
         of_weights = (shape.weight_bytes + shape.head_bytes) / elements
         context = DECODE_CONTEXT + steps // 2
         element_bytes = ElementBytes(of_weights, of_cache)
-        rows += decode_rows_of(graph, sequences, context, element_bytes, runs, max(reads))
-    report.extra |= {"read_bytes_per_s": max(reads), "decode_rows": rows}
+        rows += decode_rows_of(graph, sequences, context, element_bytes, runs, read_bytes_per_s)
     return rows
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from flowprefill.bench import where
+from flowprefill.bench import common, where
 from flowprefill.bench.where import (
     ElementBytes,
     bytes_of_groups,
@@ -103,3 +104,21 @@ def test_sequences_get_more_tokens_until_they_all_decode_together(
     engine: Any = None
     assert where._decode_steps(engine, random.Random(1), 16, 24) == [["a segment"]]
     assert asked == [24, 96, 384]
+
+
+def test_ceilings_of_products_and_of_memory_come_from_one_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def measured(threads: int) -> dict[str, Any]:
+        asked.append(threads)
+        return {"f32": 1.0, "bf16": 2.0, "int8": 4.0, "reads": [(10, 8.0), (99, 3.0)]}
+
+    monkeypatch.setattr(common._core, "measure_ceilings", measured)
+    found = {"device": "cpu", "quantization": "none"}
+    engine: Any = SimpleNamespace(describe=lambda: found, threads=2, dtype="bf16")
+    assert common.measure_ceilings(engine) == (2.0, 3.0)
+    assert asked == [2]
+    found["quantization"] = "int8"
+    assert common.measure_ceilings(engine) == (4.0, 3.0)
