@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.policies.base import BasePolicy, Packing
@@ -26,6 +27,7 @@ MUCH_SHORTER = 0.5  # without deadlines at stake, preempt for at most this share
 PACKING_GAIN = 0.2  # share of its own time that packing must save
 RENEWAL = 1.25  # a promise that cannot be kept is made anew for so many times its objective
 MIN_LOOK_S = 1e-3  # how soon a verdict that rests on a prediction is looked at again
+DEADLINE = attrgetter("deadline_s")
 
 
 class SlackEdf(BasePolicy):
@@ -149,12 +151,16 @@ class SlackEdf(BasePolicy):
 
         As `rank` and `pick` do, but for what only arrivals bring about, and slices for late ones.
         """
-        hopeful = [work for work in waiting if _is_on_time(work, now)]
-        hopeful.sort(key=_deadline_of)
+        hopeful = [
+            work
+            for work in waiting
+            if now < work.deadline_s - work.remaining_s < math.inf and not work.is_background
+        ]
+        hopeful.sort(key=DEADLINE)
         kept = keepable(hopeful, now, [work.deadline_s for work in hopeful])
         first = {work: None for work in waiting if work.is_promised} | dict.fromkeys(kept)
         rest = sorted((work for work in waiting if work not in first), key=_order_of_rest)
-        return [*sorted(first, key=_deadline_of), *rest]
+        return [*sorted(first, key=DEADLINE), *rest]
 
     def _note_arrival(self, work: Work, now: float) -> None:
         self._tenants.note(work, now)
@@ -290,10 +296,6 @@ class SlackEdf(BasePolicy):
         return [w for w in waiting if w.rank.key[0] == ON_TIME and start_s < w.rank.until]
 
 
-def _is_on_time(work: Work, now: float) -> bool:
-    return not work.is_background and now < work.latest_start_s < math.inf
-
-
 def _rest_key(work: Work) -> float:
     """Return what a late one, or one without a deadline, goes by."""
     return work.fair_arrival_s + OVERTAKING * work.nominal_s
@@ -301,7 +303,3 @@ def _rest_key(work: Work) -> float:
 
 def _order_of_rest(work: Work) -> tuple[bool, float]:
     return work.is_background, _rest_key(work)
-
-
-def _deadline_of(work: Work) -> float:
-    return work.deadline_s
