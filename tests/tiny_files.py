@@ -65,7 +65,11 @@ class TinyGguf:
                 values = permuted(values, config.num_kv_heads)
             if name.endswith("norm"):
                 values = values + np.float32(config.norm_offset)
-            self.tensors[gguf_name(name)] = values
+            stacked, _, expert = gguf_name(name).partition("[")
+            before = self.tensors[stacked] if expert not in ("", "0]") else None
+            if expert:  # all in one tensor
+                values = values[None]
+            self.tensors[stacked] = values if before is None else np.concatenate([before, values])
         self.tokenizer: dict[str, Any] = byte_tokenizer(config.vocab_size)
 
     def write(self, path: Path) -> Path:

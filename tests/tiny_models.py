@@ -22,6 +22,9 @@ CONFIGS: dict[str, type[transformers.PretrainedConfig]] = {
     "glm4": transformers.Glm4Config,
     "olmo2": transformers.Olmo2Config,
     "granite": transformers.GraniteConfig,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+    "mixtral": transformers.MixtralConfig,
+    "olmoe": transformers.OlmoeConfig,
 }
 
 
@@ -52,7 +55,9 @@ def tiny_model(
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name
             mean = is_norm and not family.startswith("gemma")  # which stores a norm's weight less 1
-            values = torch.randn(parameter.shape) * (0.3 if is_norm else spread) + mean
+            # So wide that an expert which rounding exchanges for another has little weight.
+            of_router = 6 * spread if name.endswith("mlp.gate.weight") else spread
+            values = torch.randn(parameter.shape) * (0.3 if is_norm else of_router) + mean
             parameter.copy_(values.bfloat16().float() if rounds else values)
     evaluated: transformers.PreTrainedModel = model.eval()
     return evaluated

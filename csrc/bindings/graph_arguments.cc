@@ -103,6 +103,8 @@ OperatorKind kind_of(const py::handle& object) {
                               {"rotary", OperatorKind::kRotary},
                               {"norm", OperatorKind::kNorm},
                               {"linear", OperatorKind::kLinear},
+                              {"route", OperatorKind::kRoute},
+                              {"experts", OperatorKind::kExperts},
                               {"rope", OperatorKind::kRope},
                               {"attention", OperatorKind::kAttention},
                               {"residual", OperatorKind::kResidual},
@@ -116,6 +118,7 @@ Operator operator_of(const py::handle& object, const Names& names) {
           .input = names.tensor(object, "input"),
           .output = names.tensor(object, "output"),
           .rotary = names.tensor(object, "rotary"),
+          .route = names.tensor(object, "route"),
           .table = field<int32_t>(object, "table"),
           .weight = names.weight(object, "weight"),
           .bias = names.weight(object, "bias"),
@@ -130,7 +133,10 @@ Operator operator_of(const py::handle& object, const Names& names) {
           .eps = field<float>(object, "eps"),
           .scale = field<double>(object, "scale"),
           .softcap = field<float>(object, "softcap"),
-          .window = field<int32_t>(object, "window")};
+          .window = field<int32_t>(object, "window"),
+          .experts = field<int32_t>(object, "experts"),
+          .slots = field<int32_t>(object, "slots"),
+          .sums_to_one = field<bool>(object, "sums_to_one")};
 }
 
 }  // namespace

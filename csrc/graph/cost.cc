@@ -1,6 +1,7 @@
 #include "graph/cost.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace flowprefill {
 
@@ -67,7 +68,8 @@ OperatorWork Cost::work_of(const Operator& op, int32_t begin, int32_t end) const
     case OperatorKind::kEmbed:
       return {.other_s = (end - begin) * rules_.embed_row_s};
     case OperatorKind::kLinear:
-      return linear_work(op, end - begin);
+    case OperatorKind::kExperts:
+      return product_work(op, end - begin);
     case OperatorKind::kAttention:
       return attention_work(op, begin, end);
     case OperatorKind::kScore:
@@ -76,6 +78,7 @@ OperatorWork Cost::work_of(const Operator& op, int32_t begin, int32_t end) const
                          rules_.kept_element_s};
     case OperatorKind::kRotary:
     case OperatorKind::kNorm:
+    case OperatorKind::kRoute:
     case OperatorKind::kRope:
     case OperatorKind::kResidual:
     case OperatorKind::kRound:
@@ -85,12 +88,17 @@ OperatorWork Cost::work_of(const Operator& op, int32_t begin, int32_t end) const
   return {};
 }
 
-OperatorWork Cost::linear_work(const Operator& op, int32_t rows) const {
+// Of experts, each row multiplies by those that it has, and all rows read those that any has: as
+// many as are expected if each row's were chosen by chance.
+OperatorWork Cost::product_work(const Operator& op, int32_t rows) const {
   const Weight& w = graph_.weights.weight(op.weight);
   const double elements = static_cast<double>(w.rows()) * static_cast<double>(w.columns);
-  const double bytes = w.stored_bytes > 0 ? static_cast<double>(w.stored_bytes)
-                                          : elements * rules_.weight_element_bytes;
-  const double flops = 2.0 * elements * rows;
+  const double all_bytes = w.stored_bytes > 0 ? static_cast<double>(w.stored_bytes)
+                                              : elements * rules_.weight_element_bytes;
+  const bool has_experts = op.kind == OperatorKind::kExperts;
+  const double share = has_experts ? static_cast<double>(op.slots) / op.experts : 1.0;
+  const double flops = 2.0 * elements * share * rows;
+  const double bytes = all_bytes * (has_experts ? 1.0 - std::pow(1.0 - share, rows) : 1.0);
   if (bytes / rates_.weight_bytes_per_s > flops / rates_.gemm_flops_per_s)
     return {.weight_bytes = bytes};
   return {.product_flops = flops};

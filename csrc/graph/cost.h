@@ -76,7 +76,7 @@ class Cost {
 
  private:
   OperatorWork work_of(const Operator& op, int32_t begin, int32_t end) const;
-  OperatorWork linear_work(const Operator& op, int32_t rows) const;
+  OperatorWork product_work(const Operator& op, int32_t rows) const;
   OperatorWork attention_work(const Operator& op, int32_t begin, int32_t end) const;
 
   const ModelGraph& graph_;

@@ -46,6 +46,7 @@ void drop_unused_tensors(ModelGraph& graph) {
     keep(op.input);
     keep(op.output);
     keep(op.rotary);
+    keep(op.route);
   }
   graph.tensors = std::move(used);
 }

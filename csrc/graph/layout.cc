@@ -182,6 +182,8 @@ class Access {
       reads = g_.is_gather(op) ? gathered(op.input) : LiveSet({rows(op.input)});
     if (op.rotary >= 0)
       reads = reads.united(LiveSet({rows(op.rotary)}));
+    if (op.route >= 0)
+      reads = reads.united(LiveSet({rows(op.route)}));
     const LiveSet writes({rows(op.output)});
     const bool starts_pool = op.kind == OperatorKind::kPool && step_.row_begin == 0;
     // A part leaves the other columns of its rows: the first part makes all that was there dead,

@@ -37,6 +37,13 @@ class OperatorCheck {
         return require_weight("weight", op_.weight, output().columns, 1);
       case OperatorKind::kLinear:
         return check_linear();
+      case OperatorKind::kRoute:
+        require_tensor("input", op_.input);
+        require(op_.slots >= 1 && op_.slots <= g_.tensor(op_.input).columns, name_ + "slots",
+                op_.slots, "1.." + std::to_string(g_.tensor(op_.input).columns));
+        return require_columns("output", op_.output, 2 * op_.slots);
+      case OperatorKind::kExperts:
+        return check_experts();
       case OperatorKind::kRope:
         return check_rope();
       case OperatorKind::kAttention:
@@ -107,6 +114,31 @@ class OperatorCheck {
             "gate and up rows in pairs exactly where the epilogue is gate");
     if (op_.bias >= 0)
       require_weight("bias", op_.bias, rows, 1);
+  }
+
+  // Each expert begins at a block of the stacked matrix.
+  void check_experts() const {
+    require_tensor("input", op_.input);
+    require_tensor("route", op_.route);
+    require(op_.slots >= 1, name_ + "slots", op_.slots, "at least 1");
+    require_columns("route", op_.route, 2 * op_.slots);
+    require(op_.experts >= op_.slots, name_ + "experts", op_.experts, "at least as many as slots");
+    require(op_.epilogue != Epilogue::kStore, name_ + "epilogue: store", 1, "gate or add");
+    require(op_.bias < 0, name_ + "bias", op_.bias, "none");
+    const bool is_gate = op_.epilogue == Epilogue::kGate;
+    const Tensor& slots = is_gate ? output() : g_.tensor(op_.input);
+    require(slots.columns % op_.slots == 0, name_ + slots.name + ": columns", slots.columns,
+            "a multiple of the slots");
+    const int32_t inner = slots.columns / op_.slots;
+    const int32_t made = is_gate ? 2 * inner : output().columns;
+    require(made % kPartColumns == 0, name_ + output().name + ": columns of one expert",
+            is_gate ? inner : made,
+            "a multiple of " + std::to_string(is_gate ? kPartColumns / 2 : kPartColumns));
+    require_weight("weight", op_.weight, int64_t{made} * op_.experts,
+                   is_gate ? g_.tensor(op_.input).columns : inner);
+    const bool is_paired = g_.weights.weight(op_.weight).order == PartOrder::kPaired;
+    require(is_gate == is_paired, name_ + "weight: paired", is_paired ? 1 : 0,
+            "gate and up rows in pairs exactly where the epilogue is gate");
   }
 
   void check_rope() const {
@@ -244,21 +276,26 @@ const Operator* ModelGraph::head() const {
   return nullptr;
 }
 
+const Operator* ModelGraph::first_experts() const {
+  const auto found = std::ranges::find(operators, OperatorKind::kExperts, &Operator::kind);
+  return found == operators.end() ? nullptr : &*found;
+}
+
 int32_t ModelGraph::parts(const Operator& op) const {
   if (op.kind == OperatorKind::kAttention)
     return attention.kv_heads;
   if (op.kind == OperatorKind::kPool)
     return (output_of(op).columns + kPartColumns - 1) / kPartColumns;
-  if (op.kind != OperatorKind::kLinear)
+  if (!is_product(op))
     return 1;
-  const int64_t rows = weights.weight(op.weight).rows();
+  const int64_t rows = weights.weight(op.weight).rows() / std::max(op.experts, 1);
   return static_cast<int32_t>((rows + kPartColumns - 1) / kPartColumns);
 }
 
 int32_t ModelGraph::part_columns(const Operator& op) const {
   if (op.kind == OperatorKind::kAttention)
     return attention.heads_per_kv() * attention.head_dim;
-  if (op.kind != OperatorKind::kLinear && op.kind != OperatorKind::kPool)
+  if (!is_product(op) && op.kind != OperatorKind::kPool)
     return output_of(op).columns;
   return op.epilogue == Epilogue::kGate ? kPartColumns / 2 : kPartColumns;
 }

@@ -74,6 +74,8 @@ struct ModelGraph {
   std::vector<int32_t> layer_begin;  // [layers + 1] first operator of each, and behind the last
   int32_t sequence_begin = 0;        // first operator whose rows are sequences, or behind the last
 
+  // The first product with experts; null in a graph without.
+  const Operator* first_experts() const;
   // The product that makes the logits; null in a graph without.
   const Operator* head() const;
   // The tensor of the logits, -1 in a graph without.
@@ -84,9 +86,9 @@ struct ModelGraph {
   uint64_t result_tensors = 0;
 
   // Into how many parts one operator may be cut, each for all its rows: attention by KV heads, a
-  // product by blocks of kPartColumns rows of its weight; 1: not at all.
+  // product by blocks of kPartColumns rows of its weight, of each expert's; 1: not at all.
   int32_t parts(const Operator& op) const;
-  // Columns of the output that one part makes.
+  // Columns of the output, or of each slot, that one part makes.
   int32_t part_columns(const Operator& op) const;
 };
 

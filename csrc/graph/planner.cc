@@ -72,15 +72,25 @@ class Planner {
   // With a budget no product of a tile, or the smallest slice of one, may exceed it, as long as
   // tiles stay efficient.
   int32_t tile_rows() const {
+    const Operator* experts = g_.first_experts();
+    const int32_t layer = experts == nullptr ? 0 : experts->layer;
     int32_t tile = cuts_.max_tile_rows;
-    while (is_budget() && tile > cuts_.min_tile_rows && dearest_s(tile) > o_.budget_s)
+    if (experts != nullptr)
+      tile = std::max(tile, cuts_.expert_rows * experts->experts / experts->slots);
+    while (is_budget() && tile > cuts_.min_tile_rows && dearest_s(layer, tile) > o_.budget_s &&
+           (experts == nullptr || is_cheaper(layer, tile / 2, tile)))
       tile = std::max(cuts_.min_tile_rows, tile / 2);
     return tile;
   }
 
-  double dearest_s(int32_t rows) const {
+  // Whether fewer rows take much less: they do not where reading the experts' weights is all.
+  bool is_cheaper(int32_t layer, int32_t fewer, int32_t rows) const {
+    return dearest_s(layer, fewer) < 0.75 * dearest_s(layer, rows);
+  }
+
+  double dearest_s(int32_t layer, int32_t rows) const {
     double dearest = 0;
-    const auto [begin, end] = g_.layer(0);
+    const auto [begin, end] = g_.layer(layer);
     for (int32_t i = begin; i < end; ++i) {
       const Operator& op = g_.op(i);
       if (is_row_wise(op))
@@ -91,7 +101,7 @@ class Planner {
 
   // As a share of the operator.
   double smallest_slice(const Operator& op) const {
-    if (!cuts_.slices_products || op.kind != OperatorKind::kLinear)
+    if (!cuts_.slices_products || !is_product(op))
       return 1.0;
     return std::min(1.0, static_cast<double>(cuts_.min_product_parts) / g_.parts(op));
   }
@@ -164,7 +174,7 @@ class Planner {
       if (i < last && (cuts_.slices_products ? fit_together : fits))
         continue;
       const Operator& op = g_.op(i);
-      const bool is_sliced = cuts_.slices_products && op.kind == OperatorKind::kLinear;
+      const bool is_sliced = cuts_.slices_products && is_product(op);
       if (first == i)
         add_parts(i, begin, end, is_sliced ? cuts_.min_product_parts : g_.parts(op));
       else
@@ -254,10 +264,9 @@ class Planner {
     const double wanted = std::min(o_.budget_s / one_s, static_cast<double>(parts));
     const int32_t fitting = std::max({static_cast<int32_t>(wanted), std::min(min_parts, parts), 1});
     const int32_t slices = (parts + fitting - 1) / fitting;
-    const bool is_product = g_.op(index).kind == OperatorKind::kLinear;
     const std::vector<int32_t> ends =
-        is_product ? ends_of_product(cuts_, end - begin, parts, slices, fitting)
-                   : equal_ends(parts, slices);
+        is_product(g_.op(index)) ? ends_of_product(cuts_, end - begin, parts, slices, fitting)
+                                 : equal_ends(parts, slices);
     for (size_t i = 0; i < ends.size(); ++i) {
       begin_segment();
       add({.first = index,

@@ -53,6 +53,9 @@ struct CutRules {
   // many pairs for all chunks together do, of a multiple of chunk_row_step rows.
   bool chunks_keys = false;
   int32_t chunk_row_step = 1;
+  // Rows of a tile that each expert of a mixture has, if they are chosen evenly: so many make
+  // reading its weights worth it. Tiles may have more rows than max_tile_rows for them.
+  int32_t expert_rows = 128;
   int32_t embed_rows = 512;     // rows of a step before the layers
   int32_t head_tile_rows = 64;  // rows that go through what follows the layers together
   CostRules costs;

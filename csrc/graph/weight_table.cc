@@ -14,6 +14,15 @@ std::string shape_text(int64_t rows, int64_t columns) {
   return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
 }
 
+// Whether the first half has the rows of the second, part by part.
+bool are_pairs(const std::vector<WeightPart>& parts) {
+  const auto middle = parts.begin() + static_cast<ptrdiff_t>(parts.size() / 2);
+  return parts.size() % 2 == 0 && std::equal(parts.begin(), middle, middle, parts.end(),
+                                             [](const WeightPart& gate, const WeightPart& up) {
+                                               return gate.rows == up.rows;
+                                             });
+}
+
 void check(const Weight& weight) {
   const std::string name = "weight " + weight.name + ": ";
   if (weight.parts.empty())
@@ -28,10 +37,8 @@ void check(const Weight& weight) {
               std::to_string(part.first_row + part.rows) + ", expected at least one");
     }
   }
-  if (weight.order == PartOrder::kPaired &&
-      (weight.parts.size() != 2 || weight.parts[0].rows != weight.parts[1].rows)) {
+  if (weight.order == PartOrder::kPaired && !are_pairs(weight.parts))
     invalid(name + "order: got paired, expected two parts of equal rows for it");
-  }
 }
 
 }  // namespace

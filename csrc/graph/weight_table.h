@@ -20,7 +20,7 @@ enum class WeightKind : uint8_t {
 
 enum class PartOrder : uint8_t {
   kStacked,  // one part's rows below the other's
-  kPaired,   // two parts, gate and up, of equal size; the device says how their rows alternate
+  kPaired,  // gate's parts, then as many of up of the same rows; the device says how they alternate
 };
 
 // Rows [first_row, first_row + rows) of one tensor of the checkpoint.
@@ -49,8 +49,8 @@ class WeightTable {
   using Sink = std::function<void(int32_t weight, int32_t part, const float* values)>;
 
   WeightTable() = default;
-  // Throws std::invalid_argument naming the weight: no parts, no rows, kPaired without two equal
-  // parts, one name twice.
+  // Throws std::invalid_argument naming the weight: no parts, no rows, kPaired without gate and
+  // up parts of equal rows, one name twice.
   explicit WeightTable(std::vector<Weight> weights);
 
   const std::vector<Weight>& weights() const { return weights_; }

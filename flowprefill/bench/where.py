@@ -30,7 +30,7 @@ from flowprefill.bench.statistics import median
 from flowprefill.engine import Engine
 from flowprefill.engine.records import TimelineEntry
 from flowprefill.models.families import build_graph
-from flowprefill.models.graph import ModelGraph, Operator
+from flowprefill.models.graph import PRODUCTS, ModelGraph, Operator
 from flowprefill.request import Request, SamplingParams
 from flowprefill.scheduling.cost_model import attention_pairs
 
@@ -126,7 +126,7 @@ def _measure_decode(
             runs += _decode_steps(engine, rng, sequences, steps)
         of_cache = 2 if engine.dtype == "bf16" else 4
         shape = engine.model_shape
-        elements = (shape.linear_flops_per_token + shape.head_flops_per_sequence) / 2
+        elements = sum(count for _, count in graph.products())
         of_weights = (shape.weight_bytes + shape.head_bytes) / elements
         context = DECODE_CONTEXT + steps // 2
         element_bytes = ElementBytes(of_weights, of_cache)
@@ -259,8 +259,8 @@ def flops_of_groups(
     per_pair = 4.0 * graph.num_heads * graph.head_dim
 
     def work_of(operator: Operator, elements: int) -> float:
-        if operator.kind == "linear":
-            return 2.0 * (tokens if operator.layer >= 0 else 1) * elements
+        if operator.kind in PRODUCTS:
+            return 2.0 * (tokens if operator.layer >= 0 else 1) * elements * operator.share
         keys = min(operator.window or tokens, tokens)
         return per_pair * (attention_pairs(tokens, 0) - attention_pairs(tokens - keys, 0))
 
@@ -281,8 +281,9 @@ def bytes_of_groups(
     per_key = 2.0 * graph.num_kv_heads * graph.head_dim * element_bytes.cache
 
     def work_of(operator: Operator, elements: int) -> float:
-        if operator.kind == "linear":
-            return float(elements * element_bytes.weight)
+        if operator.kind in PRODUCTS:
+            met = 1.0 - (1.0 - operator.share) ** sequences  # of the experts; 1: no mixture
+            return elements * met * element_bytes.weight
         return sequences * min(operator.window or context, context) * per_key
 
     return _work_of_groups(graph, firsts, work_of)
@@ -301,7 +302,7 @@ def _work_of_groups(
         if operator.name in firsts:
             first = operator.name
         names, work = groups.setdefault(first, ([], 0.0))
-        if operator.kind not in ("linear", "attention"):
+        if operator.kind not in (*PRODUCTS, "attention"):
             continue
         if operator.name not in names:
             names.append(operator.name)

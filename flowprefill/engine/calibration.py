@@ -103,7 +103,7 @@ def measure(
     linear_tokens = min(sizes.tokens, max_context)
     execute(executor, make_probe(linear_tokens, 0))  # the first touch of weights and kernels
     one_s = seconds(1, 0)
-    weight_bytes_per_s = (shape.weight_bytes + shape.head_bytes) / one_s
+    weight_bytes_per_s = (shape.read_bytes(1) + shape.head_bytes) / one_s
     head_s = shape.head_bytes / weight_bytes_per_s
     short_s = max(seconds(linear_tokens, 0) - head_s, 1e-6)
     gemm = linear_tokens * shape.linear_flops_per_token / short_s

@@ -131,16 +131,20 @@ def model_shape(
     """
     element_bytes = 2 if dtype == "bf16" else 4
     in_8_bits = {"int8": (True, False), "fp8": (True,)}.get(quantization, ())
-    elements = {True: 0, False: 0}  # of the layers, and outside of them
+    elements = {True: 0.0, False: 0.0}  # that a row computes: of the layers, outside of them
     weight_bytes = {True: 0.0, False: 0.0}
+    expert_bytes, expert_share = 0.0, 1.0
     for operator, weight in graph.product_weights():
         in_layer = operator.layer >= 0
         for part in weight.parts:
             count = weight.columns * part.rows
             kind = (formats or {}).get(part.source) if quantization != "fp8" else None
             own_bytes = 1 if in_layer in in_8_bits else element_bytes
-            elements[in_layer] += count
-            weight_bytes[in_layer] += count * (block_bytes(kind) if kind else own_bytes)
+            elements[in_layer] += count * operator.share
+            part_bytes = count * (block_bytes(kind) if kind else own_bytes)
+            weight_bytes[in_layer] += part_bytes
+            if operator.experts:
+                expert_bytes, expert_share = expert_bytes + part_bytes, operator.share
     return ModelShape(
         linear_flops_per_token=2.0 * elements[True],
         weight_bytes=weight_bytes[True],
@@ -152,4 +156,6 @@ def model_shape(
         * graph.head_dim
         * graph.num_layers
         * element_bytes,
+        expert_bytes=expert_bytes,
+        expert_share=expert_share,
     )

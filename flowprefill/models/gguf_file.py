@@ -133,7 +133,7 @@ def _dequantised(metadata: GgufMetadata, name: str) -> np.ndarray:
 def _model_config(metadata: GgufMetadata, family: Family, form: GgufForm) -> ModelConfig:
     architecture = form.architecture
     refused = has_values(metadata.values, f"{architecture}.expert_count")
-    if refused is not None:
+    if refused is not None and not form.has_experts:
         raise bad_field(refused, metadata.values[refused], "0: no mixture of experts")
     causal = f"{architecture}.attention.causal"
     if not metadata.get(causal, bool, True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowprefill.errors import CheckpointError
+from flowprefill.models.model_config import MAX_EXPERTS
 
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
@@ -52,7 +53,8 @@ class GgufMetadata:
 
     Attributes:
         values: key -> int, float, bool, str or list of these.
-        tensors: name -> where it lies; in the file's order. With further parts theirs too.
+        tensors: name -> where it lies; in the file's order. With further parts theirs too. Experts'
+            matrices, which lie in one tensor, are ``NAME[0]``, ``NAME[1]``, ….
     """
 
     def __init__(self, path: Path) -> None:
@@ -158,9 +160,10 @@ class GgufMetadata:
             raise self._damaged(
                 f"tensor {name} ends at byte {offset + size}, the file at {len(self._bytes)}"
             )
-        if name in self.tensors:
-            raise self._damaged(f"tensor {name} is listed twice")
-        self.tensors[name] = GgufTensor(name, shape, quantisation, offset, size)
+        for tensor in _matrices(GgufTensor(name, shape, quantisation, offset, size)):
+            if tensor.name in self.tensors:
+                raise self._damaged(f"tensor {tensor.name} is listed twice")
+            self.tensors[tensor.name] = tensor
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dims = self._string(), self._scalar("<I")
@@ -202,6 +205,19 @@ class GgufMetadata:
         values: list[Any] = np.frombuffer(self._bytes, layout, count, self._at).tolist()
         self._at += count * layout.itemsize
         return values
+
+
+def _matrices(tensor: GgufTensor) -> Iterator[GgufTensor]:
+    """Yield the matrix of each expert, with its number in brackets; other tensors as they are."""
+    is_stacked = tensor.name.endswith("_exps.weight") and len(tensor.shape) == 3
+    if not is_stacked or not 1 <= tensor.shape[0] <= MAX_EXPERTS:
+        yield tensor
+        return
+    count, *shape = tensor.shape
+    size = tensor.size_bytes // count
+    for expert in range(count):
+        name, offset = f"{tensor.name}[{expert}]", tensor.offset + expert * size
+        yield replace(tensor, name=name, shape=tuple(shape), offset=offset, size_bytes=size)
 
 
 def has_values(values: Mapping[str, Any], *keys: str) -> str | None:

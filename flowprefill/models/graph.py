@@ -15,9 +15,19 @@ Extent = Literal["prompt", "tile", "sequence"]
 WeightKind = Literal["matrix", "table", "vector"]
 PartOrder = Literal["stacked", "paired"]
 OperatorKind = Literal[
-    "embed", "rotary", "norm", "linear", "rope", "attention", "residual", "round"
+    "embed",
+    "rotary",
+    "norm",
+    "linear",
+    "route",
+    "experts",
+    "rope",
+    "attention",
+    "residual",
+    "round",
 ]
 Epilogue = Literal["store", "add", "gate"]
+PRODUCTS = ("linear", "experts")  # kinds that multiply by a matrix
 Activation = Literal["silu", "gelu_tanh"]
 
 
@@ -89,6 +99,10 @@ class Operator:
     Attributes:
         layer: -1: outside the layers.
         table: index of a rotary table.
+        route: the tensor of a row's chosen experts.
+        experts: matrices that lie in the weight one below the other; 0: it is one.
+        slots: experts that a row has.
+        sums_to_one: the weights of a row's experts do.
     """
 
     kind: OperatorKind
@@ -97,6 +111,7 @@ class Operator:
     layer: int = -1
     input: str = ""
     rotary: str = ""
+    route: str = ""
     table: int = -1
     weight: str = ""
     bias: str = ""
@@ -108,6 +123,14 @@ class Operator:
     scale: float = 1.0
     softcap: float = 0.0
     window: int = 0
+    experts: int = 0
+    slots: int = 0
+    sums_to_one: bool = False
+
+    @property
+    def share(self) -> float:
+        """Part of the weight that one row is multiplied with."""
+        return self.slots / self.experts if self.experts else 1.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,5 +196,5 @@ class ModelGraph:
         """Yield every product with its weight."""
         weights = {weight.name: weight for weight in self.weights}
         for operator in self.operators:
-            if operator.kind == "linear":
+            if operator.kind in PRODUCTS:
                 yield operator, weights[operator.weight]

@@ -21,6 +21,7 @@ from flowprefill.models.graph import Activation
 from flowprefill.models.rope import RopeScaling, inverse_frequencies
 
 MAX_LAYERS = 4096
+MAX_EXPERTS = 4096
 _UNNAMED = "model config: "  # what errors begin with where the file is not known
 
 
@@ -86,6 +87,12 @@ class ModelConfig:
         logit_softcap: as score_softcap, of the scaled logits.
         sliding_window: tokens that a token of a sliding layer sees, itself included; 0 is none.
         sliding_layers: per layer, whether the window holds there; [num_layers].
+        num_experts: of a mixture: MLPs of which each row has a few; 0: none.
+        experts_per_token: how many it has.
+        expert_size: intermediate size of one expert.
+        norm_experts: the weights of a row's experts sum to 1.
+        expert_layers: per layer, whether it has experts or one MLP of ``intermediate_size``;
+            [num_layers]; empty: all have, if there are any.
         max_position: longest context, tokens.
         bos_token_id: None if the model has none.
         eos_token_ids: every id that ends a text; may be empty.
@@ -126,6 +133,11 @@ class ModelConfig:
     logit_softcap: float = 0.0
     sliding_window: int = 0
     sliding_layers: tuple[bool, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    norm_experts: bool = False
+    expert_layers: tuple[bool, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -144,6 +156,7 @@ class ModelConfig:
         self._check_numbers()
         self._check_rotary()
         self._check_sliding()
+        self._check_experts()
 
     def _check_numbers(self) -> None:
         for name in ("rms_eps", "rope_theta", "embed_scale", "residual_scale", "logit_scale"):
@@ -176,6 +189,26 @@ class ModelConfig:
             raise bad_field("layer_types", self.sliding_layers, f"{self.num_layers} entries")
         if self.sliding_window < 0 or (any(self.sliding_layers) and not self.sliding_window):
             raise bad_field("sliding_window", self.sliding_window, "an integer >= 1")
+
+    def _check_experts(self) -> None:
+        if not self.expert_layers:
+            object.__setattr__(self, "expert_layers", (self.num_experts > 0,) * self.num_layers)
+        if len(self.expert_layers) != self.num_layers:
+            raise bad_field("expert_layers", self.expert_layers, f"{self.num_layers} entries")
+        least = 1 if any(self.expert_layers) else 0
+        if not least <= self.num_experts <= MAX_EXPERTS:
+            allowed = f"an integer in {least}..{MAX_EXPERTS}"
+            raise bad_field("num_experts", self.num_experts, allowed)
+        if not least:
+            return
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            allowed = f"an integer in 1..{self.num_experts}"
+            raise bad_field("num_experts_per_tok", self.experts_per_token, allowed)
+        for name, value, unit in (
+            ("expert_size", self.expert_size, 32), ("hidden_size", self.hidden_size, 64),
+        ):  # fmt: skip
+            if value < 1 or value % unit:
+                raise bad_field(name, value, f"a multiple of {unit} in a mixture of experts")
 
 
 def rope_inverse_frequencies(config: ModelConfig) -> tuple[npt.NDArray[np.float32], float]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# canonical name inside a layer -> (Hugging Face, GGUF), both without their layer prefix.
+# canonical name inside a layer -> (Hugging Face, GGUF), both without their layer prefix. Weights
+# of experts have the expert's number behind the canonical name, and at {} in the others.
 LAYER_NAMES = {
     "attn_norm": ("input_layernorm.weight", "attn_norm.weight"),
     "q": ("self_attn.q_proj.weight", "attn_q.weight"),
@@ -26,6 +27,10 @@ LAYER_NAMES = {
     "gate": ("mlp.gate_proj.weight", "ffn_gate.weight"),
     "up": ("mlp.up_proj.weight", "ffn_up.weight"),
     "down": ("mlp.down_proj.weight", "ffn_down.weight"),
+    "router": ("mlp.gate.weight", "ffn_gate_inp.weight"),
+    "expert_gate": ("mlp.experts.{}.gate_proj.weight", "ffn_gate_exps.weight[{}]"),
+    "expert_up": ("mlp.experts.{}.up_proj.weight", "ffn_up_exps.weight[{}]"),
+    "expert_down": ("mlp.experts.{}.down_proj.weight", "ffn_down_exps.weight[{}]"),
     "gate_bias": ("mlp.gate_proj.bias", "ffn_gate.bias"),
     "up_bias": ("mlp.up_proj.bias", "ffn_up.bias"),
     "down_bias": ("mlp.down_proj.bias", "ffn_down.bias"),
@@ -46,15 +51,15 @@ def hf_name(canonical: str, names: Mapping[str, str] = MappingProxyType({})) -> 
     """Name of a canonical weight in a Hugging Face checkpoint; ``names``: Family.hf_names."""
     if canonical in MODEL_NAMES:
         return MODEL_NAMES[canonical][0]
-    _, layer, name = canonical.split(".")
+    _, layer, name, *expert = canonical.split(".")
     inside = names[name] if name in names else LAYER_NAMES[name][0]
-    return f"model.layers.{layer}.{inside}"
+    return f"model.layers.{layer}.{inside.format(*expert)}"
 
 
 def gguf_name(canonical: str) -> str:
     """Name of a canonical weight in a GGUF file."""
     if canonical in MODEL_NAMES:
         return MODEL_NAMES[canonical][1]
-    _, layer, name = canonical.split(".")
+    _, layer, name, *expert = canonical.split(".")
     inside = _GGUF_NAMES[name] if name in _GGUF_NAMES else LAYER_NAMES[name][1]
-    return f"blk.{layer}.{inside}"
+    return f"blk.{layer}.{inside.format(*expert)}"

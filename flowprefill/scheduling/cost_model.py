@@ -75,6 +75,8 @@ class ModelShape:
         head_bytes: of the output head.
         cache_bytes_per_token: keys and values of one token, over all layers; 0: reading them
             costs nothing.
+        expert_bytes: those of weight_bytes that belong to experts of a mixture.
+        expert_share: part of the experts that one row has.
     """
 
     linear_flops_per_token: float
@@ -83,6 +85,8 @@ class ModelShape:
     head_flops_per_sequence: float
     head_bytes: float
     cache_bytes_per_token: float = 0.0
+    expert_bytes: float = 0.0
+    expert_share: float = 1.0
 
     def __post_init__(self) -> None:
         names = [field.name for field in fields(self) if field.default is MISSING]
@@ -92,6 +96,12 @@ class ModelShape:
                 f"ModelShape.cache_bytes_per_token: got {self.cache_bytes_per_token}, expected a "
                 "number >= 0"
             )
+
+    def read_bytes(self, rows: int) -> float:
+        """Return the bytes of projections that so many rows read: few rows meet not all experts."""
+        if not self.expert_bytes:
+            return self.weight_bytes
+        return self.weight_bytes - self.expert_bytes * (1.0 - self.expert_share) ** rows
 
 
 class RunShape(NamedTuple):
@@ -253,7 +263,7 @@ class CostModel:
         """
         rates, model, factors = self.rates, self.shape, self.operators.corrections
         by_products = by_weights = 0.0
-        layers = (model.linear_flops_per_token, shape.tokens, model.weight_bytes)
+        layers = (model.linear_flops_per_token, shape.tokens, model.read_bytes(shape.tokens))
         head = (model.head_flops_per_sequence, shape.head_rows, model.head_bytes)
         for flops, rows, weight_bytes in (layers, head):
             if not rows:
@@ -278,7 +288,7 @@ class CostModel:
         """Return the overhead, products and output head of a work."""
         shape = self.shape
         linear = max(
-            shape.weight_bytes / rates.weight_bytes_per_s,
+            shape.read_bytes(tokens) / rates.weight_bytes_per_s,
             tokens * shape.linear_flops_per_token / rates.gemm_flops_per_s,
         )
         head = max(

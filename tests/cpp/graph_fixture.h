@@ -29,6 +29,8 @@ struct LlamaShape {
   bool o_bias = false;
   bool mlp_bias = false;
   bool tie_embeddings = false;
+  int32_t experts = 0;  // of intermediate_size each; 0: one MLP
+  int32_t slots = 0;
 
   int32_t q_columns() const { return num_heads * head_dim; }
   int32_t kv_columns() const { return num_kv_heads * head_dim; }
@@ -61,7 +63,19 @@ class LlamaGraph {
   }
 
  private:
-  enum : int32_t { kHidden, kRotary, kNormed, kQkv, kQ, kContext, kGated, kLast, kLogits };
+  enum : int32_t {
+    kHidden,
+    kRotary,
+    kNormed,
+    kQkv,
+    kQ,
+    kContext,
+    kGated,
+    kLast,
+    kLogits,
+    kRouter,
+    kRoute
+  };
 
   void add_tensors() {
     const auto add = [this](const char* name, int32_t columns, ElementType type, Extent extent) {
@@ -73,9 +87,14 @@ class LlamaGraph {
     add("qkv", s_.qkv_columns(), ElementType::kProduct, Extent::kTile);
     add("q", s_.q_columns(), ElementType::kActivation, Extent::kTile);
     add("context", s_.q_columns(), ElementType::kActivation, Extent::kTile);
-    add("gated", s_.intermediate_size, ElementType::kActivation, Extent::kTile);
+    add("gated", s_.intermediate_size * std::max(s_.slots, 1), ElementType::kActivation,
+        Extent::kTile);
     add("last", s_.hidden_size, ElementType::kActivation, Extent::kSequence);
     add("logits", s_.vocab_size, ElementType::kFloat, Extent::kSequence);
+    if (s_.experts > 0) {
+      add("router", s_.experts, ElementType::kFloat, Extent::kTile);
+      add("route", 2 * s_.slots, ElementType::kFloat, Extent::kTile);
+    }
   }
 
   int32_t weight(const std::string& name, WeightKind kind, int64_t columns,
@@ -115,7 +134,10 @@ class LlamaGraph {
         {.kind = OperatorKind::kRotary, .name = "rotary", .output = kRotary, .table = 0});
     for (int32_t layer = 0; layer < s_.num_layers; ++layer) {
       add_attention(layer, "layers." + std::to_string(layer) + ".");
-      add_mlp(layer, "layers." + std::to_string(layer) + ".");
+      if (s_.experts > 0)
+        add_experts(layer, "layers." + std::to_string(layer) + ".");
+      else
+        add_mlp(layer, "layers." + std::to_string(layer) + ".");
     }
     add_norm("final_norm", "final_norm", -1, kLast);
     const WeightPart head = s_.tie_embeddings ? embed : part("lm_head", s_.vocab_size);
@@ -202,6 +224,53 @@ class LlamaGraph {
          .weight = matrix(p + "down", inner, {part(p + "down", s_.hidden_size)}),
          .bias = vector_if(s_.mlp_bias, p + "down_bias", {part(p + "down_bias", s_.hidden_size)}),
          .epilogue = Epilogue::kAdd});
+  }
+
+  void add_experts(int32_t layer, const std::string& p) {
+    const int64_t inner = s_.intermediate_size;
+    add_norm("mlp_norm", p + "mlp_norm", layer, kNormed);
+    graph_.operators.push_back(
+        {.kind = OperatorKind::kLinear,
+         .name = "router",
+         .layer = layer,
+         .input = kNormed,
+         .output = kRouter,
+         .weight = matrix(p + "router", s_.hidden_size, {part(p + "router", s_.experts)})});
+    graph_.operators.push_back({.kind = OperatorKind::kRoute,
+                                .name = "route",
+                                .layer = layer,
+                                .input = kRouter,
+                                .output = kRoute,
+                                .slots = s_.slots});
+    std::vector<WeightPart> gate_up;
+    std::vector<WeightPart> down;
+    for (const char* name : {"gate.", "up."}) {
+      for (int32_t e = 0; e < s_.experts; ++e)
+        gate_up.push_back(part(p + name + std::to_string(e), inner));
+    }
+    for (int32_t e = 0; e < s_.experts; ++e)
+      down.push_back(part(p + "down." + std::to_string(e), s_.hidden_size));
+    graph_.operators.push_back(
+        {.kind = OperatorKind::kExperts,
+         .name = "expert_gate_up",
+         .layer = layer,
+         .input = kNormed,
+         .output = kGated,
+         .route = kRoute,
+         .weight = matrix(p + "gate_up", s_.hidden_size, std::move(gate_up), PartOrder::kPaired),
+         .epilogue = Epilogue::kGate,
+         .experts = s_.experts,
+         .slots = s_.slots});
+    graph_.operators.push_back({.kind = OperatorKind::kExperts,
+                                .name = "expert_down",
+                                .layer = layer,
+                                .input = kGated,
+                                .output = kHidden,
+                                .route = kRoute,
+                                .weight = matrix(p + "down", inner, std::move(down)),
+                                .epilogue = Epilogue::kAdd,
+                                .experts = s_.experts,
+                                .slots = s_.slots});
   }
 
   const LlamaShape s_;

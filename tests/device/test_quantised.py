@@ -38,8 +38,16 @@ MIXES: dict[str, dict[str, str]] = {
         "attn_k": "Q8_0",
         "attn_v": "Q5_1",
     },
+    "experts": {"ffn": "Q4_K", "exps": "Q4_K", "down_exps": "Q6_K", "ffn_gate_inp": ""},
     "some-are-floats": {"blk": "Q4_0", "attn_k": "", "ffn_up": "F16"},
 }
+# Mixtures of experts, by family, and what their headers say.
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}
+EXPERT_KEYS = {"expert_count": 4, "expert_used_count": 2}
+MIXTURE = {
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 512, "norm_topk_prob": True,
+}  # fmt: skip
 # (rows, context): as many sequences, and rows in each step, as multiply by unpacked weights.
 SAMPLE = [(17, 0), (33, 16), (5, 64), (40, 0), (9, 3), (21, 0)] + [(6, 0)] * 10 + [(7, 0)]
 ON_CPU = ("cpu", "cpu-bf16-team")
@@ -53,10 +61,12 @@ def write_mix(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
     def write(mix: str, family: str = "qwen2", **settings: Any) -> Saved:
         folder = tmp_path_factory.mktemp("quantised")
         tiny_model(family, spread=0.05, **(SHAPE | settings)).save_pretrained(folder / "hf")
-        tiny = TinyGguf(open_checkpoint(folder / "hf"), family)
+        tiny = TinyGguf(open_checkpoint(folder / "hf"), ARCHITECTURES.get(family, family))
+        if family in ARCHITECTURES:
+            tiny.metadata |= EXPERT_KEYS
         for name, values in tiny.tensors.items():
             kinds = [kind for part, kind in MIXES.get(mix, {}).items() if part in name]
-            if values.ndim == 2 and kinds and kinds[-1]:
+            if values.ndim >= 2 and kinds and kinds[-1]:
                 tiny.quantised[name] = gguf.GGMLQuantizationType[kinds[-1]]
         path = tiny.write(folder / "tiny.gguf")
         ids = np.random.default_rng(5).integers(0, SHAPE["vocab_size"], 200).tolist()
@@ -139,6 +149,23 @@ def test_a_kept_model_preempted_at_every_boundary_is_bit_equal(
     for granularity in ("operator", "chunk:32", "budget:0.1"):
         stop_everywhere(native, granularity)
     native.close()
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@on(ON_CPU)
+def test_experts_that_stay_in_blocks(
+    device: Device,
+    family: str,
+    write_mix: Callable[..., Saved],
+    open_both: Callable[..., tuple[Runner, Runner]],
+) -> None:
+    """Nearly what expanded ones give: an expert may have few rows. The same bits when stopped."""
+    kept, expanded = open_both(write_mix("experts", family, **MIXTURE))
+    assert kept.model.weight_bytes < expanded.model.weight_bytes / 2
+    for granularity in ("none", "budget:0.1"):
+        wanted = packed(expanded, granularity)
+        assert relative_error(packed(kept, granularity), wanted) < device.tolerance
+        stop_everywhere(kept, granularity)
 
 
 def test_weights_take_the_bytes_of_the_file(write_mix: Callable[..., Saved]) -> None:

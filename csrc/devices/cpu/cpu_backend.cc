@@ -31,12 +31,23 @@ std::string refusal_of(const ModelGraph& graph, const Operator& op) {
   return "";
 }
 
+// Whether it makes the logits by which rows choose experts: rounding it to bytes would change many
+// a choice and save next to nothing.
+bool is_router(const ModelGraph& graph, int32_t weight) {
+  return std::ranges::any_of(graph.operators, [&](const Operator& op) {
+    return op.kind == OperatorKind::kLinear && op.weight == weight &&
+           std::ranges::any_of(graph.operators, [&](const Operator& other) {
+             return other.kind == OperatorKind::kRoute && other.input == op.output;
+           });
+  });
+}
+
 // In which form the CPU keeps and multiplies a weight.
 template <typename T>
 MakeLinear<T> make_linear(CpuQuantization quantization) {
   return [quantization](const ModelGraph& graph, int32_t index) -> std::unique_ptr<Linear<T>> {
     const Weight& weight = graph.weights.weight(index);
-    if (quantization == CpuQuantization::kInt8)
+    if (quantization == CpuQuantization::kInt8 && !is_router(graph, index))
       return std::make_unique<Int8Linear<T>>(weight.columns, weight.rows());
     return std::make_unique<PackedLinear<T>>(weight.columns, weight.rows());
   };

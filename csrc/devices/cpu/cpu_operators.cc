@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "devices/cpu/experts.h"
 #include "devices/cpu/sample.h"
 
 namespace flowprefill {
@@ -51,7 +52,10 @@ void CpuOperators<T>::execute(const Operator& op, const Step& step, RowRange row
       return pool(op, step, rows, begin, end);
     case OperatorKind::kSample:
       return choose(op, step, rows);
-    case OperatorKind::kAttention:  // shared out by items
+    case OperatorKind::kRoute:
+      return route(a_, op, step, rows);
+    case OperatorKind::kAttention:  // these two are shared out by items
+    case OperatorKind::kExperts:
       return;
   }
 }
@@ -61,8 +65,7 @@ void CpuOperators<T>::embed(const Operator& op, const Step& step, RowRange rows)
   const int32_t width = a_.graph.output_of(op).columns;
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     float* out = a_.template at<float>(op.output, step, row);
-    const int32_t token = a_.batch.tokens[static_cast<size_t>(row)];
-    a_.weights.look_up(op.weight, token, out);
+    a_.weights.look_up(op.weight, a_.batch.tokens[static_cast<size_t>(row)], out);
     for (int32_t i = 0; op.scale != 1.0 && i < width; ++i)
       out[i] *= static_cast<float>(op.scale);
   }
@@ -198,8 +201,6 @@ void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, 
   }
   linear.end_series();
 }
-
-// ---- attention
 
 template <typename T>
 void CpuOperators<T>::rope(const Operator& op, const Step& step, RowRange rows) {
@@ -351,8 +352,6 @@ void CpuOperators<T>::round(const Operator& op, const Step& step, RowRange rows)
   }
 }
 
-// ---- what is kept of all rows
-
 template <typename T>
 void CpuOperators<T>::score(const Operator& op, const Step& step, RowRange rows) {
   auto* scores = a_.tensors[static_cast<size_t>(op.output)].template as<PromptScore>();
@@ -385,7 +384,7 @@ void CpuOperators<T>::pool(const Operator& op, const Step& step, RowRange rows, 
     const int32_t index = a_.sequence_of_row[static_cast<size_t>(row)];
     const Sequence& s = a_.sequence_of(row);
     const float* in = a_.template at<float>(op.input, step, row);
-    float* out = a_.tensors[static_cast<size_t>(op.output)].template as<float>() + index * width;
+    float* out = a_.template at<float>(op.output, step, index);
     if (row == s.row_begin)
       std::fill(out + first, out + last, 0.0f);
     const float share = 1.0f / static_cast<float>(s.rows);

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "devices/cpu/experts.h"
 #include "devices/cpu/team.h"
 
 namespace flowprefill {
@@ -224,7 +225,7 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
   const bool has_own_rows = step.rows() >= kRowChunk * threads_ && step.is_whole() &&
                             !graph.is_per_sequence(graph.op(first)) &&
                             weight_bytes(first, last) <= kCachedWeightBytes &&
-                            !has_blocks(first, last);
+                            !wants_all_rows(first, last);
   if (!has_own_rows) {
     for (int32_t i = first; i <= last; ++i)
       execute_shared(step, graph.op(i));
@@ -243,12 +244,13 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
   });
 }
 
-// Every chunk of rows would unpack them anew.
+// Every chunk of rows would unpack blocks anew, or read the weights of the experts.
 template <typename T>
-bool CpuProgram<T>::has_blocks(int32_t first, int32_t last) const {
+bool CpuProgram<T>::wants_all_rows(int32_t first, int32_t last) const {
   for (int32_t i = first; i <= last; ++i) {
     const Operator& op = compiled_.graph().op(i);
-    if (op.kind == OperatorKind::kLinear && weights_->is_in_blocks(op.weight))
+    if (op.kind == OperatorKind::kExperts ||
+        (op.kind == OperatorKind::kLinear && weights_->is_in_blocks(op.weight)))
       return true;
   }
   return false;
@@ -275,6 +277,8 @@ void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
     });
     return;
   }
+  if (op.kind == OperatorKind::kExperts)
+    return multiply_experts(activations_, op, step, number_, *team_);
   const int32_t end = step.is_whole() ? compiled_.graph().parts(op) : step.part_end;
   const bool is_product = op.kind == OperatorKind::kLinear;
   const std::byte* input = is_product ? prepare_input(step, op) : nullptr;

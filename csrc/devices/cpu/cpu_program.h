@@ -59,7 +59,7 @@ class CpuProgram final : public ModelProgram {
   void execute_chain(const Step& step, int32_t first, int32_t last);
   void execute_shared(const Step& step, const Operator& op);
   const std::byte* prepare_input(const Step& step, const Operator& op);
-  bool has_blocks(int32_t first, int32_t last) const;
+  bool wants_all_rows(int32_t first, int32_t last) const;
   size_t weight_bytes(int32_t first, int32_t last) const;
   void execute_attention(const Step& step, const Operator& op);
 

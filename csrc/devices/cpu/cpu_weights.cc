@@ -9,16 +9,25 @@
 namespace flowprefill {
 namespace {
 
+// Of parts [begin, end).
+int64_t rows_between(const Weight& weight, int32_t begin, int32_t end) {
+  int64_t rows = 0;
+  for (int32_t i = begin; i < end; ++i)
+    rows += weight.parts[static_cast<size_t>(i)].rows;
+  return rows;
+}
+
 // Where row `row` of a part goes: a column of the packed matrix, an element of the vector.
 std::function<int64_t(int64_t)> places(const Weight& weight, int32_t part) {
   if (weight.order == PartOrder::kStacked) {
-    int64_t first = 0;
-    for (int32_t i = 0; i < part; ++i)
-      first += weight.parts[static_cast<size_t>(i)].rows;
+    const int64_t first = rows_between(weight, 0, part);
     return [first](int64_t row) { return first + row; };
   }
-  const int64_t inner = weight.parts.front().rows;
-  return [inner, is_up = part == 1](int64_t row) {
+  const int64_t inner = weight.rows() / 2;
+  const auto half = static_cast<int32_t>(weight.parts.size() / 2);
+  const int64_t first = rows_between(weight, part < half ? 0 : half, part);
+  return [inner, first, is_up = part >= half](int64_t part_row) {
+    const int64_t row = first + part_row;
     const int64_t run = row / kGateColumns;
     const int64_t width = std::min<int64_t>(kGateColumns, inner - run * kGateColumns);
     return run * kPackColumns + (is_up ? width : 0) + row % kGateColumns;

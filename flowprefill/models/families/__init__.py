@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flowprefill.models.families import gemma, glm, granite, llama, olmo2, phi3
+from flowprefill.models.families import (
+    gemma,
+    glm,
+    granite,
+    llama,
+    mixture,
+    olmo2,
+    phi3,
+)
 from flowprefill.models.families.family import Family, GgufForm
 from flowprefill.models.graph import ModelGraph
 from flowprefill.models.hf_config import HfConfig
@@ -81,6 +89,6 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     return family.read(HfConfig(values))
 
 
-for _module in (llama, gemma, phi3, glm, olmo2, granite):
+for _module in (llama, gemma, phi3, glm, olmo2, granite, mixture):
     for _family in _module.FAMILIES:
         register(_family)

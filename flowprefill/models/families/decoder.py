@@ -67,7 +67,13 @@ def _add_tensors(g: ModelGraph, config: ModelConfig) -> None:
     g.tensor("qkv", q + 2 * kv, "product")
     g.tensor("q", q, "activation")
     g.tensor("context", q, "activation")
-    g.tensor("gated", config.intermediate_size, "activation")
+    if not all(config.expert_layers):
+        g.tensor("gated", config.intermediate_size, "activation")
+    if any(config.expert_layers):
+        slots = config.experts_per_token
+        g.tensor("router", config.num_experts)
+        g.tensor("route", 2 * slots)
+        g.tensor("expert_gated", slots * config.expert_size, "activation")
     if _has_branch(config):
         g.tensor("branch", hidden)
     g.tensor("last", hidden, "activation", extent="sequence")
@@ -92,6 +98,10 @@ class DecoderLayer:
         self.attention()
         self.add_attention(post_norm and f"attn_{post_norm}")
         self.norm_before("mlp_norm")
+        if self.config.expert_layers[self.layer]:
+            self.route()
+            self.add_experts()
+            return
         self.gate_and_up()
         self.add_mlp(post_norm and f"mlp_{post_norm}")
 
@@ -137,6 +147,41 @@ class DecoderLayer:
             epilogue="gate", activation=config.activation, bias=bias,
             weight=self._matrix("gate_up", config.hidden_size, *self._gate_up(""), paired=True),
         )  # fmt: skip
+
+    def route(self) -> None:
+        """From ``normed`` to ``route``: each row's experts and their weights."""
+        config, layer = self.config, self.layer
+        router = self._matrix(
+            "router", config.hidden_size, self._part("router", config.num_experts)
+        )
+        self.g.add("linear", "router", layer=layer, input="normed", output="router", weight=router)
+        self.g.add(
+            "route", "route", layer=layer, input="router", output="route",
+            slots=config.experts_per_token, sums_to_one=config.norm_experts,
+        )  # fmt: skip
+
+    def add_experts(self) -> None:
+        """From ``normed`` to the residual stream: the MLPs of each row's experts."""
+        config = self.config
+        inner, hidden = config.expert_size, config.hidden_size
+        mixture = {
+            "layer": self.layer, "route": "route",
+            "experts": config.num_experts, "slots": config.experts_per_token,
+        }  # fmt: skip
+        gate_up = [*self._experts("expert_gate", inner), *self._experts("expert_up", inner)]
+        self.g.add(
+            "experts", "expert_gate_up", input="normed", output="expert_gated", epilogue="gate",
+            activation=config.activation,
+            weight=self._matrix("expert_gate_up", hidden, *gate_up, paired=True), **mixture,
+        )  # fmt: skip
+        self.g.add(
+            "experts", "expert_down", input="expert_gated", output="hidden", epilogue="add",
+            weight=self._matrix("expert_down", inner, *self._experts("expert_down", hidden)),
+            **mixture,
+        )  # fmt: skip
+
+    def _experts(self, name: str, rows: int) -> list[WeightPart]:
+        return [self._part(f"{name}.{expert}", rows) for expert in range(self.config.num_experts)]
 
     def add_attention(self, post_norm: str) -> None:
         """From ``context`` to the residual stream, through a norm if one is named."""

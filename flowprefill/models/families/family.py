@@ -45,11 +45,13 @@ class GgufForm:
         read: given the header and the fields of ModelConfig that every file has, returns those that
             are to be added or changed; raises CheckpointError.
         arrange: as Family.arrange, for GGUF files.
+        has_experts: files with a mixture of experts are read, too.
     """
 
     architecture: str
     read: Callable[[GgufMetadata, Mapping[str, Any]], dict[str, Any]]
     arrange: Arrange = as_stored
+    has_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

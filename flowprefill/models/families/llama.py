@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flowprefill.models.families.experts import read_gguf_experts
 from flowprefill.models.families.family import Family, GgufForm, rotate_half_heads
 from flowprefill.models.hf_config import HfConfig, read_decoder
 from flowprefill.models.model_config import ModelConfig, bad_field
@@ -53,7 +54,9 @@ def read_qwen3(values: HfConfig) -> ModelConfig:
 def read_llama_gguf(metadata: GgufMetadata, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Read a Llama's or Mistral's GGUF header."""
     window = int(metadata.get("llama.attention.sliding_window", int, 0))
-    return {"sliding_window": window, "sliding_layers": (window > 0,) * fields["num_layers"]}
+    sliding = {"sliding_window": window, "sliding_layers": (window > 0,) * fields["num_layers"]}
+    experts = read_gguf_experts(metadata, "llama", fields["intermediate_size"])
+    return sliding | experts | ({"norm_experts": True} if experts else {})
 
 
 def read_qwen_gguf(metadata: GgufMetadata, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +68,9 @@ def read_qwen_gguf(metadata: GgufMetadata, fields: Mapping[str, Any]) -> dict[st
 
 
 # The converter of Llama files has rows turn as neighbours; that of Qwen leaves them.
-_LLAMA_GGUF = GgufForm(architecture="llama", read=read_llama_gguf, arrange=rotate_half_heads)
+_LLAMA_GGUF = GgufForm(
+    architecture="llama", read=read_llama_gguf, arrange=rotate_half_heads, has_experts=True
+)
 
 FAMILIES = (
     Family(

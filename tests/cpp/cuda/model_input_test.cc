@@ -53,6 +53,12 @@ TEST_F(ModelInputTest, shape_or_options_that_no_kernel_takes_are_named) {
   expect_has(with([](auto& s, auto&) { s.hidden_size = 60; }), {"operator embed", "hidden", "60"});
   expect_has(with([](auto& s, auto&) { s.intermediate_size = 70; }),
              {"operator gate_up_proj of layer 0", "gated", "70", "multiple of 8"});
+  expect_has(with([](auto& s, auto&) {
+               s.intermediate_size = 64;
+               s.experts = 8;
+               s.slots = 2;
+             }),
+             {"operator route of layer 0", "mixture of experts", "device cpu"});
   expect_has(with([](auto&, auto& o) { o.run_ahead = 5; }), {"run_ahead", "5"});
   expect_has(with([](auto&, auto& o) { o.num_lanes = 0; }), {"num_lanes", "0"});
   expect_has(with([](auto&, auto& o) { o.buckets = {4, 4}; }), {"buckets", "4"});

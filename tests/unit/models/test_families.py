@@ -28,9 +28,16 @@ SILENT = {
 }
 
 
+# Of mixtures, whose experts are whole blocks of a product; a Mixtral has 8 heads of keys.
+SIZES = {
+    "mixtral": {"intermediate_size": 64, "num_attention_heads": 8},
+    "olmoe": {"intermediate_size": 64},
+}
+
+
 def silent(family: str, **values: Any) -> dict[str, Any]:
     """Return a config.json that leaves all else to the family's defaults."""
-    return SILENT | {"model_type": family} | values
+    return SILENT | SIZES.get(family, {}) | {"model_type": family} | values
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -57,6 +64,7 @@ def test_absent_keys_get_the_defaults_of_the_family(family: str) -> None:
 @pytest.mark.parametrize("family", NEWER)
 def test_what_transformers_writes_is_what_was_meant(family: str) -> None:
     settings = SILENT | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 99}
+    settings |= SIZES.get(family, {})
     ours = read_config(CONFIGS[family](**settings).to_dict())
     assert (ours.family, ours.num_kv_heads, ours.head_dim, ours.max_position) == (family, 2, 8, 99)
 
@@ -111,6 +119,30 @@ def test_only_what_a_family_has_is_in_its_graph() -> None:
     assert "layers.0.q" not in phi
 
 
+def test_a_mixture_has_its_experts_in_the_graph() -> None:
+    values = silent(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        mlp_only_layers=[1, 5], decoder_sparse_step=2,
+    )  # fmt: skip
+    config = read_config(values)
+    assert config.expert_layers == (False, False, False, True, False, False, False, True)
+    graph = build_graph(config)
+    assert operators(graph, 0)[-3:] == ["mlp_norm", "gate_up_proj", "down_proj"]
+    assert operators(graph, 3)[-5:] == ["mlp_norm", "router", "route", "expert_gate_up",
+                                        "expert_down"]  # fmt: skip
+    sources = graph.sources()
+    assert sources["layers.3.router"] == (4, 64)
+    assert sources["layers.3.expert_up.3"] == (32, 64)
+    assert sources["layers.3.expert_down.0"] == (64, 32)
+    (weight,) = (one for one in graph.weights if one.name == "layers.3.expert_gate_up")
+    assert [part.source for part in weight.parts[3:5]] == [
+        "layers.3.expert_gate.3", "layers.3.expert_up.0",
+    ]  # fmt: skip
+    assert hf_name("layers.3.expert_up.3") == "model.layers.3.mlp.experts.3.up_proj.weight"
+    by_old_name = read_config(values | {"num_experts": None, "num_local_experts": 4})
+    assert by_old_name == config
+
+
 def test_glm_rows_turn_as_halves() -> None:
     rows = torch.arange(2 * 8).reshape(16, 1)
     wanted = [0, 2, 1, 3, 4, 5, 6, 7]
@@ -157,6 +189,14 @@ def test_glm_rows_turn_as_halves() -> None:
         ("granite", {"logits_scaling": 0}, ["logits_scaling", "> 0"]),
         ("granite", {"attention_multiplier": 0.0}, ["attention_multiplier", "0.0", "> 0"]),
         ("granite", {"residual_multiplier": -0.2}, ["residual_scale", "-0.2"]),
+        ("qwen3_moe", {"moe_intermediate_size": 40}, ["expert_size", "40", "multiple of 32"]),
+        ("qwen3_moe", {"hidden_size": 96}, ["hidden_size", "96", "multiple of 64"]),
+        ("qwen3_moe", {"num_experts_per_tok": 129}, ["num_experts_per_tok", "129", "1..128"]),
+        ("qwen3_moe", {"num_experts": 10**6}, ["num_experts", "1000000", "1..4096"]),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
+        ("qwen3_moe", {"mlp_only_layers": ["1"]}, ["mlp_only_layers", "'1'"]),
+        ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv", "8.0", "null"]),
+        ("mixtral", {"num_local_experts": -1}, ["num_experts", "-1"]),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_named(

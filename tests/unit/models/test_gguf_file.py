@@ -78,6 +78,64 @@ def test_written_model_reads_back_equal(
         assert getattr(read.config, name) == getattr(original.config, name), name
 
 
+MIXTURE = {
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+# family -> architecture of its files, and what their header says beyond what all say
+MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3moe", {"norm_topk_prob": True}, {"expert_feed_forward_length": 32}),
+    "mixtral": ("llama", {}, {}),
+    "olmoe": ("olmoe", {"head_dim": 16, "norm_topk_prob": False}, {}),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts_read_back_equal(save_tiny: Any, tmp_path: Path, family: str) -> None:
+    architecture, settings, keys = MIXTURES[family]
+    _, folder = save_tiny(family, **MIXTURE, **settings)
+    original = open_checkpoint(folder)
+    written = TinyGguf(original, architecture)
+    written.metadata |= {"expert_count": 4, "expert_used_count": 2} | keys
+    read = open_checkpoint(written.write(tmp_path / "tiny.gguf"))
+    told = {
+        name: getattr(read.config, name)
+        for name in ("family", "bos_token_id", "eos_token_ids", "rms_eps", "max_position")
+    }
+    assert read.config == replace(original.config, **told)
+    expected = dict(original.weights())
+    weights = dict(read.weights())
+    assert list(weights) == list(expected)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("expert_shared_count", 1),
+        ("expert_gating_func", 2),
+        ("expert_weights_scale", 2.5),
+        ("leading_dense_block_count", 1),
+    ],
+)
+def test_mixtures_that_are_computed_otherwise_are_refused(
+    save_tiny: Any, tmp_path: Path, key: str, value: float
+) -> None:
+    _, folder = save_tiny("qwen3_moe", **MIXTURE)
+    written = TinyGguf(open_checkpoint(folder), "qwen3moe")
+    written.metadata |= {"expert_count": 4, "expert_used_count": 2, key: value}
+    with pytest.raises(CheckpointError, match=rf"qwen3moe.{key}: got {value}"):
+        open_checkpoint(written.write(tmp_path / "bad.gguf"))
+
+
+def test_experts_of_a_family_that_has_none_are_refused(tiny_gguf: Make, tmp_path: Path) -> None:
+    written = tiny_gguf("qwen2")
+    written.metadata["expert_count"] = 8
+    with pytest.raises(CheckpointError, match=r"qwen2.expert_count: got 8, expected 0: no mixture"):
+        open_checkpoint(written.write(tmp_path / "bad.gguf"))
+
+
 GEMMA_KEYS: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3": {"rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
@@ -197,7 +255,7 @@ def test_own_header_parser_agrees_with_the_gguf_package(tiny_gguf: Make, tmp_pat
 @pytest.mark.parametrize(
     ("key", "value", "names"),
     [
-        ("expert_count", 8, ["llama.expert_count", "8", "mixture"]),
+        ("expert_count", 8, ["llama.expert_used_count", "None", "int"]),
         ("attention.causal", False, ["llama.attention.causal", "False", "true"]),
         ("rope.scaling.type", "longrope", ["rope.scaling.type", "longrope", "linear or yarn"]),
         ("rope.dimension_count", 4, ["rope.dimension_count", "4", "8"]),

@@ -13,7 +13,7 @@ bool is_only_reader(const ModelGraph& graph, int32_t index) {
     return false;
   for (size_t i = static_cast<size_t>(index) + 1; i < graph.operators.size(); ++i) {
     const Operator& op = graph.operators[i];
-    const std::array<int32_t, 3> read = tensors_read(op);
+    const std::array<int32_t, 4> read = tensors_read(op);
     if (std::ranges::find(read, tensor) != read.end())
       return false;
     if (op.output == tensor)

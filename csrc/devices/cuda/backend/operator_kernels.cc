@@ -182,6 +182,9 @@ void OperatorKernels::launch(const Call& call) const {
       return score(call);
     case OperatorKind::kPool:
       return pool(call);
+    case OperatorKind::kRoute:
+    case OperatorKind::kExperts:  // refused at load
+      return;
   }
 }
 

@@ -33,6 +33,10 @@ class Refusal {
       case OperatorKind::kAttention:
         require_head_dim();
         break;
+      case OperatorKind::kRoute:
+      case OperatorKind::kExperts:
+        return "mixture of experts: got " + std::to_string(op_.slots) +
+               " experts a row, expected a dense model on CUDA; device cpu takes them";
       case OperatorKind::kScore:
       case OperatorKind::kPool:
       case OperatorKind::kRotary:
@@ -111,6 +115,9 @@ class Refusal {
         return require_bf16(op_.output);
       case OperatorKind::kSample:
         return require_float(op_.input);
+      case OperatorKind::kRoute:
+      case OperatorKind::kExperts:
+        return;
       case OperatorKind::kResidual:
         require_float(op_.input);
         return require_float(op_.output);
