@@ -30,6 +30,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+# Qwen3-MoE's kind: 1.1 billion parameters, of which a row computes 0.2 and the head.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "random-moe": {
+        "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 VOCAB_SIZE = 151_936
 MAX_POSITION = 32_768
 SPREAD = 0.02  # standard deviation of random weights
@@ -38,7 +46,7 @@ TOKENIZER = {
     "bos_token": "<|im_start|>",
     "eos_token": "<|im_end|>",
 }
-NAMES = (DEFAULT_MODEL, *SHAPES)
+NAMES = (DEFAULT_MODEL, *SHAPES, *MIXTURES)
 
 
 def make(name: str, folder: Path) -> None:
@@ -53,13 +61,15 @@ def make(name: str, folder: Path) -> None:
     from flowprefill.bench.transformers_model import TransformersModel
     from flowprefill.models.checkpoint import open_checkpoint
 
-    if name in SHAPES:
-        config = transformers.Qwen2Config(
+    if name in SHAPES or name in MIXTURES:
+        kind = transformers.Qwen2Config if name in SHAPES else transformers.Qwen3MoeConfig
+        config = kind(
             vocab_size=VOCAB_SIZE, max_position_embeddings=MAX_POSITION, initializer_range=SPREAD,
-            pad_token_id=None, bos_token_id=1, eos_token_id=2, **SHAPES[name],
+            pad_token_id=None, bos_token_id=1, eos_token_id=2, **(SHAPES | MIXTURES)[name],
         )  # fmt: skip
         torch.manual_seed(1)
-        model: Any = transformers.Qwen2ForCausalLM(config)
+        auto_class: Any = transformers.AutoModelForCausalLM
+        model: Any = auto_class.from_config(config)
         model.to(torch.bfloat16)
     else:
         model = TransformersModel(name, "bf16", torch.get_num_threads()).inner
@@ -74,10 +84,11 @@ def write_gguf(folder: Path, kind: str) -> None:
     """Write ``KIND.gguf`` into a checkpoint's folder: without a tokenizer, for prompts are ids.
 
     Args:
-        folder: of a Llama or Qwen2.
+        folder: of a Llama, Qwen2 or Qwen3-MoE.
         kind: name of the matrices' type: one that the gguf package can write; vectors are F32.
     """
     import gguf
+    import numpy as np
     import torch
 
     from flowprefill.models.checkpoint import open_checkpoint
@@ -91,13 +102,21 @@ def write_gguf(folder: Path, kind: str) -> None:
     unfinished = folder / f"{kind}.unfinished"
     writer = gguf.GGUFWriter(unfinished, form.architecture)
     _add_header(writer, checkpoint.config)
+    experts: list[np.ndarray] = []  # of the tensor that is next
     for name, tensor in checkpoint.weights():
         # Where form.arrange takes each row from: the file has them the other way round.
         rows = torch.arange(len(tensor)).unsqueeze(1)
         order = form.arrange(checkpoint.config, name, rows).flatten().argsort()
         values = tensor[order].float().numpy()
-        stored = matrices if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        stored_name, _, expert = gguf_name(name).partition("[")
+        if expert:  # all in one tensor, one after another
+            experts.append(values)
+            if len(experts) < checkpoint.config.num_experts:
+                continue
+            values, experts = np.stack(experts), []
+        is_matrix = values.ndim > 1 and not name.endswith("router")
+        stored = matrices if is_matrix else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(stored_name, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -117,6 +136,10 @@ def _add_header(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.experts_per_token)
+        writer.add_expert_feed_forward_length(config.expert_size)
     writer.add_tokenizer_model("no_vocab")
 
 

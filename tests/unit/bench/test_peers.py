@@ -62,9 +62,16 @@ def test_interpreter_of_a_peer_is_checked(text: str) -> None:
     assert repr(text) in error.value.message
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+MIXTURE = {
+    "hidden_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
 def test_gguf_file_for_llama_cpp_holds_the_checkpoint(family: str, tmp_path: Path) -> None:
     exact = TINY | {"rms_norm_eps": 2.0**-20}  # the file has it in 32 bits
+    exact |= MIXTURE if family == "qwen3_moe" else {}
     tiny_model(family, **exact).save_pretrained(tmp_path)
     write_gguf(tmp_path, "F32")
     saved, written = open_checkpoint(tmp_path), open_checkpoint(tmp_path / "F32.gguf")
