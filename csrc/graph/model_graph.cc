@@ -288,7 +288,7 @@ int32_t ModelGraph::parts(const Operator& op) const {
     return (output_of(op).columns + kPartColumns - 1) / kPartColumns;
   if (!is_product(op))
     return 1;
-  const int64_t rows = weights.weight(op.weight).rows() / std::max(op.experts, 1);
+  const int64_t rows = weights.weight(op.weight).rows();
   return static_cast<int32_t>((rows + kPartColumns - 1) / kPartColumns);
 }
 

@@ -86,7 +86,8 @@ struct ModelGraph {
   uint64_t result_tensors = 0;
 
   // Into how many parts one operator may be cut, each for all its rows: attention by KV heads, a
-  // product by blocks of kPartColumns rows of its weight, of each expert's; 1: not at all.
+  // product by blocks of kPartColumns rows of its weight, one expert's after the other's; 1: not at
+  // all.
   int32_t parts(const Operator& op) const;
   // Columns of the output, or of each slot, that one part makes.
   int32_t part_columns(const Operator& op) const;

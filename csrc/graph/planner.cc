@@ -77,15 +77,9 @@ class Planner {
     int32_t tile = cuts_.max_tile_rows;
     if (experts != nullptr)
       tile = std::max(tile, cuts_.expert_rows * experts->experts / experts->slots);
-    while (is_budget() && tile > cuts_.min_tile_rows && dearest_s(layer, tile) > o_.budget_s &&
-           (experts == nullptr || is_cheaper(layer, tile / 2, tile)))
+    while (is_budget() && tile > cuts_.min_tile_rows && dearest_s(layer, tile) > o_.budget_s)
       tile = std::max(cuts_.min_tile_rows, tile / 2);
     return tile;
-  }
-
-  // Whether fewer rows take much less: they do not where reading the experts' weights is all.
-  bool is_cheaper(int32_t layer, int32_t fewer, int32_t rows) const {
-    return dearest_s(layer, fewer) < 0.75 * dearest_s(layer, rows);
   }
 
   double dearest_s(int32_t layer, int32_t rows) const {

@@ -42,13 +42,18 @@ struct SortedRows {
   }
 };
 
+// Blocks [first, last) of one expert; none where last <= first.
+struct Blocks {
+  int64_t first;
+  int64_t last;
+};
+
 // Rows [begin, end) of the sorted pairs, all of one expert, and some of its blocks.
 struct ExpertShare {
   int32_t expert;
   int32_t begin;
   int32_t end;
-  int64_t first_block;
-  int64_t last_block;
+  Blocks blocks;
 };
 
 template <typename T>
@@ -61,9 +66,9 @@ class ExpertProduct {
         team_(team),
         linear_(activations.weights.matrix(op.weight)),
         is_gate_(op.epilogue == Epilogue::kGate),
-        blocks_(activations.graph.parts(op)),
-        begin_(step.is_whole() ? 0 : step.part_begin),
-        end_(step.is_whole() ? blocks_ : step.part_end) {}
+        blocks_(linear_.blocks() / op.experts),
+        begin_(step.part_begin),
+        end_(step.is_whole() ? linear_.blocks() : step.part_end) {}
 
   void sort(SortedRows& sorted) {
     count(sorted);
@@ -105,12 +110,14 @@ class ExpertProduct {
 
   // Every share adds to its columns, for all experts one after another: so each sum has an order.
   void add(const SortedRows& sorted) {
-    const ProductShares shares(begin_, end_, step_.rows(), team_.threads(), false);
+    const ProductShares shares(0, blocks_, step_.rows(), team_.threads(), false);
     team_.for_each(shares.size(), [&](int64_t i) {
-      const ProductShare blocks = shares[i];
-      for (int32_t e = 0; e < op_.experts; ++e)
+      const ProductShare mine = shares[i];
+      for (int32_t e = 0; e < op_.experts; ++e) {
+        const Blocks wanted = blocks_of(e);
+        const Blocks blocks{std::max(mine.first, wanted.first), std::min(mine.last, wanted.last)};
         each_chunk(sorted, e, [&](int32_t begin, int32_t end) {
-          each_block(sorted, {e, begin, end, blocks.first, blocks.last},
+          each_block(sorted, {e, begin, end, blocks},
                      [this](const float* product, const Pair& pair, int64_t block) {
                        const float* route = a_.template at<float>(op_.route, step_, pair.row);
                        float* out = a_.template at<float>(op_.output, step_, pair.row) +
@@ -119,11 +126,19 @@ class ExpertProduct {
                                                    route[op_.slots + pair.slot], out);
                      });
         });
+      }
       linear_.end_series();
     });
   }
 
  private:
+  // Of the expert's blocks those that are among the step's parts.
+  Blocks blocks_of(int32_t expert) const {
+    const int64_t first = expert * blocks_;
+    return {std::clamp<int64_t>(begin_ - first, 0, blocks_),
+            std::clamp<int64_t>(end_ - first, 0, blocks_)};
+  }
+
   void count(SortedRows& sorted) {
     sorted.first.assign(static_cast<size_t>(op_.experts) + 1, 0);
     sorted.offsets.resize(static_cast<size_t>(op_.experts));
@@ -183,17 +198,21 @@ class ExpertProduct {
 
   // At least some shares for each member, so that they end together.
   std::vector<ExpertShare> gate_shares(const SortedRows& sorted) const {
-    int64_t busy = 0;
-    for (int32_t e = 0; e < op_.experts; ++e)
-      each_chunk(sorted, e, [&](int32_t, int32_t) { ++busy; });
-    const int64_t wanted = std::clamp((end_ - begin_) * busy / (8 * int64_t{team_.threads()}),
-                                      int64_t{1}, kMostBlocks);
+    int64_t all = 0;
+    for (int32_t e = 0; e < op_.experts; ++e) {
+      const Blocks blocks = blocks_of(e);
+      each_chunk(sorted, e, [&](int32_t, int32_t) { all += blocks.last - blocks.first; });
+    }
+    const int64_t wanted =
+        std::clamp(all / (8 * int64_t{team_.threads()}), int64_t{1}, kMostBlocks);
     std::vector<ExpertShare> shares;
-    for (int32_t e = 0; e < op_.experts; ++e)
+    for (int32_t e = 0; e < op_.experts; ++e) {
+      const Blocks blocks = blocks_of(e);
       each_chunk(sorted, e, [&](int32_t begin, int32_t end) {
-        for (int64_t block = begin_; block < end_; block += wanted)
-          shares.push_back({e, begin, end, block, std::min(block + wanted, end_)});
+        for (int64_t block = blocks.first; block < blocks.last; block += wanted)
+          shares.push_back({e, begin, end, {block, std::min(block + wanted, blocks.last)}});
       });
+    }
     return shares;
   }
 
@@ -203,8 +222,8 @@ class ExpertProduct {
     thread_local std::vector<float> product(static_cast<size_t>(kExpertRows) * kPackColumns);
     const int32_t rows = share.end - share.begin;
     const int64_t first = share.expert * blocks_;
-    for (int64_t block = share.first_block; block < share.last_block; ++block) {
-      linear_.multiply_block(first + block, first + share.last_block, rows,
+    for (int64_t block = share.blocks.first; block < share.blocks.last; ++block) {
+      linear_.multiply_block(first + block, first + share.blocks.last, rows,
                              sorted.input_at(share.expert, share.begin), product.data(),
                              kPackColumns, false);
       for (int32_t r = 0; r < rows; ++r)
@@ -220,7 +239,7 @@ class ExpertProduct {
   const Linear<T>& linear_;
   const bool is_gate_;
   const int64_t blocks_;  // of one expert
-  const int64_t begin_;
+  const int64_t begin_;   // of the blocks of all experts, those of the step
   const int64_t end_;
 };
 
@@ -243,6 +262,7 @@ void multiply_experts(CpuActivations<T>& activations, const Operator& op, const 
   const bool is_held = sorted.program == program && sorted.op == &op &&
                        sorted.row_begin == step.row_begin && sorted.row_end == step.row_end;
   if (!is_held || step.part_begin == 0) {
+    sorted.program = -1;  // of none, should there be no memory
     product.sort(sorted);
     sorted.program = program;
     sorted.op = &op;
