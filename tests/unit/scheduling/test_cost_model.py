@@ -156,3 +156,12 @@ def test_told_segments_whole_runs_move_the_rates_no_more() -> None:
     model.observe("prefill", 1.0, 9.0, shape_of(100))
     assert model.operators.corrections == learnt_of
     assert model.nominal_s(shape_of(100)) == CostModel(SHAPE, RATES).prefill_s(100)
+
+
+def test_few_rows_read_the_experts_that_they_have() -> None:
+    shape = ModelShape(1.0, 1000.0, 1.0, 1.0, 1.0, expert_bytes=800.0, expert_share=0.25)
+    assert shape.read_bytes(1) == 400.0
+    assert shape.read_bytes(2) == 200.0 + 800.0 * (1 - 0.75**2)
+    assert shape.read_bytes(1000) == 1000.0
+    steps = CostModel(shape, MachineRates(1e30, 1e30, 1.0, 1e-9))
+    assert steps.decode_s(1, 0) < steps.decode_s(2, 0) < steps.decode_s(16, 0)
