@@ -37,9 +37,9 @@ void expect_refused(const LlamaShape& shape, const std::string& part) {
 
 TEST(ExpertsTest, EachExpertIsWholeBlocksOfTheStackedMatrix) {
   const ModelGraph graph = llama_graph(kShape);
-  EXPECT_EQ(graph.parts(graph.op(index_of(graph, "expert_gate_up"))), 3);
+  EXPECT_EQ(graph.parts(graph.op(index_of(graph, "expert_gate_up"))), 16 * 3);
   EXPECT_EQ(graph.part_columns(graph.op(index_of(graph, "expert_gate_up"))), 32);
-  EXPECT_EQ(graph.parts(graph.op(index_of(graph, "expert_down"))), 2);
+  EXPECT_EQ(graph.parts(graph.op(index_of(graph, "expert_down"))), 16 * 2);
   LlamaShape shape = kShape;
   shape.intermediate_size = 72;
   expect_refused(shape, "gated: columns of one expert: got 72, expected a multiple of 32");
@@ -80,19 +80,31 @@ class ExpertsPlanTest : public ::testing::Test {
                        .min_tile_rows = 32,
                        .min_product_parts = 1,
                        .slices_products = true,
-                       .expert_rows = 64};
+                       .expert_rows = 64,
+                       .costs = {}};
 };
 
 TEST_F(ExpertsPlanTest, TilesGiveEachExpertRowsEnough) {
   EXPECT_EQ(plan({}, 1.0).tile_rows, 512);
 }
 
-TEST_F(ExpertsPlanTest, TilesShrinkToTheBudgetWhereProductsTakeTheTime) {
+TEST_F(ExpertsPlanTest, TilesShrinkWhereASliceOfAnOtherProductExceedsTheBudget) {
   EXPECT_EQ(plan({.gemm_flops_per_s = 1e8, .weight_bytes_per_s = 1e30}, 1e-3).tile_rows, 32);
 }
 
-TEST_F(ExpertsPlanTest, TilesDoNotShrinkWhereReadingWeightsIsAll) {
-  EXPECT_EQ(plan({.gemm_flops_per_s = 1e30, .weight_bytes_per_s = 1e6}, 1e-3).tile_rows, 512);
+// A slice may be a block of one expert, which few rows of the tile have.
+TEST_F(ExpertsPlanTest, SlicesOfSomeExpertsFitTheBudgetWithTheLargestTile) {
+  const double budget_s = 1e-3;
+  const MachineRates rates{.gemm_flops_per_s = 2e10, .weight_bytes_per_s = 1e30};
+  const Plan made = plan(rates, budget_s);
+  EXPECT_EQ(made.tile_rows, 512);
+  int32_t slices = 0;
+  for (const Step& step : made.steps) {
+    const bool has_experts = graph_.op(step.first).kind == OperatorKind::kExperts;
+    slices += has_experts && !step.is_whole() ? 1 : 0;
+    EXPECT_TRUE(!has_experts || step.predicted_s <= budget_s) << step.predicted_s;
+  }
+  EXPECT_GT(slices, 16);
 }
 
 TEST_F(ExpertsPlanTest, EveryPartOfEveryRowIsComputedOnce) {
