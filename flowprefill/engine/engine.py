@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from flowprefill.config import EngineConfig, Granularity
 from flowprefill.engine.core import EngineCore
 from flowprefill.engine.gate import backlog_limit
-from flowprefill.engine.intake import Intake
+from flowprefill.engine.intake import Intake, objectives_of
 from flowprefill.engine.kv_blocks import BlockPool
 from flowprefill.engine.local_worker import LocalWorker
 from flowprefill.engine.records import (
@@ -142,26 +142,13 @@ class Engine:
         request = Request(request) if isinstance(request, str) else request
         if not isinstance(request, Request):
             raise InvalidRequest.field("request", request, "a Request, or the prompt as a text")
-        slo = self._objectives(slo)
+        slo = objectives_of(slo, self.config)
         if os.getpid() != self._process:
             raise NotReady("this process was forked from the engine's: its threads are not here")
         self._core.check_load(request.tenant)  # a refusal must not wait for the tokenizer
         live = self._intake.live(request, slo, arrival_s)
         self._core.submit(live)
         return live.handle
-
-    def _objectives(self, slo: SLO | str | None) -> SLO:
-        if slo is None:
-            return self.config.default_slo()
-        if isinstance(slo, str):
-            known = sorted(self.config.classes)
-            if slo not in known:
-                names = ", ".join(known) or "none is configured"
-                raise InvalidRequest.field("slo", slo, f"an SLO, or the name of a class: {names}")
-            return self.config.slo_of_class(slo)
-        if not isinstance(slo, SLO):
-            raise InvalidRequest.field("slo", slo, "an SLO, as SLO(ttft=0.25), a class, or None")
-        return slo
 
     def embed(
         self,

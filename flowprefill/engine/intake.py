@@ -17,12 +17,31 @@ from flowprefill.engine.live_request import LiveRequest, TokenSide
 from flowprefill.engine.sampler import Sampler
 from flowprefill.engine.stop import StopChecker
 from flowprefill.errors import InvalidRequest, PromptTooLong, overflow
+from flowprefill.request import SLO
 
 if TYPE_CHECKING:
     from flowprefill.config import EngineConfig
     from flowprefill.engine.core import EngineCore
     from flowprefill.models.tokenizer import Tokenizer
-    from flowprefill.request import SLO, Request
+    from flowprefill.request import Request
+
+
+def objectives_of(slo: SLO | str | None, config: EngineConfig) -> SLO:
+    """Return what a caller of submit() means: an SLO, a configured class by name, or the default.
+
+    Raises:
+        InvalidRequest: it is none of these.
+    """
+    if slo is None:
+        return config.default_slo()
+    if isinstance(slo, str):
+        if slo not in config.classes:
+            names = ", ".join(sorted(config.classes)) or "none is configured"
+            raise InvalidRequest.field("slo", slo, f"an SLO, or the name of a class: {names}")
+        return config.slo_of_class(slo)
+    if not isinstance(slo, SLO):
+        raise InvalidRequest.field("slo", slo, "an SLO, as SLO(ttft=0.25), a class, or None")
+    return slo
 
 
 class Intake:
