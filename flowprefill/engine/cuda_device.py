@@ -40,7 +40,8 @@ class CudaDevice:
     # Enough blocks of threads for all multiprocessors, and context enough that attention counts.
     probe_sizes = ProbeSizes(tokens=2048, context=8192, fills_context=True)
     threads = 1  # the executor's own; the GPU computes
-    granularity = Granularity("budget", budget_s=0.5e-3)  # blocks 0.6 ms on an H200: docs/cuda.md
+    # Blocks a short prompt for 0.6 ms on an H200 (docs/cuda-measured.md).
+    granularity = Granularity("budget", budget_s=0.5e-3)
 
     def __init__(self, config: EngineConfig, module: Any, index: int, reason: str) -> None:
         """Settle the element type.

@@ -13,7 +13,7 @@ import pytest
 from kit import report
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a machine with torch for GPUs and the usual libraries has; see docs/cuda.md.
+# What a machine with torch for GPUs and the usual libraries has; see docs/cuda-testing.md.
 PRESENT = {
     "torch", "numpy", "aiohttp", "safetensors", "tokenizers", "jinja2", "prometheus_client", "rich",
     "transformers", "hypothesis", "pytest", "matplotlib", "yaml",
