@@ -40,11 +40,6 @@ class WorkCosts:
         self._cache_token_s = shape.cache_bytes_per_token / rates.weight_bytes_per_s
         self._overhead_s = rates.run_overhead_s
         self._chunk = granularity.chunk_tokens
-        # The planner knows the experts that compute; a prefill's rows read all of them. So it
-        # plans with slower memory, which would be wrong for the head.
-        self._read_share = profile.weight_bytes(1) / shape.weight_bytes
-        head_s = shape.head_bytes / rates.weight_bytes_per_s
-        self._head_excess_s = head_s / self._read_share - head_s
         self._planned = self._options(rates.attention_flops_per_s)
         self._linear_only = self._options(FREE)
         self._linear: dict[int, float] = {}
@@ -67,7 +62,7 @@ class WorkCosts:
         profile = self.profile
         shape, rates = profile.shape, profile.rates
         linear = max(
-            profile.weight_bytes(sequences) / rates.weight_bytes_per_s,
+            shape.read_bytes(sequences) / rates.weight_bytes_per_s,
             sequences * shape.linear_flops_per_token / rates.gemm_flops_per_s,
         )
         head = max(
@@ -106,7 +101,6 @@ class WorkCosts:
         """Return all of a prefill but its attention; each chunk is a run of its own."""
         planned = rows if rows <= EXACT_ROWS else _rounded(rows, 7)
         total = float(self.profile.predictor.segments(planned, 0, self._linear_only).sum())
-        total -= self._head_excess_s
         runs = -(-rows // self._chunk) if self._chunk else 1
         seconds = total * rows / planned + runs * self._overhead_s
         if len(self._linear) < KEPT_PLANS:
@@ -123,7 +117,7 @@ class WorkCosts:
             rates=_core.MachineRates(
                 gemm_flops_per_s=rates.gemm_flops_per_s,
                 attention_flops_per_s=attention_flops_per_s,
-                weight_bytes_per_s=rates.weight_bytes_per_s * self._read_share,
+                weight_bytes_per_s=rates.weight_bytes_per_s,
                 step_overhead_s=profile.step_overhead_s,
             ),
         )

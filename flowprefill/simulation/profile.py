@@ -22,7 +22,6 @@ from flowprefill.native import _core
 from flowprefill.scheduling import MachineRates, ModelShape
 
 FOLDER = Path(__file__).parent / "profiles"
-_EXPERT_PRODUCTS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,6 @@ class Profile:
         response_s: from the end of a prefill to its token at the client, and what comes before the
             scheduler hears of it; occupies no device.
         segments_in_flight: segments that a preemption waits for at most; 1: the one that executes.
-        expert_share: active over all experts of a mixture; 1: none.
-        expert_bytes: weight bytes of all experts.
     """
 
     name: str
@@ -56,8 +53,6 @@ class Profile:
     cuts: _core.CutRules = field(default_factory=_core.CutRules, repr=False)
     response_s: float = 0.0
     segments_in_flight: int = 1
-    expert_share: float = 1.0
-    expert_bytes: float = 0.0
 
     @classmethod
     def load(cls, name: str) -> Profile:
@@ -94,13 +89,6 @@ class Profile:
     def predictor(self) -> _core.PlanPredictor:
         """The planner on this model with this device's cutting rules."""
         return _core.PlanPredictor(self.graph, self.cuts)
-
-    def weight_bytes(self, rows: int) -> float:
-        """Return the bytes of weights that so many rows read: a few rows meet not all experts."""
-        if not self.expert_bytes:
-            return self.shape.weight_bytes
-        met = 1.0 - (1.0 - self.expert_share) ** rows
-        return self.shape.weight_bytes - self.expert_bytes * (1.0 - met)
 
     def with_rates(self, **rates: float) -> Profile:
         """Return the same with some rates changed, e.g. to those that were measured."""
@@ -159,13 +147,6 @@ def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Pr
     devices = int(_number(name, model, "devices", 1))
     together = devices * (given("link_efficiency", 1.0) if devices > 1 else 1.0)
     shape = model_shape(graph, "bf16")
-    share = _number(name, model, "active_experts", 1) / _number(name, model, "experts", 1)
-    expert_bytes = 0.0
-    if share < 1.0:
-        products = graph.products()
-        active = sum(count for op, count in products if op.name in _EXPERT_PRODUCTS)
-        expert_bytes = 2.0 * active / share
-        shape = replace(shape, weight_bytes=shape.weight_bytes - 2.0 * active + expert_bytes)
     rates = MachineRates(
         gemm_flops_per_s=given("gemm_flops_per_s")
         * together
@@ -185,6 +166,4 @@ def _join(name: str, model: Mapping[str, Any], machine: Mapping[str, Any]) -> Pr
         cuts=_cuts(name, machine),
         response_s=optional("response_s"),
         segments_in_flight=int(given("segments_in_flight", 1)),
-        expert_share=share,
-        expert_bytes=expert_bytes,
     )
