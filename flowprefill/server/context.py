@@ -141,7 +141,7 @@ class ServerContext:
         self.check_key(headers)
 
     def check_key(self, headers: Mapping[str, str]) -> None:
-        """Let a client ask; raises Unauthorized if there are tenants, and it has no key of theirs.
+        """Let a client ask; raises Unauthorized if the server has keys, and it sends none of them.
 
         Before its body is read: strangers get no memory.
         """

@@ -40,10 +40,8 @@ class EventStream:
         self._request = request
         self.response = web.StreamResponse(headers=HEADERS)
         self.response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
-        if (
-            request.version < HttpVersion11
-        ):  # it has no chunks: the connection's end is the stream's
-            self.response.force_close()
+        if request.version < HttpVersion11:
+            self.response.force_close()  # it has no chunks: the connection's end is the stream's
 
     @property
     def is_open(self) -> bool:
