@@ -46,7 +46,9 @@ def test_profile_mixture_reads_all_experts_in_a_prefill_and_some_in_a_step() -> 
     profile = Profile.load("qwen3-30b-a3b@h100")
     assert profile.shape.linear_flops_per_token == pytest.approx(2 * 2.7e9, rel=0.1)
     assert profile.shape.weight_bytes == pytest.approx(2 * 29.9e9, rel=0.05)
-    assert profile.shape.read_bytes(1) == pytest.approx(profile.shape.linear_flops_per_token, rel=0.01)
+    assert profile.shape.read_bytes(1) == pytest.approx(
+        profile.shape.linear_flops_per_token, rel=0.01
+    )
     assert profile.shape.read_bytes(1000) == pytest.approx(profile.shape.weight_bytes)
     costs = WorkCosts(profile, Granularity("none"))
     assert costs.prefill_s(256, 0.0) == pytest.approx(
