@@ -228,7 +228,7 @@ class ExpertProduct {
                              kPackColumns, false);
       for (int32_t r = 0; r < rows; ++r)
         sink(product.data() + int64_t{r} * kPackColumns,
-             sorted.pairs[static_cast<size_t>(share.begin + r)], block);
+             sorted.pairs[static_cast<size_t>(share.begin) + static_cast<size_t>(r)], block);
     }
   }
 
