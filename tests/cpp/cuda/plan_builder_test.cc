@@ -17,7 +17,8 @@ class PlanBuilderTest : public ::testing::Test {
  protected:
   // Of a bucket's plan for one sequence.
   static int32_t variant(PlanBuilder& builder, int32_t bucket) {
-    const auto plans = builder.plans_to_warm(bucket, {.granularity = Granularity::kNone});
+    const auto plans =
+        builder.plans_to_warm(bucket, {.granularity = Granularity::kNone, .rates = {}});
     return plans.front()->plan->segment(0).shape.variant;
   }
 
@@ -51,7 +52,8 @@ TEST_F(PlanBuilderTest, plans_that_lie_alike_have_one_number_and_others_another)
     EXPECT_TRUE(found.insert(variant(plans, bucket)).second);
     EXPECT_TRUE(found.insert(variant(of_scores, bucket)).second);
   }
-  const PlanOptions cut{.granularity = Granularity::kLayer};  // what it holds lies as before
+  // What it holds lies as before.
+  const PlanOptions cut{.granularity = Granularity::kLayer, .rates = {}};
   EXPECT_EQ(plans.plans_to_warm(4, cut).front()->plan->segment(0).shape.variant, variant(plans, 4));
 }
 
@@ -61,7 +63,7 @@ TEST_F(PlanBuilderTest, no_number_is_given_twice_when_layouts_are_forgotten) {
   PlanBuilder plans = builder(3);
   std::set<int32_t> found;
   for (const int32_t tokens : {1, 2, 3, 4, 5, 6, 7, 8}) {
-    PlanOptions chunks{.granularity = Granularity::kChunk};
+    PlanOptions chunks{.granularity = Granularity::kChunk, .rates = {}};
     chunks.chunk_tokens = tokens;
     const auto of = [&] {
       return plans.plans_to_warm(16, chunks).front()->plan->segment(0).shape.variant;
@@ -70,7 +72,8 @@ TEST_F(PlanBuilderTest, no_number_is_given_twice_when_layouts_are_forgotten) {
     EXPECT_TRUE(found.insert(first).second) << tokens;
     EXPECT_EQ(of(), first) << "the plan itself is kept";
   }
-  PlanOptions forgotten{.granularity = Granularity::kChunk, .budget_s = 1};  // a plan of its own
+  // A plan of its own.
+  PlanOptions forgotten{.granularity = Granularity::kChunk, .budget_s = 1, .rates = {}};
   forgotten.chunk_tokens = 1;
   const auto again = plans.plans_to_warm(16, forgotten).front();
   EXPECT_TRUE(found.insert(again->plan->segment(0).shape.variant).second)
