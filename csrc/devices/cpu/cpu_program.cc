@@ -280,11 +280,10 @@ void CpuProgram<T>::execute_shared(const Step& step, const Operator& op) {
   if (op.kind == OperatorKind::kExperts)
     return multiply_experts(activations_, op, step, number_, *team_);
   const int32_t end = step.is_whole() ? compiled_.graph().parts(op) : step.part_end;
-  const bool is_product = op.kind == OperatorKind::kLinear;
-  const std::byte* input = is_product ? prepare_input(step, op) : nullptr;
+  const std::byte* input = is_product(op) ? prepare_input(step, op) : nullptr;
   const size_t row_bytes =
       input == nullptr ? 0 : weights_->matrix(op.weight).prepared_row_bytes(step.rows());
-  const ProductShares shares(step.part_begin, end, step.rows(), threads_, is_product);
+  const ProductShares shares(step.part_begin, end, step.rows(), threads_, is_product(op));
   team_->for_each(shares.size(), [&](int64_t i) {
     const ProductShare share = shares[i];
     operators_.execute(op, step, {step.row_begin + share.begin, step.row_begin + share.end},
