@@ -80,7 +80,7 @@ class Chunks {
   Slices sliced(int rows, const KeyChunks& chunks) const {
     auto slices = std::make_shared<std::vector<Lists>>();
     for (int row = 0; row < kTile; row += rows)
-      slices->push_back(lists(row, row + rows, chunks));
+      slices->push_back(lists(row, std::min(row + rows, kTile), chunks));
     return slices;
   }
   static Launch launch_of(const Slices& slices) {
