@@ -44,16 +44,22 @@ struct RopeColumns {
 class RopePair {
  public:
   // What the run's inputs say of the row: no kernel writes them, so this may be before the wait.
+  // Nothing is done with it yet: nobody waits for it here.
   FP_HD RopePair(const RopeArgs<Bf16>& args, int32_t row, int32_t pair)
       : args_(args), row_(row), pair_(pair) {
     if (row >= args.rows)
       return;
     sequence_ = args.batch.sequences[row];
+    position_ = args.batch.positions[row];
+  }
+
+  // Where the token's keys and values lie in the cache.
+  FP_HD void find() {
     if (sequence_ <= 0)
       return;
     const int32_t* table =
-        args.batch.block_tables + (sequence_ - 1) * args.batch.block_table_stride;
-    offset_ = args.cache.offset(table, args.batch.positions[row]);
+        args_.batch.block_tables + (sequence_ - 1) * args_.batch.block_table_stride;
+    offset_ = args_.cache.offset(table, position_);
   }
 
   // The pair's angle in this unit: asked for before the sums are there.
@@ -103,7 +109,8 @@ class RopePair {
   const int32_t row_;
   const int32_t pair_;
   int32_t sequence_ = 0;
-  int64_t offset_ = 0;  // where the token's keys and values lie in the cache
+  int32_t position_ = 0;
+  int64_t offset_ = 0;
   float cos_ = 1;
   float sin_ = 0;
 };

@@ -306,13 +306,13 @@ FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
   static_assert(!kRopes || kPairs == kRopePairs);
   static_assert(kNormSumsBytes == kFewRowsWarps * sizeof(float));
   const GemmArgs& args = fused.product;
+  const int32_t row = t.index() / kPairs;
+  const int32_t pair = t.index() % kPairs;
+  RopePair rope(fused.rope, kRopes ? row : INT32_MAX, pair);  // behind weights it would take long
   FewRowsWarp<Form, Element, kRopes, Thread> warp(t, fused);
   warp.start_all();
   if constexpr (sizeof(Element) == sizeof(Bf16))
     warp.prefetch(args.l2_steps);
-  const int32_t row = t.index() / kPairs;
-  const int32_t pair = t.index() % kPairs;
-  RopePair rope(fused.rope, kRopes ? row : INT32_MAX, pair);
   t.wait_for_predecessor();  // the weights and the inputs are no kernel's; all else may be
   if constexpr (kNorms) {
     unsigned char* behind_ring = t.template shared<unsigned char>() + Form::kSharedBytes;
@@ -321,6 +321,7 @@ FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
     warp.take_rows(few_rows_operand(args, static_cast<const Element*>(nullptr)), args.lda,
                    args.row_begin, args.row_end);
   }
+  rope.find();
   const int32_t first_of_pair = kRopes ? pair : 2 * pair;
   for (int32_t first = Form::kColumns * t.block_x(); first < args.columns;
        first += Form::kColumns * t.grid_x()) {
