@@ -9,15 +9,19 @@
 namespace flowprefill {
 
 // The norms of the product's rows, in normed_bytes() of shared memory from `shared` on. All threads
-// have to come here.
-template <class Thread>
-FP_HD const Bf16* norm_rows(const Thread& t, const FusedProduct& args, unsigned char* shared) {
+// have to come here. `meanwhile` is called while the first row's elements are on their way.
+template <class Thread, class Meanwhile>
+FP_HD const Bf16* norm_rows(const Thread& t, const FusedProduct& args, unsigned char* shared,
+                            const Meanwhile& meanwhile) {
   Bf16* out = reinterpret_cast<Bf16*>(shared + kNormSumsBytes);
   const int32_t depth = args.product.depth;
   for (int32_t row = 0; row < args.product.rows(); ++row) {
     const float* hidden = args.norm.hidden + (args.product.row_begin + row) * args.norm.ld_hidden;
-    norm_row(t, hidden, args.norm.weight, depth, args.norm.eps, reinterpret_cast<float*>(shared),
-             out + row * depth);
+    NormOfRow<Thread> norm(t, hidden, args.norm.weight, depth);
+    norm.load();
+    if (row == 0)
+      meanwhile();
+    norm.finish(args.norm.eps, reinterpret_cast<float*>(shared), out + row * depth);
     t.sync();
   }
   return out;

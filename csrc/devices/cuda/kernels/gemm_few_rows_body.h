@@ -72,6 +72,8 @@ FP_HD const E4m3* few_rows_operand(const GemmArgs& args, const E4m3* /*type*/) {
 template <class Form, typename Element, bool kRopes, class Thread>
 class FewRowsWarp {
  public:
+  static constexpr int32_t kFirst = Form::kStages - 1;  // steps that there is room for
+
   FP_HD FewRowsWarp(const Thread& t, const FusedProduct& args)
       : t_(t),
         depth_(args.product.depth),
@@ -84,9 +86,9 @@ class FewRowsWarp {
     from_unit();
   }
 
-  // The first steps' copies, as many as there is room for.
-  FP_HD void start_all() {
-    for (int32_t step = 0; step < kStages - 1; ++step)
+  // The copies of the first steps [begin, end), at most kFirst of them.
+  FP_HD void start_first(int32_t begin, int32_t end) {
+    for (int32_t step = begin; step < end; ++step)
       start(step);
   }
   // Brings so many steps after the started ones to the L2 cache: four lanes for each row, a sector
@@ -310,13 +312,18 @@ FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
   const int32_t pair = t.index() % kPairs;
   RopePair rope(fused.rope, kRopes ? row : INT32_MAX, pair);  // behind weights it would take long
   FewRowsWarp<Form, Element, kRopes, Thread> warp(t, fused);
-  warp.start_all();
+  // What comes after weights waits for them: so a row that is to be normed comes in between.
+  constexpr int32_t kFirst = decltype(warp)::kFirst;
+  constexpr int32_t kEarly = kNorms ? kFirst / 2 : kFirst;
+  warp.start_first(0, kEarly);
   if constexpr (sizeof(Element) == sizeof(Bf16))
     warp.prefetch(args.l2_steps);
   t.wait_for_predecessor();  // the weights and the inputs are no kernel's; all else may be
   if constexpr (kNorms) {
     unsigned char* behind_ring = t.template shared<unsigned char>() + Form::kSharedBytes;
-    warp.take_rows(norm_rows(t, fused, behind_ring), args.depth, 0, args.rows());
+    const Bf16* normed =
+        norm_rows(t, fused, behind_ring, [&] { warp.start_first(kEarly, kFirst); });
+    warp.take_rows(normed, args.depth, 0, args.rows());
   } else {
     warp.take_rows(few_rows_operand(args, static_cast<const Element*>(nullptr)), args.lda,
                    args.row_begin, args.row_end);

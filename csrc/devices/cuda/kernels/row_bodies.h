@@ -95,7 +95,7 @@ FP_HD void bring_norm_weights(const Thread& t, const RmsNormArgs<Out>& args) {
     t.prefetch(args.weight + i);
 }
 
-// Of a row, four elements each, that a thread of norm_row() keeps in registers; wider rows are read
+// Of a row, four elements each, that a thread of NormOfRow keeps in registers; wider rows are read
 // twice beyond these.
 constexpr int kNormKept = 4;
 
@@ -107,39 +107,65 @@ FP_HD void store_normed(const Vec<float, 4>& x, const Vec<float, 4>& weight, flo
   *reinterpret_cast<Vec<Out, 4>*>(out) = y;
 }
 
-// out = hidden / rms(hidden) * weight, of one row by the whole block. `scratch`: shared, a float
-// per warp. What an element's bits depend on besides the row: the number of threads.
-template <typename Out, class Thread>
-FP_HD void norm_row(const Thread& t, const float* hidden, const float* weight, int32_t width,
-                    float eps, float* scratch, Out* out) {
-  using Float4 = Vec<float, 4>;
-  const int32_t first = t.index() * 4;
-  const int32_t step = t.count() * 4;
-  Float4 kept[kNormKept] = {};
-  Float4 weights[kNormKept];
-  FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
-    if (first + n * step >= width)
-      continue;
-    kept[n] = *reinterpret_cast<const Float4*>(hidden + first + n * step);
-    weights[n] = *reinterpret_cast<const Float4*>(weight + first + n * step);
-  }
-  float sum = 0.0f;
-  FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
-    FP_UNROLL for (int k = 0; k < 4; ++k) sum = fused_multiply_add(kept[n].v[k], kept[n].v[k], sum);
-  }
-  sum = sum_of_squares(t, hidden, first + kNormKept * step, width, scratch, sum);
-  const float scale = inverse_rms(sum, width, eps);
-  FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
-    if (first + n * step < width)
-      store_normed(kept[n], weights[n], scale, out + first + n * step);
-  }
-  for (int32_t i = first + kNormKept * step; i < width; i += step) {
-    store_normed(*reinterpret_cast<const Float4*>(hidden + i),
-                 *reinterpret_cast<const Float4*>(weight + i), scale, out + i);
-  }
-}
+// out = hidden / rms(hidden) * weight, of one row by the whole block: all threads ask for what they
+// read by load(), then come to finish(). What an element's bits depend on besides the row: the
+// number of threads.
+template <class Thread>
+class NormOfRow {
+ public:
+  FP_HD NormOfRow(const Thread& t, const float* hidden, const float* weight, int32_t width)
+      : t_(t),
+        hidden_(hidden),
+        weight_(weight),
+        width_(width),
+        first_(t.index() * 4),
+        step_(t.count() * 4) {}
 
-// norm_row() of row block_x(). With `rows_in` block i norms row rows_in[i] into row i of out; a
+  FP_HD void load() {
+    FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
+      kept_[n] = {};
+      if (first_ + n * step_ >= width_)
+        continue;
+      kept_[n] = *reinterpret_cast<const Float4*>(hidden_ + first_ + n * step_);
+      weights_[n] = *reinterpret_cast<const Float4*>(weight_ + first_ + n * step_);
+    }
+  }
+
+  // `scratch`: shared, a float per warp.
+  template <typename Out>
+  FP_HD void finish(float eps, float* scratch, Out* out) const {
+    float sum = 0.0f;
+    FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
+      FP_UNROLL for (int k = 0; k < 4; ++k)
+          sum = fused_multiply_add(kept_[n].v[k], kept_[n].v[k], sum);
+    }
+    const int32_t rest = first_ + kNormKept * step_;
+    sum = sum_of_squares(t_, hidden_, rest, width_, scratch, sum);
+    const float scale = inverse_rms(sum, width_, eps);
+    FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
+      if (first_ + n * step_ < width_)
+        store_normed(kept_[n], weights_[n], scale, out + first_ + n * step_);
+    }
+    for (int32_t i = rest; i < width_; i += step_) {
+      store_normed(*reinterpret_cast<const Float4*>(hidden_ + i),
+                   *reinterpret_cast<const Float4*>(weight_ + i), scale, out + i);
+    }
+  }
+
+ private:
+  using Float4 = Vec<float, 4>;
+
+  const Thread& t_;
+  const float* const hidden_;
+  const float* const weight_;
+  const int32_t width_;
+  const int32_t first_;
+  const int32_t step_;
+  Float4 kept_[kNormKept];
+  Float4 weights_[kNormKept];
+};
+
+// NormOfRow of row block_x(). With `rows_in` block i norms row rows_in[i] into row i of out; a
 // negative entry is padding and gives zeros.
 template <typename Out, class Thread>
 FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs<Out>& args) {
@@ -147,8 +173,9 @@ FP_HD void rms_norm_body(const Thread& t, const RmsNormArgs<Out>& args) {
   const int32_t row = args.rows_in == nullptr ? to : args.rows_in[to];
   Out* out = args.out + to * args.ld_out;
   if (row >= 0) {  // the same for the whole block
-    return norm_row(t, args.hidden + row * args.ld_hidden, args.weight, args.width, args.eps,
-                    t.template shared<float>(), out);
+    NormOfRow<Thread> norm(t, args.hidden + row * args.ld_hidden, args.weight, args.width);
+    norm.load();
+    return norm.finish(args.eps, t.template shared<float>(), out);
   }
   for (int32_t i = t.index() * 4; i < args.width; i += t.count() * 4)
     *reinterpret_cast<Vec<Out, 4>*>(out + i) = {};
