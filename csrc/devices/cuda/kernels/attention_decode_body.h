@@ -39,12 +39,16 @@ class AttentionDecode {
     int32_t key = begin / kBlockKeys * kBlockKeys + t_.warp() * kKeys;
     next_ = key;
     read_table();
-    t_.wait_for_predecessor();
-    load_queries();
-    fill_ring();
     if constexpr (kSharesQueries) {
+      t_.wait_for_predecessor();
+      copy_queries();
+      fill_ring();
       await(0);  // its group has the queries too
       t_.sync();
+    } else {
+      fill_ring();
+      t_.wait_for_predecessor();
+      read_queries();
     }
     for (int32_t buffer = 0; key < end_; key += kBlockKeys) {
       multiply_queries(await(buffer));
@@ -160,8 +164,16 @@ class AttentionDecode {
     read_table();
   }
 
+  // Whether this run's kernels may still write some of the 16 keys from next_ on: its rows of the
+  // sequence, of which a slice may hold only the last ones.
+  FP_HD bool has_new_keys() const {
+    return next_ < end_ && next_ + kKeys > tile_.position - kDecodeEntries / group_ + 1;
+  }
+  // What is older than the run is on its way while the kernel before still runs.
   FP_HD void fill_ring() {
     FP_UNROLL for (int32_t buffer = 0; buffer < kBuffers; buffer += 2) {
+      if (has_new_keys())
+        t_.wait_for_predecessor();
       copy_keys(buffer);
       copy_values(buffer + 1);
     }
@@ -183,13 +195,6 @@ class AttentionDecode {
   }
 
   // ---- queries
-
-  FP_HD void load_queries() {
-    if constexpr (kSharesQueries)
-      copy_queries();
-    else
-      read_queries();
-  }
 
   // Starts copying them, as part of the first group.
   FP_HD void copy_queries() const {
