@@ -33,11 +33,15 @@ inline Grid attention_grid(const AttentionArgs& args, int32_t blocks, uint32_t s
           .overlaps = true};
 }
 
+using MadeBefore = std::function<bool(const void*)>;  // Grid::is_made_before
+
 // The first kernel of launch_attention(). args: checked. seed: of the order in which threads run.
-inline void run_attention_tiles(const AttentionArgs& args, uint32_t seed = 1) {
+inline void run_attention_tiles(const AttentionArgs& args, uint32_t seed = 1,
+                                const MadeBefore& is_made_before = nullptr) {
   with_head_size(args.head_dim, [&]<int kDim>() {
     Grid grid = attention_grid(args, num_blocks_of(args), seed);
     grid.shared_bytes = attention_shared_bytes(kDim);
+    grid.is_made_before = is_made_before;
     launch(grid, [&](const Thread& t) { attention_body<kDim>(t, args); });
   });
 }
@@ -50,8 +54,9 @@ inline void run_attention_merges(const AttentionArgs& args, uint32_t seed = 1) {
   });
 }
 
-inline void run_attention(const AttentionArgs& args, uint32_t seed = 1) {
-  run_attention_tiles(args, seed);
+inline void run_attention(const AttentionArgs& args, uint32_t seed = 1,
+                          const MadeBefore& is_made_before = nullptr) {
+  run_attention_tiles(args, seed, is_made_before);
   if (args.num_merges > 0)
     run_attention_merges(args, seed);
 }

@@ -38,6 +38,7 @@ struct Case {
   std::vector<at::Tensor> key_of, value_of;  // per sequence [kv_heads, tokens, dim]
   std::vector<int32_t> tables;
   std::vector<AttentionSlice> slices;
+  std::vector<bool> new_slots;  // [blocks * kv_heads * tokens of a block]
   int32_t rows = 0;
   int32_t table_stride = 0;
 
@@ -53,6 +54,7 @@ struct Case {
     tables = random.permutation(table_stride * count);
     keys = nan_filled({table_stride * count, s.kv_heads, block_tokens, s.head_dim}, at::kBFloat16);
     values = keys.clone();
+    new_slots.resize(static_cast<size_t>(keys.numel() / s.head_dim));
     q = random.halves({rows, s.heads, s.head_dim}, 0.5);
     for (int32_t i = 0; i < count; ++i)
       fill(i, random);
@@ -65,15 +67,22 @@ struct Case {
     value_of.push_back(random.halves({shape.kv_heads, tokens, shape.head_dim}));
     place(keys, sequence, key_of.back());
     place(values, sequence, value_of.back());
+    for (int32_t t = s.context; t < tokens; ++t) {
+      for (int32_t head = 0; head < shape.kv_heads; ++head) {
+        const int32_t of_head = block_of(sequence, t) * shape.kv_heads + head;
+        new_slots[static_cast<size_t>((of_head << shape.block_shift) + slot_of(t))] = true;
+      }
+    }
   }
+  int32_t block_of(int32_t sequence, int32_t token) const {
+    return tables[static_cast<size_t>(sequence * table_stride + (token >> shape.block_shift))];
+  }
+  int32_t slot_of(int32_t token) const { return token % (1 << shape.block_shift); }
 
   // Puts a sequence's keys or values [kv_heads, tokens, dim] into the blocks of its table.
   void place(const at::Tensor& cache, int32_t sequence, const at::Tensor& tokens) const {
-    for (int32_t t = 0; t < tokens.size(1); ++t) {
-      const int32_t block =
-          tables[static_cast<size_t>(sequence * table_stride + (t >> shape.block_shift))];
-      cache[block].select(1, t % (1 << shape.block_shift)).copy_(tokens.select(1, t));
-    }
+    for (int32_t t = 0; t < tokens.size(1); ++t)
+      cache[block_of(sequence, t)].select(1, slot_of(t)).copy_(tokens.select(1, t));
   }
 
   AttentionArgs args(const std::vector<AttentionTile>& tiles, const at::Tensor& out) const {
@@ -118,11 +127,20 @@ struct Case {
     a.partials = partials.data_ptr<float>();
     a.partial_rows = static_cast<int32_t>(partial_rows);
     check(a);
-    simt::run_attention(a, seed);
+    simt::run_attention(a, seed, [&](const void* from) { return is_new(from); });
     EXPECT_EQ(count_finite(partials.slice(0, partials.numel() - 4)), 0) << "written beyond the end";
     return out;
   }
 
+  // Whether keys or values lie there that the run brings: of rows after a sequence's context.
+  bool is_new(const void* at) const {
+    for (const at::Tensor* cache : {&keys, &values}) {
+      const int64_t element = static_cast<const Bf16*>(at) - bits(*cache);
+      if (element >= 0 && element < cache->numel())
+        return new_slots[static_cast<size_t>(element / shape.head_dim)];
+    }
+    return false;
+  }
   // Rows up to the last that any of the tiles writes.
   static int64_t partial_rows_in(const std::vector<AttentionTile>& tiles) {
     int64_t rows = 0;
@@ -408,7 +426,8 @@ TEST(AttentionBits, OfDecodingSequencesRowsDoNotDependOnSlicingBatchOrHeads) {
             .head_dim = dim,
             .window = window,
             .softcap = window > 0 ? 2.0f : 0.0f,
-            .sequences = {{217, 5}, {300, 1}, {40, 20}}},
+            // Of the five, two lie in other 16 keys than the last slice's.
+            .sequences = {{222, 5}, {300, 1}, {40, 20}}},
            random);
     c.decode_all();
     c.split(0, chunk_keys);

@@ -121,6 +121,10 @@ class Block {
   std::vector<Copy>& copies(int32_t index) { return fibre(index).copies; }
   int32_t& group(int32_t index) { return fibre(index).group; }
   void wait_for_predecessor(int32_t index) { fibre(index).has_waited = true; }
+  void expect_made(int32_t index, const void* from) {
+    if (!fibre(index).has_waited && grid_.is_made_before && grid_.is_made_before(from))
+      throw Violation("a copy of what the kernel before writes, before its end");
+  }
   const Grid& grid() const { return grid_; }
   int32_t x() const { return x_; }
   int32_t y() const { return y_; }
@@ -368,8 +372,10 @@ void Thread::copy_16(void* to, const void* from, bool is_valid) const {
   if (!is_inside || misalignment % 16 != 0)
     throw Violation("copy to outside of shared memory, or not aligned to 16 bytes");
   Copy copy{.to = to, .bytes = {}, .group = block_->group(index_)};
-  if (is_valid)
+  if (is_valid) {
+    block_->expect_made(index_, from);
     std::memcpy(copy.bytes, from, sizeof copy.bytes);
+  }
   // Until the wait its target holds neither the old bytes nor the new ones.
   std::memset(to, 0xff, sizeof copy.bytes);
   block_->copies(index_).push_back(copy);

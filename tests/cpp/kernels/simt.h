@@ -81,6 +81,8 @@ struct Grid {
   uint32_t seed = 1;      // of the order in which threads run
   bool overlaps = false;  // the body waits for the kernel before it: every thread has to
   std::vector<const void*>* prefetched = nullptr;  // gets what prefetch() was called with
+  // What the kernel before writes: a thread that copies from there before it waited violates.
+  std::function<bool(const void*)> is_made_before = nullptr;
 };
 
 // Runs `body` for every thread of every block, one block after the other. Throws Violation, or what
