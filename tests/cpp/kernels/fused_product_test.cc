@@ -23,14 +23,13 @@ using Vector = std::vector<T>;
 
 // Fewer blocks than units of columns, so that some take several.
 template <bool kNorms, bool kRopes>
-void run(const FusedProduct& args, std::vector<const void*>* prefetched = nullptr) {
+void run(const FusedProduct& args) {
   using Form = FewRowsForm<1>;
   const simt::Grid grid{
       .x = 3,
       .threads = kFewRowsThreads,
       .shared_bytes = Form::kSharedBytes + (kNorms ? normed_bytes(args.product) : 0),
-      .overlaps = true,
-      .prefetched = prefetched};
+      .overlaps = true};
   simt::launch(grid,
                [&](const simt::Thread& t) { few_rows_body<1, Bf16, kNorms, kRopes>(t, args); });
 }
@@ -112,26 +111,6 @@ TEST(FusedProduct, TurnsUpToEightRows) {
 TEST(FusedProduct, NormsRowsOfAnyWidth) {
   for (const int32_t depth : {8, 64, 1032, 4104})
     expect_same({.rows = 1, .depth = depth});
-}
-
-// Of three blocks each has its first unit in shared memory: dimensions 0 to 7 and 8 to 15 of the
-// first head with those that turn with them, and the lower ones of the second. All else is asked
-// for.
-TEST(FusedProduct, WeightsOfTurnedHeadsAreBroughtToTheCacheByTheirOwnRows) {
-  constexpr int32_t kSector = 16;
-  const FusedShape shape{.rows = 1, .depth = 2048, .norms = false};
-  Layer layer(shape);
-  FusedProduct args = layer.args().fused();
-  args.product.l2_steps = 1000;
-  std::vector<const void*> found, expected;
-  run<false, true>(args, &found);
-  for (int32_t row = 32; row < shape.columns(); ++row) {
-    const bool is_taken = row < 40 || (row >= 48 && row < 56);
-    for (int32_t k = 0; k < shape.depth && !is_taken; k += kSector)
-      expected.push_back(args.product.b + row * args.product.ldb + k);
-  }
-  std::ranges::sort(found);
-  EXPECT_EQ(found, expected);
 }
 
 // What is refused, by its field.

@@ -4,7 +4,6 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -34,15 +33,14 @@ struct Case {
 constexpr int32_t kBlocks = 2;
 
 template <int kTiles>
-void run_body(const GemmArgs& args, uint32_t seed, std::vector<const void*>* prefetched) {
+void run_body(const GemmArgs& args, uint32_t seed) {
   using Form = FewRowsForm<kTiles>;
   const int32_t units = (args.columns + Form::kColumns - 1) / Form::kColumns;
   const simt::Grid grid{.x = smaller(units, kBlocks),
                         .threads = kFewRowsThreads,
                         .shared_bytes = Form::kSharedBytes,
                         .seed = seed,
-                        .overlaps = true,
-                        .prefetched = prefetched};
+                        .overlaps = true};
   simt::launch(grid, [&](const simt::Thread& t) {
     const FusedProduct fused{args};
     if (args.is_fp8())
@@ -52,12 +50,12 @@ void run_body(const GemmArgs& args, uint32_t seed, std::vector<const void*>* pre
   });
 }
 
-void run(const GemmArgs& args, uint32_t seed, std::vector<const void*>* prefetched = nullptr) {
+void run(const GemmArgs& args, uint32_t seed) {
   check_tile(args, GemmTile::kFewRows);
   if (args.rows() <= 8)
-    run_body<1>(args, seed, prefetched);
+    run_body<1>(args, seed);
   else
-    run_body<2>(args, seed, prefetched);
+    run_body<2>(args, seed);
 }
 
 // A product with a row before it and one behind, which are neither read nor written.
@@ -137,8 +135,6 @@ class Product {
     }
   }
 
-  void restore() { floats_ = floats_before_; }
-  const std::vector<float>& floats() const { return floats_; }
   // d in full after the whole product, or after it in slices of columns and rows.
   std::vector<float> whole() {
     restore();
@@ -170,6 +166,7 @@ class Product {
  private:
   static constexpr Bf16 kNan = 0x7fc1;
 
+  void restore() { floats_ = floats_before_; }
   void fill(std::vector<Bf16>* matrix, int64_t count) {
     for (int64_t i = 0; i < count; ++i)
       matrix->push_back(to_bf16(of_.is_fp8 ? widen(to_e4m3(normal_(random_))) : normal_(random_)));
@@ -296,30 +293,6 @@ TEST(FewRows, BitsDependOnNoSlice) {
     EXPECT_EQ(product.cut(7, is_fp8 ? 48 : 40), want);
     EXPECT_EQ(product.cut(13, is_fp8 ? 16 : 8), want);
   }
-}
-
-// Two blocks take units 0, 2, 4 and 1, 3 of 16 columns, four steps each. The four of the first
-// units are in shared memory; the six after these, units 2 and 3 and half of 4, are asked for, each
-// sector once, but what is less than one at the end of the depth.
-TEST(FewRows, StepsThatHaveNoRoomAreBroughtToTheCache) {
-  constexpr int32_t kDepth = 1640;
-  constexpr int32_t kSector = 16;
-  Product product({.rows = 3, .columns = 80, .depth = kDepth});
-  const std::vector<float> want = product.whole();
-  GemmArgs args = product.args();
-  args.l2_steps = 6;
-  std::vector<const void*> found;
-  product.restore();
-  run(args, 4, &found);
-  EXPECT_EQ(product.floats(), want);
-  std::vector<const void*> expected;
-  for (int32_t column = 32; column < 80; ++column) {
-    const int32_t end = column < 64 ? kDepth : 1024;
-    for (int32_t k = 0; k + kSector <= end; k += kSector)
-      expected.push_back(args.b + column * args.ldb + k);
-  }
-  std::ranges::sort(found);
-  EXPECT_EQ(found, expected);
 }
 
 }  // namespace

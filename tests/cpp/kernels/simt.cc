@@ -332,11 +332,6 @@ void Thread::wait_for_predecessor() const {
   block_->wait_for_predecessor(index_);
 }
 
-void Thread::prefetch(const void* from) const {
-  if (block_->grid().prefetched != nullptr)
-    block_->grid().prefetched->push_back(from);
-}
-
 void Thread::sync() const {
   block_->wait(*this, {.call = Call::kSync});
 }

@@ -50,7 +50,7 @@ class Thread {
   int32_t shuffle_xor(int32_t value, int mask) const;
   uint32_t add(uint32_t* shared, uint32_t value) const;
   void copy_16(void* to, const void* from, bool is_valid) const;
-  void prefetch(const void* from) const;
+  void prefetch(const void* /*from*/) const {}
   void wait_for_copies() const;
   void end_copies() const;
   template <int kCount>
@@ -80,7 +80,6 @@ struct Grid {
   size_t shared_bytes = 0;
   uint32_t seed = 1;      // of the order in which threads run
   bool overlaps = false;  // the body waits for the kernel before it: every thread has to
-  std::vector<const void*>* prefetched = nullptr;  // gets what prefetch() was called with
   // What the kernel before writes: a thread that copies from there before it waited violates.
   std::function<bool(const void*)> is_made_before = nullptr;
 };

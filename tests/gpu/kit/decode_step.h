@@ -1,5 +1,5 @@
 // DecodeStep: 32 layers of Llama-3.1-8B on a batch that decodes, as kernels one after another. Used
-// by the sections "decode_layer" and "l2_steps" of kernel_bench.
+// by the section "decode_layer" of kernel_bench.
 #pragma once
 
 #include <algorithm>
@@ -30,18 +30,6 @@ struct Layer {
         cache(random_halves(size_t(rows) * kContext * 2 * kKv * kDim, 1, seed + 4)) {}
 
   DeviceBuffer qkv, o, gate_up, down, cache;
-};
-
-// Steps of weights that each product brings to the L2 cache: GemmArgs::l2_steps.
-struct L2Steps {
-  int32_t qkv = 0, o = 0, gate_up = 0, down = 0;
-};
-
-// How a step is launched.
-struct DecodeForm {
-  bool fuses = false;  // norms and rope with the products, where those take them
-  L2Steps l2_steps = {};
-  bool has_empty_hopper = false;  // a launch of Hopper's attention that finds nothing to do
 };
 
 // One step of `rows` sequences, each with one new token at the end of kContext.
@@ -77,7 +65,8 @@ class DecodeStep {
     FP_CUDA(cudaStreamSynchronize(stream));
   }
 
-  void launch(cudaStream_t stream, const DecodeForm& form) const {
+  // fuses: norms and rope with the products, where those take them.
+  void launch(cudaStream_t stream, bool fuses) const {
     FP_CUDA(launch_embed({.batch = batch(),
                           .table = halves(embeddings_),
                           .ld_table = kHidden,
@@ -94,7 +83,7 @@ class DecodeStep {
                            .turning = kDim},
                           stream));
     for (int i = 0; i < kLayers; ++i)
-      launch_layer(layers_[static_cast<size_t>(i % kCopies)], form, stream);
+      launch_layer(layers_[static_cast<size_t>(i % kCopies)], fuses, stream);
   }
 
   // The residual stream after the last layer, then what else the last layer left.
@@ -172,10 +161,8 @@ class DecodeStep {
   // Of the norms of the residual stream; to_turn: whose keys and values the columns are, else gate
   // and up.
   void product(const DeviceBuffer& b, int columns, const DeviceBuffer& d, const Layer* to_turn,
-               const DecodeForm& form, cudaStream_t stream) const {
-    const bool fuses = form.fuses;
+               bool fuses, cudaStream_t stream) const {
     FusedProduct fused{product_args(normed_, kHidden, b, columns, d, rows_, false)};
-    fused.product.l2_steps = to_turn == nullptr ? form.l2_steps.gate_up : form.l2_steps.qkv;
     if (to_turn == nullptr) {
       fused.product.is_gated = true;
       fused.product.ldd = columns / 2;
@@ -199,29 +186,20 @@ class DecodeStep {
   }
 
   // Added to the residual stream.
-  void add_product(const DeviceBuffer& a, int depth, const DeviceBuffer& b, int32_t l2_steps,
+  void add_product(const DeviceBuffer& a, int depth, const DeviceBuffer& b,
                    cudaStream_t stream) const {
-    GemmArgs args = product_args(a, depth, b, kHidden, hidden_, rows_, true);
-    args.l2_steps = l2_steps;
-    FP_CUDA(launch_gemm(args, GemmTile::kFewRows, stream));
+    FP_CUDA(launch_gemm(product_args(a, depth, b, kHidden, hidden_, rows_, true),
+                        GemmTile::kFewRows, stream));
   }
 
-  void launch_layer(const Layer& layer, const DecodeForm& form, cudaStream_t stream) const {
-    product(layer.qkv, kQkv, qkv_, &layer, form, stream);
+  void launch_layer(const Layer& layer, bool fuses, cudaStream_t stream) const {
+    product(layer.qkv, kQkv, qkv_, &layer, fuses, stream);
     AttentionArgs attention = attention_;
     attention.cache = cache_of(layer.cache);
-    if (form.has_empty_hopper) {
-      AttentionArgs empty = attention;
-      empty.rows = rows_;
-      empty.tiles = as<const AttentionTile>(padding_);
-      empty.num_tiles = 1;
-      empty.num_merges = 0;
-      FP_CUDA(launch_attention_hopper(empty, stream));
-    }
     FP_CUDA(launch_attention(attention, stream));
-    add_product(attended_, kHeads * kDim, layer.o, form.l2_steps.o, stream);
-    product(layer.gate_up, 2 * kInner, gated_, nullptr, form, stream);
-    add_product(gated_, kInner, layer.down, form.l2_steps.down, stream);
+    add_product(attended_, kHeads * kDim, layer.o, stream);
+    product(layer.gate_up, 2 * kInner, gated_, nullptr, fuses, stream);
+    add_product(gated_, kInner, layer.down, stream);
   }
 
   int32_t rows_;
@@ -231,7 +209,7 @@ class DecodeStep {
       qkv_{of_rows(kQkv, 2)}, rotary_{of_rows(kDim, 4)}, q_{of_rows(kHeads * kDim, 2)},
       attended_{of_rows(kHeads * kDim, 2)}, gated_{of_rows(kInner, 2)};
   DeviceBuffer sequences_{0}, positions_{0}, table_{0}, weight_{0}, turns_{0}, tiles_{0},
-      merges_{0}, partials_{0}, padding_{sizeof(AttentionTile)};
+      merges_{0}, partials_{0};
   AttentionArgs attention_;
 
   size_t of_rows(int columns, size_t bytes) const {

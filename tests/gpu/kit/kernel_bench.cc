@@ -1,6 +1,6 @@
 // Times the CUDA kernels on the shapes of Llama-3.1-8B, and what launching costs the host. run.sh's
 // stage "kernels" runs it, alone on the GPU.
-//   kernel_bench [host] [decode_layer] [l2_steps] [chunks] [attention] [rows] [cuts] [gemm] (none:
+//   kernel_bench [host] [decode_layer] [chunks] [attention] [rows] [cuts] [gemm] (none:
 //   all). One line per figure, fields parted by tabs. Status 77: no GPU. LT=path:path says where
 //   cuBLASLt may lie.
 #include "kernel_bench.h"
@@ -205,10 +205,10 @@ struct Section {
   const char* name;
   void (*bench)(cudaStream_t);
 };
-constexpr Section kSections[] = {{"host", bench_host},           {"decode_layer", bench_decode},
-                                 {"l2_steps", bench_l2_steps},   {"chunks", bench_chunks},
-                                 {"attention", bench_attention}, {"rows", bench_rows},
-                                 {"cuts", bench_cuts},           {"gemm", bench_gemm}};
+constexpr Section kSections[] = {{"host", bench_host},     {"decode_layer", bench_decode},
+                                 {"chunks", bench_chunks}, {"attention", bench_attention},
+                                 {"rows", bench_rows},     {"cuts", bench_cuts},
+                                 {"gemm", bench_gemm}};
 
 bool is_wanted(const char* name, int argc, char** argv) {
   return argc < 2 || std::any_of(argv + 1, argv + argc,

@@ -97,6 +97,5 @@ void bench_rows(cudaStream_t stream);
 void bench_gemm(cudaStream_t stream);
 void bench_cuts(cudaStream_t stream);
 void bench_chunks(cudaStream_t stream);
-void bench_l2_steps(cudaStream_t stream);
 
 }  // namespace flowprefill

@@ -11,7 +11,7 @@
 #   pytest     tests/device on device cuda, by ten processes at once
 #   alone      those of its tests that no other process may disturb
 #   kernels    kernel_bench: launches, waking up, layers that decode, chunks of keys, attention, rows, products and cuBLASLt's;
-#              KERNELS_S=100 seconds (KERNELS_PARTS="decode_layer l2_steps chunks": some of its sections)
+#              KERNELS_S=100 seconds (KERNELS_PARTS="decode_layer chunks": some of its sections)
 #   model      an 8B shape with random weights, MODEL_S=150 seconds in order of value (or MODEL_PARTS): prefill, blocking, decode, operators
 #              next to torch's, the cost of cutting (flowprefill bench gpu --shape)
 #   goodput    that shape served by the engine: the highest rate of a trace's requests (pack.sh) at which 90 % have their first

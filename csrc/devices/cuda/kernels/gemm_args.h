@@ -50,9 +50,6 @@ struct GemmArgs {
   // computed alike. 0: as many as here.
   int32_t operator_rows = 0;
   int32_t operator_columns = 0;
-  // Of few_rows, in bf16: so many steps of weights more than have room in shared memory are brought
-  // to the L2 cache while the kernel before runs. No bit depends on it.
-  int32_t l2_steps = 0;
 
   bool is_fp8() const { return fp8.b != nullptr; }
   FP_HD int32_t rows() const { return row_end - row_begin; }

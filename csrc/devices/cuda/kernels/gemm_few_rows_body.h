@@ -91,20 +91,6 @@ class FewRowsWarp {
     for (int32_t step = begin; step < end; ++step)
       start(step);
   }
-  // Brings so many steps after the started ones to the L2 cache: four lanes for each row, a sector
-  // of a line each. What is less than a sector at the end of the depth comes with its copy.
-  FP_HD void prefetch(int32_t steps) const {
-    constexpr int32_t kSector = kDepth / 4;
-    FP_ROLLED for (int32_t i = 0; i < steps; ++i) {
-      const int32_t step = started_ + i;
-      const int32_t unit = unit_ + step / turns_ * t_.grid_x();
-      const int32_t k = step % turns_ * kTurn + kDepth * t_.warp() + kSector * (t_.lane() % 4);
-      FP_ROLLED for (int32_t row = t_.lane() / 4; row < Form::kColumns; row += 8) {
-        if (k + kSector <= depth_ && Form::kColumns * unit + row < columns_)
-          t_.prefetch(b_ + column_of(unit, row) * ldb_ + k);
-      }
-    }
-  }
   // Rows [begin, end) of `a` are multiplied; those of the first steps are loaded.
   FP_HD void take_rows(const Element* a, int64_t lda, int32_t begin, int32_t end) {
     // Rows beyond the last are read as that one: their products are never stored.
@@ -316,8 +302,6 @@ FP_HD void few_rows_body(Thread t, const FusedProduct& fused) {
   constexpr int32_t kFirst = decltype(warp)::kFirst;
   constexpr int32_t kEarly = kNorms ? kFirst / 2 : kFirst;
   warp.start_first(0, kEarly);
-  if constexpr (sizeof(Element) == sizeof(Bf16))
-    warp.prefetch(args.l2_steps);
   t.wait_for_predecessor();  // the weights and the inputs are no kernel's; all else may be
   if constexpr (kNorms) {
     unsigned char* behind_ring = t.template shared<unsigned char>() + Form::kSharedBytes;
