@@ -124,7 +124,7 @@ void compare_bits(DecodeStep* step, const Graphs& graphs, cudaStream_t stream) {
     of_graph += found;
     for (const bool fuses : {false, true}) {
       const size_t eager = differing(
-          expected, run(seed, [&](cudaStream_t s) { step->launch(s, {.fuses = fuses}); }));
+          expected, run(seed, [&](cudaStream_t s) { step->launch(s, fuses); }));
       of_eager += eager;
       found += eager;
       run(seed + 1000, replay(0, 1));
@@ -144,7 +144,7 @@ void compare_bits(DecodeStep* step, const Graphs& graphs, cudaStream_t stream) {
 void bench_step(int rows, cudaStream_t stream) {
   DecodeStep step(rows);
   step.upload_tokens(1, stream);
-  const Graphs graphs([&](cudaStream_t s, bool fuses) { step.launch(s, {.fuses = fuses}); });
+  const Graphs graphs([&](cudaStream_t s, bool fuses) { step.launch(s, fuses); });
   const std::string what = "batch " + std::to_string(rows) + ", context 1k, a layer";
   compare_times(what, graphs, kLayers, step.layer_bytes(), stream);
   compare_bits(&step, graphs, stream);

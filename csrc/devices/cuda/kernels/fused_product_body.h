@@ -48,7 +48,7 @@ struct RopeColumns {
 class RopePair {
  public:
   // What the run's inputs say of the row: no kernel writes them, so this may be before the wait.
-  // Nothing is done with it yet: nobody waits for it here.
+  // Nothing is done with it yet, so no thread waits for it here.
   FP_HD RopePair(const RopeArgs<Bf16>& args, int32_t row, int32_t pair)
       : args_(args), row_(row), pair_(pair) {
     if (row >= args.rows)
