@@ -123,8 +123,8 @@ void compare_bits(DecodeStep* step, const Graphs& graphs, cudaStream_t stream) {
     }
     of_graph += found;
     for (const bool fuses : {false, true}) {
-      const size_t eager = differing(
-          expected, run(seed, [&](cudaStream_t s) { step->launch(s, fuses); }));
+      const size_t eager =
+          differing(expected, run(seed, [&](cudaStream_t s) { step->launch(s, fuses); }));
       of_eager += eager;
       found += eager;
       run(seed + 1000, replay(0, 1));
