@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"compare the others with it, default {OURS}")  # fmt: skip
     parser.add_argument("--target", action="append", type=float, metavar="SHARE",
                         help="attainment, several times; sim: 0.9 and 0.99, else 0.9")  # fmt: skip
+    parser.add_argument("--rates", type=float, nargs="*", default=[], metavar="R",
+                        help="requests/s to measure at, in place of all searches and sweeps")  # fmt: skip
     parser.add_argument("--loads", type=float, nargs="*",
                         help="sweep these shares of the capacity; none: no sweep")  # fmt: skip
     parser.add_argument("--slo-scales", type=float, nargs="*", help="sweep these; none: no sweep")
@@ -96,10 +98,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.loads = list(LOADS) if is_sim else []
     if args.slo_scales is None:
         args.slo_scales = list(SLO_SCALES) if is_sim else []
-    for name in ("loads", "slo_scales"):
+    for name in ("rates", "loads", "slo_scales"):
         for value in getattr(args, name):
-            if not 0 < value <= 100:
-                raise ConfigError(f"{name}: got {value}, expected numbers in (0, 100]", param=name)
+            most = 1e6 if name == "rates" else 100
+            if not 0 < value <= most:
+                message = f"{name}: got {value}, expected numbers in (0, {most:g}]"
+                raise ConfigError(message, param=name)
     for value in args.lookahead:
         if not 0 <= value <= 1e6:
             raise ConfigError(f"lookahead: got {value}, expected numbers >= 0", param="lookahead")

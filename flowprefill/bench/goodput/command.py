@@ -2,7 +2,8 @@
 
 For each setting and target it searches the highest rate at which so large a share of a trace's
 requests meets its objectives, on the same samples for all; then sweeps rates and SLO scales, looks
-closely at one rate, and compares with a scheduler that knows all arrivals. docs/goodput.md.
+closely at one rate, and compares with a scheduler that knows all arrivals. Or it measures at given
+rates alone. docs/goodput.md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     lab = _lab_of(args, backend, workload, deadline_s)
     report = Report("goodput", _described(args, settings, workload, lab))
     try:
-        _measure(args, lab, settings, report, workload)
+        (_at_rates if args.rates else _measure)(args, lab, settings, report, workload)
     except BaseException:  # an interrupt too: what was measured is worth keeping
         report.extra.setdefault("by_rate", results.measured(lab, settings))
         report.write(args.json)
@@ -184,6 +185,22 @@ def _measure(
             charts.blocking_chart(portraits, rate_rps),
             charts.timeline_chart(portraits, requests),
         ]
+        _write(args.out, report, tables, drawn, workload)
+
+
+def _at_rates(
+    args: argparse.Namespace,
+    lab: Lab,
+    settings: Sequence[Setting],
+    report: Report,
+    workload: Workload,
+) -> None:
+    indices = list(dict.fromkeys(lab.index_of(rate) for rate in args.rates))
+    report.rows = results.sweep(lab, settings, indices, [1.0])
+    print_table("At these rates", report.rows, results.SWEEP_COLUMNS)
+    if args.out is not None:
+        tables = [("At these rates", report.rows, results.SWEEP_COLUMNS)]
+        drawn = [charts.by_rate(report.rows, settings, args.target)]
         _write(args.out, report, tables, drawn, workload)
 
 

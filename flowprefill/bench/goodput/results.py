@@ -43,6 +43,8 @@ SWEEP_COLUMNS = {
     "attainment_low": "low %",
     "attainment_high": "high %",
     "ours_minus": "ours - it %",
+    "ours_minus_low": "its low %",
+    "ours_minus_high": "its high %",
     "ours_minus_least": "least %",
 }
 
@@ -134,8 +136,8 @@ def sweep(
     rows: list[Row] = []
     for scale in slo_scales:
         for index in indices:
-            for setting in settings:
-                for sample in range(len(lab.samples)):
+            for sample in range(len(lab.samples)):  # in turns: a machine's speed changes
+                for setting in settings:
                     lab.at(Place(setting, sample, index, scale))
             rows += _sweep_rows(lab, settings, index, scale, lab.places)
     return rows
@@ -150,7 +152,12 @@ def _sweep_rows(
 ) -> list[Row]:
     rows: list[Row] = []
     ours = lab.ours
-    numbers = range(len(lab.samples))
+    # A budget may end between two settings: all get the samples that all have.
+    numbers = [
+        n
+        for n in range(len(lab.samples))
+        if all(Place(setting, n, index, scale) in places for setting in settings)
+    ]
     for setting in settings:
         pairs = [
             (places.get(Place(ours, n, index, scale)), places.get(Place(setting, n, index, scale)))
@@ -169,7 +176,7 @@ def _sweep_rows(
                 "load": lab.rate_rps(index) / lab.capacity_rps,
                 "slo_scale": scale,
                 **_named("attainment", share_interval([one.attainment for one in ones])),
-                "ours_minus": mean_interval(differences).mean,
+                **_named("ours_minus", mean_interval(differences)),
                 "ours_minus_least": min(differences, default=math.nan),
                 "preemptions": sum(one.preemptions for one in ones),
                 "requests": sum(one.requests for one in ones),

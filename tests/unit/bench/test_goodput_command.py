@@ -139,6 +139,17 @@ def test_sweep_compares_with_ours_at_equal_places() -> None:
     assert tight["attainment"] == pytest.approx(0.9, abs=0.02)
 
 
+def test_a_sweep_that_ends_early_tells_of_the_samples_that_all_settings_have() -> None:
+    lab = make_lab()
+    index = lab.index_of(3.0)
+    assert len(lab.samples) > 1
+    for place in (Place(FIRST, 0, index), Place(OURS, 0, index), Place(FIRST, 1, index)):
+        lab.at(place)
+    lab.backend.is_fast, lab.deadline_s = False, time.monotonic()
+    for row in sweep(lab, [FIRST, OURS], [index], [1.0]):
+        assert row["requests"] == len(lab.samples[0].requests)
+
+
 class Links(HTMLParser):
     """Collects everything on a page that would be fetched from elsewhere."""
 
@@ -189,6 +200,21 @@ def test_quick_simulation_reports_rates_and_draws_a_page(
     assert "measurements are in" in capsys.readouterr().err
 
 
+def test_given_rates_are_measured_and_no_others(tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    command = ["bench", "goodput", "--requests", "60", "--samples", "3", "--rates", "2", "4"]
+    command += ["--setting", "fcfs+none", "--setting", str(OURS), "--json", str(target)]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    report = json.loads(target.read_text())
+    assert [(row["setting"], round(row["rate_rps"])) for row in report["rows"]] == [
+        ("fcfs+none", 2), (str(OURS), 2), ("fcfs+none", 4), (str(OURS), 4),
+    ]  # fmt: skip
+    for row in report["rows"]:
+        assert row["ours_minus_low"] <= row["ours_minus"] <= row["ours_minus_high"]
+        assert row["requests"] == report["rows"][0]["requests"]  # paired
+    assert "At these rates" in (tmp_path / "goodput.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -197,6 +223,7 @@ def test_quick_simulation_reports_rates_and_draws_a_page(
         (["--setting", "fcfs"], "expected POLICY+GRANULARITY"),
         (["--slo-scale", "0"], "slo_scale: got 0.0"),
         (["--loads", "0"], "loads: got 0.0"),
+        (["--rates", "-2"], "rates: got -2.0, expected numbers in (0, 1e+06]"),
         (["--rate-step", "1"], "rate_step: got 1.0, expected a ratio"),
         (["--point-s", "-1"], "point_s: got -1.0"),
         (["--ours", "mine"], "expected POLICY+GRANULARITY"),
