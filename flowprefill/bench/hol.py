@@ -2,11 +2,12 @@
 
 In every round each granularity gets the same random prompts and arrival times (mixed_round.py), in
 an order that changes from round to round; the rows hold medians over rounds and percentiles over
-all short prompts.
+the short prompts, of each round those that all granularities were sent.
 
 `prefill_tokens_per_s`: all prompt tokens, long and short, over the time from the long prompt's
 submit to the last first token of all. The device has work all that time, and the same work for each
-granularity, so what it loses to preemption and to cutting shows as a lower rate.
+granularity (less where the long prompt ended before all short ones were sent), so what it loses to
+preemption and to cutting shows as a lower rate.
 `throughput_vs_none` is the median over rounds of its ratio to the same round's `none`.
 """
 
@@ -130,9 +131,15 @@ def prepare(engine: Engine, args: argparse.Namespace) -> tuple[Workload, float]:
 
 def row_of(name: str, rounds: Sequence[Sequence[Round]]) -> Row:
     """Return the row of one granularity."""
-    mine = [one for found in rounds for one in found if one.granularity == name]
-    during = [short.ttft_s for one in mine for short in one.shorts]
-    blocking = [seconds for one in mine for seconds in one.blocking_s()]
+    counted = [
+        (one, min(len(other.shorts) for other in found))
+        for found in rounds
+        for one in found
+        if one.granularity == name
+    ]
+    mine = [one for one, _ in counted]
+    during = [short.ttft_s for one, count in counted for short in one.shorts[:count]]
+    blocking = [seconds for one, count in counted for seconds in one.blocking_s(count)]
     return {
         "granularity": name,
         "short_alone_p50_s": median(s for one in mine for s in one.short_alone_s),
@@ -151,7 +158,7 @@ def row_of(name: str, rounds: Sequence[Sequence[Round]]) -> Row:
 def _versus_none(name: str, rounds: Sequence[Sequence[Round]]) -> float | None:
     ratios = []
     for found in rounds:
-        elapsed = {one.granularity: one.elapsed_s for one in found}
-        if "none" in elapsed:
-            ratios.append(elapsed["none"] / elapsed[name])
+        rates = {one.granularity: one.tokens / one.elapsed_s for one in found}
+        if "none" in rates:
+            ratios.append(rates[name] / rates["none"])
     return median(ratios) if ratios else None

@@ -4,7 +4,8 @@ Each combination of policy and granularity is served by a fresh process on this 
 shares its cores. With ``--url`` one server that already runs is measured as it is. All get the same
 requests at the same times: a random mix, or a trace.
 A request meets its SLO if the client saw its first token, and its tokens on average, in time; those
-whose client went away are not counted. Goodput is how many met it, per second.
+whose client went away are not counted. Goodput is how many met it, per second. Percentiles are over
+the requests that had a first token under every combination: to refuse some makes none better.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def _measure_each(
     report: Report,
 ) -> None:
     """Measure every combination, each in a server of its own."""
+    measured = []
     for policy in args.policy or ["slack_edf"]:
         for granularity in args.granularity or ["budget:2"]:
             say(f"{policy}, {granularity}: {len(planned)} requests in {planned[-1].at_s:.0f} s")
@@ -115,7 +117,10 @@ def _measure_each(
             with running_server(args.model, config) as url:
                 outcomes, elapsed_s = asyncio.run(send_all(url, planned, vocab_size, args.seed))
             combination = {"policy": policy, "granularity": granularity}
-            report.rows += rows_of(outcomes, classes, elapsed_s, combination)
+            measured.append((outcomes, elapsed_s, combination))
+    answered = answered_by_all([outcomes for outcomes, _, _ in measured])
+    for outcomes, elapsed_s, combination in measured:
+        report.rows += rows_of(outcomes, classes, elapsed_s, combination, answered)
 
 
 def _measure_running(
@@ -142,7 +147,8 @@ def _measure_running(
         send_all(args.url, sent, facts.vocab_size, args.seed, args.api_key)
     )
     combination = {"policy": facts.policy, "granularity": facts.granularity}
-    report.rows += rows_of(outcomes, classes, elapsed_s, combination)
+    answered = answered_by_all([outcomes])
+    report.rows += rows_of(outcomes, classes, elapsed_s, combination, answered)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -183,17 +189,34 @@ def _engine_settings(
     return settings
 
 
+def answered_by_all(measured: Sequence[Sequence[Outcome]]) -> list[bool]:
+    """Return of each request whether it had a first token in every one of the measurements."""
+    return [
+        all(one.ttft_s is not None and one.status != "cancelled" for one in ones)
+        for ones in zip(*measured, strict=True)
+    ]
+
+
 def rows_of(
-    outcomes: Sequence[Outcome], classes: Classes, elapsed_s: float, combination: Mapping[str, str]
+    outcomes: Sequence[Outcome],
+    classes: Classes,
+    elapsed_s: float,
+    combination: Mapping[str, str],
+    answered: Sequence[bool],
 ) -> list[Row]:
-    """Return one row for each class that occurs, and one for all."""
+    """Return one row for each class that occurs, and one for all.
+
+    Args:
+        answered: of each request, whether its TTFT is one of those that are compared.
+    """
     present = [n for n in classes if any(o.planned.service_class == n for o in outcomes)]
+    compared = {id(o) for o, is_one in zip(outcomes, answered, strict=True) if is_one}
     rows: list[Row] = []
     for name in (*present, ALL):
         of_class = [o for o in outcomes if name in (ALL, o.planned.service_class)]
         counted = [o for o in of_class if o.status != "cancelled"]
         met = sum(o.meets(classes[o.planned.service_class]) for o in counted)
-        ttfts = [o.ttft_s for o in counted if o.ttft_s is not None]
+        ttfts = [o.ttft_s for o in counted if id(o) in compared and o.ttft_s is not None]
         wrong = Counter(o.status for o in counted if o.status != "ok")
         rows.append(
             {
@@ -206,6 +229,7 @@ def rows_of(
                 "attainment": met / len(counted) if counted else None,
                 "goodput_per_s": met / elapsed_s,
                 **quantiles("ttft", ttfts, (0.5, 0.9, 0.99)),
+                "compared": len(ttfts),
                 "prompt_tokens": sum(o.planned.prompt_tokens for o in counted),
                 "elapsed_s": elapsed_s,
             }

@@ -75,7 +75,8 @@ class Round:
         short_alone_s: TTFT of short prompts on an idle engine.
         long_alone_s: TTFT of the long prompt on an idle engine.
         long: the long prompt, during which short ones arrived.
-        shorts: those, in order of arrival; at least one, and only while the long one was live.
+        shorts: those, in order of arrival; at least one, and only while the long one was live: of
+            the same prompts, a granularity that is sooner done has fewer.
         segments: what the executor did meanwhile.
         tokens: prompt tokens of the long one and of `shorts` together.
     """
@@ -93,9 +94,10 @@ class Round:
         """From the long prompt's submit to the last first token of all; never idle meanwhile."""
         return max(a.answered_s for a in (self.long, *self.shorts)) - self.long.submitted_s
 
-    def blocking_s(self) -> list[float]:
-        """Return the blocking times, see `blocking_times`."""
-        return blocking_times([s.submitted_s for s in self.shorts], self.segments, LONG_RUN)
+    def blocking_s(self, count: int | None = None) -> list[float]:
+        """Return the blocking times of all or the first short prompts, see `blocking_times`."""
+        arrivals_s = [short.submitted_s for short in self.shorts[:count]]
+        return blocking_times(arrivals_s, self.segments, LONG_RUN)
 
 
 def blocking_times(

@@ -10,7 +10,7 @@ import pytest
 
 from flowprefill.bench.arrivals import MIX, MIX_CLASSES, Planned, random_mix, trace_plan
 from flowprefill.bench.http_client import Outcome
-from flowprefill.bench.load import rows_of
+from flowprefill.bench.load import answered_by_all, rows_of
 from flowprefill.errors import ConfigError
 
 ROW = {"timestamp": 2.0, "input_length": 1000, "output_length": 50, "type": "search"}
@@ -66,7 +66,7 @@ def test_rows_count_who_met_both_objectives_and_leave_out_who_left() -> None:
         outcome([20.0], name="batch"),
     ]
     combination = {"policy": "edf", "granularity": "none"}
-    rows = rows_of(outcomes, MIX_CLASSES, 2.0, combination)
+    rows = rows_of(outcomes, MIX_CLASSES, 2.0, combination, answered_by_all([outcomes]))
     assert [row["service_class"] for row in rows] == ["interactive", "batch", "all"]
     first, _, everyone = rows
     assert (first["requests"], first["cancelled"], first["failed"]) == (4, 1, 1)
@@ -75,3 +75,17 @@ def test_rows_count_who_met_both_objectives_and_leave_out_who_left() -> None:
     assert everyone["attainment"] == pytest.approx(2 / 5)
     assert everyone["goodput_per_s"] == 1.0
     assert first["ttft_p50_s"] == pytest.approx(0.4)
+
+
+def test_percentiles_are_of_the_requests_that_all_combinations_answered() -> None:
+    """A request that one combination refuses counts in neither's percentiles."""
+    patient = [outcome([0.2]), outcome([9.0]), outcome([0.4])]
+    refusing = [outcome([0.1]), outcome([], "HTTP 429"), outcome([0.3])]
+    answered = answered_by_all([patient, refusing])
+    assert answered == [True, False, True]
+    for outcomes, p99_s in ((patient, 0.398), (refusing, 0.298)):
+        row = rows_of(outcomes, MIX_CLASSES, 1.0, {}, answered)[-1]
+        assert row["ttft_p99_s"] == pytest.approx(p99_s)
+        assert (row["requests"], row["compared"]) == (3, 2)
+    left = [outcome([0.2], "cancelled"), *refusing[1:]]
+    assert answered_by_all([patient, left]) == [False, False, True]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
-from rounds import make_round, segment
+from rounds import answer, make_round, segment
 
 from flowprefill.bench.hol import row_of
 from flowprefill.bench.mixed_round import JITTER, LONG_RUN, arrival_offsets, blocking_times
@@ -66,3 +67,15 @@ def test_hol_row_has_the_stated_names_and_compares_with_none_of_the_same_round()
     assert row["throughput_vs_none"] == pytest.approx(1.0)
     assert row_of("none", rounds)["blocking_p50_s"] == pytest.approx(8.0)
     assert row_of("budget:2", [rounds[0][1:]])["throughput_vs_none"] is None
+
+
+def test_hol_percentiles_are_of_the_prompts_that_all_granularities_got() -> None:
+    """None ended early and was sent one short prompt, the other two: the second is not compared."""
+    whole, cut = make_round("none", 8.0), make_round("budget:2", 0.5)
+    later = answer("short-2", 107.0, 3.0, 1.0)
+    cut = replace(cut, shorts=[*cut.shorts, later], tokens=2 * cut.tokens)
+    row = row_of("budget:2", [[whole, cut], [whole, make_round("budget:2", 1.0)]])
+    assert row["short_beside_p99_s"] == pytest.approx(1.995)
+    assert (row["shorts"], row["blocked"]) == (2, 2)
+    assert row_of("budget:2", [[whole, cut]])["throughput_vs_none"] == pytest.approx(2.0)
+    assert row_of("budget:2", [[cut]])["short_beside_p99_s"] == pytest.approx(3.975)
