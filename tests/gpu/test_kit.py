@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -59,6 +61,44 @@ def test_a_report_of_goodput_alone_names_the_engines_card(
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(logs), "abc"])
     report.main()
     assert json.loads((tmp_path / "nvidia-h200-abc.json").read_text())["goodput"] == bench
+
+
+def test_a_report_names_the_commits_of_what_was_compiled_and_of_what_was_packed_later(
+    tmp_path: Path,
+) -> None:
+    """Scripts packed anew leave what was compiled; a pack that fails leaves no commit."""
+    folder = tmp_path / "tests/gpu/kit"
+    shutil.copytree(ROOT / "tests/gpu/kit", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / ".gitignore").write_text(".gpu-kit/\nbuild/\n")
+    named = tmp_path / ".gpu-kit/prebuilt/commit"
+
+    def git(*words: str) -> str:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", *own, "-C", str(tmp_path), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit() -> str:
+        git("add", "-A")
+        git("commit", "-q", "-m", "a", "--allow-empty")
+        return git("rev-parse", "--short=12", "HEAD")
+
+    def pack(*words: str) -> int:
+        command = ["env", "PYTHON=/bin/false", "bash", str(folder / "pack.sh"), *words]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    git("init", "-q")
+    first = commit()
+    named.parent.mkdir(parents=True)
+    named.write_text(f"{first}\n")
+    assert pack("--quick") == 0
+    assert named.read_text() == f"{first}\n"
+    (folder / "run.sh").write_text("# another\n")
+    second = commit()
+    for _ in range(2):
+        assert pack("--quick") == 0
+        assert named.read_text() == f"{first}+{second}\n"
+    assert pack() != 0
+    assert not named.exists()
 
 
 def packed() -> set[str]:

@@ -27,9 +27,16 @@ if [ -n "${FLOWPREFILL_TRACES-}" ]; then
   mkdir -p "$kit/traces"
   cp "$FLOWPREFILL_TRACES/qwen_traceA_0.0min_2.0min.jsonl" "$kit/traces/"
 fi
+# Reports are named by it: the commit of what was compiled, and after a + that of scripts packed later.
+commit=$(git -C "$repo" describe --always --dirty --abbrev=12 --exclude='*')
+named=$kit/prebuilt/commit
 if [ "${1-}" = --quick ]; then
+  compiled=$(cut -d+ -f1 "$named" 2>/dev/null || echo unknown)
+  [ "$compiled" = "$commit" ] || compiled+=+$commit
+  echo "$compiled" >"$named"
   exit 0
 fi
+rm -f "$named"
 
 download() { "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: -d "$@"; }
 
@@ -81,7 +88,7 @@ cmake --build "$work/cpu" -j "${JOBS:-2}" --target "${cpu_tests[@]}"
 (cd "$work/cpu" && strip "${cpu_tests[@]}" && tar -cJf "$kit/cpu-tests.tar.xz" "${cpu_tests[@]}") # much of them is the same
 strip --strip-debug "$kit"/prebuilt/{gpu_test,kernel_bench,libflowprefill_cuda_kernels.a}
 tr ';' '\n' <<<"$architectures" >"$kit/prebuilt/architectures"
-git -C "$repo" describe --always --dirty --abbrev=12 --exclude='*' >"$kit/prebuilt/commit"
+echo "$commit" >"$named"
 
 # CUDA's headers and static runtime of the toolkit that compiled them.
 { read -r cuda_include; read -r cudart; } <"$work/build/toolkit.txt"
