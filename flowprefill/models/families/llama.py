@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowprefill.models.families.experts import read_gguf_experts
 from flowprefill.models.families.family import Family, GgufForm, rotate_half_heads
+from flowprefill.models.families.mixture import read_gguf_experts
 from flowprefill.models.hf_config import HfConfig, read_decoder
 from flowprefill.models.model_config import ModelConfig, bad_field
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowprefill.models.families.experts import read_gguf_experts
 from flowprefill.models.families.family import Family, GgufForm
 from flowprefill.models.hf_config import HfConfig, read_decoder
 from flowprefill.models.model_config import ModelConfig, bad_field, checked_layers
 
 if TYPE_CHECKING:
     from flowprefill.models.gguf_metadata import GgufMetadata
+
+# Keys of GGUF files whose mixtures are computed otherwise.
+_REFUSED = ("expert_shared_count", "expert_group_count", "leading_dense_block_count")
+_SOFTMAX = 1  # expert_gating_func
 
 
 def _experts(values: HfConfig, count: int, per_token: int, size: int) -> dict[str, Any]:
@@ -70,6 +73,39 @@ def read_olmoe(values: HfConfig) -> ModelConfig:
         qk_norm=True, qk_norm_over_heads=True, norm_experts=values.flag("norm_topk_prob"),
         **_experts(values, 64, 8, size),
     )  # fmt: skip
+
+
+def read_gguf_experts(
+    metadata: GgufMetadata, architecture: str, default_size: int
+) -> dict[str, Any]:
+    """Read ModelConfig's fields about experts; empty: the file has none.
+
+    Args:
+        default_size: intermediate size of an expert where the file does not say.
+
+    Raises:
+        CheckpointError: a key says that they are computed otherwise.
+    """
+
+    def integer(key: str, default: int | None = None) -> int:
+        return int(metadata.get(f"{architecture}.{key}", int, default))
+
+    count = integer("expert_count", 0)
+    if not count:
+        return {}
+    for key in (f"{architecture}.{key}" for key in _REFUSED):
+        if metadata.values.get(key):
+            raise bad_field(key, metadata.values[key], "0")
+    if (gating := integer("expert_gating_func", _SOFTMAX)) not in (0, _SOFTMAX):
+        raise bad_field(f"{architecture}.expert_gating_func", gating, "1: softmax")
+    scale = float(metadata.get(f"{architecture}.expert_weights_scale", (float, int), 1.0))
+    if scale not in (0.0, 1.0):
+        raise bad_field(f"{architecture}.expert_weights_scale", scale, "1")
+    return {
+        "num_experts": count,
+        "experts_per_token": integer("expert_used_count"),
+        "expert_size": integer("expert_feed_forward_length", default_size),
+    }
 
 
 def _gguf(architecture: str, **more: bool) -> GgufForm:
