@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 Matrix = npt.NDArray[np.float32]
 Tensors = dict[str, torch.Tensor]
 LARGEST = 448.0  # in e4m3
+PROJECTIONS = ("_proj", ".w1", ".w2", ".w3")  # the latter of a Mixtral's experts
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def quantise_folder(plain: Path, folder: Path, kind: Kind) -> dict[str, Matrix]:
     meant: dict[str, Matrix] = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
         module = name.removesuffix(".weight")
-        if not module.endswith("_proj"):
+        if not module.endswith(PROJECTIONS):
             tensors[name] = tensor.clone()
             continue
         parts, meant[name] = quantised(tensor.float().numpy(), kind, rng)
@@ -179,4 +180,4 @@ def change_tensors(folder: Path, change: Callable[[Tensors], None]) -> None:
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={"format": "pt"})

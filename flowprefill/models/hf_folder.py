@@ -218,6 +218,9 @@ class HfFolder:
             if name in shapes:
                 message = f"tensor {name}: stored packed too, expected once"
                 raise CheckpointError(message, param=name)
+            if ".experts." in name and len(tensor.shape) > 2:
+                message = f"got shape {list(tensor.shape)}, expected a tensor for each expert"
+                raise CheckpointError(f"tensor {name}: {message}", param=name)
             if tensor.dtype not in FLOATS and not self._is_read_past(name):
                 message = f"got dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
                 raise CheckpointError(f"tensor {name}: {message}", param=name)

@@ -178,6 +178,27 @@ def test_quantised_values_without_a_configuration_are_refused(quantise: Quantise
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("kind", ["fp8 block", "float channel", "int8 channel"])
+def test_experts_that_share_one_tensor_are_refused_as_such(quantise: Quantise, kind: str) -> None:
+    """Not for their type, as if they could be read in another."""
+    folder, _ = quantise(
+        kind, "qwen3_moe", hidden_size=64, num_experts=3, num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )  # fmt: skip
+    assert open_checkpoint(folder).config.num_experts == 3
+    name = "model.layers.0.mlp.experts.{}down_proj{}"
+
+    def stack(tensors: Tensors) -> None:
+        for part in [end for end in (".weight", ".weight_scale", ".weight_scale_inv")
+                     if name.format("0.", end) in tensors]:  # fmt: skip
+            each = [tensors.pop(name.format(f"{expert}.", part)) for expert in range(3)]
+            tensors[name.format("", part.replace(".weight", ""))] = torch.stack(each)
+
+    error = refused(folder, stack)
+    assert error.param == name.format("", "")
+    assert error.message.endswith("got shape [3, 64, 32], expected a tensor for each expert")
+
+
 def test_a_stale_index_is_named(quantise: Quantise) -> None:
     """It names a scale in a part that has none, or a part that is not there."""
     folder, _ = quantise("fp8 block")
