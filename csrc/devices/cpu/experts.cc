@@ -14,7 +14,7 @@ namespace {
 // Rows of one expert that are multiplied at once: they stay in L2 while blocks of weights pass.
 constexpr int32_t kExpertRows = 256;
 constexpr int64_t kMostBlocks = 8;  // of one expert that a member takes at once
-constexpr int64_t kPairChunk = 16;  // rows that a member brings to their place at once
+constexpr int32_t kPairChunk = 16;  // rows that a member brings to their place at once
 constexpr size_t kLine = 64;
 
 // One slot of one row of a step.
@@ -32,6 +32,7 @@ struct SortedRows {
   int32_t row_end = 0;
   std::vector<int32_t> first;     // [experts + 1] each one's first pair
   std::vector<Pair> pairs;        // of one expert in the order of the rows
+  std::vector<int32_t> places;    // [rows, slots] which pair each is
   std::vector<size_t> offsets;    // [experts] where the input of its rows begins
   std::vector<size_t> row_bytes;  // [experts]
   Buffer input;
@@ -84,10 +85,11 @@ class ExpertProduct {
     }
     if (sorted.input.bytes() < bytes)
       sorted.input = Buffer(bytes);
-    const auto all = static_cast<int64_t>(sorted.pairs.size());
-    team_.for_each((all + kPairChunk - 1) / kPairChunk, [&](int64_t chunk) {
-      fill(sorted, static_cast<int32_t>(chunk * kPairChunk),
-           static_cast<int32_t>(std::min((chunk + 1) * kPairChunk, all)));
+    const int32_t rows = std::max(1, kPairChunk / op_.slots);
+    team_.for_each((step_.rows() + rows - 1) / rows, [&](int64_t chunk) {
+      const int32_t begin = step_.row_begin + static_cast<int32_t>(chunk) * rows;
+      for (int32_t row = begin; row < std::min(begin + rows, step_.row_end); ++row)
+        fill(sorted, row);
     });
   }
 
@@ -144,22 +146,27 @@ class ExpertProduct {
     sorted.offsets.resize(static_cast<size_t>(op_.experts));
     sorted.row_bytes.resize(static_cast<size_t>(op_.experts));
     sorted.pairs.resize(static_cast<size_t>(step_.rows()) * static_cast<size_t>(op_.slots));
+    sorted.places.resize(sorted.pairs.size());
     each_pair([&](int32_t expert, Pair) { ++sorted.first[static_cast<size_t>(expert) + 1]; });
     for (size_t e = 1; e < sorted.first.size(); ++e)
       sorted.first[e] += sorted.first[e - 1];
     std::vector<int32_t> next(sorted.first);
+    auto place = sorted.places.begin();
     each_pair([&](int32_t expert, Pair pair) {
-      sorted.pairs[static_cast<size_t>(next[static_cast<size_t>(expert)]++)] = pair;
+      *place = next[static_cast<size_t>(expert)]++;
+      sorted.pairs[static_cast<size_t>(*place++)] = pair;
     });
   }
 
   template <typename Sink>
   void each_pair(const Sink& sink) {
     for (int32_t row = step_.row_begin; row < step_.row_end; ++row) {
-      const float* route = a_.template at<float>(op_.route, step_, row);
       for (int32_t slot = 0; slot < op_.slots; ++slot)
-        sink(static_cast<int32_t>(route[slot]), Pair{row, slot});
+        sink(expert_of({row, slot}), Pair{row, slot});
     }
+  }
+  int32_t expert_of(const Pair& pair) {
+    return static_cast<int32_t>(a_.template at<float>(op_.route, step_, pair.row)[pair.slot]);
   }
 
   // Of the row, or of its slot.
@@ -168,20 +175,25 @@ class ExpertProduct {
            (is_gate_ ? 0 : pair.slot * linear_.depth());
   }
 
-  void fill(SortedRows& sorted, int32_t begin, int32_t end) {
-    int32_t expert = static_cast<int32_t>(std::ranges::upper_bound(sorted.first, begin) -
-                                          sorted.first.begin() - 1);
-    for (int32_t i = begin; i < end; ++i) {
-      while (i >= sorted.first[static_cast<size_t>(expert) + 1])
-        ++expert;
+  // Brings what a row's experts multiply to its place; where they all multiply the row itself, it
+  // is prepared for the first of them and copied for the others.
+  void fill(SortedRows& sorted, int32_t row) {
+    const int32_t* places =
+        &sorted.places[static_cast<size_t>(row - step_.row_begin) * static_cast<size_t>(op_.slots)];
+    const std::byte* prepared = nullptr;
+    for (int32_t slot = 0; slot < op_.slots; ++slot) {
+      const Pair pair{row, slot};
+      const int32_t expert = expert_of(pair);
       const auto e = static_cast<size_t>(expert);
-      const int32_t rows = sorted.first[e + 1] - sorted.first[e];
-      auto* to = const_cast<std::byte*>(sorted.input_at(expert, i));
-      const T* from = input_of(sorted.pairs[static_cast<size_t>(i)]);
-      if (linear_.prepared_row_bytes(rows) > 0)
-        linear_.prepare(1, from, to);
-      else
-        std::memcpy(to, from, sorted.row_bytes[e]);
+      auto* to = const_cast<std::byte*>(sorted.input_at(expert, places[slot]));
+      if (linear_.prepared_row_bytes(sorted.first[e + 1] - sorted.first[e]) == 0) {
+        std::memcpy(to, input_of(pair), sorted.row_bytes[e]);
+      } else if (prepared != nullptr) {
+        std::memcpy(to, prepared, sorted.row_bytes[e]);
+      } else {
+        linear_.prepare(1, input_of(pair), to);
+        prepared = is_gate_ ? to : nullptr;
+      }
     }
   }
 
@@ -192,8 +204,11 @@ class ExpertProduct {
     const int32_t first = sorted.first[static_cast<size_t>(expert)];
     const int32_t rows = sorted.first[static_cast<size_t>(expert) + 1] - first;
     const int32_t chunks = (rows + kExpertRows - 1) / kExpertRows;
+    const auto begin_of = [&](int32_t chunk) {
+      return first + static_cast<int32_t>(int64_t{rows} * chunk / chunks);
+    };
     for (int32_t chunk = 0; chunk < chunks; ++chunk)
-      sink(first + rows * chunk / chunks, first + rows * (chunk + 1) / chunks);
+      sink(begin_of(chunk), begin_of(chunk + 1));
   }
 
   // At least some shares for each member, so that they end together.

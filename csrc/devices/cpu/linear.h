@@ -45,7 +45,7 @@ class Linear {
                     const std::function<int64_t(int64_t)>& place) = 0;
 
   // Bytes of one row of the input in the form that products of so many rows read, if they want one
-  // of their own (quantised, say); 0: they read rows of T.
+  // of their own (quantised, say); 0: they read rows of T. There is one such form.
   virtual size_t prepared_row_bytes(int64_t /*rows*/) const { return 0; }
   // Brings rows of the input, T [rows, depth], into that form; one row depends on no other.
   virtual void prepare(int64_t /*rows*/, const T* /*input*/, void* /*prepared*/) const {}
