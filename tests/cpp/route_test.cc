@@ -58,11 +58,13 @@ TEST(RouteTest, NanMakesWeightsNanAndExpertsStayDifferent) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (const std::vector<float>& logits :
        {std::vector<float>{nan, nan, nan}, {0, nan, 1}, {nan, 1, 0}}) {
-    const std::vector<float> out = routed(logits, 2, false);
-    EXPECT_TRUE(std::isnan(out[2]) && std::isnan(out[3]));
-    EXPECT_EQ(std::set<float>(out.begin(), out.begin() + 2).size(), 2u);
-    EXPECT_TRUE(
-        std::ranges::all_of(out.begin(), out.begin() + 2, [](float e) { return e >= 0 && e < 3; }));
+    for (const bool sums_to_one : {false, true}) {
+      const std::vector<float> out = routed(logits, 2, sums_to_one);
+      EXPECT_TRUE(std::isnan(out[2]) && std::isnan(out[3])) << sums_to_one;
+      EXPECT_EQ(std::set<float>(out.begin(), out.begin() + 2).size(), 2u);
+      EXPECT_TRUE(std::ranges::all_of(out.begin(), out.begin() + 2,
+                                      [](float e) { return e >= 0 && e < 3; }));
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 #include "devices/cpu/route.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -17,7 +18,9 @@ void route_row(const float* logits, int32_t experts, int32_t slots, bool sums_to
     is_taken[static_cast<size_t>(best)] = true;
     out[slot] = static_cast<float>(best);
   }
-  const float largest = logits[static_cast<int32_t>(out[0])];
+  // NaN that no row chooses counts too: it is as much a fault of the model.
+  const float* nan = std::find_if(logits, logits + experts, [](float x) { return std::isnan(x); });
+  const float largest = nan < logits + experts ? *nan : logits[static_cast<int32_t>(out[0])];
   float sum = 0;
   for (int32_t e = 0; e < experts && !sums_to_one; ++e)
     sum += std::exp(logits[e] - largest);
