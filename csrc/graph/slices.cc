@@ -28,7 +28,7 @@ int64_t turns_of(const CutRules& cuts, int32_t rows, const std::vector<int32_t>&
 std::vector<int32_t> equal_ends(int32_t parts, int32_t slices) {
   std::vector<int32_t> ends;
   for (int32_t i = 1; i <= slices; ++i)
-    ends.push_back(parts * i / slices);
+    ends.push_back(static_cast<int32_t>(int64_t{parts} * i / slices));
   return ends;
 }
 

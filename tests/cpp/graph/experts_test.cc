@@ -127,6 +127,28 @@ TEST_F(ExpertsPlanTest, EveryPartOfEveryRowIsComputedOnce) {
   EXPECT_EQ(static_cast<int64_t>(seen.size()), wanted);
 }
 
+// 512 experts of 128 blocks each, in slices of one: slices times parts fit no 32 bits.
+TEST(ExpertsTest, SlicesOfVeryManyPartsAreInOrder) {
+  const ModelGraph graph = llama_graph(
+      {.hidden_size = 8192, .intermediate_size = 96, .num_layers = 1, .experts = 512, .slots = 2});
+  const Batch batch = batch_with({{16, 0}});
+  const CutRules cuts{.min_product_parts = 1, .slices_products = true, .costs = {}};
+  const Plan made = make_plan(graph, batch,
+                              {.granularity = Granularity::kBudget,
+                               .budget_s = 1e-9,
+                               .rates = {.gemm_flops_per_s = 1e6, .weight_bytes_per_s = 1e6}},
+                              cuts);
+  const int32_t down = index_of(graph, "expert_down");
+  int32_t parts = 0;
+  for (const Step& step : made.steps) {
+    if (step.first != down)
+      continue;
+    ASSERT_EQ(step.part_begin, parts);
+    ASSERT_EQ(step.part_end, ++parts);
+  }
+  EXPECT_EQ(parts, 65536);
+}
+
 TEST(ExpertsTest, WhatIsRoutedLivesUntilTheLastProductHasReadIt) {
   const auto graph = std::make_shared<const ModelGraph>(llama_graph(kShape));
   const Batch batch = batch_with({{8, 0}});
