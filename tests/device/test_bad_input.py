@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,25 @@ def test_make_run_names_what_is_wrong(native: Runner, change: dict[str, Any], na
         make_run(native.model, **change)
     assert _core.live_workspace_bytes() == before
     native.assert_close(native.prefill(native.ids, "layer"), 200)
+
+
+def test_a_run_for_which_there_is_no_memory_leaves_none_counted(native: Runner) -> None:
+    """What was taken before the limit was met is given back."""
+    before = _core.live_workspace_bytes()
+    rows = 300_000
+    blocks = np.zeros(rows // 16, np.int32)
+    batch = _core.Batch(
+        np.zeros(rows, np.int32), [_core.BatchSequence(rows=rows, context=0, block_table=blocks)]
+    )
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
+    try:
+        with pytest.raises(MemoryError):
+            native.model.make_run(1, batch, native.plan("operator"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert _core.live_workspace_bytes() == before
 
 
 def change(parts: list[Any], part_name: str, /, **fields: Any) -> None:

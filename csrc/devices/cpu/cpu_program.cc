@@ -60,13 +60,17 @@ CpuProgram<T>::CpuProgram(CompiledProgram compiled, std::shared_ptr<const CpuWei
                    .sequence_of_row = sequence_of_rows(batch_),
                    .tensors = std::vector<Buffer>(compiled_.graph().tensors.size())},
       operators_(activations_) {
-  take_missing();
+  try {
+    take_missing();
+  } catch (...) {  // no destructor follows
+    give_all();
+    throw;
+  }
 }
 
 template <typename T>
 CpuProgram<T>::~CpuProgram() {
-  for (Buffer& buffer : activations_.tensors)
-    give(buffer);
+  give_all();
 }
 
 // ---- memory
@@ -102,6 +106,12 @@ template <typename T>
 void CpuProgram<T>::give(Buffer& buffer) {
   live_workspace.fetch_sub(buffer.bytes(), std::memory_order_relaxed);
   pool_->give(std::exchange(buffer, Buffer()));
+}
+
+template <typename T>
+void CpuProgram<T>::give_all() {
+  for (Buffer& buffer : activations_.tensors)
+    give(buffer);
 }
 
 template <typename T>

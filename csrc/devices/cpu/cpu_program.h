@@ -54,6 +54,7 @@ class CpuProgram final : public ModelProgram {
   const Operator* last_of(Extent extent) const;
   void take_missing();
   void give(Buffer& buffer);
+  void give_all();
   size_t tensor_bytes(int32_t tensor) const;
   void execute_step(const Step& step);
   void execute_chain(const Step& step, int32_t first, int32_t last);
