@@ -253,10 +253,11 @@ class LocalWorker:
             )
         try:
             self._model.allocate_cache(block_tokens, blocks)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            reason = "no such memory" if isinstance(error, MemoryError) else error
             raise ConfigError(
                 f"kv_cache_gib: {blocks * block_bytes / GIB:.2f} GiB in addition to the "
-                f"activations of {longest} tokens (max_model_len): {error}",
+                f"activations of {longest} tokens (max_model_len): {reason}",
                 param="kv_cache_gib",
             ) from None
         return blocks

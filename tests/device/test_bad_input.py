@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from cases import Runner, Saved
 from devices import DEVICES, Device, on
 from devices import ONE as ALL_KINDS
 
-from flowprefill import _core
+from flowprefill import ConfigError, EngineConfig, _core
+from flowprefill.engine.local_worker import LocalWorker
 from flowprefill.models.checkpoint import open_checkpoint
 from flowprefill.models.graph import ModelGraph, WeightPart
 
@@ -94,6 +96,30 @@ def test_make_run_names_what_is_wrong(native: Runner, change: dict[str, Any], na
     native.assert_close(native.prefill(native.ids, "layer"), 200)
 
 
+@contextmanager
+def memory_limited(more_bytes: int) -> Iterator[None]:
+    """Let this process take only so much address space more."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_cache_for_which_there_is_no_memory_names_its_setting(
+    saved: Callable[[Device, str], Saved],
+) -> None:
+    checkpoint = open_checkpoint(saved(DEVICES["cpu"], CASE).folder)
+    config = EngineConfig(
+        device="cpu", dtype="f32", threads=1, kv_cache_gib=100.0, calibrate=False
+    )  # fmt: skip
+    words = r"kv_cache_gib: 100\.00 GiB in addition to .*: no such memory"
+    with memory_limited(8 << 30), pytest.raises(ConfigError, match=words):
+        LocalWorker(config, checkpoint)
+
+
 def test_a_run_for_which_there_is_no_memory_leaves_none_counted(native: Runner) -> None:
     """What was taken before the limit was met is given back."""
     before = _core.live_workspace_bytes()
@@ -102,14 +128,8 @@ def test_a_run_for_which_there_is_no_memory_leaves_none_counted(native: Runner) 
     batch = _core.Batch(
         np.zeros(rows, np.int32), [_core.BatchSequence(rows=rows, context=0, block_table=blocks)]
     )
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
-    try:
-        with pytest.raises(MemoryError):
-            native.model.make_run(1, batch, native.plan("operator"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    with memory_limited(256 << 20), pytest.raises(MemoryError):
+        native.model.make_run(1, batch, native.plan("operator"))
     assert _core.live_workspace_bytes() == before
 
 
