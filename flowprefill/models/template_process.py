@@ -21,7 +21,9 @@ from flowprefill.errors import InvalidRequest, ProcessNotStarted
 from flowprefill.models import template_worker
 from flowprefill.models.bounded_process import BoundedProcess, ProcessEnded
 
-MOST_PROCESSES = 2
+# One of them is left to short chats: long ones would hold them up for as long as one may compute.
+MOST_PROCESSES, MOST_FOR_LONG = 3, 2
+LONG_BYTES = 16 * 1024
 # What one rendering may take; a template that repeats a text or a loop without end meets these.
 CPU_LIMIT_S = 2
 MEMORY_LIMIT_BYTES = 1 << 30
@@ -39,6 +41,7 @@ class TemplateProcesses:
 
     def __init__(self) -> None:
         self._free = threading.BoundedSemaphore(MOST_PROCESSES)
+        self._free_for_long = threading.BoundedSemaphore(MOST_FOR_LONG)
         self._idle: list[BoundedProcess] = []  # append and pop are atomic
 
     def render(self, template: str, variables: Mapping[str, Any], max_chars: int) -> str:
@@ -61,7 +64,8 @@ class TemplateProcesses:
             message = f"chat_template_kwargs: not what JSON can carry: {error}"
             raise InvalidRequest(message, param="chat_template_kwargs") from None
         try:
-            reply = json.loads(self._ask(raw))
+            is_long = len(raw) > LONG_BYTES + len(template)
+            reply = json.loads(self._ask(raw, is_long=is_long))
         except ProcessEnded as error:
             message = f"messages: the chat template {error} on them and was stopped"
             raise InvalidRequest(message, param="messages") from None
@@ -75,8 +79,8 @@ class TemplateProcesses:
             with contextlib.suppress(ProcessNotStarted):  # it is in the log; chats are told
                 self._idle.append(start_process())
 
-    def _ask(self, request: bytes) -> bytes:
-        with self._free:
+    def _ask(self, request: bytes, *, is_long: bool) -> bytes:
+        with self._free_for_long if is_long else contextlib.nullcontext(), self._free:
             process = self._take()
             try:
                 reply = process.ask(request)
@@ -104,6 +108,7 @@ class TemplateProcesses:
         while self._idle:
             self._idle.pop().forget()
         self._free = threading.BoundedSemaphore(MOST_PROCESSES)
+        self._free_for_long = threading.BoundedSemaphore(MOST_FOR_LONG)
 
 
 def _as_json(value: Any) -> Any:

@@ -297,6 +297,39 @@ def test_many_threads_share_a_few_processes() -> None:
     assert len(template_process.PROCESSES._idle) <= template_process.MOST_PROCESSES
 
 
+class SlowProcess:
+    """Answers what is long when it may, anything else at once."""
+
+    is_alive = True
+
+    def __init__(self) -> None:
+        self.may_end, self.asked = threading.Event(), []
+
+    def ask(self, request: bytes) -> bytes:
+        self.asked.append(request)
+        is_long = len(request) > template_process.LONG_BYTES
+        assert not is_long or self.may_end.wait(30)
+        return b'{"text": "done"}'
+
+
+def test_long_chats_leave_a_process_to_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowProcess()
+    monkeypatch.setattr(template_process, "start_process", lambda: slow)
+    processes = template_process.TemplateProcesses()
+    long = {"text": "x" * template_process.LONG_BYTES}
+    threads = [threading.Thread(target=processes.render, args=("a", long, 9)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    while len(slow.asked) < template_process.MOST_FOR_LONG:
+        time.sleep(0.001)
+    template = "{# a template's own length does not count #}" * 1000
+    assert processes.render(template[:8000], {"text": "x"}, 9) == "done"
+    slow.may_end.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(slow.asked) == 7
+
+
 def test_process_ends_with_its_last_connection() -> None:
     process = template_process.start_process()
     process._socket.close()
