@@ -28,7 +28,7 @@ from flowprefill.engine.records import (
 from flowprefill.errors import InvalidRequest, NotReady
 from flowprefill.models.chat_template import read_template_file
 from flowprefill.models.checkpoint import Checkpoint, Progress, open_checkpoint
-from flowprefill.request import SLO, Pooling, Request
+from flowprefill.request import SLO, Pooling, Request, StructuredOutput
 from flowprefill.scheduling import (
     CostModel,
     MachineRates,
@@ -170,6 +170,14 @@ class Engine:
     def check_load(self, tenant: str = "") -> None:
         """Refuse a request before anything is done for it; raises Overloaded as submit would."""
         self._core.check_load(tenant)
+
+    def knows_grammar(self, wanted: StructuredOutput) -> bool:
+        """Whether `submit` would not have to compile it, which takes up to a second or two."""
+        return self._intake.grammars.knows(wanted)
+
+    def compile_grammar(self, wanted: StructuredOutput) -> None:
+        """Compile it now; what is wrong with it, `submit` says. Raises ProcessNotStarted."""
+        self._intake.grammars.prepare(wanted)
 
     def predicted_work_s(self, requests: Sequence[Request]) -> float:
         """Return the predicted time of requests that come together on an idle device, seconds.

@@ -192,6 +192,16 @@ class Grammars:
         self._process = GrammarProcess()
         self._kept: OrderedDict[StructuredOutput, Grammar | str] = OrderedDict()
 
+    def knows(self, wanted: StructuredOutput) -> bool:
+        """Whether `compile` would find it, or what is wrong with it."""
+        with self._lock:
+            return wanted in self._kept
+
+    def prepare(self, wanted: StructuredOutput) -> None:
+        """Compile now, so that `compile` finds it, or what is wrong with it."""
+        with contextlib.suppress(InvalidRequest):
+            self.compile(wanted)
+
     def compile(self, wanted: StructuredOutput) -> Grammar:
         """Compile, or find what was compiled before.
 

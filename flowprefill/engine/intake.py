@@ -5,6 +5,7 @@ Nothing here waits for the device, and nothing that is refused has left a trace.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from typing import TYPE_CHECKING
@@ -92,6 +93,8 @@ class Intake:
         eos = self._tokenizer.eos_ids
         structured = params.structured
         grammar = None if structured is None else self.grammars.compile(structured)
+        if isinstance(request.prompt, str):  # the text is not kept with its tokens
+            request = dataclasses.replace(request, prompt=ids[:1])
         live = LiveRequest(
             request=request,
             slo=slo,

@@ -191,7 +191,7 @@ class Server:
         if self._listening is not None:
             self._listening.close()
         await self._runner.cleanup()
-        context.end_threads()
+        context.lanes.end()
         telemetry = self.app.get(TELEMETRY)
         if telemetry is not None:
             await asyncio.to_thread(telemetry.close)

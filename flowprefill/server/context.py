@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -15,6 +13,7 @@ from flowprefill.errors import InvalidRequest, ModelNotFound, NotReady
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.http.body import UnknownFields
 from flowprefill.server.http.body_memory import BodyMemory
+from flowprefill.server.lanes import Lanes
 from flowprefill.server.observe.live_feed import LiveFeed
 from flowprefill.server.options import ServerOptions
 from flowprefill.server.responses.response_store import ResponseStore
@@ -29,18 +28,11 @@ if TYPE_CHECKING:
     from flowprefill.server.observe.metrics import ServerMetrics
 
 
-T = TypeVar("T")
-
-
 class DebugOff(InvalidRequest):
     """The server keeps to itself what it knows about the requests of others."""
 
     status = 404
     code = "debug_routes_off"
-
-
-# Threads for what would hold the event loop. Few: such work is short, and mostly holds the GIL.
-WORKERS = 4
 
 
 class ServerContext:
@@ -68,7 +60,7 @@ class ServerContext:
         self.responses = ResponseStore(options.max_stored_responses)
         self.is_closing = False
         self.generating = 0
-        self._workers = ThreadPoolExecutor(WORKERS, "fp-http")
+        self.lanes = Lanes()
         self._idle = asyncio.Event()
         self._idle.set()
         self._engine: ServedEngine | None = None
@@ -163,28 +155,6 @@ class ServerContext:
                 param="model",
             )
         return name
-
-    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Do work off the event loop, on one of a few threads of the server's own.
-
-        Not asyncio's own pool: requests that keep it busy would hold up the shutdown, which needs
-        a thread too. The work of a task that is cancelled is let go of at once, if it still waits:
-        a body must not stay in memory until its turn.
-        """
-        waiting = [partial(work, *args)]
-
-        def run() -> T:
-            do = waiting.pop()
-            return do()
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, run)
-        finally:
-            waiting.clear()
-
-    def end_threads(self) -> None:
-        """Take no more work off the event loop; do not wait for what runs."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def begin_generation(self) -> None:
         """Count one generating HTTP request in."""

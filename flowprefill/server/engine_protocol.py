@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from flowprefill.config import EngineConfig
 from flowprefill.engine.prompt_logprobs import PromptLogprobs
 from flowprefill.engine.records import EngineObserver, EngineStats, TimelineEntry
-from flowprefill.request import SLO, Completion, Request, Timings, Token
+from flowprefill.request import SLO, Completion, Request, StructuredOutput, Timings, Token
 
 
 class ServedTokenizer(Protocol):
@@ -129,6 +129,14 @@ class ServedEngine(Protocol):
 
     def predicted_work_s(self, requests: Sequence[Request]) -> float:
         """Time that requests of one client would take on an idle device; 0 if it is not known."""
+        ...
+
+    def knows_grammar(self, wanted: StructuredOutput) -> bool:
+        """Whether `submit` would not have to compile it, which takes up to a second or two."""
+        ...
+
+    def compile_grammar(self, wanted: StructuredOutput) -> None:
+        """Compile it now; what is wrong with it, `submit` says. Raises ProcessNotStarted."""
         ...
 
     def submit(self, request: Request, slo: SLO | None = None) -> ServedHandle:

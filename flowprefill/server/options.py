@@ -46,7 +46,9 @@ class ServerOptions:
         0.0, "largest request body, MiB (413 above); 0 is 4, or 32 bytes a token of max_model_len"
     )
     max_bodies_mib: float = _option(
-        512.0, "most memory for the bodies of all requests that are being read, MiB (503 above)"
+        512.0,
+        "most memory for the bodies of all requests that are being read or tokenised, MiB (503 "
+        "above)",
     )
     body_timeout_s: float = _option(60.0, "seconds in which a request body must come (408 after)")
     max_connections: int = _option(

@@ -29,6 +29,7 @@ from flowprefill.request import (
     Completion,
     FinishReason,
     Request,
+    StructuredOutput,
     Timings,
     Token,
     TokenLogprob,
@@ -347,6 +348,8 @@ class FakeEngine:
         self.script = Script()
         self.submit_error: Exception | None = None
         self.submit_gate: threading.Event | None = None
+        self.compile_gate: threading.Event | None = None
+        self.grammars: list[StructuredOutput] = []
         self.load_error: Exception | None = None
         self.seconds_per_token = 0.0
         self.submitted: list[FakeHandle] = []
@@ -375,6 +378,14 @@ class FakeEngine:
 
     def warm_structured(self) -> None:
         """Nothing compiles grammars here."""
+
+    def knows_grammar(self, wanted: StructuredOutput) -> bool:
+        return wanted in self.grammars
+
+    def compile_grammar(self, wanted: StructuredOutput) -> None:
+        if self.compile_gate is not None:
+            self.compile_gate.wait(WAIT_S)
+        self.grammars.append(wanted)
 
     def check_load(self, tenant: str = "") -> None:
         if self.load_error is not None:

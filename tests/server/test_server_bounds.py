@@ -20,9 +20,8 @@ from running_server import RunningServer, StartServer
 from flowprefill.errors import InvalidRequest, NotReady, shortened
 from flowprefill.models import bounded_process
 from flowprefill.models.chat_template import ChatTemplate
-from flowprefill.server.context import WORKERS
 from flowprefill.server.http import json_text
-from flowprefill.server.openai import generation
+from flowprefill.server.lanes import LONG_CHARS, THREADS, Lane
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -401,20 +400,109 @@ def test_bodies_of_clients_that_have_left_take_no_memory(
     """All threads are busy: what still waits for one is let go of, not kept until its turn."""
     context, busy = server.server.context, []
     engine.submit_gate = threading.Event()
-    for number in range(WORKERS):
-        prompt = "x" * (generation.LONG_PROMPT_CHARS + 1)
-        busy.append(server.raw_socket(COMPLETIONS, {"prompt": prompt}))
+    for number in range(THREADS[Lane.HUGE]):
+        busy.append(server.raw_socket(COMPLETIONS, {"prompt": "x" * LONG_CHARS}))
         wait_for(lambda number=number: context.generating == number + 1)
+    waiting = context.lanes._pools[Lane.HUGE]._work_queue
+    wait_for(lambda: waiting.qsize() == 0)
     left = [server.raw_socket(COMPLETIONS, {"marked": "x" * 2**20}) for _ in range(5)]
-    waiting = context._workers._work_queue
     wait_for(lambda: waiting.qsize() == len(left))
     assert bodies_in(waiting) == len(left)
     for connection in left:
         connection.close()
-    wait_for(lambda: context.body_memory.used == 0)
     wait_for(lambda: bodies_in(waiting) == 0)
+    wait_for(lambda: context.body_memory.used < 2**20)
     assert waiting.qsize() == len(left), "their turn had not come"
     engine.submit_gate.set()
     for connection in busy:
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         connection.close()
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/responses", "/v1/embeddings", "echo"])
+def test_body_is_counted_until_its_prompt_is_tokenised(
+    engine: FakeEngine, start_server: StartServer, path: str
+) -> None:
+    """And no longer, but for replies that repeat what was in it."""
+    server = start_server(engine, max_bodies_mib=2.0, body_timeout_s=WAIT_S)
+    memory, text = server.server.context.body_memory, "x" * 600 * 1024
+    body: dict[str, Any] = {
+        CHAT: {"messages": [{"role": "user", "content": text}]},
+        "/v1/responses": {"input": text},
+        "/v1/embeddings": {"input": text},
+        "echo": {"prompt": text, "echo": True},
+    }.get(path, {"prompt": text})
+    is_kept = path in ("/v1/responses", "echo")
+    path = COMPLETIONS if path == "echo" else path
+    engine.submit_gate, engine.script = threading.Event(), Script(gate=threading.Event())
+    clients = [server.raw_socket(path, body) for _ in range(3)]
+    wait_for(lambda: memory.used > 3 * len(text))
+    refused = server.post(COMPLETIONS, {"prompt": text})
+    assert (refused.status, refused.error["code"]) == (503, "too_many_bodies")
+    engine.submit_gate.set()
+    engine.wait_submitted(3)
+    wait_for(lambda: memory.used > 3 * len(text) if is_kept else memory.used == 0)
+    assert engine.script.gate is not None
+    engine.script.gate.set()
+    for client in clients:
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        client.close()
+    wait_for(lambda: memory.used == 0)
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+HUGE = "x" * LONG_CHARS
+SLOW: dict[str, dict[str, Any]] = {
+    "huge texts": {"prompt": HUGE},
+    "huge chats": {"messages": [{"role": "user", "content": HUGE}]},
+    "new grammars": {"prompt": "Hi", "response_format": SCHEMA},
+    "new grammars of huge chats": {
+        "messages": [{"role": "user", "content": HUGE}], "response_format": SCHEMA
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slow", SLOW)
+def test_slow_work_of_one_kind_holds_up_no_other(
+    server: RunningServer, engine: FakeEngine, slow: str
+) -> None:
+    """However many such requests wait."""
+    known = {"prompt": "Hi", "guided_choice": ["a", "b"]}
+    assert server.post(COMPLETIONS, known).status == 200
+    may_end, submit = threading.Event(), engine.submit
+    engine.compile_gate = may_end
+
+    def submit_slowly(request: Any, slo: Any = None) -> Any:
+        assert len(request.prompt) < LONG_CHARS or may_end.wait(WAIT_S)
+        return submit(request, slo)
+
+    engine.submit = submit_slowly  # type: ignore[method-assign]
+    path = CHAT if "messages" in SLOW[slow] else COMPLETIONS
+    clients = [server.raw_socket(path, SLOW[slow]) for _ in range(12)]
+    wait_for(lambda: server.server.context.generating == len(clients))
+    hi = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert server.post(CHAT, hi).status == 200
+    assert server.post(COMPLETIONS, {"prompt": "x" * 50_000}).status == 200
+    assert server.post(COMPLETIONS, known).status == 200
+    assert server.post("/tokenize", {"prompt": "Hi"}).status == 200
+    assert server.get("/debug/requests").status == 200
+    assert not may_end.is_set()
+    may_end.set()
+    for client in clients:
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        client.close()
+
+
+def test_grammar_of_a_client_that_has_left_is_not_submitted(
+    server: RunningServer, engine: FakeEngine
+) -> None:
+    engine.compile_gate = threading.Event()
+    client = server.raw_socket(COMPLETIONS, {"prompt": "Hi", "response_format": SCHEMA})
+    context = server.server.context
+    wait_for(lambda: context.generating == 1)
+    client.close()
+    wait_for(lambda: context.generating == 0)
+    engine.compile_gate.set()
+    wait_for(lambda: len(engine.grammars) == 1)
+    assert server.post(COMPLETIONS, {"prompt": "Hi"}).status == 200
+    assert len(engine.submitted) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import threading
 import time
@@ -110,6 +111,35 @@ def test_client_beside_never_reading_ones_of_another_address_is_in_every_step() 
     assert len(own) == 11
     assert own == list(range(own[0], own[0] + 11))
     assert max(len(steps[number]) for number in own) > 1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_texts_are_let_go_of_once_they_are_tokens(
+    server: RunningServer, engine: Engine, path: str
+) -> None:
+    """A reply may take hours, and thousands may wait: they keep token ids, not what was sent."""
+    text = "one two " * 500
+    body: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True, "stream": True}
+    if path == "/v1/completions":
+        body["prompt"] = text
+    else:
+        function = {"name": "f", "description": text}
+        body["messages"] = [{"role": "user", "content": text, "unseen": text}]
+        body["tools"] = [{"type": "function", "function": function}]
+        body["chat_template_kwargs"] = {"unused": text}
+    gc.freeze()  # what was there before is not looked at
+    client = server.raw_socket(path, body, receive_bytes=4096)
+    assert client.recv(100).startswith(b"HTTP/1.1 200")
+    owned = [(owner, one) for owner in gc.get_objects() for one in gc.get_referents(owner)]
+    gc.unfreeze()
+    # A dictionary of texts alone is none of the objects that the collector lists.
+    owned += [(one, text) for _, one in owned if type(one) is dict for text in one.values()]
+    kept = [
+        type(owner) for owner, one in owned if type(one) is str and one is not text and text in one
+    ]
+    assert kept == []
+    client.close()
+    wait_for(lambda: engine.stats().kv_blocks_used == 0)
 
 
 CITY = {

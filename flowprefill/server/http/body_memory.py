@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from flowprefill.errors import NotReady
 
 
@@ -26,6 +29,11 @@ class BodyMemory:
                 f"body: the requests being read fill the {limit_mib:g} MiB they may take together"
             )
         self._used += size
+
+    def keep(self, size: int) -> Callable[[], None]:
+        """Count bytes in once more, for they are in already; returns what counts them out."""
+        self._used += size
+        return partial(self.give_back, size)
 
     def give_back(self, size: int) -> None:
         """Count bytes out."""

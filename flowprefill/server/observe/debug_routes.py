@@ -12,6 +12,7 @@ from flowprefill.engine.records import TimelineEntry
 from flowprefill.errors import InvalidRequest
 from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
+from flowprefill.server.lanes import Lane
 from flowprefill.server.observe.trace_slices import TraceSlices, row_name
 from flowprefill.server.openai.replies import long_json
 
@@ -88,5 +89,5 @@ async def _answer(request: web.Request, look: Callable[[ServedEngine], Any]) -> 
     context.check_debug(request.headers)
     engine = context.engine
     # Tens of thousands of entries: not on the event loop.
-    text = await context.in_thread(lambda: long_json(look(engine)))
+    text = await context.lanes.run(Lane.REPLIES, lambda: long_json(look(engine)))
     return web.json_response(text=text)

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from flowprefill.server.context import SERVER
 from flowprefill.server.http.error_middleware import Handler
+from flowprefill.server.lanes import Lane
 
 
 def content_security_policy(html: str) -> str:
@@ -49,5 +50,5 @@ async def live(request: web.Request) -> web.Response:
     context = request.app[SERVER]
     context.check_debug(request.headers)
     engine, feed = context.engine, context.live
-    text = await context.in_thread(lambda: feed.text(engine))
+    text = await context.lanes.run(Lane.REPLIES, lambda: feed.text(engine))
     return web.json_response(text=text, headers={"Cache-Control": "no-store"})

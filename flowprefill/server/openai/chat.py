@@ -182,6 +182,7 @@ def order_of_chat(body: Body, context: SchemaContext, max_choices: int) -> Gener
     def requests(engine: ServedEngine, reply_id: str) -> list[Request]:
         text = turn.render(engine)
         sampling = turn.sampling(spec.sampling, engine.tokenizer)
+        turn.forget_prompt()
         prompt = shared_prompt(engine, text, spec.n, special_tokens=add_special_tokens)
         final = dataclasses.replace(spec, sampling=sampling)
         return final.requests([prompt], reply_id, special_tokens=add_special_tokens)

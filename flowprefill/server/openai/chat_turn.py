@@ -71,10 +71,15 @@ class ChatTurn:
             changes["structured"] = dataclasses.replace(given.structured, after=after)
         return dataclasses.replace(given, **changes) if changes else given
 
+    def forget_prompt(self) -> None:
+        """Let go of what only the prompt is made of, before the reply is waited for."""
+        self.messages, self.variables = [], {}
+        self.tools = dataclasses.replace(self.tools, listed=())
+
     def parser(self) -> MessageParser:
         """Return what reads one reply."""
         parser: MessageParser = PlainText()
-        if self.tools.listed:
+        if self.tools.allowed:
             parser = ToolCalls(self.form, self.tools.allowed, self.tools.max_calls)
         if self.is_thinking and not self.prompt_tail.endswith(CLOSE):
             is_open = self.prompt_tail.endswith(OPEN)

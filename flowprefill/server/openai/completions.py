@@ -109,6 +109,7 @@ def order_of_completions(body: Body, context: SchemaContext, max_choices: int) -
         prompt_chars=sum(len(prompt) for prompt in prompts),
         is_rendered=False,
         echo=tuple(prompts) if echo else (),
+        keeps_body=echo,
     )
 
 

@@ -5,6 +5,7 @@ Completions and chat implement Endpoint; generation.py and streaming.py work on 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class GenerationOrder:
         whole: makes the reply of an endpoint without ``choices``; None: they all look alike.
         writer: makes what writes such an endpoint's stream.
         names: of fields in errors of the submission -> what the body calls them; see as_written.
+        keeps_body: the reply repeats parts of the body, so they stay in memory till its end.
     """
 
     spec: GenerationSpec
@@ -49,6 +51,15 @@ class GenerationOrder:
     whole: Callable[[Generation, list[Completion]], dict[str, Any]] | None = None
     writer: Callable[[Generation], EventWriter] | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    keeps_body: bool = False
+
+    def submitted(self) -> GenerationOrder:
+        """Return it without the prompts, which are token ids now: a reply may take hours."""
+        return dataclasses.replace(self, requests=_no_requests, echo=())
+
+
+def _no_requests(_engine: ServedEngine, _reply_id: str) -> list[Request]:
+    raise AssertionError("submitted already")
 
 
 def shared_prompt(

@@ -5,20 +5,22 @@ The handlers of both endpoints call respond().
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 
 from flowprefill.errors import InvalidRequest, exact
-from flowprefill.request import Completion, Request
+from flowprefill.request import Completion, Request, StructuredOutput
 from flowprefill.server.context import HANDLES, REQUEST_ID, SERVER, ServerContext
 from flowprefill.server.engine_protocol import ServedEngine, ServedHandle
 from flowprefill.server.http.body import Body, parse_json_object
 from flowprefill.server.http.incoming import json_body
+from flowprefill.server.lanes import Lane, lane_of
 from flowprefill.server.openai.endpoint import GENERATION, Endpoint, Generation, GenerationOrder
 from flowprefill.server.openai.logprobs import prompt_entries
 from flowprefill.server.openai.message import read_whole
@@ -40,7 +42,98 @@ logger = logging.getLogger(__name__)
 LONG_BODY_BYTES = 16 * 1024
 LONG_PROMPT_CHARS = 8_000
 MANY_CHOICES = 16
+CHARS_OF_CHOICE = 500  # whose work takes as long as submitting one
 LONG_REPLY_TOKENS = 2_000
+
+
+class _Incoming:
+    """A request on its way from its body to submitted choices; its methods may run in a thread."""
+
+    def __init__(self, request: web.Request, endpoint: Endpoint) -> None:
+        """Note what checking needs; raises Unauthorized, and NotReady while nothing is served."""
+        context = request.app[SERVER]
+        engine, options = context.engine, context.options
+        self._context, self._endpoint = context, endpoint
+        self.reply_id = new_reply_id(endpoint.id_prefix)
+        self.rules = context.rules_for(request.headers, request.remote)
+        self._schema = SchemaContext(
+            headers=request.headers,
+            config=engine.config,
+            service_tiers=options.service_tiers,
+            vocab_size=engine.vocab_size,
+            rules=self.rules,
+            chat_template=engine.chat_template,
+            tool_parser=options.tool_call_parser,
+            reasoning_parser=options.reasoning_parser,
+            sampling_defaults=(
+                engine.sampling_defaults if options.generation_config == "auto" else {}
+            ),
+        )
+
+    def check(self, raw: bytes) -> GenerationOrder:
+        """Return what a body orders; raises InvalidRequest."""
+        context = self._context
+        body = Body(parse_json_object(raw, context.engine.max_model_len))
+        order = self._endpoint.order(body, self._schema, context.options.max_choices)
+        context.unknown_fields.check(self._endpoint.path, body)
+        context.check_model(order.spec.model)
+        return order
+
+    def submit(self, order: GenerationOrder, *, compiles: bool = True) -> _Submitted:
+        """Submit every choice, or none: what was admitted before an error is cancelled.
+
+        Args:
+            compiles: also if a grammar has to be compiled for it.
+
+        Returns:
+            What has to be compiled if that is not to be done here.
+        """
+        engine, names = self._context.engine, dict(order.names)
+        prompt = names.get("prompt", "prompt")
+        handles: list[ServedHandle] = []
+        try:
+            requests = order.requests(engine, self.reply_id)
+            _check_work(requests, engine, self._context.options.max_request_s)
+            wanted = requests[0].sampling.structured
+            if wanted is not None and not (compiles or engine.knows_grammar(wanted)):
+                return wanted
+            submitted_s = time.monotonic()
+            for index, request in enumerate(requests):
+                if len(requests) > order.spec.n:  # several prompts: which one
+                    names["prompt"] = f"{prompt}[{index // order.spec.n}]"
+                handles.append(engine.submit(request, order.spec.slo))
+            return self._generation(order, handles, submitted_s)
+        except InvalidRequest as error:
+            cancel_all(handles)
+            raise as_written(error, names) from None
+        except BaseException:
+            cancel_all(handles)
+            raise
+
+    def _generation(
+        self, order: GenerationOrder, handles: list[ServedHandle], submitted_s: float
+    ) -> Generation:
+        context, spec = self._context, order.spec
+        envelope = Envelope(
+            id=self.reply_id,
+            model=context.check_model(spec.model),
+            system_fingerprint=context.fingerprint,
+            service_tier=spec.service_tier,
+        )
+        engine = context.engine
+        echo = tuple(
+            text if isinstance(text, str) else engine.tokenizer.decode(text) for text in order.echo
+        )
+        order = order.submitted()
+        return Generation(self._endpoint, order, envelope, engine, handles, echo, submitted_s)
+
+    def check_and_submit(self, raw: bytes, *, compiles: bool = True) -> _Submitted:
+        """Do both, as one piece of work: what waits for its turn is the body as it came."""
+        return self.submit(self.check(raw), compiles=compiles)
+
+
+# The choices, or the grammar that has to be compiled before.
+_Submitted = Generation | StructuredOutput
 
 
 def _check_work(requests: Sequence[Request], engine: ServedEngine, limit_s: float) -> None:
@@ -57,121 +150,40 @@ def _check_work(requests: Sequence[Request], engine: ServedEngine, limit_s: floa
         )
 
 
-def _submit(
-    context: ServerContext, endpoint: Endpoint, order: GenerationOrder, envelope: Envelope
-) -> Generation:
-    """Submit every choice, or none: what was admitted before an error is cancelled."""
-    engine = context.engine
-    handles: list[ServedHandle] = []
-    names = dict(order.names)
-    prompt = names.get("prompt", "prompt")
-    try:
-        requests = order.requests(engine, envelope.id)
-        _check_work(requests, engine, context.options.max_request_s)
-        submitted_s = time.monotonic()
-        for index, request in enumerate(requests):
-            if len(requests) > order.spec.n:  # several prompts: which one
-                names["prompt"] = f"{prompt}[{index // order.spec.n}]"
-            handles.append(engine.submit(request, order.spec.slo))
-        echo = tuple(
-            text if isinstance(text, str) else engine.tokenizer.decode(text) for text in order.echo
-        )
-    except InvalidRequest as error:
-        cancel_all(handles)
-        raise as_written(error, names) from None
-    except BaseException:
-        cancel_all(handles)
-        raise
-    return Generation(endpoint, order, envelope, engine, handles, echo, submitted_s)
-
-
 def cancel_all(handles: Sequence[ServedHandle]) -> None:
     """Cancel requests; those that have ended are not touched."""
     for handle in handles:
         handle.cancel()
 
 
-def _cancel_submitted(task: asyncio.Task[Generation]) -> None:
+def _cancel_submitted(made: _Submitted) -> None:
     """Cancel what a thread submitted after its client had gone."""
-    if not task.cancelled() and task.exception() is None:
-        cancel_all(task.result().handles)
+    if isinstance(made, Generation):
+        cancel_all(made.handles)
 
 
-async def _submit_off_loop(
-    context: ServerContext, endpoint: Endpoint, order: GenerationOrder, envelope: Envelope
-) -> Generation:
-    """Submit in a thread; if the client goes meanwhile, what was submitted is cancelled."""
-    work = context.in_thread(_submit, context, endpoint, order, envelope)
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        task.add_done_callback(_cancel_submitted)
-        raise
+async def _submit_body(context: ServerContext, incoming: _Incoming, raw: bytes) -> Generation:
+    """Check and submit: here if it is quick, else in a thread.
 
-
-async def _read_order(
-    request: web.Request, endpoint: Endpoint, context: ServerContext
-) -> GenerationOrder:
-    """Read and check the body, in a thread if it is long; while overloaded not even that."""
-    engine = context.engine
-    rules = context.rules_for(request.headers, request.remote)
-    schema = SchemaContext(
-        headers=request.headers,
-        config=engine.config,
-        service_tiers=context.options.service_tiers,
-        vocab_size=engine.vocab_size,
-        rules=rules,
-        chat_template=engine.chat_template,
-        tool_parser=context.options.tool_call_parser,
-        reasoning_parser=context.options.reasoning_parser,
-        sampling_defaults=(
-            engine.sampling_defaults if context.options.generation_config == "auto" else {}
-        ),
-    )
-
-    def check(raw: bytes) -> tuple[GenerationOrder, Body]:
-        body = Body(parse_json_object(raw, engine.max_model_len))
-        return endpoint.order(body, schema, context.options.max_choices), body
-
-    async with json_body(request) as raw:
-        engine.check_load(rules.tenant.name)
-        is_short = len(raw) <= LONG_BODY_BYTES
-        order, body = check(raw) if is_short else await context.in_thread(check, raw)
-    context.unknown_fields.check(endpoint.path, body)
-    return order
-
-
-async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
-    """Handle one generating request from its body to the end of its reply.
-
-    However this ends (reply sent, error, client gone), everything submitted has ended or is
-    cancelled afterwards.
+    A long body waits for its thread as it came: parsed, it may take many times its bytes.
     """
-    context = request.app[SERVER]
-    order = await _read_order(request, endpoint, context)
-    envelope = Envelope(
-        id=new_reply_id(endpoint.id_prefix),
-        model=context.check_model(order.spec.model),
-        system_fingerprint=context.fingerprint,
-        service_tier=order.spec.service_tier,
-    )
-    logger.debug("%s: %s %s", request[REQUEST_ID], endpoint.path, envelope.id)
-    handles: list[ServedHandle] = []
-    context.begin_generation()
-    try:
+    run = partial(context.lanes.run, undo=_cancel_submitted)
+    if len(raw) <= LONG_BODY_BYTES:
+        order = incoming.check(raw)
         if _is_quick(order):
-            generation = _submit(context, endpoint, order, envelope)
+            made = incoming.submit(order)
         else:
-            generation = await _submit_off_loop(context, endpoint, order, envelope)
-        request[GENERATION] = generation
-        handles = request[HANDLES] = generation.handles
-        if order.spec.stream is not None:
-            return await stream_reply(request, generation)
-        return await _whole_reply(context, generation)
-    finally:
-        cancel_all(handles)
-        context.end_generation()
+            lane = lane_of(order.prompt_chars + order.choices * CHARS_OF_CHOICE)
+            made = await run(lane, partial(incoming.submit, order, compiles=False))
+        del order
+    else:
+        lane = lane_of(len(raw))
+        made = await run(lane, partial(incoming.check_and_submit, raw, compiles=False))
+    if isinstance(made, StructuredOutput):
+        await context.lanes.run(Lane.GRAMMARS, context.engine.compile_grammar, made)
+        made = await run(lane, incoming.check_and_submit, raw)
+    assert isinstance(made, Generation)
+    return made
 
 
 def _is_quick(order: GenerationOrder) -> bool:
@@ -182,6 +194,42 @@ def _is_quick(order: GenerationOrder) -> bool:
         and order.prompt_chars <= LONG_PROMPT_CHARS
         and order.choices <= MANY_CHOICES
     )
+
+
+async def _submitted(
+    request: web.Request, endpoint: Endpoint, cleanup: contextlib.ExitStack
+) -> Generation:
+    """Read a body and submit what it orders; while overloaded it is not even parsed.
+
+    What it takes is counted until its prompts are token ids, or longer if the reply needs it.
+    """
+    context = request.app[SERVER]
+    incoming = _Incoming(request, endpoint)
+    async with json_body(request) as raw:
+        context.engine.check_load(incoming.rules.tenant.name)
+        context.begin_generation()
+        cleanup.callback(context.end_generation)
+        logger.debug("%s: %s %s", request[REQUEST_ID], endpoint.path, incoming.reply_id)
+        generation = await _submit_body(context, incoming, raw)
+        cleanup.callback(cancel_all, generation.handles)
+        if generation.order.keeps_body:
+            cleanup.callback(context.body_memory.keep(len(raw)))
+    return generation
+
+
+async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+    """Handle one generating request from its body to the end of its reply.
+
+    However this ends (reply sent, error, client gone), everything submitted has ended or is
+    cancelled afterwards.
+    """
+    with contextlib.ExitStack() as cleanup:
+        generation = await _submitted(request, endpoint, cleanup)
+        request[GENERATION] = generation
+        request[HANDLES] = generation.handles
+        if generation.order.spec.stream is not None:
+            return await stream_reply(request, generation)
+        return await _whole_reply(request.app[SERVER], generation)
 
 
 async def _whole_reply(context: ServerContext, generation: Generation) -> web.Response:
@@ -195,7 +243,7 @@ async def _whole_reply(context: ServerContext, generation: Generation) -> web.Re
     def encode() -> str:
         return long_json(_whole_payload(generation, completions))
 
-    return web.json_response(text=await context.in_thread(encode))
+    return web.json_response(text=await context.lanes.run(Lane.REPLIES, encode))
 
 
 def _shown_tokens(completion: Completion) -> int:

@@ -12,6 +12,7 @@ from flowprefill.server.context import SERVER
 from flowprefill.server.engine_protocol import ServedEngine
 from flowprefill.server.http.body import Body, parse_json_object, whole_ids
 from flowprefill.server.http.incoming import json_body
+from flowprefill.server.lanes import lane_of
 from flowprefill.server.openai.chat import read_turn
 from flowprefill.server.openai.chat_turn import ChatTurn
 from flowprefill.server.openai.logprobs import token_label
@@ -93,7 +94,7 @@ async def _answer(request: web.Request, work: Any) -> web.Response:
     # Always in a thread: a chat template waits for another process, encoding is slower than
     # parsing, and clients of these endpoints are in no hurry.
     async with json_body(request) as raw:
-        reply, body = await context.in_thread(run, raw)
+        reply, body = await context.lanes.run(lane_of(len(raw)), run, raw)
     context.unknown_fields.check(request.path, body)
     return web.json_response(text=reply)
 

@@ -13,6 +13,7 @@ from aiohttp import web
 from flowprefill.errors import FlowPrefillError, Overloaded
 from flowprefill.server.context import SERVER
 from flowprefill.server.http.errors import REQUEST_ID_HEADER, error_headers
+from flowprefill.server.lanes import Lane
 from flowprefill.server.openai.openai_schema import METRICS_HEADER
 from flowprefill.server.openapi.fields import COMPONENTS, TEXT, Schema, ref
 from flowprefill.server.openapi.operations import HTML, JSON, OPERATIONS, Operation
@@ -162,4 +163,4 @@ def _text_of(routes: tuple[Route, ...]) -> str:
 async def openapi(request: web.Request) -> web.Response:
     """Handle GET /openapi.json: made once, as long as the routes are the same."""
     context, routes = request.app[SERVER], tuple(routes_of(request.app))
-    return web.json_response(text=await context.in_thread(_text_of, routes))
+    return web.json_response(text=await context.lanes.run(Lane.REPLIES, _text_of, routes))

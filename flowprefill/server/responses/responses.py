@@ -154,7 +154,9 @@ class ResponsesEndpoint(ChatEndpoint):
         except InvalidRequest as error:
             raise as_written(error, names) from None
         body.accept(chat.known - REFUSED.keys())
-        return dataclasses.replace(order, whole=reply.whole, writer=reply.writer, names=names)
+        return dataclasses.replace(
+            order, whole=reply.whole, writer=reply.writer, names=names, keeps_body=True
+        )
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
