@@ -6,7 +6,9 @@ are parsed, make's targets exist, and a real server answers curl's requests.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -67,6 +69,18 @@ def named_commands(page: Path) -> Iterator[list[str]]:
             yield re.sub(r"[][]", "", command).split()
 
 
+def settings_in(page: Path) -> Iterator[str]:
+    """Yield the JSON objects that are settings: of what a file of `--config` may have."""
+    text, end = page.read_text(), 0
+    for found in re.finditer(r'\{"', text):
+        if found.start() < end:  # inside of the last one
+            continue
+        with contextlib.suppress(ValueError):
+            value, end = json.JSONDecoder().raw_decode(text, found.start())
+            if {"classes", "server"} & set(value):
+                yield text[found.start() : end]
+
+
 BLOCKS = [block for page in PAGES for block in fenced_blocks(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 IN_BLOCKS = [words for one in BLOCKS if one.language in ("", "sh") for words in shell_commands(one)]
@@ -74,6 +88,7 @@ COMMANDS = {" ".join(words): words for words in IN_BLOCKS} | {
     " ".join(words): words for page in PAGES for words in named_commands(page)
 }
 FLOWPREFILL = [words for words in COMMANDS.values() if words[0] == "flowprefill"]
+SETTINGS = [text for page in PAGES for text in settings_in(page)]
 CURLS = [words for words in IN_BLOCKS if words[0] == "curl"]
 
 
@@ -91,6 +106,7 @@ def test_documents_hold_what_is_tested_here() -> None:
     # Were the search above to become blind, the tests below would be empty.
     assert len(PYTHON) >= 1
     assert len(CURLS) >= 1
+    assert len(SETTINGS) >= 2
     assert {"make demo", "make test", "flowprefill bench hol --json hol.json"} <= set(COMMANDS)
 
 
@@ -107,6 +123,14 @@ def test_command_of_flowprefill_parses(words: list[str]) -> None:
             cli.build_parser(words[1:]).parse_args(words[1:])
     else:
         assert callable(cli.build_parser(words[1:]).parse_args(words[1:]).run)
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_settings_start_a_server(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(text)
+    arguments = ["serve", "--config", str(file)]
+    cli.read_settings(cli.build_parser(arguments).parse_args(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
