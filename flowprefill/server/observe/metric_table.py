@@ -150,7 +150,7 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _histogram(
         "request_preprocess_time_seconds",
-        "submission to the scheduler knowing of the request: tokenising, compiling a grammar",
+        "submission to the scheduler knowing of the request: tokenising",
         "class",
     ),
     _histogram(

@@ -24,7 +24,7 @@ from flowprefill.server.lanes import Lane, lane_of
 from flowprefill.server.openai.endpoint import GENERATION, Endpoint, Generation, GenerationOrder
 from flowprefill.server.openai.logprobs import prompt_entries
 from flowprefill.server.openai.message import read_whole
-from flowprefill.server.openai.openai_schema import SchemaContext
+from flowprefill.server.openai.openai_schema import GenerationSpec, SchemaContext
 from flowprefill.server.openai.replies import (
     Envelope,
     long_json,
@@ -97,35 +97,31 @@ class _Incoming:
             wanted = requests[0].sampling.structured
             if wanted is not None and not (compiles or engine.knows_grammar(wanted)):
                 return wanted
-            submitted_s = time.monotonic()
+            envelope, submitted_s = self._envelope(order.spec), time.monotonic()
             for index, request in enumerate(requests):
                 if len(requests) > order.spec.n:  # several prompts: which one
                     names["prompt"] = f"{prompt}[{index // order.spec.n}]"
                 handles.append(engine.submit(request, order.spec.slo))
-            return self._generation(order, handles, submitted_s)
+            echo = tuple(
+                text if isinstance(text, str) else engine.tokenizer.decode(text)
+                for text in order.echo
+            )
         except InvalidRequest as error:
             cancel_all(handles)
             raise as_written(error, names) from None
         except BaseException:
             cancel_all(handles)
             raise
-
-    def _generation(
-        self, order: GenerationOrder, handles: list[ServedHandle], submitted_s: float
-    ) -> Generation:
-        context, spec = self._context, order.spec
-        envelope = Envelope(
-            id=self.reply_id,
-            model=context.check_model(spec.model),
-            system_fingerprint=context.fingerprint,
-            service_tier=spec.service_tier,
-        )
-        engine = context.engine
-        echo = tuple(
-            text if isinstance(text, str) else engine.tokenizer.decode(text) for text in order.echo
-        )
         order = order.submitted()
         return Generation(self._endpoint, order, envelope, engine, handles, echo, submitted_s)
+
+    def _envelope(self, spec: GenerationSpec) -> Envelope:
+        return Envelope(
+            id=self.reply_id,
+            model=self._context.check_model(spec.model),
+            system_fingerprint=self._context.fingerprint,
+            service_tier=spec.service_tier,
+        )
 
     def check_and_submit(self, raw: bytes, *, compiles: bool = True) -> _Submitted:
         """Do both, as one piece of work: what waits for its turn is the body as it came."""
@@ -196,7 +192,7 @@ def _is_quick(order: GenerationOrder) -> bool:
     )
 
 
-async def _submitted(
+async def _read_and_submit(
     request: web.Request, endpoint: Endpoint, cleanup: contextlib.ExitStack
 ) -> Generation:
     """Read a body and submit what it orders; while overloaded it is not even parsed.
@@ -224,7 +220,7 @@ async def respond(request: web.Request, endpoint: Endpoint) -> web.StreamRespons
     cancelled afterwards.
     """
     with contextlib.ExitStack() as cleanup:
-        generation = await _submitted(request, endpoint, cleanup)
+        generation = await _read_and_submit(request, endpoint, cleanup)
         request[GENERATION] = generation
         request[HANDLES] = generation.handles
         if generation.order.spec.stream is not None:
