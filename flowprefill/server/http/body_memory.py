@@ -9,13 +9,13 @@ from flowprefill.errors import NotReady
 
 
 class TooManyBodies(NotReady):
-    """The bodies that are being read fill the memory that they may take."""
+    """The bodies that are being read or tokenised fill the memory that they may take."""
 
     code = "too_many_bodies"
 
 
 class BodyMemory:
-    """Bytes of all bodies that are being read and checked; one per server, on its event loop."""
+    """Bytes of all bodies that are not token ids yet; one per server, on its event loop."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -26,7 +26,8 @@ class BodyMemory:
         if self._used + size > self._limit:
             limit_mib = round(self._limit / 2**20, 3)
             raise TooManyBodies(
-                f"body: the requests being read fill the {limit_mib:g} MiB they may take together"
+                f"body: the requests being read and tokenised fill the {limit_mib:g} MiB that they "
+                "may take together"
             )
         self._used += size
 
