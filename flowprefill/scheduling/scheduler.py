@@ -473,6 +473,9 @@ class Scheduler:
 
     def _hopeless_at(self, job: Job, work: Work) -> float:
         """Return from when on the deadline is out of reach: by the most optimistic prediction."""
-        if work is self._current:
+        if work is self._current or work.shape is None:
             return job.ttft_deadline_s
-        return job.ttft_deadline_s - self.cost_model.optimistic_prefill_s(work.remaining_s)
+        # It was predicted when it came; more may be known of the machine by now.
+        whole_s = min(work.predicted_s, self.cost_model.packed_prefill_s(*work.shape))
+        left_s = whole_s * work.remaining_s / work.predicted_s
+        return job.ttft_deadline_s - self.cost_model.optimistic_prefill_s(left_s)

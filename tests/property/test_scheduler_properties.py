@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,51 +15,66 @@ from virtual_device import Client, VirtualDevice, cost_model
 
 from flowprefill.config import POLICIES
 from flowprefill.scheduling import (
+    Arrival,
     CostModel,
-    Decision,
     Job,
     MachineRates,
     ModelShape,
     Scheduler,
     SchedulerSettings,
 )
+from flowprefill.scheduling.job import BACKGROUND
 
-TTFT = st.sampled_from([0.0, 0.05, 0.2, 1.0, 5.0, math.inf])
-TPOT = st.sampled_from([0.001, 0.02, 0.1, math.inf])
+TTFTS = (0.0, 0.05, 0.2, 1.0, 5.0, math.inf)
+TTFT = st.sampled_from(TTFTS)
+TPOTS = (0.001, 0.02, 0.1, math.inf)
 # When a client reads nothing: seconds after its arrival, and for how long.
-STALLS = st.sampled_from(
-    [(), (), ((0.0, 0.5),), ((0.003, 0.02), (0.03, 3.0)), ((0.3, 0.0), (0.6, 0.2))]
-)
+STALLS = ((), (), ((0.0, 0.5),), ((0.003, 0.02), (0.03, 3.0)), ((0.3, 0.0), (0.6, 0.2)))
+World = tuple[list[Client], dict[str, Any]]
+
+
+def _client(rng: random.Random, number: int, arrival_s: float) -> Client:
+    """Return one of any kind."""
+    name = rng.choice(("", "", "api", BACKGROUND))
+    ttft_s = math.inf if name == BACKGROUND else rng.choice(TTFTS)
+    job = Job(
+        f"job-{number}",
+        arrival_s,
+        rng.choice((0, 1, 50, 400, 5_000)),
+        rng.choice((0, 1_000)),
+        arrival_s + ttft_s,
+        math.inf if name == BACKGROUND else rng.choice(TPOTS),
+        rng.choice(("demote", "drop")),
+        rng.choice((0, 0, 0, 1)),
+        rng.choice((1.0, 1.0, 0.01, 50.0)),
+        name,
+        rng.choice(("", "", "a", "b")),
+        rng.choice(("", "", "one", "two")),
+        rng.choice(("logits", "logits", "logits", "scores")),
+        rng.random() < 0.5,
+        ttft_s < math.inf and rng.random() < 0.3,
+    )
+    leaves_s = arrival_s + rng.choice((math.inf, math.inf, 0.0, 0.01, 0.4))
+    stalls = tuple((arrival_s + a, arrival_s + a + b) for a, b in rng.choice(STALLS))
+    return Client(job, rng.randint(1, 6), leaves_s, stalls)
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[list[Client], dict[str, Any]]:
+def worlds(draw: st.DrawFn) -> World:
     """Return clients and how the device behaves."""
-    clients = []
-    arrival = 1.0
-    for number in range(draw(st.integers(1, 25))):
-        arrival += draw(st.sampled_from([0.0, 0.001, 0.02, 0.3]))
-        job = Job(
-            f"job-{number}",
-            arrival,
-            draw(st.sampled_from([0, 1, 50, 400, 5_000])),
-            draw(st.sampled_from([0, 1_000])),
-            arrival + draw(TTFT),
-            draw(TPOT),
-            draw(st.sampled_from(["demote", "drop"])),
-            draw(st.sampled_from([0, 0, 0, 1])),
-            client=draw(st.sampled_from(["", "", "one", "two"])),
-            decodes=draw(st.booleans()),
-        )
-        leaves = arrival + draw(st.sampled_from([math.inf, math.inf, 0.0, 0.01, 0.4]))
-        stalls = [(arrival + a, arrival + a + b) for a, b in draw(STALLS)]
-        clients.append(Client(job, draw(st.integers(1, 6)), leaves, tuple(stalls)))
+    count, seed = draw(st.integers(1, 25)), draw(st.integers(0, 2**32))
+    rng, arrival_s = random.Random(seed), 1.0  # drawn one by one they would take long
     behaviour = {
-        "seed": draw(st.integers(0, 2**16)),
-        "noise": draw(st.sampled_from([0.0, 0.1, 1.0])),
-        "fail_share": draw(st.sampled_from([0.0, 0.0, 0.1])),
-        "report_s": draw(st.sampled_from([0.0, 0.0005, 0.004])),
+        "seed": seed,
+        "noise": rng.choice((0.0, 0.1, 1.0)),
+        "fail_share": rng.choice((0.0, 0.0, 0.1)),
+        "report_s": rng.choice((0.0, 0.0005, 0.004)),
+        "slowness": rng.choice((1.0, 1.0, 0.2, 5.0)),  # of what is predicted
     }
+    clients = []
+    for number in range(count):
+        arrival_s += rng.choice((0.0, 0.001, 0.02, 0.3))
+        clients.append(_client(rng, number, arrival_s))
     return clients, behaviour
 
 
@@ -65,19 +82,26 @@ def _copy(client: Client) -> Client:
     return Client(client.job, client.output_tokens, client.cancel_s, client.stalls)
 
 
-def _play(policy: str, clients: list[Client], behaviour: dict[str, Any]) -> VirtualDevice:
-    limits = SchedulerSettings(max_running=4, max_batch_jobs=6, max_suspensions=5)
+def _play(
+    policy: str, clients: list[Client], behaviour: dict[str, Any], *, asks: bool = False
+) -> VirtualDevice:
+    """Play a world; asks: with questions that change nothing."""
+    limits = SchedulerSettings(
+        max_running=4, max_batch_jobs=6, max_suspensions=5, class_shares={"api": 0.3}
+    )
     scheduler = Scheduler(policy, cost_model(), limits)
 
-    def is_work_conserving(_event: object, _now: float, decision: Decision) -> None:
-        load = scheduler.load()
-        if scheduler.current is None:
-            assert (load.waiting_jobs, load.suspended_works, load.decoding) == (0, 0, 0), decision
-            assert abs(load.backlog_s) < 1e-9
-        assert load.waiting_tokens >= 0
+    def ask(event: object, now: float, _decision: object) -> None:
+        if not isinstance(event, Arrival):
+            return
+        newcomer = replace(event.job, id="asked about", arrival_s=now, prompt_tokens=70)
+        waits_s = [scheduler.predicted_ttft_s(job, now) for job in (event.job, newcomer)]
+        outlook = scheduler.outlook(newcomer, now, 1.0)
+        assert min(*waits_s, outlook.margin_s, outlook.clear_s, outlook.made_late) >= 0.0
+        assert 0.0 < outlook.alone_s <= outlook.ttft_s < math.inf
 
     device = VirtualDevice(
-        scheduler, [_copy(c) for c in clients], on_decision=is_work_conserving, **behaviour
+        scheduler, [_copy(c) for c in clients], on_decision=ask if asks else None, **behaviour
     )
     device.play()
     return device
@@ -86,9 +110,7 @@ def _play(policy: str, clients: list[Client], behaviour: dict[str, Any]) -> Virt
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=80)
 @given(world=worlds())
-def test_scheduler_random_world_each_job_ends_once(
-    policy: str, world: tuple[list[Client], dict[str, Any]]
-) -> None:
+def test_scheduler_random_world_each_job_ends_once(policy: str, world: World) -> None:
     device = _play(policy, *world)
     for client in device.clients.values():
         assert len(client.ends) == 1, client
@@ -104,8 +126,8 @@ def test_scheduler_random_world_each_job_ends_once(
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=20)
 @given(world=worlds())
-def test_scheduler_same_world_same_decisions(
-    policy: str, world: tuple[list[Client], dict[str, Any]]
+def test_scheduler_same_world_same_decisions_whatever_is_asked_meanwhile(
+    policy: str, world: World
 ) -> None:
     def told(device: VirtualDevice) -> list[tuple[Any, ...]]:
         return [
@@ -113,13 +135,13 @@ def test_scheduler_same_world_same_decisions(
             for at, _, d in device.log
         ]
 
-    assert told(_play(policy, *world)) == told(_play(policy, *world))
+    assert told(_play(policy, *world)) == told(_play(policy, *world, asks=True))
 
 
 @settings(max_examples=80)
 @given(world=worlds())
 def test_scheduler_slack_edf_preemptions_by_prefills_bounded(
-    world: tuple[list[Client], dict[str, Any]],
+    world: World,
 ) -> None:
     device = _play("slack_edf", *world)
     by_prefill: dict[int, int] = {}
@@ -135,9 +157,34 @@ def test_scheduler_slack_edf_preemptions_by_prefills_bounded(
 
 @settings(max_examples=80)
 @given(world=worlds())
-def test_scheduler_fcfs_never_preempts(world: tuple[list[Client], dict[str, Any]]) -> None:
+def test_scheduler_fcfs_never_preempts(world: World) -> None:
     device = _play("fcfs", *world)
     assert all(decision.preempted is None for _, _, decision in device.log)
+
+
+@settings(max_examples=80)
+@given(
+    policy=st.sampled_from(["slack_edf", "s_edf_paper", "edf", "fcfs", "priority"]), world=worlds()
+)
+def test_scheduler_equal_ones_without_objective_begin_in_order_of_arrival(
+    policy: str, world: World
+) -> None:
+    clients, behaviour = world
+    jobs = [client.job for client in clients]
+    for job, like in pairwise(jobs):
+        if math.isinf(like.ttft_deadline_s):  # so that there are some
+            told = ("prompt_tokens", "context_tokens", "priority", "weight", "service_class")
+            for name in (*told, "tenant", "output", "ttft_deadline_s", "is_promised"):
+                setattr(job, name, getattr(like, name))
+    device = _play(policy, clients, behaviour)
+    begun: dict[str, list[str]] = {}
+    for run in device.runs.values():
+        for job in run.first_jobs if not run.work.is_decode else ():
+            if math.isinf(job.ttft_deadline_s):
+                kind = replace(job, id="", arrival_s=0.0, tpot_s=1.0, client="", decodes=True)
+                begun.setdefault(repr(replace(kind, on_miss="drop")), []).append(job.id)
+    order = [job.id for job in jobs]
+    assert all(ids == sorted(ids, key=order.index) for ids in begun.values()), begun
 
 
 @settings(max_examples=80)

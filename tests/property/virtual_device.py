@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from scheduler_witness import Witness
+
 from flowprefill.scheduling import (
     Arrival,
     Cancelled,
@@ -77,6 +79,7 @@ class Run(VirtualRun):
         segments = math.ceil(total_s / boundary_s) if boundary_s > 0 else 1000
         super().__init__(work.id, total_s, lambda: [(i + 1) / segments for i in range(segments)])
         self.work = work
+        self.first_jobs = tuple(work.jobs)  # some may end early
 
 
 class VirtualDevice:
@@ -91,9 +94,11 @@ class VirtualDevice:
         noise: float = 0.0,
         fail_share: float = 0.0,
         report_s: float = 0.0,
+        slowness: float = 1.0,
         on_decision: Callable[[SchedulerEvent, float, Decision], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
+        Witness(scheduler)
         self.clients = {client.job.id: client for client in clients}
         self.runs: dict[int, Run] = {}
         self.log: list[tuple[float, SchedulerEvent, Decision]] = []
@@ -101,11 +106,11 @@ class VirtualDevice:
         self._truth = CostModel(scheduler.cost_model.shape, scheduler.cost_model.rates)
         self._random = random.Random(seed)
         self._noise, self._fail_share, self._report_s = noise, fail_share, report_s
+        self._slowness = slowness
         self._on_decision = on_decision
         self._happenings: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
         self._device = Device()
-        self._held: set[str] = set()  # of whom the scheduler was told while they decoded
         self._timer = 0
         for client in self.clients.values():
             self._at(client.job.arrival_s, self._bind(self._arrive, client))
@@ -147,15 +152,7 @@ class VirtualDevice:
     def _stall(self, client: Client, is_stalled: bool) -> None:
         client.is_stalled = is_stalled
         if client.has_arrived and not client.ends:
-            self._tell_held(client)
-
-    def _tell_held(self, client: Client) -> None:
-        decodes = client.token_times or not client.job.prompt_tokens
-        if client.is_stalled and decodes:
-            self._held.add(client.job.id)
-        else:
-            self._held.discard(client.job.id)
-        self._tell(Held(client.job.id, client.is_stalled))
+            self._tell(Held(client.job.id, client.is_stalled))
 
     # -- the engine's part -----------------------------------------------------------------
 
@@ -167,10 +164,9 @@ class VirtualDevice:
         for job_id, _ in decision.dropped:
             self.clients[job_id].ends.append(("dropped", self.now))
         if decision.dispatch is not None:
-            self._dispatch(decision.dispatch, decision)
+            self._dispatch(decision.dispatch)
         self._timer += 1
         if decision.wake_at is not None:
-            assert decision.wake_at > self.now, decision
             self._at(decision.wake_at, self._bind(self._wake, self._timer))
         if self._on_decision is not None:
             self._on_decision(event, self.now, decision)
@@ -197,15 +193,12 @@ class VirtualDevice:
         self._tell(Finished(run.id, frozenset(ends), run.executed_s))
         for client in alive:
             if run.work.kind == "prefill" and client.is_stalled and not client.ends:
-                self._tell_held(client)
+                self._tell(Held(client.job.id, is_held=True))
 
     # -- the device's part -----------------------------------------------------------------
 
-    def _dispatch(self, work: Work, decision: Decision) -> None:
+    def _dispatch(self, work: Work) -> None:
         run = self.runs.get(work.id)
-        assert (run is not None) == decision.is_resume, decision
-        if work.kind == "decode" and not decision.is_resume:
-            assert self._held.isdisjoint(work.job_ids), "a held sequence is in a new step"
         if run is None:
             assert work.shape is not None
             rows, context, _ = work.shape
@@ -213,7 +206,8 @@ class VirtualDevice:
             uncorrected_s = (
                 self._truth.decode_s(rows, int(context)) if is_decode else work.nominal_s
             )
-            true_s = uncorrected_s * math.exp(self._random.gauss(0.0, self._noise))
+            noise = math.exp(self._random.gauss(0.0, self._noise))
+            true_s = uncorrected_s * self._slowness * noise
             boundary_s = self.scheduler.settings.max_blocking_s
             run = self.runs[work.id] = Run(work, true_s, boundary_s)
         self._device.dispatch(run, self.now)  # False: it has ended, the report is on its way

@@ -64,11 +64,17 @@ class LateLines:
         """Note that a work is to run now because its slice was due."""
         self._granted, self._granted_at, self._slice_from_s = work.serial, due_at, None
 
-    def slice_end(self, current: Work, now: float) -> float:
-        """Return when the running work's slice ends; -inf if it has none. Starts it if need be."""
+    def slice_end(self, current: Work, now: float, *, begins: bool) -> float:
+        """Return when the running work's slice ends; -inf if it has none.
+
+        Args:
+            begins: one that has not begun does so now; false: it would.
+        """
         if current.serial != self._granted or current.is_decode:
             return -math.inf
         if self._slice_from_s is None:
+            if not begins:
+                return now + self._settings.late_slice_s
             self._slice_from_s = current.executed_s
             name = current.jobs[0].service_class
             self._shares.count_slice(name if name in self._lines else "", self._granted_at)

@@ -107,7 +107,8 @@ class SlackEdf(BasePolicy):
 
     def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Weigh what waiting costs against what preempting costs."""
-        slice_end = self._slice_end(current, now)
+        is_asked = waiting[0].serial < 0  # what it would do, if that one waited
+        slice_end = self._slice_end(current, now, begins=not is_asked)
         if slice_end > now:
             return Verdict(False, "the running work was granted a slice", slice_end)
         if current.is_decode:
@@ -115,8 +116,8 @@ class SlackEdf(BasePolicy):
         else:
             verdict = self._weigh_protected(current, waiting, now)
         verdict, granted_at = self._weigh_grant(current, verdict, now)
-        if verdict.by is not None and granted_at < math.inf and waiting[0].serial >= 0:
-            self._lines.grant(verdict.by, granted_at)  # not where one only asks
+        if verdict.by is not None and granted_at < math.inf and not is_asked:
+            self._lines.grant(verdict.by, granted_at)
         return verdict
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
@@ -284,9 +285,9 @@ class SlackEdf(BasePolicy):
             return Verdict(True, "is granted a slice, late for long", by=first), grant_at
         return verdict, math.inf
 
-    def _slice_end(self, current: Work, now: float) -> float:
+    def _slice_end(self, current: Work, now: float, *, begins: bool) -> float:
         """Return until when no prefill suspends the running work; -inf if one may."""
-        end = self._lines.slice_end(current, now)
+        end = self._lines.slice_end(current, now, begins=begins)
         if current.prefill_suspensions >= self.settings.max_suspensions:
             end = max(end, now + self.settings.late_slice_s - current.stretch_s)
         return end

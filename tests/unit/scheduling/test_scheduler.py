@@ -211,6 +211,21 @@ def test_on_miss_drop_waiting_dropped_when_out_of_reach_and_timer_asked_for() ->
     assert scheduler.on_event(Cancelled("drop"), 0.3).dropped == ()
 
 
+def test_on_miss_drop_goes_by_what_is_known_of_the_machine_by_now() -> None:
+    scheduler = make("fcfs")
+    arrive(scheduler, "long", 10_000)
+    decision = arrive(scheduler, "drop", 1_000, 0.2, on_miss="drop")
+    work = scheduler._prefills["drop"]
+    for _ in range(5):  # it is ten times as fast as calibrated
+        scheduler.cost_model.observe("prefill", work.predicted_s, work.predicted_s / 10, work.shape)
+    now = decision.wake_at or 0.0
+    assert now + work.predicted_s > 0.2
+    later = scheduler.on_event(TimerFired(), now)
+    assert later.dropped == ()
+    assert later.wake_at is not None
+    assert now < later.wake_at < 0.2
+
+
 def test_decode_step_over_all_sequences_has_earliest_token_deadline() -> None:
     scheduler = make(max_running=2)
     for name, tpot in (("a", 0.5), ("b", 0.2), ("c", 0.3)):
