@@ -325,16 +325,19 @@ class EngineCore:
         self._events.set_timer(math.inf if decision.wake_at is None else decision.wake_at)
 
     def _dispatch(self, decision: Decision, work: Work) -> None:
-        active, victim = self._runs.get(work.id), decision.preempted
+        active, old = self._runs.get(work.id), decision.preempted
+        victim = None if old is None else self._runs.get(old.id)
+        if victim is not None:
+            victim.gives_way(decision.reason, work.id)
         if active is None:
-            if victim is not None and victim.id in self._runs:
+            if victim is not None:
                 # It stops while the newcomer's run is built: a boundary missed costs a segment.
-                self._worker.suspend(self._runs[victim.id].run)
+                self._worker.suspend(victim.run)
             active = self._start_run(work)
         if active is None:
             return
         if victim is not None:
-            active.is_preempting, active.reason = True, decision.reason
+            active.victims.add(victim.work.id)
         self._worker.dispatch(active.run)  # it may have ended in this moment: its event will tell
 
     def _start_run(self, work: Work) -> LiveRun | None:
@@ -484,10 +487,9 @@ class EngineCore:
             if active.work.kind == "prefill":
                 wake(active.hand_over())
         with self._lock:
+            self._outbox.preemptions += active.preemptions(self._runs)
             del self._runs[run_id]
             active.account()
-            if active.is_preempting:
-                self._outbox.preemptions.append((active.reason, active.blocking_s))
             if kind == "failed":
                 for request in active.requests:
                     message = f"request {request.id}: {active.run.error}"

@@ -8,7 +8,7 @@ from flowprefill.errors import FlowPrefillError, RequestFailed
 from flowprefill.request import POOLINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from flowprefill.engine.handle import Waker
     from flowprefill.engine.live_request import LiveRequest, Outcome
@@ -25,12 +25,12 @@ class LiveRun:
         chooses: of each request, whether its next token is chosen by the run.
         made: requests with a token that `answer` has made and `hand_over` has not handed over.
         computed: tokens of each request that are in the cache once the run has finished.
-        is_preempting: it was dispatched over another run; `reason` says why.
+        victims: ids of the runs that it was dispatched over.
     """
 
     __slots__ = (
-        "chooses", "computed", "is_preempting", "made", "output", "reason", "requests", "run",
-        "work",
+        "_counted", "_gives_way_to", "_suspensions", "chooses", "computed", "made", "output",
+        "requests", "run", "victims", "work",
     )  # fmt: skip
 
     def __init__(
@@ -46,9 +46,11 @@ class LiveRun:
         self.output = batch.output
         self.chooses = [sequence.sampling is not None for sequence in batch.sequences]
         self.computed = [len(request.ids) for request in requests]
-        self.is_preempting = False
-        self.reason = ""
         self.made: list[LiveRequest] = []
+        self.victims: set[int] = set()
+        self._gives_way_to = ("", 0)  # why and to which run, by the last decision
+        self._suspensions: list[tuple[str, int]] = []  # the same of those that happened
+        self._counted = 0
 
     @property
     def name(self) -> str:
@@ -61,6 +63,33 @@ class LiveRun:
     def blocking_s(self) -> float:
         """Longest time from one of its dispatches to its next segment, seconds."""
         return self.run.accounting().max_blocking_s
+
+    def gives_way(self, reason: str, run_id: int) -> None:
+        """Note that it is to be suspended for another run; it may end, or go on, before it is."""
+        self._count()
+        self._gives_way_to = (reason, run_id)
+
+    def preemptions(self, runs: Mapping[int, LiveRun]) -> list[tuple[str, float]]:
+        """Return (why, how long the other waited) of suspensions that were not returned before.
+
+        Those that happened, of itself and of its victims; to be called once it has ended.
+
+        Args:
+            runs: all live ones, itself included.
+        """
+        found = []
+        for run in (self, *(runs[victim] for victim in self.victims if victim in runs)):
+            run._count()
+            for reason, other in run._suspensions:
+                found.append((reason, runs[other].blocking_s if other in runs else 0.0))
+            run._suspensions.clear()
+        return found
+
+    def _count(self) -> None:
+        """Take note of what the executor has suspended since, for the last decision's reason."""
+        times = self.run.accounting().num_preemptions
+        self._suspensions += [self._gives_way_to] * (times - self._counted)
+        self._counted = times
 
     def answer(self, worker: Worker, now: float) -> dict[str, FlowPrefillError]:
         """Have each request of the finished run take what it gives: a token, mostly, to hand over.

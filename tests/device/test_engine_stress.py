@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import WAIT_S, assert_all_free, prompt_of
+from engines import WAIT_S, assert_all_free, prompt_of, wait_for
 
 from flowprefill import SLO, Engine, Request, SamplingParams
 from flowprefill.config import POLICIES
@@ -39,6 +39,7 @@ class Ends:
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
+        self.preemptions = 0
 
     def on_end(self, record: RequestRecord) -> None:
         self.count[record.request_id] += 1
@@ -46,6 +47,7 @@ class Ends:
     def on_preemption(self, reason: str, ack_s: float) -> None:
         assert reason
         assert ack_s >= 0
+        self.preemptions += 1
 
     def on_decision(self, seconds: float) -> None:
         assert seconds >= 0
@@ -122,6 +124,7 @@ def test_invariants_2_and_3_one_terminal_event_each_and_nothing_left(
     assert_all_free(engine)
     assert len(ends.count) == REQUESTS
     assert set(ends.count.values()) == {1}
+    wait_for(lambda: ends.preemptions == engine.stats().preemptions, "each suspension is told once")
 
 
 def test_failures_among_the_rest(

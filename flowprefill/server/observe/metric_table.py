@@ -181,7 +181,7 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _counter(
         "preemptions_total",
-        "runs dispatched over a prefill or decode step that gave way, by why it did",
+        "times a prefill or decode step was suspended, by why it was",
         "reason",
         vllm="num_preemptions_total",
     ),

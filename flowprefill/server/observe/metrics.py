@@ -68,7 +68,7 @@ class ServerMetrics:
         self._add("requests_shed_total", 1.0, reason=reason)
 
     def on_preemption(self, reason: str, ack_s: float) -> None:
-        """Count one suspension of a prefill."""
+        """Count one suspension of a run."""
         self._add("preemptions_total", 1.0, reason=reason)
         self._see("preempt_ack_seconds", ack_s)
 
