@@ -19,6 +19,7 @@ from flowprefill.scheduling import (
 )
 from flowprefill.scheduling.cost_model import attention_pairs
 from flowprefill.scheduling.job import BACKGROUND
+from flowprefill.scheduling.reasons import Reason
 
 if TYPE_CHECKING:
     from flowprefill.scheduling import Decision, Job, Scheduler, SchedulerEvent, Work
@@ -102,6 +103,7 @@ class Witness:
 
     def _carry_out(self, decision: Decision) -> None:
         self._wake_at = decision.wake_at
+        assert decision.reason in list(Reason)
         assert decision.wake_at is None or decision.wake_at > self._now, decision
         for job_id, _ in decision.dropped:
             job = self._waiting.get(job_id) or self._prefilling[job_id]  # no token as yet

@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.cost_model import RunShape
 from flowprefill.scheduling.job import BACKGROUND
+from flowprefill.scheduling.reasons import Reason
 from flowprefill.scheduling.step_time import StepTime
 from flowprefill.scheduling.work import Verdict, Work
 
@@ -67,6 +68,7 @@ PACE = 0.9  # share of a TPOT objective that a step for it may take, by predicti
 # Streams go on at a quarter of their pace however many wait: behind a backlog that never ends,
 # others' too, nothing makes up for it. It costs a burst hardly anything: few steps are so narrow.
 LEAST_WORTH = 0.25
+NO_STEP = Verdict(False, "")  # what runs instead has its own reason
 
 
 @dataclass(slots=True, eq=False)
@@ -258,9 +260,9 @@ class Decoding:
             waiting: prefills that come after that one, in order; it may be among them.
         """
         if not self.is_ready:
-            return Verdict(False, "nothing decodes")
+            return NO_STEP
         if prefill is None:
-            return Verdict(True, "nothing to prefill")
+            return Verdict(True, Reason.NOTHING_TO_PREFILL)
         seconds, due, rows, context = self._next_step()
         settings = self._settings
         earliest = self._last_step_end_s + seconds * (1.0 / settings.decode_share - 1.0)
@@ -270,15 +272,15 @@ class Decoding:
             pause = seconds * (1.0 / (settings.idle_share * self._worth(rows, context)) - 1.0)
             early = min(latest, max(self._last_step_end_s + pause, earliest))
         if now < early:
-            return Verdict(False, "decode can wait", early)
+            return NO_STEP._replace(again_at=early)
         if now < latest and self._makes_late(seconds, prefill, waiting, now):
-            return Verdict(False, "a decode step would make a prefill late", latest)
+            return NO_STEP._replace(again_at=latest)
         ends = now + prefill.remaining_s
         is_on_time = ends <= prefill.deadline_s < math.inf
         would_miss = is_on_time and ends + seconds + settings.max_blocking_s > prefill.deadline_s
         if would_miss and prefill.deadline_s <= due and now < due:
-            return Verdict(False, "the prefill's deadline is earlier", due)
-        return Verdict(True, "a decode step is due")
+            return NO_STEP._replace(again_at=due)  # the prefill's deadline is the earlier one
+        return Verdict(True, Reason.STEP_IS_DUE)
 
     def _makes_late(
         self, step_s: float, prefill: Work, waiting: Iterable[Work], now: float

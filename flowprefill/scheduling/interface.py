@@ -97,7 +97,7 @@ class Decision:
         preempted: the work that `dispatch` suspends.
         wake_at: send `TimerFired` at this time unless another event comes first; None: no need.
             Each decision replaces the one before. Always later than the event's time.
-        reason: why, for the decision log.
+        reason: why, for the decision log: a `Reason`, or the words of a policy of one's own.
     """
 
     cancel: tuple[Work, ...] = ()

@@ -28,6 +28,7 @@ from flowprefill.scheduling.interface import (
 from flowprefill.scheduling.outlook import Outlook, Surroundings, outlook_of
 from flowprefill.scheduling.policies import make_policy
 from flowprefill.scheduling.ready_queue import ReadyQueue
+from flowprefill.scheduling.reasons import Reason
 from flowprefill.scheduling.work import Verdict, Work
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ class Scheduler:
             if at > now:
                 self._watch(job, at)
             else:
-                self._dropped.append((job.id, "its time to first token can no longer be met"))
+                self._dropped.append((job.id, str(Reason.OUT_OF_REACH)))
                 self._end_job(job.id, now)
 
     # -- decisions ---------------------------------------------------------------------------
@@ -311,7 +312,7 @@ class Scheduler:
             if not verdict.preempt:
                 return self._decision(verdict.reason, verdict.again_at)
         if not verdict.preempt:
-            return self._decision("nothing to run", math.inf)
+            return self._decision(Reason.NOTHING_TO_RUN, math.inf)
         if current is not None:  # first: what is packed must not make it late
             if verdict.by is current:
                 raise ValueError(f"policy {self.policy.name!r}: it names a work that does not wait")
@@ -329,7 +330,7 @@ class Scheduler:
         decode = self._decoding.goes_first(prefill, now, waiting)
         if decode.preempt or prefill is None:
             return decode
-        return Verdict(True, "the device is free", by=prefill)
+        return Verdict(True, Reason.DEVICE_IS_FREE, by=prefill)
 
     def _challenge(self, current: Work, now: float) -> Verdict:
         """Decide whether the current work is suspended, and for what."""
@@ -340,7 +341,7 @@ class Scheduler:
                 return decode
             again_at = decode.again_at
         if not waiting:
-            return Verdict(False, "nothing else to prefill", again_at)
+            return Verdict(False, Reason.NOTHING_ELSE, again_at)
         verdict = self.policy.should_preempt(current, waiting, now)
         by = verdict.by if verdict.by is not None else waiting[0]
         return Verdict(verdict.preempt, verdict.reason, min(verdict.again_at, again_at), by)
@@ -421,7 +422,7 @@ class Scheduler:
             is_resume=is_resume,
             preempted=preempted,
             wake_at=wake_at if wake_at < math.inf else None,
-            reason=reason,
+            reason=str(reason),  # plain text, for users to print
         )
 
     # -- bookkeeping -------------------------------------------------------------------------

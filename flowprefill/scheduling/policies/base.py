@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from flowprefill.scheduling.cost_model import attention_pairs
+from flowprefill.scheduling.reasons import Reason
 from flowprefill.scheduling.work import Verdict
 
 if TYPE_CHECKING:
@@ -132,11 +133,11 @@ class BasePolicy:
     def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Preempt a prefill for whatever is strictly before it; a decode step never."""
         if current.is_decode:
-            return Verdict(False, "a decode step is running")
+            return Verdict(False, Reason.STEP_RUNS)
         mine = (self.rank(current, now).key, current.priority)
         if (waiting[0].rank.key, waiting[0].priority) < mine:
-            return Verdict(True, "is before the running prefill", by=waiting[0])
-        return Verdict(False, "nothing waiting is before the running prefill")
+            return Verdict(True, Reason.IS_BEFORE, by=waiting[0])
+        return Verdict(False, Reason.NOTHING_IS_BEFORE)
 
     def batch(self, head: Work, waiting: Iterable[Work], now: float) -> list[Work]:
         """Pack in order until one does not fit."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowprefill.scheduling.policies.base import BasePolicy
+from flowprefill.scheduling.reasons import Reason
 from flowprefill.scheduling.work import Rank, Verdict, Work
 
 if TYPE_CHECKING:
@@ -28,4 +29,4 @@ class FirstComeFirstServed(BasePolicy):
 
     def should_preempt(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Never."""
-        return Verdict(False, "first come, first served")
+        return Verdict(False, Reason.FIRST_COME)

@@ -12,6 +12,7 @@ from flowprefill.scheduling.policies.late_line import LateLines
 from flowprefill.scheduling.policies.planning import keepable, plan
 from flowprefill.scheduling.policies.shares import NO_TIME_S, GuaranteedShares
 from flowprefill.scheduling.policies.tenant_clock import TenantClock
+from flowprefill.scheduling.reasons import Reason
 from flowprefill.scheduling.work import UNRANKED, Rank, Verdict, Work
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class SlackEdf(BasePolicy):
         is_asked = waiting[0].serial < 0  # what it would do, if that one waited
         slice_end = self._slice_end(current, now, begins=not is_asked)
         if slice_end > now:
-            return Verdict(False, "the running work was granted a slice", slice_end)
+            return Verdict(False, Reason.HAS_SLICE, slice_end)
         if current.is_decode:
             verdict = self._weigh_step(current, waiting, now)
         else:
@@ -173,11 +174,11 @@ class SlackEdf(BasePolicy):
         self._shares.adopt(current)
         spare_s, protected = self._shares.spare_s(now), self._shares.first()
         if spare_s <= NO_TIME_S and protected is not None and protected is not current:
-            return Verdict(True, "its class is guaranteed this time", by=protected)
+            return Verdict(True, Reason.GUARANTEED, by=protected)
         verdict = self._weigh(current, waiting, now)
         if protected is current and verdict.by is not None:  # protected too, perhaps, but due later
             if verdict.by.remaining_s + 2 * self.settings.max_blocking_s > spare_s:
-                return Verdict(False, "the running work's class is guaranteed this time")
+                return Verdict(False, Reason.RUNNING_IS_GUARANTEED)
         elif protected is not None and protected is not current:
             again_at = now + max(spare_s, MIN_LOOK_S)
             return verdict._replace(again_at=min(verdict.again_at, again_at))
@@ -208,13 +209,13 @@ class SlackEdf(BasePolicy):
             return self._weigh_rest(current, waiting, now)
         on_time = self._on_time(waiting, now + self.settings.max_blocking_s)
         if not on_time:
-            return Verdict(False, "nothing waiting can be on time")
+            return Verdict(False, Reason.NONE_CAN_BE_ON_TIME)
         place = sum(work.deadline_s < current.deadline_s for work in on_time)
         start_s = now + (self.settings.max_blocking_s if place else 0.0)
         works = [*on_time[:place], current, *on_time[place:]]
         kept = plan(works, start_s, now, self._forecast)
         if current not in kept:
-            return Verdict(True, "the running work is given up for others", by=kept[0])
+            return Verdict(True, Reason.GIVEN_UP, by=kept[0])
         return self._weigh_kept(current, kept, now)
 
     def _weigh_kept(self, current: Work, kept: Sequence[Work], now: float) -> Verdict:
@@ -229,24 +230,24 @@ class SlackEdf(BasePolicy):
             before_s += work.remaining_s
             slack = min(slack, work.deadline_s - before_s - now)
         if longest_s > SLACK_TO_SPEND * slack:
-            return Verdict(True, "the running work would take too much of a slack", by=kept[0])
+            return Verdict(True, Reason.TAKES_SLACK, by=kept[0])
         # The running work may take longer than predicted: look again in time.
         again_at = now + max(slack - 3 * blocking, blocking)
-        return Verdict(False, "the running work ends before anyone's slack runs out", again_at)
+        return Verdict(False, Reason.ENDS_IN_TIME, again_at)
 
     def _weigh_rest(self, current: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Weigh a running work that meets no deadline."""
         on_time = self._on_time(waiting, now)
         if on_time:
             kept = plan(on_time, now + self.settings.max_blocking_s, now, self._forecast)
-            return Verdict(True, "can be on time, the running work cannot", by=kept[0])
+            return Verdict(True, Reason.CAN_BE_ON_TIME, by=kept[0])
         first, mine = waiting[0], self.rank(current, now).key
         if first.rank.key[0] < mine[0]:
-            return Verdict(True, "the running work is background", by=first)
+            return Verdict(True, Reason.BACKGROUND_YIELDS, by=first)
         is_before = (first.rank.key, first.priority) < (mine, current.priority)
         if is_before and first.remaining_s <= MUCH_SHORTER * current.remaining_s:
-            return Verdict(True, "is much shorter", by=first)
-        return Verdict(False, "no deadline is at stake")
+            return Verdict(True, Reason.MUCH_SHORTER, by=first)
+        return Verdict(False, Reason.NO_DEADLINE_AT_STAKE)
 
     def _weigh_step(self, step: Work, waiting: Sequence[Work], now: float) -> Verdict:
         """Suspend a decode step if that saves more deadlines than it costs sequences their pace."""
@@ -264,8 +265,8 @@ class SlackEdf(BasePolicy):
         if ends_at <= step.deadline_s < at + step.remaining_s:
             lost = sum(job.tpot_s < math.inf for job in step.jobs)
         if saved > lost or (saved == lost > 0 and at < ends_at):
-            return Verdict(True, "deadlines would be missed behind the decode step", by=kept[0])
-        return Verdict(False, "a decode step is running")
+            return Verdict(True, Reason.STEP_COSTS_DEADLINES, by=kept[0])
+        return Verdict(False, Reason.STEP_RUNS)
 
     def _weigh_grant(self, current: Work, verdict: Verdict, now: float) -> tuple[Verdict, float]:
         """Give way to the first in line when its slice has come; else look again when it has.
@@ -282,7 +283,7 @@ class SlackEdf(BasePolicy):
         ends_at = now + current.remaining_s
         is_lost = any(ends_at <= job.ttft_deadline_s < ends_at + needed for job in current.jobs)
         if verdict.preempt or not (current.is_decode or is_lost):
-            return Verdict(True, "is granted a slice, late for long", by=first), grant_at
+            return Verdict(True, Reason.GRANTED_SLICE, by=first), grant_at
         return verdict, math.inf
 
     def _slice_end(self, current: Work, now: float, *, begins: bool) -> float:
