@@ -1,43 +1,7 @@
 """The decoding sequences and when their next step is due; the scheduler asks it and the queue.
 
-Long because every method changes the same lines and counts. A decode step is one short work over
-the sequences that wait for a token. Against prefills:
-
-- Nothing to prefill: it runs at once.
-- A sequence with a TPOT objective is due at its last token + tpot; one without at its last token +
-  max_stall_s. The step starts when it must to be in time, prefill or not, with one exception: a
-  prefill with an earlier deadline that it would make miss goes first.
-- While a sequence without an objective waits, steps also start earlier, if that makes no prefill
-  miss its deadline, with the steps counted that are due before: so that they take idle_share *
-  worth of the time. Worth is the tokens per second of the step over those of one with all that wait
-  for their prefill and then decode, as far as such a step has room; 1 at most and LEAST_WORTH at
-  least. A step costs little more for many sequences than for one where it is bound by reading
-  weights: what a narrow one makes while others are prefilled costs many times what it costs a
-  little later. Where each row takes its own time nothing is gained by waiting, and worth is 1.
-- While prefills wait, a step starts (1 / decode_share - 1) step times after the last one's end at
-  the earliest: prefills keep at least 1 - decode_share of the time.
-
-A step that was suspended goes on by the same rules, and is due in time for a step after it of those
-that wait meanwhile.
-
-Sequences of the class `background` are never due: they take part where a step has room, and have
-steps of their own only while nothing is to be prefilled.
-
-Held sequences, whose tokens no client takes, are in no step and never due. One that is let go on
-counts as if its last token had been made then: the time for which it was held makes no other wait.
-
-Bound: a decode step starts no later than max(due time, that pause) + one boundary; and one
-prefill's deadline never makes another sequence wait past its own due time.
-
-Who is in a step, where not all fit: first those with a TPOT objective that could not wait for the
-step after it, then those without one, then the rest, `background` last. Of each client one in turn,
-its earliest due first; of those without an objective at least one once it is due. And a step is no
-wider than these allow:
-
-- a TPOT objective of a sequence in it, if a step for that one alone would meet it: one that cannot
-  be met makes no step narrower, and its sequence waits among those without;
-- a client whose sequences have no objective: with n such clients, each gets its tokens at least at
-  1 / n of the pace at which it would get them alone, however many sequences others have.
+docs/scheduling.md states the rule ("Decode steps"): when a step goes before prefills, who is in it
+and how wide it is. Long because every method changes the same lines and counts.
 """
 
 from __future__ import annotations
@@ -324,7 +288,7 @@ class Decoding:
         return self._cost_model.decode_s(rows, context), due, rows, context
 
     def _worth(self, rows: int, context: int, joined: int = 0) -> float:
-        """Return what a step is worth, see the file's head; `joined` of its rows wait as yet."""
+        """Return what a step is worth, by the rule; `joined` of its rows wait as yet."""
         most = min(rows - joined + self._joining, self._rows)
         if most <= rows:
             return 1.0
@@ -350,7 +314,7 @@ class Decoding:
         return self._cost_model.decode_s(rows, context) / self._cost_model.correction("decode")
 
     def _choose(self, now: float) -> list[DecodingJob]:
-        """Take those that the next step is for; see the head of this file."""
+        """Take those that the next step is for."""
         most = min(self._idle_count, self._settings.max_running)
         context = self._idle_context / self._idle_count
 

@@ -129,7 +129,7 @@ class SchedulerSettings:
             late_share less than 1 in all.
         decode_share: most of the time that decode steps take while prefills wait.
         idle_share: what decode steps without a TPOT objective aim at while prefills wait; less
-            while many that wait would make steps cheaper, see decoding.py.
+            while many that wait would make steps cheaper (docs/scheduling.md).
         max_stall_s: longest wait of a sequence without a TPOT objective for its next step.
     """
 
