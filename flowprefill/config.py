@@ -28,6 +28,7 @@ ADMISSION_MODES = ("off", "demote", "reject")
 CLASS_KEYS = ("ttft_ms", "tpot_ms", "on_miss", "weight", "share", "background", "admission")
 MAX_OBJECTIVE_MS = 86_400_000
 MAX_SHARES = 0.9  # of all classes together; the rest belongs to deadlines
+SLICE_COST = 3  # what a slice of late_share may cost: to begin and to end it takes a segment each
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _GRANULARITY = re.compile(r"(budget):(\d+(?:\.\d+)?)|(chunk):(\d+)|(operator|layer|none)")
 
@@ -167,6 +168,11 @@ class EngineConfig:
         "what happens to a request that is predicted late, or to make an admitted one late: off "
         "(nothing), demote (it becomes best effort) or reject (429)",
     )
+    late_share: float = _setting(
+        0.005,
+        "share of the time that slack_edf gives requests that are late or have no TTFT objective "
+        "while others could use all of it; at most a third of what the classes' shares leave",
+    )
     default_ttft_ms: float = _setting(0.0, "TTFT objective of requests that name none; 0 is none")
     default_tpot_ms: float = _setting(0.0, "TPOT objective of requests that name none; 0 is none")
     classes: Mapping[str, Mapping[str, Any]] = field(
@@ -215,6 +221,10 @@ class EngineConfig:
         shares = math.fsum(self.service_class(name).share for name in self.classes)
         if shares > MAX_SHARES:
             raise _bad("classes", round(shares, 6), f"shares of at most {MAX_SHARES} in all")
+        most = (1 - shares) / SLICE_COST
+        if self.late_share > most:
+            allowed = f"at most {most:.3f}: the classes' shares are {shares:.3g} in all"
+            raise _bad("late_share", self.late_share, allowed)
 
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
@@ -223,6 +233,7 @@ class EngineConfig:
             "max_running": (0, 4096), "max_batch_tokens": (1, 1_000_000),
             "max_waiting": (1, 10_000_000), "max_waiting_tokens": (0, 2**53),
             "max_backlog_s": (0, 86_400), "tenant_share": (0.001, 1),
+            "late_share": (0.001, 0.3),
             "default_ttft_ms": (0, 86_400_000), "default_tpot_ms": (0, 86_400_000),
         }  # fmt: skip
         for name, (low, high) in ranges.items():

@@ -387,6 +387,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_running=self._worker.limits.max_running,
             max_blocking_s=self._worker.granularity.max_blocking_s,
+            late_share=config.late_share,
             class_shares=config.class_shares(),
         )
 

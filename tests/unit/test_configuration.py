@@ -33,6 +33,7 @@ def test_configuration_page_is_the_table_of_the_settings() -> None:
         ("block_tokens", 48), ("max_running", -1), ("max_waiting", 0), ("default_ttft_ms", -1),
         ("max_model_len", "long"), ("kv_cache_gib", float("nan")),
         ("max_backlog_s", -1), ("tenant_share", 0), ("tenant_share", 1.5), ("admission", "maybe"),
+        ("late_share", 0), ("late_share", 0.5), ("late_share", "none"),
         ("classes", ["chat"]),
     ],
 )  # fmt: skip
@@ -106,6 +107,15 @@ def test_shares_of_all_classes_leave_time_for_deadlines() -> None:
     classes = {"a": {"share": 0.5}, "b": {"share": 0.5}}
     with pytest.raises(ConfigError, match=r"classes: got 1\.0, expected shares of at most 0\.9"):
         EngineConfig(classes=classes)
+
+
+def test_late_share_is_what_the_shares_of_classes_leave_room_for() -> None:
+    classes = {"a": {"share": 0.4}, "b": {"share": 0.3}}
+    assert EngineConfig(classes=classes, late_share=0.1).late_share == 0.1
+    with pytest.raises(
+        ConfigError, match=r"late_share: got 0\.11, expected at most 0\.100: .* 0\.7"
+    ):
+        EngineConfig(classes=classes, late_share=0.11)
 
 
 @pytest.mark.parametrize(
