@@ -14,13 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowprefill.bench import simulate_check
+from flowprefill.bench import ablation, simulate_check
 from flowprefill.bench.common import check_least, say
 from flowprefill.bench.report import Report, Row, json_path, print_table
 from flowprefill.config import POLICIES, Granularity
 from flowprefill.errors import ConfigError
 from flowprefill.scheduling import SchedulerSettings
-from flowprefill.simulation import ClusterResult, Configuration, Profile, simulate_cluster
+from flowprefill.simulation import (
+    ClusterResult,
+    Configuration,
+    Profile,
+    Result,
+    WorkCosts,
+    simulate,
+    simulate_cluster,
+)
 from flowprefill.simulation.node import ROLES
 from flowprefill.simulation.routers import ROUTERS, check_router
 from flowprefill.traces import (
@@ -29,6 +37,7 @@ from flowprefill.traces import (
     load_objectives,
     objectives_for,
     read_trace,
+    resampled,
     scaled_lengths,
     synthetic_trace,
     with_objectives,
@@ -38,6 +47,9 @@ if TYPE_CHECKING:
     from flowprefill.simulation.cluster import ClassCounts
 
 ALL = "all"
+SETTINGS = (
+    "requests", "length_scale", "slo_scale", "role", "workers", "seed", "noise", "bias", "ablate",
+)  # fmt: skip
 DEFAULT_PROFILE = "llama-3.1-8b@a800"
 SOURCE_COLUMNS = {"name": "name", "source": "where its figures come from"}
 COLUMNS = {
@@ -83,6 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--noise", type=float, default=0.0, help="sigma of log(true / predicted)")
     parser.add_argument("--bias", type=float, default=1.0, help="predictions are times this")
+    parser.add_argument(
+        "--ablate", type=int, default=0, metavar="N",
+        help="slack_edf on N resamples, with each of its constants and rules changed alone",
+    )  # fmt: skip
     parser.add_argument("--json", type=json_path, metavar="FILE", help="write the report there")
     simulate_check.add_arguments(parser)
 
@@ -104,10 +120,11 @@ def run(args: argparse.Namespace) -> int:
         check_router(router, args.role)
     profile = simulate_check.cpu_profile(args) if args.profile == "cpu" else None
     profile = profile or Profile.load(args.profile)
-    names = ("requests", "length_scale", "slo_scale", "role", "workers", "seed", "noise", "bias")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"trace": trace.name, "profile": profile.name, "source": profile.source}
     report = Report("simulate", settings)
+    if args.ablate:
+        return _ablate(args, at_rate(trace, rates[0]), configurations[0], profile, report)
     for rate, configuration, router in itertools.product(rates, configurations, routers):
         say(f"{configuration.name}, {rate:.3g} requests/s, {router}")
         report.rows += _rows(args, at_rate(trace, rate), configuration, profile, router)
@@ -117,6 +134,32 @@ def run(args: argparse.Namespace) -> int:
     workers = f"{args.workers} workers" if args.workers > 1 else "one worker"
     title = f"{trace.name}{single}, {profile.name}, {workers}, {args.role}"
     print_table(title, report.rows, columns)
+    report.write(args.json)
+    return 0
+
+
+def _ablate(
+    args: argparse.Namespace,
+    trace: Trace,
+    configuration: Configuration,
+    profile: Profile,
+    report: Report,
+) -> int:
+    check_least("ablate", args.ablate, 2)
+    costs = WorkCosts(profile, configuration.granularity)
+
+    def serve(sample: Trace, changed: Configuration) -> Result:
+        return simulate(
+            sample.requests, changed, profile,
+            seed=args.seed, noise=args.noise, bias=args.bias, role=args.role, costs=costs,
+        )  # fmt: skip
+
+    samples = [resampled(trace, args.seed + number) for number in range(args.ablate)]
+    decodes = args.role != "prefill"
+    report.rows += ablation.rows(samples, configuration, serve, decodes=decodes)
+    rate = f"{trace.rate_rps:.3g} requests/s"
+    title = f"{trace.name}, {args.ablate} resamples, {rate}, {profile.name}, {args.role}"
+    print_table(title, report.rows, ablation.COLUMNS)
     report.write(args.json)
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flowprefill.bench import simulate_check
+from flowprefill.bench.ablation import CHANGES
 from flowprefill.cli import main
 from flowprefill.config import Granularity
 from flowprefill.scheduling.cost_model import attention_pairs
@@ -44,6 +45,18 @@ def test_command_gives_rows_of_each_class_and_of_all(
     assert theirs["preemptions"] == 0 < ours["preemptions"]
     assert "A800" in report["settings"]["source"]
     assert "slack_edf+budget:2" in capsys.readouterr().out
+
+
+def test_command_ablates_each_constant_alone_and_puts_it_back(tmp_path: Path) -> None:
+    flags = ("--requests", "120", "--rate", "14", "--role", "mixed", "--ablate", "2")
+    found = simulated(tmp_path, *flags)["rows"]
+    assert len(found) == 1 + sum(len(change.values) for change in CHANGES)
+    rows = {row["change"]: row for row in found}
+    assert rows["nothing"]["difference"] == 0.0
+    more = rows["no time for arrivals"]["attainment"] - rows["nothing"]["attainment"]
+    assert rows["no time for arrivals"]["difference"] == pytest.approx(more)
+    assert len({(row["attainment"], row["ttft_p99_s"]) for row in found}) > 5
+    assert simulated(tmp_path, *flags)["rows"][0] == rows["nothing"]
 
 
 def test_command_same_seed_same_rows(tmp_path: Path) -> None:
