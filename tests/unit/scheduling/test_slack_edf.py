@@ -332,6 +332,61 @@ def test_packing_stops_where_the_device_is_saturated() -> None:
     assert len(packed.job_ids) == 4
 
 
+@pytest.mark.parametrize(("tokens", "packs"), [(35, True), (45, False)])
+def test_packing_saves_a_fifth_of_the_added_prompts_time(tokens: int, packs: bool) -> None:
+    """It saves the millisecond that a run costs besides."""
+    scheduler = make(max_batch_tokens=100_000)
+    arrive(scheduler, "running", 1_000, 60.0)
+    for name in ("head", "added"):
+        arrive(scheduler, name, tokens, 30.0, at=0.01)
+    assert len(end_current(scheduler, 0.1).jobs) == 1 + packs
+
+
+@pytest.mark.parametrize(("ttft", "packs"), [(0.0145, False), (0.0155, True)])
+def test_packing_leaves_the_head_on_time_a_segment_included(ttft: float, packs: bool) -> None:
+    scheduler = make()  # segments of 2 ms
+    arrive(scheduler, "running", 100, 0.012)
+    arrive(scheduler, "head", 10, ttft)  # of 2 ms, 3 ms for both
+    arrive(scheduler, "added", 10, 1.0)
+    assert len(end_current(scheduler, 0.01).jobs) == 1 + packs
+
+
+@pytest.mark.parametrize(("ttft", "packed"), [(0.116, 2), (0.118, 3)])
+def test_packing_makes_no_one_late_who_goes_after_it(ttft: float, packed: int) -> None:
+    scheduler = make(max_batch_tokens=100)
+    arrive(scheduler, "running", 100, 0.012)
+    for name, due in (("head", 0.05), ("added", 0.06), ("patient", 1.0)):
+        arrive(scheduler, name, 10, due)
+    arrive(scheduler, "after", 1_000, ttft)  # of 101 ms, too long to be packed
+    assert len(end_current(scheduler, 0.01).jobs) == packed
+
+
+def test_free_device_goes_to_the_first_that_the_plan_keeps() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 100, 0.012)
+    for name, tokens, due in (("long", 5_000, 0.62), ("a", 1_000, 0.63), ("b", 1_000, 0.64)):
+        arrive(scheduler, name, tokens, due)
+    order = [end_current(scheduler, at).job_ids[0] for at in (0.011, 0.112, 0.213)]
+    assert order == ["a", "b", "long"]
+
+
+@pytest.mark.parametrize(("tokens", "preempts"), [(4_900, True), (5_500, False)])
+def test_rest_running_one_gives_way_to_half_of_what_it_still_needs(
+    tokens: int, preempts: bool
+) -> None:
+    scheduler = make()
+    arrive(scheduler, "running", 10_000)
+    assert (arrive(scheduler, "newcomer", tokens).preempted is not None) == preempts
+
+
+def test_promised_one_that_turns_late_is_put_off_by_a_quarter_of_its_objective() -> None:
+    scheduler = make(max_batch_tokens=1, max_blocking_s=0.0)
+    arrive(scheduler, "running", 10_000, 1.002, is_promised=True)
+    arrive(scheduler, "late", 1_000, 0.4, is_promised=True, weight=1e-9)
+    scheduler.on_event(TimerFired(), 0.31)
+    assert scheduler._prefills["late"].deadline_s == pytest.approx(0.5)
+
+
 def test_packing_does_not_make_the_one_late_that_gives_way() -> None:
     scheduler = make()
     arrive(scheduler, "running", 5_000, 0.512)
