@@ -23,6 +23,7 @@ from flowprefill.scheduling import (
 from flowprefill.scheduling.policies.forecast import LULL, MEMORY_S, Forecast
 from flowprefill.scheduling.policies.planning import keepable, plan
 from flowprefill.scheduling.policies.tenant_clock import COMPACT_AT, TenantClock
+from flowprefill.scheduling.reasons import Reason
 
 
 def end_current(scheduler: Scheduler, at: float) -> Work:
@@ -146,12 +147,14 @@ def test_late_running_work_yields_even_to_one_that_a_segment_makes_late() -> Non
     assert "can be on time" in decision.reason
 
 
-def test_late_running_work_yields_at_once_though_the_newcomer_has_time() -> None:
+@pytest.mark.parametrize("start_s", [0.0, 1000.0])
+def test_late_running_work_yields_at_once_though_the_newcomer_has_time(start_s: float) -> None:
     scheduler = make()
-    arrive(scheduler, "late", 5_000, 0.1)
-    decision = arrive(scheduler, "unhurried", 1_000, 60.0, at=0.01)
+    arrive(scheduler, "late", 5_000, 0.1, at=start_s)
+    decision = arrive(scheduler, "unhurried", 1_000, 60.0, at=start_s + 0.01)
     assert decision.dispatch is not None
     assert decision.dispatch.job_ids == ("unhurried",)
+    assert decision.reason == Reason.CAN_BE_ON_TIME
 
 
 def test_running_work_longer_than_predicted_lately_gives_way_earlier() -> None:
@@ -243,6 +246,19 @@ def test_packed_one_that_can_be_on_time_is_when_another_of_the_packed_cannot() -
     assert end_current(scheduler, 0.1) is packed
     decision = arrive(scheduler, "other", 100, 0.2, at=0.1)
     assert decision.dispatch is None, decision.reason
+
+
+def test_rest_one_that_turns_late_counts_once_against_its_tenant() -> None:
+    scheduler = make(max_batch_tokens=1)
+    arrive(scheduler, "running", 20_000, 60.0)
+    for number in range(10):  # a second's work
+        arrive(scheduler, f"turns late{number}", 1_000, 0.5, at=0.01, tenant="a", weight=1e-6)
+    arrive(scheduler, "its next", 1_000, at=1.0, tenant="a")
+    arrive(scheduler, "another's", 1_000, at=1.2, tenant="b")
+    order: list[str] = []
+    for number in range(12):
+        order += end_current(scheduler, 2.0 + 0.1 * number).job_ids
+    assert order[-2:] == ["its next", "another's"]
 
 
 def test_rest_tenants_that_ask_for_less_than_a_device_go_by_arrival() -> None:
@@ -381,10 +397,10 @@ def test_rest_running_one_gives_way_to_half_of_what_it_still_needs(
 
 def test_promised_one_that_turns_late_is_put_off_by_a_quarter_of_its_objective() -> None:
     scheduler = make(max_batch_tokens=1, max_blocking_s=0.0)
-    arrive(scheduler, "running", 10_000, 1.002, is_promised=True)
-    arrive(scheduler, "late", 1_000, 0.4, is_promised=True, weight=1e-9)
-    scheduler.on_event(TimerFired(), 0.31)
-    assert scheduler._prefills["late"].deadline_s == pytest.approx(0.5)
+    arrive(scheduler, "running", 10_000, 1.002, at=5.0, is_promised=True)
+    arrive(scheduler, "late", 1_000, 0.4, at=5.0, is_promised=True, weight=1e-9)
+    scheduler.on_event(TimerFired(), 5.31)
+    assert scheduler._prefills["late"].deadline_s == pytest.approx(5.5)
 
 
 def test_packing_does_not_make_the_one_late_that_gives_way() -> None:
@@ -400,11 +416,13 @@ def test_packing_does_not_make_the_one_late_that_gives_way() -> None:
 
 
 def test_timer_is_asked_for_when_a_deadline_rests_on_a_prediction() -> None:
-    scheduler = make()
+    scheduler = make(max_batch_tokens=1)
     arrive(scheduler, "running", 1_000, 60.0)
-    decision = arrive(scheduler, "second", 100, 1.0, at=0.01)
+    assert arrive(scheduler, "second", 100, 1.0, at=0.01).dispatch is None
+    decision = arrive(scheduler, "third", 100, 30.0, at=0.02)
     assert decision.dispatch is None
     assert decision.wake_at is not None
+    assert decision.wake_at < 1.0
     later = scheduler.on_event(TimerFired(), decision.wake_at)  # it overran
     assert later.dispatch is not None
     assert later.dispatch.job_ids == ("second",)
