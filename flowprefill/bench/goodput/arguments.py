@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", action="append", type=float, metavar="SHARE",
                         help="attainment, several times; sim: 0.9 and 0.99, else 0.9")  # fmt: skip
     parser.add_argument("--rates", type=float, nargs="*", default=[], metavar="R",
-                        help="requests/s to measure at, in place of all searches and sweeps")  # fmt: skip
+                        help="requests/s to measure at instead of searching")  # fmt: skip
     parser.add_argument("--loads", type=float, nargs="*",
                         help="sweep these shares of the capacity; none: no sweep")  # fmt: skip
     parser.add_argument("--slo-scales", type=float, nargs="*", help="sweep these; none: no sweep")

@@ -136,8 +136,8 @@ class NormOfRow {
   FP_HD void finish(float eps, float* scratch, Out* out) const {
     float sum = 0.0f;
     FP_UNROLL for (int n = 0; n < kNormKept; ++n) {
-      FP_UNROLL for (int k = 0; k < 4; ++k)
-          sum = fused_multiply_add(kept_[n].v[k], kept_[n].v[k], sum);
+      FP_UNROLL for (int k = 0; k < 4; ++k) sum =
+          fused_multiply_add(kept_[n].v[k], kept_[n].v[k], sum);
     }
     const int32_t rest = first_ + kNormKept * step_;
     sum = sum_of_squares(t_, hidden_, rest, width_, scratch, sum);
