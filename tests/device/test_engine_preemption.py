@@ -72,7 +72,7 @@ def test_without_boundaries_nothing_can_overtake(open_engine: OpenEngine) -> Non
 
 
 def test_a_policy_set_later_decides_from_then_on(open_engine: OpenEngine) -> None:
-    engine = open_engine(granularity="operator", prefix_cache=False, policy="fcfs", late_share=0.25)
+    engine = open_engine(granularity="operator", prefix_cache=False, policy="fcfs")
     long_ids, short_ids = prompt_of(LONG, 1), prompt_of(30, 2)
 
     def preemptions_of_long() -> int:
@@ -89,7 +89,6 @@ def test_a_policy_set_later_decides_from_then_on(open_engine: OpenEngine) -> Non
     live.result(WAIT_S)
     assert engine.describe()["policy"] == "fcfs"
     assert_all_free(engine)
-    assert engine._core._scheduler.settings.late_share == engine.config.late_share == 0.25
     engine.set_policy("edf", 64)
     assert (engine.describe()["policy"], engine.config.max_batch_tokens) == ("edf", 64)
     assert any(preemptions_of_long() for _ in range(TRIES))

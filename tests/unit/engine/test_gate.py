@@ -275,13 +275,15 @@ def test_held_sequences_take_no_share_of_the_predicted_wait() -> None:
     assert world.core._scheduler.decode_share() == pytest.approx(0.2, rel=0.1)
 
 
-def test_share_of_a_configured_class_reaches_the_scheduler(
+def test_shares_of_a_configured_class_and_of_late_ones_reach_the_scheduler(
     open_engine: Callable[..., Engine],
 ) -> None:
-    engine = open_engine(classes={"chat": {"ttft_ms": 250, "share": 0.3}, "plain": {}})
-    assert engine._core._scheduler.settings.class_shares == {"chat": 0.3}
-    engine.set_policy("slack_edf", 64)
-    assert engine._core._scheduler.settings.class_shares == {"chat": 0.3}
+    classes = {"chat": {"ttft_ms": 250, "share": 0.3}, "plain": {}}
+    engine = open_engine(classes=classes, late_share=0.2)
+    for _ in range(2):
+        settings = engine._core._scheduler.settings
+        assert (settings.class_shares, settings.late_share) == ({"chat": 0.3}, 0.2)
+        engine.set_policy("slack_edf", 64)
 
 
 def test_wait_behind_the_own_tenants_backlog_is_predicted() -> None:
