@@ -283,6 +283,14 @@ def test_decode_due_waits_for_a_prefill_with_an_earlier_deadline_that_would_miss
     assert (later.dispatch, later.wake_at) == (None, pytest.approx(0.052))
 
 
+def test_decode_due_waits_for_no_prefill_whose_deadline_is_later_though_it_would_miss_it() -> None:
+    scheduler = make()
+    step = dispatched(arrive(scheduler, "talker", 0, tpot_s=0.05))
+    arrive(scheduler, "prefill", 460, 0.0525)  # the token is due at 0.052
+    scheduler.on_event(Finished(step.id), 0.002)
+    assert dispatched(scheduler.on_event(TimerFired(), 0.048)).is_decode
+
+
 def test_decode_starts_as_early_as_all_that_is_in_the_cache_needs() -> None:
     scheduler = make()
     for name in ("a", "b"):
