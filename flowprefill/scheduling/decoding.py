@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PACED, PLAIN, BEHIND = range(3)  # bands: with an objective that can be met, without, background
 PACE = 0.9  # share of a TPOT objective that a step for it may take, by prediction
+LEARNS = 0.3  # of how late a due step's tokens were, how much earlier the next one begins
 # Streams go on at a quarter of their pace however many wait: behind a backlog that never ends,
 # others' too, nothing makes up for it. It costs a burst hardly anything: few steps are so narrow.
 LEAST_WORTH = 0.25
@@ -100,6 +101,8 @@ class Decoding:
         self._last_step_end_s = -math.inf
         self._step_taken = (-math.inf, 0.0)  # when, and how long it takes by the model alone
         self._step_time = StepTime(self._model_s(1, 0))
+        self._head_start_s = 0.0  # that steps need before they are due, beyond their time
+        self._step_aim_s = math.nan  # when the step's tokens are due, if it began as late as it may
         self._rows = settings.max_running  # that the last step might have
         self.step: Work | None = None
 
@@ -159,12 +162,14 @@ class Decoding:
 
     def take_step(self, serial: int, now: float) -> Work:
         """Make a step of those whose turn it is; they stay in it until it ends."""
+        latest, earliest = self._latest()
         taken = self._choose(now)
         context = sum(sequence.context_tokens for sequence in taken)
         seconds = self._cost_model.decode_s(len(taken), context)
         self.step = Work([sequence.job for sequence in taken], serial, seconds, "decode")
         self.step.shape = RunShape(len(taken), context, len(taken))
         self.step.deadline_s = min(sequence.due_s for sequence in taken)
+        self._step_aim_s = self.step.deadline_s if now >= latest > earliest else math.nan
         self._step_taken = (now, self._model_s(len(taken), context))
         return self.step
 
@@ -175,6 +180,7 @@ class Decoding:
             since_s, model_s = self._step_taken
             rows = self.step.shape.tokens if self.step.shape else 0  # those that left, too
             self._step_time.observe(model_s, rows, now - since_s)
+            self._learn_head_start(now)
         ended = [job for job in self.step.jobs if job.id in ends]
         for job in self.step.jobs:
             sequence = self._sequences[job.id]
@@ -229,8 +235,7 @@ class Decoding:
             return Verdict(True, Reason.NOTHING_TO_PREFILL)
         seconds, due, rows, context = self._next_step()
         settings = self._settings
-        earliest = self._last_step_end_s + seconds * (1.0 / settings.decode_share - 1.0)
-        latest = max(due - seconds - settings.max_blocking_s, earliest)
+        latest, earliest = self._latest()
         early = latest  # from when on it may go first where that does no harm
         if self._idle_best_effort or (self.step and any(map(_is_best_effort, self.step.jobs))):
             pause = seconds * (1.0 / (settings.idle_share * self._worth(rows, context)) - 1.0)
@@ -245,6 +250,25 @@ class Decoding:
         if would_miss and prefill.deadline_s <= due and now < due:
             return NO_STEP._replace(again_at=due)  # the prefill's deadline is the earlier one
         return Verdict(True, Reason.STEP_IS_DUE)
+
+    def _latest(self) -> tuple[float, float]:
+        """Return when the next step goes before prefills at the latest, and when it may at all."""
+        seconds, due, _, _ = self._next_step()
+        settings = self._settings
+        earliest = self._last_step_end_s + seconds * (1.0 / settings.decode_share - 1.0)
+        begin = due - seconds - settings.max_blocking_s - self._head_start_s
+        return max(begin, earliest), earliest
+
+    def _learn_head_start(self, now: float) -> None:
+        """Learn from a step whose tokens are there: each wakes up, blocks and takes its time anew.
+
+        A stream that is late by a hundredth each time misses its objective: on average steps are to
+        end `max_blocking_s` before they are due.
+        """
+        if not math.isnan(self._step_aim_s):
+            late_s = now - self._step_aim_s + self._settings.max_blocking_s
+            most = self._step_taken[1]  # another step's time
+            self._head_start_s = min(max(self._head_start_s + LEARNS * late_s, 0.0), most)
 
     def _makes_late(
         self, step_s: float, prefill: Work, waiting: Iterable[Work], now: float

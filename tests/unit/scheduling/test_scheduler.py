@@ -253,6 +253,26 @@ def test_decode_due_preempts_long_prefill_and_gives_way_again() -> None:
     assert again.dispatch is long
 
 
+@pytest.mark.parametrize("extra_s", [0.0, 0.003])
+def test_a_stream_next_to_a_long_prefill_keeps_its_pace_though_steps_end_later_than_predicted(
+    extra_s: float,
+) -> None:
+    scheduler = make()
+    decision = arrive(scheduler, "talker", 0, tpot_s=0.1)
+    arrive(scheduler, "long", 500_000)
+    ends = [0.01]
+    for _ in range(30):
+        decision = scheduler.on_event(Finished(dispatched(decision).id), ends[-1])
+        while decision.dispatch is None or not decision.dispatch.is_decode:
+            assert decision.wake_at is not None
+            now = decision.wake_at
+            decision = scheduler.on_event(TimerFired(), now)
+        blocking_s = scheduler.settings.max_blocking_s / 2
+        ends.append(now + blocking_s + decision.dispatch.remaining_s + extra_s)
+    gap_s = (ends[-1] - ends[0]) / (len(ends) - 1)
+    assert 0.095 < gap_s < 0.1
+
+
 @pytest.mark.parametrize(
     ("shares", "tpot_s", "steps"),
     [
