@@ -123,7 +123,7 @@ def _told(event: Story) -> str:
             )
             return f"Its prefill started{packed}{because}.{over}"
         case "suspended":
-            return f"It was suspended for {_work(event)}{because}."
+            return f"It was to give way to {_work(event)}{because}."  # it may have ended first
         case "resumed":
             return f"It went on where it had stopped{because}."
         case other:

@@ -127,7 +127,7 @@ def test_sentences_tell_times_names_and_the_prediction() -> None:
     text = "\n".join(sentences(story_of(world, 0)))
     assert f"{long.id}: 2,000 prompt tokens, class default, tenant shop, first token due in" in text
     assert "0.0 ms  It arrived; its first token was predicted in 2,000.0 ms." in text
-    assert f"1,000.0 ms  It was suspended for the prefill of {short.id}: " in text
+    assert f"1,000.0 ms  It was to give way to the prefill of {short.id}: " in text
     assert "1,101.0 ms  It went on where it had stopped" in text
     assert "2,100.0 ms  Its first token was made, 100.0 ms later than predicted." in text
     assert "It ended: length, after 1 token. Its objectives were met." in text
