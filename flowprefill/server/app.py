@@ -37,7 +37,7 @@ from flowprefill.server.openai.completions import completions
 from flowprefill.server.openai.embeddings import embeddings
 from flowprefill.server.openapi.document import openapi
 from flowprefill.server.options import ServerOptions
-from flowprefill.server.responses.responses import responses
+from flowprefill.server.responses.responses import delete_response, get_response, responses
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ def create_app(
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
             web.post("/v1/responses", responses),
+            web.get("/v1/responses/{id}", get_response),
+            web.delete("/v1/responses/{id}", delete_response),
             web.post("/v1/embeddings", embeddings),
             web.get("/v1/models", models_routes.list_models),
             web.get("/v1/models/{id:.+}", models_routes.get_model),

@@ -295,14 +295,19 @@ def test_events_are_as_described(talking: RunningServer, path: str, extra: dict[
 
 def test_replies_of_the_other_routes_are_as_described(server: RunningServer) -> None:
     server.post("/v1/completions", {"prompt": "a", "slo": {"ttft_ms": 50}})
-    known = {"/v1/models/{id}": "fake-model", "/debug/requests/{id}": "no-such-request"}
+    made = server.post("/v1/responses", BODIES["/v1/responses"]).json()["id"]
+    known = {
+        "/v1/models/{id}": "fake-model",
+        "/debug/requests/{id}": "no-such-request",
+        "/v1/responses/{id}": made,
+    }
     looked = 0
     for (method, path), operation in OPERATIONS.items():
-        if method == "GET":
-            reply = server.get(path.replace("{id}", known.get(path, "")))
+        if method in ("GET", "DELETE"):
+            reply = server.request(method, path.replace("{id}", known.get(path, "")))
             if operation.media == "application/json":
                 looked += 1
-                assert reply_errors(path, reply.status, reply.json(), "get") == [], path
+                assert reply_errors(path, reply.status, reply.json(), method.lower()) == [], path
             assert reply.headers["Content-Type"].startswith(operation.media)
     assert looked > 10
     for path in ("/tokenize", "/detokenize"):
@@ -314,7 +319,8 @@ def test_replies_of_the_other_routes_are_as_described(server: RunningServer) -> 
 def test_routes_without_an_engine_answer_as_described(start_server: StartServer) -> None:
     server = start_server(None)
     for (method, path), operation in OPERATIONS.items():
-        reply = server.get(path) if method == "GET" else server.post(path, BODIES[path])
+        body = BODIES[path] if method == "POST" else None
+        reply = server.request(method, path, body)
         if operation.media == "application/json":
             assert reply_errors(path, reply.status, reply.json(), method.lower()) == [], path
 

@@ -149,6 +149,48 @@ def test_previous_response_is_continued(client: openai.OpenAI, engine: FakeEngin
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_kept_reply_is_fetched_and_deleted(client: openai.OpenAI, is_streamed: bool) -> None:
+    made: Any = client.responses.create(model="fake-model", input="Hi", stream=is_streamed)
+    reply = list(made)[-1].response if is_streamed else made
+    assert client.responses.retrieve(reply.id) == reply
+    client.responses.delete(reply.id)
+    for ask in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError) as caught:
+            ask(reply.id)
+        assert caught.value.code == "response_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="fake-model", input="a", previous_response_id=reply.id)
+
+
+def test_unstored_reply_is_not_fetched_and_no_reply_is_streamed_again(
+    client: openai.OpenAI, server: RunningServer
+) -> None:
+    reply = client.responses.create(model="fake-model", input="Hi", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(reply.id)
+    kept = client.responses.create(model="fake-model", input="Hi")
+    with pytest.raises(openai.BadRequestError, match="stream"):
+        client.responses.retrieve(kept.id, stream=True)
+
+
+def test_replies_are_of_the_tenant_that_asked(
+    engine: FakeEngine, start_server: StartServer
+) -> None:
+    server = start_server(engine, tenants={"a": {"key": "key-a"}, "b": {"key": "key-b"}})
+    own, other, stranger = (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+        for key in ("key-a", "key-b", "key-c")
+    )
+    reply = own.responses.create(model="fake-model", input="Hi")
+    for ask in (other.responses.retrieve, other.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            ask(reply.id)
+    assert own.responses.retrieve(reply.id) == reply
+    with pytest.raises(openai.AuthenticationError):
+        stranger.responses.delete(reply.id)
+
+
 def test_calls_in_the_input_become_one_message(client: openai.OpenAI, engine: FakeEngine) -> None:
     items: Any = [
         {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
@@ -276,9 +318,9 @@ def test_stream_events_carry_their_names(server: RunningServer) -> None:
 
 
 def test_store_is_bounded(start_server: StartServer, engine: FakeEngine) -> None:
-    store = ResponseStore(max_responses=2, max_chars=1000)
-    for name, chars in (("a", 1), ("b", 1), ("c", 500), ("d", 900)):
-        store.put(name, [{"role": "user", "content": "x" * chars}])
+    store = ResponseStore(max_responses=2, max_chars=1500)
+    for name, chars in (("a", 1), ("b", 1), ("c", 500), ("d", 1200)):
+        store.put([{"role": "user", "content": "x" * chars}], {"id": name})
         if name == "c":
             assert store.get("b")
             assert store.get("c")

@@ -24,7 +24,7 @@ from flowprefill.server.http.errors import InternalError
 from flowprefill.server.http.guard import HostNotAllowed, OriginNotAllowed
 from flowprefill.server.http.incoming import BodyTooLarge, BodyTooSlow, UnsupportedCoding
 from flowprefill.server.observe.debug_routes import UnknownRequest
-from flowprefill.server.responses.response_store import ResponseNotFound
+from flowprefill.server.responses.response_store import ResponseNotFound, UnknownResponse
 from flowprefill.server.tenants import Unauthorized
 
 Errors = tuple[type[FlowPrefillError], ...]
@@ -90,6 +90,14 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/responses"): _generation(
         "OpenAI's newer endpoint: a chat that may continue a kept reply.",
         "Response", "ResponseEvent", ResponseNotFound,
+    ),
+    ("GET", "/v1/responses/{id}"): Operation(
+        "A kept reply of `/v1/responses`, as it was sent.", "Response",
+        (*_ANY, InvalidRequest, Unauthorized, UnknownResponse), has_key=True, tag="Generation",
+    ),
+    ("DELETE", "/v1/responses/{id}"): Operation(
+        "Forget a kept reply; it can be continued no more.", "ResponseDeleted",
+        (*_ANY, OriginNotAllowed, Unauthorized, UnknownResponse), has_key=True, tag="Generation",
     ),
     ("POST", "/v1/embeddings"): Operation(
         "Turn texts into vectors of length 1.", "Embeddings", _GENERATION, has_key=True,

@@ -160,6 +160,9 @@ _GENERATION: dict[str, Schema] = {
 }
 _STATUS: Schema = {"enum": ["in_progress", "completed", "incomplete"]}
 _RESPONSES: dict[str, Schema] = {
+    "ResponseDeleted": obj(
+        {"id": TEXT, "object": {"const": "response"}, "deleted": {"const": True}}
+    ),
     "Response": obj(
         {
             "id": TEXT,

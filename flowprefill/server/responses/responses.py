@@ -1,6 +1,7 @@
-"""POST /v1/responses: OpenAI's newer endpoint, made of the same parts as chats.
+"""/v1/responses: OpenAI's newer endpoint, made of the same parts as chats.
 
-Replies are kept in memory for ``previous_response_id``, so many of them as the settings say.
+Replies are kept in memory, so many of them as the settings say: for ``previous_response_id``, and
+to be fetched and deleted by their ids.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from flowprefill.errors import InvalidRequest
 from flowprefill.request import Completion
 from flowprefill.server.context import SERVER
 from flowprefill.server.http.body import Body
+from flowprefill.server.lanes import Lane
 from flowprefill.server.openai.chat import ChatEndpoint, order_of_chat, whole_call
 from flowprefill.server.openai.endpoint import EventWriter, Generation, GenerationOrder
 from flowprefill.server.openai.generation import respond
 from flowprefill.server.openai.message import MessagePart, read_whole
 from flowprefill.server.openai.openai_schema import SchemaContext
-from flowprefill.server.openai.replies import usage_object
+from flowprefill.server.openai.replies import long_json, usage_object
 from flowprefill.server.openai.written_names import as_written
 from flowprefill.server.responses.response_events import ResponseWriter, output_items
 from flowprefill.server.responses.response_input import (
@@ -95,7 +97,7 @@ class ResponseReply:
             payload |= generation.metrics([output_tokens])
         if self._store is not None:
             messages = [*self._messages, _as_message(whole)]
-            self._store.put(generation.envelope.id, messages, self._tenant)
+            self._store.put(messages, payload, self._tenant)
         return payload
 
     def whole(self, generation: Generation, completions: list[Completion]) -> dict[str, Any]:
@@ -162,3 +164,22 @@ class ResponsesEndpoint(ChatEndpoint):
 async def responses(request: web.Request) -> web.StreamResponse:
     """Handle POST /v1/responses."""
     return await respond(request, ResponsesEndpoint(request.app[SERVER].responses))
+
+
+async def get_response(request: web.Request) -> web.Response:
+    """Handle GET /v1/responses/{id}."""
+    context = request.app[SERVER]
+    tenant = context.rules_for(request.headers, request.remote).tenant.name
+    if request.query.get("stream", "false") != "false":
+        raise InvalidRequest.field("stream", request.query["stream"], "false: a reply is whole")
+    reply = context.responses.reply(request.match_info["id"], tenant)
+    return web.json_response(text=await context.lanes.run(Lane.REPLIES, long_json, reply))
+
+
+async def delete_response(request: web.Request) -> web.Response:
+    """Handle DELETE /v1/responses/{id}."""
+    context = request.app[SERVER]
+    tenant = context.rules_for(request.headers, request.remote).tenant.name
+    context.responses.remove(request.match_info["id"], tenant)
+    gone = {"id": request.match_info["id"], "object": "response", "deleted": True}
+    return web.json_response(gone)
