@@ -370,17 +370,16 @@ class Engine:
         self._cost_model = cost_model = self._make_cost_model()
         own = policy(cost_model, settings) if policy is not None else self.config.policy
         scheduler = Scheduler(own, cost_model, settings)
+        config, is_calibrated = self.config, cost_model.is_calibrated
         limits = AdmissionLimits(
-            self.config.max_waiting,
-            self.config.max_waiting_tokens,
-            backlog_limit(self.config.max_backlog_s, is_calibrated=cost_model.is_calibrated),
-            self.config.tenant_share,
-        )
+            config.max_waiting, config.max_waiting_tokens,
+            backlog_limit(config.max_backlog_s, is_calibrated=is_calibrated), config.tenant_share,
+        )  # fmt: skip
         return EngineCore(scheduler, self._worker, self._pool, limits)
 
     def _make_cost_model(self) -> CostModel:
-        worker = self._worker
-        return CostModel(worker.shape, worker.rates, is_calibrated=worker.rates is not None)
+        rates = self._worker.rates
+        return CostModel(self._worker.shape, rates, is_calibrated=rates is not None)
 
     def _settings_of(self, config: EngineConfig) -> SchedulerSettings:
         return SchedulerSettings(
