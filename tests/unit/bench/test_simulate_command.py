@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flowprefill.bench import simulate_check
-from flowprefill.bench.ablation import CHANGES
+from flowprefill.bench.ablation import CHANGES, DECODING
 from flowprefill.cli import main
 from flowprefill.config import Granularity
 from flowprefill.scheduling.cost_model import attention_pairs
@@ -48,9 +48,13 @@ def test_command_gives_rows_of_each_class_and_of_all(
 
 
 def test_command_ablates_each_constant_alone_and_puts_it_back(tmp_path: Path) -> None:
-    flags = ("--requests", "120", "--rate", "14", "--role", "mixed", "--ablate", "2")
+    flags = ("--requests", "120", "--rate", "14", "--ablate", "2")
     found = simulated(tmp_path, *flags)["rows"]
-    assert len(found) == 1 + sum(len(change.values) for change in CHANGES)
+    of_prefills = (len(one.values) for one in CHANGES if one.name not in DECODING)
+    assert len(found) == 1 + sum(of_prefills)
+    few = ("--requests", "4", "--role", "mixed", "--ablate", "2")
+    decoding = simulated(tmp_path, *few)["rows"]
+    assert len(decoding) == 1 + sum(len(change.values) for change in CHANGES)
     rows = {row["change"]: row for row in found}
     assert rows["nothing"]["difference"] == 0.0
     more = rows["no time for arrivals"]["attainment"] - rows["nothing"]["attainment"]
