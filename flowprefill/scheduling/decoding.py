@@ -162,7 +162,7 @@ class Decoding:
 
     def take_step(self, serial: int, now: float) -> Work:
         """Make a step of those whose turn it is; they stay in it until it ends."""
-        latest, earliest = self._latest()
+        latest, earliest = self._latest(*self._next_step()[:2])
         taken = self._choose(now)
         context = sum(sequence.context_tokens for sequence in taken)
         seconds = self._cost_model.decode_s(len(taken), context)
@@ -235,7 +235,7 @@ class Decoding:
             return Verdict(True, Reason.NOTHING_TO_PREFILL)
         seconds, due, rows, context = self._next_step()
         settings = self._settings
-        latest, earliest = self._latest()
+        latest, earliest = self._latest(seconds, due)
         early = latest  # from when on it may go first where that does no harm
         if self._idle_best_effort or (self.step and any(map(_is_best_effort, self.step.jobs))):
             pause = seconds * (1.0 / (settings.idle_share * self._worth(rows, context)) - 1.0)
@@ -251,9 +251,8 @@ class Decoding:
             return NO_STEP._replace(again_at=due)  # the prefill's deadline is the earlier one
         return Verdict(True, Reason.STEP_IS_DUE)
 
-    def _latest(self) -> tuple[float, float]:
+    def _latest(self, seconds: float, due: float) -> tuple[float, float]:
         """Return when the next step goes before prefills at the latest, and when it may at all."""
-        seconds, due, _, _ = self._next_step()
         settings = self._settings
         earliest = self._last_step_end_s + seconds * (1.0 / settings.decode_share - 1.0)
         begin = due - seconds - settings.max_blocking_s - self._head_start_s
