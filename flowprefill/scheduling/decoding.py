@@ -210,8 +210,8 @@ class Decoding:
 
         It is what `goes_first` gives them until all that wait have been prefilled: a step for each
         TPOT of the strictest objective, and if there are sequences without one, a step for each
-        `max_stall_s` and their part of `idle_share`; `decode_share` at most, as ever. Steps that
-        would make a prefill late wait, which is not counted.
+        longest wait of theirs and their part of `idle_share`; `decode_share` at most, as ever.
+        Steps that would make a prefill late wait, which is not counted.
         """
         rows = min(len(self) - self.held, self._settings.max_running)
         if not self._tpots:
@@ -288,7 +288,7 @@ class Decoding:
         """Return the share of the time that steps are due at the latest, `decode_share` at most."""
         every_s = min(self._tpots, default=math.inf)
         if math.inf in self._tpots:
-            every_s = min(every_s, self._settings.max_stall_s)
+            every_s = min(every_s, self._stall_s())
         share = self._settings.decode_share
         return min(step_s / every_s, share) if every_s else share
 
@@ -327,6 +327,15 @@ class Decoding:
         half = more // 2
         halfway = self._worth(rows + half, context * (rows + half) // rows, half)
         return 1.0 - (1.0 - halfway) * more / self._joining
+
+    def _stall_s(self) -> float:
+        """Return how long a sequence without an objective waits for its next step at most.
+
+        Where steps take long, as long as the least that a step is worth has it wait.
+        """
+        settings = self._settings
+        least_share = settings.idle_share * LEAST_WORTH
+        return max(settings.max_stall_s, self._step_s(1, 0) / least_share)
 
     def _step_s(self, rows: int, context: int) -> float:
         """Return what passes from a step to the next one, as learnt."""
@@ -374,7 +383,7 @@ class Decoding:
             return
         job = sequence.job
         is_best_effort = _is_best_effort(job)
-        wanted = self._settings.max_stall_s if is_best_effort else job.tpot_s
+        wanted = self._stall_s() if is_best_effort else job.tpot_s
         sequence.band = PACED if self._can_be_paced(sequence) else PLAIN
         if job.service_class == BACKGROUND:
             wanted, sequence.band = math.inf, BEHIND

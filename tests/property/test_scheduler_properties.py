@@ -298,7 +298,8 @@ def test_scheduler_burst_streams_keep_a_quarter_of_their_pace_and_no_step_is_lat
     for run in device.runs.values():
         if run.work.is_decode:
             assert run.start_s <= run.work.deadline_s + limits.max_blocking_s
-    bound_s = min(limits.max_stall_s, 4 * longest_s / limits.idle_share) + longest_s
+    stall_s = max(limits.max_stall_s, 16 * model.decode_s(1, 0))
+    bound_s = min(stall_s, 4 * longest_s / limits.idle_share) + longest_s
     for client in clients:
         gaps = [b - a for a, b in pairwise(client.token_times)]
         assert max(gaps, default=0.0) <= bound_s + 2 * limits.max_blocking_s

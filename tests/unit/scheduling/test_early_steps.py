@@ -8,13 +8,11 @@ import pytest
 from hand_made import arrive, make
 
 from flowprefill.scheduling import (
-    Arrival,
     Cancelled,
     CostModel,
     Decision,
     Finished,
     Held,
-    Job,
     MachineRates,
     ModelShape,
     Scheduler,
@@ -118,11 +116,14 @@ def test_share_of_the_time_is_that_of_the_steps_until_all_have_been_prefilled() 
     assert scheduler.decode_share() == pytest.approx(1 / 4 * 3 / 5, rel=1e-2), "halfway: 3 of 5"
 
 
-def test_share_of_steps_that_the_longest_wait_asks_for() -> None:
-    model = CostModel(ModelShape(1e6, 2e8, 1e-3, 1, 1), MachineRates(1e9, 1e9, 1e9, 1e-9))
+@pytest.mark.parametrize(("step_s", "wait_s"), [(0.02, 0.32), (0.04, 0.64), (0.2, 3.2)])
+def test_streams_keep_a_sixteenth_of_the_time_however_long_steps_take(
+    step_s: float, wait_s: float
+) -> None:
+    model = CostModel(ModelShape(1e6, step_s * 1e9, 1e-3, 1, 1), MachineRates(1e9, 1e9, 1e9, 1e-9))
     scheduler = Scheduler("slack_edf", model, SchedulerSettings())
-    scheduler.on_event(Arrival(Job("talker", 0.0, 0)), 0.0)
-    assert scheduler.decode_share() == pytest.approx(0.2 / 0.5, rel=1e-3)
+    decision = after_step(scheduler, *[{}] * 9)
+    assert decision.wake_at == pytest.approx(wait_s, rel=0.02)
 
 
 @pytest.mark.parametrize("leaves", [Held("first", is_held=True), Cancelled("first")])
