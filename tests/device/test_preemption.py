@@ -47,13 +47,18 @@ class Bystander:
         self.count += 1
 
 
-def stop_everywhere(native: Runner, granularity: str) -> None:
-    """Check that a prompt which stops for another at each boundary keeps its bits, and so that."""
+def stop_everywhere(native: Runner, granularity: str, most: int = 10_000) -> None:
+    """Check that a prompt which stops for another at each boundary keeps its bits, and so that.
+
+    Args:
+        most: stop so often at most, at boundaries with equally many between them.
+    """
     ids = native.ids
     mine, others = native.tables([200, 150])
     undisturbed = native.logits([(ids, 0, mine)], granularity)
     bystander = Bystander(native, (ids[50:], 0, others), "operator")
-    every = range(1, native.make([(ids, 0, mine)], granularity).num_segments)
+    boundaries = native.make([(ids, 0, mine)], granularity).num_segments - 1
+    every = range(1, 1 + boundaries, -(-boundaries // most) or 1)
     run = native.make([(ids, 0, mine)], granularity, pause_at=set(every))
     assert np.array_equal(execute_with_others(native, run, every, bystander), undisturbed)
     assert bystander.count == len(every) == run.accounting().num_preemptions

@@ -14,6 +14,11 @@
 namespace flowprefill::testing {
 namespace {
 
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+constexpr int kRounds = 3;  // each is some ten times slower
+#else
+constexpr int kRounds = 25;
+#endif
 constexpr int32_t kBlockTokens = 64;
 constexpr int32_t kTableStride = 4096;  // blocks: 256k tokens
 
@@ -160,7 +165,7 @@ class AttentionListsTest : public ::testing::Test {
 };
 
 TEST_F(AttentionListsTest, every_row_sees_every_key_once_however_rows_are_cut) {
-  for (int round = 0; round < 25; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     set_model(kModels[random(std::size(kModels))]);
     make_batch();
     for (const bool is_windowed : {false, true})

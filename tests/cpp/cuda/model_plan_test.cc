@@ -328,6 +328,8 @@ TEST_F(ModelLaunchesTest, of_split_attention_are_counted_as_they_are_made) {
 
 // The last rows of a prompt beyond 32k tokens; the first have no chunks.
 TEST_F(ModelLaunchesTest, of_attention_over_chunks_of_keys_are_counted_as_they_are_made) {
+  if (!fake_kernels::has_bodies())
+    GTEST_SKIP() << "32k keys take too long under a sanitizer";
   fake_cudart::set_compute_capability(90);
   constexpr int32_t kTokens = 64;  // of a block
   constexpr int32_t kRows = 128;
