@@ -66,7 +66,7 @@ void multiply_tile(const Product<Bf16>& p, const Bf16* a, const Bf16* b, float* 
 }
 
 template <int kRows, int kAhead>
-void multiply_rows(const Product<Bf16>& p, int64_t row, const char* ahead) {
+void multiply_columns(const Product<Bf16>& p, int64_t row, const char* ahead) {
   const Bf16* a = p.a + row * p.lda;
   float* c = p.c + row * p.ldc;
   int64_t column = 0;
@@ -77,41 +77,44 @@ void multiply_rows(const Product<Bf16>& p, int64_t row, const char* ahead) {
 }
 
 template <int kAhead>
-void multiply_rows_from(const Product<Bf16>& p, int64_t row, const char* ahead) {
-  switch (p.rows - row) {
+void multiply_rows(const Product<Bf16>& p, int64_t row, int64_t rows, const char* ahead) {
+  switch (rows) {
+    case 6:
+      return multiply_columns<6, kAhead>(p, row, ahead);
     case 5:
-      return multiply_rows<5, kAhead>(p, row, ahead);
+      return multiply_columns<5, kAhead>(p, row, ahead);
     case 4:
-      return multiply_rows<4, kAhead>(p, row, ahead);
+      return multiply_columns<4, kAhead>(p, row, ahead);
     case 3:
-      return multiply_rows<3, kAhead>(p, row, ahead);
+      return multiply_columns<3, kAhead>(p, row, ahead);
     case 2:
-      return multiply_rows<2, kAhead>(p, row, ahead);
-    case 1:
-      return multiply_rows<1, kAhead>(p, row, ahead);
+      return multiply_columns<2, kAhead>(p, row, ahead);
     default:
-      return multiply_rows<kTileRows, kAhead>(p, row, ahead);
+      return multiply_columns<1, kAhead>(p, row, ahead);
   }
 }
 
-// The block is passed over once for every kTileRows rows. From the first pass on it is in cache;
-// memory is kept busy by asking for the next block then, some lines at each pair of every pass.
+// The block is passed over once for at most kTileRows rows. From the first pass on it is in cache;
+// memory is kept busy by asking for the next block then, some lines at each pair of every pass. So
+// passes have equally many rows: one that is over too soon would wait for what it has asked for.
 inline void multiply(const Product<Bf16>& p) {
-  const int64_t passes = (p.rows + kTileRows - 1) / kTileRows;
+  int64_t passes = (p.rows + kTileRows - 1) / kTileRows;
   const auto* ahead = reinterpret_cast<const char*>(p.ahead);
   const bool is_whole = p.n == kTileVectors * kLanes && passes > 1 && ahead != nullptr;
   const char* const end = is_whole ? ahead + p.k * p.n * static_cast<int64_t>(sizeof(Bf16)) : ahead;
   const int64_t lines = passes >= kTileVectors ? 1 : 2;  // at a pair, of kTileVectors
-  for (int64_t row = 0; row < p.rows; row += kTileRows) {
+  for (int64_t row = 0; row < p.rows; --passes) {
+    const int64_t rows = (p.rows - row + passes - 1) / passes;
     if (ahead == end) {
-      multiply_rows_from<0>(p, row, nullptr);
-      continue;
+      multiply_rows<0>(p, row, rows, nullptr);
+    } else {
+      if (lines == 1)
+        multiply_rows<1>(p, row, rows, ahead);
+      else
+        multiply_rows<2>(p, row, rows, ahead);
+      ahead += p.k / 2 * lines * kLineBytes;
     }
-    if (lines == 1)
-      multiply_rows_from<1>(p, row, ahead);
-    else
-      multiply_rows_from<2>(p, row, ahead);
-    ahead += p.k / 2 * lines * kLineBytes;
+    row += rows;
   }
 }
 
