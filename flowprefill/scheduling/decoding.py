@@ -33,6 +33,7 @@ LEARNS = 0.3  # of how late a due step's tokens were, how much earlier the next 
 # Streams go on at a quarter of their pace however many wait: behind a backlog that never ends,
 # others' too, nothing makes up for it. It costs a burst hardly anything: few steps are so narrow.
 LEAST_WORTH = 0.25
+MOST_STALL = 4  # times max_stall_s that a stream waits where steps take so long
 NO_STEP = Verdict(False, "")  # what runs instead has its own reason
 
 
@@ -331,11 +332,11 @@ class Decoding:
     def _stall_s(self) -> float:
         """Return how long a sequence without an objective waits for its next step at most.
 
-        Where steps take long, as long as the least that a step is worth has it wait.
+        Where steps take long, as long as the least that a step is worth has it wait, within bounds.
         """
         settings = self._settings
-        least_share = settings.idle_share * LEAST_WORTH
-        return max(settings.max_stall_s, self._step_s(1, 0) / least_share)
+        stall_s = self._step_s(1, 0) / (settings.idle_share * LEAST_WORTH)
+        return min(max(stall_s, settings.max_stall_s), MOST_STALL * settings.max_stall_s)
 
     def _step_s(self, rows: int, context: int) -> float:
         """Return what passes from a step to the next one, as learnt."""

@@ -130,8 +130,8 @@ class SchedulerSettings:
         decode_share: most of the time that decode steps take while prefills wait.
         idle_share: what decode steps without a TPOT objective aim at while prefills wait; less
             while many that wait would make steps cheaper (docs/scheduling.md).
-        max_stall_s: longest wait of a sequence without a TPOT objective for its next step, or four
-            steps' time / idle_share where that is longer.
+        max_stall_s: longest wait of a sequence without a TPOT objective for its next step; up to
+            four times as long where steps take long (docs/scheduling.md).
     """
 
     max_batch_tokens: int = 512
