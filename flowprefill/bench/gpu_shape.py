@@ -246,7 +246,6 @@ class ShapeBench:
         """Measure by granularity how long short prompts wait, and the gaps between launches."""
         long_tokens = min(LONG, max(self._args.tokens))
         self._prefill_s(model, long_tokens, "none")
-        rng = random.Random(self._args.seed)
         for granularity in granularities:
             if not self._has(10):
                 return
@@ -256,10 +255,8 @@ class ShapeBench:
                 model.prefill_s(long_tokens, plan)
             with model.recorded() as segments:
                 long_s = median(model.prefill_s(long_tokens, plan) for _ in range(3))
-            waits = [
-                wait_s
-                for wait_s, _ in self._shorts(model, granularity, long_tokens, long_s, SHORTS, rng)
-            ]
+            found = self._shorts(model, granularity, long_tokens, long_s, SHORTS)
+            waits = [wait_s for wait_s, _ in found]
             lengths = [segment.end_s - segment.start_s for segment in segments]
             gaps = gaps_of(segments)
             self._keep(
@@ -306,10 +303,12 @@ class ShapeBench:
         long_tokens: int,
         long_s: float,
         count: int,
-        rng: random.Random,
     ) -> Iterator[tuple[float, float]]:
-        """Yield, for each short prompt that met the long one: seconds to its start, to its end."""
-        plan = self._plan(granularity)
+        """Yield, for each short prompt that met the long one: seconds to its start, to its end.
+
+        They come at the same shares of the long one's time, whatever the granularity.
+        """
+        plan, rng = self._plan(granularity), random.Random(self._args.seed)
         met, together = 0, min(TOGETHER, count)
         if granularity == "none":
             count, together = min(count, SHORTS_OF_NONE), 1
@@ -325,14 +324,13 @@ class ShapeBench:
     def _hol(self, model: GpuModel) -> None:
         """Measure a short prompt's time to its token during the longest one."""
         long_tokens = max(self._args.tokens)
-        rng = random.Random(self._args.seed)
         for granularity in ("none", USUAL):
             plan = self._plan(granularity)
             alone = [model.prefill_s(SHORT_TOKENS, plan) for _ in range(6)]
             if not self._has(15):
                 return
             long_s = self._prefill_s(model, long_tokens, granularity)
-            found = self._shorts(model, granularity, long_tokens, long_s, HOL_SHORTS, rng)
+            found = self._shorts(model, granularity, long_tokens, long_s, HOL_SHORTS)
             during = [end_s for _, end_s in found]
             self._keep(
                 "hol",
