@@ -29,14 +29,14 @@ class Witness:
     """Takes the place of a scheduler's `on_event`.
 
     Attributes:
-        events: how many there were; timers: how many of these were the scheduler's own wish.
+        events: how many there were.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._on_event = scheduler.on_event
         scheduler.on_event = self.on_event  # type: ignore[method-assign]
-        self.events = self.timers = 0
+        self.events = 0
         self._now = 0.0
         self._wake_at: float | None = None
         self._current: Work | None = None
@@ -80,7 +80,6 @@ class Witness:
                 if job_id in self._decoding:
                     (self._held.add if is_held else self._held.discard)(job_id)
             case TimerFired():
-                self.timers += 1
                 assert self._wake_at is not None, "a timer that was not asked for"
                 assert self._wake_at <= self._now, "woken before it asked to be"
 

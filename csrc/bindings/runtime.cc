@@ -67,22 +67,16 @@ std::vector<std::tuple<double, double, double, double, double, double, uint32_t>
 void bind_records(py::module_& m) {
   using Accounting = RunAccounting;
   py::class_<Accounting>(m, "RunAccounting", py::module_local())
-      .def_property_readonly("created_s", seconds(&Accounting::created_ns))
       .def_property_readonly("dispatched_s", seconds(&Accounting::dispatched_ns))
       .def_property_readonly("first_start_s", seconds(&Accounting::first_start_ns))
       .def_property_readonly("last_end_s", seconds(&Accounting::last_end_ns))
       .def_property_readonly("running_s", seconds(&Accounting::running_ns))
       .def_property_readonly("suspended_s", seconds(&Accounting::suspended_ns))
-      .def_property_readonly("last_blocking_s", seconds(&Accounting::last_blocking_ns))
       .def_property_readonly("max_blocking_s", seconds(&Accounting::max_blocking_ns))
       .def_readonly("num_preemptions", &Accounting::num_preemptions);
   py::class_<ExecutorStats>(m, "ExecutorStats", py::module_local())
       .def_readonly("num_segments", &ExecutorStats::num_segments)
-      .def_readonly("num_dispatched", &ExecutorStats::num_dispatched)
-      .def_readonly("num_started", &ExecutorStats::num_started)
       .def_readonly("num_suspended", &ExecutorStats::num_suspended)
-      .def_readonly("num_finished", &ExecutorStats::num_finished)
-      .def_readonly("num_cancelled", &ExecutorStats::num_cancelled)
       .def_readonly("num_failed", &ExecutorStats::num_failed)
       .def_property_readonly("max_blocking_s", seconds(&ExecutorStats::max_blocking_ns));
   py::class_<SegmentLabel>(m, "SegmentLabel", py::module_local())
@@ -100,8 +94,7 @@ void bind_records(py::module_& m) {
       .def_property_readonly("end_s", seconds(&TimelineRecord::end_ns));
   py::class_<TimelineSnapshot>(m, "TimelineSnapshot", py::module_local())
       .def_readonly("records", &TimelineSnapshot::records)
-      .def_readonly("next", &TimelineSnapshot::next)
-      .def_readonly("num_lost", &TimelineSnapshot::num_lost);
+      .def_readonly("next", &TimelineSnapshot::next);
 }
 
 void bind_event(py::module_& m) {

@@ -1,4 +1,4 @@
-// The place segments execute on; owned by the Executor, called on the executor's thread only.
+// Device: what the Executor launches segments on, as it sees it; called on its thread only.
 // A device that completes work in the order it was launched may run ahead: see launch/throttle.
 #pragma once
 

@@ -6,8 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "runtime/clock.h"
-
 namespace flowprefill {
 
 namespace {
@@ -74,10 +72,7 @@ bool is_legal(RunState from, RunState to) {
 }
 
 Run::Run(uint64_t id, std::unique_ptr<Program> program)
-    : id_(id),
-      program_(checked(id, std::move(program))),
-      remaining_s_(suffix_sums(*program_)),
-      created_ns_(now_ns()) {}
+    : id_(id), program_(checked(id, std::move(program))), remaining_s_(suffix_sums(*program_)) {}
 
 std::string Run::error() const {
   return state() == RunState::kFailed ? error_ : std::string();
@@ -85,7 +80,6 @@ std::string Run::error() const {
 
 RunAccounting Run::accounting() const {
   RunAccounting accounting;
-  accounting.created_ns = created_ns_;
   accounting.dispatched_ns = dispatched_ns_.load(kRelaxed);
   accounting.first_start_ns = first_start_ns_.load(kRelaxed);
   accounting.last_end_ns = last_end_ns_.load(kRelaxed);

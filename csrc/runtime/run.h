@@ -30,7 +30,6 @@ bool is_legal(RunState from, RunState to);
 // Where a run's time went, nanoseconds on the clock of clock.h; 0: has not happened.
 // Exact once the run's terminal event was taken; before, figures may be of different moments.
 struct RunAccounting {
-  int64_t created_ns = 0;
   int64_t dispatched_ns = 0;     // last dispatch
   int64_t first_start_ns = 0;    // first segment started
   int64_t last_end_ns = 0;       // last segment so far ended; exact when nothing is in flight
@@ -118,7 +117,6 @@ class Run {
   std::atomic<uint32_t> word_{static_cast<uint32_t>(RunState::kReady)};
   std::atomic<uint32_t> cursor_{0};
 
-  const int64_t created_ns_;
   std::atomic<int64_t> dispatched_ns_{0};
   std::atomic<int64_t> first_start_ns_{0};
   std::atomic<int64_t> last_end_ns_{0};

@@ -20,7 +20,6 @@ from flowprefill.simulation.routers import ROUTERS, Router, check_router
 from flowprefill.simulation.simulator import Configuration, arrivals, check_noise
 
 if TYPE_CHECKING:
-    from flowprefill.request import OnMiss
     from flowprefill.simulation.profile import Profile
     from flowprefill.simulation.result import Outcome
     from flowprefill.traces import TraceRequest
@@ -127,7 +126,6 @@ def simulate_cluster(
     noise: float = 0.0,
     bias: float = 1.0,
     role: Role = "prefill",
-    on_miss: OnMiss = "demote",
     on_end: Callable[[Outcome], None] | None = None,
 ) -> ClusterResult:
     """Serve the requests on so many workers of one profile.
@@ -137,7 +135,7 @@ def simulate_cluster(
     Args:
         requests: in order of arrival; read one by one.
         router: a name of ROUTERS.
-        seed, noise, bias, role, on_miss: as `simulate` takes them; the router draws by the seed.
+        seed, noise, bias, role: as `simulate` takes them; the router draws by the seed.
         on_end: told of each request that ends, after it was counted.
 
     Raises:
@@ -160,8 +158,8 @@ def simulate_cluster(
     costs = WorkCosts(profile, configuration.granularity)
     nodes = [
         Node(
-            configuration.scheduler(profile, bias), costs, end, role=role, on_miss=on_miss,
-            worker=worker, seed=seed + worker, noise=noise, on_blocking=result.blocking.add,
+            configuration.scheduler(profile, bias), costs, end, role=role, worker=worker,
+            seed=seed + worker, noise=noise, on_blocking=result.blocking.add,
         )
         for worker in range(workers)
     ]  # fmt: skip

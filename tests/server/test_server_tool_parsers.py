@@ -185,9 +185,9 @@ class MarksAreSpecial(ByteTokenizer):
         return 256
 
 
-def _tools(choice: str, *, is_parallel: bool = True) -> Tools:
+def _tools(choice: str) -> Tools:
     listed = tuple({"type": "function", "function": {"name": name}} for name in NAMES)
-    return Tools(listed, choice, NAMES if choice == "required" else NAMES[:1], is_parallel)
+    return Tools(listed, choice, NAMES if choice == "required" else NAMES[:1], is_parallel=True)
 
 
 def test_grammar_writes_a_control_token_as_one() -> None:

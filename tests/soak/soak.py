@@ -44,7 +44,6 @@ class Sample:
     rss_mib: float
     files: int
     threads: int
-    log_bytes: int
 
 
 def sample(server: ServerProcess, start_s: float) -> Sample:
@@ -54,7 +53,7 @@ def sample(server: ServerProcess, start_s: float) -> Sample:
     found = {key: int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "Threads")}  # type: ignore[index]
     return Sample(
         time.monotonic() - start_s, found["VmRSS"] / 1024, len([*(folder / "fd").iterdir()]),
-        found["Threads"], server.log.stat().st_size,
+        found["Threads"],
     )  # fmt: skip
 
 

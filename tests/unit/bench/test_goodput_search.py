@@ -22,8 +22,8 @@ from flowprefill.errors import ConfigError
 from flowprefill.traces import TraceRequest
 
 
-def run_search(curve: Callable[[int], float], start: int, stride: int = 4) -> tuple[Search, int]:
-    search, asked = Search(0.9, start, stride, least=-100, most=100), 0
+def run_search(curve: Callable[[int], float], start: int) -> tuple[Search, int]:
+    search, asked = Search(0.9, start, stride=4, least=-100, most=100), 0
     while not search.is_done:
         search.tell(search.next_index, curve(search.next_index))
         asked += 1

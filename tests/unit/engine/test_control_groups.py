@@ -13,7 +13,7 @@ from flowprefill.engine import cpu_device
 from flowprefill.engine.control_groups import memory_left, usable_cores
 from flowprefill.engine.cpu_device import CpuDevice, resolve_threads
 
-V2_MOUNT = "24 23 0:20 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+V2_MOUNT = "24 23 0:20 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1_MOUNT = "3{n} 31 0:3{n} {top} /sys/fs/cgroup/{name} rw - cgroup cgroup rw,{name}\n"
 OTHER_MOUNTS = (
     "22 1 8:1 / / rw shared:1 - ext4 /dev/root rw\n31 22 0:28 / /sys/fs/cgroup rw - tmpfs t rw\n"
@@ -28,8 +28,8 @@ def write(root: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-def v2(root: Path, files: dict[str, str], own: str = "/", top: str = "/") -> Path:
-    mounts = OTHER_MOUNTS + V2_MOUNT.format(top=top)
+def v2(root: Path, files: dict[str, str], own: str = "/") -> Path:
+    mounts = OTHER_MOUNTS + V2_MOUNT
     write(root, {"proc/self/mountinfo": mounts, "proc/self/cgroup": f"0::{own}\n"})
     write(root, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
     return root
@@ -38,7 +38,7 @@ def v2(root: Path, files: dict[str, str], own: str = "/", top: str = "/") -> Pat
 def v1(root: Path, files: dict[str, str], own: str = "/", top: str = "/") -> Path:
     mounts = [V1_MOUNT.format(n=n, name=name, top=top) for n, name in enumerate(("cpu", "memory"))]
     groups = f"4:memory:{own}\n1:cpu,cpuacct:{own}\n0::/\n"
-    hybrid = V2_MOUNT.format(top="/").replace("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+    hybrid = V2_MOUNT.replace("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
     write(root, {"proc/self/mountinfo": OTHER_MOUNTS + "".join(mounts) + hybrid})
     write(root, {"proc/self/cgroup": groups})
     write(root, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})

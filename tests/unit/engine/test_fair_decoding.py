@@ -17,9 +17,9 @@ FOR_S = 2.0
 class Crowd(GateWorld):
     """A core at which many streams decode that never end."""
 
-    def __init__(self, tpot: float | None = None, client: str = "crowd") -> None:
+    def __init__(self, tpot: float | None = None) -> None:
         super().__init__()
-        self.crowd = [self.talker(tpot, client) for _ in range(MANY)]
+        self.crowd = [self.talker(tpot, "crowd") for _ in range(MANY)]
         while not all(live.tokens for live in self.crowd):
             self.play(self.worker.now + 0.1)
 
