@@ -197,7 +197,7 @@ gpu-run:  ## on that machine: tests, figures, profiles in BUDGET=540 seconds, or
 	bash .gpu-kit/run.sh $(BUDGET) $(STAGES)
 
 .PHONY: tidy-cuda
-tidy-cuda: $(TOOLS) $(CUDA_HEADERS) | lint-packages  ## clang-tidy of the graph layer, the CUDA device and model, and their bindings
+tidy-cuda: $(TOOLS) $(CUDA_HEADERS) | lint-packages  ## clang-tidy of the CUDA device and its bindings
 	cmake -S tests/device -B build/cuda-engine -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(BIN)/python
 	printf '%s\n' csrc/devices/cuda/runtime/*.cc csrc/devices/cuda/backend/*.cc csrc/bindings/cuda_*.cc | xargs -P "$$(nproc)" -n 1 \
@@ -238,12 +238,6 @@ format: $(TOOLS) | lint-packages  ## rewrite the sources in the common format
 .PHONY: demo
 demo: build  ## short prompts while a long one is prefilled, preemption off and on: table, picture, trace (2 minutes)
 	$(BIN)/python -m flowprefill.bench.demo
-
-.PHONY: bench
-bench: build  ## the two benches of the README, JSON into out/
-	mkdir -p out
-	$(BIN)/flowprefill bench hol --json out/hol.json
-	$(BIN)/flowprefill bench prefill --json out/prefill.json
 
 .PHONY: bench-gpu
 bench-gpu: build  ## what one GPU does, the report to send us: JSON into out/
