@@ -116,7 +116,7 @@ def live_request(
 
 
 def assert_all_free(engine: Engine) -> None:
-    """Founding invariant 3: no request, no block, no workspace is left."""
+    """No request, no block, no workspace is left."""
     if engine.describe()["device"] == "cpu":
         wait_for(lambda: engine.stats().workspace_bytes == 0, "every workspace free")
     wait_for(lambda: not engine._core._runs, "every run ends")

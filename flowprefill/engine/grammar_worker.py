@@ -1,4 +1,4 @@
-"""Compiles grammars to see whether it ends; grammar_process.py has a BoundedProcess run it.
+"""Tries whether compiling a grammar ends; grammar_process.py has a BoundedProcess run it.
 
 It imports llguidance and the standard library alone. A request is a grammar as llguidance takes it;
 the reply is empty, and comes once the grammar was compiled, well or not.

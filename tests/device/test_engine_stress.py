@@ -109,10 +109,10 @@ def one_round(
     ("policy", "granularity"),
     list(zip(POLICIES, itertools.cycle(GRANULARITIES), strict=False)),
 )
-def test_invariants_2_and_3_one_terminal_event_each_and_nothing_left(
+def test_one_terminal_event_each_and_nothing_left(
     open_engine: Callable[..., Engine], policy: str, granularity: str
 ) -> None:
-    """Invariants 2 and 3, with memory for a tenth of the requests at a time."""
+    """Each ends once and nothing is left, with memory for a tenth of the requests at a time."""
     engine = open_engine(
         policy=policy, granularity=granularity, kv_cache_gib=0.0015, block_tokens=16, threads=2
     )

@@ -27,7 +27,7 @@ SLACK_BYTES = 4 << 20  # of what the driver takes and gives back in whole pages
 def test_a_dispatch_waits_for_no_more_segments_than_the_host_is_ahead(
     device: Device, depth: int
 ) -> None:
-    """Invariant 4 on a GPU: run_ahead + 1 segments of the other run end after the dispatch.
+    """On a GPU run_ahead + 1 segments of the other run end after the dispatch, no more.
 
     Where other processes have turns on the GPU, its clock cannot be set by the host's to CLOCKS_S:
     an event on an idle stream waits for the end of their turn.

@@ -1,4 +1,4 @@
-"""Founding invariants 1 and 4: bit-equal logits when preempted; blocking of one segment."""
+"""A preempted run gives the bits of an undisturbed one, and blocks others for one segment."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def stop_everywhere(native: Runner, granularity: str, most: int = 10_000) -> Non
 
 @on(EVERY)
 def test_preempted_at_every_boundary_is_bit_equal(device: Device, runner: GetRunner) -> None:
-    """Invariant 1, all boundaries of one run, one after another."""
+    """All boundaries of one run, one after another."""
     for granularity in device.granularities:
         stop_everywhere(runner("llama-grouped"), granularity)
 
@@ -135,7 +135,7 @@ def test_attention_sliced_by_heads_leaves_none_out(runner: GetRunner) -> None:
 def test_preempted_once_at_each_boundary_is_bit_equal(
     case: str, granularity: str, runner: GetRunner
 ) -> None:
-    """Invariant 1, one run per boundary: a packed batch, interrupted by a decode-like run."""
+    """One run per boundary: a packed batch, interrupted by a decode-like run."""
     native = runner(case)
     ids = native.ids
     first, second, others = native.tables([65, 30, 20], seed=4)
@@ -257,7 +257,7 @@ def test_graphs_give_the_bits_of_eager_launches(open_runner: GetRunner) -> None:
 def test_no_segment_starts_after_a_dispatch_but_the_newcomers(
     granularity: str, runner: GetRunner
 ) -> None:
-    """Invariant 4, without a clock's tolerance: blocking is the segment being executed, no more."""
+    """Blocking is the segment being executed and no more, without a clock's tolerance."""
     native = runner("llama-grouped")
     chance = random.Random(1)
     long_table, short_table = native.tables([1200, 20])
