@@ -1,12 +1,15 @@
-"""What README, docs and examples tell a reader to type works.
+"""What README, docs and examples tell a reader to type works, and nothing is said twice.
 
 Python blocks and examples run with the embedded model, one process each; commands of flowprefill
-are parsed, make's targets exist, and a real server answers curl's requests.
+are parsed, those of the reports too, flags and make's targets exist, and a real server answers
+curl's requests.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -17,6 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +28,7 @@ from typing import NamedTuple
 import pytest
 
 from flowprefill import cli
+from flowprefill.server.options import ServerOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -140,6 +145,59 @@ def test_lists_begin_after_an_empty_line(page: Path) -> None:
     for before, line in itertools.pairwise(prose.splitlines()):
         if line.startswith(("- ", "1. ")):
             assert before == "" or before.startswith(("#", "- ", "  ")), line
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the flags of a parser and of the commands that it has."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found.update(*(flags_of(command) for command in action.choices.values()))
+    return found
+
+
+def test_flags_that_are_named_exist() -> None:
+    """Each by some command: `--max-body-mib`, or `--quantization int8`."""
+    benches = [["bench", name] for name in cli.BENCHES]
+    commands = [["chat"], ["explain"], ["doctor"], ["simulate"], *benches]
+    known = set().union(*(flags_of(cli.build_parser(command)) for command in commands))
+    named = {flag for page in PAGES for flag in re.findall(r"`(--[a-z][a-z-]+)", page.read_text())}
+    assert "--max-body-mib" in named
+    assert named - known == set()
+
+
+def test_settings_of_the_server_are_in_the_documents() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for field in dataclasses.fields(ServerOptions):
+        flag = field.name.replace("_", "-")
+        assert re.search(rf"--(no-)?{flag}\b|`{field.name}`", text), field.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_item_of_a_list_is_there_twice(page: Path) -> None:
+    """As where two changes of one item were merged into both."""
+    items = [line[:40] for line in page.read_text().splitlines() if line.startswith("- ")]
+    assert [begin for begin, count in Counter(items).items() if count > 1] == []
+
+
+REPORTS = [*sorted((ROOT / "benchmarks/results").rglob("*.json"))]
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
+def test_command_of_a_report_still_parses(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = json.loads(report.read_text())
+    for part in (found, *found.values()):
+        words = shlex.split(part.get("command", "")) if isinstance(part, dict) else []
+        if "bench" in words:
+            monkeypatch.chdir(tmp_path)  # where the folders that it wrote to are
+            for word in words:
+                if not word.startswith("/"):
+                    Path(word).parent.mkdir(parents=True, exist_ok=True)
+            words = words[words.index("bench") :]
+            cli.build_parser(words).parse_args(words)
 
 
 def test_targets_of_make_exist() -> None:
