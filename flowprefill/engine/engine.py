@@ -133,10 +133,10 @@ class Engine:
 
         Raises:
             InvalidRequest, PromptTooLong: what is wrong with the request.
-            Overloaded: too much waits, or it is predicted late and its class rejects it; says when
-                to come back.
+            Overloaded: too much waits, or its class rejects it as late; says when to come back.
             NotReady: the engine is closing, has failed, or is that of the process we are a fork of.
-                In each case nothing else is disturbed.
+            ProcessNotStarted: what compiles grammars does not start; the log says why. In each case
+                nothing else is disturbed.
         """
         arrival_s = self._worker.now_s()
         request = Request(request) if isinstance(request, str) else request
@@ -157,13 +157,10 @@ class Engine:
         *,
         pooling: Pooling = "last",
     ) -> Handle:
-        """Submit a prompt whose answer is an embedding: ``Completion.embedding``.
+        """Submit a prompt whose answer is an embedding, ``Completion.embedding``; raises as submit.
 
         Args:
             pooling: of the last token, or the mean of all.
-
-        Raises:
-            As submit.
         """
         return self.submit(Request(prompt, pooling=pooling), slo)
 
@@ -206,6 +203,7 @@ class Engine:
 
         Raises:
             InvalidRequest: the messages do not fit the template, or its limits; or there is none.
+            ProcessNotStarted: that process does not start; the log says why.
         """
         return self._chat_template.render(messages, **template_kwargs)
 
@@ -221,7 +219,7 @@ class Engine:
         """Cut prefills otherwise from now on, e.g. to compare granularities on one loaded model.
 
         Args:
-            text: as the setting ``granularity``.
+            text: as the setting ``granularity``, but not ``auto``.
 
         Raises:
             ConfigError: it is not a granularity.
