@@ -236,7 +236,7 @@ format: $(TOOLS) | lint-packages  ## rewrite the sources in the common format
 # ---- what it does
 
 .PHONY: demo
-demo: build  ## short prompts while a long one is prefilled, preemption off and on: table, picture, trace (2 minutes)
+demo: build  ## short prompts while a long one is prefilled, preemption off and on: table, picture, trace
 	$(BIN)/python -m flowprefill.bench.demo
 
 .PHONY: bench-gpu

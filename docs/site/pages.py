@@ -31,7 +31,7 @@ OWN = (
 FOLDERS = {
     "docs/decisions": "Why the larger things are as they are.",
     "deploy": "Files to deploy with; [docs/deploy.md](../docs/deploy.md) says how.",
-    "benchmarks/results": "The reports behind the figures.",
+    "benchmarks/results": "",  # its README says it
 }
 
 
@@ -69,9 +69,10 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def own_files() -> Iterator[Path]:
-    """Yield the repository's files that the site has."""
+    """Yield the repository's files that the site has; a folder's README is on its made page."""
+    readmes = {ROOT / folder / "README.md" for folder in FOLDERS}
     for pattern in OWN:
-        yield from sorted(path for path in ROOT.glob(pattern) if path.is_file())
+        yield from sorted(p for p in ROOT.glob(pattern) if p.is_file() and p not in readmes)
 
 
 def title_of(path: Path) -> str:
@@ -83,12 +84,14 @@ def title_of(path: Path) -> str:
 
 
 def folder_page(folder: str, text: str) -> str:
-    """Return a page that lists a folder's files."""
+    """Return a page that lists a folder's files, behind what its README says if it has one."""
     base = ROOT / folder
-    found = sorted(p for p in base.rglob("*") if p.is_file())
+    readme = base / "README.md"
+    found = sorted(p for p in base.rglob("*") if p.is_file() and p != readme)
     lines = [f"- [{title_of(p)}]({p.relative_to(base).as_posix()})" for p in found]
     name = "Decisions" if folder == "docs/decisions" else folder
-    return "\n".join([f"# {name}", "", text, "", *lines, ""])
+    head = readme.read_text() if readme.exists() else f"# {name}\n\n{text}\n"
+    return "\n".join([head, *lines, ""])
 
 
 def examples_page() -> str:
