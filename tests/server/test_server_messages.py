@@ -12,8 +12,22 @@ from flowprefill.server.openapi.requests import found_fields, request_schema
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hi"}]
-CHOICES = """'none', 'auto', 'required' or {"type": "function", "name": ...}"""
+CHOICES = (
+    """'none', 'auto', 'required', {"type": "function", "name": ...} or """
+    """{"type": "allowed_tools", "mode": ..., "tools": [...]}"""
+)
+A_TOOL = "expected a tool of type 'function' with its name"
 CALLABLE = [{"type": "function", "name": "now"}]
+TOOLS = [{"type": "function", "function": CALLABLE[0]}]
+
+
+def among(kind: str, mode: Any, tools: Any) -> dict[str, Any]:
+    """Return a choice among tools, of chats or of responses, and the tools there are."""
+    subset = {"mode": mode, "tools": tools}
+    if kind == CHAT:
+        choice = {"type": "allowed_tools", "allowed_tools": subset}
+        return {"tools": TOOLS, "tool_choice": choice}
+    return {"tools": CALLABLE, "tool_choice": {"type": "allowed_tools", **subset}}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +45,20 @@ CALLABLE = [{"type": "function", "name": "now"}]
          "regex: got it together with text.format, expected one of the two"),
         ("/v1/responses", {"tools": CALLABLE, "tool_choice": {"type": "x"}},
          f"tool_choice: got {{'type': 'x'}}, expected {CHOICES}"),
+        (CHAT, among(CHAT, "none", TOOLS),
+         "tool_choice.allowed_tools.mode: got 'none', expected 'auto' or 'required'"),
+        (CHAT, among(CHAT, "auto", []),
+         "tool_choice.allowed_tools.tools: got [], expected a list of 1..128 tools"),
+        (CHAT, among(CHAT, "auto", [{"type": "function", "function": {"name": "x"}}]),
+         "tool_choice.allowed_tools.tools[0].function.name: got 'x', expected one of: now"),
+        (CHAT, among(CHAT, "auto", [*TOOLS, *CALLABLE]),
+         "tool_choice.allowed_tools.tools[1]: got {'type': 'function', 'name': 'now'}, " + A_TOOL),
+        ("/v1/responses", among("", None, CALLABLE),
+         "tool_choice.mode: got null, expected 'auto' or 'required'"),
+        ("/v1/responses", among("", "auto", []),
+         "tool_choice.tools: got [], expected a list of 1..128 tools"),
+        ("/v1/responses", among("", "auto", [*CALLABLE, {"type": "function", "name": 5}]),
+         "tool_choice.tools[1]: got {'type': 'function', 'name': 5}, " + A_TOOL),
         (CHAT, {"temperature": True}, "temperature: got true, expected a number in [0, 2]"),
         (CHAT, {"stop": [None]}, "stop[0]: got null, expected a non-empty string"),
         (CHAT, {"use_beam_search": True},

@@ -196,6 +196,25 @@ def values_of(name: str, schema: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     return [None, low, high, schema.get("default")], [low - 1, high + 1, "1", True]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_tool_choice_is_as_described(server: RunningServer, path: str) -> None:
+    flat = {"type": "function", "name": "weather"}
+    nested = {"type": "function", "function": {"name": "weather"}}
+    subsets = [
+        {"mode": mode, "tools": [one]} for mode in ("auto", "none") for one in (flat, nested)
+    ]
+    subsets += [{"mode": "required", "tools": []}, {"tools": [flat]}, {"mode": "auto"}, {}]
+    choices: list[Any] = [flat, nested, "any", {}]
+    choices += [{"type": "allowed_tools", "allowed_tools": subset} for subset in subsets]
+    choices += [{"type": "allowed_tools", **subset} for subset in subsets]
+    accepted = []
+    for choice in choices:
+        body = {**EXAMPLES[path]["tools"], "tool_choice": choice}
+        accepted.append(server.post(path, body).status == 200)
+        assert accepted[-1] == (errors_of(request_schema_of(path), body) == []), choice
+    assert sum(accepted) == (5 if path == "/v1/responses" else 2)
+
+
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_required_fields_are_required(server: RunningServer, path: str) -> None:
     required = request_schema_of(path).get("required", [])

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import FakeEngine, Script
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseStreamEvent, ToolChoiceAllowed
 from pydantic import TypeAdapter
 from running_server import RunningServer, StartServer
 
@@ -20,6 +20,7 @@ TOOLS: Any = [
     {"type": "function", "name": "weather", "strict": True, "parameters": {"type": "object"}},
     {"type": "function", "name": "now", "strict": True, "parameters": {"type": "object"}},
 ]
+SUBSET = {"type": "allowed_tools", "tools": [TOOLS[0], {"type": "function", "name": "x"}]}
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 CALL = {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}"}
 CALLS = (
@@ -233,9 +234,15 @@ def test_format_and_named_tool_reach_the_engine(client: openai.OpenAI, engine: F
         model="fake-model", input="Hi", tools=TOOLS,
         tool_choice={"type": "function", "name": "now"},
     )  # fmt: skip
-    wanted = engine.submitted[1].request.sampling.structured
-    assert wanted is not None
-    assert "weather" not in wanted.text
+    flat: Any = {"mode": "required", "tools": [{"type": "function", "name": "now"}]}
+    reply = client.responses.create(
+        model="fake-model", input="Hi", tools=TOOLS, tool_choice={"type": "allowed_tools", **flat}
+    )
+    assert isinstance(reply.tool_choice, ToolChoiceAllowed)
+    for submitted in engine.submitted[1:]:
+        wanted = submitted.request.sampling.structured
+        assert wanted is not None
+        assert "weather" not in wanted.text
 
 
 @pytest.mark.parametrize(
@@ -254,6 +261,8 @@ def test_format_and_named_tool_reach_the_engine(client: openai.OpenAI, engine: F
         ({"tools": TOOLS, "tool_choice": {"type": "file_search"}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": SUBSET}, "tool_choice.mode"),
+        ({"tools": TOOLS, "tool_choice": {**SUBSET, "mode": "auto"}}, "tool_choice.tools[1].name"),
         ({"text": {"format": {"type": "json_schema", "schema": 5}}}, "text.format.schema"),
         ({"input": [{"type": "reasoning"}, {"role": "wizard"}]}, "input[1].role"),
         ({"input": [{"role": "wizard"}], "instructions": "Be short."}, "input[0].role"),

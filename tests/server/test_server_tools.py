@@ -35,6 +35,11 @@ def ask(client: openai.OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(model="fake-model", messages=MESSAGES, **fields)
 
 
+def allowed(*names: str, mode: str = "auto") -> Any:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def test_call_in_a_whole_reply(client: openai.OpenAI, hermes: FakeEngine) -> None:
     hermes.script = Script(text=f"Let me see.\n{CALLS}")
     (choice,) = ask(client, tools=TOOLS).choices
@@ -85,6 +90,8 @@ def test_tool_choice_none_hides_the_tools(client: openai.OpenAI, hermes: FakeEng
     [
         ("required", ["weather", "now"]),
         ({"type": "function", "function": {"name": "now"}}, ["now"]),
+        (allowed("now", "now", mode="required"), ["now"]),
+        (allowed("now", "weather", mode="required"), ["weather", "now"]),
     ],
 )
 def test_required_and_named_are_enforced_by_a_grammar(
@@ -96,6 +103,20 @@ def test_required_and_named_are_enforced_by_a_grammar(
     assert wanted is not None
     assert wanted.kind == "grammar"
     assert [name for name in ("weather", "now") if f'\\"{name}\\"' in wanted.text] == names
+
+
+def test_of_all_tools_in_the_prompt_only_the_allowed_are_called(
+    client: openai.OpenAI, hermes: FakeEngine
+) -> None:
+    hermes.script = Script(text=CALLS)
+    for stream in (False, True):
+        reply = ask(client, tools=TOOLS, tool_choice=allowed("now"), stream=stream)
+        parts = [c.choices[0].delta for c in reply] if stream else [reply.choices[0].message]
+        calls = [call for part in parts for call in part.tool_calls or () if call.id]
+        assert [call.function.name for call in calls] == ["now"]
+        assert "".join(part.content or "" for part in parts).strip() == CALL  # stays text
+        assert hermes.rendered[-1]["tools"] == TOOLS
+        assert hermes.submitted[-1].request.sampling.structured is None
 
 
 def test_one_call_only_without_parallel_calls(client: openai.OpenAI, hermes: FakeEngine) -> None:

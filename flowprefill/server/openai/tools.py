@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from flowprefill.engine.closed_schema import close_objects
 from flowprefill.errors import InvalidRequest
@@ -26,6 +26,11 @@ MAX_CALLS = 128  # of one message
 TOOL_NAME = r"[A-Za-z0-9_.-]{1,128}"
 NAME_ALLOWED = "1..128 letters, digits, _, - or ."
 JSON_TYPES = ("string", "number", "integer", "boolean", "array", "null")
+MODES = ("auto", "required")
+CHOICE_FORMS = (
+    '{"type": "function", "function": {"name": ...}}',
+    '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}',
+)
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -75,20 +80,48 @@ def read_tools(body: Body) -> Tools:
         return Tools()
     if not listed:
         body.refuse("tool_choice", choice, "'none' or 'auto' without tools")
-    if choice in ("auto", "required"):
+    if choice in MODES:
         return Tools(tuple(listed), choice, tuple(names), is_parallel)
-    return Tools(tuple(listed), "named", (_named(body, choice, names),), is_parallel)
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        mode, allowed = _subset(body, choice.get("allowed_tools"), names)
+        return Tools(tuple(listed), mode, allowed, is_parallel)
+    if _function_name(choice) is None:
+        refuse_choice(body, choice, CHOICE_FORMS)
+    return Tools(tuple(listed), "named", (_named(body, "tool_choice", choice, names),), is_parallel)
 
 
-def _named(body: Body, choice: Any, names: Sequence[str]) -> str:
-    allowed = '{"type": "function", "function": {"name": ...}}'
-    function = choice.get("function") if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or choice.get("type") != "function":
-        body.refuse("tool_choice", choice, f"'none', 'auto', 'required' or {allowed}")
+def refuse_choice(body: Body, choice: Any, forms: Sequence[str]) -> NoReturn:
+    """Raise the error for a ``tool_choice`` that is neither a word nor one of the forms."""
+    body.refuse("tool_choice", choice, "'none', 'auto', 'required', " + " or ".join(forms))
+
+
+def _subset(body: Body, given: Any, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Read the mode, and the names of the tools that may be called of those that are listed."""
+    param = "tool_choice.allowed_tools"
+    if not isinstance(given, dict):
+        body.refuse(param, given, "an object with mode and tools")
+    mode, tools = given.get("mode"), given.get("tools")
+    if mode not in MODES:
+        body.refuse(f"{param}.mode", mode, "'auto' or 'required'")
+    if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
+        body.refuse(f"{param}.tools", tools, f"a list of 1..{MAX_TOOLS} tools")
+    allowed = [_named(body, f"{param}.tools[{i}]", tool, names) for i, tool in enumerate(tools)]
+    return mode, tuple(dict.fromkeys(allowed))
+
+
+def _named(body: Body, param: str, tool: Any, names: Sequence[str]) -> str:
+    name = _function_name(tool)
+    if name is None:
+        body.refuse(param, tool, "a tool of type 'function' with its name")
     if name not in names:
-        body.refuse("tool_choice.function.name", name, "one of: " + ", ".join(names))
+        body.refuse(f"{param}.function.name", name, "one of: " + ", ".join(names))
     return name
+
+
+def _function_name(tool: Any) -> str | None:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) and tool.get("type") == "function" else None
 
 
 def _check_tool(param: str, tool: Any) -> None:

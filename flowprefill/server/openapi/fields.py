@@ -14,7 +14,7 @@ from flowprefill.request import MAX_BIAS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, POOL
 from flowprefill.server.openai.chat import MAX_MESSAGES, ROLES
 from flowprefill.server.openai.embeddings import ENCODINGS
 from flowprefill.server.openai.openai_schema import MAX_METADATA
-from flowprefill.server.openai.tools import MAX_CALLS, TOOL_NAME
+from flowprefill.server.openai.tools import MAX_CALLS, MAX_TOOLS, MODES, TOOL_NAME
 from flowprefill.server.responses.response_input import MAX_ITEMS, PART_TYPES
 
 Schema = dict[str, Any]
@@ -159,6 +159,24 @@ _NAMED_FLAT_TOOL: Schema = {
 }
 _CHOICE: Schema = {"enum": ["none", "auto", "required"]}
 
+
+def _allowed(tool: Schema, **kind: Schema) -> Schema:
+    properties: Schema = {
+        **kind,
+        "mode": {"enum": list(MODES)},
+        "tools": {"type": "array", "items": tool, "minItems": 1, "maxItems": MAX_TOOLS},
+    }
+    return {"type": "object", "required": [*properties], "properties": properties}
+
+
+_SUBSET: Schema = {"const": "allowed_tools"}
+_ALLOWED_TOOLS: Schema = {
+    "type": "object",
+    "required": ["type", "allowed_tools"],
+    "properties": {"type": _SUBSET, "allowed_tools": _allowed(_NAMED_TOOL)},
+}
+_ALLOWED_FLAT_TOOLS = _allowed({"anyOf": [_NAMED_FLAT_TOOL, _NAMED_TOOL]}, type=_SUBSET)
+
 # Field -> what it means.
 MEANINGS: Mapping[str, str] = {
     "model": "The name of the served model; another one is a 404.",
@@ -198,7 +216,8 @@ MEANINGS: Mapping[str, str] = {
     "skip_special_tokens": "Leave control tokens out of the text.",
     "tools": "Functions that the model may call.",
     "tool_choice": "`auto` is the default with tools, `none` without. `required` and a named "
-    "function are enforced by a grammar.",
+    "function are enforced by a grammar. `allowed_tools` limits `auto` or `required` to some of "
+    "the tools; the prompt lists all.",
     "parallel_tool_calls": "False keeps the first call only.",
     "include_reasoning": "False leaves reasoning out of the reply.",
     "continue_final_message": "The reply goes on with the last message; also where that, of the "
@@ -290,7 +309,7 @@ SHAPES: Mapping[str, Schema] = {
         "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
     },
     "tools": {"items": ref("Tool")},
-    "tool_choice": {"anyOf": [_CHOICE, _NAMED_TOOL]},
+    "tool_choice": {"anyOf": [_CHOICE, _NAMED_TOOL, _ALLOWED_TOOLS]},
     "chat_template": {"type": "null"},
     "chat_template_kwargs": ANY_OBJECT,
     "documents": {"items": ANY_OBJECT},
@@ -341,5 +360,7 @@ EMBEDDINGS_SHAPES: Mapping[str, Schema] = {"input": SHAPES["prompt"]}
 # The same, where /v1/responses writes a field otherwise than chats do.
 RESPONSES_SHAPES: Mapping[str, Schema] = {
     "tools": {"items": ref("FlatTool")},
-    "tool_choice": {"anyOf": [_CHOICE, _NAMED_FLAT_TOOL, _NAMED_TOOL]},
+    "tool_choice": {
+        "anyOf": [_CHOICE, _NAMED_FLAT_TOOL, _NAMED_TOOL, _ALLOWED_FLAT_TOOLS, _ALLOWED_TOOLS]
+    },
 }

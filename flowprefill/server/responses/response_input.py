@@ -10,7 +10,7 @@ from typing import Any
 
 from flowprefill.errors import InvalidRequest
 from flowprefill.server.http.body import Body
-from flowprefill.server.openai.tools import MAX_TOOLS
+from flowprefill.server.openai.tools import MAX_TOOLS, refuse_choice
 
 MAX_ITEMS = 10_000
 # Anything but a neutral value is refused.
@@ -41,6 +41,10 @@ REASONING_OFF: Mapping[str, tuple[Any, ...]] = {
 # How reasoning is told besides its text, which is always told.
 SUMMARIES = ("summary", "generate_summary")
 FORMAT_MEMBERS = ("type", "name", "description", "schema", "strict")
+CHOICE_FORMS = (
+    '{"type": "function", "name": ...}',
+    '{"type": "allowed_tools", "mode": ..., "tools": [...]}',
+)
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
 
@@ -55,6 +59,11 @@ def written_names(fields: Mapping[str, Any]) -> dict[str, str]:
     choice = fields.get("tool_choice")
     if isinstance(choice, dict) and "function" not in choice:
         names["tool_choice.function"] = "tool_choice"
+    if isinstance(choice, dict) and "allowed_tools" not in choice:
+        names["tool_choice.allowed_tools"] = "tool_choice"
+        for index in range(MAX_TOOLS):
+            where = f"tool_choice.allowed_tools.tools[{index}]"
+            names |= {f"{where}.function": f"tool_choice.tools[{index}]"}
     return names
 
 
@@ -96,13 +105,26 @@ def _take_inner(body: Body, chat: dict[str, Any], name: str, value: Any) -> None
 
 
 def _nested_choice(body: Body, choice: Any) -> Any:
-    named = isinstance(choice, dict) and choice.get("type") == "function"
-    if choice in (None, "none", "auto", "required") or (named and "function" in choice):
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if choice in (None, "none", "auto", "required"):
         return choice
-    if not named or not isinstance(choice.get("name"), str):
-        allowed = '{"type": "function", "name": ...}'
-        body.refuse("tool_choice", choice, f"'none', 'auto', 'required' or {allowed}")
-    return {"type": "function", "function": {"name": choice["name"]}}
+    if kind == "function" and ("function" in choice or isinstance(choice.get("name"), str)):
+        return _nested_function(choice)
+    if kind != "allowed_tools":
+        refuse_choice(body, choice, CHOICE_FORMS)
+    if "allowed_tools" in choice:
+        return choice
+    tools = choice.get("tools")
+    if isinstance(tools, list):
+        tools = [_nested_function(tool) for tool in tools]
+    return {"type": kind, "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
+
+
+def _nested_function(tool: Any) -> Any:
+    """Return a tool that is named flat as chats name it; anything else as it is."""
+    if not isinstance(tool, dict) or "function" in tool or not isinstance(tool.get("name"), str):
+        return tool
+    return {"type": tool.get("type"), "function": {"name": tool["name"]}}
 
 
 def _nested_tool(body: Body, index: int, tool: Any) -> Any:
