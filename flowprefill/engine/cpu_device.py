@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine.control_groups import memory_left, usable_cores
 from flowprefill.engine.device import ProbeSizes
+from flowprefill.engine.host_memory import Room, available, largest_tensor, weight_bytes
 from flowprefill.errors import CheckpointError, ConfigError
 from flowprefill.native import _core
 
@@ -60,17 +61,49 @@ class CpuDevice:
         self.quantization = self._chosen = config.quantization
         self.threads = resolve_threads(config.threads)
         self._background = config.background
+        self._numbers = "int8" if config.quantization == "int8" else "none"
+        self._room, _ = available()
 
     def make_model(self, checkpoint: Checkpoint) -> _core.Model:
         """Make an empty model; any number of tokens fits."""
         formats = self.block_formats(checkpoint)
         if self.quantization == "auto":
             self._chosen = "gguf" if formats else "none"
-        numbers = "int8" if self.quantization == "int8" else "none"
+        graph, numbers = checkpoint.graph, self._numbers
+        needed = weight_bytes(graph, self.dtype, numbers, formats)
+        self._room, free = available()
+        if needed > self._room.bytes:
+            raise self.no_memory(checkpoint)
+        if needed > free.bytes:
+            log.warning("the kernel may end this process: %s", self._too_large(checkpoint, free))
         try:
-            return _core.Model(checkpoint.graph, self.dtype, self.threads, numbers, formats=formats)
+            return _core.Model(graph, self.dtype, self.threads, numbers, formats=formats)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
+        except MemoryError:
+            raise self.no_memory(checkpoint) from None
+
+    def no_memory(self, checkpoint: Checkpoint) -> ConfigError:
+        """Return the error for weights that are too large, with the settings that take less."""
+        message = self._too_large(checkpoint, self._room)
+        return ConfigError(f"memory: {message}", param="quantization")
+
+    def _too_large(self, checkpoint: Checkpoint, room: Room) -> str:
+        graph, dtype, numbers = checkpoint.graph, self.dtype, self._numbers
+        needed = weight_bytes(graph, dtype, numbers, self.block_formats(checkpoint))
+        in_blocks = checkpoint.block_formats(_core.block_formats)
+        sizes = {"quantization 'gguf'": weight_bytes(graph, dtype, "none", in_blocks)}
+        if _core.has_bf16_gemm():
+            sizes["dtype 'bf16'"] = weight_bytes(graph, "bf16", numbers, {})
+        if _core.has_int8_gemm():
+            sizes["quantization 'int8'"] = weight_bytes(graph, dtype, "int8", {})
+        less = [f"{size / GIB:.2f} with {how}" for how, size in sizes.items() if size < needed]
+        advice = f"settings that take less ({', '.join(less)})" if less else "a smaller model"
+        return (
+            f"the weights take {needed / GIB:.2f} GiB, and reading them a few times the "
+            f"{largest_tensor(graph) / GIB:.2f} of their largest; {room.bytes / GIB:.2f} GiB are "
+            f"available ({room.bound}), expected {advice}"
+        )
 
     def block_formats(self, checkpoint: Checkpoint) -> Mapping[str, str]:
         """Return the quantised tensors that have kernels here, if they are to stay so.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine.calibration import cache_folder
 from flowprefill.engine.device import ProbeSizes, longest_of
+from flowprefill.engine.host_memory import available, largest_tensor
 from flowprefill.errors import ConfigError
 from flowprefill.models.quantised_weights import E4M3
 from flowprefill.scheduling import SchedulerSettings
@@ -158,6 +159,15 @@ class CudaDevice:
             raise ConfigError(f"{self.name}: {error}", param="device") from None
         self._tell_of_fp8(checkpoint, model.library_failure)
         return model
+
+    def no_memory(self, checkpoint: Checkpoint) -> ConfigError:
+        """Return the error for weights that this machine's memory is too small to read."""
+        largest, room = largest_tensor(checkpoint.graph), available()[0]
+        message = (
+            f"memory: reading the weights takes a few times the {largest / GIB:.2f} GiB of their "
+            f"largest on this machine; {room.bytes / GIB:.2f} GiB are available ({room.bound})"
+        )
+        return ConfigError(message, param="device")
 
     def cache_bytes(self, model: _cuda.Model) -> int:
         """Return a share of what is free once weights, lanes and graphs have theirs.

@@ -109,6 +109,9 @@ class Device(Protocol):
             ConfigError: the device cannot run this model, or its memory is too small.
         """
 
+    def no_memory(self, checkpoint: Checkpoint) -> ConfigError:
+        """Return the error for weights for which there was no memory of the machine's."""
+
     def block_formats(self, checkpoint: Checkpoint) -> Mapping[str, str]:
         """Return the tensors that stay in their quantised blocks: canonical name -> type."""
 

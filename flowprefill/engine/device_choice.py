@@ -126,5 +126,8 @@ def open_model(
         model = device.make_model(checkpoint)
     if config.device == "auto":
         log.info("device %s: %s", device.name, device.reason)
-    fill_model(model, checkpoint, progress, device.block_formats(checkpoint))
+    try:
+        fill_model(model, checkpoint, progress, device.block_formats(checkpoint))
+    except MemoryError:
+        raise device.no_memory(checkpoint) from None
     return device, model

@@ -105,6 +105,7 @@ def fill_model(
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
+        MemoryError: this machine's is too little to read one.
     """
     try:
         for name, tensor in checkpoint.weights(progress, in_blocks):
@@ -115,6 +116,10 @@ def fill_model(
         model.finish()
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # so torch says it
+            raise MemoryError from None
+        raise
 
 
 def model_shape(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from flowprefill.engine.worker import Batch, RunHandle
     from flowprefill.models.checkpoint import Checkpoint, Progress
 
+MAX_BLOCKS = 2**31 - 1  # of the KV cache: native code counts them in 32 bits
 LONGEST_SLEEP_S = 86_400.0  # of one poll, which takes no more than 2**31 milliseconds
 
 
@@ -245,10 +246,11 @@ class LocalWorker:
         block_bytes = self._model.bytes_per_block(block_tokens)
         wanted = int(self._config.kv_cache_gib * GIB) or self._device.cache_bytes(self._model)
         blocks = wanted // block_bytes
-        if blocks < 1:
+        if not 1 <= blocks <= MAX_BLOCKS:
+            bound, limit = ("at least", 1) if blocks < 1 else ("at most", MAX_BLOCKS)
             raise ConfigError(
-                f"kv_cache_gib: got {self._config.kv_cache_gib}, expected at least "
-                f"{block_bytes / GIB:.4f} (one block of {block_tokens} tokens)",
+                f"kv_cache_gib: got {self._config.kv_cache_gib}, expected {bound} "
+                f"{limit * block_bytes / GIB:.6g} ({limit} x {block_tokens} tokens)",
                 param="kv_cache_gib",
             )
         try:

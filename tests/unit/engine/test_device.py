@@ -14,6 +14,7 @@ import pytest
 from engines import ids_of, prompt_of
 
 from flowprefill import ConfigError, Engine, EngineConfig, _core
+from flowprefill.engine import device_choice
 from flowprefill.engine.device_choice import choose_device
 from flowprefill.scheduling.cost_model import RunShape
 
@@ -262,3 +263,15 @@ def test_a_gpu_that_has_become_slower_gets_shorter_segments(
         cost_model.observe("prefill", cost_model.packed_prefill_s(*shape), true_s, shape)
     ids_of(engine, prompt_of(40), 1)
     assert rates[0] < engine.rates.gemm_flops_per_s / 2
+
+
+def test_memory_of_the_machine_that_runs_out_while_a_gpu_is_filled_is_an_error_of_ours(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise MemoryError
+
+    fake_cuda.install(monkeypatch, [fake_cuda.USABLE])
+    monkeypatch.setattr(device_choice, "fill_model", fill)
+    with pytest.raises(ConfigError, match=r"memory: reading the weights takes .* are available"):
+        open_engine(device="cuda", dtype="auto", max_model_len=500)

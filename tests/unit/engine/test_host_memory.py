@@ -1,0 +1,125 @@
+"""Memory for a model's weights: what there is, what they take, and the error where it is less."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from flowprefill import ConfigError, Engine, EngineConfig, _core
+from flowprefill.engine import cpu_device
+from flowprefill.engine.cpu_device import CpuDevice
+from flowprefill.engine.device_choice import open_model
+from flowprefill.engine.host_memory import Room, available, weight_bytes
+from flowprefill.models.checkpoint import Checkpoint, open_checkpoint
+
+MIB = 1 << 20
+PLENTY = Room(1 << 50, "none")
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint("smollm2-135m")
+
+
+def config(**settings: object) -> EngineConfig:
+    fields = {"device": "cpu", "dtype": "f32", "threads": 1, "quantization": "none"} | settings
+    return EngineConfig.from_mapping(fields)
+
+
+@contextmanager
+def address_space(more_bytes: int) -> Iterator[None]:
+    """Let this process take only so much more."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def meminfo(root: Path, text: str) -> Path:
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text(text)
+    return root
+
+
+def test_what_is_available_is_the_least_of_the_bounds(tmp_path: Path) -> None:
+    lines = "MemTotal: 8192 kB\nMemAvailable: 1024 kB\nSwapTotal: 512 kB\nSwapFree: 256 kB\nX: 1\n"
+    most, free = available(meminfo(tmp_path, lines))
+    assert (most.bytes, free.bytes) == (8704 << 10, 1280 << 10)
+    with address_space(64 * MIB):
+        most, free = available()
+    assert (most.bytes, most.bound) == (pytest.approx(64 * MIB, abs=16 * MIB), "ulimit -v")
+    assert free.bytes <= most.bytes
+
+
+def test_without_proc_nothing_is_refused(tmp_path: Path) -> None:
+    assert available(tmp_path)[0].bytes > 1 << 50
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "gguf"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_the_weights_take_what_was_predicted(
+    checkpoint: Checkpoint, dtype: str, quantization: str
+) -> None:
+    if (dtype == "bf16" and not _core.has_bf16_gemm()) or (
+        quantization == "int8" and not _core.has_int8_gemm()
+    ):
+        pytest.skip("this processor does not multiply it")
+    device = CpuDevice(config(dtype=dtype, quantization=quantization), "")
+    numbers = "int8" if quantization == "int8" else "none"
+    predicted = weight_bytes(checkpoint.graph, dtype, numbers, device.block_formats(checkpoint))
+    assert device.make_model(checkpoint).weight_bytes == pytest.approx(predicted, rel=0.02)
+
+
+def test_weights_larger_than_the_machine_are_refused_with_what_may_be_changed(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(100 * MIB, "all of this machine")
+    monkeypatch.setattr(cpu_device, "available", lambda: (room, room))
+    monkeypatch.setattr(_core, "has_bf16_gemm", lambda: True)
+    words = (
+        r"memory: the weights take 0\.61 GiB, .* 0\.10 GiB are available \(all of this machine\), "
+        r"expected settings that take less \(0\.09 with quantization 'gguf', 0\.30 with dtype 'bf1"
+    )
+    with pytest.raises(ConfigError, match=words):
+        open_model(config(), checkpoint)
+
+
+def test_of_memory_that_others_use_there_is_a_warning_only(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = Room(100 * MIB, "of this machine, at the moment")
+    monkeypatch.setattr(cpu_device, "available", lambda: (PLENTY, free))
+    with caplog.at_level(logging.WARNING):
+        CpuDevice(config(), "").make_model(checkpoint)
+    assert "the weights take 0.61 GiB" in caplog.text
+    assert "0.10 GiB are available (of this machine, at the moment)" in caplog.text
+
+
+@pytest.mark.parametrize("more", [200 * MIB, 670 * MIB])
+def test_memory_that_runs_out_is_the_same_error(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    """In the middle of taking the weights' memory, or of reading them."""
+    monkeypatch.setattr(cpu_device, "available", lambda: (PLENTY, PLENTY))
+    with address_space(more), pytest.raises(ConfigError, match=r"memory: the weights take 0\.61"):
+        open_model(config(), checkpoint)
+
+
+def test_a_cache_of_too_many_blocks_is_refused_by_its_bounds(
+    open_engine: Callable[..., Engine],
+) -> None:
+    for gib, words in (
+        (65_536.0, r"got 65536\.0, expected at most \d+ \(2147483647 x 16 tokens\)"),
+        (1e-7, r"got 1e-07, expected at least \S+e-0\d \(1 x 16 tokens\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"kv_cache_gib: {words}") as caught:
+            open_engine(kv_cache_gib=gib, block_tokens=16)
+        assert caught.value.param == "kv_cache_gib"
