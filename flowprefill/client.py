@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import urllib.error
 import urllib.parse
@@ -51,3 +53,11 @@ def why_no_answer(error: Exception) -> str:
     if isinstance(reason, OSError) and reason.strerror:
         return reason.strerror
     return str(reason)
+
+
+def refusal_of(error: urllib.error.HTTPError) -> str:
+    """Return what a server says about a request that it refuses; its status if that is not read."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, http.client.HTTPException, ValueError, RecursionError, LookupError, TypeError):
+        return f"{error.url}: status {error.code}"

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flowprefill.client import KEY_VARIABLE, bearer, server_url, why_no_answer
+from flowprefill.client import KEY_VARIABLE, bearer, refusal_of, server_url, why_no_answer
 from flowprefill.errors import FlowPrefillError, InvalidRequest
 
 TIMEOUT_S = 10.0
@@ -56,11 +56,7 @@ def _fetch(url: str, headers: dict[str, str]) -> Any:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        try:
-            message = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"{url}: status {error.code}"
-        raise InvalidRequest(message) from None
+        raise InvalidRequest(refusal_of(error)) from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise FlowPrefillError(f"{url}: {why_no_answer(error)}") from None
 

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flowprefill.client import bearer, server_url, why_no_answer
+from flowprefill.client import bearer, refusal_of, server_url, why_no_answer
 from flowprefill.errors import FlowPrefillError, InvalidRequest, shortened
 from flowprefill.request import SLO, Request, SamplingParams
 
@@ -109,7 +109,7 @@ class ServerTalk:
             with urllib.request.urlopen(request, timeout=CONNECT_S) as reply:
                 yield reply
         except urllib.error.HTTPError as error:
-            raise InvalidRequest(_refusal(error)) from None
+            raise InvalidRequest(refusal_of(error)) from None
         except (OSError, http.client.HTTPException) as error:
             raise FlowPrefillError(f"{self._url}: {why_no_answer(error)}") from None
 
@@ -126,14 +126,22 @@ class ServerTalk:
         }
         if settings.ttft_ms is not None:
             body["slo"] = {"ttft_ms": settings.ttft_ms}
+        has_ended = False
         with self._open("/v1/chat/completions", body) as reply:
             for line in reply:
-                if line.startswith(b"data: {"):
-                    yield from _texts(line[6:])
+                name, _, event = line.partition(b":")
+                if name == b"data":
+                    texts, is_last = _read_event(event)
+                    has_ended = has_ended or is_last
+                    yield from texts
+        if not has_ended:
+            raise FlowPrefillError(f"{self._url}: the stream broke off before the answer's end")
 
 
-def _texts(raw: bytes) -> Iterator[str]:
-    """Yield what one event adds to the answer, its reasoning included."""
+def _read_event(raw: bytes) -> tuple[list[str], bool]:
+    """Return what one event adds to the answer, reasoning included, and whether that is its end."""
+    if raw.strip() == b"[DONE]":
+        return [], True
     try:
         event = json.loads(raw)
         failed = event.get("error")
@@ -143,17 +151,10 @@ def _texts(raw: bytes) -> Iterator[str]:
             for name in ("reasoning_content", "content")
             if choice.get("delta", {}).get(name)
         ]
+        is_last = any(choice.get("finish_reason") for choice in event.get("choices") or ())
         message = None if failed is None else str(failed.get("message", "the stream has failed"))
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise FlowPrefillError(f"the stream holds what is no event: {shortened(raw)}") from None
     if message is not None:
         raise FlowPrefillError(message)
-    yield from texts
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    """Return what the server says about a request that it refuses."""
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"{error.url}: status {error.code}"
+    return texts, is_last

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -61,6 +64,58 @@ def test_server_stream_that_fails_is_told(start_server: StartServer) -> None:
     engine.script = Script(error=RequestFailed("device lost"), error_at=3)
     with pytest.raises(FlowPrefillError, match="the request failed"):
         list(ServerTalk(start_server(engine).url).answer(HELLO, SETTINGS))
+
+
+EVENT = b'data: {"choices": [{"delta": {"content": "Hel"}}]}\n\n'
+LAST = b'data: {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]}\n\n'
+
+
+@contextmanager
+def answering(reply: bytes) -> Iterator[str]:
+    """A server that says this to whatever comes, and closes; gives its URL."""
+
+    def answer() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(reply)
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(65_536)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "events", [EVENT + LAST, EVENT + LAST.replace(b'"stop"', b"null") + b"data: [DONE]\n\n"]
+)
+@pytest.mark.parametrize("written", [(b"", b""), (b"data: ", b"data:"), (b"\n", b"\r\n")])
+def test_streams_of_other_servers_are_read(events: bytes, written: tuple[bytes, bytes]) -> None:
+    with answering(b"HTTP/1.0 200 OK\r\n\r\n" + events.replace(*written)) as url:
+        assert list(ServerTalk(url, model="m").answer(HELLO, SETTINGS)) == ["Hel", "lo"]
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (CHUNKED % (len(EVENT), EVENT), "broke off before the answer's end"),
+        (b"HTTP/1.0 200 OK\r\n\r\n" + EVENT, "broke off before the answer's end"),
+        (b'HTTP/1.0 200 OK\r\n\r\n{"choices": []}', "broke off before the answer's end"),
+        (b'HTTP/1.1 400 No\r\nContent-Length: 99\r\n\r\n{"error": ', "completions: status 400"),
+        (b"HTTP/1.0 500 No\r\n\r\n" + b"[" * 100_000, "completions: status 500"),
+    ],
+)
+def test_server_that_dies_in_its_answer_is_told(reply: bytes, words: str) -> None:
+    with answering(reply) as url, pytest.raises(FlowPrefillError, match=words):
+        list(ServerTalk(url, model="m").answer(HELLO, SETTINGS))
 
 
 def test_server_key_is_sent(start_server: StartServer) -> None:

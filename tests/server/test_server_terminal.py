@@ -71,13 +71,21 @@ def test_key_that_no_header_carries_is_not_shown(
     assert "secret" not in error
 
 
-@pytest.mark.parametrize("body", [b"[]", b'{"requests": [1]}', b"nothing", b"[" * 100_000])
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b"[]"), (200, b'{"requests": [1]}'), (200, b"nothing"), (200, b"[" * 100_000),
+        (400, b'{"error": '), (400, b"[" * 100_000), (500, b'{"error": "no object"}'),
+    ],
+)  # fmt: skip
 def test_explain_of_another_server_is_one_line(
-    capsys: pytest.CaptureFixture[str], body: bytes
+    capsys: pytest.CaptureFixture[str], status: int, body: bytes
 ) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(status)
+            if status != 200:
+                self.send_header("Content-Length", "200000")  # of which not all comes
             self.end_headers()
             self.wfile.write(body)
 
@@ -88,7 +96,8 @@ def test_explain_of_another_server_is_one_line(
         thread = threading.Thread(target=other.serve_forever)
         thread.start()
         try:
-            assert cli.main(["explain", "--url", f"http://127.0.0.1:{other.server_port}"]) == 1
+            told = cli.main(["explain", "--url", f"http://127.0.0.1:{other.server_port}"])
+            assert told == (1 if status == 200 else 2)
         finally:
             other.shutdown()
             thread.join()
