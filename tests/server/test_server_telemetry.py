@@ -267,6 +267,36 @@ def test_a_collector_that_is_not_there_holds_nothing_up(
     server.stop()  # within RunningServer's limit
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"), ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "x"), ("OTEL_METRICS_EXEMPLAR_FILTER", "x"),
+    ],
+)  # fmt: skip
+def test_variables_that_opentelemetry_refuses_do_not_stop_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str
+) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    monkeypatch.setenv(name, value)
+    before = set(threading.enumerate())  # another test's may be ending
+    url = "http://127.0.0.1:9"
+    assert open_telemetry(ServerOptions(), {"OTEL_EXPORTER_OTLP_ENDPOINT": url}) is None
+    assert "no telemetry: OpenTelemetry refuses" in caplog.text
+    with pytest.raises(ConfigError, match=r"otlp_endpoint: OpenTelemetry refuses its OTEL_\*"):
+        open_telemetry(ServerOptions(otlp_endpoint=url), {})
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_short_queue_of_spans_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "64")
+    wanted = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_METRICS_EXPORTER": "none"}
+    made = open_telemetry(ServerOptions(), wanted)
+    assert made is not None
+    made.close(WAIT_S)
+
+
 def test_off_there_is_no_middleware_and_no_thread(
     engine: FakeEngine, start_server: StartServer
 ) -> None:

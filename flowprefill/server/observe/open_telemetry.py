@@ -24,7 +24,8 @@ def open_telemetry(
     """Return the telemetry that the settings or the environment ask for; None: neither does.
 
     Raises:
-        ConfigError: the setting asks for it, and OpenTelemetry is not installed.
+        ConfigError: the setting asks for it, and OpenTelemetry is not installed or refuses a
+            variable of its own.
     """
     traces, metrics = wanted_signals(options.otlp_endpoint, environment)
     if not traces and not metrics:
@@ -38,7 +39,15 @@ def open_telemetry(
         # The variables may be meant for others: a server that runs is worth more than its traces.
         logger.warning("OTEL_* variables ask for telemetry, but %s (%s)", EXTRA, error)
         return None
-    return Telemetry(otel.otlp_sink(options.otlp_endpoint, traces=traces, metrics=metrics))
+    try:
+        sink = otel.otlp_sink(options.otlp_endpoint, traces=traces, metrics=metrics)
+    except ValueError as error:
+        message = f"OpenTelemetry refuses its OTEL_* variables: {' '.join(str(error).split())}"
+        if options.otlp_endpoint:
+            raise ConfigError(f"otlp_endpoint: {message}", param="otlp_endpoint") from None
+        logger.warning("no telemetry: %s", message)
+        return None
+    return Telemetry(sink)
 
 
 def wanted_signals(endpoint: str, environment: Mapping[str, str]) -> tuple[bool, bool]:

@@ -5,6 +5,7 @@ Needs the extra ``otel``; telemetry.py imports it where telemetry is on, and its
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -45,16 +46,30 @@ def otlp_sink(endpoint: str, *, traces: bool, metrics: bool) -> OtelSink:
         endpoint: URL without ``/v1/traces``; empty: what the environment names.
         traces: whether to send spans.
         metrics: whether to send metrics.
+
+    Raises:
+        ValueError: of a variable of OpenTelemetry's, by OpenTelemetry.
     """
     base = endpoint.rstrip("/")
     processor = reader = None
-    if traces:
-        exporter = OTLPSpanExporter(endpoint=f"{base}/v1/traces" if base else None)
-        processor = BatchSpanProcessor(exporter, max_export_batch_size=SPANS_PER_BATCH)
-    if metrics:
-        url = f"{base}/v1/metrics" if base else None
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=url))
-    return OtelSink(processor, reader)
+    with contextlib.ExitStack() as threads:  # of what was made before the refusal
+        if traces:
+            exporter = OTLPSpanExporter(endpoint=f"{base}/v1/traces" if base else None)
+            processor = BatchSpanProcessor(exporter, max_export_batch_size=_batch())
+            threads.callback(processor.shutdown)
+        if metrics:
+            url = f"{base}/v1/metrics" if base else None
+            reader = PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=url))
+            threads.callback(reader.shutdown)
+        sink = OtelSink(processor, reader)
+        threads.pop_all()
+    return sink
+
+
+def _batch() -> int:
+    """Return the spans of a batch: no more than the queue holds that the environment names."""
+    queue = os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "")
+    return min(SPANS_PER_BATCH, int(queue)) if queue.isdecimal() else SPANS_PER_BATCH
 
 
 class OtelSink:
