@@ -66,6 +66,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -340,6 +340,7 @@ def read_object(what: str, path: str | Path) -> dict[str, Any]:
     name = f"{what} {str(path)!r}"
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(values, ensure_ascii=False).encode()  # halves of surrogate pairs
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}", param=param) from None
     except (ValueError, RecursionError) as error:

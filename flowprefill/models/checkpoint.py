@@ -5,6 +5,7 @@ The engine calls open_checkpoint; the format readers (hf_folder, gguf_file) supp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from flowprefill.models.chat_template import ChatTemplate
 from flowprefill.models.families import build_graph
 from flowprefill.models.model_config import ModelConfig
 from flowprefill.models.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -102,6 +105,15 @@ class Checkpoint:
         """The tokenizer, read on first use; raises CheckpointError naming the missing file."""
         if self._tokenizer is None:
             self._tokenizer = self._reader.read_tokenizer()
+            known, own = self.config.vocab_size, self._tokenizer.vocab_size
+            if own > known:  # as of models that were given a padding token later
+                log.warning(
+                    "%s: the tokenizer has %d tokens and the model knows %d: prompts with one of "
+                    "the others will be refused. Is it this model's tokenizer?",
+                    self.name,
+                    own,
+                    known,
+                )
         return self._tokenizer
 
     @property

@@ -59,9 +59,10 @@ def resolve_model(source: str | Path) -> ModelSource:
     is_folder, is_file = _kind_of(path) if source != "" else (False, False)
     if is_folder:
         found = _model_of(path)
-        return ModelSource(path.resolve().name if found == path else model_name(found), found)
+        own = path.resolve().name if found == path else model_name(found)
+        return ModelSource(_as_text(own), found)
     if is_file and path.suffix == ".gguf":
-        return ModelSource(model_name(path), path)
+        return ModelSource(_as_text(model_name(path)), path)
     name = HubName.parse(source) if isinstance(source, str) else None
     if name is not None:
         cached = find_in_hub_cache(name)
@@ -73,6 +74,11 @@ def resolve_model(source: str | Path) -> ModelSource:
         "ORG/NAME",
         param="model",
     )
+
+
+def _as_text(name: str) -> str:
+    """Return a file's name without bytes that are not UTF-8: replies and metrics have it."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _kind_of(path: Path) -> tuple[bool, bool]:

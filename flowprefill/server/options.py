@@ -9,6 +9,7 @@ from typing import Any
 
 from flowprefill.config import EngineConfig
 from flowprefill.errors import ConfigError, shortened, within
+from flowprefill.models.json_file import is_text
 from flowprefill.server.openai.reasoning import REASONING_PARSERS
 from flowprefill.server.openai.tool_parsers import TOOL_PARSERS
 from flowprefill.server.tenants import Tenants
@@ -166,12 +167,12 @@ class ServerOptions:
 
     def _check_texts(self) -> None:
         for name, allowed in (
-            ("served_model_names", "a list of names"),
+            ("served_model_names", "a list of names in UTF-8"),
             ("allowed_origins", "a list of origins such as 'http://localhost:3000', or '*'"),
             ("allowed_hosts", "a list of host names or addresses, or '*'"),
         ):
             texts: object = getattr(self, name)
-            if not isinstance(texts, tuple) or not all(isinstance(t, str) and t for t in texts):
+            if not isinstance(texts, tuple) or not all(t and is_text(t) for t in texts):
                 self._refuse(name, texts, allowed)
         for origin in self.allowed_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):

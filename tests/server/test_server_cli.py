@@ -172,6 +172,8 @@ def test_settings_default_is_the_dataclass() -> None:
         (("serve", "--device", "gpu"), "device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
         (("serve", "--port", "70000"), "port: got 70000"),
         (("serve", "--classes", "[1]"), "expected a JSON object"),
+        (("serve", "--classes", r'{"\ud800": {}}'), "expected a JSON object"),
+        (("serve", "--served-model-names", "caf\udce9"), "served_model_names: got ('caf"),
         (("serve", "--max-body-mib", "-3"), "max_body_mib: got -3"),
         (("serve", "--service-tiers", '{"flex": "x"}'), "service_tiers.flex: got 'x'"),
         (("serve", "--config", "/nowhere.json"), "config file '/nowhere.json': No such file"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flowprefill.config import EngineConfig, Granularity, settings_table
+from flowprefill.config import EngineConfig, Granularity, read_object, settings_table
 from flowprefill.errors import ConfigError
 from flowprefill.server.options import ServerOptions
 
@@ -142,3 +142,11 @@ def test_default_objectives_apply_to_requests_that_name_none() -> None:
 def test_every_setting_has_a_help_text() -> None:
     for field in dataclasses.fields(EngineConfig):
         assert field.metadata["doc"], field.name
+
+
+@pytest.mark.parametrize("text", [r'{"a": "\ud800"}', r'{"\udfff": 1}', '["a"]', "{", "\ufeff{}"])
+def test_config_file_holds_an_object_of_valid_text(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config file '.*settings.json'"):
+        read_object("config file", file)

@@ -213,6 +213,16 @@ def test_missing_extra_and_wrong_tensors_are_named(save_tiny: Save) -> None:
     assert len(list(open_checkpoint(folder).weights())) == 21
 
 
+def test_tokenizer_of_another_model_is_told(
+    save_tiny: Save, caplog: pytest.LogCaptureFixture
+) -> None:
+    for known, told in (258, False), (257, True):
+        _, folder = save_tiny("llama", vocab_size=known)
+        write_tokenizer(folder)
+        assert open_checkpoint(folder).tokenizer.vocab_size == 258
+        assert ("the tokenizer has 258 tokens and the model knows 257" in caplog.text) is told
+
+
 def test_tokenizer_of_an_unknown_decoder_is_refused(save_tiny: Save) -> None:
     _, folder = save_tiny("llama")
     write_tokenizer(folder)

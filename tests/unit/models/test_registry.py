@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def test_paths_are_named_by_folder_or_file(tmp_path: Path) -> None:
     file = tmp_path / "tiny.Q4_1.gguf"
     file.write_bytes(b"GGUF")
     assert resolve_model(file).model_id == "tiny.Q4_1"
+
+
+def test_a_file_name_that_is_not_utf_8_becomes_a_name_that_replies_can_have(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    file.touch()
+    source = resolve_model(str(file))
+    assert (source.model_id, source.path) == ("caf\ufffd", file)
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    assert resolve_model(folder).model_id == "\ufffd"
 
 
 def test_folder_of_one_gguf_stands_for_it(tmp_path: Path) -> None:
