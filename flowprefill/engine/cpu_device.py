@@ -82,6 +82,15 @@ class CpuDevice:
             raise CheckpointError(str(error)) from None
         except MemoryError:
             raise self.no_memory(checkpoint) from None
+        except RuntimeError as error:
+            raise self._no_threads(error) from None
+
+    def _no_threads(self, error: RuntimeError) -> ConfigError:
+        return ConfigError(
+            f"threads: the system does not start {self.threads} of them ({error}), expected fewer, "
+            "or higher limits (ulimit -u and -v, a control group's pids.max)",
+            param="threads",
+        )
 
     def no_memory(self, checkpoint: Checkpoint) -> ConfigError:
         """Return the error for weights that are too large, with the settings that take less."""
@@ -146,8 +155,11 @@ class CpuDevice:
     def start_executor(self, model: _core.Model, plan: _core.PlanOptions | None) -> _core.Executor:
         """Start an executor; it runs any model's runs, and has nothing to prepare."""
         del model, plan
-        executor = _core.Executor(self.threads, self._background)
-        executor.start()
+        try:
+            executor = _core.Executor(self.threads, self._background)
+            executor.start()
+        except RuntimeError as error:
+            raise self._no_threads(error) from None
         return executor
 
     def workspace_bytes(self, model: _core.Model) -> int:

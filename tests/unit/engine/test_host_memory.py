@@ -113,6 +113,18 @@ def test_memory_that_runs_out_is_the_same_error(
         open_model(config(), checkpoint)
 
 
+def test_threads_that_the_system_does_not_start_are_named(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_device, "available", lambda: (PLENTY, PLENTY))
+    device = CpuDevice(config(threads=1024), "")
+    words = r"threads: the system does not start 1024 of them \(.*\), expected fewer"
+    with address_space(256 * MIB), pytest.raises(ConfigError, match=words):
+        device.make_model(checkpoint)
+    with address_space(256 * MIB), pytest.raises(ConfigError, match=words):
+        device.start_executor(None, None)  # type: ignore[arg-type] - it looks at no model
+
+
 def test_a_cache_of_too_many_blocks_is_refused_by_its_bounds(
     open_engine: Callable[..., Engine],
 ) -> None:
