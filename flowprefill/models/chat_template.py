@@ -100,13 +100,18 @@ def read_template_file(path: str) -> str:
     """Read a template of the user's own.
 
     Raises:
-        ConfigError: there is no such file, or it is not UTF-8.
+        ConfigError: there is no such file, it is not UTF-8, or no template.
     """
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         message = f"chat_template: got {path!r}, expected a jinja2 file in UTF-8 ({error})"
         raise ConfigError(message, param="chat_template") from None
+    fault = PROCESSES.fault_of(text)
+    if fault:
+        message = f"chat_template: got {path!r}, expected a jinja2 template ({fault})"
+        raise ConfigError(message, param="chat_template")
+    return text
 
 
 def normalized_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

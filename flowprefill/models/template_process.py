@@ -73,6 +73,14 @@ class TemplateProcesses:
             return str(reply["text"])
         raise InvalidRequest(f"messages: {reply['refused']}", param="messages")
 
+    def fault_of(self, template: str) -> str:
+        """Return where a template does not compile; empty: it does, or no process says."""
+        request = {"template": template, "variables": {"messages": []}, "max_chars": 0}
+        with contextlib.suppress(ProcessEnded, ProcessNotStarted):
+            reply = json.loads(self._ask(json.dumps(request).encode(), is_long=False))
+            return str(reply.get("broken", ""))
+        return ""
+
     def warm(self) -> None:
         """Start a process now, so that the first chat does not wait for it."""
         if not self._idle:

@@ -24,6 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MESSAGE_CHARS = 300
+BROKEN = "the model's chat template is broken"
 
 
 class _GenerationTag(Extension):
@@ -245,15 +246,19 @@ def _said(error: BaseException) -> str:
 
 
 def render(text: str, variables: dict[str, Any], max_chars: int) -> dict[str, str]:
-    """Render a template; returns ``{"text": …}``, or ``{"refused": why}``."""
+    """Render a template; returns ``{"text": …}``, or ``{"refused": why}``.
+
+    Of one that does not compile, ``broken`` says where.
+    """
     try:
         template, form = _compiled(text)
     except jinja2.TemplateSyntaxError as error:
         where = f"line {error.lineno}: {_said(error)}"
-        return {"refused": f"the model's chat template is broken: {where}"}
+        return {"refused": f"{BROKEN}: {where}", "broken": where}
     except Exception as error:  # Python's own compiler refuses what jinja2 made of it
         kind = type(error).__name__
-        return {"refused": f"the model's chat template is broken: {kind}: {_said(error)}"}
+        where = f"{kind}: {_said(error)}"
+        return {"refused": f"{BROKEN}: {where}", "broken": where}
     variables["messages"] = [_shaped(message, form) for message in variables["messages"]]
     pieces: list[str] = []
     left = max_chars

@@ -194,6 +194,27 @@ def test_a_template_of_ones_own_is_read_or_named(tmp_path: Path) -> None:
             read_template_file(str(wrong))
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("{% if %}", "line 1: "),
+        ("\n{{ a | no_such_filter }}", "line 2: "),
+        ("{% for x in y %}", "line 1"),
+    ],
+)
+def test_a_template_of_ones_own_that_does_not_compile_is_refused_at_once(
+    tmp_path: Path, text: str, where: str
+) -> None:
+    path = tmp_path / "broken.jinja"
+    path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=rf"chat_template: got .*expected a jinja2 template \({where}"
+    ):
+        read_template_file(str(path))
+    path.write_text("{{ raise_exception('it wants messages') }}")
+    assert read_template_file(str(path))
+
+
 @pytest.mark.parametrize("served", [100, 128, 200, 512])
 def test_dynamic_rope_follows_the_longest_context_that_is_served(served: int) -> None:
     config = transformers.LlamaConfig(
