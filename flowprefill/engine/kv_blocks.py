@@ -10,8 +10,8 @@ cryptographic one: no client can craft a prompt that collides with another user'
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -134,9 +134,8 @@ class BlockPool:
             )
         hashes: list[bytes] = []
         shared = self._find_prefix(token_ids, hashes) if finds_prefix else []
-        idle_shared = sum(1 for block in shared if self._refs[block] == 0)
         fresh = needed - len(shared)
-        if fresh > self.available - idle_shared:
+        if fresh > self._takeable(shared, Counter()):
             return None
         for block in shared:  # first, so that eviction can't take them
             if self._refs[block] == 0:
@@ -147,6 +146,20 @@ class BlockPool:
         self._queried_tokens += prompt_tokens if finds_prefix else 0
         self._hit_tokens += cached_tokens
         return Reservation(block_ids, cached_tokens, hashes, len(shared))
+
+    def would_fit(
+        self,
+        token_ids: TokenIds,
+        extra_tokens: int,
+        *,
+        finds_prefix: bool,
+        without: Iterable[Reservation],
+    ) -> bool:
+        """Return whether `reserve` would succeed once others were released; changes nothing."""
+        held = Counter(block for reservation in without for block in reservation.block_ids)
+        shared = self._find_prefix(token_ids, []) if finds_prefix else []
+        fresh = self.blocks_for(len(token_ids) + extra_tokens) - len(shared)
+        return fresh <= self._takeable(shared, held)
 
     def cached_tokens(self, token_ids: TokenIds) -> int:
         """Return how many tokens `reserve` would find in the cache now; changes nothing."""
@@ -246,6 +259,12 @@ class BlockPool:
             assert block not in free or digest is None, f"free block {block} is findable"
             assert block not in evictable or digest is not None, f"block {block} is lost"
         assert len(self._block_of) == sum(d is not None for d in self._hash_of), "stray hashes"
+
+    def _takeable(self, shared: list[int], held: Counter[int]) -> int:
+        """Return how many blocks there are besides `shared`, were `held` references given back."""
+        freed = sum(self._refs[block] == times for block, times in held.items())
+        idle_shared = sum(self._refs[block] == held[block] for block in shared)
+        return self.available + freed - idle_shared
 
     def _find_prefix(self, token_ids: TokenIds, hashes: list[bytes]) -> list[int]:
         """Return the cached blocks the prompt starts with; hashes looked at go to `hashes`."""

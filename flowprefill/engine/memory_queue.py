@@ -158,11 +158,14 @@ class MemoryQueue:
         """Take held requests' blocks until one fits; none are taken where all would not do."""
         victims = [one for one in self._held.values() if _is_at_rest(one)]
         if not victims:
-            return None
-        held = sum(len(one.reservation.block_ids) for one in victims if one.reservation)
-        cached = self._pool.cached_tokens(request.ids) if request.finds_prefix else 0
-        needed = self._pool.blocks_for(len(request.ids) + request.extra_tokens - cached)
-        if needed > self._pool.available + held:
+            return None  # the prompt need not be hashed again
+        would_fit = self._pool.would_fit(
+            request.ids,
+            request.extra_tokens,
+            finds_prefix=request.finds_prefix,
+            without=[one.reservation for one in victims if one.reservation],
+        )
+        if not would_fit:
             return None
         for victim in victims:
             self._evict(victim)

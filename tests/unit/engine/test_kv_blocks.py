@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -281,6 +282,15 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.holders(block) == 0, "another reservation holds a fresh block"
             assert block not in self.cached.values(), "a fresh block is still findable"
             self.storage[block] = None
+
+    @rule(tokens=TOKENS, extra=st.integers(0, 3), count=st.integers(0, 4))
+    def ask(self, tokens: list[int], extra: int, count: int) -> None:
+        others = [entry.reservation for entry in self.live[:count]]
+        said = self.pool.would_fit(tokens, extra, finds_prefix=True, without=others)
+        pool, others = copy.deepcopy((self.pool, others))
+        for reservation in others:
+            pool.release(reservation)
+        assert said == (pool.reserve(tokens, extra) is not None)
 
     @rule(entry=held, count=st.integers(1, 9))
     def compute(self, entry: Held | None, count: int) -> None:

@@ -68,19 +68,33 @@ def test_one_without_objective_is_due_some_time(queue: MemoryQueue) -> None:
     assert names(queue.admit(LATEST_S)) == ["old", "later"]
 
 
+@pytest.mark.parametrize("start_s", [0.0, 1000.0])
 def test_smaller_ones_pass_one_that_does_not_fit_until_it_has_waited(
-    queue: MemoryQueue, pool: BlockPool
+    queue: MemoryQueue, pool: BlockPool, start_s: float
 ) -> None:
     holder = pool.reserve(list(range(79)), 1)  # 5 of 10 blocks
     assert holder is not None
-    push(queue, FakeSequence("big", 100, due_s=1.0), FakeSequence("small", 20, due_s=2.0))
-    assert names(queue.admit(0.0)) == ["small"]
-    push(queue, FakeSequence("another", 20, arrival_s=PATIENCE_S + 1, due_s=PATIENCE_S + 2))
-    assert names(queue.admit(PATIENCE_S + 1)) == []
+    push(queue, FakeSequence("big", 100, start_s, start_s + 1.0))
+    push(queue, FakeSequence("small", 20, start_s, start_s + 2.0))
+    assert names(queue.admit(start_s)) == ["small"]
+    later_s = start_s + PATIENCE_S + 1
+    push(queue, FakeSequence("another", 20, later_s, later_s + 1))
+    assert names(queue.admit(later_s)) == []
     pool.release(holder)
     queue.blocks_freed()
-    assert names(queue.admit(PATIENCE_S + 1)) == ["big"]
+    assert names(queue.admit(later_s)) == ["big"]
+    assert names(queue.admit(later_s)) == []
+
+
+def test_one_that_leaves_holds_up_none_of_those_that_might_not_pass_it(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    assert pool.reserve(list(range(79)), 1) is not None
+    big = FakeSequence("big", 100, due_s=1.0)
+    push(queue, big, FakeSequence("small", 20, due_s=2.0))
     assert names(queue.admit(PATIENCE_S + 1)) == []
+    queue.remove(big)  # type: ignore[arg-type]
+    assert names(queue.admit(PATIENCE_S + 1)) == ["small"]
 
 
 def test_it_tries_only_after_an_event(queue: MemoryQueue, pool: BlockPool) -> None:
@@ -131,6 +145,15 @@ def test_room_is_made_by_the_least_urgent(queue: MemoryQueue, pool: BlockPool) -
     pool.check()
 
 
+def test_one_with_a_pace_to_keep_has_room_before_one_without(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    without, paced = decoding(pool, "without", 80, 0.0), decoding(pool, "paced", 80, 1.0)
+    paced.slo = SLO(tpot=0.1)
+    kept = queue.make_room([without, paced], [without, paced])  # type: ignore[list-item]
+    assert (names(kept), names(queue.take_evicted())) == (["paced"], ["without"])
+
+
 def test_waiting_requests_give_theirs_up_before_decoding_ones(
     queue: MemoryQueue, pool: BlockPool
 ) -> None:
@@ -172,6 +195,36 @@ def test_held_ones_give_way_to_who_waits_the_longest_held_first(
     assert names(queue.admit(0.0)) == ["first"], "taken from the other that is held"
     assert names(queue.take_evicted()) == ["second"]
     pool.check()
+
+
+def test_one_that_is_held_gives_way_to_who_waits_already(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    sequence = decoding(pool, "stalls", 160, 0.0)
+    push(queue, FakeSequence("waits", 20))
+    assert names(queue.admit(0.0)) == []
+    sequence.is_held = True
+    queue.hold(sequence)  # type: ignore[arg-type]
+    assert names(queue.admit(0.0)) == ["waits"]
+
+
+def test_held_ones_keep_their_blocks_where_all_of_them_would_not_do(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    """The two share three blocks: both together have six, not nine."""
+    assert pool.reserve(list(range(64)), 0) is not None  # a prefill that runs holds the rest
+    one = decoding(pool, "one", 64, 0.0)
+    pool.commit(one.reservation, one.ids[:64])
+    other = FakeSequence("other", 80)
+    other.ids[:48] = one.ids[:48]
+    other.reservation, other.tokens = pool.reserve(other.ids, 0), [1]
+    for sequence in (one, other):
+        sequence.is_held = True
+        queue.hold(sequence)  # type: ignore[arg-type]
+    assert pool.available == 0
+    push(queue, FakeSequence("comes", 100))
+    assert names(queue.admit(0.0)) == []
+    assert names(queue.take_evicted()) == []
 
 
 def test_room_for_the_next_token_is_taken_from_held_ones_first(
