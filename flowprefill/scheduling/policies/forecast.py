@@ -72,7 +72,7 @@ class Forecast:
         return limits
 
     def _fade(self, now: float) -> float:
-        return math.exp((self._at - now) / MEMORY_S) if self._shares else 0.0
+        return math.exp((self._at - now) / MEMORY_S)
 
     def _going_on(self, now: float) -> float:
         """Return by how much to believe that arrivals go on as of late, 0 to 1."""

@@ -34,8 +34,10 @@ def end_current(scheduler: Scheduler, at: float) -> Work:
     return scheduler.current
 
 
-def work(name: str, seconds: float, deadline: float, serial: int, weight: float = 1.0) -> Work:
-    job = Job(name, 0.0, 1, 0, deadline, weight=weight)
+def work(
+    name: str, seconds: float, deadline: float, serial: int, weight: float = 1.0, at: float = 0.0
+) -> Work:
+    job = Job(name, at, 1, 0, deadline, weight=weight)
     return Work([job], serial, seconds)
 
 
@@ -76,22 +78,51 @@ def test_plan_weight_gives_up_the_most_time_per_weight() -> None:
     assert keepable([light, heavy], 0.0, [5.0, 5.0]) == [light]
 
 
-def test_plan_sets_time_aside_for_arrivals_due_before() -> None:
+@pytest.mark.parametrize("start_s", [0.0, 1000.0])
+def test_plan_sets_time_aside_for_arrivals_due_before(start_s: float) -> None:
+    def due(name: str, seconds: float, in_s: float, serial: int) -> Work:
+        return work(name, seconds, start_s + in_s, serial, at=start_s)
+
+    def limits(*works: Work, at: float = 0.0) -> list[float]:
+        """Return them from the start on."""
+        return [limit - start_s for limit in forecast.limits(works, start_s + at)]
+
+    def planned(*works: Work) -> list[Work]:
+        return list(plan(works, start_s, start_s, forecast))
+
     forecast = Forecast()
-    short, long = work("short", 1.0, 6.0, 0), work("long", 4.5, 6.0, 1)
-    assert plan([short, long], 0.0, 0.0, forecast) == [short, long]
-    for number in range(20):  # half of the device's time, each due within a second
-        tight = work("tight", 0.5 * MEMORY_S / 20, 1.0, 2 + number)
-        forecast.note(tight, 0.0)
-    soon = work("soon", 0.1, 0.9, 30)
-    assert forecast.limits([soon, short], 0.0) == pytest.approx([0.9, 6.0 - 0.5 * (6.0 - 1.0)])
+    short, long = due("short", 1.0, 6.0, 0), due("long", 4.5, 6.0, 1)
+    assert planned(short, long) == [short, long]
+    for number in range(20):  # half of the device's time, each due within two seconds
+        forecast.note(due("tight", 0.5 * MEMORY_S / 20, 2.0, 2 + number), start_s)
+    soon = due("soon", 0.1, 1.9, 30)
+    assert limits(soon, short) == pytest.approx([1.9, 6.0 - 0.5 * (6.0 - 2.0)])
     short.protected = short.jobs[:]
-    assert forecast.limits([short], 0.0) == [6.0]
+    assert limits(short) == pytest.approx([6.0])
     short.protected.clear()
-    assert plan([short, long], 0.0, 0.0, forecast) == [short]
-    later = work("later", 1.0, 8 * MEMORY_S, 40)  # by then they count no more
-    assert forecast.limits([later], 7 * MEMORY_S) == pytest.approx([8 * MEMORY_S], abs=0.01)
-    assert plan([long], 0.0, 0.0, forecast) == [long]  # better than none
+    assert planned(short, long) == [short]
+    later = due("later", 1.0, 8 * MEMORY_S, 40)  # by then they count no more
+    assert limits(later, at=7 * MEMORY_S) == pytest.approx([8 * MEMORY_S], abs=0.01)
+    assert planned(long) == [long]  # better than none
+    for number in range(20):  # a tenth, due within half a second: these are counted first
+        forecast.note(due("tighter", 0.1 * MEMORY_S / 20, 0.5, 50 + number), start_s)
+    expected = [1.9 - 0.1 * (1.9 - 0.5), 6.0 - 0.5 * (6.0 - 2.0) - 0.1 * (6.0 - 0.5)]
+    assert limits(soon, short) == pytest.approx(expected)
+
+
+def test_plan_keeps_what_it_can_where_arrivals_are_expected_to_take_all_the_time() -> None:
+    forecast = Forecast()
+    for number in range(20):  # four times what the device can do
+        forecast.note(work("tight", 4.0 * MEMORY_S / 20, 1.0, number), 0.0)
+    works = [work(name, 1.0, 6.0, 30 + number) for number, name in enumerate("abc")]
+    assert max(forecast.limits(works, 0.0)) < 0.0
+    assert plan(works, 0.0, 0.0, forecast) == works
+
+
+def test_plan_sets_no_more_time_aside_for_one_that_asks_for_the_impossible() -> None:
+    forecast, long = Forecast(), work("long", 1.0, 6.0, 1)
+    forecast.note(work("impossible", 100.0, 1.0, 0), 0.0)  # a second's work by then, of a hundred
+    assert forecast.limits([long], 0.0) == pytest.approx([6.0 - (6.0 - 1.0) / MEMORY_S])
 
 
 def test_plan_sets_less_time_aside_once_a_burst_is_over() -> None:
@@ -111,6 +142,21 @@ def test_plan_sets_less_time_aside_once_a_burst_is_over() -> None:
     assert share(4.0 * lull_s) == pytest.approx(0.5 / 4.0)
     forecast.note(work("tight", 1e-3, 1.0, 20), 4.0 * lull_s)  # it goes on
     assert share(4.0 * lull_s) == pytest.approx(0.5, rel=0.01)
+
+
+def test_plan_sets_as_much_time_aside_after_an_hour_as_after_a_minute() -> None:
+    """One arrives every half second, and is due within a second: that never lets up."""
+
+    def taken_s(minutes: int) -> float:
+        forecast, now = Forecast(), 0.0
+        for number in range(minutes * 120):
+            now = 0.5 * number
+            forecast.note(work("tight", 0.1, now + 1.0, number, at=now), now)
+        now += 0.9 * LULL * 0.5  # the next is a little late
+        return now + 6.0 - forecast.limits([work("long", 1.0, now + 6.0, 0)], now)[0]
+
+    assert taken_s(60) == pytest.approx(taken_s(1), rel=1e-3)
+    assert taken_s(1) == pytest.approx(0.2 * (6.0 - 1.0), rel=0.3)
 
 
 def test_running_work_that_the_plan_gives_up_makes_way() -> None:
@@ -272,9 +318,29 @@ def test_rest_tenants_that_ask_for_less_than_a_device_go_by_arrival() -> None:
         now += 0.5
 
 
+def test_rest_a_tenants_backlog_counts_however_many_other_tenants_come() -> None:
+    clock, now = TenantClock(), 0.0
+
+    def comes(tenant: str, seconds: float) -> float:
+        item = work(tenant, seconds, math.inf, 0, at=now)
+        item.jobs[0].tenant, item.nominal_s = tenant, seconds
+        clock.note(item, now)
+        return item.fair_arrival_s
+
+    comes("heavy", 1e4)
+    for number in range(5 * COMPACT_AT):
+        now += 1.0
+        assert comes(f"tenant{number}", 0.5) == now
+    assert comes("heavy", 1.0) == 1e4
+    assert len(clock._ends) <= COMPACT_AT, "who has no backlog is forgotten"
+
+
 def test_plan_of_equal_ones_gives_up_the_tenant_with_the_longest_backlog() -> None:
-    works = [work(str(number), 1.0, 3.0, number) for number in range(4)]
+    works = [work(str(number), 1.0, 3.0, number, at=-number) for number in range(4)]
     works[1].fair_arrival_s += 2.0
+    assert keepable(works, 0.0, [3.0] * 4) == [works[0], *works[2:]]
+    works = [work(str(number), 1.0, 3.0, number, at=number) for number in range(4)]
+    works[1].fair_arrival_s += 1.0
     assert keepable(works, 0.0, [3.0] * 4) == [works[0], *works[2:]]
 
 
