@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from virtual_device import Client, VirtualDevice, cost_model
 
 from flowprefill.scheduling import (
+    Arrival,
     CostModel,
     Job,
     MachineRates,
@@ -157,6 +158,48 @@ def test_guaranteed_share_what_is_packed_leaves_time_for_the_other_protected(see
     assert late_of_mix(seed, scheduler, own, others, (0.0, 0.005, 0.01), 2.2) == []
 
 
+@pytest.mark.parametrize(("tokens", "objective"), [(3_000, 4.0), (8_000, 10.0), (8_000, 5.0)])
+def test_guaranteed_share_others_go_first_while_that_leaves_enough(
+    tokens: int, objective: float
+) -> None:
+    """It begins when what is left by its deadline is its own time, and what others may still ask.
+
+    Others: the two classes, for which the time after its own device would end it counts, and those
+    without a share.
+    """
+    rng, at = random.Random(1), 1.03  # the others are there before
+    shares = {"api": SHARE, "batch": 0.2}
+    one = Client(Job("one", at, tokens, 0, at + objective, service_class="api"))
+    device = VirtualDevice(make(**shares), [one, *adversary("tight stream", rng, at + objective)])
+    device.play()
+    needed_s = cost_model().prefill_s(tokens)
+    end_s = at + (needed_s + 2 * BLOCKING_S) / SHARE  # on a device of its own
+    due_s = at + objective - BLOCKING_S - SLICE_S
+    late_share = LATE_SHARE * (1 + 2 * BLOCKING_S / SLICE_S)
+
+    def spare_s(now: float) -> float:
+        others_s = SHARE * (due_s - max(now, end_s)) + shares["batch"] * (due_s - now)
+        return (due_s - now) * (1 - late_share) - needed_s - others_s
+
+    begins_s = next(run.start_s for run in device.runs.values() if one.job in run.first_jobs)
+    assert one.is_on_time
+    assert spare_s(at) > 0.1
+    assert spare_s(begins_s) == pytest.approx(0.0, abs=0.01)
+
+
+def test_guaranteed_share_protects_what_has_a_deadline_within_it_and_at_most_64() -> None:
+    """Each takes 0.11 s, a third of a second of the share: the third would end after 1.07 s."""
+    scheduler = make(api=SHARE)
+    jobs = [Job("none", 1.0, 30_000, service_class="api")]
+    jobs += [Job(f"api-{n}", 1.0, 1_000, 0, 2.0, service_class="api") for n in range(3)]
+    jobs += [Job(f"many-{n}", 1.0, 10, 0, 60.0, service_class="api") for n in range(80)]
+    jobs += [Job("other", 1.0, 10, 0, 60.0)]
+    for job in jobs:
+        scheduler.on_event(Arrival(job), 1.0)
+    protected = [job.id for job in jobs if scheduler._prefills[job.id].is_protected]
+    assert protected == ["api-0", "api-1", *(f"many-{n}" for n in range(62))]
+
+
 def test_guaranteed_share_is_what_makes_them_on_time() -> None:
     rng = random.Random(1)
     honest = conforming(rng, 6.0)
@@ -190,6 +233,17 @@ def test_late_and_best_effort_end_within_the_documented_bound(
         ahead_of_it = max(v.job.arrival_s for v in victims[: number + 1])
         bound = ahead_of_it + patience + (line_s + SLICE_S) / share + (number + 1) * SLICE_S
         assert victim.first_token_s <= bound + longest, victim
+
+
+@pytest.mark.parametrize("name", ["", "batch"])
+def test_late_ones_take_no_more_than_their_share_from_those_on_time(name: str) -> None:
+    share, patience_s = (SHARE, 0.0) if name else (LATE_SHARE, 0.5)
+    victim = Client(Job("late", 1.0, 8_000, 0, 1.001, service_class=name))
+    stream = adversary("tight stream", random.Random(1), 20.0)
+    VirtualDevice(make(batch=SHARE), [victim, *stream]).play()
+    slices = cost_model().prefill_s(8_000) / SLICE_S
+    took_s = victim.first_token_s - 1.0 - patience_s
+    assert took_s == pytest.approx((slices - 1) * SLICE_S / share, rel=0.05)
 
 
 @settings(max_examples=15)
