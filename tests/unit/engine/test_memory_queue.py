@@ -62,10 +62,13 @@ def test_earliest_deadline_gets_blocks_first(queue: MemoryQueue) -> None:
     assert (len(queue), queue.tokens, queue.seconds) == (0, 0, 0.0)
 
 
-def test_one_without_objective_is_due_some_time(queue: MemoryQueue) -> None:
-    push(queue, FakeSequence("later", 60, arrival_s=LATEST_S, due_s=LATEST_S + 1.0))
-    push(queue, FakeSequence("old", 60, arrival_s=0.0))
-    assert names(queue.admit(LATEST_S)) == ["old", "later"]
+@pytest.mark.parametrize("start_s", [0.0, 1000.0])
+def test_one_without_objective_is_due_some_time(queue: MemoryQueue, start_s: float) -> None:
+    later_s = start_s + LATEST_S
+    push(queue, FakeSequence("later", 60, later_s, later_s + 1.0))
+    push(queue, FakeSequence("old", 60, start_s))
+    push(queue, FakeSequence("sooner", 60, later_s - 2.0, later_s - 1.0))
+    assert names(queue.admit(later_s)) == ["sooner", "old"]
 
 
 @pytest.mark.parametrize("start_s", [0.0, 1000.0])
@@ -120,7 +123,7 @@ def test_removed_wherever_it_is(queue: MemoryQueue) -> None:
     push(queue, FakeSequence("a", 20), gone)
     queue.remove(gone)  # type: ignore[arg-type]
     queue.remove(gone)  # type: ignore[arg-type]
-    assert queue.tokens == 20
+    assert (queue.tokens, queue.seconds) == (20, pytest.approx(0.02))
     assert names(queue.admit(0.0)) == ["a"]
 
 
@@ -154,12 +157,36 @@ def test_one_with_a_pace_to_keep_has_room_before_one_without(
     assert (names(kept), names(queue.take_evicted())) == (["paced"], ["without"])
 
 
+def idle_one(pool: BlockPool, name: str, tokens: int, due_s: float = math.inf) -> FakeSequence:
+    """A sequence with blocks whose prefill has not begun."""
+    sequence = FakeSequence(name, tokens, due_s=due_s)
+    sequence.reservation, sequence.is_scheduled = pool.reserve(sequence.ids, 1), True
+    return sequence
+
+
+def test_least_urgent_of_the_waiting_gives_up_its_blocks_and_no_run_loses_any(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    one = decoding(pool, "one", 80, 0.0)
+    several = [idle_one(pool, name, 15, due_s) for name, due_s in (("a", 2.0), ("b", 9.0))]
+    several += [idle_one(pool, name, 15, due_s) for name, due_s in (("c", 5.0), ("runs", 99.0))]
+    several.append(idle_one(pool, "stalled", 15, 8.0))
+    several[3].work_id = 1
+    several[4].is_held = True  # no token yet: it is prefilled as any
+    queue.hold(several[4])  # type: ignore[arg-type]
+    for name in ("b", "stalled", "c", "a"):
+        kept = queue.make_room([one], [one, *several])  # type: ignore[list-item]
+        assert (names(kept), names(queue.take_evicted())) == (["one"], [name])
+        one.ids += [1] * 16
+    assert len(queue) == 4
+    assert names(queue.make_room([one], [one, *several])) == []  # type: ignore[list-item]
+
+
 def test_waiting_requests_give_theirs_up_before_decoding_ones(
     queue: MemoryQueue, pool: BlockPool
 ) -> None:
     one = decoding(pool, "one", 80, 0.0)
-    idle = FakeSequence("idle", 70)
-    idle.reservation, idle.is_scheduled = pool.reserve(idle.ids, 1), True
+    idle = idle_one(pool, "idle", 70)
     started = FakeSequence("started", 1)
     kept = queue.make_room([one], [one, idle, started])  # type: ignore[list-item]
     assert (names(kept), names(queue.take_evicted())) == (["one"], ["idle"])
@@ -230,11 +257,38 @@ def test_held_ones_keep_their_blocks_where_all_of_them_would_not_do(
 def test_room_for_the_next_token_is_taken_from_held_ones_first(
     queue: MemoryQueue, pool: BlockPool
 ) -> None:
-    idle = FakeSequence("idle", 15)
-    idle.reservation, idle.is_scheduled = pool.reserve(idle.ids, 1), True
-    stalled, one = held(queue, pool, "stalled", 64), decoding(pool, "one", 80, 0.0)
-    kept = queue.make_room([one], [one, idle, stalled])  # type: ignore[list-item]
+    idle = idle_one(pool, "idle", 15)
+    stalled = [held(queue, pool, name, 32) for name in ("stalled", "later")]
+    one = decoding(pool, "one", 80, 0.0)
+    kept = queue.make_room([one], [one, idle, *stalled])  # type: ignore[list-item]
     assert (names(kept), names(queue.take_evicted())) == (["one"], ["stalled"])
+
+
+def test_held_one_in_the_step_that_is_built_keeps_its_blocks(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    one, stalls = decoding(pool, "one", 80, 1.0), held(queue, pool, "stalls", 80)
+    kept = queue.make_room([one, stalls], [one, stalls])  # type: ignore[list-item]
+    assert (names(kept), names(queue.take_evicted())) == (["stalls"], ["one"])
+
+
+def test_one_that_is_held_before_its_first_token_keeps_its_blocks(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    stalled = idle_one(pool, "stalled", 140)
+    stalled.is_held = True
+    queue.hold(stalled)  # type: ignore[arg-type]
+    push(queue, FakeSequence("comes", 20))
+    assert (names(queue.admit(0.0)), queue.take_evicted()) == ([], [])
+
+
+def test_held_ones_lose_their_blocks_once(queue: MemoryQueue, pool: BlockPool) -> None:
+    for name in ("first", "second"):
+        held(queue, pool, name, 80)
+    for number in range(2):
+        push(queue, FakeSequence(f"comes{number}", 79))
+        assert names(queue.admit(0.0)) == [f"comes{number}"]
+    assert names(queue.take_evicted()) == ["first", "second"]
 
 
 def test_blocks_of_a_held_one_are_left_to_a_run_that_uses_them(
