@@ -172,7 +172,7 @@ class PrefillShare:
     @property
     def stretch(self) -> float:
         """How many times longer than on prefills alone the backlog takes, in 1..MAX_STRETCH."""
-        return min(self._all_s / max(self._prefill_s, self._all_s / MAX_STRETCH), MAX_STRETCH)
+        return self._all_s / max(self._prefill_s, self._all_s / MAX_STRETCH)
 
 
 class TenantBook:
@@ -193,7 +193,7 @@ class TenantBook:
         queued = self._queued[tenant]
         queued.jobs -= 1
         queued.tokens -= tokens
-        queued.backlog_s = max(queued.backlog_s - seconds, 0.0)
+        queued.backlog_s -= seconds
         if not queued.jobs:
             del self._queued[tenant]
 

@@ -26,6 +26,7 @@ BUSY = Queued(5, 500, 10.0)
 def test_nothing_waiting_is_never_overload() -> None:
     limits = AdmissionLimits(max_waiting=1, max_waiting_tokens=50, max_backlog_s=1.0)
     assert overload_of(Queued(), limits, 100) is None
+    assert overload_of(Queued(5, 5_000_000, 1e6), AdmissionLimits(), 100) is None, "no such bounds"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,12 @@ def test_tenant_may_use_its_share_of_each_bound() -> None:
         assert "of tenant 'a'" in refusal.message
 
 
+def test_tenant_may_have_one_waiting_however_small_its_share() -> None:
+    limits = AdmissionLimits(20, tenant_share=0.01)
+    assert tenant_overload_of(Queued(), limits, "a", 1) is None
+    assert tenant_overload_of(Queued(1, 1, 0.1), limits, "a", 1) is not None
+
+
 def test_late_job_is_told_its_wait_or_that_it_is_no_use() -> None:
     job = Job("a", 10.0, 100, 0, 10.5)
     assert lateness_of(job, Outlook(0.5, 0.1, 0), 10.0) is None
@@ -64,6 +71,11 @@ def test_late_job_is_told_its_wait_or_that_it_is_no_use() -> None:
     assert late is not None
     assert "predicted in 0.600 s, due in 0.500 s" in late.message
     assert late.retry_after_s == pytest.approx(0.1)
+    kept_free = Outlook(0.45, 0.1, 0, margin_s=0.1)
+    close = lateness_of(job, kept_free, 10.0)
+    assert close is not None
+    assert "due in 0.500 s, of which 0.100 s are kept free" in close.message
+    assert close.retry_after_s == pytest.approx(0.05)
     harm = lateness_of(job, Outlook(0.2, 0.1, 2, 0.7), 10.0)
     assert harm is not None
     assert "2 admitted requests" in harm.message
@@ -108,6 +120,7 @@ def test_tenant_book_forgets_who_has_nothing_waiting() -> None:
     assert book.of("a", 2.0) == Queued(2, 150, 6.0)
     assert book.of("b", 2.0) == Queued()
     book.leave("a", 100, 2.0)
+    assert book.of("a", 1.0) == Queued(1, 50, 1.0)
     book.leave("a", 50, 1.0)
     assert book.of("a", 1.0) == Queued()
     assert book._queued == {}

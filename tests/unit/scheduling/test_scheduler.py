@@ -422,6 +422,20 @@ def test_predicted_ttft_counts_what_is_ahead_and_changes_nothing() -> None:
     assert scheduler.load() == before
 
 
+def test_backlog_is_what_has_not_left_and_exactly_nothing_once_all_has() -> None:
+    scheduler, left = make("edf"), {}
+    for number in (0, 3, 1, 5, 2, 4):  # they leave in another order
+        name, tokens = f"job{number}", 137 * (number + 1)
+        arrive(scheduler, name, tokens, 60.0 + number)
+        left[name] = scheduler.cost_model.prefill_s(tokens)
+    assert scheduler.load().backlog_s == pytest.approx(sum(left.values()))
+    for name in sorted(left, reverse=True):
+        scheduler.on_event(Cancelled(name), 0.0)
+        del left[name]
+        assert scheduler.load().backlog_s == pytest.approx(sum(left.values()))
+    assert scheduler.load().backlog_s == 0.0, "or it would count as waiting"
+
+
 def test_predicted_ttft_counts_no_one_who_goes_later() -> None:
     scheduler = make("edf")
     arrive(scheduler, "running", 10_000, 5.0)
