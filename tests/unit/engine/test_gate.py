@@ -15,6 +15,7 @@ from engines import live_request
 from flowprefill import Engine
 from flowprefill.config import Granularity, ServiceClass
 from flowprefill.engine.core import EngineCore
+from flowprefill.engine.gate import backlog_limit
 from flowprefill.engine.kv_blocks import BlockPool
 from flowprefill.engine.live_request import LiveRequest
 from flowprefill.engine.worker import Batch
@@ -155,6 +156,16 @@ def test_demoted_request_waits_for_those_that_keep_their_objective() -> None:
     assert demoted.token_times_s[0] > later.token_times_s[0]
 
 
+def test_one_that_wants_to_be_dropped_is_not_demoted() -> None:
+    world = GateWorld()
+    world.submit(2000, SLO(ttft=2.2))
+    dropped = world.submit(1000, SLO(ttft=2.9, on_miss="drop"), DEMOTE)
+    assert (dropped.is_demoted, dropped.is_promised) == (False, False)
+    assert dropped.job().ttft_deadline_s < math.inf
+    world.play()
+    assert not dropped.token_times_s
+
+
 def test_mode_off_admits_and_best_effort_is_never_late() -> None:
     world = GateWorld()
     world.submit(2000, SLO(ttft=2.1))
@@ -184,6 +195,40 @@ def test_backlog_counts_all_that_waits_and_empties_as_predicted() -> None:
     world.play()
     assert max(one.token_times_s[0] for one in world.live) - start_s == pytest.approx(5.0, rel=0.01)
     world.core.check_load("")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (AdmissionLimits(max_waiting=3), "3 requests are waiting"),
+        (AdmissionLimits(max_waiting_tokens=2500), "1920 prompt tokens are waiting; with 640 more"),
+        (AdmissionLimits(max_backlog_s=2.5), r"2\.6 s of work are waiting"),
+    ],
+)
+def test_bounds_count_what_waits_for_memory(limits: AdmissionLimits, message: str) -> None:
+    world = GateWorld(limits, num_blocks=15)  # of 64 tokens: no two fit
+    for _ in range(4):
+        world.submit(640)
+    assert len(world.core._memory) == 3
+    with pytest.raises(Overloaded, match=message):
+        world.submit(640)
+
+
+def test_predicted_wait_is_from_the_arrival_on() -> None:
+    """Its prompt was tokenised meanwhile."""
+    world = GateWorld()
+    live = world.request(500)
+    world.play(world.worker.now + 0.3)
+    world.core.submit(live)
+    world.play()
+    assert live.handle.predicted_ttft == pytest.approx(0.8, rel=0.01)
+    assert world.ttft_s(live) == pytest.approx(0.8, rel=0.01)
+
+
+def test_backlog_has_no_bound_where_the_machine_was_not_measured_or_none_is_set() -> None:
+    assert backlog_limit(30.0, is_calibrated=True) == 30.0
+    assert backlog_limit(30.0, is_calibrated=False) == math.inf
+    assert backlog_limit(0.0, is_calibrated=True) == math.inf
 
 
 def test_backlog_gets_smaller_while_a_prefill_runs_and_no_event_comes() -> None:

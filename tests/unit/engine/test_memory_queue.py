@@ -111,6 +111,32 @@ def test_it_tries_only_after_an_event(queue: MemoryQueue, pool: BlockPool) -> No
     assert names(queue.admit(0.0)) == ["waits"]
 
 
+def test_seconds_before_are_those_of_the_prefills_that_get_blocks_first(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    several = [FakeSequence(name, 20 * n, due_s=n) for n, name in enumerate("abc", 1)]
+    push(queue, *reversed(several))
+
+    def seconds_before() -> list[float]:
+        return [queue.seconds_before(one) for one in several]  # type: ignore[arg-type]
+
+    assert seconds_before() == pytest.approx([0.0, 0.02, 0.06])
+    assert names(queue.admit(0.0)) == ["a", "b", "c"]
+    assert seconds_before() == [0.0, 0.0, 0.0]
+
+
+def test_what_is_found_in_the_cache_counts_as_computed(queue: MemoryQueue, pool: BlockPool) -> None:
+    before, after = FakeSequence("before", 40), FakeSequence("after", 40)
+    after.ids[:33] = before.ids[:33]
+    push(queue, before)
+    assert names(queue.admit(0.0)) == ["before"]
+    pool.commit(before.reservation, before.ids)
+    push(queue, after)
+    assert names(queue.admit(0.0)) == ["after"]
+    assert (before.computed, after.computed) == (0, 32)
+    assert after.reservation.block_ids[:2] == before.reservation.block_ids[:2]
+
+
 def test_tries_are_bounded(queue: MemoryQueue, pool: BlockPool) -> None:
     assert pool.reserve(list(range(140)), 1) is not None
     push(queue, *(FakeSequence(f"big{n}", 100, due_s=1.0) for n in range(MAX_MISSES)))
@@ -141,6 +167,7 @@ def test_room_is_made_by_the_least_urgent(queue: MemoryQueue, pool: BlockPool) -
     first, second = decoding(pool, "first", 80, 0.0), decoding(pool, "second", 80, 1.0)
     kept = queue.make_room([second, first], [first, second])  # type: ignore[list-item]
     assert (names(kept), names(queue.take_evicted())) == (["first"], ["second"])
+    assert len(first.reservation.block_ids) == 6
     assert queue.take_evicted() == []
     assert second.reservation is None
     assert second.computed == 0
@@ -222,6 +249,24 @@ def test_held_ones_give_way_to_who_waits_the_longest_held_first(
     assert names(queue.admit(0.0)) == ["first"], "taken from the other that is held"
     assert names(queue.take_evicted()) == ["second"]
     pool.check()
+
+
+def test_every_one_of_a_step_has_room(queue: MemoryQueue, pool: BlockPool) -> None:
+    several = [decoding(pool, name, 32, 0.0) for name in "abc"]
+    assert names(queue.make_room(several, several)) == ["a", "b", "c"]  # type: ignore[arg-type]
+    assert [len(one.reservation.block_ids) for one in several] == [3, 3, 3]
+
+
+def test_held_one_that_goes_on_waits_for_what_it_lost_alone(
+    queue: MemoryQueue, pool: BlockPool
+) -> None:
+    has_all, waits = held(queue, pool, "has all", 160), FakeSequence("waits", 20)
+    has_all.work_id = 1
+    push(queue, waits)
+    queue.hold(waits)  # type: ignore[arg-type]
+    for sequence in (has_all, waits):
+        queue.resume(sequence)  # type: ignore[arg-type]
+    assert (len(queue), queue.tokens) == (1, 20)
 
 
 def test_one_that_is_held_gives_way_to_who_waits_already(

@@ -387,6 +387,39 @@ def test_rest_one_that_was_cancelled_holds_up_no_slice_of_the_next() -> None:
     assert granted.job_ids == ("next",)
 
 
+def test_rest_late_ones_have_their_slices_in_turn_and_one_that_comes_to_no_line_at_once() -> None:
+    scheduler = make(late_patience_s=0.5, late_share=0.1, late_slice_s=0.05, max_batch_tokens=1)
+    arrive(scheduler, "running", 100_000, 60.0)
+    for name in ("first", "second"):
+        arrive(scheduler, name, 10, at=0.1)
+
+    def granted(at: float) -> float | None:
+        """Let the slice come that is due, and its work end; returns when the next is due."""
+        work = scheduler.on_event(TimerFired(), at).dispatch
+        assert work is not None
+        ended = scheduler.on_event(Finished(work.id, frozenset(work.job_ids)), at + 0.002)
+        return ended.wake_at
+
+    assert granted(0.6) == pytest.approx(0.6 + 0.05 / 0.1)
+    assert granted(1.1) is None
+    assert arrive(scheduler, "third", 10, at=1.2).wake_at == pytest.approx(1.2 + 0.5)
+
+
+def test_rest_late_ones_that_are_packed_and_suspended_keep_their_place() -> None:
+    scheduler = make(max_batch_tokens=4_000)
+    arrive(scheduler, "running", 10_000, 60.0)
+    for name in ("late", "later"):
+        arrive(scheduler, name, 10, 1e-6, at=0.1)
+    arrive(scheduler, "latest", 3_000, 1e-6, at=0.2)
+    packed = end_current(scheduler, 1.01)
+    assert packed.job_ids == ("late", "later")
+    assert arrive(scheduler, "urgent", 1_000, 0.15, at=1.011).preempted is packed
+    arrive(scheduler, "long", 90_000, 60.0, at=1.05)
+    assert end_current(scheduler, 1.12).job_ids == ("long",)
+    patience_s = scheduler.settings.late_patience_s
+    assert scheduler.on_event(TimerFired(), 0.1 + patience_s).dispatch is packed
+
+
 def test_background_runs_last_is_preempted_at_once_and_packed_apart() -> None:
     scheduler = make()
     arrive(scheduler, "background", 100_000, service_class="background")
