@@ -18,10 +18,11 @@ COMPACT_AT = 64
 class LateLines:
     """One line for each class with a guaranteed share, and one for all others.
 
-    Works stand in the order in which they turned late (best effort: arrived). However busy the
-    device is, the first in line is granted a slice of `late_slice_s` in every `late_slice_s /
-    share`; the line of all others has `late_share`, and no grant before `late_patience_s`. A grant
-    that must wait is made up for afterwards. So who turns late at t has received all its time by
+    Works stand in the order in which they turned late (best effort: arrived), packed ones in the
+    line of each of their classes. However busy the device is, the first in line is granted a slice
+    of `late_slice_s` in every `late_slice_s / share`; the line of all others has `late_share`, and
+    no grant before `late_patience_s`. A grant that must wait is made up for afterwards. So who
+    turns late at t has received all its time by
 
         t + late_patience_s + (time of all in line up to itself + one slice) / share
           + one slice for each of those
@@ -34,6 +35,8 @@ class LateLines:
         self._lines = {name: _Line() for name in ("", *settings.class_shares)}
         self._granted = -1  # serial of the work whose slice has come
         self._granted_at = math.inf  # when it came
+        self._granted_line = ""  # in which line it was
+        self._next_line = ""  # in which it is that the last next_grant() named
         self._slice_from_s: float | None = None  # the granted work's executed_s when it began
 
     def add(self, work: Work, now: float) -> None:
@@ -41,8 +44,9 @@ class LateLines:
         work.is_in_line = True
         if work.late_since_s is None:
             work.late_since_s = now
-        name = work.jobs[0].service_class
-        self._lines[name if name in self._lines else ""].add(work)
+        classes = (job.service_class for job in work.jobs)
+        for name in dict.fromkeys(name if name in self._lines else "" for name in classes):
+            self._lines[name].add(work)
 
     def next_grant(self) -> tuple[Work | None, float]:
         """Return (who is granted the next slice, from when on); none while the first runs."""
@@ -57,12 +61,13 @@ class LateLines:
             patience_s = 0.0 if name else self._settings.late_patience_s
             at = max(first.late_since_s + patience_s, self._shares.free_at(name))
             if first.version >= 0 and at < found[1]:
-                found = (first, at)
+                found, self._next_line = (first, at), name
         return found
 
     def grant(self, work: Work, due_at: float) -> None:
-        """Note that a work is to run now because its slice was due."""
+        """Note that the work that next_grant() named is to run now, as its slice was due."""
         self._granted, self._granted_at, self._slice_from_s = work.serial, due_at, None
+        self._granted_line = self._next_line
 
     def slice_end(self, current: Work, now: float, *, begins: bool) -> float:
         """Return when the running work's slice ends; -inf if it has none.
@@ -70,14 +75,13 @@ class LateLines:
         Args:
             begins: one that has not begun does so now; false: it would.
         """
-        if current.serial != self._granted or current.is_decode:
+        if current.serial != self._granted:
             return -math.inf
         if self._slice_from_s is None:
             if not begins:
                 return now + self._settings.late_slice_s
             self._slice_from_s = current.executed_s
-            name = current.jobs[0].service_class
-            self._shares.count_slice(name if name in self._lines else "", self._granted_at)
+            self._shares.count_slice(self._granted_line, self._granted_at)
         return now + self._settings.late_slice_s - (current.executed_s - self._slice_from_s)
 
 

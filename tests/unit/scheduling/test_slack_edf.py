@@ -420,6 +420,36 @@ def test_rest_late_ones_that_are_packed_and_suspended_keep_their_place() -> None
     assert scheduler.on_event(TimerFired(), 0.1 + patience_s).dispatch is packed
 
 
+def test_rest_one_that_is_packed_with_others_keeps_its_place_in_the_line_of_its_class() -> None:
+    """Its share has a slice for it soon; in the line of all others a long one is before it."""
+    scheduler = make(class_shares={"batch": 0.3}, max_batch_tokens=4_000)
+    arrive(scheduler, "running", 1_500, 60.0)
+    arrive(scheduler, "hog", 50_000, at=0.05)
+    first = arrive(scheduler, "first", 10, at=0.06, service_class="batch").dispatch
+    assert first is not None
+    scheduler.on_event(Finished(first.id, frozenset({"first"})), 0.062)
+    arrive(scheduler, "head", 10, at=0.1)
+    arrive(scheduler, "batch", 10, at=0.11, service_class="batch")
+    packed = end_current(scheduler, 0.16)
+    assert packed.job_ids == ("head", "batch")
+    assert arrive(scheduler, "urgent", 90_000, 9.2, at=0.161).preempted is packed
+    slice_s = scheduler.settings.late_slice_s
+    due = scheduler.on_event(TimerFired(), 0.06 + slice_s / 0.3)
+    assert due.dispatch is packed, due.reason
+
+
+def test_rest_first_of_one_line_that_runs_holds_up_no_slice_of_another() -> None:
+    scheduler = make(class_shares={"batch": 0.3}, max_batch_tokens=1)
+    arrive(scheduler, "running", 100_000, service_class="batch")
+    arrive(scheduler, "other", 90_000, at=0.1)
+    due_s = 0.1 + scheduler.settings.late_patience_s
+    decision = scheduler.on_event(TimerFired(), 3.0)
+    assert (decision.dispatch, decision.wake_at) == (None, pytest.approx(due_s))
+    granted = scheduler.on_event(TimerFired(), due_s).dispatch
+    assert granted is not None
+    assert granted.job_ids == ("other",)
+
+
 def test_background_runs_last_is_preempted_at_once_and_packed_apart() -> None:
     scheduler = make()
     arrive(scheduler, "background", 100_000, service_class="background")
