@@ -187,6 +187,17 @@ def test_questions_grant_no_slice() -> None:
     assert str(one.on_event(TimerFired(), at)) == str(other.on_event(TimerFired(), at))
 
 
+def test_questions_begin_no_slice() -> None:
+    """Of one that was granted it while nothing else waited; it has all of it when others come."""
+    one, other = (hand_made.make(class_shares={"batch": 0.3}) for _ in range(2))
+    for each in (one, other):
+        hand_made.arrive(each, "granted", 10_000, service_class="batch")
+    one.outlook(hand_made.job("new", 10, at=0.01), 0.01, 1.0)
+    decisions = [str(hand_made.arrive(each, "urgent", 100, 0.2, at=0.02)) for each in (one, other)]
+    assert decisions[0] == decisions[1]
+    assert "wake_at=0.07" in decisions[0]
+
+
 def test_outlook_of_best_effort_in_a_long_queue_counts_all_of_it() -> None:
     one = scheduler("slack_edf")
     for index in range(1500):
