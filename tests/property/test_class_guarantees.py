@@ -200,6 +200,17 @@ def test_guaranteed_share_protects_what_has_a_deadline_within_it_and_at_most_64(
     assert protected == ["api-0", "api-1", *(f"many-{n}" for n in range(62))]
 
 
+def test_guaranteed_share_of_short_ones_counts_two_segments_for_each() -> None:
+    scheduler = make(api=SHARE)
+    jobs = [Job(f"api-{n}", 1.0, 10, 0, 2.0, service_class="api") for n in range(60)]
+    for job in jobs:
+        scheduler.on_event(Arrival(job), 1.0)
+    protected = sum(scheduler._prefills[job.id].is_protected for job in jobs)
+    each_s = (cost_model().prefill_s(10) + 2 * BLOCKING_S) / SHARE
+    assert protected == int((1.0 - BLOCKING_S - SLICE_S) / each_s)
+    assert protected < 60
+
+
 def test_guaranteed_share_is_what_makes_them_on_time() -> None:
     rng = random.Random(1)
     honest = conforming(rng, 6.0)
