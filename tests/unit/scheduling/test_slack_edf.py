@@ -22,6 +22,7 @@ from flowprefill.scheduling import (
 )
 from flowprefill.scheduling.policies.forecast import LULL, MEMORY_S, Forecast
 from flowprefill.scheduling.policies.planning import keepable, plan
+from flowprefill.scheduling.policies.shares import GuaranteedShares
 from flowprefill.scheduling.policies.tenant_clock import COMPACT_AT, TenantClock
 from flowprefill.scheduling.reasons import Reason
 
@@ -588,3 +589,31 @@ def test_protected_one_is_not_given_up_for_many_short_ones() -> None:
 
     assert "long" not in order()
     assert "long" in order(search=0.3)
+
+
+def test_packing_leaves_protected_ones_what_is_spare_besides_what_is_packed() -> None:
+    """A packed prefill is to end by the earliest deadline of its protected ones."""
+    settings = SchedulerSettings(
+        class_shares={"api": 0.3}, late_share=0.1, late_slice_s=0.02, max_blocking_s=0.002
+    )
+    shares = GuaranteedShares(settings)
+    soon, later, other = work("soon", 0.1, 2.0, 0), work("later", 0.5, 5.0, 1), work("x", 9.0, 9, 2)
+    for one in (soon, later):
+        one.jobs[0].service_class = "api"
+        shares.note(one, 0.0)
+    end_s = (0.1 + 0.5 + 4 * 0.002) / 0.3  # on the class's own device
+    spare_s = {2.0: 0.88 * (2.0 - 0.022) - 0.1}  # 0.88: less late_share, twice a segment a slice
+    spare_s[5.0] = 0.88 * (5.0 - 0.022) - 0.6 - 0.3 * (5.0 - 0.022 - end_s)
+
+    def room_s(*members: Work) -> float:
+        """Return how long a prefill of them may take, to a millisecond."""
+        return sum(shares.have_room(members, number / 1000) for number in range(8000)) / 1000
+
+    assert shares.spare_s(0.0) == pytest.approx(spare_s[2.0])
+    assert room_s(soon, other) == pytest.approx(0.1 + spare_s[2.0], abs=2e-3)
+    assert room_s(later, other) == pytest.approx(0.5 + spare_s[5.0], abs=2e-3)
+    assert room_s(other, later, soon) == pytest.approx(0.1 + spare_s[2.0], abs=2e-3)
+    assert room_s(other) == 8.0, "it may be suspended"
+    assert shares.spare_s(1.9) < 0.0
+    assert room_s(soon) == pytest.approx(0.1, abs=2e-3)
+    assert room_s(later, other) > 1.0
