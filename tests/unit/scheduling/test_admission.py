@@ -159,6 +159,37 @@ def test_outlook_keeps_two_segments_free_but_no_more_than_a_tenth_of_the_objecti
         assert outlook.margin_s == pytest.approx(margin_s)
 
 
+def test_outlook_keeps_free_what_errors_of_late_ask_for_but_at_most_a_quarter() -> None:
+    """One in five took 1.4 times as long; errors of works are independent."""
+    one = scheduler("slack_edf")
+    for number in range(60):
+        one.cost_model.observe("prefill", 1.0, 1.4 if number % 5 == 0 else 1.0)
+    arrive(one, 0.0, "running", 900, 3.0)
+    arrive(one, 0.0, "second", 900, 3.5)
+    ahead_s = [work.predicted_s for work in one._prefills.values()]
+    late = one.outlook(Job("new", 0.0, 10, 0, 20.0), 0.0, 1.0)
+    assert late.margin_s == pytest.approx(0.004 + 0.4 * math.hypot(*ahead_s))
+    early = one.outlook(Job("new", 2.9, 10, 0, 3.6), 0.0, 1.0)
+    assert early.margin_s == pytest.approx(0.004 + 0.25 * 0.7)
+
+
+def test_outlook_counts_what_waits_elsewhere_as_ahead() -> None:
+    one = scheduler("slack_edf")
+    arrive(one, 0.0, "running", 1000, 3.0)
+    outlook = one.outlook(Job("new", 0.0, 1000, 0, 20.0), 0.0, 1.5, 0.7)
+    assert outlook.ttft_s == pytest.approx(1.5 * (1.0 + 0.7 + 1.0), rel=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "harm"), [(44, 0), (47, 1)])
+def test_outlook_leaves_promised_ones_what_is_kept_free_of_them(tokens: int, harm: int) -> None:
+    """Two of a second are done 50 ms before the second's deadline, of which 4 ms are kept free."""
+    one = scheduler("slack_edf")
+    for name, due_s in (("running", 1.9), ("promised", 2.05)):
+        one.on_event(Arrival(Job(name, 0.0, 1000, 0, due_s, is_promised=True)), 0.0)
+    new = Job("new", 0.0, tokens, 0, 1.5)
+    assert one.outlook(new, 0.0, 1.0).made_late == harm
+
+
 def test_outlook_decides_nothing() -> None:
     one, other = scheduler("slack_edf"), scheduler("slack_edf")
     for each in (one, other):
