@@ -194,6 +194,15 @@ class ConfigError(FlowPrefillError, ValueError):
     code = "bad_config"
 
 
+def no_threads(which: str, error: RuntimeError) -> ConfigError:
+    """Return the error for threads of the engine that the system does not start."""
+    return ConfigError(
+        f"threads: the system does not start {which} ({error}), expected fewer, or higher limits "
+        "(ulimit -u and -v, a control group's pids.max)",
+        param="threads",
+    )
+
+
 class CheckpointError(FlowPrefillError):
     """A model file is missing, truncated, or of a kind that is not supported."""
 

@@ -10,7 +10,7 @@ from flowprefill.config import GIB, EngineConfig, Granularity
 from flowprefill.engine.control_groups import memory_left, usable_cores
 from flowprefill.engine.device import ProbeSizes
 from flowprefill.engine.host_memory import Room, available, largest_tensor, weight_bytes
-from flowprefill.errors import CheckpointError, ConfigError
+from flowprefill.errors import CheckpointError, ConfigError, no_threads
 from flowprefill.native import _core
 
 if TYPE_CHECKING:
@@ -83,14 +83,7 @@ class CpuDevice:
         except MemoryError:
             raise self.no_memory(checkpoint) from None
         except RuntimeError as error:
-            raise self._no_threads(error) from None
-
-    def _no_threads(self, error: RuntimeError) -> ConfigError:
-        return ConfigError(
-            f"threads: the system does not start {self.threads} of them ({error}), expected fewer, "
-            "or higher limits (ulimit -u and -v, a control group's pids.max)",
-            param="threads",
-        )
+            raise no_threads(f"{self.threads} of them", error) from None
 
     def no_memory(self, checkpoint: Checkpoint) -> ConfigError:
         """Return the error for weights that are too large, with the settings that take less."""
@@ -159,7 +152,7 @@ class CpuDevice:
             executor = _core.Executor(self.threads, self._background)
             executor.start()
         except RuntimeError as error:
-            raise self._no_threads(error) from None
+            raise no_threads(f"{self.threads} of them", error) from None
         return executor
 
     def workspace_bytes(self, model: _core.Model) -> int:

@@ -104,7 +104,8 @@ class Engine:
         self._pool = BlockPool(limits.num_blocks, limits.block_tokens, self.config.prefix_cache)
         try:
             self._core = self._make_core(policy)
-        except BaseException:  # of a policy of the user's own
+            self._core.start()
+        except BaseException:  # of a policy of the user's own; or no thread can be started
             self._worker.stop()
             raise
         self._intake = Intake(
@@ -117,7 +118,6 @@ class Engine:
         )
         self.created = int(time.time())
         self._is_open, self._process = True, os.getpid()
-        self._core.start()
 
     # ---- what users call -----------------------------------------------------------------------
 

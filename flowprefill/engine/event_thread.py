@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from flowprefill.errors import no_threads
+
 if TYPE_CHECKING:
     from flowprefill.engine.worker import RunEvent, Worker
 
@@ -39,8 +41,11 @@ class EventThread:
         self._thread = threading.Thread(target=self._serve, name="fp-events", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread; raises ConfigError if the system starts no more."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise no_threads("one more", error) from None
 
     def stop(self) -> None:
         """End the thread and wait for it; not from the thread itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_threads_that_the_system_does_not_start_are_named(
         device.make_model(checkpoint)
     with address_space(256 * MIB), pytest.raises(ConfigError, match=words):
         device.start_executor(None, None)  # type: ignore[arg-type] - it looks at no model
+
+
+def test_an_engine_without_an_event_thread_is_the_same_error_and_leaves_no_thread(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "fp-events":
+            raise RuntimeError("can't start new thread")
+        really(thread)
+
+    really = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(ConfigError, match=r"threads: the system does not start one more \(can't"):
+        open_engine()
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert "fp-executor" not in names
 
 
 def test_a_cache_of_too_many_blocks_is_refused_by_its_bounds(
