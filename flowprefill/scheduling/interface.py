@@ -154,14 +154,11 @@ class SchedulerSettings:
         for name in ("late_share", "decode_share", "idle_share"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a share in (0, 1)")
-        for name in (
-            "max_blocking_s",
-            "late_patience_s",
-            "late_slice_s",
-            "max_stall_s",
-        ):
+        for name in ("max_blocking_s", "late_patience_s", "max_stall_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a number >= 0")
+        if not self.late_slice_s > 0:
+            raise ValueError(f"late_slice_s: got {self.late_slice_s}, expected a number > 0")
         for name, share in self.class_shares.items():
             if not 0.0 < share < 1.0 or name == BACKGROUND:
                 raise ValueError(

@@ -19,6 +19,7 @@ from flowprefill.scheduling import (
     Held,
     Job,
     Scheduler,
+    SchedulerSettings,
     TimerFired,
     Work,
 )
@@ -454,6 +455,23 @@ def test_finished_work_that_took_longer_corrects_the_next_prediction() -> None:
 def test_unknown_policy_names_the_known() -> None:
     with pytest.raises(ConfigError, match="slack_edf"):
         make("fastest")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_running": 0}, "max_running: got 0, expected an integer >= 1"),
+        ({"idle_share": 1.0}, "idle_share: got 1.0, expected a share in"),
+        ({"max_stall_s": -1.0}, "max_stall_s: got -1.0, expected a number >= 0"),
+        ({"late_slice_s": 0.0}, "late_slice_s: got 0.0, expected a number > 0"),
+        ({"late_patience_s": math.nan}, "late_patience_s: got nan"),
+        ({"class_shares": {"background": 0.1}}, "class_shares: got 0.1 for 'background'"),
+        ({"class_shares": {"a": 0.6, "b": 0.4}}, "class_shares: .* less than 1 in all"),
+    ],
+)
+def test_settings_out_of_bounds_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SchedulerSettings(**settings)
 
 
 NEVER_WAITED = Work([job("x", 10)], 99, 1.0)
