@@ -15,7 +15,7 @@ namespace flowprefill::testing {
 namespace {
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr int kRounds = 3;  // each is some ten times slower
+constexpr int kRounds = 8;  // each is some ten times slower
 #else
 constexpr int kRounds = 25;
 #endif
