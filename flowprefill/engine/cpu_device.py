@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from flowprefill.config import GIB, EngineConfig, Granularity
@@ -14,7 +16,7 @@ from flowprefill.errors import CheckpointError, ConfigError, no_threads
 from flowprefill.native import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from flowprefill.models.checkpoint import Checkpoint
 
@@ -24,6 +26,17 @@ DEFAULT_CACHE_GIB = 1.0  # of the KV cache, where the settings name none
 # Where the settings leave it open, matrices that take more than this in dtype stay in GGUF's
 # blocks: small ones multiply faster once they are expanded, large ones take too much memory.
 MOST_EXPANDED_GIB = 1.0
+
+
+@contextmanager
+def _threads_named(count: int) -> Iterator[None]:
+    """Turn the native error of a thread that the system does not start into that of the setting."""
+    try:
+        yield
+    except RuntimeError as error:
+        if os.strerror(errno.EAGAIN) not in str(error):
+            raise
+        raise no_threads(f"{count} of them", error) from None
 
 
 class CpuDevice:
@@ -77,13 +90,14 @@ class CpuDevice:
         if needed > free.bytes:
             log.warning("the kernel may end this process: %s", self._too_large(checkpoint, free))
         try:
-            return _core.Model(graph, self.dtype, self.threads, numbers, formats=formats)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+            with _threads_named(self.threads):
+                return _core.Model(graph, self.dtype, self.threads, numbers, formats=formats)
         except MemoryError:
             raise self.no_memory(checkpoint) from None
-        except RuntimeError as error:
-            raise no_threads(f"{self.threads} of them", error) from None
+        except ConfigError:  # a ValueError too
+            raise
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
 
     def no_memory(self, checkpoint: Checkpoint) -> ConfigError:
         """Return the error for weights that are too large, with the settings that take less."""
@@ -148,11 +162,9 @@ class CpuDevice:
     def start_executor(self, model: _core.Model, plan: _core.PlanOptions | None) -> _core.Executor:
         """Start an executor; it runs any model's runs, and has nothing to prepare."""
         del model, plan
-        try:
+        with _threads_named(self.threads):
             executor = _core.Executor(self.threads, self._background)
             executor.start()
-        except RuntimeError as error:
-            raise no_threads(f"{self.threads} of them", error) from None
         return executor
 
     def workspace_bytes(self, model: _core.Model) -> int:
