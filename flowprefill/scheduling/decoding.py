@@ -128,7 +128,7 @@ class Decoding:
         sequence = DecodingJob(job, context_tokens, now)
         self._sequences[job.id] = sequence
         self._count(job, 1)
-        self._wait(sequence)
+        self._wait(sequence, self._stall_s())
 
     def discard(self, job: Job) -> None:
         """End a sequence; the caller takes it out of a running step."""
@@ -158,7 +158,7 @@ class Decoding:
         sequence.due_s += now - sequence.last_token_s
         sequence.last_token_s = now
         if self.step is None or sequence.job not in self.step.jobs:
-            self._wait(sequence)
+            self._wait(sequence, self._stall_s())
         self.set_step_due()
 
     def take_step(self, serial: int, now: float) -> Work:
@@ -183,12 +183,13 @@ class Decoding:
             self._step_time.observe(model_s, rows, now - since_s)
             self._learn_head_start(now)
         ended = [job for job in self.step.jobs if job.id in ends]
+        stall_s = self._stall_s()  # of all the same
         for job in self.step.jobs:
             sequence = self._sequences[job.id]
             sequence.context_tokens += 1
             sequence.last_token_s = now
             if job.id not in ends:
-                self._wait(sequence)
+                self._wait(sequence, stall_s)
         for job in ended:
             self.discard(job)
         self.drop_step(now)
@@ -379,12 +380,12 @@ class Decoding:
                 taken.append(line.first())
                 self._leave_idle(taken[-1])
 
-    def _wait(self, sequence: DecodingJob) -> None:
+    def _wait(self, sequence: DecodingJob, stall_s: float) -> None:
         if sequence.is_held:
             return
         job = sequence.job
         is_best_effort = _is_best_effort(job)
-        wanted = self._stall_s() if is_best_effort else job.tpot_s
+        wanted = stall_s if is_best_effort else job.tpot_s
         sequence.band = PACED if self._can_be_paced(sequence) else PLAIN
         if job.service_class == BACKGROUND:
             wanted, sequence.band = math.inf, BEHIND
