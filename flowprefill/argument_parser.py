@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
+
+from flowprefill.config import parse_json
 
 _UNKNOWN_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
@@ -65,8 +66,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs
+        value = parse_json(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -330,6 +330,13 @@ def _objective_s(name: str, spec: Mapping[str, Any], key: str) -> float | None:
     return number / 1e3
 
 
+def parse_json(text: str) -> Any:
+    """Parse a JSON text; raises ValueError (for halves of surrogate pairs too), RecursionError."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_object(what: str, path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
@@ -339,8 +346,7 @@ def read_object(what: str, path: str | Path) -> dict[str, Any]:
     param = what.split()[0]
     name = f"{what} {str(path)!r}"
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        json.dumps(values, ensure_ascii=False).encode()  # halves of surrogate pairs
+        values = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}", param=param) from None
     except (ValueError, RecursionError) as error:

@@ -75,7 +75,7 @@ class CpuDevice:
         self.threads = resolve_threads(config.threads)
         self._background = config.background
         self._numbers = "int8" if config.quantization == "int8" else "none"
-        self._room, _ = available()
+        self._room: Room  # what was available when its model was made
 
     def make_model(self, checkpoint: Checkpoint) -> _core.Model:
         """Make an empty model; any number of tokens fits."""
@@ -89,15 +89,13 @@ class CpuDevice:
             raise self.no_memory(checkpoint)
         if needed > free.bytes:
             log.warning("the kernel may end this process: %s", self._too_large(checkpoint, free))
-        try:
-            with _threads_named(self.threads):
+        with _threads_named(self.threads):
+            try:
                 return _core.Model(graph, self.dtype, self.threads, numbers, formats=formats)
-        except MemoryError:
-            raise self.no_memory(checkpoint) from None
-        except ConfigError:  # a ValueError too
-            raise
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+            except MemoryError:
+                raise self.no_memory(checkpoint) from None
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
 
     def no_memory(self, checkpoint: Checkpoint) -> ConfigError:
         """Return the error for weights that are too large, with the settings that take less."""

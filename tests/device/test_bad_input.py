@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from address_space import memory_limited
 from cases import Runner, Saved
 from devices import DEVICES, Device, on
 from devices import ONE as ALL_KINDS
@@ -94,18 +92,6 @@ def test_make_run_names_what_is_wrong(native: Runner, change: dict[str, Any], na
         make_run(native.model, **change)
     assert _core.live_workspace_bytes() == before
     native.assert_close(native.prefill(native.ids, "layer"), 200)
-
-
-@contextmanager
-def memory_limited(more_bytes: int) -> Iterator[None]:
-    """Let this process take only so much address space more."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_a_cache_for_which_there_is_no_memory_names_its_setting(

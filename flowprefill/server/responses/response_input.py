@@ -61,7 +61,8 @@ def written_names(fields: Mapping[str, Any]) -> dict[str, str]:
         names["tool_choice.function"] = "tool_choice"
     if isinstance(choice, dict) and "allowed_tools" not in choice:
         names["tool_choice.allowed_tools"] = "tool_choice"
-        for index in range(MAX_TOOLS):
+        tools = choice.get("tools")
+        for index in range(min(len(tools), MAX_TOOLS) if isinstance(tools, list) else 0):
             where = f"tool_choice.allowed_tools.tools[{index}]"
             names |= {f"{where}.function": f"tool_choice.tools[{index}]"}
     return names

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import resource
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from address_space import memory_limited
 
 from flowprefill import ConfigError, Engine, EngineConfig, _core
 from flowprefill.engine import cpu_device
@@ -34,18 +34,6 @@ def config(**settings: object) -> EngineConfig:
     return EngineConfig.from_mapping(fields)
 
 
-@contextmanager
-def address_space(more_bytes: int) -> Iterator[None]:
-    """Let this process take only so much more."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
 def meminfo(root: Path, text: str) -> Path:
     (root / "proc").mkdir()
     (root / "proc/meminfo").write_text(text)
@@ -56,7 +44,7 @@ def test_what_is_available_is_the_least_of_the_bounds(tmp_path: Path) -> None:
     lines = "MemTotal: 8192 kB\nMemAvailable: 1024 kB\nSwapTotal: 512 kB\nSwapFree: 256 kB\nX: 1\n"
     most, free = available(meminfo(tmp_path, lines))
     assert (most.bytes, free.bytes) == (8704 << 10, 1280 << 10)
-    with address_space(64 * MIB):
+    with memory_limited(64 * MIB):
         most, free = available()
     assert (most.bytes, most.bound) == (pytest.approx(64 * MIB, abs=16 * MIB), "ulimit -v")
     assert free.bytes <= most.bytes
@@ -108,8 +96,8 @@ def test_of_memory_that_others_use_there_is_a_warning_only(
 
 # A process of its own: what others have given back would do for this one.
 CHILD = """
-import resource, sys
-from pathlib import Path
+import sys
+from address_space import memory_limited
 from flowprefill import ConfigError, EngineConfig
 from flowprefill.engine import cpu_device, device_choice, host_memory
 from flowprefill.models.checkpoint import open_checkpoint
@@ -117,10 +105,9 @@ from flowprefill.models.checkpoint import open_checkpoint
 checkpoint = open_checkpoint("smollm2-135m")
 config = EngineConfig(device="cpu", dtype="f32", threads=1, quantization="none")
 cpu_device.available = lambda: (host_memory.Room(1 << 50, "none"),) * 2
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]),) * 2)
 try:
-    device_choice.open_model(config, checkpoint)
+    with memory_limited(int(sys.argv[1])):
+        device_choice.open_model(config, checkpoint)
 except ConfigError as error:
     print(error)
 """
@@ -130,7 +117,10 @@ except ConfigError as error:
 def test_memory_that_runs_out_is_the_same_error(more: int) -> None:
     """In the middle of taking the weights' memory, or of reading them."""
     command = [sys.executable, "-c", CHILD, str(more)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=True, env=environment
+    )
     assert done.stdout.startswith("memory: the weights take 0.61 GiB"), done
 
 
@@ -140,9 +130,9 @@ def test_threads_that_the_system_does_not_start_are_named(
     monkeypatch.setattr(cpu_device, "available", lambda: (PLENTY, PLENTY))
     device = CpuDevice(config(threads=1024), "")
     words = r"threads: the system does not start 1024 of them \(.*\), expected fewer"
-    with address_space(256 * MIB), pytest.raises(ConfigError, match=words):
+    with memory_limited(256 * MIB), pytest.raises(ConfigError, match=words):
         device.make_model(checkpoint)
-    with address_space(256 * MIB), pytest.raises(ConfigError, match=words):
+    with memory_limited(256 * MIB), pytest.raises(ConfigError, match=words):
         device.start_executor(None, None)  # type: ignore[arg-type] - it looks at no model
 
 
