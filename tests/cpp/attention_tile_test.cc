@@ -30,15 +30,15 @@ struct Sizes {
 // Rows at the last positions of a sequence of whole blocks but for `missing` tokens.
 class Problem {
  public:
-  Problem(By by, const Sizes& sizes, int rows, int blocks, int missing)
+  Problem(By by, const Sizes& sizes, int rows, int blocks, int missing, float spread = 1.0f)
       : by_(by), s_(sizes), rows_(rows), blocks_(blocks), keys_(blocks * sizes.tokens - missing) {
     std::mt19937 random(7);
     std::normal_distribution<float> normal(0.0f, 1.0f);
-    const auto fill = [&](std::vector<Bf16>& values, int64_t n, float spread) {
+    const auto fill = [&](std::vector<Bf16>& values, int64_t n, float deviation) {
       for (int64_t i = 0; i < n; ++i)
-        values.push_back(narrowed(normal(random) * spread));
+        values.push_back(narrowed(normal(random) * deviation));
     };
-    fill(q_, int64_t{rows + kRoom} * s_.dim, 1.0f);
+    fill(q_, int64_t{rows + kRoom} * s_.dim, spread);
     fill(keys_of_, int64_t{blocks} * s_.tokens * s_.dim, 0.7f);
     fill(values_of_, int64_t{blocks} * s_.tokens * s_.dim, 1.0f);
   }
@@ -153,6 +153,8 @@ class AttentionTileTest : public testing::TestWithParam<std::tuple<By, Sizes>> {
   void SetUp() override {
     if (row_kernels<Bf16>().attend == nullptr)
       GTEST_SKIP() << "this processor has no AVX-512 BF16";
+    if (by() == By::kPlainTiles && !can_attend_by_plain_tiles())
+      GTEST_SKIP() << "this processor has no AVX-512 VBMI";
     if (by() == By::kTiles && isa() != Isa::kAmx)
       GTEST_SKIP() << "it has no tiles, or this process may not use them";
     if (by() != By::kRegisters && (sizes().dim % 32 != 0 || sizes().tokens % 32 != 0))
@@ -175,6 +177,23 @@ TEST_P(AttentionTileTest, IsTheSoftmaxOfTheKeysEachRowSees) {
         ASSERT_NEAR(got[static_cast<size_t>(row) * want.size() + d], want[d], 2e-2)
             << rows << " rows, row " << row << ", column " << d;
       }
+    }
+  }
+}
+
+// Maxima that move in most steps, and scores so far apart that no word of 16 bits holds them.
+TEST_P(AttentionTileTest, ScoresMayLieFarApart) {
+  constexpr int kRows = 33;
+  for (const float spread : {10.0f, 1e3f, 3e4f}) {
+    const Problem problem(by(), sizes(), kRows, 4, 1, spread);
+    if (kRows > sizes().tokens * 4 - 1)
+      continue;
+    const std::vector<float> got = problem.attended(0, kRows);
+    for (int row = 0; row < kRows; ++row) {
+      const std::vector<double> want = problem.expected(row);
+      for (size_t d = 0; d < want.size(); ++d)
+        ASSERT_NEAR(got[static_cast<size_t>(row) * want.size() + d], want[d], 6e-2)
+            << "row " << row << ", column " << d << ", scores by " << spread;
     }
   }
 }

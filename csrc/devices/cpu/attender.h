@@ -19,12 +19,14 @@ namespace flowprefill {
 inline constexpr int32_t kTileKeys = 256;
 inline constexpr size_t kLineFloats = 16;  // of a cache line
 
-// Room for so many floats from the start of a cache line on: outputs that lie across two lines cost
-// a fifth of the time.
-inline float* line_of(std::vector<float>& memory, size_t floats) {
-  memory.resize(std::max(memory.size(), floats + kLineFloats));
-  const size_t at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float);
-  return memory.data() + (kLineFloats - at % kLineFloats) % kLineFloats;
+// Room for so many elements from the start of a cache line on: outputs that lie across two lines
+// cost a fifth of the time.
+template <typename E>
+E* line_of(std::vector<E>& memory, size_t elements) {
+  constexpr size_t kLine = kLineFloats * sizeof(float) / sizeof(E);
+  memory.resize(std::max(memory.size(), elements + kLine));
+  const size_t at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(E);
+  return memory.data() + (kLine - at % kLine) % kLine;
 }
 
 template <typename T>
@@ -152,7 +154,7 @@ class Attender {
         const bool sees_all = next <= item_.position + 1 && sees_from(key);
         if (!sees_all)
           mask(key);
-        attend_block_({.q = s_.q.data(),
+        attend_block_({.q = q_,
                        .keys = keys_at(key),
                        .values = values_at(key),
                        .rows = live_,
@@ -211,12 +213,14 @@ class Attender {
   }
 
   void gather_q() {
-    s_.q.assign(static_cast<size_t>(rows_) * static_cast<size_t>(dim_), T{});
+    const size_t elements = static_cast<size_t>(rows_) * static_cast<size_t>(dim_);
+    q_ = line_of(s_.q, elements);
+    std::fill_n(q_, elements, T{});
     s_.valid_lo.assign(static_cast<size_t>(rows_), 0);
     s_.valid_hi.assign(static_cast<size_t>(rows_), 0);
     for (int32_t h = 0; h < group_; ++h) {
       const T* from = q_head(h);
-      T* to = s_.q.data() + int64_t{h} * item_.rows * dim_;
+      T* to = q_ + int64_t{h} * item_.rows * dim_;
       for (int32_t r = 0; r < item_.rows; ++r) {
         std::memcpy(to + int64_t{r} * dim_, from + int64_t{r} * args_.num_heads * dim_,
                     sizeof(T) * static_cast<size_t>(dim_));
@@ -230,7 +234,7 @@ class Attender {
     const Block<T> scores{
         .n = block_tokens_, .k = dim_, .lda = dim_, .ldb = block_tokens_, .ldc = ld, .add = false};
     for (int32_t k = 0; k < keys; k += block_tokens_)
-      brgemm(scores, rows_, s_.q.data(), keys_at(key + k), s_.scores.data() + k);
+      brgemm(scores, rows_, q_, keys_at(key + k), s_.scores.data() + k);
     mask(key);
     row_kernels<T>().softmax({.scores = s_.scores.data(),
                               .ld = ld,
@@ -291,6 +295,7 @@ class Attender {
   const int32_t last_;  // the last key that a row sees
   const AttendBlock attend_block_;
   const int32_t rows_;
+  T* q_ = nullptr;     // the item's queries
   int32_t first_ = 0;  // the first key, at the start of a block
   int32_t end_ = 0;
 };

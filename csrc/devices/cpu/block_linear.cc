@@ -11,6 +11,7 @@ namespace flowprefill {
 namespace {
 
 constexpr int64_t kStripsPerBlock = kPackColumns / kStripColumns;
+static_assert(kStripColumns == kTileColumns);
 // Elements of a row of an unpacked tile that belong to one column: bf16 comes in pairs.
 template <typename T>
 constexpr int64_t kPairs = sizeof(T) == sizeof(Bf16) ? 2 : 1;
@@ -49,12 +50,26 @@ void BlockLinear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows
   // Not a vector, which may begin within a cache line: then every vector of it lies in two.
   thread_local Buffer buffer(static_cast<size_t>(kDepthStep<T> * kPackColumns) * sizeof(T));
   T* tile = buffer.as<T>();
+  const bool is_tiled = fits_tiles<T>(depth, width);
   for (int64_t k = 0; k < depth; k += kDepthStep<T>) {
     const int64_t end = std::min(k + kDepthStep<T>, depth);
     for (int64_t column = 0; column < width; column += kStripColumns) {
       const int64_t strip = block * kStripsPerBlock + column / kStripColumns;
-      kernels.unpack(matrix_->format(strip), matrix_->strip(strip), k, end,
-                     tile + column * kPairs<T>, kPackColumns);
+      T* const out = tile + column * (is_tiled ? end - k : kPairs<T>);
+      kernels.unpack(matrix_->format(strip), matrix_->strip(strip), k, end, out,
+                     is_tiled ? kStripColumns : kPackColumns);
+    }
+    if (is_tiled) {
+      kernels.multiply_by_tiles({.rows = rows,
+                                 .columns = width,
+                                 .depth_bytes = (end - k) * int64_t{sizeof(T)},
+                                 .lda = depth * int64_t{sizeof(T)},
+                                 .ldc = ldc,
+                                 .add = add || k > 0,
+                                 .a = a + k,
+                                 .b = tile,
+                                 .c = c});
+      continue;
     }
     const Block<T> shape{.n = width,
                          .k = end - k,

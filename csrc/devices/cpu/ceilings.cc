@@ -114,7 +114,7 @@ constexpr int kTileSums = 6;  // more than the latency; the other two tiles are 
 __attribute__((target("amx-tile,amx-bf16,amx-int8"))) void multiply_tiles(bool of_bytes) {
   // Not of a copy on the stack: GCC says that this reads 8 bytes, so the rest might never be
   // written.
-  _tile_loadconfig(&kTileShapes);
+  _tile_loadconfig(&kTileShapes.of[kMostTileRows]);
   for (int64_t i = 0; i < kSteps; ++i) {
     if (of_bytes) {
       FP_TILES(_tile_dpbusd);

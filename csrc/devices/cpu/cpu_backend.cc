@@ -158,7 +158,7 @@ CutRules cpu_cuts(int threads, CpuNumbers numbers) {
   if (numbers.quantization == CpuQuantization::kInt8)
     weight_element_bytes = 1;
   return {.row_step = kRowStep,
-          .max_tile_rows = kRowsPerMember * threads,
+          .max_tile_rows = rows_per_member() * threads,
           .min_tile_rows = std::min(kRowStep * threads, kLeastTileRows),
           .min_product_parts = threads,
           .attention_slices = AttentionSlices::kHeadsFirst,

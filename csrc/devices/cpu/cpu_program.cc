@@ -8,13 +8,23 @@
 #include <vector>
 
 #include "devices/cpu/experts.h"
+#include "devices/cpu/gemm.h"
 #include "devices/cpu/team.h"
 
 namespace flowprefill {
 namespace {
 
-constexpr int32_t kRowChunk = 64;   // rows a member takes at once where rows are shared out
-constexpr int32_t kRowOpChunk = 4;  // the same for light operators alone
+constexpr int32_t kRowOpChunk = 4;  // rows a member takes at once of light operators alone
+// The same of a chain where rows are shared out: as many as are efficient, for what a chunk's
+// operators hand on stays in L2. A member has so many of its own at least.
+struct RowChunk {
+  int32_t least;
+  int32_t most;
+};
+RowChunk row_chunk() {
+  return has_amx() ? RowChunk{128, 256} : RowChunk{64, 64};
+}
+
 // Weights up to this size stay in the cache that the cores share while each member reads them for
 // rows of its own. A constant: what a virtual machine says of its cache is often the whole host's.
 constexpr size_t kCachedWeightBytes = size_t{8} << 20;
@@ -33,6 +43,10 @@ struct PreparedInput {
 };
 
 }  // namespace
+
+int32_t rows_per_member() {
+  return has_amx() ? 256 : 128;
+}
 
 size_t live_workspace_bytes() {
   return live_workspace.load(std::memory_order_relaxed);
@@ -232,7 +246,8 @@ void CpuProgram<T>::execute_step(const Step& step) {
 template <typename T>
 void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last) {
   const ModelGraph& graph = compiled_.graph();
-  const bool has_own_rows = step.rows() >= kRowChunk * threads_ && step.is_whole() &&
+  const RowChunk chunk = row_chunk();
+  const bool has_own_rows = step.rows() >= chunk.least * threads_ && step.is_whole() &&
                             !graph.is_per_sequence(graph.op(first)) &&
                             weight_bytes(first, last) <= kCachedWeightBytes &&
                             !wants_all_rows(first, last);
@@ -241,16 +256,16 @@ void CpuProgram<T>::execute_chain(const Step& step, int32_t first, int32_t last)
       execute_shared(step, graph.op(i));
     return;
   }
-  // Equal chunks of at most kRowChunk rows, as many for each member, in whole row blocks.
-  const int32_t most = kRowChunk * threads_;
+  // Equal chunks of at most so many rows, as many for each member, in whole row blocks.
+  const int32_t most = chunk.most * threads_;
   const int32_t rounds = (step.rows() + most - 1) / most;
   const int32_t share = (step.rows() + rounds * threads_ - 1) / (rounds * threads_);
   const int32_t rows = (share + kRowStep - 1) / kRowStep * kRowStep;
-  team_->for_each((step.rows() + rows - 1) / rows, [&](int64_t chunk) {
-    const int32_t begin = step.row_begin + static_cast<int32_t>(chunk) * rows;
+  team_->for_each((step.rows() + rows - 1) / rows, [&](int64_t i) {
+    const int32_t begin = step.row_begin + static_cast<int32_t>(i) * rows;
     const RowRange mine{begin, std::min(begin + rows, step.row_end)};
-    for (int32_t i = first; i <= last; ++i)
-      operators_.execute(graph.op(i), step, mine, 0, graph.parts(graph.op(i)));
+    for (int32_t op = first; op <= last; ++op)
+      operators_.execute(graph.op(op), step, mine, 0, graph.parts(graph.op(op)));
   });
 }
 

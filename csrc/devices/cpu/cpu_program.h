@@ -15,8 +15,9 @@
 
 namespace flowprefill {
 
-// Rows of a tile for each team member.
-inline constexpr int32_t kRowsPerMember = 128;
+// Rows of a tile for each team member: weights are read once for them. AMX multiplies by twice as
+// many in the time in which weights arrive.
+int32_t rows_per_member();
 // Rows of a tile behind the layers: so many are efficient, and their logits of 256k tokens 64 MiB.
 inline constexpr int32_t kHeadTileRows = 64;
 

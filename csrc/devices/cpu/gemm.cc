@@ -50,7 +50,7 @@ bool has_int8_gemm() {
 }
 
 bool has_amx() {
-  return isa() == Isa::kAmx && has_bf16_gemm();
+  return isa() == Isa::kAmx;
 }
 
 }  // namespace flowprefill

@@ -1,6 +1,6 @@
-// The matrix kernel of all products and of attention on the CPU, on packed operands: for float and
-// with AVX-512 BF16 our own; for bf16 by AMX, and for bytes, ATen's brgemm (oneDNN's batch-reduce
-// micro-kernel).
+// The matrix kernel of all products and of attention on the CPU, on packed operands: our own for
+// float, with AVX-512 BF16 and on AMX tiles; ATen's brgemm (oneDNN's batch-reduce micro-kernel) for
+// bytes without AMX, and for bf16 whose sizes ours do not take.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -44,8 +44,17 @@ inline void brgemm(const Block<float>& s, int64_t m, const float* a, const float
 // Whether this processor multiplies packed bf16 natively (AVX-512 BF16 or AMX), and may: see
 // isa(). Cost: one probe per process.
 bool has_bf16_gemm();
-// Whether it multiplies it by AMX tiles, and may.
+// Whether it multiplies bf16 and bytes by AMX tiles, and may.
 bool has_amx();
+
+// Whether the products of a block of `width` columns are made on AMX tiles; its weights are then
+// packed as TileProduct wants them. T: Bf16, or uint8_t for bytes; float never.
+template <typename T>
+bool fits_tiles(int64_t depth, int64_t width) {
+  constexpr int64_t kLineBytes = 64;
+  return sizeof(T) < sizeof(float) && depth * int64_t{sizeof(T)} % kLineBytes == 0 &&
+         width % kTileColumns == 0 && has_amx();
+}
 
 inline void brgemm(const Block<Bf16>& s, int64_t m, const Bf16* a, const Bf16* b, float* c) {
   at::native::cpublas::brgemm(m, s.n, s.k, s.lda, s.ldb, s.ldc, s.add,
@@ -80,9 +89,9 @@ bool has_int8_gemm();
 inline bool is_ours(const Block<float>&) {
   return true;
 }
-// Ours asks for weights ahead, for which ATen's waits. AMX's sums round otherwise.
+// Ours asks for weights ahead, for which ATen's waits.
 inline bool is_ours(const Block<Bf16>& s) {
-  return s.n % 16 == 0 && row_kernels<Bf16>().multiply != nullptr && !has_amx();
+  return s.n % 16 == 0 && row_kernels<Bf16>().multiply != nullptr;
 }
 
 // Same as brgemm for any row count. ATen's from at most seven shapes: each is compiled once per

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kMaxDepth = int64_t{1} << 16;  // 2^16 * 255 * 127 < 2^31
 constexpr int64_t kRows = 64;                    // whose sums stay in L1
+constexpr int64_t kTileRows = 256;               // on AMX tiles, which read weights once for them
 constexpr float kLargest = 127.0f;
 constexpr float kSmallest = 1e-30f;  // rows of nothing larger become zero
 
@@ -56,12 +57,18 @@ void Int8Linear<T>::pack(const float* weight, int64_t rows, Team& team,
     const int64_t column = place(row);
     const int64_t block = column / kPackColumns;
     const int64_t width = this->block_columns(block);
-    const int64_t c = column % kPackColumns;
+    int64_t c = column % kPackColumns;
     auto* out = packed_.as<int8_t>() + block * kPackColumns * padded_depth_;
+    int64_t ld = width;
+    if (fits_tiles<uint8_t>(padded_depth_, width)) {
+      out += c / kTileColumns * kTileColumns * padded_depth_;
+      c %= kTileColumns;
+      ld = kTileColumns;
+    }
     int32_t sum = 0;
     for (int64_t k = 0; k < padded_depth_; ++k) {
       const int value = bytes[static_cast<size_t>(k)] - kByteZero;
-      out[(k / 4 * width + c) * 4 + k % 4] = static_cast<int8_t>(value);
+      out[(k / 4 * ld + c) * 4 + k % 4] = static_cast<int8_t>(value);
       sum += value;
     }
     scales_[static_cast<size_t>(column)] = scale_of(largest);
@@ -91,26 +98,23 @@ void Int8Linear<T>::prepare(int64_t rows, const T* input, void* prepared) const 
 }
 
 template <typename T>
-void Int8Linear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows, const void* input,
+void Int8Linear<T>::multiply_block(int64_t block, int64_t end, int64_t rows, const void* input,
                                    float* c, int64_t ldc, bool add) const {
-  thread_local std::vector<int32_t> sums(kRows * kPackColumns);
+  thread_local std::vector<int32_t> sums(kTileRows * kPackColumns);
   const int64_t width = this->block_columns(block);
+  const bool is_tiled = fits_tiles<uint8_t>(padded_depth_, width);
+  const int64_t step = is_tiled ? kTileRows : kRows;
   const auto stride = static_cast<int64_t>(prepared_row_bytes(rows));
   const auto* a = static_cast<const uint8_t*>(input);
-  const auto* weights = packed_.as<int8_t>() + block * kPackColumns * padded_depth_;
   const auto first = static_cast<size_t>(block * kPackColumns);
-  for (int64_t done = 0; done < rows; done += kRows) {
-    const int64_t count = std::min(kRows, rows - done);
+  for (int64_t done = 0; done < rows; done += step) {
+    const int64_t count = std::min(step, rows - done);
     const uint8_t* mine = a + done * stride;
-    for (int64_t k = 0; k < padded_depth_; k += kDepthStep<uint8_t>) {
-      const Block<uint8_t> shape{.n = width,
-                                 .k = std::min(kDepthStep<uint8_t>, padded_depth_ - k),
-                                 .lda = stride,
-                                 .ldb = width,
-                                 .ldc = width,
-                                 .add = k > 0};
-      brgemm_rows(shape, count, mine + k, weights + k * width, sums.data());
-    }
+    const bool is_next_block = done + step >= rows && block + 1 < end;
+    if (is_tiled)
+      multiply_by_tiles(block, is_next_block, count, mine, stride, sums.data());
+    else
+      multiply_rows(block, count, mine, stride, sums.data());
     row_kernels<T>().scale_product({.product = sums.data(),
                                     .columns = static_cast<int>(width),
                                     .column_scales = scales_.data() + first,
@@ -118,6 +122,40 @@ void Int8Linear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows,
                                     .row_scales = mine + padded_depth_,
                                     .row_stride = stride},
                                    static_cast<int>(count), c + done * ldc, ldc, add);
+  }
+}
+
+template <typename T>
+void Int8Linear<T>::multiply_by_tiles(int64_t block, bool asks_for_next, int64_t rows,
+                                      const uint8_t* a, int64_t stride, int32_t* sums) const {
+  const int64_t width = this->block_columns(block);
+  const auto* weights = packed_.as<int8_t>() + block * kPackColumns * padded_depth_;
+  row_kernels<T>().multiply_bytes_by_tiles(
+      {.rows = rows,
+       .columns = width,
+       .depth_bytes = padded_depth_,
+       .lda = stride,
+       .ldc = width,
+       .add = false,
+       .a = a,
+       .b = weights,
+       .c = sums,
+       .ahead = asks_for_next ? weights + width * padded_depth_ : nullptr});
+}
+
+template <typename T>
+void Int8Linear<T>::multiply_rows(int64_t block, int64_t rows, const uint8_t* a, int64_t stride,
+                                  int32_t* sums) const {
+  const int64_t width = this->block_columns(block);
+  const auto* weights = packed_.as<int8_t>() + block * kPackColumns * padded_depth_;
+  for (int64_t k = 0; k < padded_depth_; k += kDepthStep<uint8_t>) {
+    const Block<uint8_t> shape{.n = width,
+                               .k = std::min(kDepthStep<uint8_t>, padded_depth_ - k),
+                               .lda = stride,
+                               .ldb = width,
+                               .ldc = width,
+                               .add = k > 0};
+    brgemm_rows(shape, rows, a + k, weights + k * width, sums);
   }
 }
 

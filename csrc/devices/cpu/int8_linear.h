@@ -30,6 +30,12 @@ class Int8Linear final : public Linear<T> {
   void end_series() const override;
 
  private:
+  // Sums [rows, columns of block] of products of bytes.
+  void multiply_by_tiles(int64_t block, bool asks_for_next, int64_t rows, const uint8_t* a,
+                         int64_t stride, int32_t* sums) const;
+  void multiply_rows(int64_t block, int64_t rows, const uint8_t* a, int64_t stride,
+                     int32_t* sums) const;
+
   const int64_t padded_depth_;  // in whole runs of the rotation; what is added is zero
   Buffer packed_;
   std::vector<float> scales_;    // of columns

@@ -4,44 +4,15 @@
 // nothing.
 #pragma once
 
-#include "devices/cpu/isa_attention_pieces.h"
-#include "devices/cpu/tile_shapes.h"
+#include "devices/cpu/isa_attention_words.h"
+#include "devices/cpu/isa_tiles.h"
 
 #if defined(__AVX512BF16__) && defined(__x86_64__)
 namespace flowprefill {
 namespace FP_ISA_NAMESPACE {
 namespace {
 
-constexpr int kSquare = 16;         // rows of a tile, and columns of sums
-constexpr int kDepth = 32;          // of one instruction
-constexpr int kPair = 2 * kSquare;  // rows or columns of two tiles
-
-// Of the eight tiles 0 to 3 are sums: 0 and 1 of upper rows, 2 and 3 of the sixteen rows below
-// them. 4 and 5 are these rows of the left operand, 6 and 7 two sixteens of columns of the right
-// one.
-//
-// Assembler instead of the compiler's functions: these want the tiles' numbers in their source.
-struct ProcessorTiles {
-  static void begin() { asm volatile("ldtilecfg %0" ::"m"(kTileShapes)); }
-  static void end() { asm volatile("tilerelease"); }
-  template <int kTile>
-  static inline __attribute__((always_inline)) void zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-  }
-  template <int kTile>
-  static inline __attribute__((always_inline)) void load(const void* from, int64_t row_bytes) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile)
-                 : "memory");
-  }
-  template <int kTile>
-  static inline __attribute__((always_inline)) void store(void* to, int64_t row_bytes) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(kTile) : "memory");
-  }
-  template <int kSum, int kA, int kB>
-  static inline __attribute__((always_inline)) void multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
-  }
-};
+constexpr int kDepth = 32;  // of one instruction
 
 // Up to 32 rows against up to kStepKeys keys.
 struct TileStep {
@@ -57,7 +28,7 @@ class TileAttention {
   explicit TileAttention(const AttentionTile& tile) : t_(tile) {}
 
   void run() {
-    Tiles::begin();
+    Tiles::begin(kPair);
     for (int row = 0; row < t_.rows; row += kPair)
       attend_rows(row, t_.rows - row < kPair ? t_.rows - row : kPair);
     finish();
@@ -117,16 +88,17 @@ class TileAttention {
   template <bool kHasLower>
   static inline __attribute__((always_inline)) void add_products(const Bf16* a, int64_t lda,
                                                                  const Bf16* b, int64_t ldb) {
-    Tiles::template load<6>(b, ldb * 4);
     Tiles::template load<4>(a, lda * 2);
-    Tiles::template multiply<0, 4, 6>();
-    Tiles::template load<7>(b + kPair, ldb * 4);
-    Tiles::template multiply<1, 4, 7>();
-    if constexpr (kHasLower) {
+    if constexpr (kHasLower)
       Tiles::template load<5>(a + kSquare * lda, lda * 2);
+    Tiles::template load<6>(b, ldb * 4);
+    Tiles::template load<7>(b + kPair, ldb * 4);
+    Tiles::template multiply<0, 4, 6>();
+    if constexpr (kHasLower)
       Tiles::template multiply<2, 5, 6>();
+    Tiles::template multiply<1, 4, 7>();
+    if constexpr (kHasLower)
       Tiles::template multiply<3, 5, 7>();
-    }
   }
   template <bool kHasLower>
   static inline __attribute__((always_inline)) void store_sums(float* to, int64_t ld) {
@@ -191,27 +163,22 @@ class TileAttention {
       if (t_.softcap != 0.0f)
         cap(scores_[buffer][r], step.pairs * kPair);
       if (t_.sees_all && step.pairs == kStepKeys / kPair)
-        take_whole(step.first + r, scores_[buffer][r], probabilities_[buffer][r]);
-      else if (step.pairs == 2)
-        take_some<4>(step, r, scores_[buffer][r], probabilities_[buffer][r]);
+        take_words<true>(t_, step.first + r, ~uint64_t{0}, scores_[buffer][r],
+                         probabilities_[buffer][r]);
       else
-        take_some<2>(step, r, scores_[buffer][r], probabilities_[buffer][r]);
+        take_words<false>(t_, step.first + r, seen(step, r), scores_[buffer][r],
+                          probabilities_[buffer][r]);
     }
   }
-  void take_whole(int row, const float* scores, Bf16* probabilities) const {
-    constexpr __mmask16 kSeen[4] = {0xffff, 0xffff, 0xffff, 0xffff};
-    take_row<4>(t_, row, kSeen, scores, probabilities);
+  // Bit i: whether a row sees key i of the step. Scores behind the step's pairs are not its own.
+  uint64_t seen(const TileStep& step, int r) const {
+    const int keys = step.pairs * kPair;
+    const int end = end_seen(t_, step.first + r) - step.key;
+    return bits_below(end < keys ? end : keys) &
+           ~bits_below(first_seen(t_, step.first + r) - step.key);
   }
-  template <int kVectors>
-  void take_some(const TileStep& step, int r, const float* scores, Bf16* probabilities) const {
-    const int row = step.first + r;
-    __mmask16 seen[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const int key = step.key + v * kLanes;
-      seen[v] = static_cast<__mmask16>(mask_below(end_seen(t_, row) - key) &
-                                       ~mask_below(first_seen(t_, row) - key));
-    }
-    take_row<kVectors>(t_, row, seen, scores, probabilities);
+  static uint64_t bits_below(int n) {
+    return n >= kStepKeys ? ~uint64_t{0} : (n <= 0 ? 0 : (uint64_t{1} << n) - 1);
   }
   void cap(float* scores, int keys) const {
     const __m512 cap = _mm512_set1_ps(t_.softcap);

@@ -135,8 +135,10 @@ inline __attribute__((always_inline)) void raise_maximum(const AttentionTile& t,
                                                          __m512 scores) {
   const float before = t.row_max[row];
   const float peak = _mm512_reduce_max_ps(scores);
-  const __m512 keep = _mm512_set1_ps(before == kNoMaximum ? 0.0f : exp2_clamped(before - peak));
   t.row_max[row] = peak;
+  if (before == kNoMaximum)  // both are 0
+    return;
+  const __m512 keep = _mm512_set1_ps(exp2_clamped(before - peak));
   float* sum = t.row_sum + row * kLanes;
   _mm512_storeu_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(sum), keep));
   float* output = t.output + int64_t{row} * t.dim;

@@ -6,7 +6,6 @@
 #include "devices/cpu/gemm.h"
 
 namespace flowprefill {
-
 template <typename T>
 PackedLinear<T>::PackedLinear(int64_t depth, int64_t columns)
     : Linear<T>(depth, columns), packed_(static_cast<size_t>(depth * columns) * sizeof(T)) {}
@@ -24,10 +23,15 @@ void PackedLinear<T>::pack(const float* weight, int64_t rows, Team& team,
     const int64_t block = column / kPackColumns;
     const int64_t width = this->block_columns(block);
     T* out = packed_.as<T>() + block * kPackColumns * depth;
-    const int64_t c = column % kPackColumns;
+    int64_t c = column % kPackColumns;
+    int64_t ld = width;
+    if (fits_tiles<T>(depth, width)) {
+      out += c / kTileColumns * kTileColumns * depth;
+      c %= kTileColumns;
+      ld = kTileColumns;
+    }
     for (int64_t k = 0; k < depth; ++k) {
-      const int64_t at =
-          sizeof(T) == sizeof(Bf16) ? (k / 2 * width + c) * 2 + k % 2 : k * width + c;
+      const int64_t at = sizeof(T) == sizeof(Bf16) ? (k / 2 * ld + c) * 2 + k % 2 : k * ld + c;
       out[at] = narrow[static_cast<size_t>(k)];
     }
   });
@@ -40,6 +44,20 @@ void PackedLinear<T>::multiply_block(int64_t block, int64_t end, int64_t rows, c
   const int64_t width = this->block_columns(block);
   const T* a = static_cast<const T*>(input);
   const T* data = packed_.as<T>() + block * kPackColumns * depth;
+  if (fits_tiles<T>(depth, width)) {
+    const int64_t row_bytes = depth * int64_t{sizeof(T)};
+    return row_kernels<T>().multiply_by_tiles(
+        {.rows = rows,
+         .columns = width,
+         .depth_bytes = row_bytes,
+         .lda = row_bytes,
+         .ldc = ldc,
+         .add = add,
+         .a = a,
+         .b = data,
+         .c = c,
+         .ahead = block + 1 < end ? data + width * depth : nullptr});
+  }
   for (int64_t k = 0; k < depth; k += kDepthStep<T>) {
     const Block<T> shape{.n = width,
                          .k = std::min(kDepthStep<T>, depth - k),

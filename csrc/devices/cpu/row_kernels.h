@@ -84,6 +84,24 @@ struct Product {
   const T* ahead = nullptr;  // k * n weights that the caller multiplies next, if it knows them
 };
 
+inline constexpr int kTileColumns = 16;  // of sums on one AMX tile
+
+// c[rows, columns] (+)= a * b on AMX tiles, of bf16 into floats or of bytes (a without sign, b
+// with) into int32. b is packed by strips of 16 columns, [columns / 16][depth_bytes / 4][16][4
+// bytes].
+struct TileProduct {
+  int64_t rows;
+  int64_t columns;      // a multiple of kTileColumns
+  int64_t depth_bytes;  // of a row of a, and of a column of b: a multiple of 64
+  int64_t lda;          // bytes
+  int64_t ldc;          // elements
+  bool add;
+  const void* a;
+  const void* b;
+  void* c;
+  const void* ahead = nullptr;  // the block that is multiplied next, as large as b; null: not known
+};
+
 // Values that rotate() mixes with one another.
 inline constexpr int kRotatedRun = 64;
 // The byte that stands for zero in a row of bytes.
@@ -153,6 +171,10 @@ struct RowKernels {
   // sizes; of Bf16 packed as [k / 2][n][2] with k even and n a multiple of 16, with the bits of
   // ATen's micro-kernel, null where the processor has no instruction for it.
   void (*multiply)(const Product<T>& product);
+  // The same on AMX tiles, for has_amx() only: of bf16, and of bytes. No other code may have this
+  // thread's tiles in use.
+  void (*multiply_by_tiles)(const TileProduct& product);
+  void (*multiply_bytes_by_tiles)(const TileProduct& product);
   // out[i] = table[i] as float.
   void (*widen)(const T* row, int n, float* out);
   // out[i] = row[i] rounded to T.

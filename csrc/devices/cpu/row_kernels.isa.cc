@@ -11,6 +11,7 @@
 #include "devices/cpu/isa_int8.h"
 #include "devices/cpu/isa_math.h"
 #include "devices/cpu/isa_product.h"
+#include "devices/cpu/isa_product_amx.h"
 #include "devices/cpu/isa_product_bf16.h"
 #include "devices/cpu/isa_sample.h"
 #include "devices/cpu/isa_score.h"
@@ -331,6 +332,15 @@ constexpr void (*attend_by_tiles_of())(const AttentionTile&) {
   return nullptr;
 }
 
+constexpr void (*multiply_by_tiles_of(bool is_of_bytes))(const TileProduct&) {
+#if defined(__AVX512BF16__) && defined(__x86_64__)
+  return is_of_bytes ? multiply_by_tiles<true> : multiply_by_tiles<false>;
+#else
+  static_cast<void>(is_of_bytes);
+  return nullptr;
+#endif
+}
+
 template <typename T>
 constexpr void (*multiply_of())(const Product<T>&) {
 #ifndef __AVX512BF16__
@@ -358,6 +368,8 @@ constexpr RowKernels<T> make_table() {
           .attend = attend_of<T>(),
           .attend_by_tiles = attend_by_tiles_of<T>(),
           .multiply = multiply_of<T>(),
+          .multiply_by_tiles = multiply_by_tiles_of(false),
+          .multiply_bytes_by_tiles = multiply_by_tiles_of(true),
           .widen = widen<T>,
           .narrow = narrow<T>,
           .unpack = unpack<T>,
