@@ -307,17 +307,20 @@ std::vector<AttentionItem> CpuOperators<T>::attention_items(const Operator& op, 
   const int32_t head_end = step.is_whole() ? a_.graph.parts(op) : step.part_end;
   const int32_t item_rows = attention_item_rows(step.rows(), a_.graph.attention.heads_per_kv(),
                                                 head_end - step.part_begin, threads);
-  for (int32_t row = step.row_begin; row < step.row_end;) {
-    const Sequence& s = a_.sequence_of(row);
-    const int32_t end = std::min({step.row_end, s.row_end(), row + item_rows});
+  // The rows of a sequence one after another for each head, whose keys stay in L2 meanwhile.
+  for (int32_t first = step.row_begin; first < step.row_end;) {
+    const Sequence& s = a_.sequence_of(first);
+    const int32_t last = std::min(step.row_end, s.row_end());
     for (int32_t h = step.part_begin; h < head_end; ++h) {
-      items.push_back({.row = row - step.base,
-                       .rows = end - row,
-                       .position = s.context + (row - s.row_begin),
-                       .kv_head = h,
-                       .block_table = s.block_table.data()});
+      for (int32_t row = first; row < last; row += item_rows) {
+        items.push_back({.row = row - step.base,
+                         .rows = std::min(item_rows, last - row),
+                         .position = s.context + (row - s.row_begin),
+                         .kv_head = h,
+                         .block_table = s.block_table.data()});
+      }
     }
-    row = end;
+    first = last;
   }
   return items;
 }

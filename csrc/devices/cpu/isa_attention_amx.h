@@ -31,7 +31,6 @@ class TileAttention {
     Tiles::begin(kPair);
     for (int row = 0; row < t_.rows; row += kPair)
       attend_rows(row, t_.rows - row < kPair ? t_.rows - row : kPair);
-    finish();
     Tiles::end();
   }
 
@@ -50,132 +49,80 @@ class TileAttention {
     end = end > t_.tokens ? t_.tokens : end;
     for (int key = begin; key < end; key += kStepKeys) {
       const int keys = end - key < kStepKeys ? end - key : kStepKeys;
-      add({first, rows, key, (keys + kPair - 1) / kPair});
+      const TileStep step{first, rows, key, (keys + kPair - 1) / kPair};
+      if (rows > kSquare)
+        attend_step<true>(step);
+      else
+        attend_step<false>(step);
     }
   }
 
-  // A step's scores are multiplied while those of the step before become probabilities; values come
-  // last.
-  void add(const TileStep& step) {
-    const int next = 1 - current_;
-    if (has_values_)
-      add_values(of_values_, next);
-    has_values_ = has_scores_;
-    if (has_scores_) {
-      const int half = of_scores_.rows < kSquare ? of_scores_.rows : kSquare;
-      take(of_scores_, current_, 0, half);
-      multiply_keys(step, next);
-      take(of_scores_, current_, half, of_scores_.rows);
-      of_values_ = of_scores_;
-    } else {
-      multiply_keys(step, next);
-    }
-    has_scores_ = true;
-    of_scores_ = step;
-    current_ = next;
+  // One after the other: done a piece of each in turn, or with the scores of the next step
+  // meanwhile, it takes longer (docs/performance.md).
+  template <bool kHasLower>
+  void attend_step(const TileStep& step) {
+    multiply_keys<kHasLower>(step);
+    take(step);
+    add_values<kHasLower>(step);
   }
 
-  void finish() {
-    if (has_values_)
-      add_values(of_values_, 1 - current_);
-    if (!has_scores_)
-      return;
-    take(of_scores_, current_, 0, of_scores_.rows);
-    add_values(of_scores_, current_);
-  }
-
-  // 32 by 32 sums, or 16 by 32 if there are no lower rows.
+  // Rows of a stay in L1 for the steps to come; keys and values leave it to them.
   template <bool kHasLower>
   static inline __attribute__((always_inline)) void add_products(const Bf16* a, int64_t lda,
                                                                  const Bf16* b, int64_t ldb) {
     Tiles::template load<4>(a, lda * 2);
     if constexpr (kHasLower)
       Tiles::template load<5>(a + kSquare * lda, lda * 2);
-    Tiles::template load<6>(b, ldb * 4);
-    Tiles::template load<7>(b + kPair, ldb * 4);
-    Tiles::template multiply<0, 4, 6>();
-    if constexpr (kHasLower)
-      Tiles::template multiply<2, 5, 6>();
-    Tiles::template multiply<1, 4, 7>();
-    if constexpr (kHasLower)
-      Tiles::template multiply<3, 5, 7>();
-  }
-  template <bool kHasLower>
-  static inline __attribute__((always_inline)) void store_sums(float* to, int64_t ld) {
-    Tiles::template store<0>(to, ld * 4);
-    Tiles::template store<1>(to + kSquare, ld * 4);
-    if constexpr (kHasLower) {
-      Tiles::template store<2>(to + kSquare * ld, ld * 4);
-      Tiles::template store<3>(to + kSquare * ld + kSquare, ld * 4);
-    }
+    Tiles::template stream<6>(b, ldb * 4);
+    Tiles::template stream<7>(b + kPair, ldb * 4);
+    TileSums<Tiles, kHasLower, true>::add();
   }
 
-  void multiply_keys(const TileStep& step, int buffer) {
-    if (step.rows > kSquare)
-      multiply_keys<true>(step, scores_[buffer][0]);
-    else
-      multiply_keys<false>(step, scores_[buffer][0]);
-  }
   template <bool kHasLower>
-  void multiply_keys(const TileStep& step, float* to) {
+  void multiply_keys(const TileStep& step) {
+    using Sums = TileSums<Tiles, kHasLower, true>;
     const Bf16* q = t_.q + int64_t{step.first} * t_.dim;
     for (int pair = 0; pair < step.pairs; ++pair) {
       const Bf16* keys = t_.keys + 2 * (step.key + pair * kPair);
-      Tiles::template zero<0>();
-      Tiles::template zero<1>();
-      if constexpr (kHasLower) {
-        Tiles::template zero<2>();
-        Tiles::template zero<3>();
-      }
+      Sums::clear();
       for (int d = 0; d < t_.dim; d += kDepth)
         add_products<kHasLower>(q + d, t_.dim, keys + int64_t{d} * t_.tokens, t_.tokens);
-      store_sums<kHasLower>(to + pair * kPair, kStepKeys);
+      Sums::store(scores_[0] + pair * kPair, sizeof scores_[0]);
     }
   }
 
-  void add_values(const TileStep& step, int buffer) {
-    if (step.rows > kSquare)
-      add_values<true>(step, probabilities_[buffer][0]);
-    else
-      add_values<false>(step, probabilities_[buffer][0]);
-  }
   template <bool kHasLower>
-  void add_values(const TileStep& step, const Bf16* probabilities) {
+  void add_values(const TileStep& step) {
+    using Sums = TileSums<Tiles, kHasLower, true>;
     const int64_t dim = t_.dim;
     float* output = t_.output + step.first * dim;
     for (int column = 0; column < t_.dim; column += kPair, output += kPair) {
-      Tiles::template load<0>(output, dim * 4);
-      Tiles::template load<1>(output + kSquare, dim * 4);
-      if constexpr (kHasLower) {
-        Tiles::template load<2>(output + kSquare * dim, dim * 4);
-        Tiles::template load<3>(output + kSquare * dim + kSquare, dim * 4);
-      }
+      Sums::load(output, dim * 4);
       for (int pair = 0; pair < step.pairs; ++pair) {
         const Bf16* values = t_.values + (step.key + pair * kPair) * dim + 2 * column;
-        add_products<kHasLower>(probabilities + pair * kPair, kStepKeys, values, dim);
+        add_products<kHasLower>(probabilities_[0] + pair * kPair, kStepKeys, values, dim);
       }
-      store_sums<kHasLower>(output, dim);
+      Sums::store(output, dim * 4);
     }
   }
 
-  void take(const TileStep& step, int buffer, int begin, int end) {
-    for (int r = begin; r < end; ++r) {
+  void take(const TileStep& step) {
+    const bool sees_all = t_.sees_all && step.pairs == kStepKeys / kPair;
+    for (int r = 0; r < step.rows; ++r) {
+      const int row = step.first + r;
       if (t_.softcap != 0.0f)
-        cap(scores_[buffer][r], step.pairs * kPair);
-      if (t_.sees_all && step.pairs == kStepKeys / kPair)
-        take_words<true>(t_, step.first + r, ~uint64_t{0}, scores_[buffer][r],
-                         probabilities_[buffer][r]);
+        cap(scores_[r], step.pairs * kPair);
+      if (sees_all)
+        take_words<true>(t_, row, ~uint64_t{0}, scores_[r], probabilities_[r]);
       else
-        take_words<false>(t_, step.first + r, seen(step, r), scores_[buffer][r],
-                          probabilities_[buffer][r]);
+        take_words<false>(t_, row, seen(step, row), scores_[r], probabilities_[r]);
     }
   }
   // Bit i: whether a row sees key i of the step. Scores behind the step's pairs are not its own.
-  uint64_t seen(const TileStep& step, int r) const {
+  uint64_t seen(const TileStep& step, int row) const {
     const int keys = step.pairs * kPair;
-    const int end = end_seen(t_, step.first + r) - step.key;
-    return bits_below(end < keys ? end : keys) &
-           ~bits_below(first_seen(t_, step.first + r) - step.key);
+    const int end = end_seen(t_, row) - step.key;
+    return bits_below(end < keys ? end : keys) & ~bits_below(first_seen(t_, row) - step.key);
   }
   static uint64_t bits_below(int n) {
     return n >= kStepKeys ? ~uint64_t{0} : (n <= 0 ? 0 : (uint64_t{1} << n) - 1);
@@ -190,13 +137,9 @@ class TileAttention {
   }
 
   const AttentionTile& t_;
-  bool has_scores_ = false;
-  bool has_values_ = false;
-  TileStep of_scores_{};  // whose scores are there, in the current buffer, and no more
-  TileStep of_values_{};  // whose probabilities are there, in the other one
-  int current_ = 0;
-  alignas(64) float scores_[2][kPair][kStepKeys];
-  alignas(64) Bf16 probabilities_[2][kPair][kStepKeys];
+  // Of one step.
+  alignas(64) float scores_[kPair][kStepKeys];
+  alignas(64) Bf16 probabilities_[kPair][kStepKeys];
 };
 
 inline void attend_by_tiles(const AttentionTile& tile) {

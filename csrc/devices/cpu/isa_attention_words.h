@@ -1,10 +1,11 @@
 // Scores that become probabilities in words of 16 bits, for attention on AMX tiles. Included by
 // isa_attention_amx.h only.
 //
-// The bits of a bfloat16 are its logarithm but for the fraction: read as a number with 7 bits behind
-// the point they say e + f for 2^e (1 + f). So 2^x is x itself, rounded to 8 such bits, plus what f
-// and log2(1 + f) differ by, from a table of 64 steps; the last of the 8 bits rounds it. Relative
-// error: root mean square 2.0e-3, at most 7.8e-3; of rounding to bfloat16 alone 1.7e-3 and 3.9e-3.
+// The bits of a bfloat16 are its logarithm but for the fraction: read as a number with 7 bits
+// behind the point they say e + f for 2^e (1 + f). So 2^x is x itself, rounded to 8 such bits, plus
+// what f and log2(1 + f) differ by, from a table of 64 steps; the last of the 8 bits rounds it.
+// Relative error: root mean square 2.0e-3, at most 7.8e-3; of rounding to bfloat16 alone 1.7e-3
+// and 3.9e-3.
 //
 // While tiles multiply, the processor multiplies, converts, compares and shifts vectors on one port
 // only; additions and integers have two, permutations the other one.

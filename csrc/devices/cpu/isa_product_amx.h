@@ -73,10 +73,11 @@ class TileMultiplier {
     const char* const left = static_cast<const char*>(p_.b) + column / kSquare * strip;
     const char* const right = left + strip;
     char* const c = static_cast<char*>(p_.c) + (row * p_.ldc + column) * 4;
+    using Sums = TileSums<Tiles, kHasLower, kHasRight>;
     if (p_.add || first > 0)
-      load_sums<kHasLower, kHasRight>(c);
+      Sums::load(c, p_.ldc * 4);
     else
-      clear_sums<kHasLower, kHasRight>();
+      Sums::clear();
     for (int64_t k = first; k < last; k += kTileBytes) {
       ask_ahead();
       Tiles::template stream<4>(upper + k, p_.lda);
@@ -85,48 +86,9 @@ class TileMultiplier {
       Tiles::template load<6>(left + k * kSquare, kTileBytes);
       if constexpr (kHasRight)
         Tiles::template load<7>(right + k * kSquare, kTileBytes);
-      Tiles::template multiply<0, 4, 6, kOfBytes>();
-      if constexpr (kHasLower)
-        Tiles::template multiply<2, 5, 6, kOfBytes>();
-      if constexpr (kHasRight)
-        Tiles::template multiply<1, 4, 7, kOfBytes>();
-      if constexpr (kHasLower && kHasRight)
-        Tiles::template multiply<3, 5, 7, kOfBytes>();
+      Sums::template add<kOfBytes>();
     }
-    store_sums<kHasLower, kHasRight>(c);
-  }
-
-  template <bool kHasLower, bool kHasRight>
-  static void clear_sums() {
-    Tiles::template zero<0>();
-    if constexpr (kHasRight)
-      Tiles::template zero<1>();
-    if constexpr (kHasLower)
-      Tiles::template zero<2>();
-    if constexpr (kHasLower && kHasRight)
-      Tiles::template zero<3>();
-  }
-  template <bool kHasLower, bool kHasRight>
-  void load_sums(const char* c) const {
-    Tiles::template load<0>(c, p_.ldc * 4);
-    if constexpr (kHasRight)
-      Tiles::template load<1>(c + kTileBytes, p_.ldc * 4);
-    const char* const lower = c + kSquare * p_.ldc * 4;
-    if constexpr (kHasLower)
-      Tiles::template load<2>(lower, p_.ldc * 4);
-    if constexpr (kHasLower && kHasRight)
-      Tiles::template load<3>(lower + kTileBytes, p_.ldc * 4);
-  }
-  template <bool kHasLower, bool kHasRight>
-  void store_sums(char* c) const {
-    Tiles::template store<0>(c, p_.ldc * 4);
-    if constexpr (kHasRight)
-      Tiles::template store<1>(c + kTileBytes, p_.ldc * 4);
-    char* const lower = c + kSquare * p_.ldc * 4;
-    if constexpr (kHasLower)
-      Tiles::template store<2>(lower, p_.ldc * 4);
-    if constexpr (kHasLower && kHasRight)
-      Tiles::template store<3>(lower + kTileBytes, p_.ldc * 4);
+    Sums::store(c, p_.ldc * 4);
   }
 
   void ask_ahead() {

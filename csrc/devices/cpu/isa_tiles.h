@@ -54,6 +54,53 @@ struct ProcessorTiles {
   }
 };
 
+// Up to 32 by 32 sums, on tiles 0 to 3: lower rows and right columns only if there are some.
+template <typename Tiles, bool kHasLower, bool kHasRight>
+struct TileSums {
+  static inline __attribute__((always_inline)) void clear() {
+    Tiles::template zero<0>();
+    if constexpr (kHasRight)
+      Tiles::template zero<1>();
+    if constexpr (kHasLower)
+      Tiles::template zero<2>();
+    if constexpr (kHasLower && kHasRight)
+      Tiles::template zero<3>();
+  }
+  static inline __attribute__((always_inline)) void load(const void* c, int64_t row_bytes) {
+    const char* const upper = static_cast<const char*>(c);
+    const char* const lower = upper + kSquare * row_bytes;
+    Tiles::template load<0>(upper, row_bytes);
+    if constexpr (kHasRight)
+      Tiles::template load<1>(upper + kTileBytes, row_bytes);
+    if constexpr (kHasLower)
+      Tiles::template load<2>(lower, row_bytes);
+    if constexpr (kHasLower && kHasRight)
+      Tiles::template load<3>(lower + kTileBytes, row_bytes);
+  }
+  static inline __attribute__((always_inline)) void store(void* c, int64_t row_bytes) {
+    char* const upper = static_cast<char*>(c);
+    char* const lower = upper + kSquare * row_bytes;
+    Tiles::template store<0>(upper, row_bytes);
+    if constexpr (kHasRight)
+      Tiles::template store<1>(upper + kTileBytes, row_bytes);
+    if constexpr (kHasLower)
+      Tiles::template store<2>(lower, row_bytes);
+    if constexpr (kHasLower && kHasRight)
+      Tiles::template store<3>(lower + kTileBytes, row_bytes);
+  }
+  // Adds the products of the operands on tiles 4 to 7.
+  template <bool kOfBytes = false>
+  static inline __attribute__((always_inline)) void add() {
+    Tiles::template multiply<0, 4, 6, kOfBytes>();
+    if constexpr (kHasLower)
+      Tiles::template multiply<2, 5, 6, kOfBytes>();
+    if constexpr (kHasRight)
+      Tiles::template multiply<1, 4, 7, kOfBytes>();
+    if constexpr (kHasLower && kHasRight)
+      Tiles::template multiply<3, 5, 7, kOfBytes>();
+  }
+};
+
 }  // namespace
 }  // namespace FP_ISA_NAMESPACE
 }  // namespace flowprefill
