@@ -79,6 +79,7 @@ class Problem {
     Of::multiply(on_)({.rows = end - begin,
                        .columns = s_.columns,
                        .depth_bytes = s_.lines * 64,
+                       .strip_bytes = s_.lines * 64 * kTileColumns,
                        .lda = lda() * int64_t{sizeof(Left)},
                        .ldc = ldc(),
                        .add = add,

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "devices/cpu/attention.h"
+#include "devices/cpu/buffer.h"
 #include "devices/cpu/gemm.h"
 #include "devices/cpu/row_kernels.h"
 
@@ -18,16 +19,6 @@ namespace flowprefill {
 // Keys per softmax tile: scores and probabilities stay in the L2 cache.
 inline constexpr int32_t kTileKeys = 256;
 inline constexpr size_t kLineFloats = 16;  // of a cache line
-
-// Room for so many elements from the start of a cache line on: outputs that lie across two lines
-// cost a fifth of the time.
-template <typename E>
-E* line_of(std::vector<E>& memory, size_t elements) {
-  constexpr size_t kLine = kLineFloats * sizeof(float) / sizeof(E);
-  memory.resize(std::max(memory.size(), elements + kLine));
-  const size_t at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(E);
-  return memory.data() + (kLine - at % kLine) % kLine;
-}
 
 template <typename T>
 struct Scratch {

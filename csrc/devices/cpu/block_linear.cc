@@ -63,6 +63,7 @@ void BlockLinear<T>::multiply_block(int64_t block, int64_t /*end*/, int64_t rows
       kernels.multiply_by_tiles({.rows = rows,
                                  .columns = width,
                                  .depth_bytes = (end - k) * int64_t{sizeof(T)},
+                                 .strip_bytes = (end - k) * kStripColumns * int64_t{sizeof(T)},
                                  .lda = depth * int64_t{sizeof(T)},
                                  .ldc = ldc,
                                  .add = add || k > 0,

@@ -2,7 +2,9 @@
 // that are used again. Used for weights, KV cache and workspaces; all sizes in bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <utility>
 #include <vector>
@@ -10,6 +12,16 @@
 #include "runtime/thread_annotations.h"
 
 namespace flowprefill {
+
+// Room for so many elements from the start of a cache line on: outputs that lie across two lines
+// cost a fifth of the time.
+template <typename E>
+E* line_of(std::vector<E>& memory, size_t elements) {
+  constexpr size_t kLine = 64 / sizeof(E);
+  memory.resize(std::max(memory.size(), elements + kLine));
+  const size_t at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(E);
+  return memory.data() + (kLine - at % kLine) % kLine;
+}
 
 class Buffer {
  public:

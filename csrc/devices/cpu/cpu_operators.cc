@@ -6,6 +6,7 @@
 #include <numbers>
 
 #include "devices/cpu/experts.h"
+#include "devices/cpu/gate.h"
 #include "devices/cpu/sample.h"
 
 namespace flowprefill {
@@ -134,7 +135,7 @@ void CpuOperators<T>::linear(const Operator& op, const Step& step, RowRange rows
     case Epilogue::kAdd:
       return add_product(op, step, rows, begin, end, input);
     case Epilogue::kGate:
-      return gate(op, step, rows, begin, end, input);
+      return multiply_gate(a_, op, step, rows, begin, end, input);
   }
 }
 
@@ -177,29 +178,6 @@ void CpuOperators<T>::add_product(const Operator& op, const Step& step, RowRange
   }
   linear.multiply(begin, end, rows.end - rows.begin, input,
                   a_.template at<float>(op.output, step, rows.begin), linear.columns(), true);
-}
-
-template <typename T>
-void CpuOperators<T>::gate(const Operator& op, const Step& step, RowRange rows, int64_t begin,
-                           int64_t end, const void* input) {
-  const Linear<T>& linear = a_.weights.matrix(op.weight);
-  const float* all_bias = a_.weights.vector(op.bias);
-  const int32_t count = rows.end - rows.begin;
-  const int32_t width_out = a_.graph.output_of(op).columns;
-  const auto activate =
-      op.activation == Activation::kSilu ? row_kernels<T>().swiglu : row_kernels<T>().geglu;
-  thread_local std::vector<float> product;
-  product.resize(static_cast<size_t>(count) * kPackColumns);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t width = linear.block_columns(block);
-    const float* bias = offset_or_null(all_bias, block * kPackColumns);
-    for (int32_t r = 0; bias != nullptr && r < count; ++r)
-      std::copy_n(bias, width, product.data() + r * width);
-    linear.multiply_block(block, end, count, input, product.data(), width, bias != nullptr);
-    activate(product.data(), width, count, static_cast<int>(width / 2),
-             a_.template at<T>(op.output, step, rows.begin) + block * kGateColumns, width_out);
-  }
-  linear.end_series();
 }
 
 template <typename T>

@@ -79,8 +79,6 @@ class CpuOperators {
                      int64_t end, const void* input);
   void add_product(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end,
                    const void* input);
-  void gate(const Operator& op, const Step& step, RowRange rows, int64_t begin, int64_t end,
-            const void* input);
   void rope(const Operator& op, const Step& step, RowRange rows);
   void rotate_queries(const Operator& op, const Step& step, RowRange rows);
   void store_keys_and_values(const Operator& op, const Step& step, RowRange rows,

@@ -234,15 +234,16 @@ class ExpertProduct {
   // Hands every row of every block's product on, with where it belongs.
   template <typename Sink>
   void each_block(const SortedRows& sorted, const ExpertShare& share, const Sink& sink) const {
-    thread_local std::vector<float> product(static_cast<size_t>(kExpertRows) * kPackColumns);
+    thread_local std::vector<float> memory;
+    float* const product = line_of(memory, static_cast<size_t>(kExpertRows) * kPackColumns);
     const int32_t rows = share.end - share.begin;
     const int64_t first = share.expert * blocks_;
     for (int64_t block = share.blocks.first; block < share.blocks.last; ++block) {
       linear_.multiply_block(first + block, first + share.blocks.last, rows,
-                             sorted.input_at(share.expert, share.begin), product.data(),
-                             kPackColumns, false);
+                             sorted.input_at(share.expert, share.begin), product, kPackColumns,
+                             false);
       for (int32_t r = 0; r < rows; ++r)
-        sink(product.data() + int64_t{r} * kPackColumns,
+        sink(product + int64_t{r} * kPackColumns,
              sorted.pairs[static_cast<size_t>(share.begin) + static_cast<size_t>(r)], block);
     }
   }

@@ -100,7 +100,8 @@ void Int8Linear<T>::prepare(int64_t rows, const T* input, void* prepared) const 
 template <typename T>
 void Int8Linear<T>::multiply_block(int64_t block, int64_t end, int64_t rows, const void* input,
                                    float* c, int64_t ldc, bool add) const {
-  thread_local std::vector<int32_t> sums(kTileRows * kPackColumns);
+  thread_local std::vector<int32_t> memory;
+  int32_t* const sums = line_of(memory, kTileRows * kPackColumns);
   const int64_t width = this->block_columns(block);
   const bool is_tiled = fits_tiles<uint8_t>(padded_depth_, width);
   const int64_t step = is_tiled ? kTileRows : kRows;
@@ -112,10 +113,10 @@ void Int8Linear<T>::multiply_block(int64_t block, int64_t end, int64_t rows, con
     const uint8_t* mine = a + done * stride;
     const bool is_next_block = done + step >= rows && block + 1 < end;
     if (is_tiled)
-      multiply_by_tiles(block, is_next_block, count, mine, stride, sums.data());
+      multiply_by_tiles(block, is_next_block, count, mine, stride, sums);
     else
-      multiply_rows(block, count, mine, stride, sums.data());
-    row_kernels<T>().scale_product({.product = sums.data(),
+      multiply_rows(block, count, mine, stride, sums);
+    row_kernels<T>().scale_product({.product = sums,
                                     .columns = static_cast<int>(width),
                                     .column_scales = scales_.data() + first,
                                     .column_shifts = shifts_.data() + first,
@@ -134,6 +135,7 @@ void Int8Linear<T>::multiply_by_tiles(int64_t block, bool asks_for_next, int64_t
       {.rows = rows,
        .columns = width,
        .depth_bytes = padded_depth_,
+       .strip_bytes = padded_depth_ * kTileColumns,
        .lda = stride,
        .ldc = width,
        .add = false,

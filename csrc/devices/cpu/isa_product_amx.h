@@ -67,11 +67,10 @@ class TileMultiplier {
 
   template <bool kHasLower, bool kHasRight>
   void multiply_square(int64_t row, int64_t column, int64_t first, int64_t last) {
-    const int64_t strip = p_.depth_bytes * kSquare;
     const char* const upper = static_cast<const char*>(p_.a) + row * p_.lda;
     const char* const lower = upper + kSquare * p_.lda;
-    const char* const left = static_cast<const char*>(p_.b) + column / kSquare * strip;
-    const char* const right = left + strip;
+    const char* const left = static_cast<const char*>(p_.b) + column / kSquare * p_.strip_bytes;
+    const char* const right = left + p_.strip_bytes;
     char* const c = static_cast<char*>(p_.c) + (row * p_.ldc + column) * 4;
     using Sums = TileSums<Tiles, kHasLower, kHasRight>;
     if (p_.add || first > 0)

@@ -50,6 +50,10 @@ class Linear {
   // Brings rows of the input, T [rows, depth], into that form; one row depends on no other.
   virtual void prepare(int64_t /*rows*/, const T* /*input*/, void* /*prepared*/) const {}
 
+  // How many of so many rows a caller should pass through all its blocks at once: those whose input
+  // stays in L2 meanwhile.
+  virtual int64_t rows_at_once(int64_t rows) const { return rows; }
+
   // c[rows, columns of block] (+)= input * W; c points at the block's first column. input: prepared
   // rows, or T [rows, depth] where there is no such form. Blocks up to `end` are the caller's next:
   // their weights may be asked for meanwhile.
@@ -61,9 +65,15 @@ class Linear {
   // The same for blocks [begin, end) of a whole output c [rows, columns], a series of its own.
   void multiply(int64_t begin, int64_t end, int64_t rows, const void* input, float* c, int64_t ldc,
                 bool add) const {
+    multiply_blocks(begin, end, rows, input, c, ldc, add);
+    end_series();
+  }
+
+ protected:
+  virtual void multiply_blocks(int64_t begin, int64_t end, int64_t rows, const void* input,
+                               float* c, int64_t ldc, bool add) const {
     for (int64_t block = begin; block < end; ++block)
       multiply_block(block, end, rows, input, c + block * kPackColumns, ldc, add);
-    end_series();
   }
 
  private:

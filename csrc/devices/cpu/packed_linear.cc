@@ -6,6 +6,14 @@
 #include "devices/cpu/gemm.h"
 
 namespace flowprefill {
+namespace {
+
+constexpr int64_t kInL2 = int64_t{1} << 20;  // bytes of input that stay there (2 MiB with AMX)
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kLeastRows = 128;  // for which a block of weights is worth its way
+
+}  // namespace
+
 template <typename T>
 PackedLinear<T>::PackedLinear(int64_t depth, int64_t columns)
     : Linear<T>(depth, columns), packed_(static_cast<size_t>(depth * columns) * sizeof(T)) {}
@@ -45,18 +53,8 @@ void PackedLinear<T>::multiply_block(int64_t block, int64_t end, int64_t rows, c
   const T* a = static_cast<const T*>(input);
   const T* data = packed_.as<T>() + block * kPackColumns * depth;
   if (fits_tiles<T>(depth, width)) {
-    const int64_t row_bytes = depth * int64_t{sizeof(T)};
-    return row_kernels<T>().multiply_by_tiles(
-        {.rows = rows,
-         .columns = width,
-         .depth_bytes = row_bytes,
-         .lda = row_bytes,
-         .ldc = ldc,
-         .add = add,
-         .a = a,
-         .b = data,
-         .c = c,
-         .ahead = block + 1 < end ? data + width * depth : nullptr});
+    return multiply_by_tiles(block, 0, depth, rows, a, c, ldc, add,
+                             block + 1 < end ? data + width * depth : nullptr);
   }
   for (int64_t k = 0; k < depth; k += kDepthStep<T>) {
     const Block<T> shape{.n = width,
@@ -68,6 +66,54 @@ void PackedLinear<T>::multiply_block(int64_t block, int64_t end, int64_t rows, c
     const T* weights = data + k * width;
     const bool has_next = k + shape.k < depth || block + 1 < end;
     brgemm_rows(shape, rows, a + k, weights, c, has_next ? weights + shape.k * width : nullptr);
+  }
+}
+
+template <typename T>
+int64_t PackedLinear<T>::rows_at_once(int64_t rows) const {
+  if (!fits_tiles<T>(this->depth(), this->block_columns(0)))
+    return rows;
+  const int64_t fitting = kInL2 / (this->depth() * int64_t{sizeof(T)});
+  return std::min(rows, std::max<int64_t>(kLeastRows, fitting / kTileRows * kTileRows));
+}
+
+template <typename T>
+void PackedLinear<T>::multiply_by_tiles(int64_t block, int64_t first, int64_t depth, int64_t rows,
+                                        const T* a, float* c, int64_t ldc, bool add,
+                                        const T* ahead) const {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  const T* weights = packed_.as<T>() + block * kPackColumns * this->depth() + first * kTileColumns;
+  row_kernels<T>().multiply_by_tiles({.rows = rows,
+                                      .columns = this->block_columns(block),
+                                      .depth_bytes = depth * kBytes,
+                                      .strip_bytes = this->depth() * kTileColumns * kBytes,
+                                      .lda = this->depth() * kBytes,
+                                      .ldc = ldc,
+                                      .add = add,
+                                      .a = a + first,
+                                      .b = weights,
+                                      .c = c,
+                                      .ahead = ahead});
+}
+
+// A deep input that does not stay in L2 is gone through once, a part of its depth after the other,
+// instead of once for every block.
+template <typename T>
+void PackedLinear<T>::multiply_blocks(int64_t begin, int64_t end, int64_t rows, const void* input,
+                                      float* c, int64_t ldc, bool add) const {
+  const int64_t depth = this->depth();
+  const int64_t parts = (rows * depth * int64_t{sizeof(T)} + kInL2 - 1) / kInL2;
+  if (parts <= 1 || end - begin <= 1 || !fits_tiles<T>(depth, this->block_columns(end - 1)))
+    return Linear<T>::multiply_blocks(begin, end, rows, input, c, ldc, add);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t lines = depth / kLine;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = lines * part / parts * kLine;
+    const int64_t last = lines * (part + 1) / parts * kLine;
+    for (int64_t block = begin; block < end; ++block) {
+      multiply_by_tiles(block, first, last - first, rows, static_cast<const T*>(input),
+                        c + block * kPackColumns, ldc, add || part > 0, nullptr);
+    }
   }
 }
 

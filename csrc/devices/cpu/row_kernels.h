@@ -93,6 +93,7 @@ struct TileProduct {
   int64_t rows;
   int64_t columns;      // a multiple of kTileColumns
   int64_t depth_bytes;  // of a row of a, and of a column of b: a multiple of 64
+  int64_t strip_bytes;  // from one strip to the next
   int64_t lda;          // bytes
   int64_t ldc;          // elements
   bool add;
