@@ -41,7 +41,8 @@ struct alignas(64) PowerTable {
         term *= f * 0.693147180559945309 / n;
         power += term;
       }
-      of[i] = static_cast<uint8_t>(kMostCorrection + (power - 1.0 - f) * kLogSteps + 0.5);
+      const double correction = kMostCorrection + (power - 1.0 - f) * kLogSteps;
+      of[i] = static_cast<uint8_t>((static_cast<int>(2.0 * correction) + 1) / 2);
     }
   }
 };

@@ -47,7 +47,7 @@ struct ProcessorTiles {
   // Sum += A * B: of bf16, or of bytes, those of A without sign and those of B with one.
   template <int kSum, int kA, int kB, bool kOfBytes = false>
   static inline __attribute__((always_inline)) void multiply() {
-    if constexpr (kOfBytes)
+    if constexpr (kOfBytes)  // NOLINT(bugprone-branch-clone): they differ in their instruction
       asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
     else
       asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
