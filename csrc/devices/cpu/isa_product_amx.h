@@ -16,7 +16,7 @@ namespace {
 // So much of the depth of 32 columns at once stays in L1 (36 of 48 KiB) while all rows pass over
 // it.
 constexpr int64_t kPieceBytes = 18 * kTileBytes;
-constexpr int64_t kMostLinesAhead = 16;  // asked for in one step
+constexpr int64_t kMostLinesAhead = 4;  // asked for in one step: more hold up what is read now
 
 template <typename Tiles, bool kOfBytes>
 class TileMultiplier {
