@@ -43,7 +43,7 @@ Isa best_of_processor() {
   if (!__builtin_cpu_supports("avx512bf16"))
     return Isa::kAvx512;
   const bool has_tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                         __builtin_cpu_supports("amx-int8");
+                         __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vbmi");
   return has_tiles && may_use_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
 #else
   return Isa::kBaseline;
