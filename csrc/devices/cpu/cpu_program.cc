@@ -15,11 +15,10 @@ namespace flowprefill {
 namespace {
 
 constexpr int32_t kRowOpChunk = 4;  // rows a member takes at once of light operators alone
-// The same of a chain where rows are shared out: as many as are efficient, for what a chunk's
-// operators hand on stays in L2. A member has so many of its own at least.
+// Rows that a member takes through a chain of operators at once.
 struct RowChunk {
-  int32_t least;
-  int32_t most;
+  int32_t least;  // with fewer for each member, columns are shared out instead
+  int32_t most;   // what one operator hands to the next stays in L2
 };
 RowChunk row_chunk() {
   return has_amx() ? RowChunk{128, 256} : RowChunk{64, 64};
