@@ -108,6 +108,8 @@ void brgemm_rows(const Block<T>& shape, int64_t rows, const T* a, const Weight* 
       step /= 2;
     brgemm(shape, step, a + done * shape.lda, b, c + done * shape.ldc);
   }
+  if (has_amx())  // a kernel of ours may have this thread's tiles next, within the same series
+    brgemm_end<T>();
 }
 
 }  // namespace flowprefill

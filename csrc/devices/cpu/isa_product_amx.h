@@ -26,7 +26,8 @@ class TileMultiplier {
     const int64_t steps = p_.depth_bytes / kTileBytes * ((p_.columns + kPair - 1) / kPair) *
                           ((p_.rows + kPair - 1) / kPair);
     const int64_t lines = ahead_ == nullptr ? 0 : p_.depth_bytes * p_.columns / kTileBytes;
-    lines_ = lines / steps < kMostLinesAhead ? (lines + steps - 1) / steps : kMostLinesAhead;
+    const int64_t each = (lines + steps - 1) / steps;
+    lines_ = each < kMostLinesAhead ? each : kMostLinesAhead;
   }
 
   void run() {

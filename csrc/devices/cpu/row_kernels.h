@@ -90,7 +90,7 @@ inline constexpr int kTileColumns = 16;  // of sums on one AMX tile
 // with) into int32. b is packed by strips of 16 columns, [columns / 16][depth_bytes / 4][16][4
 // bytes].
 struct TileProduct {
-  int64_t rows;
+  int64_t rows;         // at least 1
   int64_t columns;      // a multiple of kTileColumns
   int64_t depth_bytes;  // of a row of a, and of a column of b: a multiple of 64
   int64_t strip_bytes;  // from one strip to the next
